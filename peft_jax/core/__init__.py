@@ -1,0 +1,1 @@
+"""Paths and targets, adapted leaves, partition and masks, merge."""

@@ -1,0 +1,156 @@
+"""Which axes of a leaf are stacked layers, inputs and outputs.
+
+Every method sees one matrix ``(in, out)``; a layout says how a leaf of any rank is seen as that matrix.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Axes of a leaf by their role; each axis has exactly one role.
+
+    Attributes:
+        stack: Axes along which layers are stacked (as ``jax.lax.scan`` wants them), outermost first.
+        inp: Input axes of the matrix, in the order in which they are flattened. Empty for vectors (biases, scales).
+        out: Output axes of the matrix, in the order in which they are flattened.
+        lookup: True for an embedding, whose rows are looked up by index.
+        index_after: One name per stacked axis: the layer's index follows this component in module paths, as in
+            ``model.layers.3.self_attn.q_proj`` for ``("layers",)``.
+
+    Example:
+        >>> heads = Layout(stack=(0,), inp=(1,), out=(2, 3))   # (layer, embed, head, feature)
+        >>> heads.matrix(jnp.ones((2, 8, 4, 16))).shape
+        (2, 8, 64)
+    """
+
+    stack: tuple[int, ...] = ()
+    inp: tuple[int, ...] = (0,)
+    out: tuple[int, ...] = (1,)
+    lookup: bool = False
+    index_after: tuple[str, ...] = ("layers",)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Axes in canonical order: stack, inputs, outputs."""
+        return (*self.stack, *self.inp, *self.out)
+
+    def check(self, shape: tuple[int, ...], path: str) -> None:
+        """Raise ValueError unless every axis of ``shape`` has exactly one role."""
+        if sorted(self.order) != list(range(len(shape))):
+            raise ValueError(
+                f"{self} names axes {sorted(self.order)} for leaf '{path}' of shape {shape}. "
+                f"Name each of the axes 0 to {len(shape) - 1} once, as in Layout(stack=(0,), inp=(1,), out=(2,))."
+            )
+        if len(self.stack) > len(self.index_after):
+            raise ValueError(
+                f"Leaf '{path}' has {len(self.stack)} stacked axes but index_after={self.index_after}. "
+                "Give one path component per stacked axis."
+            )
+
+    def stack_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Lengths of the stacked axes."""
+        return tuple(shape[axis] for axis in self.stack)
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """``(in, out)`` of the matrix; ``in`` is 1 for a vector."""
+        return math.prod(shape[a] for a in self.inp), math.prod(shape[a] for a in self.out)
+
+    def matrix(self, array: jax.Array) -> jax.Array:
+        """``array`` as ``(*stack, in, out)``, or ``(*stack, out)`` for a vector."""
+        stack, (n_in, n_out) = self.stack_shape(array.shape), self.sizes(array.shape)
+        last = (n_in, n_out) if self.inp else (n_out,)
+        return _transpose(array, self.order).reshape(*stack, *last)
+
+    def unmatrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The inverse of `matrix`, for a leaf of shape ``shape``."""
+        back = tuple(self.order.index(axis) for axis in range(len(shape)))
+        return _transpose(matrix.reshape([shape[axis] for axis in self.order]), back)
+
+    def permuted(self, permutation: tuple[int, ...]) -> "Layout":
+        """The layout of ``jnp.transpose(leaf, permutation)``."""
+        return self._moved(lambda axis: permutation.index(axis))
+
+    def unstacked(self) -> "Layout":
+        """The layout of one slice along axis 0, which has to be the first stacked axis."""
+        slice_ = dataclasses.replace(self, stack=self.stack[1:], index_after=self.index_after[1:])
+        return slice_._moved(lambda axis: axis - 1)
+
+    def reshaped(self, old: tuple[int, ...], new: tuple[int, ...]) -> "Layout | None":
+        """The layout after a reshape that splits or joins axes of one role, else None."""
+        roles = {axis: role for role in ("stack", "inp", "out") for axis in getattr(self, role)}
+        groups = _reshape_groups(old, new)
+        if groups is None:
+            return None
+        moved: dict[str, list[int]] = {"stack": [], "inp": [], "out": []}
+        where = {}
+        for before, after in groups:
+            kinds = {roles[axis] for axis in before if old[axis] != 1}
+            kinds = kinds or {roles[axis] for axis in before}
+            if len(kinds) > 1:
+                return None
+            role = kinds.pop() if kinds else "out"
+            if role == "stack" and len(before) != len(after):
+                return None
+            if [a for a in self.order if a in before] != list(before):
+                return None  # the axes are flattened in another order than the reshape joins them
+            where[before] = (role, after)
+        for before, (role, after) in sorted(where.items(), key=lambda item: self.order.index(item[0][0])):
+            moved[role] += after
+        return dataclasses.replace(self, **{role: tuple(axes) for role, axes in moved.items()})
+
+    def _moved(self, where) -> "Layout":
+        return dataclasses.replace(
+            self, **{role: tuple(where(axis) for axis in getattr(self, role)) for role in ("stack", "inp", "out")}
+        )
+
+
+def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
+    return array if permutation == tuple(range(array.ndim)) else jnp.transpose(array, permutation)
+
+
+def _reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[tuple[int, ...], list[int]]] | None:
+    """Pairs (old axes, new axes) with equal products, as fine as they can be; None if an axis belongs to no old one."""
+    groups, i, j = [], 0, 0
+    while i < len(old):
+        before, after, have, want = [i], [], old[i], 1
+        i += 1
+        while want != have or (j < len(new) and new[j] == 1 and not after):
+            if want < have and j < len(new) or not after:
+                if j >= len(new):
+                    return None
+                want *= new[j]
+                after.append(j)
+                j += 1
+            elif i < len(old):
+                have *= old[i]
+                before.append(i)
+                i += 1
+            else:
+                return None
+        groups.append((tuple(before), after))
+    return groups if j == len(new) else None
+
+
+LEAF_NAMES = ("kernel", "weight", "embedding", "bias", "scale")
+
+
+def conventional_layout(path: str, shape: tuple[int, ...], fan_in_fan_out: bool = False) -> Layout | None:
+    """The layout that the frameworks' conventions give a leaf, or None where they give none.
+
+    ``kernel`` (Flax) is ``(in, out)``; ``weight`` (PyTorch, Equinox) is ``(out, in)``, or ``(in, out)`` with
+    ``fan_in_fan_out``; ``embedding`` is ``(vocabulary, features)``; other matrices are ``(in, out)``.
+    A matrix of higher rank is ambiguous: no convention tells its stacked axes from its heads.
+    """
+    name = path.rsplit(".", 1)[-1]
+    if name in ("bias", "scale") or len(shape) < 2:
+        return Layout(inp=(), out=(0,)) if len(shape) == 1 else None
+    if len(shape) > 2:
+        return None
+    if name == "weight" and not fan_in_fan_out:
+        return Layout(inp=(1,), out=(0,))
+    return Layout(lookup=name == "embedding")

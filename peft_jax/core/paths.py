@@ -1,0 +1,73 @@
+"""Names of leaves: key paths as dotted strings, module paths, and random keys made from names."""
+
+import itertools
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from peft_jax.core.layout import LEAF_NAMES, Layout
+
+
+def dotted(key_path: tuple[Any, ...]) -> str:
+    """A JAX key path as a dotted string.
+
+    Example:
+        >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"mlp": [{"kernel": 1.0}]})
+        >>> dotted(path)
+        'mlp.0.kernel'
+    """
+    return ".".join(str(_name(entry)) for entry in key_path)
+
+
+def _name(entry: Any) -> Any:
+    for field in ("key", "idx", "name"):
+        if hasattr(entry, field):
+            return getattr(entry, field)
+    return entry
+
+
+def module_path(leaf_path: str) -> str:
+    """The path of the module that owns a leaf: without ``kernel``, ``weight``, ``embedding``, ``bias`` or ``scale``.
+
+    Example:
+        >>> module_path("model.norm.scale"), module_path("encoder.w1")
+        ('model.norm', 'encoder.w1')
+    """
+    head, _, last = leaf_path.rpartition(".")
+    return head if last in LEAF_NAMES else leaf_path
+
+
+def stacked_names(path: str, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:
+    """Names of the layers that a leaf stands for, an object array of the leaf's stacked shape.
+
+    Raises:
+        ValueError: if the path has no component after which the index of a stacked axis belongs.
+
+    Example:
+        >>> list(stacked_names("layers.mlp", Layout(stack=(0,), inp=(1,), out=(2,)), (2, 8, 8)))
+        ['layers.0.mlp', 'layers.1.mlp']
+    """
+    stack = layout.stack_shape(shape)
+    names = np.empty(stack, dtype=object)
+    for index in itertools.product(*map(range, stack)):
+        parts = path.split(".")
+        for after, i in zip(layout.index_after, index, strict=False):
+            if after not in parts:
+                raise ValueError(
+                    f"Stacked leaf '{path}' has no path component '{after}' after which its layer index would stand. "
+                    f"Write Layout(..., index_after=(NAME,)) with one of {parts}."
+                )
+            parts.insert(parts.index(after) + 1, str(i))
+        names[index] = ".".join(parts)
+    return names
+
+
+def keys_from_names(key: jax.Array, names: np.ndarray) -> jax.Array:
+    """One random key per name, independent of which other names there are; same shape as ``names``."""
+    codes = np.vectorize(lambda name: zlib.crc32(name.encode()), otypes=[np.uint32])(names)
+    fold = jax.random.fold_in
+    for _ in range(codes.ndim):
+        fold = jax.vmap(fold, in_axes=(None, 0))
+    return fold(key, codes)
