@@ -5,6 +5,7 @@ Every method sees one matrix ``(in, out)``; a layout says how a leaf of any rank
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -80,30 +81,7 @@ class Layout:
         slice_ = dataclasses.replace(self, stack=self.stack[1:], index_after=self.index_after[1:])
         return slice_._moved(lambda axis: axis - 1)
 
-    def reshaped(self, old: tuple[int, ...], new: tuple[int, ...]) -> "Layout | None":
-        """The layout after a reshape that splits or joins axes of one role, else None."""
-        roles = {axis: role for role in ("stack", "inp", "out") for axis in getattr(self, role)}
-        groups = _reshape_groups(old, new)
-        if groups is None:
-            return None
-        moved: dict[str, list[int]] = {"stack": [], "inp": [], "out": []}
-        where = {}
-        for before, after in groups:
-            kinds = {roles[axis] for axis in before if old[axis] != 1}
-            kinds = kinds or {roles[axis] for axis in before}
-            if len(kinds) > 1:
-                return None
-            role = kinds.pop() if kinds else "out"
-            if role == "stack" and len(before) != len(after):
-                return None
-            if [a for a in self.order if a in before] != list(before):
-                return None  # the axes are flattened in another order than the reshape joins them
-            where[before] = (role, after)
-        for before, (role, after) in sorted(where.items(), key=lambda item: self.order.index(item[0][0])):
-            moved[role] += after
-        return dataclasses.replace(self, **{role: tuple(axes) for role, axes in moved.items()})
-
-    def _moved(self, where) -> "Layout":
+    def _moved(self, where: Callable[[int], int]) -> "Layout":
         return dataclasses.replace(
             self, **{role: tuple(where(axis) for axis in getattr(self, role)) for role in ("stack", "inp", "out")}
         )
@@ -111,29 +89,6 @@ class Layout:
 
 def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
     return array if permutation == tuple(range(array.ndim)) else jnp.transpose(array, permutation)
-
-
-def _reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[tuple[int, ...], list[int]]] | None:
-    """Pairs (old axes, new axes) with equal products, as fine as they can be; None if an axis belongs to no old one."""
-    groups, i, j = [], 0, 0
-    while i < len(old):
-        before, after, have, want = [i], [], old[i], 1
-        i += 1
-        while want != have or (j < len(new) and new[j] == 1 and not after):
-            if want < have and j < len(new) or not after:
-                if j >= len(new):
-                    return None
-                want *= new[j]
-                after.append(j)
-                j += 1
-            elif i < len(old):
-                have *= old[i]
-                before.append(i)
-                i += 1
-            else:
-                return None
-        groups.append((tuple(before), after))
-    return groups if j == len(new) else None
 
 
 LEAF_NAMES = ("kernel", "weight", "embedding", "bias", "scale")

@@ -1,0 +1,170 @@
+"""An adapted leaf: a base weight and one adapter on it. Several adapters are nested leaves."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.layout import Layout
+from peft_jax.core.paths import dotted
+from peft_jax.core.weight import Dot, Weight, as_leaf, as_weight
+
+
+class Method(Protocol):
+    """What an adapted leaf needs of its method (`peft_jax.methods.base.Method` says more)."""
+
+    side_path: bool
+
+    def structure(self) -> tuple[Any, ...]:
+        """What makes two adapters run in one compiled program."""
+
+    def merge(self, params: Any, state: Any, matrix: jax.Array) -> jax.Array:
+        """The adapted matrix of one layer."""
+
+    def apply(self, params: Any, state: Any, base: Weight, x: jax.Array, dot: Dot) -> jax.Array:
+        """``x`` times the adapted matrix of one layer."""
+
+    def take(self, params: Any, state: Any, base: Weight, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Rows of the adapted matrix of one layer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tag:
+    """The adapter's name and config.
+
+    Tags are equal if their methods compute the same from the same arrays: names and descriptive fields stay out of
+    the tree's structure, so that adapters of one shape share their compiled programs.
+    """
+
+    name: str
+    config: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tag) and self.config.structure() == other.config.structure()
+
+    def __hash__(self) -> int:
+        return hash(self.config.structure())
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("base", "params", "state"),
+    meta_fields=("layout", "tag", "active", "trainable"),
+)
+@dataclasses.dataclass(frozen=True)
+class Adapted(Weight):
+    """A base leaf with an adapter on it.
+
+    Attributes:
+        base: The base: an array, a quantized leaf, or another adapted leaf.
+        params: The adapter's trained arrays by role (``lora_A``, ...), stacked axes first.
+        state: The adapter's frozen arrays (scales, ranks, dropout keys), stacked axes first.
+        layout: Axes of the base.
+        tag: Name and config of the adapter.
+        active: Whether the adapter takes part; if not, the leaf stands for its base.
+        trainable: Whether `partition` gives ``params`` to the trainable twin while the adapter is active.
+    """
+
+    base: Any
+    params: dict[str, jax.Array]
+    state: dict[str, Any]
+    layout: Layout
+    tag: Tag
+    active: bool = True
+    trainable: bool = True
+
+    @property
+    def method(self) -> Method:
+        """The method that made the adapter."""
+        return self.tag.config
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Element type of the base."""
+        return self.base.dtype
+
+    @property
+    def side_path(self) -> bool:
+        """Whether a product with this leaf is cheaper than merging it."""
+        inner = self._base.side_path
+        return inner or (self.active and self.method.side_path)
+
+    @property
+    def _base(self) -> Weight:
+        return as_weight(self.base, self.layout)
+
+    def dense(self) -> jax.Array:
+        """The adapter merged into the base, in the base's dtype."""
+        base = self._base.dense()
+        if not self.active:
+            return base
+        merge = self.method.merge
+        for _ in self.layout.stack:
+            merge = jax.vmap(merge)
+        matrix = merge(self.params, self.state, self.layout.matrix(base))
+        return self.layout.unmatrix(matrix, base.shape)
+
+    def matmul(self, x: jax.Array, dot: Dot = Dot()) -> jax.Array:
+        """``x`` times the adapted matrix, by the method's cheapest way."""
+        if not self.active:
+            return self._base.matmul(x, dot)
+        return self.method.apply(self.params, self.state, self._base, x, dot)
+
+    def take(self, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Rows of the adapted matrix, by the method's cheapest way."""
+        if not self.active:
+            return self._base.take(rows)
+        return self.method.take(self.params, self.state, self._base, rows)
+
+    def rearranged(self, move: Callable[[jax.Array], jax.Array], layout: Layout) -> "Adapted":
+        """The leaf with its base moved; the adapter's arrays do not depend on where the base's axes stand."""
+        return dataclasses.replace(self, base=as_leaf(self._base.rearranged(move, layout)), layout=layout)
+
+    def astype(self, dtype: jnp.dtype) -> "Adapted":
+        """The leaf with its base converted; the adapter keeps its precision."""
+        return dataclasses.replace(self, base=as_leaf(self._base.astype(dtype)))
+
+    def unstacked(self) -> "Adapted":
+        """The slice along the first stacked axis."""
+        return dataclasses.replace(self, base=as_leaf(self._base.unstacked()), layout=self.layout.unstacked())
+
+
+def is_adapted(node: Any) -> bool:
+    """Whether a node of a tree is an adapted leaf (for ``is_leaf``)."""
+    return isinstance(node, Adapted)
+
+
+def map_adapted(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
+    """``tree`` with ``change(leaf path, adapted leaf)`` in place of every adapted leaf, innermost first."""
+
+    def visit(key_path: Any, node: Any) -> Any:
+        if not is_adapted(node):
+            return node
+        return change(dotted(key_path), dataclasses.replace(node, base=visit(key_path, node.base)))
+
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_adapted)
+
+
+def adapters(tree: Any) -> dict[str, Any]:
+    """Name and config of every adapter in a tree, in order of appearance.
+
+    Example:
+        >>> adapters({"kernel": jnp.ones((2, 2))})
+        {}
+    """
+    found: dict[str, Any] = {}
+
+    def note(_: str, leaf: Adapted) -> Adapted:
+        found.setdefault(leaf.tag.name, leaf.tag.config)
+        return leaf
+
+    map_adapted(note, tree)
+    return found

@@ -1,0 +1,137 @@
+"""Trainable and frozen twins of a tree, and the masks and labels that optax takes over the trainable one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from peft_jax.core.adapted import Adapted, is_adapted, map_adapted
+
+
+def partition(params: Any) -> tuple[Any, Any]:
+    """Split a tree into twins: the arrays that are trained, and all others.
+
+    Gradients are taken with respect to the first twin alone, so that no frozen weight has a gradient.
+
+    Args:
+        params: Any pytree, or a model handle. Trained are the arrays of active adapters attached for training.
+
+    Returns:
+        ``(trainable, frozen)``, each of ``params``'s structure with None where the other has the leaf.
+
+    Example:
+        >>> import jax.numpy as jnp, peft_jax as pj
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.ones((4, 4))}}, pj.LoraConfig(r=2, target_modules=["q"]))
+        >>> trainable, frozen = partition(params)
+        >>> [leaf.shape for leaf in jax.tree.leaves(trainable)]
+        [(4, 2), (2, 4)]
+    """
+    mask = _trained(params)
+    trainable = jax.tree.map(lambda trained, leaf: leaf if trained else None, mask, params)
+    frozen = jax.tree.map(lambda trained, leaf: None if trained else leaf, mask, params)
+    return trainable, frozen
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `partition`: the same structure, the same array objects.
+
+    Adapter names and configs come from ``frozen``, which does not pass through compiled programs.
+
+    Raises:
+        ValueError: if the twins do not belong to one tree.
+    """
+    return jax.tree.map(
+        lambda kept, trained: trained if kept is None else kept, frozen, trainable, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def trainable_mask(trainable: Any, roles: tuple[str, ...] | None = None) -> Any:
+    """A tree of booleans over the trainable twin, for ``optax.masked``: True everywhere, or for some roles only.
+
+    Use it over the trainable twin, never over the whole tree: there ``optax.masked`` passes the gradients of what
+    it masks through unchanged, and the base would move.
+
+    Args:
+        trainable: The first twin of `partition`.
+        roles: Names of the arrays to select, as `trainable_labels` gives them; None for all.
+
+    Raises:
+        ValueError: if a role names no array.
+
+    Example:
+        >>> import jax.numpy as jnp, peft_jax as pj
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.ones((4, 4))}}, pj.LoraConfig(target_modules=["q"]))
+        >>> jax.tree.leaves(trainable_mask(pj.partition(params)[0], roles=("lora_B",)))
+        [False, True]
+    """
+    labels = trainable_labels(trainable)
+    found = set(jax.tree.leaves(labels))
+    if missing := set(roles or ()) - found:
+        raise ValueError(f"Roles {sorted(missing)} name no trainable array. Found: {sorted(found)}.")
+    return jax.tree.map(lambda label: roles is None or label in roles, labels)
+
+
+def trainable_labels(trainable: Any) -> Any:
+    """The role of each trainable array (``lora_A``, ``lora_B``, ``bias``, ...), for ``optax.partition``.
+
+    Example:
+        A LoRA+ optimizer (Hayou et al., 2024, https://arxiv.org/abs/2402.12354), whose B learns 16 times faster:
+
+        >>> import optax
+        >>> plus = optax.partition({"lora_A": optax.adamw(1e-4), "lora_B": optax.adamw(16e-4)}, trainable_labels)
+    """
+    return _relabel(trainable, lambda leaf, role: role)
+
+
+def count_parameters(params: Any) -> tuple[int, int]:
+    """Numbers of trained and of all elements, padding of smaller ranks and unadapted layers not counted.
+
+    A tied or replaced weight counts as often as it is stored, as PEFT counts it.
+    """
+    trained = 0
+    total = sum(leaf.size for leaf in jax.tree.leaves(jax.tree.map(_base_arrays, params, is_leaf=is_adapted)))
+
+    def add(_: str, leaf: Adapted) -> Adapted:
+        nonlocal trained, total
+        size = int(np.sum(leaf.tag.config.sizes(leaf.params, leaf.state)))
+        total += size
+        trained += size if leaf.active and leaf.trainable else 0
+        return leaf
+
+    map_adapted(add, params)
+    return trained, total
+
+
+def _base_arrays(node: Any) -> Any:
+    """The weight under all adapters, as one array-like that knows its size (a quantized one without its scales)."""
+    while is_adapted(node):
+        node = node.base
+    return getattr(node, "q", node)
+
+
+def _trained(params: Any) -> Any:
+    def mask(node: Any) -> Any:
+        if not is_adapted(node):
+            return jax.tree.map(lambda _: False, node)
+        return dataclasses.replace(
+            node,
+            base=mask(node.base),
+            params=dict.fromkeys(node.params, node.active and node.trainable),
+            state=jax.tree.map(lambda _: False, node.state),
+        )
+
+    return jax.tree.map(mask, params, is_leaf=is_adapted)
+
+
+def _relabel(trainable: Any, label: Callable[[Any, str], Any]) -> Any:
+    """``trainable`` with ``label(leaf, role)`` for every array; arrays outside adapters have the role ``params``."""
+
+    def visit(node: Any) -> Any:
+        if not is_adapted(node):
+            return jax.tree.map(lambda leaf: label(leaf, "params"), node)
+        named = {role: None if leaf is None else label(leaf, role) for role, leaf in node.params.items()}
+        return dataclasses.replace(node, base=visit(node.base), params=named)
+
+    return jax.tree.map(visit, trainable, is_leaf=is_adapted)
