@@ -1,6 +1,7 @@
 """Trainable and frozen twins of a tree, and the masks and labels that optax takes over the trainable one."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, is_adapted, map_adapted
+from peft_jax.core.weight import is_weight
 
 
 def partition(params: Any) -> tuple[Any, Any]:
@@ -90,8 +92,8 @@ def count_parameters(params: Any) -> tuple[int, int]:
 
     A tied or replaced weight counts as often as it is stored, as PEFT counts it.
     """
-    trained = 0
-    total = sum(leaf.size for leaf in jax.tree.leaves(jax.tree.map(_base_arrays, params, is_leaf=is_adapted)))
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_weight) if hasattr(leaf, "shape")]
+    trained, total = 0, sum(sizes)
 
     def add(_: str, leaf: Adapted) -> Adapted:
         nonlocal trained, total
@@ -102,13 +104,6 @@ def count_parameters(params: Any) -> tuple[int, int]:
 
     map_adapted(add, params)
     return trained, total
-
-
-def _base_arrays(node: Any) -> Any:
-    """The weight under all adapters, as one array-like that knows its size (a quantized one without its scales)."""
-    while is_adapted(node):
-        node = node.base
-    return getattr(node, "q", node)
 
 
 def _trained(params: Any) -> Any:

@@ -4,15 +4,20 @@ Config classes keep PEFT's class names, field names and defaults (PEFT 0.21.2).
 """
 
 import dataclasses
+import json
+import os
+import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.layout import Layout
 from peft_jax.core.weight import Dot, Weight
 
+CONFIG_FILE = "adapter_config.json"
 Arrays = Mapping[str, jax.Array]
 
 
@@ -34,11 +39,57 @@ class PeftConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    auto_mapping: dict[str, str] | None = None
+    auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
 
     def __hash__(self) -> int:
-        return id(self)
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and ``peft_type``, as PEFT writes them to ``adapter_config.json``."""
+        return {"peft_type": self.peft_type, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """A config from the contents of an ``adapter_config.json``; its ``peft_type`` chooses the class.
+
+        Raises:
+            ValueError: if ``peft_type`` is missing or unsupported, or a field is unknown.
+
+        Example:
+            >>> PeftConfig.from_dict({"peft_type": "LORA", "r": 4}).r
+            4
+        """
+        given = dict(fields)
+        peft_type = given.pop("peft_type", getattr(cls, "peft_type", None))
+        if peft_type is None:
+            raise ValueError(f"An adapter config needs 'peft_type', found only {sorted(given)}.")
+        target = by_name(peft_type)
+        if not issubclass(target, cls):
+            raise ValueError(f"{cls.__name__} cannot read a config of peft_type '{peft_type}'. Use PeftConfig.")
+        known = {field.name for field in dataclasses.fields(target)}
+        # Fields of newer PEFT versions that are switched off say nothing; any other could change the numbers.
+        unknown = {name: value for name, value in given.items() if name not in known and value not in (None, False, {})}
+        if unknown:
+            raise ValueError(f"{target.__name__} does not know {unknown}. Remove these fields if they change nothing.")
+        return target(**{name: value for name, value in given.items() if name in known})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
+        """Read ``adapter_config.json`` from a folder.
+
+        Raises:
+            FileNotFoundError: if the folder holds no ``adapter_config.json``.
+            ValueError: if it is not JSON, or as in `from_dict`.
+        """
+        path = pathlib.Path(directory) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"No {CONFIG_FILE} in '{directory}'. Give the folder of a saved adapter.")
+        try:
+            fields = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{path}' is not JSON ({error}). Save the adapter again.") from None
+        return cls.from_dict(fields)
 
 
 class Method(PeftConfig):
@@ -56,8 +107,20 @@ class Method(PeftConfig):
         """What two configs share exactly if their adapters run in the same compiled program."""
         return (type(self), *(getattr(self, name) for name in self.structural))
 
-    def init(self, weight: Weight, names: np.ndarray, key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Trainable and frozen arrays for a leaf that stands for the layers ``names``."""
+    @property
+    def dropout_rate(self) -> float:
+        """Probability with which `peft_jax.with_dropout` zeroes an input of the adapter."""
+        return 0.0
+
+    def init(
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """Trained and frozen arrays for a leaf that stands for the layers ``names``, adapted where ``hit``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
+        """Number of trained elements of each stacked layer, padding not counted."""
         raise NotImplementedError
 
     @staticmethod
@@ -91,6 +154,7 @@ def register(peft_type: str) -> Callable[[M], M]:
 
     def enter(cls: M) -> M:
         cls.peft_type = peft_type
+        cls.__hash__ = PeftConfig.__hash__  # type: ignore[method-assign]  # dataclass would hash dictionaries
         _METHODS[peft_type] = cls
         return cls
 
@@ -110,6 +174,10 @@ def by_name(peft_type: str) -> type[PeftConfig]:
     if peft_type not in _METHODS:
         raise ValueError(f"peft_type '{peft_type}' is not supported. Supported: {', '.join(names())}.")
     return _METHODS[peft_type]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def names() -> list[str]:

@@ -1,0 +1,122 @@
+"""Which modules a config means: PEFT's rules (PEFT 0.21.2, ``check_target_module_exists``), and nothing silent."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+ALL_LINEAR = "all-linear"
+
+
+class Targets(Protocol):
+    """The fields of a config that choose modules."""
+
+    target_modules: str | Sequence[str] | None
+    exclude_modules: str | Sequence[str] | None
+    modules_to_save: Sequence[str] | None
+    layers_to_transform: int | Sequence[int] | None
+    layers_pattern: str | Sequence[str] | None
+
+
+def is_target(config: Targets, module: str) -> bool:
+    """Whether PEFT would adapt a module of this dotted path (``all-linear`` has to be expanded before).
+
+    Example:
+        >>> import peft_jax as pj
+        >>> is_target(pj.LoraConfig(target_modules=["q_proj"]), "model.layers.0.self_attn.q_proj")
+        True
+    """
+    if config.exclude_modules and _names(config.exclude_modules, module):
+        return False
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or ()):
+        return False
+    targets = config.target_modules or ()
+    if isinstance(targets, str) or module in targets or not _names(targets, module):
+        return bool(targets) and _names(targets, module)
+    layers = _indices(config)
+    return not layers or layer_index(config, module) in layers
+
+
+def layer_index(config: Targets, module: str) -> int | None:
+    """The index of the layer that a module lies in: the first number after a list's name, or after a given one."""
+    patterns = config.layers_pattern or ()
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    for rule in rules:
+        if match := re.match(rule, module):
+            return int(match[1])
+    return None
+
+
+def is_saved_module(config: Targets, module: str) -> bool:
+    """Whether ``modules_to_save`` names the module or one that contains it (PEFT compares ends of strings)."""
+    return any(owner.endswith(name) for owner in _owners(module) for name in config.modules_to_save or ())
+
+
+def pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first pattern that names the module, as ``rank_pattern`` and ``alpha_pattern`` are read."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def check_targets(config: Targets, modules: Sequence[str], patterns: Iterable[str] = ()) -> list[str]:
+    """The modules that a config means, once it is certain that every part of it means at least one.
+
+    Args:
+        config: The config; ``all-linear`` has to be expanded before.
+        modules: Paths of all modules that could be adapted or saved.
+        patterns: Keys of ``rank_pattern`` and the like.
+
+    Raises:
+        ValueError: if a target, excluded name, saved module, layer index or pattern hits nothing.
+    """
+    hits = [module for module in modules if is_target(config, module)]
+    targets = config.target_modules
+    if isinstance(targets, str):
+        if not hits:
+            raise ValueError(_nothing(f"target_modules regex '{targets}'", targets, modules, "A regex is matched whole."))
+    else:
+        for target in targets or ():
+            if not any(_names([target], module) for module in hits):
+                raise ValueError(_nothing(f"Target module '{target}'", target, modules))
+    if config.exclude_modules:
+        excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+        for name in excluded:
+            one = name if isinstance(config.exclude_modules, str) else [name]
+            if not any(_names(one, module) for module in modules):
+                raise ValueError(_nothing(f"exclude_modules '{name}'", name, modules))
+    for name in config.modules_to_save or ():
+        if not any(owner.endswith(name) for module in modules for owner in _owners(module)):
+            raise ValueError(_nothing(f"modules_to_save '{name}'", name, modules))
+    found = {layer_index(config, module) for module in hits}
+    if missing := [index for index in _indices(config) if index not in found]:
+        there = sorted({index for module in modules if (index := layer_index(config, module)) is not None})
+        raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {there}.")
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in hits):
+            raise ValueError(_nothing(f"Pattern '{pattern}' of rank_pattern or alpha_pattern", pattern, hits))
+    return hits
+
+
+def _owners(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _indices(config: Targets) -> list[int]:
+    layers = config.layers_to_transform
+    return [] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+
+
+def _names(targets: str | Sequence[str], module: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _nothing(what: str, name: str, modules: Sequence[str], hint: str = "") -> str:
+    ends = {module.rsplit(".", 1)[-1] for module in modules} | set(modules)
+    near = difflib.get_close_matches(name, sorted(ends), n=3, cutoff=0.3) or sorted(ends)[:3]
+    return f"{what} hits none of {len(modules)} modules. Nearest: {near}. {hint}".strip()

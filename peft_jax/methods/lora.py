@@ -1,0 +1,206 @@
+"""LoRA: W' = W + s A B with s = alpha / rank, or alpha / sqrt(rank).
+
+Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation 3; rank-stabilized scale: Kalajdzievski, 2023,
+https://arxiv.org/abs/2312.03732. Numbers follow PEFT 0.21.2.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.dropout import dropout
+from peft_jax.core.layout import Layout
+from peft_jax.core.paths import keys_from_names
+from peft_jax.core.targets import pattern_value
+from peft_jax.core.weight import Dot, Weight
+from peft_jax.methods.base import Arrays, Method, register
+
+
+@register("LORA")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(Method):
+    """Adds a trainable low-rank matrix to a frozen weight; fields and defaults are PEFT's.
+
+    Attributes:
+        r: Rank of the added matrix, at least 1.
+        lora_alpha: Numerator of its scale ``lora_alpha / r``.
+        lora_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
+        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
+        exclude_modules: Names, or one regex, of modules to leave out.
+        bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted modules).
+        use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead.
+        modules_to_save: Modules trained whole, beside the adapter.
+        init_lora_weights: True (A as PyTorch's Linear, B zero), False (both random) or ``"gaussian"``.
+        layers_to_transform: Index or indices of the layers to adapt; None for all.
+        layers_pattern: Name of the list of layers, if it is not the first numbered one.
+        rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
+        alpha_pattern: Alpha by pattern of module paths, where it differs from ``lora_alpha``.
+        fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
+
+    Every other field of PEFT's ``LoraConfig`` is known, and refused away from its default.
+
+    Raises:
+        ValueError: if a field has a value that is wrong or not supported; the message names it.
+
+    Example:
+        >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]).scaling("q_proj")
+        2.0
+    """
+
+    r: int = 8
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: Sequence[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    # Fields of PEFT that are not supported yet: refused away from their defaults.
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: Any = None
+    loftq_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    velora_config: Any = None
+    monteclora_config: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    use_bdlora: Any = None
+    use_dora: bool = False
+    alora_invocation_tokens: Any = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    layer_replication: Any = None
+    lora_bias: bool = False
+    target_parameters: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (list, set, frozenset)):
+                ordered = value if isinstance(value, list) else sorted(value)
+                object.__setattr__(self, field.name, tuple(ordered))
+            if field.name in _UNSUPPORTED and (value or None) != (_default(field) or None):
+                raise ValueError(f"LoraConfig({field.name}={value!r}) is not supported yet. Leave it at its default.")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        ranks = {"r": self.r, **self.rank_pattern}
+        if wrong := {name: rank for name, rank in ranks.items() if not isinstance(rank, int) or rank < 1}:
+            raise ValueError(f"LoRA needs ranks of at least 1, got {wrong}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is a probability in [0, 1), got {self.lora_dropout}.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias is 'none', 'all' or 'lora_only', got {self.bias!r}.")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not supported yet. Write True, False or 'gaussian'.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform goes with a list of target_modules, not with a regex: put the layers into it.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts. Give layers_to_transform too.")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save is a list of names. Write [{self.modules_to_save!r}].")
+
+    def rank(self, module: str) -> int:
+        """Rank of the adapter of a module."""
+        return int(pattern_value(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """Scale of the adapter of a module."""
+        rank, alpha = self.rank(module), pattern_value(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+    @property
+    def dropout_rate(self) -> float:
+        """``lora_dropout``."""
+        return self.lora_dropout
+
+    def init(
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """``lora_A`` ``(*stack, in, rank)`` and ``lora_B`` ``(*stack, rank, out)``, float32.
+
+        Where ranks differ the smaller ones are padded with zeros, which stay zero in training.
+        """
+        rank = np.where(hit, np.vectorize(self.rank, otypes=[np.int32])(names), 0).astype(np.int32)
+        scaling = np.where(hit, np.vectorize(self.scaling, otypes=[np.float32])(names), 0).astype(np.float32)
+        n_in, n_out = layout.sizes(shape)
+        width = int(rank.max())
+        draw_a, draw_b = self._draws(n_in, n_out, width, layout.lookup)
+        for _ in layout.stack:
+            draw_a, draw_b = jax.vmap(draw_a), jax.vmap(draw_b)
+        keys_a, keys_b = (keys_from_names(jax.random.fold_in(key, i), names) for i in range(2))
+        used = jnp.arange(width) < rank[..., None]
+        a = jnp.where(used[..., None, :], draw_a(keys_a, jnp.asarray(rank)), 0)
+        b = jnp.where(used[..., :, None], draw_b(keys_b, jnp.asarray(rank)), 0)
+        return {"lora_A": a, "lora_B": b}, {"scaling": jnp.asarray(scaling), "rank": jnp.asarray(rank)}
+
+    def _draws(self, n_in: int, n_out: int, width: int, lookup: bool) -> tuple[Callable[..., jax.Array], ...]:
+        """Functions of (key, rank) that draw A and B as PEFT's ``reset_lora_parameters`` does."""
+
+        def zeros(*shape: int) -> Callable[..., jax.Array]:
+            return lambda key, rank: jnp.zeros(shape)
+
+        def normal(*shape: int) -> Callable[..., jax.Array]:
+            return lambda key, rank: jax.random.normal(key, shape)
+
+        def uniform(shape: tuple[int, int], fan_in: int | None) -> Callable[..., jax.Array]:
+            # PyTorch's Linear: kaiming_uniform with a = sqrt(5), which is uniform within 1 / sqrt(fan_in).
+            return lambda key, rank: jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(fan_in or jnp.maximum(rank, 1))
+
+        shape_a, shape_b = (n_in, width), (width, n_out)
+        if lookup:
+            return (normal(*shape_a) if self.init_lora_weights is False else zeros(*shape_a)), normal(*shape_b)
+        if self.init_lora_weights == "gaussian":
+            return lambda key, rank: normal(*shape_a)(key, rank) / jnp.maximum(rank, 1), zeros(*shape_b)
+        return uniform(shape_a, n_in), zeros(*shape_b) if self.init_lora_weights else uniform(shape_b, None)
+
+    @staticmethod
+    def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
+        """``rank * (in + out)`` of each stacked layer."""
+        return np.asarray(state["rank"]) * (params["lora_A"].shape[-2] + params["lora_B"].shape[-1])
+
+    @staticmethod
+    def merge(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
+        """``W + s A B``, added in the adapter's precision."""
+        a, b = params["lora_A"], params["lora_B"]
+        return (matrix.astype(a.dtype) + (a * state["scaling"]) @ b).astype(matrix.dtype)
+
+    @classmethod
+    def apply(cls, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, dot: Dot) -> jax.Array:
+        """``x W + s (dropout(x) A) B``; the low-rank path runs in the adapter's precision."""
+        a, b = params["lora_A"], params["lora_B"]
+        y = base.matmul(x, dot)
+        inner = jnp.matmul(dropout(x, state).astype(a.dtype), a, precision=dot.precision) * state["scaling"]
+        return (y + jnp.matmul(inner, b, precision=dot.precision)).astype(y.dtype)
+
+    @classmethod
+    def take(
+        cls, params: Arrays, state: Mapping[str, Any], base: Weight, rows: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """Rows of ``W`` and of ``A``, the latter times ``s B``."""
+        y = base.take(rows)
+        return (y + rows(params["lora_A"]) @ params["lora_B"] * state["scaling"]).astype(y.dtype)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+_UNSUPPORTED = frozenset(
+    field.name for field in dataclasses.fields(LoraConfig)[[f.name for f in dataclasses.fields(LoraConfig)].index("megatron_config") :]
+)
