@@ -106,6 +106,11 @@ class Adapted(Weight):
         base = self._base.dense()
         if not self.active:
             return base
+        if "dropout" in self.state:
+            raise ValueError(
+                f"Adapter '{self.tag.name}' has dropout switched on, and merging it would change what it computes. "
+                "Merge a tree without pj.with_dropout, or use the weight in a matmul, where dropout applies."
+            )
         merge = self.method.merge
         for _ in self.layout.stack:
             merge = jax.vmap(merge)

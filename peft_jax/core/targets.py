@@ -61,12 +61,15 @@ def pattern_value(patterns: Mapping[str, float], module: str, default: float) ->
     return default
 
 
-def check_targets(config: Targets, modules: Sequence[str], patterns: Iterable[str] = ()) -> list[str]:
+def check_targets(
+    config: Targets, modules: Sequence[str], every: Sequence[str], patterns: Iterable[str] = ()
+) -> list[str]:
     """The modules that a config means, once it is certain that every part of it means at least one.
 
     Args:
         config: The config; ``all-linear`` has to be expanded before.
-        modules: Paths of all modules that could be adapted or saved.
+        modules: Paths of all modules with a matrix.
+        every: Paths of all modules with any leaf, which ``modules_to_save`` may name.
         patterns: Keys of ``rank_pattern`` and the like.
 
     Raises:
@@ -88,8 +91,8 @@ def check_targets(config: Targets, modules: Sequence[str], patterns: Iterable[st
             if not any(_names(one, module) for module in modules):
                 raise ValueError(_nothing(f"exclude_modules '{name}'", name, modules))
     for name in config.modules_to_save or ():
-        if not any(owner.endswith(name) for module in modules for owner in _owners(module)):
-            raise ValueError(_nothing(f"modules_to_save '{name}'", name, modules))
+        if not any(owner.endswith(name) for module in every for owner in _owners(module)):
+            raise ValueError(_nothing(f"modules_to_save '{name}'", name, every))
     found = {layer_index(config, module) for module in hits}
     if missing := [index for index in _indices(config) if index not in found]:
         there = sorted({index for module in modules if (index := layer_index(config, module)) is not None})

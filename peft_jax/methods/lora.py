@@ -4,8 +4,8 @@ Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation 3; rank-stabilized s
 https://arxiv.org/abs/2312.03732. Numbers follow PEFT 0.21.2.
 """
 
+import copy
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +19,11 @@ from peft_jax.core.paths import keys_from_names
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import Dot, Weight
 from peft_jax.methods.base import Arrays, Method, register
+
+
+def _unsupported(default: Any) -> Any:
+    """A field of PEFT's that is refused away from its default."""
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"default": default})
 
 
 @register("LORA")
@@ -66,27 +71,26 @@ class LoraConfig(Method):
     layers_pattern: str | Sequence[str] | None = None
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
-    # Fields of PEFT that are not supported yet: refused away from their defaults.
-    megatron_config: dict[str, Any] | None = None
-    megatron_core: str | None = "megatron.core"
-    trainable_token_indices: Any = None
-    loftq_config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
-    velora_config: Any = None
-    monteclora_config: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
-    use_bdlora: Any = None
-    use_dora: bool = False
-    alora_invocation_tokens: Any = None
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    layer_replication: Any = None
-    lora_bias: bool = False
-    target_parameters: Any = None
-    ensure_weight_tying: bool = False
+    megatron_config: dict[str, Any] | None = _unsupported(None)
+    megatron_core: str | None = _unsupported("megatron.core")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _unsupported(None)
+    loftq_config: dict[str, Any] | None = _unsupported({})
+    eva_config: dict[str, Any] | None = _unsupported(None)
+    corda_config: dict[str, Any] | None = _unsupported(None)
+    lora_ga_config: dict[str, Any] | None = _unsupported(None)
+    velora_config: dict[str, Any] | None = _unsupported(None)
+    monteclora_config: dict[str, Any] | None = _unsupported(None)
+    arrow_config: dict[str, Any] | None = _unsupported(None)
+    kasa_config: dict[str, Any] | None = _unsupported(None)
+    use_bdlora: dict[str, Any] | None = _unsupported(None)
+    use_dora: bool = _unsupported(False)
+    alora_invocation_tokens: list[int] | None = _unsupported(None)
+    use_qalora: bool = _unsupported(False)
+    qalora_group_size: int = _unsupported(16)
+    layer_replication: list[tuple[int, int]] | None = _unsupported(None)
+    lora_bias: bool = _unsupported(False)
+    target_parameters: list[str] | None = _unsupported(None)
+    ensure_weight_tying: bool = _unsupported(False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -94,7 +98,7 @@ class LoraConfig(Method):
             if isinstance(value, (list, set, frozenset)):
                 ordered = value if isinstance(value, list) else sorted(value)
                 object.__setattr__(self, field.name, tuple(ordered))
-            if field.name in _UNSUPPORTED and (value or None) != (_default(field) or None):
+            if "default" in field.metadata and (value or None) != (field.metadata["default"] or None):
                 raise ValueError(f"LoraConfig({field.name}={value!r}) is not supported yet. Leave it at its default.")
         self._check_values()
 
@@ -195,12 +199,3 @@ class LoraConfig(Method):
         """Rows of ``W`` and of ``A``, the latter times ``s B``."""
         y = base.take(rows)
         return (y + rows(params["lora_A"]) @ params["lora_B"] * state["scaling"]).astype(y.dtype)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-_UNSUPPORTED = frozenset(
-    field.name for field in dataclasses.fields(LoraConfig)[[f.name for f in dataclasses.fields(LoraConfig)].index("megatron_config") :]
-)
