@@ -1,0 +1,33 @@
+"""Cross entropy of the next token."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peft_jax.train.data import IGNORE
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of each next token, summed in float32 over the tokens that have a label.
+
+    The logits at one position predict the label at the next, as in `transformers`. Sum and count come apart so that
+    they can be added up over batches before one is divided by the other.
+
+    Args:
+        logits: (batch, length, vocabulary), any float type.
+        labels: (batch, length), token ids and `IGNORE` (-100) where nothing is asked.
+
+    Returns:
+        The sum in nats, float32, and the number of target tokens, int32.
+
+    Example:
+        >>> total, count = cross_entropy(jnp.zeros((1, 3, 4)), jnp.array([[-100, 2, 3]]))
+        >>> int(count), round(float(total / count), 4)  # log(4)
+        (2, 1.3863)
+    """
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    asked = targets != IGNORE
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(asked, targets, 0)
+    )
+    return jnp.sum(losses, where=asked), jnp.sum(asked, dtype=jnp.int32)

@@ -1,0 +1,154 @@
+"""Instruction data: what is read, what is trained, and in which order."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import save_tokenizer
+from transformers import AutoTokenizer
+
+from peft_jax.train import Record, evaluation_batches, read_records, tokenize, tokenize_prompts, training_batches
+from peft_jax.train.data import IGNORE
+
+RECORDS = [
+    Record("Reverse the word.", "abc", "cba"),
+    Record("Say hello.", "", "hello"),
+    Record("Say nothing.", "", ""),
+]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["bos", "no-bos"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, bos=request.param)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_json_and_jsonl_read_the_same(tmp_path: Path) -> None:
+    objects = [{"instruction": r.instruction, "input": r.input, "output": r.output, "id": 7} for r in RECORDS]
+    objects[1].pop("input")
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(objects, indent=2), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, objects)) + "\n", encoding="utf-8")
+    assert read_records(tmp_path / "a.json") == read_records(tmp_path / "a.jsonl") == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is empty. Give at least one record"),
+        ("[]", "holds no records. Give at least one"),
+        ("[1, 2", "is not JSON"),
+        ('{"instruction": "a", "output": "b"}\nhello', "is not JSON in line 2"),
+        ("[3]", "record 1 of .* is of type int, not an object"),
+        ('[{"instruction": "a", "output": "b"}, {"text": "a", "title": "b"}]', "record 2 .* lacks .* has text, title"),
+        ('{"instruction": "a", "response": "b"}', "record 1 of .* lacks output; it has instruction, response"),
+        ("{}", "it has no fields"),
+        ('{"instruction": "a", "output": ["b"]}', "has a output of type list, not text"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+    ],
+)
+def test_unreadable_data_says_where_and_what(tmp_path: Path, content: str | bytes, said: str) -> None:
+    file = tmp_path / "data.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=said) as error:
+        read_records(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no data file at"):
+        read_records(tmp_path / "none.json")
+
+
+def test_prompt_is_the_short_one() -> None:
+    assert RECORDS[0].prompt == "### Instruction:\nReverse the word.\n\n### Input:\nabc\n\n### Response:\n"
+    assert RECORDS[1].prompt == "### Instruction:\nSay hello.\n\n### Response:\n"
+
+
+def test_only_the_answer_and_eos_are_trained(tokenizer: Any) -> None:
+    data = tokenize(RECORDS, tokenizer)
+    assert data.length % 32 == 0 and data.too_long == 0
+    for row, record in zip(data, RECORDS, strict=True):  # type: ignore[call-overload]
+        ids = row["input_ids"][row["attention_mask"] == 1].tolist()
+        starts_with_bos = bool(tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id)
+        assert ids.count(tokenizer.bos_token_id) == starts_with_bos
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True) == record.prompt + record.output
+        targets = row["labels"][row["labels"] != IGNORE].tolist()
+        assert targets == ids[-len(targets) :]
+        assert tokenizer.decode(targets) == record.output + "</s>"
+
+
+def test_a_token_that_straddles_prompt_and_answer_is_trained() -> None:
+    def merging(text: str, *, verbose: bool) -> dict[str, list[int]]:
+        pairs = text.replace("\nb", "\x01")  # "\nb" is one token
+        return {"input_ids": [ord(c) for c in pairs]}
+
+    merging.eos_token_id = 2  # type: ignore[attr-defined]
+    data = tokenize([Record("a", "", "bc")], merging)  # type: ignore[arg-type]
+    assert [label for label in data.labels[0] if label != IGNORE] == [1, ord("c"), 2]
+
+
+def test_eos_is_not_doubled(tokenizer: Any) -> None:
+    class AddsEos:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text: str, *, verbose: bool) -> dict[str, list[int]]:
+            return {"input_ids": [*tokenizer(text)["input_ids"], self.eos_token_id]}
+
+    for field in ("input_ids", "labels", "attention_mask"):
+        assert np.array_equal(
+            getattr(tokenize(RECORDS, AddsEos()), field), getattr(tokenize(RECORDS, tokenizer), field)
+        )
+    for left, right in zip(tokenize_prompts(RECORDS, AddsEos()), tokenize_prompts(RECORDS, tokenizer), strict=True):
+        assert np.array_equal(left, right)
+
+
+def test_examples_over_the_cutoff_are_counted(tokenizer: Any) -> None:
+    records = [*RECORDS, Record("a", "b" * 300, "c")]
+    assert tokenize(records, tokenizer, cutoff_len=128).too_long == 1
+    assert len(tokenize(records, tokenizer, cutoff_len=128)) == 3
+    assert tokenize(records, tokenizer, pad_to=64).input_ids.shape == (3, 64)
+    exact = sum(tokenize(RECORDS[:1], tokenizer).attention_mask[0])
+    assert tokenize(RECORDS[:1], tokenizer, cutoff_len=exact).length == exact
+    with pytest.raises(ValueError, match=f"none of 1 examples fits into {exact - 1} tokens. Raise .* to {exact}"):
+        tokenize(RECORDS[:1], tokenizer, cutoff_len=exact - 1)
+
+
+def test_a_tokenizer_without_eos_is_an_error(tokenizer: Any) -> None:
+    class NoEos:
+        eos_token_id = None
+        __call__ = tokenizer.__call__
+
+    with pytest.raises(ValueError, match="no eos_token"):
+        tokenize(RECORDS, NoEos())
+
+
+def test_prompts_are_padded_on_the_left_and_end_where_the_answer_begins(tokenizer: Any) -> None:
+    data = tokenize(RECORDS, tokenizer)
+    for ids, mask, row in zip(*tokenize_prompts(RECORDS, tokenizer), data, strict=True):  # type: ignore[call-overload]
+        assert np.all(np.diff(mask) >= 0)
+        prompt = row["input_ids"][(row["attention_mask"] == 1) & (row["labels"] == IGNORE)]
+        assert np.array_equal(ids[mask == 1], prompt)
+
+
+def test_training_batches_shuffle_each_epoch_and_repeat(tokenizer: Any) -> None:
+    data = tokenize([Record(f"number {n}", "", str(n)) for n in range(10)], tokenizer)
+    batches = training_batches(data, 4, seed=1)
+    rows = [tuple(ids) for step in range(5) for ids in batches[step]["input_ids"]]
+    assert set(rows[:10]) == set(rows[10:]) == {tuple(ids) for ids in data.input_ids}
+    assert rows[:10] != rows[10:]
+    again, other = training_batches(data, 4, seed=1), training_batches(data, 4, seed=2)
+    assert np.array_equal(batches[3]["labels"], again[3]["labels"])
+    assert not np.array_equal(batches[3]["labels"], other[3]["labels"])
+
+
+def test_evaluation_batches_hold_everything_once(tokenizer: Any) -> None:
+    data = tokenize(RECORDS, tokenizer)
+    batches = list(evaluation_batches(data, 2))
+    assert {batch["labels"].shape for batch in batches} == {(2, data.length)}
+    labels = list(itertools.chain.from_iterable(batch["labels"] for batch in batches))
+    assert np.array_equal(labels[:3], data.labels) and np.all(labels[3] == IGNORE)

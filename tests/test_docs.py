@@ -1,0 +1,49 @@
+"""README blocks and docstring examples, executed."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import peft_jax
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def all_modules() -> list[str]:
+    found = ["peft_jax"]
+    for room in pkgutil.iter_modules(peft_jax.__path__):
+        package = importlib.import_module(f"peft_jax.{room.name}")
+        found.append(package.__name__)
+        found += [f"{package.__name__}.{file.name}" for file in pkgutil.iter_modules(getattr(package, "__path__", []))]
+    interop = importlib.import_module("peft_jax.interop")
+    found.append(interop.__name__)
+    found += [f"{interop.__name__}.{file.name}" for file in pkgutil.iter_modules(interop.__path__)]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("name", all_modules())
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # an example may write files
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(importlib.import_module(name), optionflags=flags).failed == 0
+
+
+def test_readme_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's Python runs from top to bottom as one program, as a reader would type it."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "readme"}
+    for number, block in enumerate(BLOCKS, 1):
+        exec(compile(block, f"README.md, Python block {number}", "exec"), names)
+
+
+def test_readme_paths_exist() -> None:
+    """Every relative link and picture in the README leads somewhere."""
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), f"README.md links to {target}, which does not exist"

@@ -1,0 +1,75 @@
+"""The house's own rules: which way imports point, what is never imported, what the public face holds."""
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import peft_jax
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ["core", "quant", "methods", "prompts", "adapt", "interop", "models", "train", "cli"]
+FILES = sorted([*(ROOT / "peft_jax").rglob("*.py"), *(ROOT / "interop").rglob("*.py")])
+
+
+def module_name(file: Path) -> list[str]:
+    """The dotted name a file is imported by, in parts; the folder interop/ is peft_jax.interop."""
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    parts = ["peft_jax", *parts] if parts[0] == "interop" else parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported_names(file: Path) -> Iterator[str]:
+    """Every module a file imports, anywhere in it; `from a import b` counts as `a.b`."""
+    package = module_name(file) if file.name == "__init__.py" else module_name(file)[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_down(file: Path) -> None:
+    parts = module_name(file)
+    if len(parts) == 1:
+        return  # peft_jax/__init__.py, the public face, sees every room
+    for name in imported_names(file):
+        if name.split(".")[0] == "peft_jax":
+            assert name.count("."), f"{file}: import the room, not the public face"
+            room = name.split(".")[1]
+            assert room in ROOMS, f"{file} imports {name}: no such room"
+            assert ROOMS.index(room) <= ROOMS.index(parts[1]), f"{file} imports {name}, which stands further down"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_torch_no_peft(file: Path) -> None:
+    assert not {"torch", "peft"} & {name.split(".")[0] for name in imported_names(file)}
+
+
+def test_every_room_is_packaged() -> None:
+    rooms = {module_name(file)[1] for file in FILES if file.name == "__init__.py" and len(module_name(file)) > 1}
+    assert rooms <= set(ROOMS)
+    for room in rooms:
+        assert importlib.util.find_spec(f"peft_jax.{room}") is not None
+    assert (ROOT / "peft_jax" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("name", peft_jax.__all__)
+def test_public_name_is_documented(name: str) -> None:
+    value = getattr(peft_jax, name)
+    if callable(value) or inspect.ismodule(value):
+        assert inspect.getdoc(value), f"peft_jax.{name} has no docstring"
+
+
+def test_interop_is_installed_inside_the_package() -> None:
+    assert importlib.import_module("peft_jax.interop").__name__ == "peft_jax.interop"
+    top_level = {str(file).split("/")[0] for file in importlib.metadata.files("peft-jax") or []}
+    assert "interop" not in top_level
