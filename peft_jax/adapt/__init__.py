@@ -1,0 +1,4 @@
+"""Run any JAX function over adapted and quantized leaves."""
+
+from peft_jax.adapt.interpreter import adapt as adapt
+from peft_jax.adapt.interpreter import evaluate as evaluate

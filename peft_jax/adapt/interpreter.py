@@ -1,0 +1,113 @@
+"""Run any JAX function over adapted and quantized leaves: trace it on dense shapes, then interpret the jaxpr.
+
+An equation with no weight among its operands runs as it stands. One with a weight runs by the rule of its primitive;
+without a rule, or where the rule does not apply, the weight is merged first, so that an unknown primitive costs speed
+and never correctness.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.adapt import compat
+from peft_jax.adapt.rules import RULES
+from peft_jax.core.weight import Weight, is_weight
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def adapt(fn: F) -> F:
+    """A pure function that understands adapted and quantized leaves anywhere in its arguments.
+
+    ``fn`` is traced once on the dense shapes; products and lookups with a weight run on the side path
+    (``x W + s (x A) B``), so that no merged weight and no gradient of a frozen weight is formed. The result composes
+    with ``jit``, ``grad``, ``vmap``, ``scan`` and ``checkpoint``; ``jit`` it, or each call traces ``fn`` again.
+
+    Args:
+        fn: Any function of pytrees that JAX can trace. Arguments that are not arrays are static. It sees plain
+            arrays; Python side effects happen while tracing.
+
+    Returns:
+        A function of the same signature. Without weights in its arguments it is ``fn`` itself.
+
+    Raises:
+        ValueError: where merging a weight would change the meaning (dropout switched on).
+
+    Example:
+        >>> import peft_jax as pj
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["in"]["kernel"]) @ params["out"]["kernel"]
+        >>> params = {"in": {"kernel": jnp.ones((4, 8))}, "out": {"kernel": jnp.ones((8, 2))}}
+        >>> adapted = pj.apply_lora(params, pj.LoraConfig(r=2, target_modules=["in", "out"]))
+        >>> adapt(model)(adapted, jnp.ones((3, 4))).shape
+        (3, 2)
+    """
+
+    @functools.wraps(fn)
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
+        if not any(map(is_weight, leaves)):
+            return fn(*args, **kwargs)
+        leaves = [leaf.dense() if is_weight(leaf) and not leaf.side_path else leaf for leaf in leaves]
+        traced = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or compat.is_array(leaf)]
+
+        def flat(*arrays: Any) -> Any:
+            filled = list(leaves)
+            for i, array in zip(traced, arrays, strict=True):
+                filled[i] = array
+            args, kwargs = jax.tree.unflatten(treedef, filled)
+            return fn(*args, **kwargs)
+
+        jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*(_dense_shape(leaves[i]) for i in traced))
+        out = evaluate(jaxpr, *(leaves[i] for i in traced))
+        return jax.tree.unflatten(jax.tree.structure(shapes), list(map(_merged, out)))
+
+    return adapted  # type: ignore[return-value]
+
+
+def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
+    """The outputs of a closed jaxpr on arrays and weights; an output may be a weight."""
+    jaxpr = compat.closed(jaxpr)
+    env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env |= zip(jaxpr.jaxpr.invars, args, strict=True)
+
+    def read(atom: Any) -> Any:
+        return atom.val if compat.is_literal(atom) else env[atom]
+
+    for eqn in jaxpr.jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        env |= zip(eqn.outvars, _equation(eqn, values), strict=True)
+    return [read(atom) for atom in jaxpr.jaxpr.outvars]
+
+
+def _equation(eqn: Any, values: list[Any]) -> list[Any]:
+    if not any(map(is_weight, values)):
+        return compat.bind(eqn, values)
+    rule = RULES.get(eqn.primitive.name)
+    out = rule(evaluate, eqn, values) if rule else None
+    return _merging(eqn, values) if out is None else out
+
+
+def _merging(eqn: Any, values: list[Any]) -> list[Any]:
+    """Run an equation on merged weights, which backward forms again rather than keeps."""
+
+    def merged(*values: Any) -> list[Any]:
+        return compat.bind(eqn, list(map(_merged, values)))
+
+    try:
+        return merged(*values) if eqn.effects else jax.checkpoint(merged)(*values)
+    except ValueError as error:
+        if "dropout" in str(error):
+            raise ValueError(f"Primitive '{eqn.primitive.name}' takes a weight that has to be merged. {error}") from None
+        raise
+
+
+def _merged(value: Any) -> Any:
+    return value.dense() if is_weight(value) else value
+
+
+def _dense_shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Weight) else leaf
