@@ -8,6 +8,7 @@ from peft_jax.train.data import read_records as read_records
 from peft_jax.train.data import tokenize as tokenize
 from peft_jax.train.data import tokenize_prompts as tokenize_prompts
 from peft_jax.train.data import training_batches as training_batches
+from peft_jax.train.loop import train as train
 from peft_jax.train.loss import cross_entropy as cross_entropy
 from peft_jax.train.plot import plot_losses as plot_losses
 from peft_jax.train.step import evaluate as evaluate

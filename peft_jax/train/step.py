@@ -71,7 +71,7 @@ def make_training_step(apply: Apply, optimizer: optax.GradientTransformation) ->
         def mean_loss(trainable: Any) -> jax.Array:
             params = with_dropout(combine(trainable, frozen), key)
             logits = apply(params, batch["input_ids"], batch["attention_mask"])
-            total, count = cross_entropy(logits, batch["labels"])
+            total, count = cross_entropy(logits, jnp.asarray(batch["labels"]))
             return total / jnp.maximum(count, 1).astype(jnp.float32)
 
         loss, gradients = jax.value_and_grad(mean_loss)(trainable)
@@ -87,7 +87,7 @@ def make_evaluation_step(apply: Apply) -> EvaluationStep:
     """Build the compiled step ``(params, batch) -> (summed loss, number of target tokens)``, without dropout."""
 
     def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return cross_entropy(apply(params, batch["input_ids"], batch["attention_mask"]), batch["labels"])
+        return cross_entropy(apply(params, batch["input_ids"], batch["attention_mask"]), jnp.asarray(batch["labels"]))
 
     compiled: EvaluationStep = jax.jit(step)
     return compiled

@@ -1,0 +1,177 @@
+"""Loss, steps and loop: against plain formulas, and one compilation for a whole run."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+import peft_jax as pj
+from peft_jax.train import (
+    cross_entropy,
+    evaluate,
+    evaluation_batches,
+    make_evaluation_step,
+    make_optimizer,
+    make_training_step,
+    plot_losses,
+    train,
+    training_batches,
+)
+from peft_jax.train.data import IGNORE, Tokens
+
+VOCABULARY, WIDTH, LENGTH = 11, 6, 8
+
+
+def apply(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    hidden = jnp.tanh(params["embed"]["embedding"][ids] @ params["body"]["kernel"])
+    return hidden * mask[..., None].astype(hidden.dtype) @ params["head"]["kernel"]
+
+
+def adapted(seed: int, **fields: Any) -> Any:
+    keys = jax.random.split(jax.random.key(7), 3)
+    params = {
+        "embed": {"embedding": jax.random.normal(keys[0], (VOCABULARY, WIDTH))},
+        "body": {"kernel": jax.random.normal(keys[1], (WIDTH, WIDTH))},
+        "head": {"kernel": jax.random.normal(keys[2], (WIDTH, VOCABULARY))},
+    }
+    cfg = pj.LoraConfig(r=2, target_modules=["body", "head"], **fields)
+    return pj.apply_lora(params, cfg, key=jax.random.key(seed))
+
+
+@pytest.fixture(scope="module")
+def data() -> Tokens:
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (10, LENGTH)).astype(np.int32)
+    mask = (np.arange(LENGTH) < np.arange(4, 14)[:, None]).astype(np.int32)
+    labels = np.where((mask == 1) & (np.arange(LENGTH) > 1), ids, IGNORE)
+    return Tokens(ids, mask, labels, too_long=0)
+
+
+def test_cross_entropy_equals_transformers() -> None:
+    import torch
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3, LENGTH, VOCABULARY)).astype(np.float32) * 5
+    labels = rng.integers(0, VOCABULARY, (3, LENGTH))
+    labels[:, :3] = IGNORE
+    labels[2] = IGNORE
+    total, count = cross_entropy(jnp.asarray(logits), jnp.asarray(labels, jnp.int32))
+    want = ForCausalLMLoss(torch.tensor(logits), torch.tensor(labels), vocab_size=VOCABULARY)
+    assert int(count) == 2 * (LENGTH - 3)
+    np.testing.assert_allclose(float(total) / int(count), float(want), rtol=1e-6)
+
+
+def test_cross_entropy_of_bf16_logits_is_summed_in_float32() -> None:
+    total, count = cross_entropy(jnp.zeros((64, 65, 16), jnp.bfloat16), jnp.zeros((64, 65), jnp.int32))
+    assert total.dtype == jnp.float32
+    np.testing.assert_allclose(float(total), int(count) * np.log(16), rtol=1e-6)
+
+
+def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(data: Tokens) -> None:
+    trainable, frozen = pj.partition(adapted(0, init_lora_weights=False))
+    batch = data[:4]
+    asked = batch["labels"][:, 1:] != IGNORE
+    labels = np.where(asked, batch["labels"][:, 1:], 0)[..., None]
+
+    def mean(trainable: Any) -> jax.Array:
+        dense = pj.merge(pj.combine(trainable, frozen))
+        log_p = jax.nn.log_softmax(apply(dense, batch["input_ids"], batch["attention_mask"]))[:, :-1]
+        chosen = jnp.take_along_axis(log_p, labels, -1)[..., 0]
+        return -jnp.mean(chosen, where=asked)
+
+    want_loss, gradients = jax.value_and_grad(mean)(trainable)
+    want = jax.tree.map(lambda leaf, gradient: np.asarray(leaf - 0.5 * gradient), trainable, gradients)
+    before = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(trainable)]
+    step = make_training_step(pj.adapt(apply), optax.sgd(0.5))
+    got, _, loss = step(trainable, optax.sgd(0.5).init(trainable), frozen, batch, jax.random.key(0))
+    np.testing.assert_allclose(float(loss), float(want_loss), rtol=1e-6)
+    for one, other, old in zip(jax.tree.leaves(got), jax.tree.leaves(want), before, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        assert np.abs(one - old).max() > 1e-3
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation(data: Tokens) -> None:
+    optimizer = optax.sgd(0.0)
+    step, evaluation = make_training_step(pj.adapt(apply), optimizer), make_evaluation_step(pj.adapt(apply))
+    for rate in (0.0, 0.5):
+        params = adapted(0, init_lora_weights=False, lora_dropout=rate)
+        expected = evaluate(evaluation, params, [data[:4]])
+        trainable, frozen = pj.partition(params)
+        state = optimizer.init(trainable)
+        losses = []
+        for seed in (1, 2):
+            trainable, state, loss = step(trainable, state, frozen, data[:4], jax.random.key(seed))
+            losses.append(float(loss))
+        assert (losses[0] == losses[1] and np.isclose(losses[0], expected, rtol=1e-6)) == (rate == 0.0)
+
+
+def test_the_batch_size_of_an_evaluation_does_not_matter(data: Tokens) -> None:
+    step, params = make_evaluation_step(pj.adapt(apply)), adapted(0, init_lora_weights=False)
+    losses = [evaluate(step, params, evaluation_batches(data, size)) for size in (1, 3, 10, 16)]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+def test_the_loop_learns_compiles_once_and_repeats_bit_for_bit(data: Tokens) -> None:
+    optimizer = make_optimizer(0.05, 60)
+    step = make_training_step(pj.adapt(apply), optimizer)
+    evaluation = make_evaluation_step(pj.adapt(apply))
+
+    def run(seed: int) -> tuple[list[float], list[float], Any]:
+        fresh = adapted(seed)
+        held_out = [evaluate(evaluation, fresh, evaluation_batches(data, 4))]
+        losses = []
+        for number, params, loss in train(
+            step, fresh, optimizer, training_batches(data, 4, seed=seed), max_steps=60, seed=seed
+        ):
+            losses.append(loss)
+            if number % 30 == 0:
+                held_out.append(evaluate(evaluation, params, evaluation_batches(data, 4)))
+        return losses, held_out, params
+
+    first, held_out, params = run(0)
+    again, _, same = run(0)
+    other, _, _ = run(1)
+    assert len(first) == 60 and held_out[0] > held_out[1] > held_out[2]
+    assert first == again and first != other
+    for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(same), strict=True):
+        assert np.array_equal(one, two)
+    assert step._cache_size() == evaluation._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_frozen_weights_do_not_move(data: Tokens) -> None:
+    optimizer = make_optimizer(0.1, 3)
+    base = jax.tree.map(np.asarray, pj.unload(adapted(0)))
+    step = make_training_step(pj.adapt(apply), optimizer)
+    *_, (_, params, _) = train(step, adapted(0), optimizer, training_batches(data, 4, seed=0), max_steps=3, seed=0)
+    for before, after in zip(jax.tree.leaves(base), jax.tree.leaves(pj.unload(params)), strict=True):
+        assert np.array_equal(before, after)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(data: Tokens) -> None:
+    optimizer = optax.sgd(float("inf"))
+    step = make_training_step(pj.adapt(apply), optimizer)
+    with pytest.raises(ValueError, match="the loss is nan at step 2. Lower the learning rate"):
+        list(train(step, adapted(0), optimizer, training_batches(data, 4, seed=0), max_steps=9, seed=0))
+
+
+def test_the_learning_rate_rises_and_falls_to_zero() -> None:
+    optimizer = make_optimizer(1.0, 40)
+    state, rates = optimizer.init(jnp.zeros(())), []
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(41):
+            update, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
+            rates.append(-float(update))  # Adam's update on a constant gradient is the rate
+    np.testing.assert_allclose(rates[:4], [1 / 3, 2 / 3, 1.0, 37 / 38], rtol=1e-4)
+    assert abs(rates[-1]) < 1e-6 and all(rate > 0 for rate in rates[:-1])
+
+
+def test_the_loss_curve_is_a_picture(tmp_path: Path) -> None:
+    curves = {"training": [(n, 3 / n) for n in range(1, 100)], "held-out": [(0, 3.1), (50, 0.2), (99, 0.1)]}
+    plot_losses(tmp_path / "loss.png", curves, title="a run")
+    picture = matplotlib.image.imread(tmp_path / "loss.png")
+    assert picture.shape[:2] == (480, 840) and len(np.unique(picture.reshape(-1, 4), axis=0)) > 10
