@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import RULES
@@ -101,7 +100,9 @@ def _merging(eqn: Any, values: list[Any]) -> list[Any]:
         return merged(*values) if eqn.effects else jax.checkpoint(merged)(*values)
     except ValueError as error:
         if "dropout" in str(error):
-            raise ValueError(f"Primitive '{eqn.primitive.name}' takes a weight that has to be merged. {error}") from None
+            raise ValueError(
+                f"Primitive '{eqn.primitive.name}' takes a weight that has to be merged. {error}"
+            ) from None
         raise
 
 

@@ -1,7 +1,7 @@
 """An adapted leaf: a base weight and one adapter on it. Several adapters are nested leaves."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted
-from peft_jax.core.weight import Dot, Weight, as_leaf, as_weight
+from peft_jax.core.weight import PLAIN_DOT, Dot, MergeError, Weight, as_leaf, as_weight
 
 
 class Method(Protocol):
@@ -35,12 +35,18 @@ class Method(Protocol):
 class Tag:
     """The adapter's name and config.
 
+    ``dtypes`` remembers the element types in which the adapter's file stored its tensors, by role, for saving again.
+
     Tags are equal if their methods compute the same from the same arrays: names and descriptive fields stay out of
     the tree's structure, so that adapters of one shape share their compiled programs.
     """
 
     name: str
     config: Any
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Tag({self.name!r}, {type(self.config).__name__})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tag) and self.config.structure() == other.config.structure()
@@ -107,7 +113,7 @@ class Adapted(Weight):
         if not self.active:
             return base
         if "dropout" in self.state:
-            raise ValueError(
+            raise MergeError(
                 f"Adapter '{self.tag.name}' has dropout switched on, and merging it would change what it computes. "
                 "Merge a tree without pj.with_dropout, or use the weight in a matmul, where dropout applies."
             )
@@ -117,7 +123,7 @@ class Adapted(Weight):
         matrix = merge(self.params, self.state, self.layout.matrix(base))
         return self.layout.unmatrix(matrix, base.shape)
 
-    def matmul(self, x: jax.Array, dot: Dot = Dot()) -> jax.Array:
+    def matmul(self, x: jax.Array, dot: Dot = PLAIN_DOT) -> jax.Array:
         """``x`` times the adapted matrix, by the method's cheapest way."""
         if not self.active:
             return self._base.matmul(x, dot)

@@ -79,7 +79,9 @@ def check_targets(
     targets = config.target_modules
     if isinstance(targets, str):
         if not hits:
-            raise ValueError(_nothing(f"target_modules regex '{targets}'", targets, modules, "A regex is matched whole."))
+            raise ValueError(
+                _nothing(f"target_modules regex '{targets}'", targets, modules, "A regex is matched whole.")
+            )
     else:
         for target in targets or ():
             if not any(_names([target], module) for module in hits):

@@ -17,6 +17,13 @@ class Dot(NamedTuple):
     preferred_element_type: Any = None
 
 
+PLAIN_DOT = Dot()
+
+
+class MergeError(ValueError):
+    """A weight cannot be made dense without changing what it computes."""
+
+
 class Weight(abc.ABC):
     """Stands for a dense array of ``shape`` and ``dtype``, seen as one matrix ``(in, out)`` through ``layout``.
 
@@ -50,7 +57,7 @@ class Weight(abc.ABC):
         """The dense array, of ``shape`` and ``dtype``."""
 
     @abc.abstractmethod
-    def matmul(self, x: jax.Array, dot: Dot = Dot()) -> jax.Array:
+    def matmul(self, x: jax.Array, dot: Dot = PLAIN_DOT) -> jax.Array:
         """``x @ matrix`` for ``x`` of shape ``(..., in)`` and no stacked axes; gives ``(..., out)``."""
 
     @abc.abstractmethod
@@ -100,7 +107,7 @@ class Dense(Weight):
         """The array itself."""
         return self.array
 
-    def matmul(self, x: jax.Array, dot: Dot = Dot()) -> jax.Array:
+    def matmul(self, x: jax.Array, dot: Dot = PLAIN_DOT) -> jax.Array:
         """``x @ matrix``."""
         return jnp.matmul(x, self.layout.matrix(self.array), **dot._asdict())
 

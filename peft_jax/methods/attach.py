@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, Tag, adapters
+from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout, conventional_layout
 from peft_jax.core.paths import dotted, module_path, stacked_names
 from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
@@ -26,8 +26,17 @@ class Leaf(NamedTuple):
 
     path: str
     value: Any
-    layout: Layout | None
+    layout: Any
     names: np.ndarray
+
+
+class Choice(NamedTuple):
+    """A leaf that an adapter changes: its position, which stacked layers, and its role if it is trained whole."""
+
+    position: int
+    leaf: Leaf
+    hit: np.ndarray
+    role: str | None
 
 
 def apply_lora(
@@ -65,7 +74,7 @@ def apply_adapter(
     a target changes no other adapter.
 
     Args:
-        params: Any pytree of arrays; quantized and adapted leaves are weights like others.
+        params: Any pytree of arrays, or a model handle; quantized and adapted leaves are weights like others.
         config: What to attach, where, and how it starts.
         key: A JAX random key; None means ``jax.random.key(0)``.
         adapter_name: Name of the adapter, new to the tree.
@@ -76,65 +85,85 @@ def apply_adapter(
         ValueError: if some part of the config hits nothing, a target's axes are ambiguous, a layout does not fit its
             leaf or matches none, or the name is taken.
     """
+    if isinstance(params, Handle):
+        handle = untied_for(params, lambda name: _touches(config, name))
+        config = _completed(config, handle, layout)
+        tree = apply_adapter(
+            handle.params, config, key=key, adapter_name=adapter_name, layout={**handle.layouts(), **(layout or {})}
+        )
+        return handle.replace(tree)
     if adapter_name in adapters(params):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
     key = jax.random.key(0) if key is None else key
     found = find_leaves(params, layout, getattr(config, "fan_in_fan_out", False))
     config = expand_all_linear(config, found)
-    modules = [name for leaf in found for name in leaf.names.flat if _is_matrix(leaf)]
+    modules = [name for leaf in found for name in leaf.names.flat if is_matrix(leaf)]
     patterns = {**getattr(config, "rank_pattern", {}), **getattr(config, "alpha_pattern", {})}
     every = sorted({name for leaf in found for name in leaf.names.flat})
     targets = set(check_targets(config, modules, every, patterns))
 
-    def start(leaf: Leaf, hit: np.ndarray, role: str | None) -> Adapted:
+    nodes = {}
+    for position, leaf, hit, role in choose(found, config, targets):
         if role is None:
-            params, state = config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
-            return make_adapted(leaf, Tag(adapter_name, config), params, state)
-        whole = Whole(config, role)
-        return make_adapted(leaf, Tag(adapter_name, whole), *whole.init(as_weight(leaf.value, leaf.layout), hit))
+            method, arrays = config, config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
+        else:
+            method = Whole(config, role)
+            arrays = method.init(as_weight(leaf.value, leaf.layout), hit)
+        nodes[position] = Adapted(
+            leaf.value, *arrays, leaf.layout, Tag(adapter_name, method), trainable=not config.inference_mode
+        )
+    return replace_leaves(params, nodes)
 
-    return attach(params, found, lambda leaf: choose(leaf, config, targets), start)
+
+def untied_for(handle: Handle, changes: Callable[[str], bool]) -> Handle:
+    """The handle, with tied modules given leaves of their own if an adapter ``changes`` one of them.
+
+    PEFT wraps one of the modules and leaves the other as it was; with one leaf for both, both would change.
+    """
+    return handle.untied() if any(map(changes, handle.tied_modules)) else handle
 
 
-def attach(
-    params: Any,
-    found: Sequence[Leaf],
-    chosen: Callable[[Leaf], tuple[np.ndarray, str | None]],
-    start: Callable[[Leaf, np.ndarray, str | None], Adapted],
-) -> Any:
-    """``params`` with ``start(leaf, hit, role)`` for every leaf of which ``chosen`` hits a layer."""
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
-    for i, leaf in enumerate(found):
-        hit, role = chosen(leaf)
+def _completed(config: Method, handle: Handle, layout: Layouts | None) -> Method:
+    """The config with the model's name, its task, and its linear modules in place of ``"all-linear"``."""
+    found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})})
+    return dataclasses.replace(
+        expand_all_linear(config, found, handle.output_module),
+        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
+        task_type=config.task_type or handle.task_type,
+    )
+
+
+def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator[Choice]:
+    """The leaves that an adapter changes, given the names of the modules that get a low-rank or other update.
+
+    Raises:
+        ValueError: if one of them has ambiguous axes.
+    """
+    bias = getattr(config, "bias", "none")
+    for position, leaf in enumerate(found):
+        role = None
+        hit = np.vectorize(lambda name: is_saved_module(config, name), otypes=[bool])(leaf.names)
         if hit.any():
-            if leaf.layout is None:
-                raise ValueError(
-                    f"Leaf '{leaf.path}' of shape {leaf.value.shape} is a target, and its input and output axes are "
-                    f"ambiguous. Write layout={{r'{re.escape(leaf.path)}': pj.Layout(stack=..., inp=..., out=...)}}."
-                )
-            leaves[i] = start(leaf, hit, role)
-    return jax.tree.unflatten(treedef, leaves)
+            role = "modules_to_save"
+        elif leaf.path.rsplit(".", 1)[-1] == "bias":
+            role = "bias"
+            if bias != "none":
+                hit = np.vectorize(lambda name: bias == "all" or name in targets, otypes=[bool])(leaf.names)
+        elif is_matrix(leaf):
+            hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
+        if hit.any() and leaf.layout is None:
+            raise ValueError(
+                f"Leaf '{leaf.path}' of shape {leaf.value.shape} is a target, and its input and output axes are "
+                f"ambiguous. Write layout={{r'{re.escape(leaf.path)}': pj.Layout(stack=..., inp=..., out=...)}}."
+            )
+        if hit.any():
+            yield Choice(position, leaf, hit, role)
 
 
-def make_adapted(leaf: Leaf, tag: Tag, params: dict[str, jax.Array], state: dict[str, Any]) -> Adapted:
-    """The adapted leaf; trainable unless its config is for inference."""
-    config = getattr(tag.config, "config", tag.config)
-    return Adapted(leaf.value, params, state, leaf.layout, tag, trainable=not config.inference_mode)
-
-
-def choose(leaf: Leaf, config: Method, targets: set[str]) -> tuple[np.ndarray, str | None]:
-    """Which layers of a leaf an adapter changes, and the role of its copy if they are trained whole."""
-
-    def each(test: Callable[[str], bool]) -> np.ndarray:
-        return np.vectorize(test, otypes=[bool])(leaf.names)
-
-    saved = each(lambda name: is_saved_module(config, name))
-    if saved.any():
-        return saved, "modules_to_save"
-    if leaf.path.rsplit(".", 1)[-1] == "bias":
-        bias = getattr(config, "bias", "none")
-        return each(lambda name: bias == "all" or (bias != "none" and name in targets)), "bias"
-    return each(lambda name: name in targets) & (leaf.layout is None or _is_matrix(leaf)), None
+def replace_leaves(params: Any, nodes: Mapping[int, Any]) -> Any:
+    """``params`` with other nodes at some positions of `find_leaves`."""
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
+    return jax.tree.unflatten(treedef, [nodes.get(position, leaf) for position, leaf in enumerate(leaves)])
 
 
 def find_leaves(params: Any, layouts: Layouts | None, fan_in_fan_out: bool = False) -> list[Leaf]:
@@ -159,8 +188,10 @@ def find_leaves(params: Any, layouts: Layouts | None, fan_in_fan_out: bool = Fal
         names = stacked_names(module, layout, shape) if layout else np.array(module, dtype=object)
         found.append(Leaf(path, value, layout, names))
     if unused:
-        raise ValueError(f"layout patterns {sorted(unused)} match no leaf; a pattern is matched against the whole path. "
-                         f"Paths: {[leaf.path for leaf in found][:5]}.")
+        raise ValueError(
+            f"layout patterns {sorted(unused)} match no leaf; a pattern is matched against the whole path. "
+            f"Paths: {[leaf.path for leaf in found][:5]}."
+        )
     return found
 
 
@@ -169,14 +200,23 @@ def expand_all_linear(config: Method, found: Sequence[Leaf], output: str | None 
     targets = getattr(config, "target_modules", None)
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return config
-    linear = sorted(n for leaf in found if _is_matrix(leaf) and not leaf.layout.lookup for n in leaf.names.flat if n != output)
+    linear = sorted(
+        n for leaf in found if is_matrix(leaf) and not leaf.layout.lookup for n in leaf.names.flat if n != output
+    )
     others = {name for leaf in found for name in leaf.names.flat} - set(linear)
     ends = {name.rsplit(".", 1)[-1] for name in linear}
     clash = any(name.rsplit(".", 1)[-1] in ends for name in others)
     return dataclasses.replace(config, target_modules=linear if clash else sorted(ends))
 
 
-def _is_matrix(leaf: Leaf) -> bool:
+def _touches(config: Method, module: str) -> bool:
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        return is_saved_module(config, module)
+    return is_target(config, module) or is_saved_module(config, module)
+
+
+def is_matrix(leaf: Leaf) -> bool:
+    """Whether a leaf is seen as a matrix, or may be once its axes are told."""
     if leaf.layout is None:
         return getattr(leaf.value, "ndim", 0) > 1
     return bool(leaf.layout.inp)

@@ -47,7 +47,10 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and ``peft_type``, as PEFT writes them to ``adapter_config.json``."""
-        return {"peft_type": self.peft_type, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+        return {
+            "peft_type": self.peft_type,
+            **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)},
+        }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:

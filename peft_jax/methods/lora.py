@@ -111,9 +111,13 @@ class LoraConfig(Method):
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is 'none', 'all' or 'lora_only', got {self.bias!r}.")
         if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not supported yet. Write True, False or 'gaussian'.")
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is not supported yet. Write True, False or 'gaussian'."
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform goes with a list of target_modules, not with a regex: put the layers into it.")
+            raise ValueError(
+                "layers_to_transform goes with a list of target_modules, not with a regex: put the layers into it."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts. Give layers_to_transform too.")
         if isinstance(self.modules_to_save, str):
@@ -140,8 +144,8 @@ class LoraConfig(Method):
 
         Where ranks differ the smaller ones are padded with zeros, which stay zero in training.
         """
-        rank = np.where(hit, np.vectorize(self.rank, otypes=[np.int32])(names), 0).astype(np.int32)
-        scaling = np.where(hit, np.vectorize(self.scaling, otypes=[np.float32])(names), 0).astype(np.float32)
+        state = self.state(names, hit)
+        rank = np.asarray(state["rank"])
         n_in, n_out = layout.sizes(shape)
         width = int(rank.max())
         draw_a, draw_b = self._draws(n_in, n_out, width, layout.lookup)
@@ -151,7 +155,13 @@ class LoraConfig(Method):
         used = jnp.arange(width) < rank[..., None]
         a = jnp.where(used[..., None, :], draw_a(keys_a, jnp.asarray(rank)), 0)
         b = jnp.where(used[..., :, None], draw_b(keys_b, jnp.asarray(rank)), 0)
-        return {"lora_A": a, "lora_B": b}, {"scaling": jnp.asarray(scaling), "rank": jnp.asarray(rank)}
+        return {"lora_A": a, "lora_B": b}, state
+
+    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+        """Rank and scale of each stacked layer, 0 where it is not adapted."""
+        rank = np.where(hit, np.vectorize(self.rank, otypes=[np.int32])(names), 0)
+        scaling = np.where(hit, np.vectorize(self.scaling, otypes=[np.float32])(names), 0)
+        return {"scaling": jnp.asarray(scaling, jnp.float32), "rank": jnp.asarray(rank, jnp.int32)}
 
     def _draws(self, n_in: int, n_out: int, width: int, lookup: bool) -> tuple[Callable[..., jax.Array], ...]:
         """Functions of (key, rank) that draw A and B as PEFT's ``reset_lora_parameters`` does."""
@@ -164,7 +174,9 @@ class LoraConfig(Method):
 
         def uniform(shape: tuple[int, int], fan_in: int | None) -> Callable[..., jax.Array]:
             # PyTorch's Linear: kaiming_uniform with a = sqrt(5), which is uniform within 1 / sqrt(fan_in).
-            return lambda key, rank: jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(fan_in or jnp.maximum(rank, 1))
+            return lambda key, rank: (
+                jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(fan_in or jnp.maximum(rank, 1))
+            )
 
         shape_a, shape_b = (n_in, width), (width, n_out)
         if lookup:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.layout import Layout
-from peft_jax.core.weight import Dot, Weight
+from peft_jax.core.weight import PLAIN_DOT, Dot, Weight
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dtype"))
@@ -43,7 +43,7 @@ class Int8(Weight):
         matrix = self.layout.matrix(self.q).astype(jnp.float32) * self.scale[..., None, :]
         return self.layout.unmatrix(matrix, self.shape).astype(self.dtype)
 
-    def matmul(self, x: jax.Array, dot: Dot = Dot()) -> jax.Array:
+    def matmul(self, x: jax.Array, dot: Dot = PLAIN_DOT) -> jax.Array:
         """``x @ dense`` that keeps the int8 matrix for backward, never its dequantized copy."""
         return _matmul(dot)(x, self.layout.matrix(self.q), self.scale)
 

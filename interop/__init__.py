@@ -1,0 +1,6 @@
+"""Adapters and checkpoints to and from Hugging Face's formats."""
+
+from peft_jax.interop.adapter import load_adapter as load_adapter
+from peft_jax.interop.adapter import save_adapter as save_adapter
+from peft_jax.interop.tensors import get_peft_model_state_dict as get_peft_model_state_dict
+from peft_jax.interop.tensors import set_peft_model_state_dict as set_peft_model_state_dict

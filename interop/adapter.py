@@ -1,0 +1,99 @@
+"""Adapters to and from PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import TypeVar
+
+import numpy as np
+from peft_jax.interop.formats import PEFT_VERSION, ROWS, WEIGHTS_FILE
+from peft_jax.interop.tensors import adapter_config, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from peft_jax.core.handle import Handle
+from peft_jax.methods.attach import Layouts
+from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
+
+T = TypeVar("T")
+
+
+def save_adapter(params: object, directory: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
+    """Write an adapter as PEFT writes it, so that PyTorch PEFT computes the same from it.
+
+    An adapter not named ``default`` goes into a folder of its name below ``directory``, as PEFT does it. Each file
+    appears whole or not at all.
+
+    Args:
+        params: A tree or model handle with the adapter.
+        directory: Folder to write to; made if need be.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: if there is no such adapter.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, peft_jax as pj
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.ones((4, 8))}}, pj.LoraConfig(r=2, target_modules=["q"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(params, folder)
+        ...     sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    config = adapter_config(params.params if isinstance(params, Handle) else params, adapter_name)
+    tensors = get_peft_model_state_dict(params, adapter_name)
+    fields = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_VERSION}
+    folder = pathlib.Path(directory) / ("" if adapter_name == "default" else adapter_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, text = folder / f".{WEIGHTS_FILE}.part", folder / f".{CONFIG_FILE}.part"
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        text.write_text(json.dumps(fields, indent=2, sort_keys=True))
+        os.replace(weights, folder / WEIGHTS_FILE)
+        os.replace(text, folder / CONFIG_FILE)
+    finally:
+        weights.unlink(missing_ok=True)
+        text.unlink(missing_ok=True)
+
+
+def load_adapter(
+    params: T,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    layout: Layouts | None = None,
+) -> T:
+    """A new tree or handle with an adapter that PEFT, or `save_adapter`, wrote.
+
+    The file's keys decide which layers are adapted. Arrays become float32; the stored element types are remembered
+    for saving.
+
+    Args:
+        params: The base: a tree or a model handle.
+        directory: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter_name: Name to give the adapter.
+        is_trainable: Whether it is to be trained on.
+        layout: As in `peft_jax.apply_adapter`, for a bare tree.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the file is damaged, its config is not supported, or it does not fit this base; nothing is
+            loaded in part.
+    """
+    config = PeftConfig.from_pretrained(directory)
+    if not isinstance(config, Method) or config.peft_type not in ROWS:
+        raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
+    config = dataclasses.replace(config, inference_mode=not is_trainable)
+    tensors = _read(pathlib.Path(directory) / WEIGHTS_FILE)
+    return set_peft_model_state_dict(params, config, tensors, adapter_name=adapter_name, layout=layout)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"No {path.name} in '{path.parent}'. Save the adapter with safe_serialization=True.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the adapter again.") from None

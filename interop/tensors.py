@@ -1,0 +1,226 @@
+"""Adapters to and from PEFT's tensors in memory: keys, transposes, and which layers of a stack."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, ROWS, TORCH_NAMES
+
+from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted
+from peft_jax.core.handle import Handle
+from peft_jax.core.targets import is_target
+from peft_jax.core.weight import as_weight
+from peft_jax.methods.attach import Choice, Layouts, Leaf, choose, find_leaves, is_matrix, replace_leaves, untied_for
+from peft_jax.methods.base import Method
+from peft_jax.methods.whole import Whole
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: its key, and whose it is: layer ``index`` of our array ``role``, ``shape`` unpadded."""
+
+    key: str
+    index: tuple[int, ...]
+    role: str
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dict[str, np.ndarray]:
+    """The tensors of an adapter under PEFT's keys.
+
+    Args:
+        params: A tree or model handle with the adapter.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: if there is no such adapter.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.ones((4, 8))}}, pj.LoraConfig(r=2, target_modules=["q"]))
+        >>> {key: tensor.shape for key, tensor in get_peft_model_state_dict(params).items()}
+        {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (8, 2)}
+    """
+    tree = params.params if isinstance(params, Handle) else params
+    config = adapter_config(tree, adapter_name)
+    nodes = [(leaf, node) for leaf in find_leaves(tree, None) for node in _nested(leaf, adapter_name)]
+    adapted = {name for leaf, node in nodes if not isinstance(node.tag.config, Whole) for name in _hits(leaf, node)}
+    tensors: dict[str, np.ndarray] = {}
+    for leaf, node in nodes:
+        role = node.tag.config.role if isinstance(node.tag.config, Whole) else None
+        for entry in _entries(Choice(0, leaf, _hit(node), role), config, adapted):
+            array = np.asarray(node.params[entry.role][entry.index])[tuple(map(slice, entry.shape))]
+            array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
+            tensors[entry.key] = np.ascontiguousarray(array.T if entry.transposed else array)
+        if role is None:
+            tensors |= _base_tensors(leaf, config, adapted)
+    return tensors
+
+
+def set_peft_model_state_dict(
+    params: Any, config: Method, tensors: Tensors, *, adapter_name: str = "default", layout: Layouts | None = None
+) -> Any:
+    """A new tree or handle with an adapter made of PEFT's tensors, whose keys decide which layers are adapted.
+
+    Args:
+        params: The base: a tree or a model handle.
+        config: The adapter's config.
+        tensors: Tensors under PEFT's keys.
+        adapter_name: Name to give the adapter.
+        layout: As in `peft_jax.apply_adapter`, for a bare tree.
+
+    Raises:
+        ValueError: if keys are missing or left over or shapes are wrong, all of which are listed.
+    """
+    if isinstance(params, Handle):
+        handle = untied_for(params, lambda name: any(key.startswith(f"{PREFIX}{name}.") for key in tensors))
+        layouts = {**handle.layouts(), **(layout or {})}
+        tree = set_peft_model_state_dict(handle.params, config, tensors, adapter_name=adapter_name, layout=layouts)
+        return handle.replace(tree)
+    if adapter_name in adapters(params):
+        raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
+    found = find_leaves(params, layout, getattr(config, "fan_in_fan_out", False))
+    names = {name for leaf in found if is_matrix(leaf) for name in leaf.names.flat}
+    suffixes = {row.suffix for rows in ROWS[config.peft_type].values() for row in rows}
+    adapted = {name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes)}
+    adapted |= {name for name in names if is_target(config, name)}
+    choices = list(choose(found, config, adapted))
+    entries = {choice.position: list(_entries(choice, config, adapted)) for choice in choices}
+    bases = {
+        key: base
+        for choice in choices
+        if choice.role is None
+        for key, base in _base_tensors(choice.leaf, config, adapted).items()
+    }
+    _check([entry for many in entries.values() for entry in many], bases, tensors)
+    nodes = {}
+    for choice in choices:
+        nodes[choice.position] = _adapted(choice, config, entries[choice.position], tensors, adapter_name)
+    return replace_leaves(params, nodes)
+
+
+def adapter_config(params: Any, adapter_name: str = "default") -> Method:
+    """The config of an adapter.
+
+    Raises:
+        ValueError: if the tree has no adapter of that name.
+    """
+    known = adapters(params)
+    if adapter_name not in known:
+        raise ValueError(f"No adapter is named '{adapter_name}'. Found: {sorted(known)}.")
+    config = known[adapter_name]
+    return config.config if isinstance(config, Whole) else config
+
+
+def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entry]:
+    """The tensors that a leaf's adapter has in a file."""
+    _, leaf, hit, role = choice
+    n_in, n_out = leaf.layout.sizes(leaf.value.shape)
+    for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:
+        name = leaf.names[index]
+        if role is None:
+            sizes = {"in": n_in, "out": n_out, "rank": config.rank(name)}
+            for row in ROWS[config.peft_type][leaf.layout.lookup]:
+                shape = tuple(sizes[axis] for axis in row.axes)
+                yield Entry(f"{PREFIX}{name}.{row.suffix}", index, row.role, shape, transposed=True)
+        else:
+            inside = ".base_layer" if role == "bias" and name in adapted else ""
+            shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
+            key = f"{PREFIX}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
+            yield Entry(key, index, role, shape, _is_transposed(leaf, config))
+
+
+def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tensors, adapter_name: str) -> Adapted:
+    _, leaf, hit, role = choice
+    params: dict[str, np.ndarray] = {}
+    if role is None:
+        method, state = config, config.state(leaf.names, hit)
+        for name in {entry.role: None for entry in entries}:
+            largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)
+            params[name] = np.zeros((*hit.shape, *largest), np.float32)
+    else:
+        method = Whole(config, role)
+        copies, state = method.init(as_weight(leaf.value, leaf.layout), hit)
+        params = {name: np.array(copy) for name, copy in copies.items()}
+    for entry in entries:
+        tensor = tensors[entry.key]
+        params[entry.role][(*entry.index, *map(slice, entry.shape))] = tensor.T if entry.transposed else tensor
+    tag = Tag(adapter_name, method, {entry.key: str(tensors[entry.key].dtype) for entry in entries})
+    arrays = {name: jnp.asarray(array) for name, array in params.items()}
+    return Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
+
+
+def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
+    """Raise ValueError unless the tensors are those that the base asks for."""
+    shapes = {entry.key: entry.shape[::-1] if entry.transposed else entry.shape for entry in entries}
+    expected = shapes.keys() | bases.keys()
+    problems = [f"{key} is missing" for key in sorted(expected - tensors.keys())]
+    problems += [f"{key} is left over" for key in sorted(tensors.keys() - expected)]
+    problems += [
+        f"{key} has shape {tensors[key].shape}, not {shape}"
+        for key, shape in shapes.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    problems += [
+        f"{key} differs from this base's"
+        for key, base in bases.items()
+        if key in tensors and not np.array_equal(tensors[key].astype(base.dtype), base)
+    ]
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(f"The adapter does not fit this base: {shown}. Load it on the base that it was made for.")
+
+
+def _base_tensors(leaf: Leaf, config: Method, adapted: set[str]) -> dict[str, np.ndarray]:
+    """The base weight that PEFT stores beside an adapter on an embedding or an output head."""
+    if not _targets_embedding(config, adapted):
+        return {}
+    base = leaf.value
+    while is_adapted(base):
+        base = base.base
+    found = {}
+    for index in np.ndindex(leaf.names.shape):
+        name = leaf.names[index]
+        if name in adapted and _is_embedding(name):
+            matrix = np.asarray(leaf.layout.matrix(as_weight(base, leaf.layout).dense())[index])
+            matrix = matrix.T if _is_transposed(leaf, config) else matrix
+            found[f"{PREFIX}{name}.base_layer.weight"] = np.ascontiguousarray(matrix)
+    return found
+
+
+def _targets_embedding(config: Method, adapted: Iterable[str]) -> bool:
+    """PEFT's rule (``save_embedding_layers="auto"``): a list names the module itself, or a regex matches it."""
+    targets = config.target_modules or ()
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in adapted if _is_embedding(name))
+    return any(name in targets for name in EMBEDDING_MODULES)
+
+
+def _is_embedding(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in EMBEDDING_MODULES
+
+
+def _is_transposed(leaf: Leaf, config: Method) -> bool:
+    """Whether PyTorch stores the leaf as ``(out, in)``."""
+    return bool(leaf.layout.inp) and not leaf.layout.lookup and not getattr(config, "fan_in_fan_out", False)
+
+
+def _nested(leaf: Leaf, adapter_name: str) -> Iterator[Adapted]:
+    node = leaf.value
+    while is_adapted(node):
+        if node.tag.name == adapter_name:
+            yield node
+        node = node.base
+
+
+def _hit(node: Adapted) -> np.ndarray:
+    return np.asarray(node.state["hit"] if "hit" in node.state else node.state["rank"]) > 0
+
+
+def _hits(leaf: Leaf, node: Adapted) -> list[str]:
+    hit = _hit(node)
+    return [leaf.names[index] for index in np.ndindex(hit.shape) if hit[index]]

@@ -1,0 +1,49 @@
+"""What the rooms below the models need to know of a model handle."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, Self
+
+from peft_jax.core.layout import Layout
+
+
+class Handle(abc.ABC):
+    """A model as a frozen dataclass and pytree: its parameters are its leaves, all else is static.
+
+    Attributes:
+        params: Tree of parameters; dotted paths of its leaves mirror the Hugging Face module names.
+    """
+
+    params: Any
+
+    @property
+    @abc.abstractmethod
+    def name_or_path(self) -> str | None:
+        """Folder or hub id that the model was read from."""
+
+    @property
+    @abc.abstractmethod
+    def task_type(self) -> str:
+        """PEFT's name for what the model does, e.g. ``"CAUSAL_LM"``."""
+
+    @property
+    @abc.abstractmethod
+    def output_module(self) -> str | None:
+        """Path of the output head, which ``all-linear`` leaves out."""
+
+    @property
+    @abc.abstractmethod
+    def tied_modules(self) -> tuple[str, ...]:
+        """Paths of modules that share one leaf; adapting one of them needs `untied` first."""
+
+    @abc.abstractmethod
+    def layouts(self) -> Mapping[str, Layout]:
+        """Axes of the leaves, by regex over whole leaf paths."""
+
+    @abc.abstractmethod
+    def untied(self) -> Self:
+        """The same model with a leaf of its own for each tied module."""
+
+    @abc.abstractmethod
+    def replace(self, params: Any) -> Self:
+        """The same model with other parameters."""
