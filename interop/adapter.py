@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from peft_jax.core.handle import Handle
-from peft_jax.methods.attach import Layouts
+from peft_jax.core.leaves import Layouts
 from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
 
 T = TypeVar("T")

@@ -10,9 +10,10 @@ from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, ROWS, TORCH_NAME
 
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted
 from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_weight
-from peft_jax.methods.attach import Choice, Layouts, Leaf, choose, find_leaves, is_matrix, replace_leaves, untied_for
+from peft_jax.methods.attach import Choice, choose, untied_for
 from peft_jax.methods.base import Method
 from peft_jax.methods.whole import Whole
 
@@ -20,10 +21,10 @@ Tensors = Mapping[str, np.ndarray]
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: its key, and whose it is: layer ``index`` of our array ``role``, ``shape`` unpadded."""
+    """One tensor of a file: its key, and whose it is: ``layer`` of our array ``role``, ``shape`` unpadded."""
 
     key: str
-    index: tuple[int, ...]
+    layer: tuple[int, ...]
     role: str
     shape: tuple[int, ...]
     transposed: bool
@@ -53,7 +54,7 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
     for leaf, node in nodes:
         role = node.tag.config.role if isinstance(node.tag.config, Whole) else None
         for entry in _entries(Choice(0, leaf, _hit(node), role), config, adapted):
-            array = np.asarray(node.params[entry.role][entry.index])[tuple(map(slice, entry.shape))]
+            array = np.asarray(node.params[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = np.ascontiguousarray(array.T if entry.transposed else array)
         if role is None:
@@ -83,19 +84,17 @@ def set_peft_model_state_dict(
         return handle.replace(tree)
     if adapter_name in adapters(params):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
-    found = find_leaves(params, layout, getattr(config, "fan_in_fan_out", False))
+    found = find_leaves(params, layout, config.fan_in_fan_out)
     names = {name for leaf in found if is_matrix(leaf) for name in leaf.names.flat}
     suffixes = {row.suffix for rows in ROWS[config.peft_type].values() for row in rows}
     adapted = {name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes)}
     adapted |= {name for name in names if is_target(config, name)}
     choices = list(choose(found, config, adapted))
     entries = {choice.position: list(_entries(choice, config, adapted)) for choice in choices}
-    bases = {
-        key: base
-        for choice in choices
-        if choice.role is None
-        for key, base in _base_tensors(choice.leaf, config, adapted).items()
-    }
+    bases: dict[str, np.ndarray] = {}
+    for choice in choices:
+        if choice.role is None:
+            bases |= _base_tensors(choice.leaf, config, adapted)
     _check([entry for many in entries.values() for entry in many], bases, tensors)
     nodes = {}
     for choice in choices:
@@ -123,7 +122,7 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
     for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:
         name = leaf.names[index]
         if role is None:
-            sizes = {"in": n_in, "out": n_out, "rank": config.rank(name)}
+            sizes = {"in": n_in, "out": n_out, **config.axis_sizes(name)}
             for row in ROWS[config.peft_type][leaf.layout.lookup]:
                 shape = tuple(sizes[axis] for axis in row.axes)
                 yield Entry(f"{PREFIX}{name}.{row.suffix}", index, row.role, shape, transposed=True)
@@ -148,7 +147,7 @@ def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tens
         params = {name: np.array(copy) for name, copy in copies.items()}
     for entry in entries:
         tensor = tensors[entry.key]
-        params[entry.role][(*entry.index, *map(slice, entry.shape))] = tensor.T if entry.transposed else tensor
+        params[entry.role][(*entry.layer, *map(slice, entry.shape))] = tensor.T if entry.transposed else tensor
     tag = Tag(adapter_name, method, {entry.key: str(tensors[entry.key].dtype) for entry in entries})
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
     return Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
@@ -206,7 +205,7 @@ def _is_embedding(name: str) -> bool:
 
 def _is_transposed(leaf: Leaf, config: Method) -> bool:
     """Whether PyTorch stores the leaf as ``(out, in)``."""
-    return bool(leaf.layout.inp) and not leaf.layout.lookup and not getattr(config, "fan_in_fan_out", False)
+    return bool(leaf.layout.inp) and not leaf.layout.lookup and not config.fan_in_fan_out
 
 
 def _nested(leaf: Leaf, adapter_name: str) -> Iterator[Adapted]:

@@ -12,7 +12,9 @@ from peft_jax.core.partition import combine as combine
 from peft_jax.core.partition import partition as partition
 from peft_jax.core.partition import trainable_labels as trainable_labels
 from peft_jax.core.partition import trainable_mask as trainable_mask
+from peft_jax.core.summary import summary as summary
 from peft_jax.methods import LoraConfig as LoraConfig
 from peft_jax.methods import PeftConfig as PeftConfig
 from peft_jax.methods import apply_adapter as apply_adapter
 from peft_jax.methods import apply_lora as apply_lora
+from peft_jax.quant import quantize as quantize

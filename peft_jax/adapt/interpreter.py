@@ -13,7 +13,7 @@ import jax
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import RULES
-from peft_jax.core.weight import Weight, is_weight
+from peft_jax.core.weight import MergeError, Weight, is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,7 +33,7 @@ def adapt(fn: F) -> F:
         A function of the same signature. Without weights in its arguments it is ``fn`` itself.
 
     Raises:
-        ValueError: where merging a weight would change the meaning (dropout switched on).
+        MergeError: where merging a weight would change the meaning (dropout switched on).
 
     Example:
         >>> import peft_jax as pj
@@ -98,12 +98,8 @@ def _merging(eqn: Any, values: list[Any]) -> list[Any]:
 
     try:
         return merged(*values) if eqn.effects else jax.checkpoint(merged)(*values)
-    except ValueError as error:
-        if "dropout" in str(error):
-            raise ValueError(
-                f"Primitive '{eqn.primitive.name}' takes a weight that has to be merged. {error}"
-            ) from None
-        raise
+    except MergeError as error:
+        raise MergeError(f"Primitive '{eqn.primitive.name}' takes a weight that has to be merged. {error}") from None
 
 
 def _merged(value: Any) -> Any:

@@ -26,13 +26,13 @@ def is_target(config: Targets, module: str) -> bool:
         >>> is_target(pj.LoraConfig(target_modules=["q_proj"]), "model.layers.0.self_attn.q_proj")
         True
     """
-    if config.exclude_modules and _names(config.exclude_modules, module):
+    if config.exclude_modules and names_module(config.exclude_modules, module):
         return False
     if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or ()):
         return False
     targets = config.target_modules or ()
-    if isinstance(targets, str) or module in targets or not _names(targets, module):
-        return bool(targets) and _names(targets, module)
+    if isinstance(targets, str) or module in targets or not names_module(targets, module):
+        return bool(targets) and names_module(targets, module)
     layers = _indices(config)
     return not layers or layer_index(config, module) in layers
 
@@ -79,29 +79,28 @@ def check_targets(
     targets = config.target_modules
     if isinstance(targets, str):
         if not hits:
-            raise ValueError(
-                _nothing(f"target_modules regex '{targets}'", targets, modules, "A regex is matched whole.")
-            )
+            what = f"target_modules regex '{targets}'"
+            raise ValueError(nothing_hit(what, targets, modules, "A regex is matched against whole paths."))
     else:
         for target in targets or ():
-            if not any(_names([target], module) for module in hits):
-                raise ValueError(_nothing(f"Target module '{target}'", target, modules))
+            if not any(names_module([target], module) for module in hits):
+                raise ValueError(nothing_hit(f"Target module '{target}'", target, modules))
     if config.exclude_modules:
         excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         for name in excluded:
             one = name if isinstance(config.exclude_modules, str) else [name]
-            if not any(_names(one, module) for module in modules):
-                raise ValueError(_nothing(f"exclude_modules '{name}'", name, modules))
+            if not any(names_module(one, module) for module in modules):
+                raise ValueError(nothing_hit(f"exclude_modules '{name}'", name, modules))
     for name in config.modules_to_save or ():
         if not any(owner.endswith(name) for module in every for owner in _owners(module)):
-            raise ValueError(_nothing(f"modules_to_save '{name}'", name, every))
+            raise ValueError(nothing_hit(f"modules_to_save '{name}'", name, every))
     found = {layer_index(config, module) for module in hits}
     if missing := [index for index in _indices(config) if index not in found]:
         there = sorted({index for module in modules if (index := layer_index(config, module)) is not None})
         raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {there}.")
     for pattern in patterns:
         if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in hits):
-            raise ValueError(_nothing(f"Pattern '{pattern}' of rank_pattern or alpha_pattern", pattern, hits))
+            raise ValueError(nothing_hit(f"Pattern '{pattern}' of rank_pattern or alpha_pattern", pattern, hits))
     return hits
 
 
@@ -115,13 +114,15 @@ def _indices(config: Targets) -> list[int]:
     return [] if layers is None else [layers] if isinstance(layers, int) else list(layers)
 
 
-def _names(targets: str | Sequence[str], module: str) -> bool:
+def names_module(targets: str | Sequence[str], module: str) -> bool:
+    """Whether a regex matches the whole path of a module, or one of several names is its end."""
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-def _nothing(what: str, name: str, modules: Sequence[str], hint: str = "") -> str:
+def nothing_hit(what: str, name: str, modules: Sequence[str], hint: str = "") -> str:
+    """The message for a name that hits none of the modules."""
     ends = {module.rsplit(".", 1)[-1] for module in modules} | set(modules)
     near = difflib.get_close_matches(name, sorted(ends), n=3, cutoff=0.3) or sorted(ends)[:3]
     return f"{what} hits none of {len(modules)} modules. Nearest: {near}. {hint}".strip()

@@ -1,8 +1,7 @@
 """Attach an adapter to a tree: which leaves, seen how, starting where."""
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,24 +9,12 @@ import numpy as np
 
 from peft_jax.core.adapted import Adapted, Tag, adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.layout import Layout, conventional_layout
-from peft_jax.core.paths import dotted, module_path, stacked_names
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
-from peft_jax.core.weight import as_weight, is_weight
+from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
 from peft_jax.methods.whole import Whole
-
-Layouts = Mapping[str, Layout]
-
-
-class Leaf(NamedTuple):
-    """A leaf with its layout and the names of the layers it stands for; no layout where it is ambiguous."""
-
-    path: str
-    value: Any
-    layout: Any
-    names: np.ndarray
 
 
 class Choice(NamedTuple):
@@ -95,10 +82,10 @@ def apply_adapter(
     if adapter_name in adapters(params):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
     key = jax.random.key(0) if key is None else key
-    found = find_leaves(params, layout, getattr(config, "fan_in_fan_out", False))
+    found = find_leaves(params, layout, config.fan_in_fan_out)
     config = expand_all_linear(config, found)
     modules = [name for leaf in found for name in leaf.names.flat if is_matrix(leaf)]
-    patterns = {**getattr(config, "rank_pattern", {}), **getattr(config, "alpha_pattern", {})}
+    patterns = {**config.rank_pattern, **config.alpha_pattern}
     every = sorted({name for leaf in found for name in leaf.names.flat})
     targets = set(check_targets(config, modules, every, patterns))
 
@@ -139,7 +126,6 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
     Raises:
         ValueError: if one of them has ambiguous axes.
     """
-    bias = getattr(config, "bias", "none")
     for position, leaf in enumerate(found):
         role = None
         hit = np.vectorize(lambda name: is_saved_module(config, name), otypes=[bool])(leaf.names)
@@ -147,57 +133,18 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
             role = "modules_to_save"
         elif leaf.path.rsplit(".", 1)[-1] == "bias":
             role = "bias"
-            if bias != "none":
-                hit = np.vectorize(lambda name: bias == "all" or name in targets, otypes=[bool])(leaf.names)
+            if config.bias != "none":
+                hit = np.vectorize(lambda name: config.bias == "all" or name in targets, otypes=[bool])(leaf.names)
         elif is_matrix(leaf):
             hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
-        if hit.any() and leaf.layout is None:
-            raise ValueError(
-                f"Leaf '{leaf.path}' of shape {leaf.value.shape} is a target, and its input and output axes are "
-                f"ambiguous. Write layout={{r'{re.escape(leaf.path)}': pj.Layout(stack=..., inp=..., out=...)}}."
-            )
         if hit.any():
+            leaf.required_layout()
             yield Choice(position, leaf, hit, role)
-
-
-def replace_leaves(params: Any, nodes: Mapping[int, Any]) -> Any:
-    """``params`` with other nodes at some positions of `find_leaves`."""
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
-    return jax.tree.unflatten(treedef, [nodes.get(position, leaf) for position, leaf in enumerate(leaves)])
-
-
-def find_leaves(params: Any, layouts: Layouts | None, fan_in_fan_out: bool = False) -> list[Leaf]:
-    """All leaves of a tree, in order, with their layouts.
-
-    Raises:
-        ValueError: if a layout does not fit its leaf, or fits none.
-    """
-    unused = set(layouts or {})
-    found = []
-    for key_path, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
-        path = dotted(key_path)
-        shape = getattr(value, "shape", ())
-        layout = value.layout if is_weight(value) else conventional_layout(path, shape, fan_in_fan_out)
-        for pattern, given in (layouts or {}).items():
-            if re.fullmatch(pattern, path):
-                given.check(shape, path)
-                layout = given
-                unused.discard(pattern)
-                break
-        module = module_path(path)
-        names = stacked_names(module, layout, shape) if layout else np.array(module, dtype=object)
-        found.append(Leaf(path, value, layout, names))
-    if unused:
-        raise ValueError(
-            f"layout patterns {sorted(unused)} match no leaf; a pattern is matched against the whole path. "
-            f"Paths: {[leaf.path for leaf in found][:5]}."
-        )
-    return found
 
 
 def expand_all_linear(config: Method, found: Sequence[Leaf], output: str | None = None) -> Method:
     """The config with ``"all-linear"`` replaced by the names of all matmul weights but the ``output`` head."""
-    targets = getattr(config, "target_modules", None)
+    targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return config
     linear = sorted(
@@ -213,10 +160,3 @@ def _touches(config: Method, module: str) -> bool:
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         return is_saved_module(config, module)
     return is_target(config, module) or is_saved_module(config, module)
-
-
-def is_matrix(leaf: Leaf) -> bool:
-    """Whether a leaf is seen as a matrix, or may be once its axes are told."""
-    if leaf.layout is None:
-        return getattr(leaf.value, "ndim", 0) > 1
-    return bool(leaf.layout.inp)

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
@@ -106,9 +107,26 @@ class Method(PeftConfig):
     structural: ClassVar[tuple[str, ...]] = ()
     side_path: ClassVar[bool] = True
 
+    # What the other rooms read of every method. Not dataclass fields here: PEFT's configs do not all have them, and a
+    # method declares those that it has.
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = MappingProxyType({})
+    alpha_pattern: Mapping[str, float] = MappingProxyType({})
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+
     def structure(self) -> tuple[Any, ...]:
         """What two configs share exactly if their adapters run in the same compiled program."""
         return (type(self), *(getattr(self, name) for name in self.structural))
+
+    @property
+    def label(self) -> str:
+        """The method's name in tables."""
+        return self.peft_type
 
     @property
     def dropout_rate(self) -> float:
@@ -120,6 +138,14 @@ class Method(PeftConfig):
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """Trained and frozen arrays for a leaf that stands for the layers ``names``, adapted where ``hit``."""
         raise NotImplementedError
+
+    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+        """The frozen arrays of `init` alone, for an adapter that is read from a file."""
+        raise NotImplementedError
+
+    def axis_sizes(self, module: str) -> dict[str, int]:
+        """Lengths of the axes that a module's tensors have beside ``in`` and ``out``, e.g. ``rank``."""
+        return {}
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:

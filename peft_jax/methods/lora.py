@@ -127,6 +127,10 @@ class LoraConfig(Method):
         """Rank of the adapter of a module."""
         return int(pattern_value(self.rank_pattern, module, self.r))
 
+    def axis_sizes(self, module: str) -> dict[str, int]:
+        """The rank."""
+        return {"rank": self.rank(module)}
+
     def scaling(self, module: str) -> float:
         """Scale of the adapter of a module."""
         rank, alpha = self.rank(module), pattern_value(self.alpha_pattern, module, self.lora_alpha)

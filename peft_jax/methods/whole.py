@@ -25,6 +25,11 @@ class Whole:
     side_path: ClassVar[bool] = False
     dropout_rate: ClassVar[float] = 0.0
 
+    @property
+    def label(self) -> str:
+        """The role, as the method's name in tables."""
+        return self.role
+
     def structure(self) -> tuple[Any, ...]:
         """What two adapters share if they run in the same compiled program."""
         return (Whole, self.role)

@@ -1,0 +1,79 @@
+"""The leaves of a tree with their layouts and the names of the layers that they stand for."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from peft_jax.core.layout import Layout, conventional_layout
+from peft_jax.core.paths import dotted, module_path, stacked_names
+from peft_jax.core.weight import is_weight
+
+Layouts = Mapping[str, Layout]
+
+
+class Leaf(NamedTuple):
+    """A leaf with its layout and the names of the layers it stands for; no layout where it is ambiguous."""
+
+    path: str
+    value: Any
+    layout: Any
+    names: np.ndarray
+
+    def required_layout(self) -> Layout:
+        """The layout.
+
+        Raises:
+            ValueError: if it is ambiguous.
+        """
+        if self.layout is None:
+            raise ValueError(
+                f"Leaf '{self.path}' of shape {self.value.shape} is a target, and its input and output axes are "
+                f"ambiguous. Write layout={{r'{re.escape(self.path)}': pj.Layout(stack=..., inp=..., out=...)}}."
+            )
+        layout: Layout = self.layout
+        return layout
+
+
+def find_leaves(params: Any, layouts: Layouts | None, fan_in_fan_out: bool = False) -> list[Leaf]:
+    """All leaves of a tree, in order, with their layouts.
+
+    Raises:
+        ValueError: if a layout does not fit its leaf, or fits none.
+    """
+    unused = set(layouts or {})
+    found = []
+    for key_path, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
+        path = dotted(key_path)
+        shape = getattr(value, "shape", ())
+        layout = value.layout if is_weight(value) else conventional_layout(path, shape, fan_in_fan_out)
+        for pattern, given in (layouts or {}).items():
+            if re.fullmatch(pattern, path):
+                given.check(shape, path)
+                layout = given
+                unused.discard(pattern)
+                break
+        module = module_path(path)
+        names = stacked_names(module, layout, shape) if layout else np.array(module, dtype=object)
+        found.append(Leaf(path, value, layout, names))
+    if unused:
+        raise ValueError(
+            f"layout patterns {sorted(unused)} match no leaf; a pattern is matched against the whole path. "
+            f"Paths: {[leaf.path for leaf in found][:5]}."
+        )
+    return found
+
+
+def replace_leaves(params: Any, nodes: Mapping[int, Any]) -> Any:
+    """``params`` with other nodes at some positions of `find_leaves`."""
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
+    return jax.tree.unflatten(treedef, [nodes.get(position, leaf) for position, leaf in enumerate(leaves)])
+
+
+def is_matrix(leaf: Leaf) -> bool:
+    """Whether a leaf is seen as a matrix, or may be once its axes are told."""
+    if leaf.layout is None:
+        return getattr(leaf.value, "ndim", 0) > 1
+    return bool(leaf.layout.inp)

@@ -1,0 +1,49 @@
+"""What an adapted tree holds, in words."""
+
+from typing import Any
+
+import numpy as np
+
+from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.handle import Handle
+from peft_jax.core.partition import count_parameters
+
+
+def trainable_parameters(params: Any) -> str:
+    """The line that PEFT's ``print_trainable_parameters`` prints.
+
+    Example:
+        >>> import jax.numpy as jnp, peft_jax as pj
+        >>> params = {"q": {"kernel": jnp.ones((30, 30))}}
+        >>> trainable_parameters(pj.apply_lora(params, pj.LoraConfig(r=1, target_modules=["q"])))
+        'trainable params: 60 || all params: 960 || trainable%: 6.2500'
+    """
+    trained, total = count_parameters(params)
+    return (
+        f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / max(total, 1):.4f}"
+    )
+
+
+def summary(params: Any) -> str:
+    """A table of the adapted leaves: path, shape, adapter, method, trained elements; then the trainable count.
+
+    Example:
+        >>> import jax.numpy as jnp, peft_jax as pj
+        >>> params = {"q": {"kernel": jnp.ones((30, 30))}}
+        >>> print(summary(pj.apply_lora(params, pj.LoraConfig(r=1, target_modules=["q"]))))
+        path      shape     adapter  method  trainable
+        q.kernel  (30, 30)  default  LORA    60
+        trainable params: 60 || all params: 960 || trainable%: 6.2500
+    """
+    rows = [("path", "shape", "adapter", "method", "trainable")]
+
+    def add(path: str, leaf: Adapted) -> Adapted:
+        config = leaf.tag.config
+        size = int(np.sum(config.sizes(leaf.params, leaf.state))) if leaf.active and leaf.trainable else 0
+        rows.append((path, str(leaf.shape), leaf.tag.name, config.label, f"{size:,d}"))
+        return leaf
+
+    map_adapted(add, params.params if isinstance(params, Handle) else params)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, trainable_parameters(params)])

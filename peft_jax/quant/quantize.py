@@ -1,0 +1,85 @@
+"""Quantize the weights of a tree."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from peft_jax.core.adapted import is_adapted
+from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
+from peft_jax.core.targets import names_module, nothing_hit
+from peft_jax.quant.int8 import Int8, quantize_array
+
+T = TypeVar("T")
+
+
+def quantize(
+    params: T, bits: int = 8, *, target_modules: str | Sequence[str] | None = None, layout: Layouts | None = None
+) -> T:
+    """A new tree with weight-only int8 leaves; composes with every adapter method, before or after it.
+
+    Args:
+        params: Any pytree of arrays, or a model handle. The base of an adapted leaf is quantized under its adapter.
+        bits: 8.
+        target_modules: What to quantize, by PEFT's rules for ``target_modules``; None for every matmul weight, which
+            leaves embeddings, vectors and the output head of a model handle in float.
+        layout: Axes by regex over whole leaf paths, as in `peft_jax.apply_adapter`.
+
+    Raises:
+        ValueError: if ``bits`` is not 8, a target hits nothing, or a leaf's axes are ambiguous.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = quantize({"mlp": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}})
+        >>> params["mlp"]["kernel"].q.dtype, params["mlp"]["bias"].dtype
+        (dtype('int8'), dtype('float32'))
+    """
+    if bits != 8:
+        raise ValueError(f"quantize(bits={bits}) is not supported. Write bits=8.")
+    if isinstance(params, Handle):
+        layouts = {**params.layouts(), **(layout or {})}
+        if target_modules is None:
+            found = find_leaves(params.params, layouts)
+            target_modules = [
+                name for leaf in _matmuls(found) for name in leaf.names.flat if name != params.output_module
+            ]
+        return params.replace(quantize(params.params, bits, target_modules=target_modules, layout=layouts))
+    found = find_leaves(params, layout)
+    matrices = [leaf for leaf in found if is_matrix(leaf)]
+    targets = target_modules
+    if targets is None:
+        targets = [name for leaf in _matmuls(found) for name in leaf.names.flat]
+    modules = [name for leaf in matrices for name in leaf.names.flat]
+    for target in [targets] if isinstance(targets, str) else targets:
+        one = target if isinstance(targets, str) else [target]
+        if not any(names_module(one, module) for module in modules):
+            raise ValueError(nothing_hit(f"Target module '{target}'", target, modules))
+    nodes = {}
+    for position, leaf in enumerate(found):
+        if is_matrix(leaf) and _is_whole_target(leaf, targets):
+            nodes[position] = _quantized(leaf, leaf.value)
+    return replace_leaves(params, nodes)
+
+
+def _matmuls(found: list[Leaf]) -> list[Leaf]:
+    return [leaf for leaf in found if is_matrix(leaf) and not (leaf.layout and leaf.layout.lookup)]
+
+
+def _is_whole_target(leaf: Leaf, targets: str | Sequence[str]) -> bool:
+    hit = np.vectorize(lambda name: names_module(targets, name), otypes=[bool])(leaf.names)
+    if hit.any() and not hit.all():
+        raise ValueError(
+            f"Leaf '{leaf.path}' stacks {hit.size} layers, of which {hit.sum()} are to be quantized. "
+            "Name all of them or none: a leaf has one element type."
+        )
+    return bool(hit.any())
+
+
+def _quantized(leaf: Leaf, node: Any) -> Any:
+    if is_adapted(node):
+        return dataclasses.replace(node, base=_quantized(leaf, node.base))
+    if isinstance(node, Int8):
+        return node
+    return quantize_array(node, leaf.required_layout())
