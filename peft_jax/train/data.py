@@ -133,8 +133,7 @@ def _parse(text: str, file: Path) -> list[Any]:
     hint = "Give a JSON list of objects, or one JSON object a line."
     if text.lstrip().startswith("["):
         try:
-            items: list[Any] = json.loads(text)
-            return items
+            return json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not JSON: {error}. {hint}") from error
     values = []
@@ -240,8 +239,7 @@ def training_batches(data: Tokens, batch_size: int, *, seed: int) -> Sequence[Ba
 
     Every epoch is shuffled anew; a batch may span two.
     """
-    batches: Sequence[Batch] = grain.MapDataset.source(data).seed(seed).shuffle().repeat().batch(batch_size)
-    return batches
+    return grain.MapDataset.source(data).seed(seed).shuffle().repeat().batch(batch_size)
 
 
 def evaluation_batches(data: Tokens, batch_size: int) -> Iterator[Batch]:

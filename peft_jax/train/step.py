@@ -79,8 +79,7 @@ def make_training_step(apply: Apply, optimizer: optax.GradientTransformation) ->
             updates, opt_state = optimizer.update(gradients, opt_state, trainable)
             return optax.apply_updates(trainable, updates), opt_state, loss
 
-    compiled: TrainingStep = jax.jit(step, donate_argnums=(0, 1))
-    return compiled
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
 def make_evaluation_step(apply: Apply) -> EvaluationStep:
@@ -89,8 +88,7 @@ def make_evaluation_step(apply: Apply) -> EvaluationStep:
     def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return cross_entropy(apply(params, batch["input_ids"], batch["attention_mask"]), jnp.asarray(batch["labels"]))
 
-    compiled: EvaluationStep = jax.jit(step)
-    return compiled
+    return jax.jit(step)
 
 
 def evaluate(step: EvaluationStep, params: Any, batches: Iterable[Batch]) -> float:

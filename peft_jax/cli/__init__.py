@@ -1,0 +1,6 @@
+"""The command line, one file a command."""
+
+import os
+
+# transformers says on import that it found no PyTorch, which nobody here misses.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,0 +1,212 @@
+"""`peft-jax demo`: the main job on a checkpoint and on data that ship with the package."""
+
+import dataclasses
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import peft_jax as pj
+from peft_jax.cli.checkpoint import apply, load_tokenizer
+from peft_jax.cli.folder import new_folder, refuse_used
+from peft_jax.train import (
+    Record,
+    Tokens,
+    evaluate,
+    evaluation_batches,
+    make_evaluation_step,
+    make_optimizer,
+    make_training_step,
+    plot_losses,
+    read_records,
+    tokenize,
+    tokenize_prompts,
+    train,
+    training_batches,
+)
+
+DEMO_DATA = Path(__file__).with_name("demo_data")
+
+Points = list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Fine-tune a small checkpoint that ships with the package, in a few minutes and without network."""
+
+    output: Path = Path("demo-output")
+    """Folder to create: adapter, merged checkpoint and loss curve."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the demo trains with.
+
+    Attributes:
+        r: Rank of the adapter.
+        lora_alpha: Numerator of its scale.
+        max_steps: Optimizer updates, for the adapter and for its control.
+        batch_size: Examples per update.
+        learning_rate: Peak of the schedule.
+        length: Tokens per example, padding included.
+        evaluate_every: Steps between two points of the held-out curve.
+        answer_tokens: Longest generated answer.
+        held_out: How many held-out items are used.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    max_steps: int = 300
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    length: int = 96
+    evaluate_every: int = 50
+    answer_tokens: int = 32
+    held_out: int = 200
+
+
+class Bench:
+    """The compiled programs of the demo, each used by the adapter and by its control."""
+
+    def __init__(self, tokenizer: Any, settings: Settings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.held_out = read_records(DEMO_DATA / "instructions_heldout.json")[: settings.held_out]
+        self.held_out_tokens = tokenize(self.held_out, tokenizer, pad_to=settings.length)
+        self.optimizer = make_optimizer(settings.learning_rate, settings.max_steps)
+        self.training_step = make_training_step(apply, self.optimizer)
+        self.evaluation_step = make_evaluation_step(apply)
+
+    def held_out_loss(self, model: Any) -> float:
+        """Mean loss over the held-out items, in nats per answer token."""
+        batches = evaluation_batches(self.held_out_tokens, self.settings.batch_size)
+        return evaluate(self.evaluation_step, model, batches)
+
+    def answers(self, model: Any) -> list[str]:
+        """Greedy answers to the held-out instructions."""
+        ids, mask = tokenize_prompts(self.held_out, self.tokenizer)
+        whole = model.generate(ids, attention_mask=mask, max_new_tokens=self.settings.answer_tokens)
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
+        ]
+
+    def exact(self, answers: Sequence[str]) -> int:
+        """How many answers are the wanted ones, character by character."""
+        return sum(answer == record.output for answer, record in zip(answers, self.held_out, strict=True))
+
+    def train(self, model: Any, data: Tokens) -> tuple[Any, Points, Points]:
+        """Train an adapter; return the model and its training and held-out curves."""
+        settings = self.settings
+        batches = training_batches(data, settings.batch_size, seed=0)
+        run = train(self.training_step, model, self.optimizer, batches, max_steps=settings.max_steps, seed=0)
+        training, held_out = [], [(0, self.held_out_loss(model))]
+        bar = tqdm(run, total=settings.max_steps, unit="step", ncols=79, leave=False, disable=None)
+        for number, model, loss in bar:
+            training.append((number, loss))
+            bar.set_postfix(loss=f"{loss:.3f}")
+            if number % settings.evaluate_every == 0 or number == settings.max_steps:
+                held_out.append((number, self.held_out_loss(model)))
+        return model, training, held_out
+
+
+def demo(options: Demo, settings: Settings = Settings()) -> None:
+    """Run the demo.
+
+    Raises:
+        FileExistsError: If the output folder is in use.
+    """
+    refuse_used(options.output)
+    with new_folder(options.output) as folder:
+        _demo(folder, settings)
+    _say_what_was_written(options.output)
+
+
+def _demo(folder: Path, settings: Settings) -> None:
+    print("peft-jax demo: a LoRA adapter on a small Llama whose weights are in int8\n")
+    base = pj.AutoModelForCausalLM.from_pretrained(DEMO_DATA / "model", load_in_8bit=True)
+    tokenizer = load_tokenizer(str(DEMO_DATA / "model"))
+    bench = Bench(tokenizer, settings)
+    records = read_records(DEMO_DATA / "instructions_train.json")
+    data = tokenize(records, tokenizer, pad_to=settings.length)
+    control_data = tokenize(with_shuffled_answers(records), tokenizer, pad_to=settings.length)
+    config = pj.LoraConfig(
+        r=settings.r, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+    print(f"Data      {len(data)} instructions to train on, {len(bench.held_out)} held out")
+    print("Adapter   ", end="")
+    model = pj.get_peft_model(base, config)  # a fresh adapter changes nothing: this is the base
+    model.print_trainable_parameters()
+    before = bench.answers(model)
+    print(f"Before    held-out loss {bench.held_out_loss(model):.3f}, {bench.exact(before)} answers exact", flush=True)
+
+    start = time.monotonic()
+    model, training, held_out = bench.train(model, data)
+    after, seconds = bench.answers(model), time.monotonic() - start
+    print(f"After     held-out loss {held_out[-1][1]:.3f}, {bench.exact(after)} answers exact", end=" ")
+    print(f"({settings.max_steps} steps, {seconds:.0f} s)", flush=True)
+
+    start = time.monotonic()
+    _, _, control = bench.train(pj.get_peft_model(base, config), control_data)
+    print(f"Control   held-out loss {control[-1][1]:.3f}, trained the same way on shuffled answers", end=" ")
+    print(f"({time.monotonic() - start:.0f} s):")
+    lower = 1 - held_out[-1][1] / control[-1][1]
+    print(f"          the adapter's is {lower:.0%} lower, so it learned more than the template")
+
+    print("\nHeld-out instructions, answered greedily before and after:")
+    for number in one_of_each(bench.held_out):
+        record = bench.held_out[number]
+        print(f"\n  {record.instruction} {record.input}"[:80])
+        print(f"    before  {_one_line(before[number])}\n    after   {_one_line(after[number])}")
+        print(f"    wanted  {_one_line(record.output)}")
+
+    model.save_pretrained(folder / "adapter")
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
+    curves = {"training": training, "held-out": held_out, "held-out, trained on shuffled answers": control}
+    plot_losses(folder / "loss.png", curves, title="LoRA on an int8 Llama: peft-jax demo")
+
+
+def with_shuffled_answers(records: Sequence[Record]) -> list[Record]:
+    """Records whose answers come from other records of the same instruction: right in form, wrong in content."""
+    rng = random.Random(0)
+    answers: dict[str, list[str]] = {}
+    for record in records:
+        answers.setdefault(record.instruction, []).append(record.output)
+    for outputs in answers.values():
+        rng.shuffle(outputs)
+    return [dataclasses.replace(record, output=answers[record.instruction].pop()) for record in records]
+
+
+def one_of_each(records: Sequence[Record]) -> list[int]:
+    """Index of the first record of each instruction."""
+    first: dict[str, int] = {}
+    for number, record in enumerate(records):
+        first.setdefault(record.instruction, number)
+    return list(first.values())
+
+
+def _one_line(text: str) -> str:
+    """A text in what is left of a line of 80 columns."""
+    line = " ".join(text.split())
+    return line if len(line) <= 66 else line[:63] + "..."
+
+
+def _say_what_was_written(output: Path) -> None:
+    command = "peft-jax" if shutil.which("peft-jax") else sys.argv[0]
+    here = os.path.relpath(DEMO_DATA)
+    print(f"""
+Wrote {output}:
+  adapter    in PEFT's format: adapter_config.json, adapter_model.safetensors
+  merged     the fine-tuned checkpoint in Hugging Face's format
+  loss.png   the loss curve
+
+Next, the same from the command line, on your own model and data if you like:
+  {command} finetune --load-in-8bit --output my-adapter \\
+    --model {here}/model \\
+    --data {here}/instructions_train.json""")
