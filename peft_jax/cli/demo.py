@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import peft_jax as pj
 from peft_jax.cli.checkpoint import apply, load_tokenizer
+from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
 from peft_jax.cli.folder import new_folder, refuse_used
 from peft_jax.train import (
     Record,
@@ -30,8 +31,6 @@ from peft_jax.train import (
     train,
     training_batches,
 )
-
-DEMO_DATA = Path(__file__).with_name("demo_data")
 
 Points = list[tuple[int, float]]
 
@@ -76,7 +75,7 @@ class Bench:
 
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
-        self.held_out = read_records(DEMO_DATA / "instructions_heldout.json")[: settings.held_out]
+        self.held_out = read_records(HELD_OUT)[: settings.held_out]
         self.held_out_tokens = tokenize(self.held_out, tokenizer, pad_to=settings.length)
         self.optimizer = make_optimizer(settings.learning_rate, settings.max_steps)
         self.training_step = make_training_step(apply, self.optimizer)
@@ -128,10 +127,10 @@ def demo(options: Demo, settings: Settings = Settings()) -> None:
 
 def _demo(folder: Path, settings: Settings) -> None:
     print("peft-jax demo: a LoRA adapter on a small Llama whose weights are in int8\n")
-    base = pj.AutoModelForCausalLM.from_pretrained(DEMO_DATA / "model", load_in_8bit=True)
-    tokenizer = load_tokenizer(str(DEMO_DATA / "model"))
+    base = pj.AutoModelForCausalLM.from_pretrained(MODEL, load_in_8bit=True)
+    tokenizer = load_tokenizer(str(MODEL))
     bench = Bench(tokenizer, settings)
-    records = read_records(DEMO_DATA / "instructions_train.json")
+    records = read_records(TRAIN)
     data = tokenize(records, tokenizer, pad_to=settings.length)
     control_data = tokenize(with_shuffled_answers(records), tokenizer, pad_to=settings.length)
     config = pj.LoraConfig(
@@ -199,7 +198,6 @@ def _one_line(text: str) -> str:
 
 def _say_what_was_written(output: Path) -> None:
     command = "peft-jax" if shutil.which("peft-jax") else sys.argv[0]
-    here = os.path.relpath(DEMO_DATA)
     print(f"""
 Wrote {output}:
   adapter    in PEFT's format: adapter_config.json, adapter_model.safetensors
@@ -208,5 +206,5 @@ Wrote {output}:
 
 Next, the same from the command line, on your own model and data if you like:
   {command} finetune --load-in-8bit --output my-adapter \\
-    --model {here}/model \\
-    --data {here}/instructions_train.json""")
+    --model {os.path.relpath(MODEL)} \\
+    --data {os.path.relpath(TRAIN)}""")
