@@ -115,9 +115,7 @@ class LoraConfig(Method):
                 f"init_lora_weights={self.init_lora_weights!r} is not supported yet. Write True, False or 'gaussian'."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "layers_to_transform goes with a list of target_modules, not with a regex: put the layers into it."
-            )
+            raise ValueError("layers_to_transform goes with a list of target_modules. Put the layers into the regex.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts. Give layers_to_transform too.")
         if isinstance(self.modules_to_save, str):
@@ -156,7 +154,7 @@ class LoraConfig(Method):
         for _ in layout.stack:
             draw_a, draw_b = jax.vmap(draw_a), jax.vmap(draw_b)
         keys_a, keys_b = (keys_from_names(jax.random.fold_in(key, i), names) for i in range(2))
-        used = jnp.arange(width) < rank[..., None]
+        used = jnp.asarray(np.arange(width) < rank[..., None])
         a = jnp.where(used[..., None, :], draw_a(keys_a, jnp.asarray(rank)), 0)
         b = jnp.where(used[..., :, None], draw_b(keys_b, jnp.asarray(rank)), 0)
         return {"lora_A": a, "lora_B": b}, state
@@ -179,14 +177,14 @@ class LoraConfig(Method):
         def uniform(shape: tuple[int, int], fan_in: int | None) -> Callable[..., jax.Array]:
             # PyTorch's Linear: kaiming_uniform with a = sqrt(5), which is uniform within 1 / sqrt(fan_in).
             return lambda key, rank: (
-                jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(fan_in or jnp.maximum(rank, 1))
+                jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(jnp.float32(fan_in or jnp.maximum(rank, 1)))
             )
 
         shape_a, shape_b = (n_in, width), (width, n_out)
         if lookup:
             return (normal(*shape_a) if self.init_lora_weights is False else zeros(*shape_a)), normal(*shape_b)
         if self.init_lora_weights == "gaussian":
-            return lambda key, rank: normal(*shape_a)(key, rank) / jnp.maximum(rank, 1), zeros(*shape_b)
+            return lambda key, rank: normal(*shape_a)(key, rank) / jnp.float32(jnp.maximum(rank, 1)), zeros(*shape_b)
         return uniform(shape_a, n_in), zeros(*shape_b) if self.init_lora_weights else uniform(shape_b, None)
 
     @staticmethod
@@ -206,7 +204,7 @@ class LoraConfig(Method):
         a, b = params["lora_A"], params["lora_B"]
         y = base.matmul(x, dot)
         inner = jnp.matmul(dropout(x, state).astype(a.dtype), a, precision=dot.precision) * state["scaling"]
-        return (y + jnp.matmul(inner, b, precision=dot.precision)).astype(y.dtype)
+        return (y.astype(a.dtype) + jnp.matmul(inner, b, precision=dot.precision)).astype(y.dtype)
 
     @classmethod
     def take(
@@ -214,4 +212,5 @@ class LoraConfig(Method):
     ) -> jax.Array:
         """Rows of ``W`` and of ``A``, the latter times ``s B``."""
         y = base.take(rows)
-        return (y + rows(params["lora_A"]) @ params["lora_B"] * state["scaling"]).astype(y.dtype)
+        update = rows(params["lora_A"]) @ params["lora_B"] * state["scaling"]
+        return (y.astype(update.dtype) + update).astype(y.dtype)

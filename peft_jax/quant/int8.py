@@ -16,7 +16,7 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.weight import PLAIN_DOT, Dot, Weight
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dtype"))
+@partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dense_dtype"))
 @dataclasses.dataclass(frozen=True)
 class Int8(Weight):
     """A matrix in 8 bits: ``dense() == q * scale`` in ``dtype``.
@@ -25,18 +25,23 @@ class Int8(Weight):
         q: int8, in the shape of the dense array; between -127 and 127.
         scale: float32 ``(*stack, out)``: the step of each output channel.
         layout: Axes of ``q``.
-        dtype: Element type of the dense array.
+        dense_dtype: Element type of the dense array.
     """
 
     q: jax.Array
     scale: jax.Array
     layout: Layout
-    dtype: jnp.dtype  # type: ignore[assignment]
+    dense_dtype: jnp.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense array."""
         return self.q.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Element type of the dense array."""
+        return self.dense_dtype
 
     def dense(self) -> jax.Array:
         """The dequantized array; its error is at most half a step: ``scale / 2``."""
@@ -50,7 +55,8 @@ class Int8(Weight):
     def take(self, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Rows of the dense matrix; only these are dequantized."""
         found = rows(jnp.ones((self.layout.sizes(self.shape)[0], 1)))  # NaN where an index has no row
-        return (rows(self.layout.matrix(self.q)).astype(jnp.float32) * self.scale * found).astype(self.dtype)
+        steps = rows(self.layout.matrix(self.q)).astype(jnp.float32)
+        return (steps * jnp.expand_dims(self.scale, range(steps.ndim - 1)) * found).astype(self.dtype)
 
     def rearranged(self, move: Callable[[jax.Array], jax.Array], layout: Layout) -> "Int8":
         """The weight with ``q`` moved; the scales do not depend on where the axes stand."""
@@ -58,7 +64,7 @@ class Int8(Weight):
 
     def astype(self, dtype: jnp.dtype) -> "Int8":
         """The same integers, standing for an array of another element type."""
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        return dataclasses.replace(self, dense_dtype=jnp.dtype(dtype))
 
     def unstacked(self) -> "Int8":
         """The slice along the first stacked axis."""
@@ -75,7 +81,7 @@ def _matmul(dot: Dot) -> Callable[..., jax.Array]:
     def product(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
         out = dot.preferred_element_type or x.dtype
         y = jnp.matmul(x, q.astype(x.dtype), precision=dot.precision, preferred_element_type=jnp.float32)
-        return (y * scale).astype(out)
+        return (y * jnp.expand_dims(scale, range(y.ndim - 1))).astype(out)
 
     return product
 

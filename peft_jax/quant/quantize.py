@@ -41,16 +41,12 @@ def quantize(
     if isinstance(params, Handle):
         layouts = {**params.layouts(), **(layout or {})}
         if target_modules is None:
-            found = find_leaves(params.params, layouts)
-            target_modules = [
-                name for leaf in _matmuls(found) for name in leaf.names.flat if name != params.output_module
-            ]
+            names = _matmul_names(find_leaves(params.params, layouts))
+            target_modules = [name for name in names if name != params.output_module]
         return params.replace(quantize(params.params, bits, target_modules=target_modules, layout=layouts))
     found = find_leaves(params, layout)
     matrices = [leaf for leaf in found if is_matrix(leaf)]
-    targets = target_modules
-    if targets is None:
-        targets = [name for leaf in _matmuls(found) for name in leaf.names.flat]
+    targets = _matmul_names(found) if target_modules is None else target_modules
     modules = [name for leaf in matrices for name in leaf.names.flat]
     for target in [targets] if isinstance(targets, str) else targets:
         one = target if isinstance(targets, str) else [target]
@@ -63,8 +59,9 @@ def quantize(
     return replace_leaves(params, nodes)
 
 
-def _matmuls(found: list[Leaf]) -> list[Leaf]:
-    return [leaf for leaf in found if is_matrix(leaf) and not (leaf.layout and leaf.layout.lookup)]
+def _matmul_names(found: list[Leaf]) -> list[str]:
+    matmuls = [leaf for leaf in found if is_matrix(leaf) and not (leaf.layout and leaf.layout.lookup)]
+    return [name for leaf in matmuls for name in leaf.names.flat]
 
 
 def _is_whole_target(leaf: Leaf, targets: str | Sequence[str]) -> bool:

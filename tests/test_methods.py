@@ -1,0 +1,126 @@
+"""The contract that every method keeps; a new method adds one line to CASES."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peft_jax as pj
+from peft_jax.core.weight import PLAIN_DOT, Dense
+from peft_jax.methods import base
+
+CASES = {
+    "LORA": pj.LoraConfig(r=3, lora_alpha=5, target_modules=["dense"]),
+}
+every_method = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def perturbed(params):
+    return {name: array + 0.3 * normal(i, *array.shape) for i, (name, array) in enumerate(params.items())}
+
+
+def close(got, want, tolerance=1e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1, np.abs(want).max()))
+
+
+def start(config, *, layers=None, shape=(12, 8)):
+    """A tree with one adapted kernel, unlike the fresh one in every array."""
+    stack = () if layers is None else (layers,)
+    kernel = normal(7, *stack, *shape)
+    layout = pj.Layout((0,), (1,), (2,)) if stack else pj.Layout()
+    params = pj.apply_adapter({"layers": {"dense": {"kernel": kernel}}}, config, layout={".*kernel": layout})
+    leaf = params["layers"]["dense"]["kernel"]
+    return kernel, dataclasses.replace(leaf, params=perturbed(leaf.params))
+
+
+def test_every_registered_method_has_a_case():
+    assert set(CASES) == set(base.names())
+
+
+@every_method
+def test_a_fresh_adapter_changes_nothing(config):
+    kernel = normal(0, 12, 8)
+    params = pj.apply_adapter({"dense": {"kernel": kernel}}, config)
+    np.testing.assert_array_equal(pj.merge(params)["dense"]["kernel"], kernel)
+
+
+@every_method
+def test_apply_and_take_equal_merging_first(config):
+    kernel, leaf = start(config)
+    x, merged = normal(1, 5, 12), leaf.dense()
+    method = type(config)
+    close(method.apply(leaf.params, leaf.state, Dense(kernel, leaf.layout), x, PLAIN_DOT), x @ merged)
+    ids = jnp.array([3, 0, 3])
+    close(leaf.take(lambda matrix: matrix[ids]), merged[ids])
+    assert not np.allclose(merged, kernel), "the perturbed adapter had no effect"
+
+
+@every_method
+def test_gradients_equal_those_of_merging_and_reach_every_array(config):
+    kernel, leaf = start(config)
+    x = normal(1, 5, 12)
+
+    def loss(params, use):
+        weight = dataclasses.replace(leaf, params=params)
+        return jnp.sum(jnp.sin(weight.matmul(x) if use == "apply" else x @ weight.dense()))
+
+    got = jax.jit(jax.grad(loss), static_argnums=1)(leaf.params, "apply")
+    want = jax.grad(loss)(leaf.params, "merge")
+    for name, gradient in got.items():
+        close(gradient, want[name])
+        assert np.abs(gradient).max() > 1e-3, f"{name} has no gradient"
+
+
+@every_method
+def test_stacked_equals_looped(config):
+    kernel, leaf = start(config, layers=3)
+    for i in range(3):
+        one = jax.tree.map(lambda array, i=i: array[i], leaf).unstacked()
+        close(leaf.dense()[i], one.dense())
+        assert one.layout == pj.Layout(index_after=())
+
+
+@every_method
+def test_config_survives_json(config):
+    again = pj.PeftConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+    assert again.structure() == config.structure()
+
+
+@every_method
+def test_the_second_step_and_another_adapter_compile_nothing(config):
+    trees = [pj.apply_adapter({"dense": {"kernel": normal(0, 12, 8)}}, config, adapter_name=name) for name in "ab"]
+    step = jax.jit(pj.adapt(lambda params, x: x @ params["dense"]["kernel"]))
+    for tree in (*trees, trees[0]):
+        step(tree, normal(1, 2, 12))
+    assert step._cache_size() == 1
+
+
+@every_method
+def test_adding_a_target_changes_no_other_adapter(config):
+    tree = {"dense": {"kernel": normal(0, 12, 8)}, "other": {"kernel": normal(0, 12, 8)}}
+    both = pj.apply_adapter(tree, dataclasses.replace(config, target_modules=["dense", "other"]))
+    one = pj.apply_adapter(tree, config)
+    for name, array in one["dense"]["kernel"].params.items():
+        np.testing.assert_array_equal(array, both["dense"]["kernel"].params[name])
+    flat = jax.tree.leaves(both["dense"]["kernel"].params)
+    assert any(
+        not np.array_equal(a, b) for a, b in zip(flat, jax.tree.leaves(both["other"]["kernel"].params), strict=True)
+    )
+
+
+@every_method
+def test_works_on_an_int8_base(config):
+    tree = pj.quantize({"dense": {"kernel": normal(0, 12, 8)}})
+    leaf = pj.apply_adapter(tree, config)["dense"]["kernel"]
+    leaf = dataclasses.replace(leaf, params=perturbed(leaf.params))
+    x = normal(1, 5, 12)
+    close(leaf.matmul(x), x @ leaf.dense())
+    assert leaf.base.q.dtype == jnp.int8
