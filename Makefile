@@ -18,6 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint types
 
 demo: .venv/runtime
+	@rm -rf demo-output
 	$(BIN)/peft-jax demo
 
 test: .venv/test

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import peft_jax as pj
+from peft_jax.cli.bar import progress
 from peft_jax.cli.checkpoint import apply, load_tokenizer
 from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
 from peft_jax.cli.folder import new_folder, refuse_used
@@ -104,12 +103,12 @@ class Bench:
         batches = training_batches(data, settings.batch_size, seed=0)
         run = train(self.training_step, model, self.optimizer, batches, max_steps=settings.max_steps, seed=0)
         training, held_out = [], [(0, self.held_out_loss(model))]
-        bar = tqdm(run, total=settings.max_steps, unit="step", ncols=79, leave=False, disable=None)
-        for number, model, loss in bar:
-            training.append((number, loss))
-            bar.set_postfix(loss=f"{loss:.3f}")
-            if number % settings.evaluate_every == 0 or number == settings.max_steps:
-                held_out.append((number, self.held_out_loss(model)))
+        with progress(run, settings.max_steps) as bar:
+            for number, model, loss in bar:
+                training.append((number, loss))
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if number % settings.evaluate_every == 0 or number == settings.max_steps:
+                    held_out.append((number, self.held_out_loss(model)))
         return model, training, held_out
 
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import peft_jax as pj
+from peft_jax.cli.bar import progress
 from peft_jax.cli.checkpoint import apply, load_tokenizer
 from peft_jax.cli.folder import new_folder, refuse_used
 from peft_jax.train import (
@@ -77,11 +77,11 @@ def finetune(options: Finetune) -> None:
     losses = []
     with new_folder(options.output) as folder, open(folder / "metrics.jsonl", "w") as metrics:
         run = train(step, model, optimizer, batches, max_steps=options.max_steps, seed=options.seed)
-        bar = tqdm(run, total=options.max_steps, unit="step", ncols=79)
-        for number, model, loss in bar:  # noqa: B007 (the last model is used after the loop)
-            losses.append((number, loss))
-            bar.set_postfix(loss=f"{loss:.3f}")
-            metrics.write(json.dumps({"step": number, "loss": loss}) + "\n")
+        with progress(run, options.max_steps) as bar:
+            for number, model, loss in bar:  # noqa: B007 (the last model is used after the loop)
+                losses.append((number, loss))
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                metrics.write(json.dumps({"step": number, "loss": loss}) + "\n")
         model.save_pretrained(folder)
         plot_losses(folder / "loss.png", {"training": losses}, title=f"LoRA r={options.r} on {options.data.name}")
     few = max(1, len(losses) // 10)

@@ -1,0 +1,240 @@
+"""The command line: what it writes, what each option does, and what a wrong input gets."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from peft_jax.cli import main as main_module
+from peft_jax.cli.demo import one_of_each, with_shuffled_answers
+from peft_jax.cli.demo_data import TRAIN
+from peft_jax.cli.folder import new_folder
+from peft_jax.cli.main import main
+from peft_jax.train import read_records
+
+RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(12)]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a model and data."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def finetune(**changes: Any) -> list[str]:
+    """The words of a short run, with some options changed; an option of value None is left out."""
+    options = {"model": "model", "data": "data.json", "output": "out", "max_steps": 3, "batch_size": 2} | changes
+    words = ["finetune"]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def trained(capsys: pytest.CaptureFixture[str], **changes: Any) -> dict[str, np.ndarray]:
+    """The tensors that a run writes."""
+    shutil.rmtree("out", ignore_errors=True)
+    assert main(finetune(**changes)) == 0, capsys.readouterr().err
+    return load_file("out/adapter_model.safetensors")
+
+
+def test_a_run_writes_an_adapter_that_peft_loads(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert main(finetune(output="runs/first")) == 0
+    out = workplace / "runs" / "first"
+    assert {file.name for file in out.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.jsonl",
+        "loss.png",
+    }
+    assert [file.name for file in out.parent.iterdir()] == ["first"]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3] and all(np.isfinite(row["loss"]) for row in metrics)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "12 examples, padded to" in said and "trainable params: " in said and "Training loss" in said
+    assert max(map(len, said.splitlines())) <= 100
+
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), out)
+    written = load_file(out / "adapter_model.safetensors")
+    loaded = {name: value for name, value in served.state_dict().items() if "lora_" in name}
+    assert len(written) == len(loaded) == 8
+    for name, value in loaded.items():
+        assert np.array_equal(value.numpy(), written[name.replace(".default", "")])
+        assert "lora_A" in name or np.abs(value.numpy()).max() > 0  # B has left zero
+
+
+def test_the_same_words_give_the_same_bytes(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(capsys)
+    first = tree(Path("out"))
+    trained(capsys)
+    assert tree(Path("out")) == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"load_in_8bit": True},
+        {"lora_alpha": 3},
+        {"max_steps": 4},
+        {"batch_size": 3},
+        {"learning_rate": 1e-3},
+        {"cutoff_len": 94},
+        {"seed": 5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_no_option_is_ignored(workplace: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]) -> None:
+    if "cutoff_len" in change:
+        longer = [*RECORDS, {"instruction": "Say the number.", "input": "1", "output": "x" * 40}]
+        Path("data.json").write_text(json.dumps(longer))
+    plain, changed = trained(capsys), trained(capsys, **change)
+    assert plain.keys() == changed.keys()
+    assert any(not np.array_equal(plain[name], changed[name]) for name in plain)
+
+
+def test_rank_alpha_and_targets_are_written(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = trained(capsys, r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"])
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (3, 5, "CAUSAL_LM")
+    assert set(config["target_modules"]) == {"k_proj", "down_proj"}
+    assert {name.split(".")[-3] for name in tensors} == {"k_proj", "down_proj"}
+    assert all(3 in tensor.shape for tensor in tensors.values())
+    everything = trained(capsys, target_modules="all-linear")
+    assert len({name.split(".")[-3] for name in everything}) == 7
+
+
+def test_long_examples_are_counted(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data.json").write_text(json.dumps([*RECORDS, {"instruction": "a", "output": "b" * 400}]))
+    assert main(finetune()) == 0
+    assert "1 longer than 256 tokens left out" in " ".join(capsys.readouterr().out.split())
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+    return write
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _nothing(folder: Path) -> None:
+    """Leaves the folder as it is."""
+
+
+WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+    "no such model": (_nothing, finetune(model="./modle"), "modle"),
+    "a folder without config": (_remove("model/config.json"), finetune(), "config.json"),
+    "a folder without weights": (_remove("model/model.safetensors"), finetune(), "safetensors"),
+    "a folder without tokenizer": (_remove("model/tokenizer.json"), finetune(), "Put tokenizer.json"),
+    "a config that is not JSON": (_write("model/config.json", "{"), finetune(), "config.json"),
+    "another architecture": (_write("model/config.json", '{"model_type": "gpt2"}'), finetune(), "gpt2"),
+    "truncated safetensors": (_truncate, finetune(), "model.safetensors"),
+    "no such data": (_nothing, finetune(data="none.json"), "no data file at none.json"),
+    "data that is a folder": (_nothing, finetune(data="model"), "no data file at model"),
+    "empty data": (_write("data.json", ""), finetune(), "is empty. Give"),
+    "data without records": (_write("data.json", "[]"), finetune(), "holds no records. Give"),
+    "data without the fields": (_write("data.json", '[{"text": "a"}]'), finetune(), "lacks instruction and output"),
+    "data over the cutoff": (_nothing, finetune(cutoff_len=8), "Raise the cutoff"),
+    "a target that hits nothing": (_nothing, finetune(target_modules="q_porj"), "q_porj"),
+    "one of several hits nothing": (_nothing, finetune(target_modules=["q_proj", "q_porj"]), "q_porj"),
+    "a rank of nothing": (_nothing, finetune(r=0), "at least 1"),
+    "no steps": (_nothing, finetune(max_steps=0), "--max-steps is 0. Give"),
+    "a negative seed": (_nothing, finetune(seed=-1), "--seed is -1. Give"),
+    "a rate that diverges": (_nothing, finetune(learning_rate=1e30, output="a/b"), "Lower the learning rate"),
+    "an output in use": (_write("out/file", "mine"), finetune(), "Name another one with --output"),
+    "an output that is a file": (_write("out", "mine"), finetune(), "Name another one with --output"),
+    "a missing option": (_nothing, finetune(model=None), "--model"),
+    "an unknown option": (_nothing, [*finetune(), "--modle", "x"], "--modle"),
+    "a word for a number": (_nothing, finetune(r="many"), "--r"),
+    "no command": (_nothing, [], "finetune"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_is_one_line_and_leaves_nothing(
+    workplace: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    prepare, words, said = WRONG[case]
+    prepare(workplace)
+    before = tree(workplace), sorted(workplace.rglob("*"))
+    capfd.readouterr()
+    assert main(words) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if "%|" not in line]  # the bar
+    assert len(errors) == 1 and errors[0].startswith("peft-jax: error: ") and said in errors[0], errors
+    assert (tree(workplace), sorted(workplace.rglob("*"))) == before
+
+
+def test_a_bug_keeps_its_traceback(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(options: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(main_module, "finetune", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        main(finetune())
+
+
+def test_ctrl_c_leaves_nothing(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_jax.cli.finetune.plot_losses", interrupted)
+    before = sorted(workplace.rglob("*"))
+    assert main(finetune(output="deep/down/out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "peft-jax: error: stopped; nothing was written."
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_a_new_folder_takes_the_place_of_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        assert not any((tmp_path / "out").iterdir())
+    assert tree(tmp_path) == {"out/a": b"1"}
+
+
+def test_the_installed_command_lists_its_commands() -> None:
+    command = Path(sys.executable).with_name("peft-jax")
+    run = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "finetune" in run.stdout and "demo" in run.stdout and not run.stderr
+
+
+def test_the_control_keeps_the_form_and_loses_the_content() -> None:
+    records = read_records(TRAIN)
+    shuffled = with_shuffled_answers(records)
+    by_form = {record.instruction for record in records}
+    for instruction in by_form:
+        one, other = (sorted(r.output for r in rs if r.instruction == instruction) for rs in (records, shuffled))
+        assert one == other
+    assert [(r.instruction, r.input) for r in shuffled] == [(r.instruction, r.input) for r in records]
+    assert np.mean([a.output == b.output for a, b in zip(records, shuffled, strict=True)]) < 0.3
+    assert {records[n].instruction for n in one_of_each(records)} == by_form
