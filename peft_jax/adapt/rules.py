@@ -4,6 +4,7 @@ A rule takes ``(evaluate, eqn, values)`` and gives the equation's outputs, or No
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,30 +33,32 @@ def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any] | None:
         roles, kept = layout.out, layout.inp
     else:
         return None
-    if set(stack) != set(layout.stack) or x.dtype != weight.dtype or not roles:
+    if not set(stack) <= set(layout.stack) or x.dtype != weight.dtype or not roles:
         return None
-    # Bring x to (*stack, *free, contracted) and the weight's stacked axes to the front.
-    x_batch = [x_stack[stack.index(axis)] for axis in layout.stack]
+    # Bring x to (*batch, *free, contracted), and the weight's stacked axes to the front.
+    x_batch = [x_stack[stack.index(axis)] for axis in layout.stack if axis in stack]
     x_last = [x_over[over.index(axis)] for axis in roles]
     free = [axis for axis in range(x.ndim) if axis not in (*x_batch, *x_last)]
-    free_shape = [x.shape[axis] for axis in free]
-    x = jnp.transpose(x, (*x_batch, *free, *x_last)).reshape(*(x.shape[a] for a in (*x_batch, *free)), -1)
+    n_last = math.prod(x.shape[axis] for axis in x_last)
+    x = jnp.transpose(x, (*x_batch, *free, *x_last)).reshape(*(x.shape[axis] for axis in (*x_batch, *free)), n_last)
     dot = Dot(eqn.params["precision"], eqn.params["preferred_element_type"])
     product = functools.partial(_product, transpose=roles != layout.inp, dot=dot)
+    for axis in reversed(layout.stack):
+        product = _over_stack(product, batched=axis in stack)
     front = (*layout.stack, *(axis for axis in range(weight.ndim) if axis not in layout.stack))
-    kept_shape = [weight.shape[axis] for axis in kept]
-    stack_shape = [weight.shape[axis] for axis in layout.stack]
-    if layout.stack:
-        weight = weight.rearranged(functools.partial(jnp.transpose, axes=front), layout.permuted(front))
-    for _ in layout.stack:
-        product = _over_stack(product)
-    y = product(x, weight).reshape(*stack_shape, *free_shape, *kept_shape)
-    # Bring y to dot_general's order: batch, then the free axes of the left and of the right operand.
-    n_stack, n_free = len(stack_shape), len(free_shape)
-    batch_axes = [layout.stack.index(axis) for axis in stack]
-    free_axes = list(range(n_stack, n_stack + n_free))
-    kept_axes = [n_stack + n_free + kept.index(axis) for axis in sorted(kept)]
-    order = (*batch_axes, *kept_axes, *free_axes) if side == 0 else (*batch_axes, *free_axes, *kept_axes)
+    moved = weight
+    if front != tuple(range(weight.ndim)):
+        moved = weight.rearranged(functools.partial(jnp.transpose, axes=front), layout.permuted(front))
+    y = product(x, moved)
+    # y is (*stack, *free, kept); bring it to dot_general's order: batch, left free axes, right free axes.
+    n_stack, n_free = len(layout.stack), y.ndim - len(layout.stack) - 1
+    y = y.reshape(*y.shape[:-1], *(weight.shape[axis] for axis in kept))
+    position = {axis: i for i, axis in enumerate(layout.stack)}
+    position |= {axis: n_stack + n_free + i for i, axis in enumerate(kept)}
+    batch_axes = [position.pop(axis) for axis in stack]
+    x_axes = list(range(n_stack, n_stack + n_free))
+    weight_axes = [position[axis] for axis in sorted(position)]
+    order = (*batch_axes, *weight_axes, *x_axes) if side == 0 else (*batch_axes, *x_axes, *weight_axes)
     return [jnp.transpose(y, order).astype(eqn.outvars[0].aval.dtype)]
 
 
@@ -68,8 +71,8 @@ def _product(x: jax.Array, weight: Weight, transpose: bool, dot: Dot) -> jax.Arr
     return jax.vjp(lambda probe: weight.matmul(probe, dot._replace(preferred_element_type=None)), probe)[1](x)[0]
 
 
-def _over_stack(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    return jax.vmap(lambda x, weight: product(x, weight.unstacked()))
+def _over_stack(product: Callable[..., jax.Array], batched: bool) -> Callable[..., jax.Array]:
+    return jax.vmap(lambda x, weight: product(x, weight.unstacked()), in_axes=(0 if batched else None, 0))
 
 
 def gather(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any] | None:

@@ -77,6 +77,8 @@ def check_targets(
     """
     hits = [module for module in modules if is_target(config, module)]
     targets = config.target_modules
+    if not targets and not config.modules_to_save:
+        raise ValueError(f"target_modules is not given. Name some of {sorted(_ends(modules))}, or 'all-linear'.")
     if isinstance(targets, str):
         if not hits:
             what = f"target_modules regex '{targets}'"
@@ -109,6 +111,10 @@ def _owners(module: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
+def _ends(modules: Sequence[str]) -> set[str]:
+    return {module.rsplit(".", 1)[-1] for module in modules}
+
+
 def _indices(config: Targets) -> list[int]:
     layers = config.layers_to_transform
     return [] if layers is None else [layers] if isinstance(layers, int) else list(layers)
@@ -123,6 +129,6 @@ def names_module(targets: str | Sequence[str], module: str) -> bool:
 
 def nothing_hit(what: str, name: str, modules: Sequence[str], hint: str = "") -> str:
     """The message for a name that hits none of the modules."""
-    ends = {module.rsplit(".", 1)[-1] for module in modules} | set(modules)
+    ends = _ends(modules) | set(modules)
     near = difflib.get_close_matches(name, sorted(ends), n=3, cutoff=0.3) or sorted(ends)[:3]
     return f"{what} hits none of {len(modules)} modules. Nearest: {near}. {hint}".strip()

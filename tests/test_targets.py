@@ -1,0 +1,131 @@
+"""Which modules a config means, against PEFT's own functions on real module names; and that nothing is silent."""
+
+import jax.numpy as jnp
+import pytest
+
+import peft_jax as pj
+from peft_jax.core.targets import is_saved_module, is_target
+
+ROWS = {
+    "list": {"target_modules": ["q_proj", "v_proj"]},
+    "whole paths": {"target_modules": ["model.layers.1.mlp.up_proj"]},
+    "an end is not a suffix of letters": {"target_modules": ["proj"]},
+    "regex": {"target_modules": r".*\.[01]\.(self_attn|mlp)\.(k|gate)_proj"},
+    "regex is matched whole": {"target_modules": r"layers\.0"},
+    "excluded list": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "excluded regex": {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1\..*"},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 1},
+    "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    "layers with pattern": {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": "layers"},
+    "layers with patterns": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [0],
+        "layers_pattern": ["h", "layers"],
+    },
+    "layers of no such pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h"]},
+    "a whole path ignores layers": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [1],
+    },
+    "saved modules": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    "saved container": {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.fixture(scope="module")
+def module_names():
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
+
+    tiny = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    with torch.device("meta"):
+        models = [
+            LlamaForCausalLM(LlamaConfig(**tiny, intermediate_size=16)),
+            GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)),
+            T5Model(T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)),
+        ]
+    return [name for model in models for name, _ in model.named_modules() if name]
+
+
+@pytest.mark.parametrize("options", ROWS.values(), ids=ROWS)
+def test_targets_equal_pefts(options, module_names):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    theirs, ours = LoraConfig(**options), pj.LoraConfig(**options)
+    want = [name for name in module_names if check_target_module_exists(theirs, name)]
+    assert [name for name in module_names if is_target(ours, name)] == want
+    assert 0 < len(want) < len(module_names) or options in (
+        ROWS["an end is not a suffix of letters"],
+        ROWS["regex is matched whole"],
+        ROWS["layers of no such pattern"],
+    )
+
+
+def test_saved_modules_are_named_by_their_ends_and_hold_what_they_contain():
+    config = pj.LoraConfig(modules_to_save=["head", "layers.1.mlp"])
+    names = ["lm_head", "model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj", "model.head.dense", "model.norm"]
+    assert [is_saved_module(config, name) for name in names] == [True, True, False, True, False]
+
+
+TREE = {
+    "model": {
+        "layers": {"q_proj": {"kernel": jnp.ones((2, 4, 4))}, "norm": {"scale": jnp.ones((2, 4))}},
+        "heads": {"kernel": jnp.ones((4, 2, 2))},
+    }
+}
+LAYOUT = {r".*q_proj\.kernel": pj.Layout((0,), (1,), (2,)), r".*norm\.scale": pj.Layout((0,), (), (1,))}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, r"Target module 'q_prj' hits none of .* Nearest: \['q_proj'"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "Target module 'k_proj' hits none"),
+        ({"target_modules": "q_proj"}, "regex 'q_proj' hits none .* matched against whole paths"),
+        ({"target_modules": ["norm"]}, "Target module 'norm' hits none"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["no_such"]}, "exclude_modules 'no_such' hits none"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["no_such"]}, "modules_to_save 'no_such' hits none"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 7]}, r"layers_to_transform \[7\].*found: \[0, 1\]"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "Pattern 'v_proj' of rank_pattern"),
+        ({"target_modules": ["heads"]}, r"'model.heads.kernel' of shape \(4, 2, 2\) .* ambiguous. Write layout="),
+        ({}, "target_modules is not given"),
+    ],
+)
+def test_what_hits_nothing_is_an_error_with_a_way_out(options, message):
+    with pytest.raises(ValueError, match=message):
+        pj.apply_lora(TREE, pj.LoraConfig(**options), layout=LAYOUT)
+
+
+def test_layouts_that_do_not_fit_are_errors():
+    with pytest.raises(ValueError, match=r"Name each of the axes 0 to 2 once"):
+        pj.apply_lora(TREE, pj.LoraConfig(target_modules=["q_proj"]), layout={".*q_proj.kernel": pj.Layout()})
+    with pytest.raises(ValueError, match=r"\['no_such'\] match no leaf"):
+        pj.apply_lora(TREE, pj.LoraConfig(target_modules=["q_proj"]), layout={"no_such": pj.Layout()})
+    with pytest.raises(ValueError, match="no path component 'layers'"):
+        pj.apply_lora(
+            {"q": {"kernel": jnp.ones((2, 4, 4))}},
+            pj.LoraConfig(target_modules=["q"]),
+            layout={".*": pj.Layout((0,), (1,), (2,))},
+        )
+
+
+def test_all_linear_means_every_matmul_weight():
+    tree = {
+        "a": {"kernel": jnp.ones((4, 4))},
+        "b": {"weight": jnp.ones((6, 4))},
+        "c": {"embedding": jnp.ones((4, 4))},
+        "d": {"scale": jnp.ones(4)},
+    }
+    params = pj.apply_lora(tree, pj.LoraConfig(r=1, target_modules="all-linear"))
+    assert params["a"]["kernel"].params["lora_A"].shape == (4, 1)
+    assert params["b"]["weight"].params["lora_B"].shape == (1, 6)  # a PyTorch weight is (out, in)
+    assert params["c"]["embedding"] is tree["c"]["embedding"] and params["d"]["scale"] is tree["d"]["scale"]
+    assert params["a"]["kernel"].tag.config.target_modules == ("a", "b")
+
+
+def test_a_taken_name_is_an_error():
+    params = pj.apply_lora({"q": {"kernel": jnp.ones((4, 4))}}, pj.LoraConfig(target_modules=["q"]))
+    with pytest.raises(ValueError, match="name 'default' is taken"):
+        pj.apply_lora(params, pj.LoraConfig(target_modules=["q"]))
