@@ -1,0 +1,282 @@
+"""The Llama family in Flax NNX: Llama 1 to 3, Mistral, Qwen2 and Qwen3.
+
+Attribute names are the module names of Hugging Face transformers (`model.layers.self_attn.q_proj.kernel`). The layers
+are stacked: every leaf below `model.layers` has a leading axis of length num_hidden_layers, and the forward pass is
+one `jax.lax.scan` over them, so that compile time does not grow with depth.
+
+The model is plain Flax and knows nothing of adapters or quantization. Its numbers are those of transformers'
+`LlamaForCausalLM` and kin with their default ("sdpa") attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peft_jax.models.attention import Context, KVCache, attend, init_cache, make_context, rotate
+from peft_jax.models.layers import Embed, RMSNorm, linear_maker
+from peft_jax.models.llama_config import ACTIVATIONS, FULL, SLIDING, LlamaConfig, RopeScaling
+
+__all__ = ["CausalLMOutput", "KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params"]
+
+Buffers = tuple[jax.Array, jax.Array]
+
+
+class CausalLMOutput(NamedTuple):
+    """What a causal language model returns.
+
+    logits are (batch, length, vocab). hidden_states, if asked for, are (layers + 1, batch, length, hidden): the
+    embeddings, the output of each layer but the last, and the output of the final norm, as transformers lists them.
+    cache is the one passed in, with the new positions filled.
+    """
+
+    logits: jax.Array
+    hidden_states: jax.Array | None = None
+    cache: KVCache | None = None
+
+
+class LlamaAttention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        linear = linear_maker(config, dtype, rngs)
+        n_q, n_kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
+        self.head_dim = config.head_size
+        self.q_proj = linear(config.hidden_size, n_q, use_bias=config.attention_bias)
+        self.k_proj = linear(config.hidden_size, n_kv, use_bias=config.attention_bias)
+        self.v_proj = linear(config.hidden_size, n_kv, use_bias=config.attention_bias)
+        self.o_proj = linear(n_q, config.hidden_size, use_bias=bool(config.attention_out_bias))
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps, dtype)
+            self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps, dtype)
+
+    def __call__(
+        self, x: jax.Array, context: Context, mask: jax.Array, layer: jax.Array, buffers: Buffers | None
+    ) -> tuple[jax.Array, Buffers | None]:
+        """Attend within x (batch, length, hidden) and to this layer's part of the cache's buffers."""
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.head_dim)
+        q, k, v = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, context), rotate(k, context)
+        if buffers is not None:
+            start = (layer, 0, context.index, 0, 0)
+            buffers = (_write(buffers[0], k, start), _write(buffers[1], v, start))
+            k, v = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False).astype(x.dtype) for b in buffers)
+        return self.o_proj(attend(q, k, v, mask).reshape(batch, length, -1)), buffers
+
+
+class LlamaMLP(nnx.Module):
+    """Gated feed-forward network: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        linear = linear_maker(config, dtype, rngs)
+        self.hidden_act = config.hidden_act
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, use_bias=config.mlp_bias)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, use_bias=config.mlp_bias)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, use_bias=config.mlp_bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (batch, length, hidden)."""
+        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nnx.Module):
+    """Attention and feed-forward network, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.self_attn = LlamaAttention(config, dtype, rngs)
+        self.mlp = LlamaMLP(config, dtype, rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def __call__(
+        self, x: jax.Array, context: Context, mask: jax.Array, layer: jax.Array, buffers: Buffers | None
+    ) -> tuple[jax.Array, Buffers | None]:
+        """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
+        out, buffers = self.self_attn(self.input_layernorm(x), context, mask, layer, buffers)
+        x = x + out.astype(x.dtype)
+        return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), buffers
+
+
+class LlamaModel(nnx.Module):
+    """Embedding, stacked layers, final norm."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.kinds = config.kinds
+        self.embed_tokens = Embed(config, dtype, rngs)
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.layers = nnx.vmap(lambda key: LlamaDecoderLayer(config, dtype, nnx.Rngs(key)))(keys)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def __call__(
+        self, x: jax.Array, context: Context, buffers: Buffers | None, keep: bool, remat: bool
+    ) -> tuple[jax.Array, jax.Array | None, Buffers | None]:
+        """Run all layers; keep asks for every layer's input as well, remat for recomputing layers in the backward."""
+        graph, stacked = nnx.split(self.layers)
+        mixed = len(set(self.kinds)) > 1
+        slides = jnp.array([kind == SLIDING for kind in self.kinds])
+
+        def body(carry: tuple[jax.Array, Buffers | None], inputs: Any) -> Any:
+            state, layer, slide = inputs
+            one = context.masks[self.kinds[0]]
+            mask = jnp.where(slide, context.masks[SLIDING], context.masks[FULL]) if mixed else one
+            return nnx.merge(graph, state)(carry[0], context, mask, layer, carry[1]), carry[0] if keep else None
+
+        body = jax.checkpoint(body) if remat else body
+        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(len(self.kinds)), slides))
+        x = self.norm(x)
+        return x, jnp.concatenate([inputs, x[None].astype(inputs.dtype)]) if keep else None, buffers
+
+
+class Llama(nnx.Module):
+    """A causal language model of the Llama family.
+
+    Example:
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> Llama(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).logits.shape
+        (1, 3, 16)
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        self.config = config
+        self.model = LlamaModel(config, dtype, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = linear_maker(config, dtype, rngs)(config.hidden_size, config.vocab_size, use_bias=False)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        output_hidden_states: bool = False,
+        remat: bool = False,
+    ) -> CausalLMOutput:
+        """Compute logits; the arguments are those of `apply`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            found = "neither" if input_ids is None else "both"
+            raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
+        table = self.model.embed_tokens
+        x = table(input_ids) if inputs_embeds is None else inputs_embeds.astype(table.embedding.dtype)
+        context = make_context(self.config, x, attention_mask, position_ids, cache)
+        buffers = None if cache is None else (cache.keys, cache.values)
+        h, states, buffers = self.model(x, context, buffers, output_hidden_states, remat)
+        logits = h @ table.embedding[...].T if self.config.tie_word_embeddings else self.lm_head(h)
+        return CausalLMOutput(
+            logits, states, None if buffers is None else KVCache(*buffers, context.index + x.shape[1])
+        )
+
+
+def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Make random parameters: normal matrices of deviation initializer_range, scales of one, biases of zero.
+
+    Returns:
+        A nested dict of arrays with the names of the Hugging Face modules. Kernels are (in, out), the embedding
+        (vocab, hidden); everything below `model.layers` has a leading axis of length num_hidden_layers.
+
+    Example:
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> init_params(config, jax.random.key(0))["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
+        (2, 8, 12)
+    """
+    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key), dtype=dtype)))
+
+
+@functools.lru_cache(maxsize=64)
+def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Map each parameter's dotted path to its shape, without making the parameters.
+
+    Example:
+        >>> param_shapes(LlamaConfig())["model.norm.scale"]
+        (4096,)
+    """
+    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in _leaves(tree)}
+
+
+def apply(
+    config: LlamaConfig,
+    params: dict[str, Any],
+    input_ids: jax.Array | None = None,
+    *,
+    inputs_embeds: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    position_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    output_hidden_states: bool = False,
+    remat: bool = False,
+) -> CausalLMOutput:
+    """Run the model as a pure function of its parameters.
+
+    Args:
+        config: The architecture; static under `jax.jit`.
+        params: A nested dict of arrays as from `init_params`. Results have the dtype of the embedding.
+        input_ids: Token ids (batch, length).
+        inputs_embeds: Instead of input_ids, embeddings (batch, length, hidden).
+        attention_mask: 0/1 (batch, length), or with a cache (batch, index + length) up to (batch, max_len).
+        position_ids: (batch, length) or (1, length). By default 0, 1, ..., counted on from the cache's index.
+            Without attention_mask and cache, a jump in them starts a new packed sequence, as in transformers.
+        cache: Keys and values of earlier positions, as from `init_cache`. The caller sees to it that index + length
+            does not exceed max_len (an index is an array, whose value a compiled program cannot check).
+        output_hidden_states: Also return the hidden states.
+        remat: Keep only each layer's input for the backward pass and compute the rest again.
+
+    Returns:
+        Logits at every position, and hidden states and the filled cache where asked for.
+
+    Raises:
+        ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
+
+    Example:
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> params = init_params(config, jax.random.key(0))
+        >>> apply(config, params, jnp.array([[1, 2, 3]])).logits.shape
+        (1, 3, 16)
+    """
+    _check(config, params)
+    return nnx.merge(_graph(config), params)(
+        input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        cache=cache,
+        output_hidden_states=output_hidden_states,
+        remat=remat,
+    )
+
+
+def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(config: LlamaConfig) -> Any:
+    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def _check(config: LlamaConfig, params: Any) -> None:
+    want, have = param_shapes(config), {path: jnp.shape(leaf) for path, leaf in _leaves(params)}
+    if have != want:
+        missing, surplus = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+        wrong = [f"{p} is {have[p]}, not {want[p]}" for p in want if p in have and have[p] != want[p]]
+        raise ValueError(
+            f"params do not fit the config: missing {missing}, surplus {surplus}, wrong shapes {wrong}. "
+            "They should be like init_params(config, key); adapted or quantized leaves need peft_jax.adapt(apply)."
+        )

@@ -1,0 +1,252 @@
+"""The configuration of the Llama family, with the field names of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched beyond the pretraining length.
+
+    Attributes:
+        rope_type: "default", "linear" or "llama3".
+        factor: Divides the frequencies (all of them for "linear", the low ones for "llama3").
+        low_freq_factor: "llama3": wavelengths above original_max_position_embeddings / low_freq_factor are divided.
+        high_freq_factor: "llama3": wavelengths below original_max_position_embeddings / high_freq_factor are kept.
+        original_max_position_embeddings: "llama3": the length of pretraining.
+    """
+
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("default", "linear", "llama3"):
+            raise ValueError(
+                f"rope_type={self.rope_type!r} is not supported. Use a model with 'default', 'linear' or 'llama3'."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Architecture of a decoder of the Llama family: Llama 1 to 3, Mistral, Qwen2 and Qwen3.
+
+    The fields are those of `transformers.LlamaConfig`, `MistralConfig`, `Qwen2Config` and `Qwen3Config`; what differs
+    between these is spelled out by the last five. Hashable, hence usable as a static argument of `jax.jit`.
+
+    Attributes:
+        num_key_value_heads: None means num_attention_heads.
+        head_dim: None means hidden_size // num_attention_heads.
+        eos_token_id: One id, several ids, or None.
+        attention_bias: Whether q_proj, k_proj and v_proj have a bias.
+        attention_out_bias: Whether o_proj has one (None means as attention_bias; Qwen2: True and False).
+        qk_norm: Whether queries and keys are normalised per head (Qwen3).
+        sliding_window: How many positions (its own included) a token of a sliding layer sees, None for all.
+        layer_types: One of "full_attention" and "sliding_attention" a layer; None means sliding in all layers when
+            sliding_window is set (Mistral), else full.
+
+    Raises:
+        ValueError: A field has a value that this family does not support, named in the message.
+
+    Example:
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        ...                      num_attention_heads=4, num_key_value_heads=2)
+        >>> config.head_dim
+        8
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    model_type: str = "llama"
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _default(self, "num_key_value_heads", self.num_attention_heads)
+        _default(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _default(self, "attention_out_bias", self.attention_bias)
+        kind = FULL if self.sliding_window is None else SLIDING
+        _default(self, "layer_types", (kind,) * self.num_hidden_layers)
+        if self.model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type={self.model_type!r} is not supported. Supported: {', '.join(ARCHITECTURES)}.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.head_size % 2:
+            raise ValueError(f"Rotary embeddings need an even head_dim, got head_dim={self.head_dim}.")
+        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= {FULL, SLIDING}:
+            raise ValueError(
+                f"layer_types must name {FULL!r} or {SLIDING!r} for each of {self.num_hidden_layers} layers, "
+                f"got {self.layer_types}."
+            )
+        if SLIDING in self.kinds and self.sliding_window is None:
+            raise ValueError(f"layer_types has {SLIDING!r} layers, but sliding_window is None. Set sliding_window.")
+
+    @property
+    def kv_heads(self) -> int:
+        """num_key_value_heads, never None."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """head_dim, never None."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """layer_types, never None."""
+        return self.layer_types or ()
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> LlamaConfig:
+        """Read a Hugging Face config.
+
+        Args:
+            hf: The dict of a config.json (of any transformers version) or a transformers config object.
+
+        Raises:
+            ValueError: The config asks for something that would change the numbers and is not supported here.
+
+        Example:
+            >>> LlamaConfig.from_hf({"model_type": "qwen3", "num_hidden_layers": 2}).qk_norm
+            True
+        """
+        raw = dict(hf) if isinstance(hf, Mapping) else hf.to_dict()
+        kind = raw.pop("model_type", None)
+        if kind not in ARCHITECTURES:
+            raise ValueError(f"model_type={kind!r} is not supported. Supported: {', '.join(ARCHITECTURES)}.")
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method")
+            raise ValueError(
+                f"The checkpoint is quantized (quantization_config with quant_method={method!r}), which is not "
+                "supported. Load the unquantized checkpoint, with load_in_8bit=True for int8 weights."
+            )
+        # Imported here: it takes seconds, and a model that was not read from a checkpoint does not need it.
+        from transformers import AutoConfig
+
+        full = AutoConfig.for_model(kind, **raw).to_dict()  # defaults and old spellings, as transformers reads them
+        if full.get("is_causal") is False:
+            raise ValueError("is_causal=False (attention in both directions) is not supported.")
+        theta, scaling = _rope(full["rope_parameters"])
+        same = {f.name for f in dataclasses.fields(cls)} - _TRANSLATED
+        fields = {name: full[name] for name in same & full.keys()}
+        eos = full.get("eos_token_id")
+        windowed = kind != "llama"  # transformers' Llama has no window, whatever its config says
+        return cls(
+            **fields,
+            model_type=kind,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            attention_bias=kind == "qwen2" or (kind != "mistral" and bool(full.get("attention_bias"))),
+            attention_out_bias=kind not in ("qwen2", "mistral") and bool(full.get("attention_bias")),
+            mlp_bias=kind == "llama" and bool(full.get("mlp_bias")),
+            qk_norm=kind == "qwen3",
+            sliding_window=full.get("sliding_window") if windowed else None,
+            layer_types=tuple(full["layer_types"]) if kind in ("qwen2", "qwen3") else None,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Make the dict of a config.json that transformers (5 or newer) reads as this architecture.
+
+        Raises:
+            ValueError: No Hugging Face class of this model_type has this combination of fields.
+
+        Example:
+            >>> config = LlamaConfig(num_hidden_layers=2)
+            >>> LlamaConfig.from_hf(config.to_hf()) == config
+            True
+        """
+        hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_HF}
+        rope = dataclasses.asdict(self.rope_scaling)
+        used = {"default": 1, "linear": 2, "llama3": 5}[self.rope_scaling.rope_type]
+        hf["rope_parameters"] = {"rope_theta": self.rope_theta} | dict(list(rope.items())[:used])
+        hf["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        if self.model_type in ("qwen2", "qwen3"):
+            hf["layer_types"] = list(self.kinds)
+            hf["use_sliding_window"] = self.sliding_window is not None
+        else:
+            del hf["layer_types"]
+        hf["architectures"] = [ARCHITECTURES[self.model_type]]
+        if LlamaConfig.from_hf(hf) != self:
+            raise ValueError(
+                f"transformers' {ARCHITECTURES[self.model_type]} cannot express this configuration: {self}. "
+                "Choose the model_type whose biases, q/k norms and windows these are."
+            )
+        return hf
+
+
+_NOT_IN_HF = {"rope_theta", "rope_scaling", "attention_out_bias", "qk_norm"}
+_TRANSLATED = _NOT_IN_HF | {
+    "model_type",
+    "eos_token_id",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "layer_types",
+}
+
+
+def _default(config: LlamaConfig, name: str, value: Any) -> None:
+    if getattr(config, name) is None:
+        object.__setattr__(config, name, value)
+
+
+def _rope(parameters: dict[str, Any]) -> tuple[float, RopeScaling]:
+    """Read base period and scaling from transformers' `rope_parameters`."""
+    known = {f.name for f in dataclasses.fields(RopeScaling)}
+    scaling = {name: value for name, value in parameters.items() if name in known and value is not None}
+    if parameters.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1.0.")
+    if "rope_type" not in parameters:
+        raise ValueError(f"Rotary parameters per kind of layer are not supported, got rope_parameters={parameters}.")
+    result = RopeScaling(**scaling)
+    surplus = sorted(parameters.keys() - known - {"rope_theta", "type", "partial_rotary_factor"})
+    if surplus:
+        raise ValueError(f"rope_parameters {surplus} are not supported with rope_type={result.rope_type!r}.")
+    return float(parameters["rope_theta"]), result
