@@ -20,7 +20,11 @@ class Scan(NamedTuple):
 def scan_parts(eqn: core.JaxprEqn) -> Scan:
     """The parts of a scan equation."""
     p = eqn.params
-    return Scan(p["jaxpr"], p["num_consts"], p["num_carry"], p["length"], p["reverse"], p["unroll"])
+    if "ft_in" in p:  # jax >= 0.11
+        num_consts, num_carry, _ = (len(list(part.vals)) for part in p["ft_in"].unpack())
+    else:
+        num_consts, num_carry = p["num_consts"], p["num_carry"]
+    return Scan(p["jaxpr"], num_consts, num_carry, p["length"], p["reverse"], p["unroll"])
 
 
 def closed(jaxpr: Any) -> core.ClosedJaxpr:
