@@ -4,8 +4,11 @@ import doctest
 import importlib
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import peft_jax
@@ -13,6 +16,14 @@ import peft_jax
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def as_a_reader_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """JAX's own settings, not the strict ones of the other tests, and a folder to write into."""
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def all_modules() -> list[str]:
@@ -28,15 +39,14 @@ def all_modules() -> list[str]:
 
 
 @pytest.mark.parametrize("name", all_modules())
-def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # an example may write files
+def test_docstring_examples(name: str) -> None:
+    names = {"jax": jax, "jnp": jnp, "pj": peft_jax}  # the imports that every example takes for granted
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    assert doctest.testmod(importlib.import_module(name), optionflags=flags).failed == 0
+    assert doctest.testmod(importlib.import_module(name), extraglobs=names, optionflags=flags).failed == 0
 
 
-def test_readme_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_blocks() -> None:
     """The README's Python runs from top to bottom as one program, as a reader would type it."""
-    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(BLOCKS, 1):
         exec(compile(block, f"README.md, Python block {number}", "exec"), names)
