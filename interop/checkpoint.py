@@ -1,0 +1,195 @@
+"""Hugging Face checkpoints: a folder with ``config.json`` and safetensors files, whole or in shards.
+
+Tensors are mapped into memory, not read: one at a time goes to the device, is converted there, and is written into
+its place in the stacked leaf. Which tensor belongs where is told by a table of `Row`, one for each leaf.
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from peft_jax.interop.files import CONFIG, GENERATION_CONFIG, Tensor, open_tensors, read_config, some, write_files
+
+__all__ = ["Row", "find_checkpoint", "load_params", "open_tensors", "read_config", "save_checkpoint"]
+
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
+
+Path = str | os.PathLike[str]
+
+
+class Row(NamedTuple):
+    """One leaf of ours and where it lies in a checkpoint.
+
+    Attributes:
+        path: Dotted path of the leaf.
+        shape: Its shape, the axis of stacked layers in front if it is stacked.
+        key: The tensor's key; for a stacked leaf with ``{}`` where the layer's number stands.
+        transposed: Whether the tensor is the transpose of our (one layer's) matrix.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    key: str
+    transposed: bool
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leaf has one tensor a layer."""
+        return "{}" in self.key
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all its tensors, by layer."""
+        return [self.key.format(i) for i in range(self.shape[0])] if self.stacked else [self.key]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
+
+
+Convert = Callable[[str, jax.Array], Any]
+
+
+def find_checkpoint(name_or_path: Path) -> pathlib.Path:
+    """Return the folder of a checkpoint, which is downloaded if it is an id on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: if there is no such folder and no such id, or the hub cannot be reached.
+    """
+    folder = pathlib.Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    name = os.fspath(name_or_path)
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise FileNotFoundError(f"No folder '{name}'. Name a checkpoint's folder, or an id 'owner/name' on the hub.")
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:  # the hub's errors are kinds of these
+        raise FileNotFoundError(
+            f"'{name}' is neither a folder nor can it be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}). Check the spelling, the network and, for a gated model, your access token."
+        ) from error
+
+
+def load_params(
+    tensors: Mapping[str, np.ndarray], rows: Sequence[Row], convert: Convert, *, ignored: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Make a tree of parameters from a checkpoint's tensors, one tensor at a time.
+
+    Beside the tree itself, memory holds no more than one tensor.
+
+    Args:
+        tensors: Tensors by key, as from `open_tensors`.
+        rows: What the tree consists of.
+        convert: ``convert(path, array) -> leaf``, run in a compiled program on each tensor in our orientation, in its
+            stored element type. A layer of a stacked leaf comes as a stack of one, ``(1, in, out)``; the leaf may be
+            any pytree, whose arrays then all have the layers in front.
+        ignored: Patterns of keys that may be there and are not used.
+
+    Raises:
+        ValueError: if tensors are missing or left over or of a wrong shape, all of which are listed.
+    """
+    _check(tensors, rows, ignored)
+    tree: dict[str, Any] = {}
+    for row in rows:
+        *modules, name = row.path.split(".")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[name] = _stack(row, tensors, convert) if row.stacked else _leaf(tensors[row.key], row, convert)
+    return tree
+
+
+def _check(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], ignored: Sequence[str]) -> None:
+    wanted = {key: row.tensor_shape for row in rows for key in row.keys}
+    surplus = [k for k in tensors.keys() - wanted.keys() if not any(re.fullmatch(p, k) for p in ignored)]
+    shapes = {key: tensors[key].shape for key in wanted if key in tensors}
+    problems = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "left over": sorted(surplus),
+        "of a wrong shape": [f"{k} {s}, not {wanted[k]}" for k, s in sorted(shapes.items()) if s != wanted[k]],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{what}: {some(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"The checkpoint's tensors do not fit its {CONFIG}. {told}. Use the config of these weights.")
+
+
+@partial(jax.jit, static_argnames=("row", "convert"))
+def _leaf(tensor: jax.Array, row: Row, convert: Convert) -> Any:
+    array = tensor.T if row.transposed else tensor
+    return convert(row.path, array[None] if row.stacked else array)
+
+
+@partial(jax.jit, static_argnames=("row", "convert"), donate_argnums=0)
+def _fill(buffers: Any, tensor: jax.Array, layer: int, row: Row, convert: Convert) -> Any:
+    update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=layer, axis=0)
+    return jax.tree.map(update, buffers, _leaf(tensor, row, convert))
+
+
+def _stack(row: Row, tensors: Mapping[str, np.ndarray], convert: Convert) -> Any:
+    first = jax.eval_shape(partial(_leaf, row=row, convert=convert), tensors[row.keys[0]])
+    buffers = jax.tree.map(lambda one: jnp.zeros((row.shape[0], *one.shape[1:]), one.dtype), first)
+    for layer, key in enumerate(row.keys):
+        # Waiting keeps one tensor in flight: dispatch runs ahead and would copy all of them to the device.
+        buffers = jax.block_until_ready(_fill(buffers, tensors[key], layer, row, convert))
+    return buffers
+
+
+def save_checkpoint(
+    folder: Path,
+    params: Mapping[str, Any],
+    rows: Sequence[Row],
+    config: Mapping[str, Any],
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write a checkpoint that transformers reads: ``config.json`` and safetensors in the leaves' element types.
+
+    Files are written under other names and then renamed, ``config.json`` last: a run that is killed leaves the old
+    checkpoint, or a folder without ``config.json``, which nobody loads. Memory holds one shard at a time.
+
+    Args:
+        folder: Folder to write to; made if need be. Weights of a former checkpoint in it are removed.
+        params: The tree of parameters, dense arrays.
+        rows: What the tree consists of.
+        config: Contents of ``config.json``.
+        generation_config: Contents of ``generation_config.json``, if it shall be there.
+        max_shard_size: Bytes above which the weights are split into several files.
+
+    Example:
+        >>> import tempfile
+        >>> params, rows = {"head": {"kernel": jnp.ones((2, 3))}}, [Row("head.kernel", (2, 3), "head.weight", True)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(folder, params, rows, {"model_type": "mine"})
+        ...     open_tensors(folder)["head.weight"].shape
+        (3, 2)
+    """
+    tensors = [one for row in rows for one in _tensors(_at(params, row.path), row)]
+    texts = {} if generation_config is None else {GENERATION_CONFIG: generation_config}
+    write_files(pathlib.Path(folder), tensors, {**texts, CONFIG: config}, max_shard_size)
+
+
+def _tensors(leaf: Any, row: Row) -> Iterator[Tensor]:
+    def make(layer: int) -> np.ndarray:
+        array = np.asarray(leaf[layer] if row.stacked else leaf)
+        return np.ascontiguousarray(array.T if row.transposed else array)
+
+    for layer, key in enumerate(row.keys):
+        yield Tensor(key, leaf.nbytes // len(row.keys), partial(make, layer))
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Any:
+    node: Any = tree
+    for name in path.split("."):
+        node = node[name]
+    return node

@@ -1,0 +1,141 @@
+"""The files of a Hugging Face checkpoint: JSON, and safetensors in one file or in shards with an index."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+LISTED = 5  # how many items an error lists
+
+Path = str | os.PathLike[str]
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written: its key, its bytes, and how to make it when its file's turn has come."""
+
+    key: str
+    nbytes: int
+    make: Callable[[], np.ndarray]
+
+
+def read_config(folder: Path, file: str = CONFIG) -> dict[str, Any]:
+    """Read the JSON object of a checkpoint's ``config.json``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not a JSON object.
+    """
+    path = pathlib.Path(folder) / file
+    if not path.is_file():
+        raise FileNotFoundError(f"No {file} in '{folder}'. Save the checkpoint with save_pretrained('{folder}').")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON ({error}). Copy or save the checkpoint again.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' is not a JSON object but {type(found).__name__}. Save the checkpoint again.")
+    return found
+
+
+def open_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Map all tensors of a checkpoint into memory, by key; nothing is read before it is used.
+
+    Raises:
+        FileNotFoundError: if there are no safetensors files, or a shard is missing.
+        ValueError: if a file is damaged or cut off, or not in float32, float16 or bfloat16.
+    """
+    folder = pathlib.Path(folder)
+    if (folder / WEIGHTS).is_file():
+        return _map_file(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        hint = f"Found {pickled[0]}: load it in PyTorch and save it anew" if pickled else "Save the checkpoint"
+        raise FileNotFoundError(f"No {WEIGHTS} and no {INDEX} in '{folder}'. {hint} with save_pretrained.")
+    shards = read_config(folder, INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"'{folder / INDEX}' has no weight_map of keys to files. Save the checkpoint again.")
+    missing = sorted(name for name in set(shards.values()) if not (folder / name).is_file())
+    if missing:
+        raise FileNotFoundError(f"{INDEX} in '{folder}' names {missing}, which are not there. Copy all shards.")
+    files = {name: _map_file(folder / name) for name in set(shards.values())}
+    return {key: tensor for name in sorted(files) for key, tensor in files[name].items() if shards.get(key) == name}
+
+
+def _map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header against the file's length
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the checkpoint again.") from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    odd = {key: entry["dtype"] for key, entry in header.items() if entry["dtype"] not in DTYPES}
+    if odd:
+        raise ValueError(f"'{path}' has tensors that are not float32, float16 or bfloat16: {some(odd.items())}.")
+    data = np.memmap(path, np.uint8, "r")[8 + length :]
+    tensors = {}
+    for key, entry in header.items():
+        start, stop = entry["data_offsets"]
+        tensors[key] = data[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def write_files(
+    folder: pathlib.Path, tensors: Sequence[Tensor], texts: Mapping[str, Mapping[str, Any]], max_shard_size: int
+) -> None:
+    """Write tensors and JSON files, each under another name first, and rename them all when they are complete.
+
+    The old ``config.json`` is removed before the first and the new one is put in place after the last, so that a
+    folder with both old and new weights has none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _split(tensors, max_shard_size)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [WEIGHTS] if len(shards) == 1 else names
+    if len(shards) > 1:
+        places = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        metadata = {"total_size": sum(tensor.nbytes for tensor in tensors)}
+        texts = {INDEX: {"metadata": metadata, "weight_map": places}, **texts}
+    parts = {name: folder / f".{name}.part" for name in (*names, *texts)}
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            save_file({tensor.key: tensor.make() for tensor in shard}, parts[name], metadata={"format": "pt"})
+        for name, text in texts.items():
+            parts[name].write_text(json.dumps(text, indent=2) + "\n")
+        for old in (folder / CONFIG, *folder.glob("model*.safetensors"), folder / INDEX):
+            old.unlink(missing_ok=True)
+        for name in sorted(parts, key=lambda name: name == CONFIG):
+            os.replace(parts[name], folder / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _split(tensors: Sequence[Tensor], max_size: int) -> list[list[Tensor]]:
+    """Tensors in order, in groups of at most max_size bytes or of one tensor."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def some(items: Iterable[Any]) -> str:
+    """List the first few items, and how many more there are."""
+    told = [str(item) for item in items]
+    return ", ".join(told[:LISTED]) + (f" and {len(told) - LISTED} more" if len(told) > LISTED else "")
