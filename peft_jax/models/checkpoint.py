@@ -1,0 +1,113 @@
+"""Models of the Llama family to and from Hugging Face checkpoints."""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
+from peft_jax.models.llama import LlamaConfig
+from peft_jax.models.llama_keys import IGNORED, STACKED, rows
+from peft_jax.quant import quantize_array
+
+DTYPES = ("float32", "bfloat16", "float16")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], *, dtype: Any = None, load_in_8bit: bool = False
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Read architecture and parameters of a checkpoint.
+
+    Args:
+        name_or_path: A folder, or an id on the Hugging Face hub.
+        dtype: "float32", "bfloat16" or "float16", for all floating-point leaves; None for the one that config.json
+            names, or else that of the first tensor.
+        load_in_8bit: Whether to round the linear kernels of the layers to int8, tensor by tensor while loading.
+            Embedding, norms, biases and head stay floating-point.
+
+    Raises:
+        FileNotFoundError: There is no such folder or id, or a file is missing in it.
+        ValueError: The model is of another family or asks for something that is not supported, a file is damaged, or
+            the tensors are not those of the config.
+    """
+    folder = find_checkpoint(name_or_path)
+    hf = read_config(folder)
+    config = _with_generation_ids(LlamaConfig.from_hf(hf), folder)
+    tensors = open_tensors(folder)
+    if dtype is None:
+        dtype = hf.get("dtype") or hf.get("torch_dtype") or next(iter(tensors.values())).dtype
+    if (dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
+    if config.tie_word_embeddings:
+        config, tensors = _settle_tie(config, tensors)
+    convert = _converter(jnp.dtype(dtype), load_in_8bit)
+    return config, load_params(tensors, rows(config), convert, ignored=IGNORED)
+
+
+@functools.lru_cache(maxsize=8)
+def _converter(dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array], Any]:
+    """Make what happens to each tensor on its way; one function for each choice, so that programs are shared."""
+
+    def convert(path: str, array: jax.Array) -> Any:
+        layout = next((layout for pattern, layout in STACKED.items() if re.fullmatch(pattern, path)), None)
+        if load_in_8bit and layout is not None and layout.inp:
+            return quantize_array(array, layout).astype(dtype)  # rounded once, from the stored element type
+        return array.astype(dtype)
+
+    return convert
+
+
+def save_model(
+    params: Mapping[str, Any], config: LlamaConfig, folder: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9
+) -> None:
+    """Write a checkpoint that transformers reads, in the element types of the leaves.
+
+    Args:
+        params: The parameters, dense arrays, as from `peft_jax.models.llama.init_params`.
+        config: Their architecture.
+        folder: Folder to write to; made if need be. Weights of a former checkpoint in it are removed.
+        max_shard_size: Bytes above which the weights are split into several files.
+
+    Raises:
+        ValueError: No Hugging Face class has this combination of config fields.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_jax.models.llama import init_params
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(init_params(config, jax.random.key(0)), config, folder)
+        ...     load_model(folder)[0] == config
+        True
+    """
+    dtype = str(jnp.dtype(params["model"]["embed_tokens"]["embedding"].dtype))
+    hf = {**config.to_hf(), "dtype": dtype}
+    save_checkpoint(folder, params, rows(config), hf, max_shard_size=max_shard_size)
+
+
+def _with_generation_ids(config: LlamaConfig, folder: os.PathLike[str]) -> LlamaConfig:
+    """Take the ids that end and pad a text from generation_config.json, which transformers' generate heeds first."""
+    try:
+        found = read_config(folder, "generation_config.json")
+    except FileNotFoundError:
+        return config
+    ids = {name: found[name] for name in ("eos_token_id", "pad_token_id") if found.get(name) is not None}
+    return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in ids.items()})
+
+
+def _settle_tie(config: LlamaConfig, tensors: dict[str, np.ndarray]) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
+    """Do as transformers 5 does where the config ties the head, and the checkpoint has one nevertheless."""
+    if HEAD not in tensors:
+        return config, tensors
+    if EMBEDDING in tensors and not np.array_equal(tensors[EMBEDDING], tensors[HEAD]):
+        return dataclasses.replace(config, tie_word_embeddings=False), tensors
+    rest = {key: tensor for key, tensor in tensors.items() if key != HEAD}
+    return config, {EMBEDDING: tensors[HEAD], **rest}
