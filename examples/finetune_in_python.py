@@ -59,7 +59,7 @@ def main(
     # A generation, greedy.
     input_ids, attention_mask = pt.tokenize_prompts(records[:1], tokenizer)
     whole = model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=24)
-    answer = tokenizer.decode(whole[0, input_ids.shape[1] :], skip_special_tokens=True)
+    answer = tokenizer.decode(whole[0, input_ids.shape[1] :].tolist(), skip_special_tokens=True)
     print(f"{records[0].instruction} {records[0].input} -> {answer}")
 
     # To PyTorch: the adapter for PEFT, the merged checkpoint for transformers.

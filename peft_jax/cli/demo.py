@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import peft_jax as pj
 from peft_jax.cli.bar import progress
 from peft_jax.cli.checkpoint import apply, load_tokenizer
@@ -88,7 +90,7 @@ class Bench:
     def answers(self, model: Any) -> list[str]:
         """Greedy answers to the held-out instructions."""
         ids, mask = tokenize_prompts(self.held_out, self.tokenizer)
-        whole = model.generate(ids, attention_mask=mask, max_new_tokens=self.settings.answer_tokens)
+        whole = np.asarray(model.generate(ids, attention_mask=mask, max_new_tokens=self.settings.answer_tokens))
         return [
             text.strip() for text in self.tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
         ]

@@ -10,7 +10,9 @@ import peft_jax as pj
 from peft_jax.cli.bar import progress
 from peft_jax.cli.checkpoint import apply, load_tokenizer
 from peft_jax.cli.folder import new_folder, refuse_used
+from peft_jax.models.llama import LlamaConfig
 from peft_jax.train import (
+    Tokens,
     make_optimizer,
     make_training_step,
     plot_losses,
@@ -66,6 +68,7 @@ def finetune(options: Finetune) -> None:
     model = pj.AutoModelForCausalLM.from_pretrained(options.model, load_in_8bit=options.load_in_8bit)
     tokenizer = load_tokenizer(options.model)
     data = tokenize(records, tokenizer, cutoff_len=options.cutoff_len)
+    check_fit(data, model.config)
     model = pj.get_peft_model(model, config)
 
     print(f"{len(data)} examples, padded to {data.length} tokens.", end=" ")
@@ -88,6 +91,21 @@ def finetune(options: Finetune) -> None:
     first, last = (np.mean([loss for _, loss in part]) for part in (losses[:few], losses[-few:]))
     print(f"Training loss {first:.3f} -> {last:.3f} (means of the first and last {few} steps).")
     print(f"Wrote {options.output}: adapter_config.json, adapter_model.safetensors, metrics.jsonl, loss.png")
+
+
+def check_fit(data: Tokens, config: LlamaConfig) -> None:
+    """Raise ValueError for tokens that the model has no embedding or no position for."""
+    largest = int(data.input_ids.max())
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
+            "Take tokenizer and weights from the same checkpoint."
+        )
+    if data.length > config.max_position_embeddings:
+        raise ValueError(
+            f"examples of {data.length} tokens are longer than the model's {config.max_position_embeddings} positions. "
+            f"Give --cutoff-len {config.max_position_embeddings} or less."
+        )
 
 
 def check(options: Finetune) -> None:
