@@ -174,3 +174,12 @@ def test_fields_and_defaults_are_pefts():
     assert ours.keys() == theirs.keys()
     assert {name: value for name, value in ours.items() if value != theirs[name]} == {"peft_version": None}
     assert dataclasses.fields(pj.LoraConfig)
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_the_dropout_rate_is_part_of_the_structure_in_training_only(inference_mode):
+    trees = [
+        one(pj.LoraConfig(lora_dropout=rate, target_modules=["dense"], inference_mode=inference_mode))
+        for rate in (0.0, 0.5)
+    ]
+    assert (jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])) == inference_mode

@@ -86,6 +86,7 @@ LAYOUT = {r".*q_proj\.kernel": pj.Layout((0,), (1,), (2,)), r".*norm\.scale": pj
         ({"target_modules": "q_proj"}, "regex 'q_proj' hits none .* matched against whole paths"),
         ({"target_modules": ["norm"]}, "Target module 'norm' hits none"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["no_such"]}, "exclude_modules 'no_such' hits none"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "Every module that .* is excluded"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["no_such"]}, "modules_to_save 'no_such' hits none"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1, 7]}, r"layers_to_transform \[7\].*found: \[0, 1\]"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "Pattern 'v_proj' of rank_pattern"),

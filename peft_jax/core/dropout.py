@@ -15,7 +15,7 @@ from peft_jax.core.paths import keys_from_names, module_path, stacked_names
 def with_dropout(params: Any, key: jax.Array) -> Any:
     """The tree with dropout switched on for this key; call it on the combined tree, in the loss, once a step.
 
-    Only adapters with a dropout rate above 0 change. Lookups of embeddings are never dropped, as in PEFT. Each
+    Only active adapters that are trained change, and of these the ones with a dropout rate above 0. Lookups of embeddings are never dropped, as in PEFT. Each
     layer has its own key, made from its name.
 
     Args:
@@ -34,7 +34,7 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
 
     def switch_on(path: str, leaf: Adapted) -> Adapted:
         rate = leaf.tag.config.dropout_rate
-        if not rate or leaf.layout.lookup or not leaf.active:
+        if not rate or leaf.layout.lookup or not (leaf.active and leaf.trainable):
             return leaf
         names = stacked_names(module_path(path), leaf.layout, leaf.shape)
         keys = keys_from_names(key, names)

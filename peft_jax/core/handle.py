@@ -33,6 +33,11 @@ class Handle(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def default_target_modules(self) -> tuple[str, ...] | None:
+        """PEFT's default for ``target_modules`` on such a model."""
+
+    @property
+    @abc.abstractmethod
     def tied_modules(self) -> tuple[str, ...]:
         """Paths of modules that share one leaf; adapting one of them needs `untied` first."""
 

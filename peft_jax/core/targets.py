@@ -85,8 +85,10 @@ def check_targets(
             raise ValueError(nothing_hit(what, targets, modules, "A regex is matched against whole paths."))
     else:
         for target in targets or ():
-            if not any(names_module([target], module) for module in hits):
+            if not any(names_module([target], module) for module in modules):
                 raise ValueError(nothing_hit(f"Target module '{target}'", target, modules))
+        if targets and not hits and not config.modules_to_save:
+            raise ValueError(f"Every module that {list(targets)} names is excluded. Exclude less, or target more.")
     if config.exclude_modules:
         excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         for name in excluded:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
 from peft_jax.methods.whole import Whole
+
+M = TypeVar("M", bound=Method)
 
 
 class Choice(NamedTuple):
@@ -73,12 +75,10 @@ def apply_adapter(
             leaf or matches none, or the name is taken.
     """
     if isinstance(params, Handle):
-        handle = untied_for(params, lambda name: _touches(config, name))
-        config = _completed(config, handle, layout)
-        tree = apply_adapter(
-            handle.params, config, key=key, adapter_name=adapter_name, layout={**handle.layouts(), **(layout or {})}
-        )
-        return handle.replace(tree)
+        layout = {**params.layouts(), **(layout or {})}
+        config = _completed(config, params, layout)
+        handle = untied_for(params, lambda name: is_target(config, name) or is_saved_module(config, name))
+        return handle.replace(apply_adapter(handle.params, config, key=key, adapter_name=adapter_name, layout=layout))
     if adapter_name in adapters(params):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
     key = jax.random.key(0) if key is None else key
@@ -110,11 +110,12 @@ def untied_for(handle: Handle, changes: Callable[[str], bool]) -> Handle:
     return handle.untied() if any(map(changes, handle.tied_modules)) else handle
 
 
-def _completed(config: Method, handle: Handle, layout: Layouts | None) -> Method:
-    """The config with the model's name, its task, and its linear modules in place of ``"all-linear"``."""
-    found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})})
+def _completed(config: M, handle: Handle, layout: Layouts) -> M:
+    """The config with what the model knows: its name, its task, its default targets, its linear modules."""
+    if config.target_modules is None:
+        config = dataclasses.replace(config, target_modules=handle.default_target_modules)
     return dataclasses.replace(
-        expand_all_linear(config, found, handle.output_module),
+        expand_all_linear(config, find_leaves(handle.params, layout), handle.output_module),
         base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
         task_type=config.task_type or handle.task_type,
     )
@@ -142,21 +143,16 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
             yield Choice(position, leaf, hit, role)
 
 
-def expand_all_linear(config: Method, found: Sequence[Leaf], output: str | None = None) -> Method:
-    """The config with ``"all-linear"`` replaced by the names of all matmul weights but the ``output`` head."""
+def expand_all_linear(config: M, found: Sequence[Leaf], output: str | None = None) -> M:
+    """The config with ``"all-linear"`` replaced by the names of all matmul weights that are not excluded, but the ``output`` head."""
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return config
-    linear = sorted(
-        n for leaf in found if is_matrix(leaf) and not leaf.layout.lookup for n in leaf.names.flat if n != output
-    )
+    matmuls = [leaf for leaf in found if is_matrix(leaf) and not (leaf.layout and leaf.layout.lookup)]
+    every = [name for leaf in matmuls for name in leaf.names.flat if name != output]
+    named = dataclasses.replace(config, target_modules=every)
+    linear = sorted(name for name in every if is_target(named, name))
     others = {name for leaf in found for name in leaf.names.flat} - set(linear)
     ends = {name.rsplit(".", 1)[-1] for name in linear}
     clash = any(name.rsplit(".", 1)[-1] in ends for name in others)
     return dataclasses.replace(config, target_modules=linear if clash else sorted(ends))
-
-
-def _touches(config: Method, module: str) -> bool:
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        return is_saved_module(config, module)
-    return is_target(config, module) or is_saved_module(config, module)

@@ -120,8 +120,12 @@ class Method(PeftConfig):
     fan_in_fan_out: bool = False
 
     def structure(self) -> tuple[Any, ...]:
-        """What two configs share exactly if their adapters run in the same compiled program."""
-        return (type(self), *(getattr(self, name) for name in self.structural))
+        """What two configs share exactly if their adapters run in the same compiled program.
+
+        The dropout rate counts in training only, so that adapters to serve can be swapped whatever theirs was.
+        """
+        rate = 0.0 if self.inference_mode else self.dropout_rate
+        return (type(self), rate, *(getattr(self, name) for name in self.structural))
 
     @property
     def label(self) -> str:

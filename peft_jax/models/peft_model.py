@@ -1,0 +1,129 @@
+"""Model handles with adapters: a base model handle whose tree has adapted leaves."""
+
+import dataclasses
+import os
+from functools import partial
+from typing import Any, Self
+
+import jax
+
+from peft_jax.core.adapted import adapters
+from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
+from peft_jax.core.summary import trainable_parameters
+from peft_jax.interop.adapter import load_adapter, save_adapter
+from peft_jax.methods.attach import apply_adapter
+from peft_jax.methods.base import Method, PeftConfig
+from peft_jax.methods.whole import Whole
+from peft_jax.models.auto import AutoModelForCausalLM, CausalLM
+
+
+def get_peft_model(
+    model: CausalLM, peft_config: Method, adapter_name: str = "default", *, key: jax.Array | None = None
+) -> "PeftModel":
+    """A new model with a fresh adapter; the old one is untouched and shares its arrays.
+
+    Args:
+        model: A base model, or one with adapters.
+        peft_config: What to attach, and where. ``"all-linear"`` leaves the output head out, as in PEFT.
+        adapter_name: Name of the adapter.
+        key: Random key of its start; None means ``jax.random.key(0)``.
+
+    Raises:
+        ValueError: as `peft_jax.apply_adapter`.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+        >>> model = pj.get_peft_model(model, pj.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        >>> sorted(model.peft_config)
+        ['default']
+    """
+    return PeftModel.of(apply_adapter(model, peft_config, key=key, adapter_name=adapter_name))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "source", "remat"))
+@dataclasses.dataclass(frozen=True)
+class PeftModel(CausalLM):
+    """A causal language model with adapters; calls and generates like its base."""
+
+    @classmethod
+    def of(cls, model: CausalLM) -> Self:
+        """A handle on the same parameters as ``model``."""
+        return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: CausalLM,
+        directory: str | os.PathLike[str],
+        *,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+    ) -> Self:
+        """The model with an adapter from PEFT's files (`peft_jax.interop.load_adapter`)."""
+        return cls.of(load_adapter(model, directory, adapter_name=adapter_name, is_trainable=is_trainable))
+
+    @property
+    def peft_config(self) -> dict[str, Method]:
+        """The config of every adapter by its name."""
+        found = adapters(self.params)
+        return {name: config.config if isinstance(config, Whole) else config for name, config in found.items()}
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:  # type: ignore[override]
+        """Write every adapter in PEFT's format: ``default`` into the folder, others into folders of their names."""
+        for name in self.peft_config:
+            save_adapter(self, directory, adapter_name=name)
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line of trainable and all parameters."""
+        print(trainable_parameters(self.params))
+
+    def merge_and_unload(self) -> CausalLM:
+        """The base model with its active adapters folded in, in dense arrays of the base's dtype."""
+        return self.base_handle(merge(self.params))
+
+    def unload(self) -> CausalLM:
+        """The base model, bit for bit; quantized where it was."""
+        return self.base_handle(unload(self.params))
+
+    def set_adapter(self, adapter_name: str) -> Self:
+        """The model with one adapter active and the others not."""
+        return self.replace(set_adapter(self.params, adapter_name))
+
+    def disable_adapter(self) -> Self:
+        """The model with no adapter active."""
+        return self.replace(disable_adapter(self.params))
+
+    def base_handle(self, params: Any) -> CausalLM:
+        """A base model's handle on ``params``."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return CausalLM(**{**fields, "params": params})
+
+
+class AutoPeftModelForCausalLM:
+    """Loads an adapter together with the base model that its config names."""
+
+    @staticmethod
+    def from_pretrained(
+        directory: str | os.PathLike[str], *, is_trainable: bool = False, adapter_name: str = "default", **options: Any
+    ) -> PeftModel:
+        """The base model with the adapter.
+
+        Args:
+            directory: Folder of the adapter.
+            is_trainable: Whether it is to be trained on.
+            adapter_name: Name to give it.
+            **options: For `AutoModelForCausalLM.from_pretrained`, e.g. ``load_in_8bit=True``.
+
+        Raises:
+            ValueError: if the config names no base model; also as `PeftModel.from_pretrained`.
+        """
+        base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+        if not base:
+            raise ValueError(
+                f"The adapter in '{directory}' names no base model. Load the base yourself and write "
+                "pj.PeftModel.from_pretrained(model, directory)."
+            )
+        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)

@@ -1,0 +1,265 @@
+"""Adapters between PyTorch PEFT and us: the same logits, files and tokens in both directions."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import peft_jax as pj
+from peft_jax import interop
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+IDS = np.array([[5, 17, 2, 40, 9, 61, 33], [8, 8, 50, 3, 21, 77, 1]])
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.2,  # large, so that no module is hidden by a small base
+    eos_token_id=None,
+)
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+ROWS = {
+    "plain": {"target_modules": TARGETS},
+    "rslora": {"target_modules": TARGETS, "use_rslora": True},
+    "patterns": {
+        "target_modules": TARGETS,
+        "rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn\.q_proj": 6},
+        "alpha_pattern": {"layers.0.mlp.down_proj": 3, "q_proj": 11},
+    },
+    "layers_to_transform": {"target_modules": TARGETS, "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+    "a saved container": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp", "embed_tokens"]},
+    "bias all": {"target_modules": ["q_proj", "o_proj"], "bias": "all"},
+    "bias lora_only": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only", "layers_to_transform": [1]},
+    "embedding": {"target_modules": ["embed_tokens", "k_proj"]},
+    "output head": {"target_modules": ["lm_head", "k_proj"]},
+    "both embeddings": {"target_modules": ["lm_head", "embed_tokens"]},
+    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+    "regex": {"target_modules": r".*layers\.[02]\.mlp\.(up|gate)_proj"},
+}
+FAMILIES = ["llama", "qwen2"]  # untied with biases everywhere; tied with biases on q, k and v
+rows = pytest.mark.parametrize("row", ROWS)
+families = pytest.mark.parametrize("family", FAMILIES)
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights and saved embeddings
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    folders = {}
+    for name, model, config in [
+        ("llama", LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+        ("qwen2", Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    ]:
+        torch.manual_seed(1)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model = model(config)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if path.endswith("bias") or "norm" in path:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def torch_base(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def torch_adapter(folder, options, save_to):
+    """A PEFT model with random weights in every trained tensor, saved."""
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=4, lora_alpha=7, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(torch_base(folder), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(save_to)
+    return model
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.numpy()
+
+
+def tolerance(logits):
+    return 1e-5 * max(1, np.abs(logits).max())
+
+
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance(want))
+
+
+def load(folder):
+    return pj.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+
+@rows
+@families
+def test_pefts_adapter_gives_the_same_logits_file_and_merge(family, row, bases, tmp_path):
+    theirs = torch_adapter(bases[family], ROWS[row], tmp_path / "theirs")
+    want = torch_logits(theirs)
+    base = load(bases[family])
+    model = pj.PeftModel.from_pretrained(base, tmp_path / "theirs")
+    close(model(IDS).logits, want)
+    assert np.abs(want - base(IDS).logits).max() > 100 * tolerance(want), "the adapter is dead"
+    close(model.merge_and_unload()(IDS).logits, want)
+    close(model.unload()(IDS).logits, base(IDS).logits)
+    # Ours saved again is PEFT's file in every key and byte.
+    model.save_pretrained(tmp_path / "ours")
+    ours, file = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == file.keys()
+    for key in file:
+        assert ours[key].dtype == file[key].dtype and ours[key].tobytes() == file[key].tobytes(), key
+    assert_no_module_is_dead(base, model.peft_config["default"], file, want)
+
+
+def assert_no_module_is_dead(base, config, tensors, want):
+    """Zeroing the adapter of any one module moves the logits by 100 times the tolerance."""
+    own = interop.get_peft_model_state_dict
+    fresh = own(interop.set_peft_model_state_dict(base, config, tensors))
+    start = own(pj.get_peft_model(base, dataclasses.replace(config, inference_mode=False)))
+    modules = {key.split(".lora_")[0].removesuffix(".base_layer.bias").removesuffix(".bias") for key in fresh}
+    for module in {name for name in modules if not name.endswith("base_layer.weight")}:
+        # A fresh adapter changes nothing, and a fresh copy of a bias or saved module is the base's.
+        without = {key: start[key] if key.startswith(module) else array for key, array in fresh.items()}
+        changed = interop.set_peft_model_state_dict(base, config, without)(IDS).logits
+        assert np.abs(changed - want).max() > 100 * tolerance(want), f"{module} is dead"
+
+
+@rows
+@families
+def test_our_adapter_gives_the_same_logits_in_peft(family, row, bases, tmp_path):
+    config = pj.LoraConfig(r=4, lora_alpha=7, **ROWS[row])
+    model = pj.get_peft_model(load(bases[family]), config)
+    trainable, frozen = pj.partition(model)
+    leaves, treedef = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    model = clean(pj.combine(jax.tree.unflatten(treedef, leaves), frozen))
+    model.save_pretrained(tmp_path)
+    want = np.asarray(model(IDS).logits)
+    theirs = peft.get_peft_model(torch_base(bases[family]), peft.LoraConfig.from_pretrained(tmp_path))
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(theirs, load_peft_weights(tmp_path))
+    assert result.unexpected_keys == []
+    saved = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert peft.get_peft_model_state_dict(theirs).keys() == saved, "a key is missing"
+    close(torch_logits(theirs.eval()), want)
+    assert np.abs(want - model.unload()(IDS).logits).max() > 100 * tolerance(want)
+    loaded = peft.PeftModel.from_pretrained(torch_base(bases[family]), tmp_path)
+    close(torch_logits(loaded.eval()), want)
+
+
+def clean(model):
+    """The model as its file says it: padding, which the perturbation touched too, is zero again."""
+    config = model.peft_config["default"]
+    tensors = interop.get_peft_model_state_dict(model)
+    return pj.PeftModel.of(interop.set_peft_model_state_dict(model.unload(), config, tensors))
+
+
+@families
+def test_greedy_generation_gives_the_same_tokens(family, bases, tmp_path):
+    theirs = torch_adapter(bases[family], ROWS["plain"], tmp_path)
+    ids = torch.tensor(IDS[:1])
+    with torch.no_grad():
+        want = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    base = load(bases[family])
+    model = pj.PeftModel.from_pretrained(base, tmp_path)
+    got = model.generate(IDS[:1], max_new_tokens=24)
+    np.testing.assert_array_equal(got, want.numpy())
+    new = np.asarray(got)[0, IDS.shape[1] :]
+    assert len(set(new.tolist())) >= 10
+    assert not np.array_equal(new, np.asarray(base.generate(IDS[:1], max_new_tokens=24))[0, IDS.shape[1] :])
+
+
+def test_stored_element_types_come_back(bases, tmp_path):
+    from safetensors.numpy import save_file
+
+    torch_adapter(bases["llama"], ROWS["plain"], tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key: array.astype(jnp.bfloat16) for key, array in load_file(file).items()}
+    save_file(tensors, file)
+    model = pj.PeftModel.from_pretrained(load(bases["llama"]), tmp_path)
+    assert {
+        leaf.dtype
+        for leaf in jax.tree.leaves(
+            pj.partition(pj.PeftModel.from_pretrained(load(bases["llama"]), tmp_path, is_trainable=True))[0]
+        )
+    } == {jnp.dtype("float32")}
+    again = interop.get_peft_model_state_dict(model)
+    assert {key: array.tobytes() for key, array in again.items()} == {
+        key: array.tobytes() for key, array in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(next(iter(t))), "is missing"),
+        (lambda t: t.update({"base_model.model.no.such.lora_A.weight": np.ones((4, 4), np.float32)}), "is left over"),
+        (lambda t: t.update({key: np.ones((4, 9), np.float32) for key in list(t)[:1]}), r"has shape \(4, 9\), not"),
+    ],
+    ids=["missing", "surplus", "shape"],
+)
+def test_files_that_do_not_fit_are_listed_and_nothing_is_loaded(edit, message, bases, tmp_path):
+    from safetensors.numpy import save_file
+
+    torch_adapter(bases["llama"], ROWS["plain"], tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"does not fit this base: .*{message}.*Load it on the base"):
+        pj.PeftModel.from_pretrained(load(bases["llama"]), tmp_path)
+
+
+def test_an_adapter_for_another_base_is_refused(bases, tmp_path):
+    torch_adapter(bases["qwen2"], ROWS["embedding"], tmp_path)
+    with pytest.raises(ValueError, match="base_layer.weight differs from this base's"):
+        pj.PeftModel.from_pretrained(load(bases["llama"]), tmp_path)
+
+
+def test_damaged_and_absent_files_are_errors(bases, tmp_path):
+    base = load(bases["llama"])
+    with pytest.raises(FileNotFoundError, match="No adapter_config.json"):
+        pj.PeftModel.from_pretrained(base, tmp_path)
+    torch_adapter(bases["llama"], ROWS["plain"], tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        pj.PeftModel.from_pretrained(base, tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="safe_serialization=True"):
+        pj.PeftModel.from_pretrained(base, tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        pj.PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_saving_leaves_nothing_half_written(bases, tmp_path, monkeypatch):
+    model = pj.get_peft_model(load(bases["llama"]), pj.LoraConfig(target_modules=["q_proj"]))
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("peft_jax.interop.adapter.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    warnings.resetwarnings()
