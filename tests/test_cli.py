@@ -1,6 +1,8 @@
 """The command line: what it writes, what each option does, and what a wrong input gets."""
 
+import dataclasses
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,15 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 from peft_jax.cli import main as main_module
-from peft_jax.cli.demo import one_of_each, with_shuffled_answers
+from peft_jax.cli.demo import Demo, Settings, demo, one_of_each, with_shuffled_answers
 from peft_jax.cli.demo_data import TRAIN
 from peft_jax.cli.folder import new_folder
 from peft_jax.cli.main import main
+from peft_jax.models import AutoModelForCausalLM
+from peft_jax.models.llama import LlamaConfig
 from peft_jax.train import read_records
 
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(12)]
@@ -82,11 +87,23 @@ def test_a_run_writes_an_adapter_that_peft_loads(workplace: Path, capsys: pytest
         assert "lora_A" in name or np.abs(value.numpy()).max() > 0  # B has left zero
 
 
-def test_the_same_words_give_the_same_bytes(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def plain_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the short run writes without any change."""
+    folder = tmp_path_factory.mktemp("plain")
+    shutil.copytree(tiny_llama, folder / "model")
+    (folder / "data.json").write_text(json.dumps(RECORDS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(finetune()) == 0
+    return tree(folder / "out")
+
+
+def test_the_same_words_give_the_same_bytes(
+    workplace: Path, plain_run: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
     trained(capsys)
-    first = tree(Path("out"))
-    trained(capsys)
-    assert tree(Path("out")) == first
+    assert tree(Path("out")) == plain_run
 
 
 @pytest.mark.parametrize(
@@ -97,16 +114,15 @@ def test_the_same_words_give_the_same_bytes(workplace: Path, capsys: pytest.Capt
         {"max_steps": 4},
         {"batch_size": 3},
         {"learning_rate": 1e-3},
-        {"cutoff_len": 94},
         {"seed": 5},
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_no_option_is_ignored(workplace: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]) -> None:
-    if "cutoff_len" in change:
-        longer = [*RECORDS, {"instruction": "Say the number.", "input": "1", "output": "x" * 40}]
-        Path("data.json").write_text(json.dumps(longer))
-    plain, changed = trained(capsys), trained(capsys, **change)
+def test_no_option_is_ignored(
+    workplace: Path, plain_run: dict[str, bytes], capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    plain = load(plain_run["adapter_model.safetensors"])
+    changed = trained(capsys, **change)
     assert plain.keys() == changed.keys()
     assert any(not np.array_equal(plain[name], changed[name]) for name in plain)
 
@@ -122,15 +138,23 @@ def test_rank_alpha_and_targets_are_written(workplace: Path, capsys: pytest.Capt
     assert len({name.split(".")[-3] for name in everything}) == 7
 
 
-def test_long_examples_are_counted(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("data.json").write_text(json.dumps([*RECORDS, {"instruction": "a", "output": "b" * 400}]))
-    assert main(finetune()) == 0
-    assert "1 longer than 256 tokens left out" in " ".join(capsys.readouterr().out.split())
+def test_examples_over_the_cutoff_are_counted(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data.json").write_text(json.dumps([*RECORDS, {"instruction": "a", "output": "b" * 100}]))
+    assert main(finetune(output="one", max_steps=1, cutoff_len=80)) == 0
+    assert "12 examples, padded to 64 tokens. 1 longer than 80 left out." in capsys.readouterr().out
+    assert main(finetune(output="two", max_steps=1)) == 0
+    assert "13 examples, padded to 128 tokens. None was too long." in capsys.readouterr().out
 
 
 def _truncate(folder: Path) -> None:
     file = folder / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _fewer_tokens(folder: Path) -> None:
+    config = LlamaConfig.from_hf(json.loads((folder / "model" / "config.json").read_text()))
+    small = dataclasses.replace(config, vocab_size=200)
+    AutoModelForCausalLM.from_config(small).save_pretrained(folder / "model")
 
 
 def _write(name: str, text: str) -> Callable[[Path], None]:
@@ -166,9 +190,15 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "a target that hits nothing": (_nothing, finetune(target_modules="q_porj"), "q_porj"),
     "one of several hits nothing": (_nothing, finetune(target_modules=["q_proj", "q_porj"]), "q_porj"),
     "a rank of nothing": (_nothing, finetune(r=0), "at least 1"),
+    "data longer than the positions": (
+        _write("data.json", json.dumps([{"instruction": "a", "output": "b" * 300}])),
+        finetune(cutoff_len=400),
+        "Give --cutoff-len 256",
+    ),
+    "another model's tokenizer": (_fewer_tokens, finetune(), "the model has 200 tokens"),
     "no steps": (_nothing, finetune(max_steps=0), "--max-steps is 0. Give"),
     "a negative seed": (_nothing, finetune(seed=-1), "--seed is -1. Give"),
-    "a rate that diverges": (_nothing, finetune(learning_rate=1e30, output="a/b"), "Lower the learning rate"),
+    "a rate that diverges": (_nothing, finetune(learning_rate=3e38, output="a/b"), "Lower the learning rate"),
     "an output in use": (_write("out/file", "mine"), finetune(), "Name another one with --output"),
     "an output that is a file": (_write("out", "mine"), finetune(), "Name another one with --output"),
     "a missing option": (_nothing, finetune(model=None), "--model"),
@@ -187,7 +217,7 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(
     before = tree(workplace), sorted(workplace.rglob("*"))
     capfd.readouterr()
     assert main(words) == 2
-    errors = [line for line in capfd.readouterr().err.splitlines() if "%|" not in line]  # the bar
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # the bar
     assert len(errors) == 1 and errors[0].startswith("peft-jax: error: ") and said in errors[0], errors
     assert (tree(workplace), sorted(workplace.rglob("*"))) == before
 
@@ -238,3 +268,36 @@ def test_the_control_keeps_the_form_and_loses_the_content() -> None:
     assert [(r.instruction, r.input) for r in shuffled] == [(r.instruction, r.input) for r in records]
     assert np.mean([a.output == b.output for a, b in zip(records, shuffled, strict=True)]) < 0.3
     assert {records[n].instruction for n in one_of_each(records)} == by_form
+
+
+def test_the_demo_says_what_it_does_and_compiles_each_program_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = Settings(max_steps=4, batch_size=4, evaluate_every=2, answer_tokens=3, held_out=8)
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        demo(Demo(), short)
+    compiled = [message.split()[1] for message in caplog.messages if message.startswith("Compiling ")]
+    assert compiled.count("jit(step)") == 2  # training and evaluation, each for adapter and control
+    assert compiled.count("jit(run)") == 1  # generation, before and after
+    assert compiled.count("jit(forward)") == 0
+
+    said = capsys.readouterr().out
+    assert max(len(line) for line in said.splitlines() if "demo_data" not in line) <= 80, said
+    for part in ("Before", "After", "Control", "before", "after", "wanted", "merged", "finetune --load-in-8bit"):
+        assert part in said
+    written = {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"}
+    assert written < tree(tmp_path / "demo-output").keys()
+    assert [file.name for file in tmp_path.iterdir()] == ["demo-output"]
+    with pytest.raises(FileExistsError, match="--output"):
+        demo(Demo(), short)
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "finetune_in_python.py"))
+    example["main"](output=tmp_path / "out", steps=2)
+    written = {"adapter/adapter_model.safetensors", "merged/model.safetensors", "loss.png"}
+    assert written < tree(tmp_path / "out").keys()

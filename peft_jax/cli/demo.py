@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import peft_jax as pj
@@ -62,11 +63,11 @@ class Settings:
 
     r: int = 16
     lora_alpha: float = 32
-    max_steps: int = 300
+    max_steps: int = 200
     batch_size: int = 16
     learning_rate: float = 2e-3
     length: int = 96
-    evaluate_every: int = 50
+    evaluate_every: int = 40
     answer_tokens: int = 32
     held_out: int = 200
 
@@ -95,16 +96,17 @@ class Bench:
             text.strip() for text in self.tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
         ]
 
-    def exact(self, answers: Sequence[str]) -> int:
-        """How many answers are the wanted ones, character by character."""
-        return sum(answer == record.output for answer, record in zip(answers, self.held_out, strict=True))
+    def exact(self, answers: Sequence[str]) -> str:
+        """Say how many answers are the wanted ones, character by character."""
+        hits = sum(answer == record.output for answer, record in zip(answers, self.held_out, strict=True))
+        return f"{hits} of {len(answers)} answers exact"
 
     def train(self, model: Any, data: Tokens) -> tuple[Any, Points, Points]:
         """Train an adapter; return the model and its training and held-out curves."""
         settings = self.settings
         batches = training_batches(data, settings.batch_size, seed=0)
         run = train(self.training_step, model, self.optimizer, batches, max_steps=settings.max_steps, seed=0)
-        training, held_out = [], [(0, self.held_out_loss(model))]
+        training, held_out = [], []
         with progress(run, settings.max_steps) as bar:
             for number, model, loss in bar:
                 training.append((number, loss))
@@ -129,6 +131,8 @@ def demo(options: Demo, settings: Settings = Settings()) -> None:
 def _demo(folder: Path, settings: Settings) -> None:
     print("peft-jax demo: a LoRA adapter on a small Llama whose weights are in int8\n")
     base = pj.AutoModelForCausalLM.from_pretrained(MODEL, load_in_8bit=True)
+    size, stored = base.num_parameters(), sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    print(f"Model     {size:,} weights in {stored / 1e6:.1f} MB, in float32 they would take {4 * size / 1e6:.1f} MB")
     tokenizer = load_tokenizer(str(MODEL))
     bench = Bench(tokenizer, settings)
     records = read_records(TRAIN)
@@ -137,38 +141,39 @@ def _demo(folder: Path, settings: Settings) -> None:
     config = pj.LoraConfig(
         r=settings.r, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-
+    model = pj.get_peft_model(base, config)  # a fresh adapter changes nothing: this is the base
     print(f"Data      {len(data)} instructions to train on, {len(bench.held_out)} held out")
     print("Adapter   ", end="")
-    model = pj.get_peft_model(base, config)  # a fresh adapter changes nothing: this is the base
     model.print_trainable_parameters()
-    before = bench.answers(model)
-    print(f"Before    held-out loss {bench.held_out_loss(model):.3f}, {bench.exact(before)} answers exact", flush=True)
 
+    before, base_loss = bench.answers(model), bench.held_out_loss(model)
+    print(f"Before    held-out loss {base_loss:.3f}, {bench.exact(before)}", flush=True)
     start = time.monotonic()
     model, training, held_out = bench.train(model, data)
-    after, seconds = bench.answers(model), time.monotonic() - start
-    print(f"After     held-out loss {held_out[-1][1]:.3f}, {bench.exact(after)} answers exact", end=" ")
+    seconds, after = time.monotonic() - start, bench.answers(model)
+    print(f"After     held-out loss {held_out[-1][1]:.3f}, {bench.exact(after)}", end=" ")
     print(f"({settings.max_steps} steps, {seconds:.0f} s)", flush=True)
-
     start = time.monotonic()
     _, _, control = bench.train(pj.get_peft_model(base, config), control_data)
-    print(f"Control   held-out loss {control[-1][1]:.3f}, trained the same way on shuffled answers", end=" ")
-    print(f"({time.monotonic() - start:.0f} s):")
-    lower = 1 - held_out[-1][1] / control[-1][1]
-    print(f"          the adapter's is {lower:.0%} lower, so it learned more than the template")
+    seconds, lower = time.monotonic() - start, 1 - held_out[-1][1] / control[-1][1]
+    print(f"Control   held-out loss {control[-1][1]:.3f}, the same training on shuffled answers ({seconds:.0f} s)")
+    print(f"          The adapter's is {lower:.0%} below it: that much is more than the form of answers.")
 
     print("\nHeld-out instructions, answered greedily before and after:")
     for number in one_of_each(bench.held_out):
         record = bench.held_out[number]
-        print(f"\n  {record.instruction} {record.input}"[:80])
+        print(f"\n  {_one_line(f'{record.instruction} {record.input}')}")
         print(f"    before  {_one_line(before[number])}\n    after   {_one_line(after[number])}")
         print(f"    wanted  {_one_line(record.output)}")
 
     model.save_pretrained(folder / "adapter")
     model.merge_and_unload().save_pretrained(folder / "merged")
     tokenizer.save_pretrained(folder / "merged")
-    curves = {"training": training, "held-out": held_out, "held-out, trained on shuffled answers": control}
+    curves = {
+        "training": training,
+        "held-out": [(0, base_loss), *held_out],
+        "held-out, trained on shuffled answers": [(0, base_loss), *control],
+    }
     plot_losses(folder / "loss.png", curves, title="LoRA on an int8 Llama: peft-jax demo")
 
 
@@ -205,7 +210,11 @@ Wrote {output}:
   merged     the fine-tuned checkpoint in Hugging Face's format
   loss.png   the loss curve
 
-Next, the same from the command line, on your own model and data if you like:
+Next, in PyTorch, the adapter by PEFT or the merged checkpoint by itself:
+  PeftModel.from_pretrained(base, "{output}/adapter")
+  AutoModelForCausalLM.from_pretrained("{output}/merged")
+
+Or the command for your own model and data, here with the demo's:
   {command} finetune --load-in-8bit --output my-adapter \\
     --model {os.path.relpath(MODEL)} \\
     --data {os.path.relpath(TRAIN)}""")
