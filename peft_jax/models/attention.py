@@ -73,9 +73,8 @@ def make_context(
 ) -> Context:
     """Compute rotation and masks for embeddings x (batch, length, hidden).
 
-    Positions default to slot numbers, as in transformers, whatever the attention mask. Position ids without a mask
-    and without a cache are taken for packed sequences: a jump (a difference other than 1) starts a new one, and
-    sequences do not see each other, as in transformers.
+    Positions default to slot numbers, as in transformers, whatever the attention mask. They turn queries and keys;
+    what sees what depends on the slots and the mask alone.
 
     Raises:
         ValueError: A shape does not fit the embeddings or the cache.
@@ -95,10 +94,6 @@ def make_context(
     full = key <= query
     if attention_mask is not None:
         full &= _fit(attention_mask, batch, length, kv_len, cache is not None)[:, None, :]
-    elif position_ids is not None and cache is None:
-        jumps = jnp.diff(positions, axis=-1, prepend=positions[:, :1] - 1) != 1
-        segments = jnp.cumsum(jumps, axis=-1)
-        full &= segments[:, :, None] == segments[:, None, :]
     masks = {FULL: full}
     if config.sliding_window is not None:
         masks[SLIDING] = full & (key > query - config.sliding_window)

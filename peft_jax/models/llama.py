@@ -226,7 +226,6 @@ def apply(
         inputs_embeds: Instead of input_ids, embeddings (batch, length, hidden).
         attention_mask: 0/1 (batch, length), or with a cache (batch, index + length) up to (batch, max_len).
         position_ids: (batch, length) or (1, length). By default 0, 1, ..., counted on from the cache's index.
-            Without attention_mask and cache, a jump in them starts a new packed sequence, as in transformers.
         cache: Keys and values of earlier positions, as from `init_cache`. The caller sees to it that index + length
             does not exceed max_len (an index is an array, whose value a compiled program cannot check).
         output_hidden_states: Also return the hidden states.
