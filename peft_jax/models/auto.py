@@ -318,7 +318,7 @@ class AutoModelForCausalLM:
             >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
             ...                      num_attention_heads=2)
             >>> AutoModelForCausalLM.from_config(config).num_parameters()
-            1360
+            1384
         """
         params = llama.init_params(config, jax.random.key(0) if key is None else key, jnp.dtype(dtype))
         return CausalLM(params, config, remat=remat)
