@@ -135,20 +135,21 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
 
 def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tensors, adapter_name: str) -> Adapted:
     _, leaf, hit, role = choice
+    dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in entries}
     params: dict[str, np.ndarray] = {}
     if role is None:
-        method, state = config, config.state(leaf.names, hit)
+        tag, state = Tag(adapter_name, config, dtypes), config.state(leaf.names, hit)
         for name in {entry.role: None for entry in entries}:
             largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)
             params[name] = np.zeros((*hit.shape, *largest), np.float32)
     else:
-        method = Whole(config, role)
-        copies, state = method.init(as_weight(leaf.value, leaf.layout), hit)
-        params = {name: np.array(copy) for name, copy in copies.items()}
+        whole = Whole(config, role)
+        copies, state = whole.init(as_weight(leaf.value, leaf.layout), hit)
+        tag, params = Tag(adapter_name, whole, dtypes), {name: np.array(copy) for name, copy in copies.items()}
     for entry in entries:
-        tensor = tensors[entry.key]
-        params[entry.role][(*entry.layer, *map(slice, entry.shape))] = tensor.T if entry.transposed else tensor
-    tag = Tag(adapter_name, method, {entry.key: str(tensors[entry.key].dtype) for entry in entries})
+        tensor = tensors[entry.key].T if entry.transposed else tensors[entry.key]
+        layer = params[entry.role][entry.layer]  # a view
+        layer[tuple(map(slice, entry.shape))] = tensor
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
     return Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
 
@@ -183,7 +184,7 @@ def _base_tensors(leaf: Leaf, config: Method, adapted: set[str]) -> dict[str, np
         base = base.base
     found = {}
     for index in np.ndindex(leaf.names.shape):
-        name = leaf.names[index]
+        name = str(leaf.names[index])
         if name in adapted and _is_embedding(name):
             matrix = np.asarray(leaf.layout.matrix(as_weight(base, leaf.layout).dense())[index])
             matrix = matrix.T if _is_transposed(leaf, config) else matrix
@@ -222,4 +223,4 @@ def _hit(node: Adapted) -> np.ndarray:
 
 def _hits(leaf: Leaf, node: Adapted) -> list[str]:
     hit = _hit(node)
-    return [leaf.names[index] for index in np.ndindex(hit.shape) if hit[index]]
+    return [str(leaf.names[index]) for index in np.ndindex(hit.shape) if hit[index]]

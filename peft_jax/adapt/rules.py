@@ -42,7 +42,7 @@ def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any] | None:
     n_last = math.prod(x.shape[axis] for axis in x_last)
     x = jnp.transpose(x, (*x_batch, *free, *x_last)).reshape(*(x.shape[axis] for axis in (*x_batch, *free)), n_last)
     dot = Dot(eqn.params["precision"], eqn.params["preferred_element_type"])
-    product = functools.partial(_product, transpose=roles != layout.inp, dot=dot)
+    product: Callable[..., jax.Array] = functools.partial(_product, transpose=roles != layout.inp, dot=dot)
     for axis in reversed(layout.stack):
         product = _over_stack(product, batched=axis in stack)
     front = (*layout.stack, *(axis for axis in range(weight.ndim) if axis not in layout.stack))

@@ -15,8 +15,8 @@ from peft_jax.core.paths import keys_from_names, module_path, stacked_names
 def with_dropout(params: Any, key: jax.Array) -> Any:
     """The tree with dropout switched on for this key; call it on the combined tree, in the loss, once a step.
 
-    Only active adapters that are trained change, and of these the ones with a dropout rate above 0. Lookups of embeddings are never dropped, as in PEFT. Each
-    layer has its own key, made from its name.
+    Only active adapters that are trained change, and of these the ones with a dropout rate above 0. Lookups of
+    embeddings are never dropped, as in PEFT. Each layer has its own key, made from its name.
 
     Args:
         params: Any tree or model handle.

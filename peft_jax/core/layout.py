@@ -82,9 +82,8 @@ class Layout:
         return slice_._moved(lambda axis: axis - 1)
 
     def _moved(self, where: Callable[[int], int]) -> "Layout":
-        return dataclasses.replace(
-            self, **{role: tuple(where(axis) for axis in getattr(self, role)) for role in ("stack", "inp", "out")}
-        )
+        stack, inp, out = (tuple(map(where, axes)) for axes in (self.stack, self.inp, self.out))
+        return dataclasses.replace(self, stack=stack, inp=inp, out=out)
 
 
 def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:

@@ -1,6 +1,5 @@
 """Attach an adapter to a tree: which leaves, seen how, starting where."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -92,13 +91,11 @@ def apply_adapter(
     nodes = {}
     for position, leaf, hit, role in choose(found, config, targets):
         if role is None:
-            method, arrays = config, config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
+            tag, arrays = Tag(adapter_name, config), config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
         else:
-            method = Whole(config, role)
-            arrays = method.init(as_weight(leaf.value, leaf.layout), hit)
-        nodes[position] = Adapted(
-            leaf.value, *arrays, leaf.layout, Tag(adapter_name, method), trainable=not config.inference_mode
-        )
+            whole = Whole(config, role)
+            tag, arrays = Tag(adapter_name, whole), whole.init(as_weight(leaf.value, leaf.layout), hit)
+        nodes[position] = Adapted(leaf.value, *arrays, leaf.layout, tag, trainable=not config.inference_mode)
     return replace_leaves(params, nodes)
 
 
@@ -112,10 +109,13 @@ def untied_for(handle: Handle, changes: Callable[[str], bool]) -> Handle:
 
 def _completed(config: M, handle: Handle, layout: Layouts) -> M:
     """The config with what the model knows: its name, its task, its default targets, its linear modules."""
+    if config.fan_in_fan_out:
+        raise ValueError(
+            "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
+        )
     if config.target_modules is None:
-        config = dataclasses.replace(config, target_modules=handle.default_target_modules)
-    return dataclasses.replace(
-        expand_all_linear(config, find_leaves(handle.params, layout), handle.output_module),
+        config = config.replace(target_modules=handle.default_target_modules)
+    return expand_all_linear(config, find_leaves(handle.params, layout), handle.output_module).replace(
         base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
         task_type=config.task_type or handle.task_type,
     )
@@ -144,15 +144,15 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
 
 
 def expand_all_linear(config: M, found: Sequence[Leaf], output: str | None = None) -> M:
-    """The config with ``"all-linear"`` replaced by the names of all matmul weights that are not excluded, but the ``output`` head."""
+    """The config with ``"all-linear"`` spelled out: all matmul weights but the excluded and the ``output`` head."""
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return config
     matmuls = [leaf for leaf in found if is_matrix(leaf) and not (leaf.layout and leaf.layout.lookup)]
     every = [name for leaf in matmuls for name in leaf.names.flat if name != output]
-    named = dataclasses.replace(config, target_modules=every)
+    named = config.replace(target_modules=every)
     linear = sorted(name for name in every if is_target(named, name))
     others = {name for leaf in found for name in leaf.names.flat} - set(linear)
     ends = {name.rsplit(".", 1)[-1] for name in linear}
     clash = any(name.rsplit(".", 1)[-1] in ends for name in others)
-    return dataclasses.replace(config, target_modules=linear if clash else sorted(ends))
+    return config.replace(target_modules=linear if clash else sorted(ends))

@@ -46,6 +46,10 @@ class PeftConfig:
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
+    def replace(self, **changes: Any) -> Self:
+        """The config with other values of some fields."""
+        return dataclasses.replace(self, **changes)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and ``peft_type``, as PEFT writes them to ``adapter_config.json``."""
         return {

@@ -21,7 +21,7 @@ class KVCache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # a field, not the method of tuples
 
 
 class Context(NamedTuple):
@@ -34,7 +34,7 @@ class Context(NamedTuple):
     cos: jax.Array
     sin: jax.Array
     masks: dict[str, jax.Array]
-    index: jax.Array | int
+    index: jax.Array | int  # type: ignore[assignment]
 
 
 def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:

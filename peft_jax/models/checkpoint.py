@@ -99,8 +99,11 @@ def _with_generation_ids(config: LlamaConfig, folder: os.PathLike[str]) -> Llama
         found = read_config(folder, "generation_config.json")
     except FileNotFoundError:
         return config
-    ids = {name: found[name] for name in ("eos_token_id", "pad_token_id") if found.get(name) is not None}
-    return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in ids.items()})
+    ids: dict[str, Any] = {
+        name: found[name] for name in ("eos_token_id", "pad_token_id") if found.get(name) is not None
+    }
+    ids = {name: tuple(value) if isinstance(value, list) else value for name, value in ids.items()}
+    return dataclasses.replace(config, **ids)
 
 
 def _settle_tie(config: LlamaConfig, tensors: dict[str, np.ndarray]) -> tuple[LlamaConfig, dict[str, np.ndarray]]:

@@ -163,18 +163,20 @@ class Llama(nnx.Module):
         remat: bool = False,
     ) -> CausalLMOutput:
         """Compute logits; the arguments are those of `apply`."""
-        if (input_ids is None) == (inputs_embeds is None):
+        table = self.model.embed_tokens
+        if inputs_embeds is None and input_ids is not None:
+            x = table(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            x = inputs_embeds.astype(table.embedding.dtype)
+        else:
             found = "neither" if input_ids is None else "both"
             raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
-        table = self.model.embed_tokens
-        x = table(input_ids) if inputs_embeds is None else inputs_embeds.astype(table.embedding.dtype)
         context = make_context(self.config, x, attention_mask, position_ids, cache)
         buffers = None if cache is None else (cache.keys, cache.values)
         h, states, buffers = self.model(x, context, buffers, output_hidden_states, remat)
         logits = h @ table.embedding[...].T if self.config.tie_word_embeddings else self.lm_head(h)
-        return CausalLMOutput(
-            logits, states, None if buffers is None else KVCache(*buffers, context.index + x.shape[1])
-        )
+        filled = None if buffers is None else KVCache(*buffers, jnp.asarray(context.index + x.shape[1]))
+        return CausalLMOutput(logits, states, filled)
 
 
 def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class PeftModel(CausalLM):
         return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         model: CausalLM,
         directory: str | os.PathLike[str],
