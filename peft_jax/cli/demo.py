@@ -143,7 +143,7 @@ def _demo(folder: Path, settings: Settings) -> None:
     )
     model = pj.get_peft_model(base, config)  # a fresh adapter changes nothing: this is the base
     print(f"Data      {len(data)} instructions to train on, {len(bench.held_out)} held out")
-    print("Adapter   ", end="")
+    print(f"Adapter   LoRA of rank {settings.r} on every linear layer\n  ", end="")
     model.print_trainable_parameters()
 
     before, base_loss = bench.answers(model), bench.held_out_loss(model)
@@ -157,7 +157,7 @@ def _demo(folder: Path, settings: Settings) -> None:
     _, _, control = bench.train(pj.get_peft_model(base, config), control_data)
     seconds, lower = time.monotonic() - start, 1 - held_out[-1][1] / control[-1][1]
     print(f"Control   held-out loss {control[-1][1]:.3f}, the same training on shuffled answers ({seconds:.0f} s)")
-    print(f"          The adapter's is {lower:.0%} below it: that much is more than the form of answers.")
+    print(f"          The adapter's is {lower:.0%} lower: that much is not the form of answers.")
 
     print("\nHeld-out instructions, answered greedily before and after:")
     for number in one_of_each(bench.held_out):
