@@ -64,7 +64,8 @@ def main(
 
     # To PyTorch: the adapter for PEFT, the merged checkpoint for transformers.
     model.save_pretrained(output / "adapter")
-    model.merge_and_unload().save_pretrained(output / "merged")
+    full = pj.AutoModelForCausalLM.from_pretrained(MODEL)  # merge into the float weights, not into the rounded ones
+    pj.PeftModel.from_pretrained(full, output / "adapter").merge_and_unload().save_pretrained(output / "merged")
     pt.plot_losses(output / "loss.png", {"training": curve}, title="LoRA on an int8 Llama")
 
 

@@ -167,7 +167,8 @@ def _demo(folder: Path, settings: Settings) -> None:
         print(f"    wanted  {_one_line(record.output)}")
 
     model.save_pretrained(folder / "adapter")
-    model.merge_and_unload().save_pretrained(folder / "merged")
+    full = pj.AutoModelForCausalLM.from_pretrained(MODEL)  # merged into the float weights, not into the rounded ones
+    pj.PeftModel.from_pretrained(full, folder / "adapter").merge_and_unload().save_pretrained(folder / "merged")
     tokenizer.save_pretrained(folder / "merged")
     curves = {
         "training": training,

@@ -14,7 +14,8 @@ from peft_jax.interop.adapter import load_adapter, save_adapter
 from peft_jax.methods.attach import apply_adapter
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.methods.whole import Whole
-from peft_jax.models.auto import AutoModelForCausalLM, CausalLM
+from peft_jax.models.auto import AutoModelForCausalLM
+from peft_jax.models.causal_lm import CausalLM
 
 
 def get_peft_model(

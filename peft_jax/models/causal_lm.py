@@ -1,0 +1,269 @@
+"""Model handles: a checkpoint's parameters and architecture as one immutable pytree that can be called."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.adapt import adapt
+from peft_jax.core.handle import Handle
+from peft_jax.core.layout import Layout
+from peft_jax.core.weight import is_weight
+from peft_jax.models import llama
+from peft_jax.models.checkpoint import save_model
+from peft_jax.models.generate import Sampling, generate
+from peft_jax.models.llama import LlamaConfig, init_cache
+from peft_jax.models.llama_keys import STACKED
+
+# PEFT's defaults for target_modules, by model type.
+DEFAULT_TARGETS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("q_proj", "v_proj"))
+IGNORED_LABEL = -100
+
+
+class CausalLMOutput(NamedTuple):
+    """What a call of a model handle gives.
+
+    Attributes:
+        logits: ``(batch, length, vocabulary)``.
+        loss: Mean cross entropy over the labels, float32; None without labels.
+        hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+    """
+
+    logits: jax.Array
+    loss: jax.Array | None = None
+    hidden_states: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Where a model came from. All sources are equal, so that they stay out of the tree's structure."""
+
+    name_or_path: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Source)
+
+    def __hash__(self) -> int:
+        return hash(Source)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "source", "remat"))
+@dataclasses.dataclass(frozen=True)
+class CausalLM(Handle):
+    """A causal language model; its parameters are its leaves, all else is static.
+
+    Attributes:
+        params: Nested dict of arrays and weights, by Hugging Face module names; layers are stacked.
+        config: The architecture.
+        source: Where the model came from.
+        remat: Whether backward recomputes each layer instead of keeping its activations.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+        >>> model(jnp.array([[1, 2, 3]])).logits.shape[:2]
+        (1, 3)
+    """
+
+    params: Any
+    config: LlamaConfig
+    source: Source = Source()
+    remat: bool = False
+
+    def __call__(
+        self,
+        input_ids: jax.Array | np.ndarray | None = None,
+        attention_mask: jax.Array | np.ndarray | None = None,
+        *,
+        position_ids: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        labels: jax.Array | np.ndarray | None = None,
+        output_hidden_states: bool = False,
+    ) -> CausalLMOutput:
+        """Logits at all positions, compiled once per shape.
+
+        Args:
+            input_ids: Token ids ``(batch, length)``.
+            attention_mask: 1 on tokens and 0 on padding, ``(batch, length)``.
+            position_ids: ``(batch, length)``; None counts from 0, whatever the padding, as transformers does.
+            inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
+            labels: Token ids ``(batch, length)`` for the loss; -100 counts for nothing. Logits at a position are
+                compared with the label at the next, so labels are the ``input_ids``, masked.
+            output_hidden_states: Whether to return the hidden states.
+        """
+        forward = _forward(self.config, self.remat, output_hidden_states)
+        arrays = (input_ids, inputs_embeds, attention_mask, position_ids)
+        out = forward(self.params, *(None if array is None else jnp.asarray(array) for array in arrays))
+        loss = None if labels is None else _shifted_loss(out.logits, jnp.asarray(labels))
+        return CausalLMOutput(out.logits, loss, out.hidden_states)
+
+    def generate(
+        self,
+        input_ids: jax.Array | np.ndarray,
+        attention_mask: jax.Array | np.ndarray | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | tuple[int, ...] | None = None,
+        pad_token_id: int | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Prompts with their continuations, in one compiled program per shape.
+
+        Args:
+            input_ids: Prompts ``(batch, length)``, padded on the left.
+            attention_mask: 0 on the padding; None for prompts without any.
+            max_new_tokens: At most so many tokens are added.
+            do_sample: Draw tokens instead of taking the likeliest.
+            temperature: Divides the logits before drawing.
+            top_k: Draw from the ``top_k`` likeliest tokens only.
+            top_p: Draw from the fewest likeliest tokens whose probability reaches ``top_p``.
+            eos_token_id: What ends a row; None means the config's.
+            pad_token_id: What follows; None means the config's, or the first ``eos_token_id``.
+            key: Random key for drawing; None means ``jax.random.key(0)``.
+
+        Returns:
+            Token ids ``(batch, length + n)`` with n the tokens added until every row was done.
+
+        Raises:
+            ValueError: if an argument is out of range, or a prompt is padded on the right.
+        """
+        sampling = Sampling(do_sample, temperature, top_k, top_p)
+        sampling.check()
+        ids = jnp.asarray(input_ids)
+        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is at least 1, got {max_new_tokens}.")
+        if not np.asarray(mask)[:, -1].all():
+            raise ValueError("A prompt ends in padding. Pad prompts on the left (tokenizer.padding_side = 'left').")
+        eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        pad = (eos[0] if eos else 0) if pad is None else pad
+        program = _generation(self.config, max_new_tokens, eos, pad, sampling)
+        tokens, steps = program(self.params, ids, mask, jax.random.key(0) if key is None else key)
+        return tokens[:, : ids.shape[1] + int(steps)]
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> None:
+        """Write ``config.json`` and safetensors that transformers reads, in the leaves' element types.
+
+        Args:
+            directory: Folder to write to; made if need be.
+            max_shard_size: Bytes of one weights file at most.
+
+        Raises:
+            ValueError: if a leaf is quantized or adapted.
+        """
+        weights = [leaf for leaf in jax.tree.leaves(self.params, is_leaf=is_weight) if is_weight(leaf)]
+        if weights:
+            raise ValueError(
+                f"{len(weights)} leaves are quantized or adapted ({type(weights[0]).__name__}), which a Hugging Face "
+                "checkpoint does not hold. Save pj.merge(model), or the adapter alone."
+            )
+        save_model(self.params, self.config, directory, max_shard_size=max_shard_size)
+
+    def num_parameters(self) -> int:
+        """Elements of all parameters, of quantized ones as of dense ones."""
+        leaves = jax.tree.leaves(self.params, is_leaf=is_weight)
+        return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+    @property
+    def name_or_path(self) -> str | None:
+        """Folder or hub id that the model was read from."""
+        return self.source.name_or_path
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of the task."""
+        return "CAUSAL_LM"
+
+    @property
+    def output_module(self) -> str | None:
+        """The language-modelling head."""
+        return "lm_head"
+
+    @property
+    def default_target_modules(self) -> tuple[str, ...] | None:
+        """PEFT's default for ``target_modules``."""
+        return DEFAULT_TARGETS[self.config.model_type]
+
+    @property
+    def tied_modules(self) -> tuple[str, ...]:
+        """Embedding and head, where they share a leaf."""
+        return ("model.embed_tokens", "lm_head") if self.config.tie_word_embeddings else ()
+
+    def layouts(self) -> Mapping[str, Layout]:
+        """Axes of the stacked leaves; the others follow Flax's conventions."""
+        return STACKED
+
+    def untied(self) -> Self:
+        """The same model with a head of its own beside the embedding."""
+        if not self.config.tie_word_embeddings:
+            return self
+        table = self.params["model"]["embed_tokens"]["embedding"]
+        head = {"kernel": jnp.transpose(table.dense() if is_weight(table) else table)}
+        config = dataclasses.replace(self.config, tie_word_embeddings=False)
+        return dataclasses.replace(self, params={**self.params, "lm_head": head}, config=config)
+
+    def replace(self, params: Any) -> Self:
+        """The same model with other parameters."""
+        return dataclasses.replace(self, params=params)
+
+
+@functools.lru_cache(maxsize=64)
+def _forward(config: LlamaConfig, remat: bool, output_hidden_states: bool) -> Callable[..., Any]:
+    def forward(params: Any, input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> Any:
+        return llama.apply(
+            config,
+            params,
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            output_hidden_states=output_hidden_states,
+            remat=remat,
+        )
+
+    return jax.jit(adapt(forward))
+
+
+@functools.lru_cache(maxsize=64)
+def _generation(
+    config: LlamaConfig, max_new_tokens: int, eos: tuple[int, ...], pad: int, sampling: Sampling
+) -> Callable[..., Any]:
+    def run(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> Any:
+        dtype = params["model"]["embed_tokens"]["embedding"].dtype
+        cache = init_cache(config, ids.shape[0], ids.shape[1] + max_new_tokens, dtype)
+        return generate(
+            partial(adapt(partial(llama.apply, config)), params),
+            cache,
+            ids,
+            mask,
+            key,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos,
+            pad_token_id=pad,
+            sampling=sampling,
+        )
+
+    return jax.jit(run)
+
+
+@jax.jit
+def _shifted_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy of the logits at each position with the label at the next, float32."""
+    logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
+    counted = labels != IGNORED_LABEL
+    chosen = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+    losses = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
+    return jnp.sum(losses) / jnp.sum(counted, dtype=jnp.float32)
