@@ -19,6 +19,7 @@ from peft_jax.interop.files import CONFIG, GENERATION_CONFIG, Tensor, open_tenso
 
 __all__ = ["Row", "find_checkpoint", "load_params", "open_tensors", "read_config", "save_checkpoint"]
 
+PIECE = 1 << 21  # bytes of a matrix that are in flight between file and leaf
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 
 Path = str | os.PathLike[str]
@@ -83,16 +84,17 @@ def find_checkpoint(name_or_path: Path) -> pathlib.Path:
 def load_params(
     tensors: Mapping[str, np.ndarray], rows: Sequence[Row], convert: Convert, *, ignored: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Make a tree of parameters from a checkpoint's tensors, one tensor at a time.
+    """Make a tree of parameters from a checkpoint's tensors, piece by piece.
 
-    Beside the tree itself, memory holds no more than one tensor.
+    Beside the tree itself, memory holds no more than one tensor, and of a large matrix only a part.
 
     Args:
         tensors: Tensors by key, as from `open_tensors`.
         rows: What the tree consists of.
         convert: ``convert(path, array) -> leaf``, run in a compiled program on each tensor in our orientation, in its
             stored element type. A layer of a stacked leaf comes as a stack of one, ``(1, in, out)``; the leaf may be
-            any pytree, whose arrays then all have the layers in front.
+            any pytree, whose arrays then all have the layers in front. Large kernels come in several parts of their
+            output columns, which are the last axis of all arrays of their leaf.
         ignored: Patterns of keys that may be there and are not used.
 
     Raises:
@@ -105,7 +107,7 @@ def load_params(
         node = tree
         for module in modules:
             node = node.setdefault(module, {})
-        node[name] = _stack(row, tensors, convert) if row.stacked else _leaf(tensors[row.key], row, convert)
+        node[name] = _load(row, tensors, convert)
     return tree
 
 
@@ -123,25 +125,35 @@ def _check(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], ignored: Sequ
         raise ValueError(f"The checkpoint's tensors do not fit its {CONFIG}. {told}. Use the config of these weights.")
 
 
-@partial(jax.jit, static_argnames=("row", "convert"))
-def _leaf(tensor: jax.Array, row: Row, convert: Convert) -> Any:
-    array = tensor.T if row.transposed else tensor
+def _load(row: Row, tensors: Mapping[str, np.ndarray], convert: Convert) -> Any:
+    whole = jax.eval_shape(partial(_leaf, row=row, convert=convert), tensors[row.keys[0]])
+    front = row.shape[:1] if row.stacked else ()
+    buffers = jax.tree.map(lambda one: jnp.zeros((*front, *one.shape[len(front) :]), one.dtype), whole)
+    for layer, key in enumerate(row.keys):
+        tensor = tensors[key]
+        count = max(1, -(-tensor.nbytes // PIECE)) if row.transposed else 1
+        step = -(-len(tensor) // count)
+        for start in range(0, len(tensor), step):
+            # Waiting keeps one piece in flight: dispatch runs ahead and would copy all of them to the device.
+            piece = tensor[start : start + step]
+            buffers = jax.block_until_ready(_fill(buffers, piece, layer, start, row, convert))
+    return buffers
+
+
+def _leaf(piece: jax.Array, row: Row, convert: Convert) -> Any:
+    array = piece.T if row.transposed else piece
     return convert(row.path, array[None] if row.stacked else array)
 
 
 @partial(jax.jit, static_argnames=("row", "convert"), donate_argnums=0)
-def _fill(buffers: Any, tensor: jax.Array, layer: int, row: Row, convert: Convert) -> Any:
-    update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=layer, axis=0)
-    return jax.tree.map(update, buffers, _leaf(tensor, row, convert))
+def _fill(buffers: Any, piece: jax.Array, layer: int, column: int, row: Row, convert: Convert) -> Any:
+    def put(buffer: jax.Array, part: jax.Array) -> jax.Array:
+        start = [0] * part.ndim
+        start[0] = layer if row.stacked else 0
+        start[-1] = column if row.transposed else start[-1]
+        return jax.lax.dynamic_update_slice(buffer, part, start)
 
-
-def _stack(row: Row, tensors: Mapping[str, np.ndarray], convert: Convert) -> Any:
-    first = jax.eval_shape(partial(_leaf, row=row, convert=convert), tensors[row.keys[0]])
-    buffers = jax.tree.map(lambda one: jnp.zeros((row.shape[0], *one.shape[1:]), one.dtype), first)
-    for layer, key in enumerate(row.keys):
-        # Waiting keeps one tensor in flight: dispatch runs ahead and would copy all of them to the device.
-        buffers = jax.block_until_ready(_fill(buffers, tensors[key], layer, row, convert))
-    return buffers
+    return jax.tree.map(put, buffers, _leaf(piece, row, convert))
 
 
 def save_checkpoint(
