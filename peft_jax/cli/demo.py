@@ -162,7 +162,7 @@ def _demo(folder: Path, settings: Settings) -> None:
     print("\nHeld-out instructions, answered greedily before and after:")
     for number in one_of_each(bench.held_out):
         record = bench.held_out[number]
-        print(f"\n  {_one_line(f'{record.instruction} {record.input}')}")
+        print(f"\n  {_one_line(f'{record.instruction} {record.input}', 76)}")
         print(f"    before  {_one_line(before[number])}\n    after   {_one_line(after[number])}")
         print(f"    wanted  {_one_line(record.output)}")
 
@@ -197,10 +197,10 @@ def one_of_each(records: Sequence[Record]) -> list[int]:
     return list(first.values())
 
 
-def _one_line(text: str) -> str:
-    """A text in what is left of a line of 80 columns."""
+def _one_line(text: str, width: int = 66) -> str:
+    """A text in one line of a given width."""
     line = " ".join(text.split())
-    return line if len(line) <= 66 else line[:63] + "..."
+    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def _say_what_was_written(output: Path) -> None:

@@ -189,7 +189,7 @@ def tokenize(
     if not kept:
         shortest = min((len(ids) for ids, _ in encoded), default=0)
         raise ValueError(
-            f"none of {len(records)} examples fits into {cutoff_len} tokens. Raise the cutoff to {shortest} or more."
+            f"none of {len(records)} examples fits into {cutoff_len} tokens. Raise cutoff_len to {shortest} or more."
         )
     length = pad_to or min(cutoff_len, _rounded_up(max(len(ids) for ids, _ in kept)))
     shape = (len(kept), length)
