@@ -114,7 +114,7 @@ def test_examples_over_the_cutoff_are_counted(tokenizer: Any) -> None:
     assert tokenize(records, tokenizer, pad_to=64).input_ids.shape == (3, 64)
     exact = sum(tokenize(RECORDS[:1], tokenizer).attention_mask[0])
     assert tokenize(RECORDS[:1], tokenizer, cutoff_len=exact).length == exact
-    with pytest.raises(ValueError, match=f"none of 1 examples fits into {exact - 1} tokens. Raise cutoff_len to {exact}"):
+    with pytest.raises(ValueError, match=f"none of 1 examples fits .* Raise cutoff_len to {exact} or"):
         tokenize(RECORDS[:1], tokenizer, cutoff_len=exact - 1)
 
 
