@@ -198,3 +198,30 @@ def test_flops_and_memory_equal_hand_written_lora():
     memory = [program.memory_analysis().temp_size_in_bytes for program in (ours, hand, merging)]
     assert flops[0] == pytest.approx(flops[1], rel=0.01) and flops[2] > 1.2 * flops[0]
     assert memory[0] <= memory[1] * 1.01 and memory[2] > 1.2 * memory[0]
+
+
+def test_runs_on_flax_nnx_and_linen_without_a_change_to_the_model():
+    from flax import linen, nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.up, self.down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(jax.nn.relu(self.up(x)))
+
+    graph, state = nnx.split(Net(nnx.Rngs(0)))
+    dense = linen.Sequential([linen.Dense(8), linen.relu, linen.Dense(2)])
+    x = normal(3, 5, 4)
+    cases = [
+        (lambda params, x: nnx.merge(graph, params)(x), state, ["up", "down"]),
+        (dense.apply, dense.init(jax.random.key(0), x), ["layers_0", "layers_2"]),
+    ]
+    for fn, params, targets in cases:
+        config = pj.LoraConfig(r=2, target_modules=targets, bias="lora_only", init_lora_weights=False)
+        adapted = pj.apply_lora(params, config)
+        trainable, frozen = pj.partition(adapted)
+        assert len(jax.tree.leaves(trainable)) == 6  # A, B and bias of two layers
+        merged = fn(pj.merge(adapted), x)
+        np.testing.assert_allclose(pj.adapt(fn)(pj.combine(trainable, frozen), x), merged, rtol=0, atol=1e-5)
+        assert not np.allclose(merged, fn(params, x))

@@ -11,14 +11,15 @@ from peft_jax.core.layout import LEAF_NAMES, Layout
 
 
 def dotted(key_path: tuple[Any, ...]) -> str:
-    """A JAX key path as a dotted string.
+    """A JAX key path as a dotted string; the box that Flax NNX puts around each array adds nothing to it.
 
     Example:
         >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"mlp": [{"kernel": 1.0}]})
         >>> dotted(path)
         'mlp.0.kernel'
     """
-    return ".".join(str(_name(entry)) for entry in key_path)
+    is_boxed = len(key_path) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
+    return ".".join(str(_name(entry)) for entry in (key_path[:-1] if is_boxed else key_path))
 
 
 def _name(entry: Any) -> Any:
