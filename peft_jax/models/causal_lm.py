@@ -99,7 +99,8 @@ class CausalLM(Handle):
             output_hidden_states: Whether to return the hidden states.
         """
         forward = _forward(self.config, self.remat, output_hidden_states)
-        arrays = (input_ids, inputs_embeds, attention_mask, position_ids)
+        ids = None if input_ids is None else _token_ids(input_ids, self.config.vocab_size)
+        arrays = (ids, inputs_embeds, attention_mask, position_ids)
         out = forward(self.params, *(None if array is None else jnp.asarray(array) for array in arrays))
         loss = None if labels is None else _shifted_loss(out.logits, jnp.asarray(labels))
         return CausalLMOutput(out.logits, loss, out.hidden_states)
@@ -122,7 +123,7 @@ class CausalLM(Handle):
 
         Args:
             input_ids: Prompts ``(batch, length)``, padded on the left.
-            attention_mask: 0 on the padding; None for prompts without any.
+            attention_mask: 0 on the padding; None takes ``pad_token_id`` for padding, unless it ends a text too.
             max_new_tokens: At most so many tokens are added.
             do_sample: Draw tokens instead of taking the likeliest.
             temperature: Divides the logits before drawing.
@@ -140,16 +141,19 @@ class CausalLM(Handle):
         """
         sampling = Sampling(do_sample, temperature, top_k, top_p)
         sampling.check()
-        ids = jnp.asarray(input_ids)
-        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
+        ids = _token_ids(input_ids, self.config.vocab_size)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is at least 1, got {max_new_tokens}.")
-        if not np.asarray(mask)[:, -1].all():
-            raise ValueError("A prompt ends in padding. Pad prompts on the left (tokenizer.padding_side = 'left').")
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
         eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        if attention_mask is not None:
+            mask = jnp.asarray(attention_mask, bool)
+        else:
+            mask = jnp.ones_like(ids, bool) if pad is None or pad in eos else ids != pad
         pad = (eos[0] if eos else 0) if pad is None else pad
+        if not np.asarray(mask)[:, -1].all():
+            raise ValueError("A prompt ends in padding. Pad prompts on the left (tokenizer.padding_side = 'left').")
         program = _generation(self.config, max_new_tokens, eos, pad, sampling)
         tokens, steps = program(self.params, ids, mask, jax.random.key(0) if key is None else key)
         return tokens[:, : ids.shape[1] + int(steps)]
@@ -218,6 +222,18 @@ class CausalLM(Handle):
     def replace(self, params: Any) -> Self:
         """The same model with other parameters."""
         return dataclasses.replace(self, params=params)
+
+
+def _token_ids(ids: Any, vocabulary: int) -> jax.Array:
+    """Ids as an array; those that are not on a device yet are checked, as an index out of range gives NaN."""
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids)
+        if ids.size and not (0 <= ids.min() and ids.max() < vocabulary):
+            raise ValueError(
+                f"input_ids are from {ids.min()} to {ids.max()}, but the vocabulary has ids 0 to {vocabulary - 1}. "
+                "Use the tokenizer of this model, and -100 in labels alone."
+            )
+    return jnp.asarray(ids)
 
 
 @functools.lru_cache(maxsize=64)
