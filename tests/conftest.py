@@ -1,6 +1,9 @@
 """Strict JAX settings for every test, and the tiny checkpoint that several of them load."""
 
+import os
 from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # meshes of 8 devices on one CPU
 
 import jax
 import pytest

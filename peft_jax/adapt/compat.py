@@ -1,9 +1,13 @@
 """All that differs between the JAX versions we support (0.10 to 0.12), and all we read of a jaxpr's insides."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
+
+from peft_jax.core.weight import Weight
 
 
 class Scan(NamedTuple):
@@ -27,6 +31,24 @@ def scan_parts(eqn: core.JaxprEqn) -> Scan:
     return Scan(p["jaxpr"], num_consts, num_carry, p["length"], p["reverse"], p["unroll"])
 
 
+class ShardMap(NamedTuple):
+    """A shard_map equation, version by version the same."""
+
+    body: Any
+    in_specs: tuple[Any, ...]
+    again: Callable[..., Callable[..., Any]]
+
+
+def shard_map_parts(eqn: core.JaxprEqn) -> ShardMap:
+    """The parts of a shard_map equation, and how to make another one of it."""
+    p = eqn.params
+    axes = p.get("newly_manual_axes", p.get("manual_axes"))
+    again = functools.partial(
+        jax.shard_map, mesh=p["mesh"], out_specs=list(p["out_specs"]), check_vma=p["check_vma"], axis_names=axes
+    )
+    return ShardMap(p["jaxpr"], tuple(p["in_specs"]), again)
+
+
 def closed(jaxpr: Any) -> core.ClosedJaxpr:
     """A jaxpr that an equation holds, with its constants (checkpoint's has none and is stored bare)."""
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
@@ -47,3 +69,29 @@ def is_literal(atom: Any) -> bool:
 def is_array(value: Any) -> bool:
     """Whether a leaf of a function's arguments is traced as an array."""
     return isinstance(value, jax.Array) or (hasattr(value, "shape") and hasattr(value, "dtype"))
+
+
+def dense_type(weight: Weight) -> Any:
+    """What a function is traced on in place of a weight: shape, element type, and place in an explicit mesh."""
+    stored = weight.array
+    if isinstance(stored, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    return jax.typeof(stored).update(dtype=weight.dtype, weak_type=False)
+
+
+def jit_again(run: Callable[..., Any], eqn: core.JaxprEqn) -> Callable[..., Any]:
+    """``jax.jit`` of ``run(inner jaxpr, *values)``, with the options of the equation that called the inner jaxpr."""
+    p = eqn.params
+    shardings = tuple(one if isinstance(one, jax.sharding.Sharding) else None for one in p["out_shardings"])
+    return _jitted(run, p["jaxpr"], p["name"], p["inline"], p["donated_invars"], p["keep_unused"], shardings)
+
+
+@functools.lru_cache(maxsize=256)  # the same function for the same jaxpr, so that its second call traces nothing
+def _jitted(
+    run: Any, jaxpr: Any, name: str, inline: Any, donated: tuple[bool, ...], keep_unused: bool, out_shardings: Any
+) -> Callable[..., Any]:
+    inner = functools.partial(run, jaxpr)
+    inner.__name__ = name  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"out_shardings": list(out_shardings)} if any(out_shardings) else {}
+    numbers = tuple(number for number, given in enumerate(donated) if given)
+    return jax.jit(inner, inline=inline, donate_argnums=numbers, keep_unused=keep_unused, **options)

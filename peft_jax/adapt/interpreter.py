@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import jax
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.rules import RULES
-from peft_jax.core.weight import MergeError, Weight, is_weight
+from peft_jax.adapt.rules import RULES, merged
+from peft_jax.adapt.view import View, is_view
+from peft_jax.core.weight import is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,25 +51,33 @@ def adapt(fn: F) -> F:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
         if not any(map(is_weight, leaves)):
             return fn(*args, **kwargs)
-        leaves = [leaf.dense() if is_weight(leaf) and not leaf.side_path else leaf for leaf in leaves]
-        traced = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or compat.is_array(leaf)]
-
-        def flat(*arrays: Any) -> Any:
-            filled = list(leaves)
-            for i, array in zip(traced, arrays, strict=True):
-                filled[i] = array
-            args, kwargs = jax.tree.unflatten(treedef, filled)
-            return fn(*args, **kwargs)
-
-        jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*(_dense_shape(leaves[i]) for i in traced))
-        out = evaluate(jaxpr, *(leaves[i] for i in traced))
-        return jax.tree.unflatten(jax.tree.structure(shapes), list(map(_merged, out)))
+        jaxpr, values, structure = trace(fn, leaves, treedef)
+        out = evaluate(jaxpr, *(View.of(value) if is_weight(value) else value for value in values))
+        return jax.tree.unflatten(structure, [merged(value, None) for value in out])
 
     return adapted  # type: ignore[return-value]
 
 
+def trace(fn: Callable[..., Any], leaves: list[Any], treedef: Any) -> tuple[Any, list[Any], Any]:
+    """The jaxpr of a function on dense shapes; its inputs, weights among them; the structure of its output."""
+    leaves = [leaf.dense() if is_weight(leaf) and not leaf.side_path else leaf for leaf in leaves]
+    traced = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or compat.is_array(leaf)]
+
+    def flat(*arrays: Any) -> Any:
+        filled = list(leaves)
+        for i, array in zip(traced, arrays, strict=True):
+            filled[i] = array
+        args, kwargs = jax.tree.unflatten(treedef, filled)
+        return fn(*args, **kwargs)
+
+    values = [leaves[i] for i in traced]
+    types = [compat.dense_type(value) if is_weight(value) else value for value in values]
+    jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*types)
+    return jaxpr, values, jax.tree.structure(shapes)
+
+
 def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
-    """The outputs of a closed jaxpr on arrays and weights; an output may be a weight."""
+    """The outputs of a closed jaxpr on arrays and views of weights; an output may be such a view."""
     jaxpr = compat.closed(jaxpr)
     env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env |= zip(jaxpr.jaxpr.invars, args, strict=True)
@@ -76,14 +85,19 @@ def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     def read(atom: Any) -> Any:
         return atom.val if compat.is_literal(atom) else env[atom]
 
+    last = {atom: eqn for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars if not compat.is_literal(atom)}
+    kept = {atom for atom in jaxpr.jaxpr.outvars if not compat.is_literal(atom)}
     for eqn in jaxpr.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
+        for atom in {atom for atom in eqn.invars if not compat.is_literal(atom)} - kept:
+            if last[atom] is eqn:
+                del env[atom]  # so that an eager call holds no more than the function itself would
         env |= zip(eqn.outvars, _equation(eqn, values), strict=True)
     return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
 
 def _equation(eqn: Any, values: list[Any]) -> list[Any]:
-    if not any(map(is_weight, values)):
+    if not any(map(is_view, values)):
         return compat.bind(eqn, values)
     rule = RULES.get(eqn.primitive.name)
     out = rule(evaluate, eqn, values) if rule else None
@@ -93,18 +107,7 @@ def _equation(eqn: Any, values: list[Any]) -> list[Any]:
 def _merging(eqn: Any, values: list[Any]) -> list[Any]:
     """Run an equation on merged weights, which backward forms again rather than keeps."""
 
-    def merged(*values: Any) -> list[Any]:
-        return compat.bind(eqn, list(map(_merged, values)))
+    def run(*values: Any) -> list[Any]:
+        return compat.bind(eqn, [merged(value, eqn) for value in values])
 
-    try:
-        return merged(*values) if eqn.effects else jax.checkpoint(merged)(*values)
-    except MergeError as error:
-        raise MergeError(f"Primitive '{eqn.primitive.name}' takes a weight that has to be merged. {error}") from None
-
-
-def _merged(value: Any) -> Any:
-    return value.dense() if is_weight(value) else value
-
-
-def _dense_shape(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Weight) else leaf
+    return run(*values) if eqn.effects else jax.checkpoint(run)(*values)

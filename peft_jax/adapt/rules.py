@@ -4,182 +4,308 @@ A rule takes ``(evaluate, eqn, values)`` and gives the equation's outputs, or No
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
-from peft_jax.core.weight import Dot, Weight, is_weight
+from peft_jax.adapt.view import BROADCAST, FREE, Atom, Axis, View, arrange, is_view, length, through
+from peft_jax.core.product import Convolution, Grouped, Lookup, Product
+from peft_jax.core.weight import MergeError
 
-Rule = Callable[[Callable[..., list[Any]], Any, list[Any]], list[Any] | None]
+Outputs = list[Any] | None
+Rule = Callable[[Callable[..., list[Any]], Any, list[Any]], Outputs]
 
 
-def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """A product over all input axes runs on the side path; over all output axes, its transpose does."""
-    if all(map(is_weight, values)):
+# ---- Uses: products, lookups, convolutions
+
+
+def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """A product over all input axes, or with the transpose over all output axes."""
+    p, side = eqn.params, 0 if is_view(values[0]) else 1
+    view, x = values[side], values[1 - side]
+    (over, x_over), (stack, x_stack) = (axes[:: 1 if side == 0 else -1] for axes in p["dimension_numbers"])
+    role = view.role(over, stack)
+    if role is None or is_view(x) or x.dtype != view.dtype:
         return None
-    contract, batch = eqn.params["dimension_numbers"]
-    side = 0 if is_weight(values[0]) else 1  # where the weight stands
-    weight, x = values[side], values[1 - side]
-    over, x_over = contract[side], contract[1 - side]
-    stack, x_stack = batch[side], batch[1 - side]
-    layout = weight.layout
-    if set(over) == set(layout.inp):
-        roles, kept = layout.inp, layout.out
-    elif set(over) == set(layout.out):
-        roles, kept = layout.out, layout.inp
-    else:
+    shared = dict(zip((*x_stack, *x_over), (*stack, *over), strict=True))
+    have = [view.axes[shared[i]] if i in shared else _free(i, n) for i, n in enumerate(x.shape)]
+    rest = [axis for i, axis in enumerate(view.axes) if i not in (*stack, *over)]
+    free = [axis for i, axis in enumerate(have) if i not in shared]
+    want = [*(view.axes[i] for i in stack), *(rest + free if side == 0 else free + rest)]
+    product = Product(p["precision"], p["preferred_element_type"], p.get("out_sharding"))
+    return _used(eqn, view, through(view, x, have, want, role, product))
+
+
+def ragged_dot(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """Rows in groups, each with its own layer of the weight."""
+    p, (x, view, group_sizes) = eqn.params, values
+    numbers = p["ragged_dot_dimension_numbers"]
+    usual = (numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions) == ((((1,), (1,)), ((), ())), (0,))
+    if not usual or is_view(x) or is_view(group_sizes) or view.role([1], [0]) != "in" or x.dtype != view.dtype:
         return None
-    if not set(stack) <= set(layout.stack) or x.dtype != weight.dtype or not roles:
+    layout, row = view.weight.layout, _free(0, len(x))
+    if view.stack_position(0) is None or len(layout.stack) > 1:
         return None
-    # Bring x to (*batch, *free, contracted), and the weight's stacked axes to the front.
-    x_batch = [x_stack[stack.index(axis)] for axis in layout.stack if axis in stack]
-    x_last = [x_over[over.index(axis)] for axis in roles]
-    free = [axis for axis in range(x.ndim) if axis not in (*x_batch, *x_last)]
-    n_last = math.prod(x.shape[axis] for axis in x_last)
-    x = jnp.transpose(x, (*x_batch, *free, *x_last)).reshape(*(x.shape[axis] for axis in (*x_batch, *free)), n_last)
-    dot = Dot(eqn.params["precision"], eqn.params["preferred_element_type"])
-    product: Callable[..., jax.Array] = functools.partial(_product, transpose=roles != layout.inp, dot=dot)
-    for axis in reversed(layout.stack):
-        product = _over_stack(product, batched=axis in stack)
-    front = (*layout.stack, *(axis for axis in range(weight.ndim) if axis not in layout.stack))
-    moved = weight
-    if front != tuple(range(weight.ndim)):
-        moved = weight.rearranged(functools.partial(jnp.transpose, axes=front), layout.permuted(front))
-    y = product(x, moved)
-    # y is (*stack, *free, kept); bring it to dot_general's order: batch, left free axes, right free axes.
-    n_stack, n_free = len(layout.stack), y.ndim - len(layout.stack) - 1
-    y = y.reshape(*y.shape[:-1], *(weight.shape[axis] for axis in kept))
-    position = {axis: i for i, axis in enumerate(layout.stack)}
-    position |= {axis: n_stack + n_free + i for i, axis in enumerate(kept)}
-    batch_axes = [position.pop(axis) for axis in stack]
-    x_axes = list(range(n_stack, n_stack + n_free))
-    weight_axes = [position[axis] for axis in sorted(position)]
-    order = (*batch_axes, *weight_axes, *x_axes) if side == 0 else (*batch_axes, *x_axes, *weight_axes)
-    return [jnp.transpose(y, order).astype(eqn.outvars[0].aval.dtype)]
+    product = Grouped(p["precision"], p["preferred_element_type"], group_sizes=group_sizes)
+    y = view.weight.apply(arrange(x, [*row, *view.axes[1]], [row, view.digits(layout.inp)]), product)
+    return _used(eqn, view, arrange(y, [*row, *view.digits(layout.out)], [row, view.axes[2]]))
 
 
-def _product(x: jax.Array, weight: Weight, transpose: bool, dot: Dot) -> jax.Array:
-    if not transpose:
-        return weight.matmul(x, dot)
-    n_in, _ = weight.layout.sizes(weight.shape)
-    probe = jnp.zeros((*x.shape[:-1], n_in), x.dtype)
-    # matmul is linear in its first argument, so its vjp anywhere is the product with the transpose.
-    return jax.vjp(lambda probe: weight.matmul(probe, dot._replace(preferred_element_type=None)), probe)[1](x)[0]
-
-
-def _over_stack(product: Callable[..., jax.Array], batched: bool) -> Callable[..., jax.Array]:
-    return jax.vmap(lambda x, weight: product(x, weight.unstacked()), in_axes=(0 if batched else None, 0))
-
-
-def gather(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """A lookup of whole rows: ``weight[ids]``, as ``jnp.take`` along axis 0 or indexing writes it."""
-    weight, indices = values
-    if not is_weight(weight) or is_weight(indices) or weight.layout.order != (0, 1) or weight.layout.inp != (0,):
+def gather(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """A lookup of whole rows."""
+    p, (view, indices) = eqn.params, values
+    numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
+    rows, stack = numbers.collapsed_slice_dims, numbers.operand_batching_dims
+    whole = [i for i in range(len(sizes)) if i not in (*rows, *stack)]
+    if is_view(indices) or len(rows) != 1 or numbers.start_index_map != rows or indices.shape[-1] != 1:
         return None
-    p = eqn.params
-    numbers = p["dimension_numbers"]
-    rows_only = (
-        numbers.collapsed_slice_dims == (0,)
-        and numbers.start_index_map == (0,)
-        and not numbers.operand_batching_dims
-        and numbers.offset_dims == (indices.ndim - 1,)
-        and p["slice_sizes"] == (1, weight.shape[1])
-    )
-    if not rows_only:
+    if any(sizes[i] != view.shape[i] for i in whole) or view.role(rows, stack, looks_up=True) != "in":
+        return None
+    shared, ids = dict(zip(numbers.start_indices_batching_dims, stack, strict=True)), indices[..., 0]
+    have = [view.axes[shared[i]] if i in shared else _free(i, n) for i, n in enumerate(ids.shape)]
+    left, found = iter(view.axes[i] for i in whole), iter(have)
+    want = [next(left if i in numbers.offset_dims else found) for i in range(len(have) + len(whole))]
+    options = {name: p[name] for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value")}
+    return _used(eqn, view, through(view, ids, have, want, "in", Lookup(options=options)))
+
+
+def convolution(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """A convolution whose kernel is the weight."""
+    p, (x, view) = eqn.params, values
+    numbers, (out, *rest) = p["dimension_numbers"], p["dimension_numbers"].rhs_spec
+    if is_view(x) or not is_view(view) or p["batch_group_count"] > 1 or view.weight.layout.stack:
+        return None
+    if view.role(rest) != "in" or view.axes[out] != view.digits(view.weight.layout.out) or x.dtype != view.dtype:
         return None
 
-    def rows(matrix: jax.Array) -> jax.Array:
-        fill = p["fill_value"] if jnp.issubdtype(matrix.dtype, jnp.inexact) else None
-        options = {name: p[name] for name in ("unique_indices", "indices_are_sorted", "mode")}
-        return jax.lax.gather(matrix, indices, numbers, (1, matrix.shape[1]), fill_value=fill, **options)
+    def kernel(matrix: jax.Array) -> jax.Array:
+        channels = _free(0, matrix.shape[1])
+        axes = [channels if i == out else axis for i, axis in enumerate(view.axes)]
+        return arrange(matrix, [*view.digits(view.weight.layout.inp), *channels], axes)
 
-    return [weight.take(rows)]
+    def convolve(x: jax.Array, kernel: jax.Array, kind: Any) -> jax.Array:
+        y = eqn.primitive.bind(x, kernel, **{**p, "preferred_element_type": kind})
+        return jnp.moveaxis(y, numbers.out_spec[1], -1)
 
-
-def transpose(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any]:
-    """The same weight with its axes elsewhere."""
-    permutation = eqn.params["permutation"]
-    move = functools.partial(jnp.transpose, axes=permutation)
-    return [values[0].rearranged(move, values[0].layout.permuted(permutation))]
-
-
-def convert_element_type(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """The same weight in another floating-point type."""
-    dtype = eqn.params["new_dtype"]
-    return [values[0].astype(dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
+    kind, groups = p["preferred_element_type"], p["feature_group_count"]
+    product = Convolution(p["precision"], kind, kernel=kernel, convolve=convolve, groups=groups, out_axis=out)
+    return _used(eqn, view, jnp.moveaxis(view.weight.apply(x, product), -1, numbers.out_spec[1]))
 
 
-def jit(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any]:
-    """A nested ``jit`` stays one."""
-    inner = functools.partial(evaluate, eqn.params["jaxpr"])
-    inner.__name__ = eqn.params["name"]  # type: ignore[attr-defined]
-    return jax.jit(inner, inline=eqn.params["inline"])(*values)
+def _free(number: int, size: int) -> Axis:
+    return (Atom(FREE, number, size),)
 
 
-def checkpoint(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any]:
+def _used(eqn: Any, view: View, y: jax.Array | None) -> Outputs:
+    if y is None:
+        return None
+    view.done(eqn, merged=False)
+    return [y.astype(eqn.outvars[0].aval.dtype)]
+
+
+# ---- Moves: the same weight, seen otherwise
+
+
+def transpose(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """Axes in another order."""
+    (view,) = values
+    return [view.replace(axes=tuple(view.axes[i] for i in eqn.params["permutation"]))]
+
+
+def reshape(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """Axes split and joined."""
+    return _or_merge(values[0].reshaped(eqn.params["new_sizes"]))
+
+
+def squeeze(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """Without some axes of length 1."""
+    (view,) = values
+    gone = eqn.params["dimensions"]
+    return [view.replace(axes=tuple(axis for i, axis in enumerate(view.axes) if i not in gone))]
+
+
+def broadcast_in_dim(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """With axes added along which nothing changes."""
+    view, shape, at = values[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    number = 1 + max((atom.stride for axis in view.axes for atom in axis if atom.axis == BROADCAST), default=0)
+    added = [() if n == 1 else (Atom(BROADCAST, number + i, n),) for i, n in enumerate(shape)]
+    old = {i: axis for i, axis in zip(at, view.axes, strict=True) if length(axis) == shape[i]}
+    return [view.replace(axes=tuple(old.get(i, axis) for i, axis in enumerate(added)))]
+
+
+def convert_element_type(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """In another floating-point type."""
+    view, dtype = values[0], eqn.params["new_dtype"]
+    return [view.replace(weight=view.weight.astype(dtype))] if jnp.issubdtype(dtype, jnp.floating) else None
+
+
+def slice_(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """Some of the stacked layers."""
+    view, p = values[0], eqn.params
+    limits = list(zip(p["start_indices"], p["limit_indices"], p["strides"] or [1] * len(view.shape), strict=True))
+    cut = [i for i, n in enumerate(view.shape) if limits[i] != (0, n, 1)]
+    if len(cut) != 1:
+        return None if cut else [view]
+    start, limit, stride = limits[cut[0]]
+    return _or_merge(view.mapped(cut[0], lambda a, i: jax.lax.slice_in_dim(a, start, limit, stride, i), drop=False))
+
+
+def dynamic_slice(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """Some of the stacked layers, from a computed one on."""
+    view, *starts = values
+    sizes = eqn.params["slice_sizes"]
+    cut = [i for i, n in enumerate(view.shape) if sizes[i] != n]
+    if len(cut) != 1:
+        return None if cut else [view]
+    start, size = starts[cut[0]], sizes[cut[0]]
+    return _or_merge(view.mapped(cut[0], lambda a, i: jax.lax.dynamic_slice_in_dim(a, start, size, i), drop=False))
+
+
+def on_each_array(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """The same for all arrays of the weight."""
+    return [jax.tree.map(lambda array: compat.bind(eqn, [array])[0], values[0])]
+
+
+def optimization_barrier(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """A weight's arrays have a barrier each: one for all would give the frozen base a gradient."""
+    others = iter(jax.lax.optimization_barrier([value for value in values if not is_view(value)]))
+    return [jax.tree.map(jax.lax.optimization_barrier, v) if is_view(v) else next(others) for v in values]
+
+
+def sharding_constraint(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """The adapter is constrained as its base."""
+    (view,), sharding = values, eqn.params["sharding"]
+    free = eqn.params["unconstrained_dims"]
+    spec = [PartitionSpec.UNCONSTRAINED if i in free else entry for i, entry in enumerate(_entries(sharding.spec, view))]
+    specs = view.specs(spec)
+    if specs is None:
+        return None
+    shardings = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs)
+    return [jax.lax.with_sharding_constraint(view, shardings)]
+
+
+def _or_merge(view: View | None) -> Outputs:
+    return None if view is None else [view]
+
+
+def _entries(spec: PartitionSpec, value: Any) -> list[Any]:
+    return [*spec, *[None] * (len(value.shape) - len(spec))]
+
+
+# ---- Calls and loops: the weight goes inside
+
+
+def jit(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """A nested ``jit`` stays one, unless somebody watches, who wants to see each call."""
+    watched = any(is_view(value) and value.watch for value in values)
+    return evaluate(eqn.params["jaxpr"], *values) if watched else compat.jit_again(evaluate, eqn)(*values)
+
+
+def checkpoint(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """``jax.checkpoint`` stays, with its policy."""
-    inner = functools.partial(evaluate, eqn.params["jaxpr"])
-    return jax.checkpoint(inner, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
+    p, inner = eqn.params, functools.partial(evaluate, eqn.params["jaxpr"])
+    return jax.checkpoint(inner, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
 
 
-def scan(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any] | None:
+def scan(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """Stacked weights are sliced layer by layer; weights that every step sees are closed over."""
     parts = compat.scan_parts(eqn)
-    consts = values[: parts.num_consts]
-    init = [_dense(value) for value in values[parts.num_consts : parts.num_consts + parts.num_carry]]
-    xs = values[parts.num_consts + parts.num_carry :]
-    xs = [x.dense() if is_weight(x) and x.layout.stack[:1] != (0,) else x for x in xs]
+    start = parts.num_consts + parts.num_carry
+    consts, init = values[: parts.num_consts], [merged(value, eqn) for value in values[parts.num_consts : start]]
+    xs = [_in_front(value, eqn) for value in values[start:]]
 
     def body(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
-        sliced = [x.unstacked() if is_weight(x) else x for x in sliced]
-        out = [_dense(value) for value in evaluate(parts.body, *consts, *carry, *sliced)]
+        out = [merged(value, eqn) for value in evaluate(parts.body, *consts, *carry, *sliced)]
         return out[: parts.num_carry], out[parts.num_carry :]
 
     carry, ys = jax.lax.scan(body, init, xs, length=parts.length, reverse=parts.reverse, unroll=parts.unroll)
     return [*carry, *ys]
 
 
-def while_loop(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any]:
+def _in_front(value: Any, eqn: Any) -> Any:
+    """What a scan slices: a stacked weight has all its arrays' layers in front, under the name of one layer."""
+    moved = value.mapped(0, lambda a, axis: jnp.moveaxis(a, axis, 0), drop=True) if is_view(value) else value
+    return merged(value, eqn) if moved is None else moved
+
+
+def while_loop(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """Weights that the loop does not change are closed over."""
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
-    init = [_dense(value) for value in values[n_cond + n_body :]]
+    init = [merged(value, eqn) for value in values[n_cond + n_body :]]
 
-    def cond(carry: list[Any]) -> Any:
+    def proceed(carry: list[Any]) -> Any:
         return evaluate(p["cond_jaxpr"], *cond_consts, *carry)[0]
 
     def body(carry: list[Any]) -> list[Any]:
-        return [_dense(value) for value in evaluate(p["body_jaxpr"], *body_consts, *carry)]
+        return [merged(value, eqn) for value in evaluate(p["body_jaxpr"], *body_consts, *carry)]
 
-    return jax.lax.while_loop(cond, body, init)
+    return jax.lax.while_loop(proceed, body, init)
 
 
-def cond(evaluate: Any, eqn: Any, values: list[Any]) -> list[Any] | None:
+def cond(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """Each branch sees the weights."""
     index, *operands = values
-    if is_weight(index):
-        return None
 
     def branch(jaxpr: Any) -> Callable[..., list[Any]]:
-        return lambda *operands: [_dense(value) for value in evaluate(jaxpr, *operands)]
+        return lambda *operands: [merged(value, eqn) for value in evaluate(jaxpr, *operands)]
 
-    return jax.lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands)
+    return jax.lax.switch(merged(index, eqn), [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands)
 
 
-def _dense(value: Any) -> Any:
-    return value.dense() if is_weight(value) else value
+def shard_map(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """Each device sees its part of base and adapter."""
+    parts = compat.shard_map_parts(eqn)
+    specs = [v.specs(_entries(s, v)) if is_view(v) else s for v, s in zip(values, parts.in_specs, strict=True)]
+    if any(spec is None for spec in specs):
+        return None
+
+    def body(*local: Any) -> list[Any]:
+        inner = [value.refreshed() if is_view(value) else value for value in local]
+        return [merged(value, eqn) for value in evaluate(parts.body, *inner)]
+
+    return parts.again(body, in_specs=tuple(specs))(*values)
+
+
+def merged(value: Any, eqn: Any) -> Any:
+    """A value as an array; ``eqn`` is why it has to be one, None the program's end.
+
+    Raises:
+        MergeError: if merging would change what is computed.
+    """
+    if not is_view(value):
+        return value
+    value.done(eqn, merged=True)
+    try:
+        return value.dense()
+    except MergeError as error:
+        what = "The program's output is" if eqn is None else f"Primitive '{eqn.primitive.name}' takes"
+        raise MergeError(f"{what} a weight that has to be merged. {error}") from None
 
 
 RULES: dict[str, Rule] = {
     "dot_general": dot_general,
+    "ragged_dot_general": ragged_dot,
     "gather": gather,
+    "conv_general_dilated": convolution,
     "transpose": transpose,
+    "reshape": reshape,
+    "squeeze": squeeze,
+    "broadcast_in_dim": broadcast_in_dim,
     "convert_element_type": convert_element_type,
+    "slice": slice_,
+    "dynamic_slice": dynamic_slice,
+    "copy": lambda evaluate, eqn, values: values,
+    "stop_gradient": on_each_array,
+    "pvary": on_each_array,
+    "pcast": on_each_array,
+    "optimization_barrier": optimization_barrier,
+    "sharding_constraint": sharding_constraint,
     "jit": jit,
     "pjit": jit,
     "checkpoint": checkpoint,
@@ -188,4 +314,5 @@ RULES: dict[str, Rule] = {
     "scan": scan,
     "while": while_loop,
     "cond": cond,
+    "shard_map": shard_map,
 }

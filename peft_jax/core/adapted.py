@@ -7,16 +7,19 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted
-from peft_jax.core.weight import PLAIN_DOT, Dot, MergeError, Weight, as_leaf, as_weight
+from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight, role_specs
 
 
 class Method(Protocol):
     """What an adapted leaf needs of its method (`peft_jax.methods.base.Method` says more)."""
 
     side_path: bool
+    axes: Mapping[str, tuple[str, ...]]
 
     def structure(self) -> tuple[Any, ...]:
         """What makes two adapters run in one compiled program."""
@@ -24,11 +27,8 @@ class Method(Protocol):
     def merge(self, params: Any, state: Any, matrix: jax.Array) -> jax.Array:
         """The adapted matrix of one layer."""
 
-    def apply(self, params: Any, state: Any, base: Weight, x: jax.Array, dot: Dot) -> jax.Array:
-        """``x`` times the adapted matrix of one layer."""
-
-    def take(self, params: Any, state: Any, base: Weight, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Rows of the adapted matrix of one layer."""
+    def apply(self, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+        """``product.full(x, ...)`` with the adapted matrix of one layer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,45 +107,70 @@ class Adapted(Weight):
     def _base(self) -> Weight:
         return as_weight(self.base, self.layout)
 
+    @property
+    def array(self) -> jax.Array:
+        """The array of the innermost base."""
+        return self._base.array
+
     def dense(self) -> jax.Array:
         """The adapter merged into the base, in the base's dtype."""
-        base = self._base.dense()
         if not self.active:
-            return base
+            return self._base.dense()
         if "dropout" in self.state:
             raise MergeError(
                 f"Adapter '{self.tag.name}' has dropout switched on, and merging it would change what it computes. "
                 "Merge a tree without pj.with_dropout, or use the weight in a matmul, where dropout applies."
             )
-        merge = self.method.merge
-        for _ in self.layout.stack:
-            merge = jax.vmap(merge)
-        matrix = merge(self.params, self.state, self.layout.matrix(base))
-        return self.layout.unmatrix(matrix, base.shape)
+        matrix = merged_matrix(self.method, self.params, self.state, self._base)
+        return self.layout.unmatrix(matrix, self.shape)
 
-    def matmul(self, x: jax.Array, dot: Dot = PLAIN_DOT) -> jax.Array:
-        """``x`` times the adapted matrix, by the method's cheapest way."""
+    def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
+        """The product with the adapted matrix, by the method's cheapest way."""
         if not self.active:
-            return self._base.matmul(x, dot)
-        return self.method.apply(self.params, self.state, self._base, x, dot)
-
-    def take(self, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Rows of the adapted matrix, by the method's cheapest way."""
-        if not self.active:
-            return self._base.take(rows)
-        return self.method.take(self.params, self.state, self._base, rows)
-
-    def rearranged(self, move: Callable[[jax.Array], jax.Array], layout: Layout) -> "Adapted":
-        """The leaf with its base moved; the adapter's arrays do not depend on where the base's axes stand."""
-        return dataclasses.replace(self, base=as_leaf(self._base.rearranged(move, layout)), layout=layout)
+            return self._base.apply(x, product)
+        return self.method.apply(self.params, self.state, self._base, x, product)
 
     def astype(self, dtype: jnp.dtype) -> "Adapted":
         """The leaf with its base converted; the adapter keeps its precision."""
         return dataclasses.replace(self, base=as_leaf(self._base.astype(dtype)))
 
-    def unstacked(self) -> "Adapted":
-        """The slice along the first stacked axis."""
-        return dataclasses.replace(self, base=as_leaf(self._base.unstacked()), layout=self.layout.unstacked())
+    def mapped(self, position: int, change: Change, *, drop: bool) -> "Adapted":
+        """The leaf with base, adapter and state changed along a stacked axis."""
+        base = as_leaf(self._base.mapped(position, change, drop=drop))
+        params, state = jax.tree.map(lambda array: change(array, position), (self.params, self.state))
+        layout = self.layout.unstacked(position) if drop else self.layout
+        return dataclasses.replace(self, base=base, params=params, state=state, layout=layout)
+
+    def specs(self, entries: tuple[Any, ...]) -> "Adapted":
+        """The adapter's axes are sharded as those of the base, its rank never."""
+        roles = role_specs(self.layout, entries)
+        stack = roles["stack"]
+        params = {}
+        for role, axes in self.method.axes.items():
+            rest = (roles.get(axis, (None,)) for axis in axes)
+            params[role] = PartitionSpec(*stack, *(entry for part in rest for entry in part))
+        state = jax.tree.map(lambda _: PartitionSpec(*stack), self.state)
+        base = self._base.specs(entries)
+        return dataclasses.replace(self, base=base, params=params, state=state)
+
+
+def merged_matrix(method: Method, params: Any, state: Any, base: Weight) -> jax.Array:
+    """The adapted matrix, with the stacked axes of the base in front."""
+    merge = method.merge
+    for _ in base.layout.stack:
+        merge = jax.vmap(merge)
+    return merge(params, state, base.layout.matrix(base.dense()))
+
+
+def apply_merged(method: Method, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    """``product.full(x, merged matrix)``, which backward merges again rather than keeps."""
+
+    @jax.checkpoint
+    def merged(params: Any, state: Any, base: Any, x: jax.Array) -> jax.Array:
+        return product.full(x, merged_matrix(method, params, state, as_weight(base, layout)))
+
+    layout = base.layout
+    return merged(params, state, as_leaf(base), x)
 
 
 def is_adapted(node: Any) -> bool:

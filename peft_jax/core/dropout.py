@@ -48,6 +48,8 @@ def dropout(x: jax.Array, state: Mapping[str, Any]) -> jax.Array:
     """``x`` with elements zeroed and the rest scaled up, if dropout is switched on in an adapter's ``state``."""
     if "dropout" not in state:
         return x
-    keep = 1 - state["dropout"]["rate"]
-    kept = jax.random.bernoulli(state["dropout"]["key"], keep, x.shape)
+    # A grouped product has one key a group, and each row of x belongs to one group: the first key serves all rows.
+    key, rate = (jnp.reshape(state["dropout"][name], -1)[0] for name in ("key", "rate"))
+    keep = 1 - rate
+    kept = jax.random.bernoulli(key, keep, x.shape)
     return jnp.where(kept, x / keep.astype(x.dtype), 0)

@@ -5,7 +5,6 @@ Every method sees one matrix ``(in, out)``; a layout says how a leaf of any rank
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ class Layout:
         lookup: True for an embedding, whose rows are looked up by index.
         index_after: One name per stacked axis: the layer's index follows this component in module paths, as in
             ``model.layers.3.self_attn.q_proj`` for ``("layers",)``.
+        source: Who says so; counts for nothing but `peft_jax.explain`.
 
     Example:
         >>> heads = Layout(stack=(0,), inp=(1,), out=(2, 3))   # (layer, embed, head, feature)
@@ -34,6 +34,7 @@ class Layout:
     out: tuple[int, ...] = (1,)
     lookup: bool = False
     index_after: tuple[str, ...] = ("layers",)
+    source: str = dataclasses.field(default="told by layout=", compare=False, repr=False)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -72,18 +73,16 @@ class Layout:
         back = tuple(self.order.index(axis) for axis in range(len(shape)))
         return _transpose(matrix.reshape([shape[axis] for axis in self.order]), back)
 
-    def permuted(self, permutation: tuple[int, ...]) -> "Layout":
-        """The layout of ``jnp.transpose(leaf, permutation)``."""
-        return self._moved(lambda axis: permutation.index(axis))
+    def unstacked(self, position: int) -> "Layout":
+        """The layout of one slice along one of the stacked axes."""
+        gone = self.stack[position]
 
-    def unstacked(self) -> "Layout":
-        """The layout of one slice along axis 0, which has to be the first stacked axis."""
-        slice_ = dataclasses.replace(self, stack=self.stack[1:], index_after=self.index_after[1:])
-        return slice_._moved(lambda axis: axis - 1)
+        def left(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(axis - (axis > gone) for axis in axes if axis != gone)
 
-    def _moved(self, where: Callable[[int], int]) -> "Layout":
-        stack, inp, out = (tuple(map(where, axes)) for axes in (self.stack, self.inp, self.out))
-        return dataclasses.replace(self, stack=stack, inp=inp, out=out)
+        index_after = self.index_after[:position] + self.index_after[position + 1 :]
+        stack, inp, out = left(self.stack), left(self.inp), left(self.out)
+        return dataclasses.replace(self, stack=stack, inp=inp, out=out, index_after=index_after)
 
 
 def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
@@ -101,10 +100,11 @@ def conventional_layout(path: str, shape: tuple[int, ...], fan_in_fan_out: bool 
     A matrix of higher rank is ambiguous: no convention tells its stacked axes from its heads.
     """
     name = path.rsplit(".", 1)[-1]
+    source = f"by convention for '{name}'"
     if name in ("bias", "scale") or len(shape) < 2:
-        return Layout(inp=(), out=(0,)) if len(shape) == 1 else None
+        return Layout(inp=(), out=(0,), source=source) if len(shape) == 1 else None
     if len(shape) > 2:
         return None
     if name == "weight" and not fan_in_fan_out:
-        return Layout(inp=(1,), out=(0,))
-    return Layout(lookup=name == "embedding")
+        return Layout(inp=(1,), out=(0,), source=source)
+    return Layout(lookup=name == "embedding", source=source)

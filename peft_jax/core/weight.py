@@ -1,23 +1,19 @@
 """A weight: a leaf that stands for a dense array without being one (quantized, adapted, or both)."""
 
 import abc
+import functools
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
+from peft_jax.core.product import MATMUL, Product
 
-
-class Dot(NamedTuple):
-    """How a product is to be computed, as ``jax.lax.dot_general`` takes it."""
-
-    precision: Any = None
-    preferred_element_type: Any = None
-
-
-PLAIN_DOT = Dot()
+Change = Callable[[jax.Array, int], jax.Array]
 
 
 class MergeError(ValueError):
@@ -27,7 +23,8 @@ class MergeError(ValueError):
 class Weight(abc.ABC):
     """Stands for a dense array of ``shape`` and ``dtype``, seen as one matrix ``(in, out)`` through ``layout``.
 
-    `dense` defines its value; the other methods are cheaper ways to use it.
+    `dense` defines its value; `apply` is a cheaper way to use it. JAX functions that accept what has a
+    ``__jax_array__`` (those of ``jax.numpy``, and layers built on them) see the dense array.
     """
 
     layout: Layout
@@ -49,32 +46,61 @@ class Weight(abc.ABC):
 
     @property
     def side_path(self) -> bool:
-        """Whether products and lookups are cheaper than forming the dense array."""
+        """Whether using the weight is cheaper than forming the dense array."""
         return True
+
+    @property
+    @abc.abstractmethod
+    def array(self) -> jax.Array:
+        """The stored array that has the dense array's shape and place on the devices."""
 
     @abc.abstractmethod
     def dense(self) -> jax.Array:
         """The dense array, of ``shape`` and ``dtype``."""
 
     @abc.abstractmethod
-    def matmul(self, x: jax.Array, dot: Dot = PLAIN_DOT) -> jax.Array:
-        """``x @ matrix`` for ``x`` of shape ``(..., in)`` and no stacked axes; gives ``(..., out)``."""
-
-    @abc.abstractmethod
-    def take(self, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """``rows(matrix)``, where ``rows`` gathers along axis 0: ``(in, k) -> (..., k)``. No stacked axes."""
-
-    @abc.abstractmethod
-    def rearranged(self, move: Callable[[jax.Array], jax.Array], layout: Layout) -> "Weight":
-        """The weight after ``move``, a transpose or reshape or slice of its dense array, has led to ``layout``."""
+    def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
+        """``product.full(x, matrix)``. No stacked axes, save for the groups of a grouped product."""
 
     @abc.abstractmethod
     def astype(self, dtype: jnp.dtype) -> "Weight":
         """The weight in another element type."""
 
     @abc.abstractmethod
-    def unstacked(self) -> "Weight":
-        """What a slice of all arrays along axis 0 is: the same weight with its first stacked axis gone."""
+    def mapped(self, position: int, change: Change, *, drop: bool) -> "Weight":
+        """The weight after ``change(array, axis)`` of each of its arrays along one of the stacked axes.
+
+        With ``drop`` the axis is gone afterwards, or stands in front of all arrays for ``scan`` or ``vmap`` to slice.
+        """
+
+    @abc.abstractmethod
+    def specs(self, entries: tuple[Any, ...]) -> Any:
+        """Specs of all arrays, in the weight's structure, given the entry of each axis of the dense array.
+
+        Raises:
+            MergeError: if an array has several axes flattened into one and an inner one of them is sharded.
+        """
+
+    def __jax_array__(self) -> jax.Array:
+        _warn_of_merging(type(self).__name__)
+        return self.dense()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"A {type(self).__name__} leaf stands for an array but has no '{name}'. "
+            "Wrap the function that uses it: pj.adapt(fn). Or make plain arrays of the tree: pj.merge(params)."
+        )
+
+
+@functools.cache
+def _warn_of_merging(kind: str) -> None:
+    warnings.warn(
+        f"A {kind} leaf is used outside of pj.adapt, so it is merged into a dense array at each use. "
+        "pj.adapt(fn) computes the same without merging, and faster.",
+        stacklevel=4,
+    )
 
 
 def is_weight(node: Any) -> bool:
@@ -84,6 +110,8 @@ def is_weight(node: Any) -> bool:
 
 class Dense(Weight):
     """A plain array seen as a weight; lives only during a computation, never in a tree."""
+
+    array: jax.Array = None  # type: ignore[assignment]  # an attribute here, not a property
 
     def __init__(self, array: jax.Array, layout: Layout):
         self.array, self.layout = array, layout
@@ -107,25 +135,22 @@ class Dense(Weight):
         """The array itself."""
         return self.array
 
-    def matmul(self, x: jax.Array, dot: Dot = PLAIN_DOT) -> jax.Array:
-        """``x @ matrix``."""
-        return jnp.matmul(x, self.layout.matrix(self.array), **dot._asdict())
-
-    def take(self, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """``rows(matrix)``."""
-        return rows(self.layout.matrix(self.array))
-
-    def rearranged(self, move: Callable[[jax.Array], jax.Array], layout: Layout) -> "Dense":
-        """The moved array."""
-        return Dense(move(self.array), layout)
+    def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
+        """The product with the array as a matrix."""
+        return product.full(x, self.layout.matrix(self.array))
 
     def astype(self, dtype: jnp.dtype) -> "Dense":
         """The converted array."""
         return Dense(self.array.astype(dtype), self.layout)
 
-    def unstacked(self) -> "Dense":
-        """The slice."""
-        return Dense(self.array, self.layout.unstacked())
+    def mapped(self, position: int, change: Change, *, drop: bool) -> "Dense":
+        """The changed array."""
+        array = change(self.array, self.layout.stack[position])
+        return Dense(array, self.layout.unstacked(position) if drop else self.layout)
+
+    def specs(self, entries: tuple[Any, ...]) -> PartitionSpec:
+        """The entries."""
+        return PartitionSpec(*entries)
 
 
 def as_weight(leaf: Any, layout: Layout) -> Weight:
@@ -136,3 +161,18 @@ def as_weight(leaf: Any, layout: Layout) -> Weight:
 def as_leaf(weight: Weight) -> Any:
     """The inverse of `as_weight`."""
     return weight.array if isinstance(weight, Dense) else weight
+
+
+def role_specs(layout: Layout, entries: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    """Entries of a spec by role, given those of a leaf's axes: ``"stack"`` has one an axis, ``in`` and ``out`` one.
+
+    Raises:
+        MergeError: if an axis is sharded that is not the first of those that are flattened into one.
+    """
+
+    def flat(axes: tuple[int, ...]) -> tuple[Any, ...]:
+        if any(entries[axis] is not None for axis in axes[1:]):
+            raise MergeError(f"axes {axes} are one axis of the matrix, and one that is not the first is sharded.")
+        return (entries[axes[0]],) if axes else ()
+
+    return {"stack": tuple(entries[a] for a in layout.stack), "in": flat(layout.inp), "out": flat(layout.out)}

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.adapted import apply_merged
 from peft_jax.core.layout import Layout
-from peft_jax.core.weight import Dot, Weight
+from peft_jax.core.product import Product
+from peft_jax.core.weight import Weight
 
 CONFIG_FILE = "adapter_config.json"
 Arrays = Mapping[str, jax.Array]
@@ -104,9 +106,12 @@ class Method(PeftConfig):
     """A method that changes weights: how its arrays start, and what the adapted matrix is.
 
     Arrays live in two dictionaries, ``params`` (trained) and ``state`` (frozen), both with the stacked axes first.
-    ``merge``, ``apply`` and ``take`` see one layer, without stacked axes; ``structural`` names the fields that
-    change what they compute beyond what the arrays say.
+    ``merge`` and ``apply`` see one layer, without stacked axes; ``axes`` names the axes of the trained arrays after
+    those (``in`` and ``out`` are the matrix's); ``structural`` names the fields that change what is computed beyond
+    what the arrays say.
     """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     structural: ClassVar[tuple[str, ...]] = ()
     side_path: ClassVar[bool] = True
@@ -166,20 +171,9 @@ class Method(PeftConfig):
         raise NotImplementedError
 
     @classmethod
-    def apply(cls, params: Arrays, state: Arrays, base: Weight, x: jax.Array, dot: Dot) -> jax.Array:
-        """``x @ merge(...)`` for ``x`` of shape ``(..., in)``; override where it is cheaper than merging."""
-
-        @jax.checkpoint
-        def merged(params: Arrays, state: Arrays, base: Weight, x: jax.Array) -> jax.Array:
-            matrix = cls.merge(params, state, base.layout.matrix(base.dense()))
-            return jnp.matmul(x, matrix, **dot._asdict())
-
-        return merged(params, state, base, x)
-
-    @classmethod
-    def take(cls, params: Arrays, state: Arrays, base: Weight, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """``rows(merge(...))``; override where it is cheaper than merging."""
-        return rows(cls.merge(params, state, base.layout.matrix(base.dense())))
+    def apply(cls, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+        """``product.full(x, merge(...))``; override where it is cheaper than merging."""
+        return apply_merged(cls, params, state, base, x, product)
 
 
 M = TypeVar("M", bound=type[PeftConfig])

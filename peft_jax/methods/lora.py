@@ -7,7 +7,7 @@ https://arxiv.org/abs/2312.03732. Numbers follow PEFT 0.21.2.
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from peft_jax.core.dropout import dropout
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.targets import pattern_value
-from peft_jax.core.weight import Dot, Weight
+from peft_jax.core.product import Product
+from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 
 
@@ -56,6 +57,8 @@ class LoraConfig(Method):
         >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]).scaling("q_proj")
         2.0
     """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"lora_A": ("in", "rank"), "lora_B": ("rank", "out")}
 
     r: int = 8
     target_modules: str | Sequence[str] | None = None
@@ -199,18 +202,12 @@ class LoraConfig(Method):
         return (matrix.astype(a.dtype) + (a * state["scaling"]) @ b).astype(matrix.dtype)
 
     @classmethod
-    def apply(cls, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, dot: Dot) -> jax.Array:
-        """``x W + s (dropout(x) A) B``; the low-rank path runs in the adapter's precision."""
-        a, b = params["lora_A"], params["lora_B"]
-        y = base.matmul(x, dot)
-        inner = jnp.matmul(dropout(x, state).astype(a.dtype), a, precision=dot.precision) * state["scaling"]
-        return (y.astype(a.dtype) + jnp.matmul(inner, b, precision=dot.precision)).astype(y.dtype)
-
-    @classmethod
-    def take(
-        cls, params: Arrays, state: Mapping[str, Any], base: Weight, rows: Callable[[jax.Array], jax.Array]
+    def apply(
+        cls, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product
     ) -> jax.Array:
-        """Rows of ``W`` and of ``A``, the latter times ``s B``."""
-        y = base.take(rows)
-        update = rows(params["lora_A"]) @ params["lora_B"] * state["scaling"]
+        """``x W + (dropout(x) A s) B``; the low-rank path runs in the adapter's precision."""
+        y = base.apply(x, product)
+        a = params["lora_A"] * state["scaling"][..., None, None]
+        inner = product.down(x if product.looks_up else dropout(x, state), a)
+        update = product.up(inner, params["lora_B"])
         return (y.astype(update.dtype) + update).astype(y.dtype)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.adapted import apply_merged
+from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method
 
@@ -24,6 +26,11 @@ class Whole:
     role: str
     side_path: ClassVar[bool] = False
     dropout_rate: ClassVar[float] = 0.0
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """A copy has the base's axes."""
+        return {self.role: ("in", "out")}
 
     @property
     def label(self) -> str:
@@ -45,6 +52,10 @@ class Whole:
         hit = np.asarray(state["hit"])
         (copy,) = params.values()
         return hit * np.prod(copy.shape[hit.ndim :], dtype=int)
+
+    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+        """The product with the copy, or with the base where the layer is not hit."""
+        return apply_merged(self, params, state, base, x, product)
 
     @staticmethod
     def merge(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:

@@ -5,15 +5,16 @@ without its quantized activations.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
-from peft_jax.core.weight import PLAIN_DOT, Dot, Weight
+from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.weight import Change, Weight, role_specs
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dense_dtype"))
@@ -48,42 +49,43 @@ class Int8(Weight):
         matrix = self.layout.matrix(self.q).astype(jnp.float32) * self.scale[..., None, :]
         return self.layout.unmatrix(matrix, self.shape).astype(self.dtype)
 
-    def matmul(self, x: jax.Array, dot: Dot = PLAIN_DOT) -> jax.Array:
-        """``x @ dense`` that keeps the int8 matrix for backward, never its dequantized copy."""
-        return _matmul(dot)(x, self.layout.matrix(self.q), self.scale)
+    @property
+    def array(self) -> jax.Array:
+        """``q``."""
+        return self.q
 
-    def take(self, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Rows of the dense matrix; only these are dequantized."""
-        found = rows(jnp.ones((self.layout.sizes(self.shape)[0], 1)))  # NaN where an index has no row
-        steps = rows(self.layout.matrix(self.q)).astype(jnp.float32)
-        return (steps * jnp.expand_dims(self.scale, range(steps.ndim - 1)) * found).astype(self.dtype)
+    def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
+        """The product with ``q``, then the scales; backward keeps ``q`` and never its dequantized copy."""
+        out = product.preferred_element_type or (self.dtype if product.looks_up else x.dtype)
+        matrix = self.layout.matrix(self.q)
+        if product.looks_up:
+            # Only the rows are dequantized. Where an index has no row they are NaN, which integers have none of.
+            found = product.full(x, jnp.ones((len(matrix), 1)))
+            return product.scale(product.full(x, matrix).astype(jnp.float32) * found, self.scale).astype(out)
+        wide = product.replace(preferred_element_type=jnp.float32)
 
-    def rearranged(self, move: Callable[[jax.Array], jax.Array], layout: Layout) -> "Int8":
-        """The weight with ``q`` moved; the scales do not depend on where the axes stand."""
-        return dataclasses.replace(self, q=move(self.q), layout=layout)
+        # Without the checkpoint, autodiff keeps q.astype(x.dtype) for the gradient of x: a dense copy of the base.
+        @jax.checkpoint
+        def scaled(x: jax.Array, matrix: jax.Array, scale: jax.Array) -> jax.Array:
+            return product.scale(wide.full(x, matrix.astype(x.dtype)), scale)
+
+        return scaled(x, matrix, self.scale).astype(out)
 
     def astype(self, dtype: jnp.dtype) -> "Int8":
         """The same integers, standing for an array of another element type."""
         return dataclasses.replace(self, dense_dtype=jnp.dtype(dtype))
 
-    def unstacked(self) -> "Int8":
-        """The slice along the first stacked axis."""
-        return dataclasses.replace(self, layout=self.layout.unstacked())
+    def mapped(self, position: int, change: Change, *, drop: bool) -> "Int8":
+        """The weight with integers and scales changed along a stacked axis."""
+        q, scale = change(self.q, self.layout.stack[position]), change(self.scale, position)
+        layout = self.layout.unstacked(position) if drop else self.layout
+        return dataclasses.replace(self, q=q, scale=scale, layout=layout)
 
-
-def _matmul(dot: Dot) -> Callable[..., jax.Array]:
-    """``(x @ q) * scale``, recomputing ``q.astype`` in backward.
-
-    Without the checkpoint, autodiff keeps ``q.astype(x.dtype)`` for the gradient of ``x``: a dense copy of the base.
-    """
-
-    @jax.checkpoint
-    def product(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
-        out = dot.preferred_element_type or x.dtype
-        y = jnp.matmul(x, q.astype(x.dtype), precision=dot.precision, preferred_element_type=jnp.float32)
-        return (y * jnp.expand_dims(scale, range(y.ndim - 1))).astype(out)
-
-    return product
+    def specs(self, entries: tuple[Any, ...]) -> "Int8":
+        """Scales are sharded as the outputs are."""
+        roles = role_specs(self.layout, entries)
+        scale = PartitionSpec(*roles["stack"], *roles["out"])
+        return dataclasses.replace(self, q=PartitionSpec(*entries), scale=scale)  # type: ignore[arg-type]
 
 
 def quantize_array(array: jax.Array, layout: Layout) -> Int8:

@@ -1,0 +1,235 @@
+"""A weight on its way through a program: nothing moves until it is used, only the names of its axes do."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.product import Product
+from peft_jax.core.weight import Change, MergeError, Weight
+
+BROADCAST, FREE = -1, -2  # in place of an axis: that of a broadcast, and one of the other operand
+
+
+class Atom(NamedTuple):
+    """A digit of an index along an axis of a weight: it counts up to ``size`` in steps of ``stride``."""
+
+    axis: int
+    stride: int
+    size: int
+
+
+Axis = tuple[Atom, ...]  # what is one axis now, major digit first
+
+
+class Watch(Protocol):
+    """Told of what becomes of a weight, equation by equation."""
+
+    def product(self, view: "View", contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> None:
+        """A product over these digits is next; the weight's roles decide whether it runs on the side path."""
+
+    def done(self, eqn: Any, merged: bool) -> None:
+        """An equation has used the weight; None stands for the program's end."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("axes", "watch"))
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A weight whose axes were moved, split, joined or added. Digits of size 1 are left out."""
+
+    weight: Weight
+    axes: tuple[Axis, ...]
+    watch: Watch | None = None
+
+    @classmethod
+    def of(cls, weight: Weight, watch: Watch | None = None) -> "View":
+        """A weight as it is."""
+        return cls(weight, tuple(_whole(axis, size) for axis, size in enumerate(weight.shape)), watch)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that the view stands for."""
+        return tuple(map(length, self.axes))
+
+    @property
+    def dtype(self) -> Any:
+        """Its element type."""
+        return self.weight.dtype
+
+    def replace(self, **changes: Any) -> "View":
+        """The view with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def digits(self, axes: Iterable[int]) -> tuple[Atom, ...]:
+        """The digits of these axes of the weight, in canonical order."""
+        found = flat(self.axes)
+        return tuple(sorted((a for a in found if a.axis in axes), key=lambda a: (tuple(axes).index(a.axis), -a.stride)))
+
+    def dense(self) -> jax.Array:
+        """The array."""
+        have = self.digits(range(self.weight.ndim))
+        added = [atom for atom in flat(self.axes) if atom.axis == BROADCAST]
+        array = self.weight.dense()
+        array = jnp.broadcast_to(array, (*(atom.size for atom in added), *array.shape)) if added else array
+        return arrange(array, [*added, *have], self.axes)
+
+    def done(self, eqn: Any, *, merged: bool) -> None:
+        """Tell who watches."""
+        if self.watch is not None:
+            self.watch.done(eqn, merged)
+
+    def role(self, contracted: Iterable[int], stacked: Iterable[int] = (), *, looks_up: bool = False) -> str | None:
+        """Which side of the matrix these axes are: ``"in"``, ``"out"`` or neither."""
+        digits, batch = (frozenset(flat(self.axes[i] for i in axes)) for axes in (contracted, stacked))
+        if self.watch is not None:
+            self.watch.product(self, digits, batch, looks_up)
+        layout = self.weight.layout
+        if not layout.inp or any(atom.axis not in (BROADCAST, *layout.stack) for atom in batch):
+            return None
+        if digits == set(self.digits(layout.inp)):
+            return "in"
+        return "out" if digits == set(self.digits(layout.out)) else None
+
+    def reshaped(self, shape: Sequence[int]) -> "View | None":
+        """The view as ``jnp.reshape`` leaves it, if no digit has to be cut in a way that is not one of a reshape."""
+        atoms, axes = list(flat(self.axes)), []
+        for n in shape:
+            axis: list[Atom] = []
+            while n != 1:
+                if not atoms or max(n, atoms[0].size) % min(n, atoms[0].size):
+                    return None
+                atom = atoms.pop(0)
+                if atom.size > n and atom.axis == BROADCAST:
+                    return None
+                if atom.size > n:  # its major part is what is left of this axis
+                    rest = atom.size // n
+                    atoms.insert(0, atom._replace(size=rest))
+                    atom = Atom(atom.axis, atom.stride * rest, n)
+                axis.append(atom)
+                n //= atom.size
+            axes.append(tuple(axis))
+        return self.replace(axes=tuple(axes))
+
+    def stack_position(self, axis: int) -> int | None:
+        """Which of the weight's stacked axes, counted from 0, this axis is; None if it is not one."""
+        stack, shape = self.weight.layout.stack, self.weight.shape
+        found = (position for position, one in enumerate(stack) if _whole(one, shape[one]) == self.axes[axis])
+        return next(found, None)
+
+    def mapped(self, axis: int, change: Change, *, drop: bool) -> "View | None":
+        """The view after ``change(array, axis)`` along a stacked axis, which with ``drop`` is then gone."""
+        position = self.stack_position(axis)
+        if position is None:
+            return None
+        gone, weight = self.weight.layout.stack[position], self.weight.mapped(position, change, drop=drop)
+        if not drop:
+            axes = (*self.axes[:axis], _whole(gone, weight.shape[gone]), *self.axes[axis + 1 :])
+            return self.replace(weight=weight, axes=axes)
+        left = (*self.axes[:axis], *self.axes[axis + 1 :])
+        axes = tuple(tuple(a._replace(axis=a.axis - (a.axis > gone)) for a in one) for one in left)
+        return self.replace(weight=weight, axes=axes)
+
+    def specs(self, entries: Sequence[Any]) -> "View | None":
+        """Specs of all arrays, in the view's structure, for those of its axes; None if there are none such."""
+        wanted = [_whole(axis, size) for axis, size in enumerate(self.weight.shape)]
+        if sorted(self.axes) != sorted(wanted):
+            return None
+        try:
+            specs = self.weight.specs(tuple(entries[self.axes.index(axis)] if axis else None for axis in wanted))
+        except MergeError:
+            return None
+        return self.replace(weight=specs)
+
+    def refreshed(self) -> "View":
+        """The view of a part of the weight, as ``shard_map`` hands it out, after `specs`."""
+        order = [axis[0].axis if axis else None for axis in self.axes]
+        wanted = View.of(self.weight).axes
+        return self.replace(axes=tuple(() if axis is None else wanted[axis] for axis in order))
+
+
+def is_view(value: Any) -> bool:
+    """Whether a value is a weight on its way."""
+    return isinstance(value, View)
+
+
+def flat(axes: Iterable[Axis]) -> tuple[Atom, ...]:
+    """The digits of some axes, in order."""
+    return tuple(atom for axis in axes for atom in axis)
+
+
+def length(axis: Axis) -> int:
+    """The length of an axis."""
+    return math.prod(atom.size for atom in axis)
+
+
+def arrange(array: jax.Array, have: Sequence[Atom], want: Sequence[Axis]) -> jax.Array:
+    """An array whose axes hold the digits ``have``, in any grouping, with the axes ``want``."""
+    order = [have.index(atom) for atom in flat(want)]
+    if order != sorted(order):
+        array = jnp.transpose(_reshape(array, [atom.size for atom in have]), order)
+    return _reshape(array, [length(axis) for axis in want])
+
+
+def through(
+    view: View, x: jax.Array, have: Sequence[Axis], want: Sequence[Axis], role: str, product: Product
+) -> jax.Array | None:
+    """A product with each stacked layer of a weight, axes found by their digits; None if there is no such product.
+
+    Args:
+        view: The weight.
+        x: The other operand.
+        have: Its axes. Digits of the weight mean that both operands have the axis.
+        want: The axes of the result.
+        role: The side of the matrix that ``x`` meets.
+        product: The product.
+    """
+    layout = view.weight.layout
+    groups = [view.digits((axis,)) for axis in layout.stack]
+    met, kept = (view.digits(axes) for axes in (layout.inp, layout.out)[:: 1 if role == "in" else -1])
+    there = flat(have)
+    batched = [all(atom in there for atom in group) for group in groups]
+    if any(atom in there for group, whole in zip(groups, batched, strict=True) for atom in group if not whole):
+        return None
+    free = [(atom,) for atom in there if atom.axis < 0]
+    front = [group for group, whole in zip(groups, batched, strict=True) if whole and group]
+    last = [] if product.looks_up else [met]
+    use = partial(_product, product=product, transpose=role == "out")
+    y = _over_stack(use, batched)(arrange(x, there, [*front, *free, *last]), view.weight)
+    result = [*flat(groups), *flat(free), *kept]
+    return arrange(y, result, want) if set(flat(want)) == set(result) else None
+
+
+def _product(x: jax.Array, weight: Weight, product: Product, transpose: bool) -> jax.Array:
+    if not transpose:
+        return weight.apply(x, product)
+    n_in, _ = weight.layout.sizes(weight.shape)
+    probe = jax.ShapeDtypeStruct((*x.shape[:-1], n_in), x.dtype)
+    (y,) = jax.linear_transpose(lambda probe: weight.apply(probe, product), probe)(x)
+    return y
+
+
+def _over_stack(use: Callable[..., jax.Array], batched: Sequence[bool]) -> Callable[..., jax.Array]:
+    """``use`` mapped over the stacked axes of a weight, and over those axes of x that stand for the same layers."""
+    if not batched:
+        return use
+    rest = _over_stack(use, batched[1:])
+
+    def mapped(x: jax.Array, weight: Weight) -> jax.Array:
+        if weight.shape[weight.layout.stack[0]] == 1:
+            return rest(x, weight.mapped(0, lambda array, axis: jnp.squeeze(array, axis), drop=True))
+        front = weight.mapped(0, lambda array, axis: jnp.moveaxis(array, axis, 0), drop=True)
+        return jax.vmap(rest, in_axes=(0 if batched[0] else None, 0))(x, front)
+
+    return mapped
+
+
+def _whole(axis: int, size: int) -> Axis:
+    return () if size == 1 else (Atom(axis, 1, size),)
+
+
+def _reshape(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    return array if array.shape == tuple(shape) else jnp.reshape(array, tuple(shape))

@@ -1,0 +1,149 @@
+"""How a program uses a matrix: a product, a lookup, a convolution. All are linear in the matrix, and factor with it.
+
+A method that adds ``A B`` to a matrix needs no sum of matrices: ``full(x, A @ B) == up(down(x, A), B)``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """``x @ matrix``, for ``x`` of shape ``(..., in)``; the other products are its kin.
+
+    Attributes:
+        precision: As ``jax.lax.dot_general`` takes it.
+        preferred_element_type: Element type of the result; None for that of ``x``.
+        out_sharding: Sharding of the result, where a mesh of explicit axes wants to be told.
+    """
+
+    precision: Any = None
+    preferred_element_type: Any = None
+    out_sharding: Any = None
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether ``x`` are indices of rows."""
+        return False
+
+    def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """The product with a matrix ``(in, out)``; gives ``(..., out)``."""
+        kind = self.preferred_element_type
+        return jnp.matmul(
+            x, matrix, precision=self.precision, preferred_element_type=kind, out_sharding=self.out_sharding
+        )
+
+    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """The product with the first factor of a matrix, ``(in, rank)``, in the precision of the factor."""
+        inner = None
+        if self.out_sharding is not None:
+            spec = jax.typeof(x).sharding.spec
+            inner = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec[:-1], None))
+        return jnp.matmul(x.astype(a.dtype), a, precision=self.precision, out_sharding=inner)
+
+    def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        """What `down` gave, times the second factor, ``(rank, out)``."""
+        return jnp.matmul(h, b, precision=self.precision, out_sharding=self.out_sharding)
+
+    def scale(self, y: jax.Array, scale: jax.Array) -> jax.Array:
+        """A result times a factor for each output, ``(out,)``."""
+        return y * jnp.expand_dims(scale, range(y.ndim - 1))
+
+    def replace(self, **changes: Any) -> Self:
+        """The same product with other options."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lookup(Product):
+    """Rows of the matrix at indices ``x``, whose last axis is no input: gives ``(*x.shape, out)``."""
+
+    options: Any = ()  # what jax.lax.gather does at the edges
+
+    @property
+    def looks_up(self) -> bool:
+        """True."""
+        return True
+
+    def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """The rows."""
+        options = dict(self.options)
+        if not jnp.issubdtype(matrix.dtype, jnp.inexact):
+            options["fill_value"] = None
+        numbers = jax.lax.GatherDimensionNumbers((x.ndim,), (0,), (0,))
+        return jax.lax.gather(matrix, x[..., None], numbers, (1, matrix.shape[1]), **options)
+
+    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """The rows of the first factor."""
+        return self.full(x, a)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grouped(Product):
+    """Each row of ``x`` times the matrix of its group: ``jax.lax.ragged_dot``; matrices come stacked."""
+
+    group_sizes: Any = None
+
+    def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """The product with ``(groups, in, out)``."""
+        kind = self.preferred_element_type
+        return jax.lax.ragged_dot(x, matrix, self.group_sizes, self.precision, kind)
+
+    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """The product with the first factors, ``(groups, in, rank)``."""
+        return jax.lax.ragged_dot(x.astype(a.dtype), a, self.group_sizes, self.precision)
+
+    def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        """The product with the second factors, ``(groups, rank, out)``."""
+        return jax.lax.ragged_dot(h, b, self.group_sizes, self.precision)
+
+    def scale(self, y: jax.Array, scale: jax.Array) -> jax.Array:
+        """Each row times its group's factors, ``(groups, out)``."""
+        return y * jax.lax.ragged_dot(jnp.ones((len(y), 1), scale.dtype), scale[:, None], self.group_sizes, "highest")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Convolution(Product):
+    """A convolution of ``x`` with kernels whose taps and input channels are the rows of the matrix.
+
+    Its second half is a convolution of one tap. The channels of results come last.
+
+    Attributes:
+        kernel: Gives the matrix ``(in, k)`` the shape of a kernel with ``k`` output channels.
+        convolve: ``convolve(x, kernel, preferred_element_type)``, channels last.
+        groups: Groups of channels; each sees its own part of the input channels.
+        out_axis: Axis of the output channels in a kernel.
+    """
+
+    kernel: Callable[[jax.Array], jax.Array] = lambda matrix: matrix
+    convolve: Callable[..., jax.Array] = jnp.matmul
+    groups: int = 1
+    out_axis: int = -1
+
+    def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """The convolution."""
+        return self.convolve(x, self.kernel(matrix), self.preferred_element_type)
+
+    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """The convolution with the first factor, once for each group."""
+        kernel = jnp.concatenate([self.kernel(a)] * self.groups, axis=self.out_axis)
+        return self.convolve(x.astype(a.dtype), kernel, None)
+
+    def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        """The second factor, each group with its part of the output channels."""
+        if self.groups == 1:
+            return super().up(h, b)
+        rank, out = b.shape
+        h = h.reshape(*h.shape[:-1], self.groups, rank)
+        b = b.reshape(rank, self.groups, out // self.groups)
+        y = jnp.einsum("...gr,rgo->...go", h, b, precision=self.precision)
+        return y.reshape(*y.shape[:-2], math.prod(y.shape[-2:]))
+
+
+MATMUL = Product()

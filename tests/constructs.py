@@ -1,0 +1,361 @@
+"""The constructs that a JAX program may use a weight in: one row each, with its formula in NumPy."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import peft_jax as pj
+
+STACK = pj.Layout((0,), (1,), (2,))
+IDS = np.array([[3, 0], [7, 7]])
+GROUPS = np.array([1, 3, 1])
+MESH = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A construct: the function of weight and input, its formula, and what is expected of it."""
+
+    fn: Callable[..., Any]
+    formula: Callable[..., Any]
+    shape: tuple[int, ...] = (8, 8)
+    layout: Any = None
+    side_path: bool = True
+    x: tuple[int, ...] = (5, 8)
+    name: str = "kernel"
+    tolerance: float = 1e-5
+
+
+def sharded(spec, x):
+    return jax.lax.with_sharding_constraint(x, NamedSharding(MESH, spec))
+
+
+def scanned(w, x, **options):
+    return jax.lax.scan(lambda h, layer: (jnp.tanh(h @ layer), h.sum()), x, w, **options)
+
+
+def scanned_np(w, x, order=1):
+    sums = []
+    for layer in w[::order]:
+        sums.append(x.sum())
+        x = np.tanh(x @ layer)
+    return x, np.array(sums[::order])
+
+
+def scanned_with_checkpoint(w, x):
+    body = jax.checkpoint(lambda h, layer: (jnp.tanh(h @ layer), None), policy=jax.checkpoint_policies.dots_saveable)
+    return jax.lax.scan(body, x, w)[0]
+
+
+def repeated_np(w, x):
+    for _ in range(3):
+        x = np.tanh(x @ w)
+    return x
+
+
+def counted(w, x):
+    return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1] @ w)), (0, x))[1]
+
+
+@jax.custom_jvp
+def doubled(x):
+    return x * 2
+
+
+doubled.defjvp(lambda primals, tangents: (doubled(*primals), tangents[0] * 2))
+
+
+@jax.custom_vjp
+def tripled(x):
+    return x * 3
+
+
+tripled.defvjp(lambda x: (x * 3, None), lambda _, g: (g * 3,))
+
+
+@jax.custom_vjp
+def own_matmul(x, w):
+    return x @ w
+
+
+own_matmul.defvjp(lambda x, w: (x @ w, (x, w)), lambda res, g: (g @ res[1].T, res[0].T @ g))
+
+
+def pallas_double(x):
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] * 2
+
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
+
+
+def conv(w, x, *, strides=None, numbers=None, groups=1, dilation=None, padding="SAME"):
+    n = w.ndim - 2
+    numbers = numbers or {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}[n]
+    return jax.lax.conv_general_dilated(
+        x,
+        w,
+        strides or (1,) * n,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+    )
+
+
+def conv_np(w, x, *, strides=None, groups=1, dilation=None):
+    """A convolution (channels last, kernel (taps, in, out), padding SAME) tap by tap."""
+    taps, (n_in, n_out) = w.shape[:-2], w.shape[-2:]
+    strides, dilation = strides or (1,) * len(taps), dilation or (1,) * len(taps)
+    size = [-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True)]
+    need = [
+        max((o - 1) * s + (t - 1) * d + 1 - n, 0)
+        for o, s, t, d, n in zip(size, strides, taps, dilation, x.shape[1:-1], strict=True)
+    ]
+    x = np.pad(x, [(0, 0), *((n // 2, n - n // 2) for n in need), (0, 0)])
+    y = np.zeros((len(x), *size, n_out))
+    for tap in np.ndindex(*taps):
+        window = tuple(
+            slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, o, s in zip(tap, dilation, size, strides, strict=True)
+        )
+        part = x[(slice(None), *window)]
+        for g in range(groups):
+            out = slice(g * n_out // groups, (g + 1) * n_out // groups)
+            y[..., out] += part[..., g * n_in : (g + 1) * n_in] @ w[tap][:, out]
+    return y
+
+
+def attention(w, x):
+    q, k, v = jnp.split((x @ w).reshape(1, 5, 6, 4), 3, axis=2)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def attention_np(w, x):
+    q, k, v = np.split((x @ w).reshape(5, 6, 4), 3, axis=1)
+    scores = np.einsum("qhd,khd->hqk", q, k) / 2
+    scores = np.where(np.tril(np.ones((5, 5), bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v)[None]
+
+
+def rows_of(w, ids):
+    return jax.vmap(lambda w, i: w[i])(w, ids)
+
+
+def shard_mapped(w, x, *, w_spec=(), x_spec=("data",), out_spec=("data",), reduce=None):
+    def local(w, x):
+        y = x @ w
+        return y if reduce is None else jax.lax.psum(y, reduce)
+
+    return jax.shard_map(local, mesh=MESH, in_specs=(P(*w_spec), P(*x_spec)), out_specs=P(*out_spec))(w, x)
+
+
+def printed(w, x):
+    jax.debug.print("{}", x[0, 0])
+    return x @ w
+
+
+def grad_np(w, x):
+    return np.cos(x @ w) @ w.T
+
+
+def expanded(w):
+    return jnp.broadcast_to(w, (5, *w.shape))
+
+
+DOT, TWO = (lambda w, x: x @ w), (lambda w, x: 2 * (x @ w))
+TAPS = {n: pj.Layout((), tuple(range(n + 1)), (n + 1,)) for n in (1, 2, 3)}
+
+ROWS = {
+    "x @ w": Row(DOT, DOT),
+    "w @ x": Row(lambda w, x: w @ x.T, lambda w, x: w @ x.T),
+    "w.T": Row(lambda w, x: x @ w.T, lambda w, x: x @ w.T),
+    "transpose": Row(lambda w, x: jnp.transpose(w, (1, 0)) @ x.T, lambda w, x: w.T @ x.T),
+    "weight is (out, in)": Row(lambda w, x: x @ w.T, lambda w, x: x @ w.T, (6, 8), name="weight"),
+    "einsum, input first": Row(lambda w, x: jnp.einsum("bi,io->bo", x, w), DOT),
+    "einsum, weight first": Row(lambda w, x: jnp.einsum("io,bi->ob", w, x), lambda w, x: (x @ w).T),
+    "heads": Row(
+        lambda w, x: jnp.einsum("bi,iho->bho", x, w),
+        lambda w, x: np.einsum("bi,iho->bho", x, w),
+        (8, 2, 6),
+        pj.Layout((), (0,), (1, 2)),
+    ),
+    "heads in the middle": Row(
+        lambda w, x: jnp.einsum("bi,hio->bho", x, w),
+        lambda w, x: np.einsum("bi,hio->bho", x, w),
+        (2, 8, 6),
+        pj.Layout((), (1,), (0, 2)),
+    ),
+    "heads, contracted": Row(
+        lambda w, x: jnp.einsum("bho,hoi->bi", x.reshape(5, 2, 4), w),
+        lambda w, x: np.einsum("bho,hoi->bi", x.reshape(5, 2, 4), w),
+        (2, 4, 6),
+        pj.Layout((), (0, 1), (2,)),
+    ),
+    "split into heads": Row(
+        lambda w, x: jnp.einsum("bi,iho->bho", x, w.reshape(8, 3, 4)),
+        lambda w, x: (x @ w).reshape(5, 3, 4),
+        (8, 12),
+    ),
+    "split, moved and joined": Row(
+        lambda w, x: x @ w.reshape(8, 3, 4).transpose(0, 2, 1).reshape(8, 12),
+        lambda w, x: x @ w.reshape(8, 3, 4).transpose(0, 2, 1).reshape(8, 12),
+        (8, 12),
+    ),
+    "joined heads": Row(
+        lambda w, x: x @ w.reshape(-1, 6),
+        lambda w, x: x @ w.reshape(-1, 6),
+        (8, 2, 3),
+        pj.Layout((), (0,), (1, 2)),
+    ),
+    "expand and squeeze": Row(
+        lambda w, x: jnp.einsum("abi,aio->bo", x[None], jnp.expand_dims(w, 0)),
+        DOT,
+    ),
+    "broadcast": Row(
+        lambda w, x: jnp.einsum("bi,bio->bo", x, expanded(w), optimize=False),
+        DOT,
+    ),
+    "astype": Row(
+        lambda w, x: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16),
+        DOT,
+        tolerance=0.05,  # bfloat16 rounds to 8 bits of mantissa, in every product and before merging
+    ),
+    "copy and stop_gradient": Row(lambda w, x: x @ jax.lax.stop_gradient(jnp.array(w, copy=True)), DOT),
+    "w[1] of a stack": Row(lambda w, x: x @ w[1], lambda w, x: x @ w[1], (3, 8, 6), STACK),
+    "w[i] of a stack, i computed": Row(
+        lambda w, x: x @ w[jnp.argmax(x[0]) % 3], lambda w, x: x @ w[np.argmax(x[0]) % 3], (3, 8, 6), STACK
+    ),
+    "two layers of a stack": Row(
+        lambda w, x: jnp.einsum("bi,lio->lbo", x, w[1:]), lambda w, x: x @ w[1:], (3, 8, 6), STACK
+    ),
+    "unrolled loop over a stack": Row(
+        lambda w, x: jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]),
+        lambda w, x: np.tanh(np.tanh(x @ w[0]) @ w[1]),
+        (2, 8, 8),
+        STACK,
+    ),
+    "batched stack": Row(lambda w, x: jnp.einsum("bi,lio->lbo", x, w), lambda w, x: x @ w, (3, 8, 6), STACK),
+    "stack in the middle": Row(
+        lambda w, x: jax.lax.scan(lambda h, w: (h @ w, None), x, jnp.moveaxis(w, 1, 0))[0],
+        lambda w, x: x @ w[:, 0] @ w[:, 1],
+        (8, 2, 8),
+        pj.Layout((1,), (0,), (2,)),
+    ),
+    "lookup": Row(lambda w, x: jnp.take(w, IDS, axis=0), lambda w, x: w[IDS]),
+    "indexing": Row(lambda w, x: w[IDS], lambda w, x: w[IDS]),
+    "tied": Row(lambda w, x: jnp.take(w, IDS, axis=0) @ w.T, lambda w, x: w[IDS] @ w.T),
+    "vmap of lookups in a stack": Row(
+        lambda w, x: rows_of(w, IDS), lambda w, x: np.stack([w[i][IDS[i]] for i in range(2)]), (2, 8, 6), STACK
+    ),
+    "vmap of a lookup in a stack": Row(
+        lambda w, x: jax.vmap(lambda w: jnp.take(w, IDS[0], axis=0))(w), lambda w, x: w[:, IDS[0]], (3, 8, 6), STACK
+    ),
+    "conv 1-D": Row(conv, conv_np, (3, 4, 6), TAPS[1], x=(2, 7, 4)),
+    "conv 2-D": Row(conv, conv_np, (3, 3, 4, 6), TAPS[2], x=(2, 5, 5, 4)),
+    "conv 3-D": Row(conv, conv_np, (2, 3, 2, 4, 6), TAPS[3], x=(1, 3, 4, 3, 4)),
+    "conv, strides": Row(
+        partial(conv, strides=(2, 1)), partial(conv_np, strides=(2, 1)), (3, 3, 4, 6), TAPS[2], x=(2, 5, 5, 4)
+    ),
+    "conv, dilation": Row(
+        partial(conv, dilation=(1, 2)), partial(conv_np, dilation=(1, 2)), (3, 3, 4, 6), TAPS[2], x=(2, 6, 6, 4)
+    ),
+    "conv, groups": Row(partial(conv, groups=2), partial(conv_np, groups=2), (3, 3, 2, 6), TAPS[2], x=(2, 5, 5, 4)),
+    "conv, channels first": Row(
+        partial(conv, numbers=("NCHW", "OIHW", "NCHW")),
+        lambda w, x: np.moveaxis(conv_np(w.transpose(2, 3, 1, 0), np.moveaxis(x, 1, -1)), -1, 1),
+        (6, 4, 3, 3),
+        pj.Layout((), (1, 2, 3), (0,)),
+        x=(2, 4, 5, 5),
+    ),
+    "ragged_dot": Row(
+        lambda w, x: jax.lax.ragged_dot(x, w, jnp.asarray(GROUPS)),
+        lambda w, x: np.stack([row @ w[g] for row, g in zip(x, np.repeat(np.arange(3), GROUPS), strict=True)]),
+        (3, 8, 6),
+        STACK,
+    ),
+    "dot_product_attention": Row(attention, attention_np, (8, 24)),
+    "with_sharding_constraint on the weight": Row(lambda w, x: x @ sharded(P(None, "tensor"), w), DOT),
+    "with_sharding_constraint on activations": Row(lambda w, x: sharded(P(None, "tensor"), x @ w), DOT),
+    "optimization_barrier": Row(lambda w, x: jnp.matmul(*jax.lax.optimization_barrier((x, w))), DOT),
+    "inner jit": Row(lambda w, x: jax.jit(lambda w: jnp.tanh(x @ w))(w), lambda w, x: np.tanh(x @ w)),
+    "inner jit, donated": Row(lambda w, x: jax.jit(lambda w, y: y @ w, donate_argnums=1)(w, x * 1), DOT),
+    "inner jit, out_shardings": Row(
+        lambda w, x: jax.jit(lambda w: x @ w, out_shardings=NamedSharding(MESH, P(None, "tensor")))(w), DOT
+    ),
+    "checkpoint": Row(lambda w, x: jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(w, x), lambda w, x: np.tanh(x @ w)),
+    "scan over layers": Row(scanned, scanned_np, (3, 8, 8), STACK),
+    "scan of one layer": Row(scanned, scanned_np, (1, 8, 8), STACK),
+    "scan, reversed": Row(partial(scanned, reverse=True), partial(scanned_np, order=-1), (3, 8, 8), STACK),
+    "scan, unrolled": Row(partial(scanned, unroll=2), scanned_np, (3, 8, 8), STACK),
+    "scan, checkpoint with policy": Row(scanned_with_checkpoint, lambda w, x: scanned_np(w, x)[0], (3, 8, 8), STACK),
+    "scan, closed over": Row(
+        lambda w, x: jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=3)[0], repeated_np
+    ),
+    "scan of scans": Row(
+        lambda w, x: jax.lax.scan(lambda h, w: (scanned(w, h)[0], None), x, w)[0],
+        lambda w, x: scanned_np(w.reshape(4, 8, 8), x)[0],
+        (2, 2, 8, 8),
+        pj.Layout((0, 1), (2,), (3,), index_after=("layers", "layers")),
+    ),
+    "while_loop": Row(counted, repeated_np),
+    "fori_loop": Row(lambda w, x: jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ w), x), repeated_np),
+    "cond": Row(
+        lambda w, x: jax.lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: x @ w * 2, w),
+        lambda w, x: x @ w * (1 if x.sum() > 0 else 2),
+    ),
+    "switch": Row(lambda w, x: jax.lax.switch(1, [lambda w: x, lambda w: x @ w * 2, lambda w: x @ w], w), TWO),
+    "vmap over inputs": Row(lambda w, x: jax.vmap(lambda row: row @ w)(x), DOT),
+    "vmap over a stack": Row(lambda w, x: jax.vmap(lambda w: x @ w)(w), lambda w, x: x @ w, (3, 8, 6), STACK),
+    "vmap over both": Row(
+        lambda w, x: jax.vmap(lambda w, row: row @ w)(w, x),
+        lambda w, x: np.einsum("bi,bio->bo", x, w),
+        (5, 8, 6),
+        STACK,
+    ),
+    "custom_jvp on activations": Row(lambda w, x: jax.nn.relu(doubled(x @ w)), lambda w, x: np.maximum(2 * (x @ w), 0)),
+    "custom_jvp on the weight": Row(lambda w, x: x @ doubled(w), TWO, side_path=False),
+    "custom_vjp on activations": Row(lambda w, x: tripled(x @ w), lambda w, x: 3 * (x @ w)),
+    "custom_vjp on the weight": Row(lambda w, x: own_matmul(x, w), DOT, side_path=False),
+    "shard_map": Row(shard_mapped, DOT, x=(24, 8)),
+    "shard_map, weight split by columns": Row(
+        partial(shard_mapped, w_spec=(None, "tensor"), out_spec=("data", "tensor")), DOT, x=(24, 8)
+    ),
+    "shard_map, weight split by rows": Row(
+        partial(shard_mapped, w_spec=("tensor",), x_spec=("data", "tensor"), reduce="tensor"), DOT, x=(24, 8)
+    ),
+    "grad inside": Row(lambda w, x: jax.grad(lambda x: jnp.sum(jnp.sin(x @ w)))(x), grad_np),
+    "jvp inside": Row(
+        lambda w, x: jax.jvp(lambda x: jnp.sin(x @ w), (x,), (x,))[1], lambda w, x: np.cos(x @ w) * (x @ w)
+    ),
+    "hessian inside": Row(
+        lambda w, x: jax.hessian(lambda row: jnp.sum(jnp.sin(row @ w)))(x[0]),
+        lambda w, x: -w @ np.diag(np.sin(x[0] @ w)) @ w.T,
+        side_path=False,  # the second derivative is linear in the product of the weight with itself
+    ),
+    "Pallas call on activations": Row(lambda w, x: pallas_double(x @ w), TWO),
+    "debug.print": Row(printed, DOT),
+    "two uses": Row(lambda w, x: x @ w @ w, lambda w, x: x @ w @ w),
+    "elementwise": Row(lambda w, x: x @ (w * 2), TWO, side_path=False),
+    "weight times weight": Row(lambda w, x: x @ (w @ w), lambda w, x: x @ (w @ w), side_path=False),
+    "part of a kernel": Row(lambda w, x: x @ w[:, :4], lambda w, x: x @ w[:, :4], side_path=False),
+    "fused kernels": Row(
+        lambda w, x: x @ jnp.concatenate([w, w], axis=1), lambda w, x: x @ np.hstack([w, w]), side_path=False
+    ),
+    "part of the input axes": Row(
+        lambda w, x: jnp.einsum("bi,iho->bho", x, w),
+        lambda w, x: np.einsum("bi,iho->bho", x, w),
+        (8, 2, 6),
+        pj.Layout((), (0, 1), (2,)),
+        side_path=False,
+    ),
+    "norm of the weight": Row(lambda w, x: x / jnp.linalg.norm(w), lambda w, x: x / np.linalg.norm(w), side_path=False),
+    "returned": Row(lambda w, x: (w, x), lambda w, x: (w, x), side_path=False),
+}
