@@ -57,7 +57,7 @@ keeps_integers.defvjp(lambda x, q, scale: (plain(x, q, scale), (q, scale)), _bac
 
 def ours(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
     """The product of a quantized leaf."""
-    return Int8(q, scale, Layout(), jnp.dtype(x.dtype)).matmul(x)
+    return Int8(q, scale, Layout(), jnp.dtype(x.dtype)).apply(x)
 
 
 def gradient(product: Product, remat: bool) -> Callable[..., Any]:

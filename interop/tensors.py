@@ -11,6 +11,7 @@ from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, ROWS, TORCH_NAME
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
+from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.attach import Choice, choose, untied_for
@@ -151,7 +152,7 @@ def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tens
         layer = params[entry.role][entry.layer]  # a view
         layer[tuple(map(slice, entry.shape))] = tensor
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
-    return Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
+    return sharded_like_base(Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode))
 
 
 def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:

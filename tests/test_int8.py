@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import peft_jax as pj
-from peft_jax.core.weight import PLAIN_DOT
 from peft_jax.quant import Int8, nbytes, quantize_array
 
 
@@ -54,7 +53,7 @@ def test_the_product_and_its_gradients_are_those_of_the_dequantized_weight(dtype
 
     # bfloat16: the result is rounded to 8 bits of mantissa once, after scaling.
     tolerance = 1e-5 if dtype == "float32" else 2**-8
-    out = weight.matmul(x)
+    out = weight.apply(x)
     assert out.dtype == x.dtype
     np.testing.assert_allclose(np.asarray(out, np.float32), plain(x), rtol=tolerance, atol=tolerance * 10)
     cotangent = normal(2, 5, 48).astype(dtype)
@@ -86,9 +85,10 @@ def backward_memory(matmul):
     def loss(ab, weights, x):
         def layer(h, p):
             weight, a, b = p
-            return h + matmul(weight.unstacked(), jnp.tanh(h)) + jnp.tanh(h) @ a @ b, None
+            return h + matmul(weight, jnp.tanh(h)) + jnp.tanh(h) @ a @ b, None
 
-        return jnp.sum(jax.lax.scan(layer, x, (weights, *ab))[0])
+        layers = weights.mapped(0, lambda array, axis: jnp.moveaxis(array, axis, 0), drop=True)
+        return jnp.sum(jax.lax.scan(layer, x, (layers, *ab))[0])
 
     program = jax.jit(jax.grad(loss)).lower((a, b), weights, normal(1, TOKENS, DIM)).compile()
     return program.memory_analysis().temp_size_in_bytes
@@ -96,7 +96,7 @@ def backward_memory(matmul):
 
 def test_no_dequantized_copy_is_kept_for_backward_and_the_check_can_fail():
     dense_stack = LAYERS * DIM * DIM * 4
-    ours = backward_memory(lambda weight, x: weight.matmul(x, PLAIN_DOT))
+    ours = backward_memory(lambda weight, x: weight.apply(x))
     plain = backward_memory(lambda weight, x: (x @ weight.q.astype(x.dtype)) * weight.scale[None])
     assert ours < 0.3 * dense_stack, "a dequantized copy of the stack is kept"
     assert plain > dense_stack, "the check would not see a copy that is kept"

@@ -103,14 +103,14 @@ def test_dropout_drops_the_inputs_of_the_low_rank_path_only():
     config = pj.LoraConfig(r=4, lora_dropout=0.25, target_modules=["dense"], init_lora_weights=False)
     leaf = one(config)
     x = jnp.ones((4000, 64))
-    clean = leaf.matmul(x)
+    clean = leaf.apply(x)
     dropped = pj.with_dropout({"dense": {"kernel": leaf}}, jax.random.key(5))["dense"]["kernel"]
-    noisy = dropped.matmul(x)
+    noisy = dropped.apply(x)
     assert np.abs(noisy - clean).max() > 0.1
     # The mean over 4000 rows has a standard error of about 1 % of the values' spread.
     np.testing.assert_allclose(noisy.mean(0), clean.mean(0), atol=5 * float(noisy.std(0).max()) / 4000**0.5)
     again = pj.with_dropout({"dense": {"kernel": leaf}}, jax.random.key(5))["dense"]["kernel"]
-    np.testing.assert_array_equal(again.matmul(x), noisy)
+    np.testing.assert_array_equal(again.apply(x), noisy)
     with pytest.raises(ValueError, match="dropout switched on.*Merge a tree without"):
         dropped.dense()
 
@@ -130,8 +130,8 @@ def test_adapters_stay_float32_on_a_bfloat16_base():
     x = jax.random.normal(jax.random.key(1), (3, 16), jnp.bfloat16)
     low_rank = x.astype(jnp.float32) @ leaf.params["lora_A"] @ leaf.params["lora_B"] * 2
     want = ((x @ kernel).astype(jnp.float32) + low_rank).astype(jnp.bfloat16)
-    assert leaf.matmul(x).dtype == jnp.bfloat16 and leaf.dense().dtype == jnp.bfloat16
-    np.testing.assert_array_equal(leaf.matmul(x), want)
+    assert leaf.apply(x).dtype == jnp.bfloat16 and leaf.dense().dtype == jnp.bfloat16
+    np.testing.assert_array_equal(leaf.apply(x), want)
 
 
 @pytest.mark.parametrize(

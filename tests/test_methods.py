@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import peft_jax as pj
-from peft_jax.core.weight import PLAIN_DOT, Dense
+from peft_jax.core.product import MATMUL, Lookup
+from peft_jax.core.weight import Dense
 from peft_jax.methods import base
 
 CASES = {
@@ -52,13 +53,13 @@ def test_a_fresh_adapter_changes_nothing(config):
 
 
 @every_method
-def test_apply_and_take_equal_merging_first(config):
+def test_products_and_lookups_equal_merging_first(config):
     kernel, leaf = start(config)
     x, merged = normal(1, 5, 12), leaf.dense()
     method = type(config)
-    close(method.apply(leaf.params, leaf.state, Dense(kernel, leaf.layout), x, PLAIN_DOT), x @ merged)
+    close(method.apply(leaf.params, leaf.state, Dense(kernel, leaf.layout), x, MATMUL), x @ merged)
     ids = jnp.array([3, 0, 3])
-    close(leaf.take(lambda matrix: matrix[ids]), merged[ids])
+    close(leaf.apply(ids, Lookup()), merged[ids])
     assert not np.allclose(merged, kernel), "the perturbed adapter had no effect"
 
 
@@ -69,7 +70,7 @@ def test_gradients_equal_those_of_merging_and_reach_every_array(config):
 
     def loss(params, use):
         weight = dataclasses.replace(leaf, params=params)
-        return jnp.sum(jnp.sin(weight.matmul(x) if use == "apply" else x @ weight.dense()))
+        return jnp.sum(jnp.sin(weight.apply(x) if use == "apply" else x @ weight.dense()))
 
     got = jax.jit(jax.grad(loss), static_argnums=1)(leaf.params, "apply")
     want = jax.grad(loss)(leaf.params, "merge")
@@ -82,7 +83,7 @@ def test_gradients_equal_those_of_merging_and_reach_every_array(config):
 def test_stacked_equals_looped(config):
     kernel, leaf = start(config, layers=3)
     for i in range(3):
-        one = jax.tree.map(lambda array, i=i: array[i], leaf).unstacked()
+        one = leaf.mapped(0, lambda array, axis, i=i: jnp.take(array, i, axis), drop=True)
         close(leaf.dense()[i], one.dense())
         assert one.layout == pj.Layout(index_after=())
 
@@ -122,5 +123,5 @@ def test_works_on_an_int8_base(config):
     leaf = pj.apply_adapter(tree, config)["dense"]["kernel"]
     leaf = dataclasses.replace(leaf, params=perturbed(leaf.params))
     x = normal(1, 5, 12)
-    close(leaf.matmul(x), x @ leaf.dense())
+    close(leaf.apply(x), x @ leaf.dense())
     assert leaf.base.q.dtype == jnp.int8

@@ -89,6 +89,14 @@ def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
     return array if permutation == tuple(range(array.ndim)) else jnp.transpose(array, permutation)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ambiguous:
+    """In place of a layout: why a leaf has none, and what was found."""
+
+    why: str
+    found: tuple[str, ...] = ()
+
+
 LEAF_NAMES = ("kernel", "weight", "embedding", "bias", "scale")
 
 

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from peft_jax.core.layout import Layout, conventional_layout
+from peft_jax.core.layout import Ambiguous, Layout, conventional_layout
 from peft_jax.core.paths import dotted, module_path, stacked_names
 from peft_jax.core.weight import is_weight
 
@@ -21,6 +22,7 @@ class Leaf(NamedTuple):
     value: Any
     layout: Any
     names: np.ndarray
+    unclear: Ambiguous | None = None
 
     def required_layout(self) -> Layout:
         """The layout.
@@ -29,16 +31,31 @@ class Leaf(NamedTuple):
             ValueError: if it is ambiguous.
         """
         if self.layout is None:
+            unclear = self.unclear or Ambiguous("no convention names the axes of such a leaf")
+            found = f" ({'; '.join(unclear.found)})" if unclear.found else ""
+            hint = "" if self.unclear else ", or give fn= and args= to have the axes read off the program that uses it"
             raise ValueError(
                 f"Leaf '{self.path}' of shape {self.value.shape} is a target, and its input and output axes are "
-                f"ambiguous. Write layout={{r'{re.escape(self.path)}': pj.Layout(stack=..., inp=..., out=...)}}."
+                f"ambiguous: {unclear.why}{found}. "
+                f"Write layout={{r'{re.escape(self.path)}': pj.Layout(stack=..., inp=..., out=...)}}{hint}."
             )
         layout: Layout = self.layout
         return layout
 
 
-def find_leaves(params: Any, layouts: Layouts | None, fan_in_fan_out: bool = False) -> list[Leaf]:
+def find_leaves(
+    params: Any,
+    layouts: Layouts | None,
+    fan_in_fan_out: bool = False,
+    read: Mapping[str, Layout | Ambiguous] = MappingProxyType({}),
+) -> list[Leaf]:
     """All leaves of a tree, in order, with their layouts.
+
+    Args:
+        params: The tree.
+        layouts: What the user says, by regex over whole paths; it comes first.
+        fan_in_fan_out: What the conventions, which come last, are asked with.
+        read: What was read off a program, by path.
 
     Raises:
         ValueError: if a layout does not fit its leaf, or fits none.
@@ -49,15 +66,17 @@ def find_leaves(params: Any, layouts: Layouts | None, fan_in_fan_out: bool = Fal
         path = dotted(key_path)
         shape = getattr(value, "shape", ())
         layout = value.layout if is_weight(value) else conventional_layout(path, shape, fan_in_fan_out)
+        layout = read.get(path, layout)
         for pattern, given in (layouts or {}).items():
             if re.fullmatch(pattern, path):
                 given.check(shape, path)
                 layout = given
                 unused.discard(pattern)
                 break
+        unclear, layout = (layout, None) if isinstance(layout, Ambiguous) else (None, layout)
         module = module_path(path)
         names = stacked_names(module, layout, shape) if layout else np.array(module, dtype=object)
-        found.append(Leaf(path, value, layout, names))
+        found.append(Leaf(path, value, layout, names, unclear))
     if unused:
         raise ValueError(
             f"layout patterns {sorted(unused)} match no leaf; a pattern is matched against the whole path. "

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from peft_jax.adapt.axes import read_layouts
 from peft_jax.core.adapted import Adapted, Tag, adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
-from peft_jax.core.weight import as_weight
+from peft_jax.core.sharding import sharded_like_base
+from peft_jax.core.weight import as_weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
 from peft_jax.methods.whole import Whole
@@ -34,6 +36,8 @@ def apply_lora(
     key: jax.Array | None = None,
     adapter_name: str = "default",
     layout: Layouts | None = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
 ) -> Any:
     """`apply_adapter` for LoRA.
 
@@ -44,7 +48,7 @@ def apply_lora(
         >>> adapted["mlp"]["kernel"].params["lora_A"].shape
         (4, 2)
     """
-    return apply_adapter(params, config, key=key, adapter_name=adapter_name, layout=layout)
+    return apply_adapter(params, config, key=key, adapter_name=adapter_name, layout=layout, fn=fn, args=args)
 
 
 def apply_adapter(
@@ -54,6 +58,8 @@ def apply_adapter(
     key: jax.Array | None = None,
     adapter_name: str = "default",
     layout: Layouts | None = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
 ) -> Any:
     """A new tree in which each target leaf is an adapted leaf; a fresh adapter changes no output.
 
@@ -66,14 +72,31 @@ def apply_adapter(
         config: What to attach, where, and how it starts.
         key: A JAX random key; None means ``jax.random.key(0)``.
         adapter_name: Name of the adapter, new to the tree.
-        layout: Axes by regex over whole leaf paths, for leaves that follow no convention. By convention ``kernel`` is
-            ``(in, out)``, ``weight`` is ``(out, in)``, ``embedding`` is ``(vocabulary, features)``.
+        layout: Axes by regex over whole leaf paths; what is said here comes before all else.
+        fn: The function that uses the leaves, as ``fn(params, *args)``. Axes are read off its program: those that a
+            product contracts are inputs, those that are scanned, indexed or batched are stacked layers. Without it
+            conventions hold: ``kernel`` is ``(in, out)``, ``weight`` is ``(out, in)``, ``embedding`` is
+            ``(vocabulary, features)``. With it ``all-linear`` means every leaf that is the weight of a product, not
+            of a lookup alone.
+        args: The other arguments of ``fn``; arrays, or shapes as ``jax.ShapeDtypeStruct``.
 
     Raises:
         ValueError: if some part of the config hits nothing, a target's axes are ambiguous, a layout does not fit its
             leaf or matches none, or the name is taken.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> def attend(params, x):  # a kernel (in, heads, features), which no convention knows
+        ...     return jnp.einsum("bi,iho->bho", x, params["query"]["kernel"])
+        >>> params = {"query": {"kernel": jnp.ones((8, 2, 3))}}
+        >>> config = pj.LoraConfig(r=2, target_modules=["query"])
+        >>> params = pj.apply_adapter(params, config, fn=attend, args=(jnp.ones((1, 8)),))
+        >>> params["query"]["kernel"].layout
+        Layout(stack=(), inp=(0,), out=(1, 2), lookup=False, index_after=())
     """
     if isinstance(params, Handle):
+        if fn is not None:
+            raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
         layout = {**params.layouts(), **(layout or {})}
         config = _completed(config, params, layout)
         handle = untied_for(params, lambda name: is_target(config, name) or is_saved_module(config, name))
@@ -81,8 +104,10 @@ def apply_adapter(
     if adapter_name in adapters(params):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
     key = jax.random.key(0) if key is None else key
-    found = find_leaves(params, layout, config.fan_in_fan_out)
-    config = expand_all_linear(config, found)
+    read = read_layouts(params, fn, args, config.fan_in_fan_out) if fn is not None else {}
+    found = find_leaves(params, layout, config.fan_in_fan_out, read)
+    linear = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
+    config = expand_all_linear(config, linear, others=found)
     modules = [name for leaf in found for name in leaf.names.flat if is_matrix(leaf)]
     patterns = {**config.rank_pattern, **config.alpha_pattern}
     every = sorted({name for leaf in found for name in leaf.names.flat})
@@ -95,7 +120,8 @@ def apply_adapter(
         else:
             whole = Whole(config, role)
             tag, arrays = Tag(adapter_name, whole), whole.init(as_weight(leaf.value, leaf.layout), hit)
-        nodes[position] = Adapted(leaf.value, *arrays, leaf.layout, tag, trainable=not config.inference_mode)
+        adapted = Adapted(leaf.value, *arrays, leaf.layout, tag, trainable=not config.inference_mode)
+        nodes[position] = sharded_like_base(adapted)
     return replace_leaves(params, nodes)
 
 
@@ -143,8 +169,13 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
             yield Choice(position, leaf, hit, role)
 
 
-def expand_all_linear(config: M, found: Sequence[Leaf], output: str | None = None) -> M:
-    """The config with ``"all-linear"`` spelled out: all matmul weights but the excluded and the ``output`` head."""
+def expand_all_linear(
+    config: M, found: Sequence[Leaf], output: str | None = None, others: Sequence[Leaf] | None = None
+) -> M:
+    """The config with ``"all-linear"`` spelled out: all matmul weights but the excluded and the ``output`` head.
+
+    Their names are shortened to their ends, unless one of the ``others`` ends in the same way.
+    """
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return config
@@ -152,7 +183,7 @@ def expand_all_linear(config: M, found: Sequence[Leaf], output: str | None = Non
     every = [name for leaf in matmuls for name in leaf.names.flat if name != output]
     named = config.replace(target_modules=every)
     linear = sorted(name for name in every if is_target(named, name))
-    others = {name for leaf in found for name in leaf.names.flat} - set(linear)
+    rest = {name for leaf in others or found for name in leaf.names.flat} - set(linear)
     ends = {name.rsplit(".", 1)[-1] for name in linear}
-    clash = any(name.rsplit(".", 1)[-1] in ends for name in others)
+    clash = any(name.rsplit(".", 1)[-1] in ends for name in rest)
     return config.replace(target_modules=linear if clash else sorted(ends))

@@ -1,22 +1,30 @@
 """Quantize the weights of a tree."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from peft_jax.adapt.axes import read_layouts
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.targets import names_module, nothing_hit
+from peft_jax.core.weight import is_weight
 from peft_jax.quant.int8 import Int8, quantize_array
 
 T = TypeVar("T")
 
 
 def quantize(
-    params: T, bits: int = 8, *, target_modules: str | Sequence[str] | None = None, layout: Layouts | None = None
+    params: T,
+    bits: int = 8,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    layout: Layouts | None = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
 ) -> T:
     """A new tree with weight-only int8 leaves; composes with every adapter method, before or after it.
 
@@ -26,6 +34,9 @@ def quantize(
         target_modules: What to quantize, by PEFT's rules for ``target_modules``; None for every matmul weight, which
             leaves embeddings, vectors and the output head of a model handle in float.
         layout: Axes by regex over whole leaf paths, as in `peft_jax.apply_adapter`.
+        fn: The function that uses the leaves, to read their axes off its program, as in `peft_jax.apply_adapter`. By
+            default every leaf that is the weight of a product in it is quantized.
+        args: The other arguments of ``fn``.
 
     Raises:
         ValueError: if ``bits`` is not 8, a target hits nothing, or a leaf's axes are ambiguous.
@@ -44,9 +55,11 @@ def quantize(
             names = _matmul_names(find_leaves(params.params, layouts))
             target_modules = [name for name in names if name != params.output_module]
         return params.replace(quantize(params.params, bits, target_modules=target_modules, layout=layouts))
-    found = find_leaves(params, layout)
+    read = read_layouts(params, fn, args) if fn is not None else {}
+    found = find_leaves(params, layout, read=read)
     matrices = [leaf for leaf in found if is_matrix(leaf)]
-    targets = _matmul_names(found) if target_modules is None else target_modules
+    used = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
+    targets = _matmul_names(used) if target_modules is None else target_modules
     modules = [name for leaf in matrices for name in leaf.names.flat]
     for target in [targets] if isinstance(targets, str) else targets:
         one = target if isinstance(targets, str) else [target]
