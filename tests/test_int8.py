@@ -57,12 +57,12 @@ def test_the_product_and_its_gradients_are_those_of_the_dequantized_weight(dtype
     assert out.dtype == x.dtype
     np.testing.assert_allclose(np.asarray(out, np.float32), plain(x), rtol=tolerance, atol=tolerance * 10)
     cotangent = normal(2, 5, 48).astype(dtype)
-    (got,) = jax.vjp(weight.matmul, x)[1](cotangent)
+    (got,) = jax.vjp(weight.apply, x)[1](cotangent)
     want = cotangent.astype(jnp.float32) @ dense.T
     np.testing.assert_allclose(
         np.asarray(got, np.float32), want, rtol=tolerance * 4, atol=tolerance * np.abs(want).max() * 4
     )
-    tangent = jax.jvp(weight.matmul, (x,), (x,))[1]
+    tangent = jax.jvp(weight.apply, (x,), (x,))[1]
     np.testing.assert_allclose(np.asarray(tangent, np.float32), np.asarray(out, np.float32), rtol=1e-2, atol=0.1)
 
 
