@@ -2,6 +2,7 @@
 
 from peft_jax import interop as interop
 from peft_jax.adapt import adapt as adapt
+from peft_jax.adapt import explain as explain
 from peft_jax.core.dropout import with_dropout as with_dropout
 from peft_jax.core.layout import Layout as Layout
 from peft_jax.core.merge import delete_adapter as delete_adapter

@@ -338,7 +338,7 @@ ROWS = {
     "hessian inside": Row(
         lambda w, x: jax.hessian(lambda row: jnp.sum(jnp.sin(row @ w)))(x[0]),
         lambda w, x: -w @ np.diag(np.sin(x[0] @ w)) @ w.T,
-        side_path=False,  # the second derivative is linear in the product of the weight with itself
+        (8, 6),
     ),
     "Pallas call on activations": Row(lambda w, x: pallas_double(x @ w), TWO),
     "debug.print": Row(printed, DOT),

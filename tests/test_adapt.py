@@ -1,4 +1,4 @@
-"""adapt(fn) on whole models: nested adapters, cost, frameworks. What it does construct by construct: test_constructs."""
+"""adapt(fn) on whole models: nested adapters, cost, frameworks. Construct by construct it is tested elsewhere."""
 
 import jax
 import jax.numpy as jnp

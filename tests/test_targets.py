@@ -90,7 +90,10 @@ LAYOUT = {r".*q_proj\.kernel": pj.Layout((0,), (1,), (2,)), r".*norm\.scale": pj
         ({"target_modules": ["q_proj"], "modules_to_save": ["no_such"]}, "modules_to_save 'no_such' hits none"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1, 7]}, r"layers_to_transform \[7\].*found: \[0, 1\]"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "Pattern 'v_proj' of rank_pattern"),
-        ({"target_modules": ["heads"]}, r"'model.heads.kernel' of shape \(4, 2, 2\) .* ambiguous: no convention .* Write layout="),
+        (
+            {"target_modules": ["heads"]},
+            r"'model.heads.kernel' of shape \(4, 2, 2\) .* ambiguous: no convention .* Write layout=",
+        ),
         ({}, "target_modules is not given"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from peft_jax.adapt.interpreter import evaluate, trace
 from peft_jax.adapt.view import Atom, View
@@ -25,65 +26,74 @@ class Use(NamedTuple):
     looks_up: bool
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("shape", "dtype", "whole", "labels"))
+@partial(jax.tree_util.register_dataclass, data_fields=("part",), meta_fields=("ndims", "labels", "cut"))
 @dataclasses.dataclass(frozen=True)
 class Probe(Weight):
-    """Stands for a leaf of unknown axes: any axis may be a stacked one, none an input.
+    """A leaf of unknown axes: any axis may be a stacked one, none an input.
 
     Attributes:
-        shape: Shape by now.
-        dtype: Element type.
-        whole: Shape of the leaf.
-        labels: Which axis of the leaf each axis is; those that are missing were stacked layers.
+        part: The leaf, or a part of it.
+        ndims: How many axes the leaf has.
+        labels: Which of them each axis of the array is; those that are missing were stacked layers.
+        cut: Those of which one layer was chosen.
     """
 
-    shape: tuple[int, ...] = ()  # type: ignore[assignment]
-    dtype: Any = jnp.float32  # type: ignore[assignment]
-    whole: tuple[int, ...] = ()
-    labels: tuple[int, ...] = ()
+    part: Any
+    ndims: int
+    labels: tuple[int, ...]
+    cut: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return tuple(self.part.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Its element type."""
+        return self.part.dtype
 
     @property
     def layout(self) -> Layout:  # type: ignore[override]
         """All axes are stacked."""
-        axes = tuple(range(len(self.shape)))
-        return Layout(stack=axes, inp=(), out=(), index_after=("",) * len(axes))
+        return Layout(stack=tuple(range(len(self.labels))), inp=(), out=())
 
     @property
-    def array(self) -> Any:
-        """Nothing but a shape."""
-        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+    def array(self) -> jax.Array:
+        """The part."""
+        return self.part
 
     def dense(self) -> jax.Array:
-        """Zeros: only shapes are evaluated."""
-        return jnp.zeros(self.shape, self.dtype)
+        """The part."""
+        return self.part
 
     def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
-        """A leaf without inputs has no product."""
-        raise NotImplementedError
+        """Never called: a leaf without inputs is merged."""
+        raise TypeError("a leaf whose axes are unknown has no product")
 
     def astype(self, dtype: jnp.dtype) -> "Probe":
         """The leaf in another element type."""
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        return dataclasses.replace(self, part=self.part.astype(dtype))
 
     def mapped(self, position: int, change: Change, *, drop: bool) -> "Probe":
         """The leaf without an axis, or with a part of it."""
+        array, label = change(self.part, position), self.labels[position]
         if drop:
-            left = [i for i in range(len(self.shape)) if i != position]
-            shape, labels = (tuple(row[i] for i in left) for row in (self.shape, self.labels))
-            return dataclasses.replace(self, shape=shape, labels=labels)
-        return dataclasses.replace(self, shape=jax.eval_shape(lambda: change(self.dense(), position)).shape)
+            return dataclasses.replace(self, part=array, labels=tuple(i for i in self.labels if i != label))
+        return dataclasses.replace(
+            self, array=array, cut=(*self.cut, label) if array.shape[position] == 1 else self.cut
+        )
 
-    def specs(self, entries: tuple[Any, ...]) -> Any:
-        """It has no arrays."""
-        return self
+    def specs(self, entries: tuple[Any, ...]) -> "Probe":
+        """The entries."""
+        return dataclasses.replace(self, part=PartitionSpec(*entries))
 
     def use(self, contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> Use:
         """A product over some digits, in terms of the leaf's axes."""
         inp = tuple(sorted({self.labels[atom.axis] for atom in contracted if atom.axis >= 0}))
         kept = {self.labels[atom.axis] for atom in stacked if atom.axis >= 0}
-        single = {label for label, n in zip(self.labels, self.shape, strict=True) if n == 1 < self.whole[label]}
-        stack = tuple(i for i in range(len(self.whole)) if i not in self.labels or i in kept or i in single)
-        out = tuple(i for i in range(len(self.whole)) if i not in (*stack, *inp))
+        stack = tuple(i for i in range(self.ndims) if i not in self.labels or i in kept or i in self.cut)
+        out = tuple(i for i in range(self.ndims) if i not in (*stack, *inp))
         return Use(stack, inp, out, looks_up)
 
 
@@ -124,7 +134,7 @@ def read_layouts(
     def probed(key_path: Any, leaf: Any) -> Any:
         if dotted(key_path) not in notes:
             return leaf
-        return Probe(leaf.shape, jnp.dtype(leaf.dtype), leaf.shape, tuple(range(leaf.ndim)))
+        return Probe(leaf, leaf.ndim, tuple(range(leaf.ndim)))
 
     tree = jax.tree_util.tree_map_with_path(probed, params, is_leaf=is_weight)
     leaves, treedef = jax.tree.flatten(((tree, *args), {}), is_leaf=is_weight)

@@ -1,6 +1,7 @@
 """All that differs between the JAX versions we support (0.10 to 0.12), and all we read of a jaxpr's insides."""
 
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import jax
 from jax.extend import core
 
 from peft_jax.core.weight import Weight
+
+LIBRARIES = ("jax", "flax", "equinox", "optax")
 
 
 class Scan(NamedTuple):
@@ -59,6 +62,16 @@ def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def where(eqn: core.JaxprEqn) -> str:
+    """File and line that wrote an equation: the innermost that is neither JAX's nor a neural-network library's."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        file = pathlib.Path(frame.file_name)
+        if not file.name.startswith("<") and not set(LIBRARIES) & set(file.parts):
+            return f"{file.name}:{frame.line_num}"
+    return "a place inside a library"
 
 
 def is_literal(atom: Any) -> bool:

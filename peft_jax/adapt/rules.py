@@ -77,9 +77,9 @@ def convolution(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A convolution whose kernel is the weight."""
     p, (x, view) = eqn.params, values
     numbers, (out, *rest) = p["dimension_numbers"], p["dimension_numbers"].rhs_spec
-    if is_view(x) or not is_view(view) or p["batch_group_count"] > 1 or view.weight.layout.stack:
+    if is_view(x) or not is_view(view) or view.role(rest) != "in" or view.weight.layout.stack:
         return None
-    if view.role(rest) != "in" or view.axes[out] != view.digits(view.weight.layout.out) or x.dtype != view.dtype:
+    if p["batch_group_count"] > 1 or view.axes[out] != view.digits(view.weight.layout.out) or x.dtype != view.dtype:
         return None
 
     def kernel(matrix: jax.Array) -> jax.Array:
@@ -180,7 +180,9 @@ def sharding_constraint(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """The adapter is constrained as its base."""
     (view,), sharding = values, eqn.params["sharding"]
     free = eqn.params["unconstrained_dims"]
-    spec = [PartitionSpec.UNCONSTRAINED if i in free else entry for i, entry in enumerate(_entries(sharding.spec, view))]
+    spec = [
+        PartitionSpec.UNCONSTRAINED if i in free else entry for i, entry in enumerate(_entries(sharding.spec, view))
+    ]
     specs = view.specs(spec)
     if specs is None:
         return None

@@ -10,8 +10,8 @@ from peft_jax.adapt.axes import read_layouts
 from peft_jax.core.adapted import Adapted, Tag, adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
-from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
 from peft_jax.core.sharding import sharded_like_base
+from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
 from peft_jax.core.weight import as_weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import apply_merged

@@ -16,8 +16,8 @@ import numpy as np
 from peft_jax.core.dropout import dropout
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
-from peft_jax.core.targets import pattern_value
 from peft_jax.core.product import Product
+from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 
@@ -202,9 +202,7 @@ class LoraConfig(Method):
         return (matrix.astype(a.dtype) + (a * state["scaling"]) @ b).astype(matrix.dtype)
 
     @classmethod
-    def apply(
-        cls, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product
-    ) -> jax.Array:
+    def apply(cls, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """``x W + (dropout(x) A s) B``; the low-rank path runs in the adapter's precision."""
         y = base.apply(x, product)
         a = params["lora_A"] * state["scaling"][..., None, None]

@@ -8,8 +8,8 @@ from peft_jax.interop.formats import TORCH_NAMES
 from peft_jax.models.llama import LlamaConfig, param_shapes
 
 STACKED = {
-    r"model\.layers\..*\.kernel": Layout(stack=(0,), inp=(1,), out=(2,)),
-    r"model\.layers\..*\.(bias|scale)": Layout(stack=(0,), inp=(), out=(1,)),
+    r"model\.layers\..*\.kernel": Layout(stack=(0,), inp=(1,), out=(2,), source="known to the model"),
+    r"model\.layers\..*\.(bias|scale)": Layout(stack=(0,), inp=(), out=(1,), source="known to the model"),
 }
 IGNORED = (r".*\.rotary_emb\.inv_freq",)  # in old checkpoints; computed from the config instead
 
