@@ -80,9 +80,7 @@ class Probe(Weight):
         array, label = change(self.part, position), self.labels[position]
         if drop:
             return dataclasses.replace(self, part=array, labels=tuple(i for i in self.labels if i != label))
-        return dataclasses.replace(
-            self, array=array, cut=(*self.cut, label) if array.shape[position] == 1 else self.cut
-        )
+        return dataclasses.replace(self, part=array, cut=(*self.cut, label) if array.shape[position] == 1 else self.cut)
 
     def specs(self, entries: tuple[Any, ...]) -> "Probe":
         """The entries."""
