@@ -67,7 +67,8 @@ def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 def where(eqn: core.JaxprEqn) -> str:
     """File and line that wrote an equation: the innermost that is neither JAX's nor a neural-network library's."""
     traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback else ():
+    frames: Any = traceback.frames if traceback else ()
+    for frame in frames:
         file = pathlib.Path(frame.file_name)
         if not file.name.startswith("<") and not set(LIBRARIES) & set(file.parts):
             return f"{file.name}:{frame.line_num}"

@@ -13,7 +13,7 @@ import jax
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import RULES, merged
-from peft_jax.adapt.view import View, is_view
+from peft_jax.core.view import View, is_view
 from peft_jax.core.weight import is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])

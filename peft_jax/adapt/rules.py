@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.view import BROADCAST, FREE, Atom, Axis, View, arrange, is_view, length, through
 from peft_jax.core.product import Convolution, Grouped, Lookup, Product
+from peft_jax.core.view import BROADCAST, Atom, View, arrange, free, is_view, length, through
 from peft_jax.core.weight import MergeError
 
 Outputs = list[Any] | None
@@ -32,10 +32,10 @@ def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     if role is None or is_view(x) or x.dtype != view.dtype:
         return None
     shared = dict(zip((*x_stack, *x_over), (*stack, *over), strict=True))
-    have = [view.axes[shared[i]] if i in shared else _free(i, n) for i, n in enumerate(x.shape)]
+    have = [view.axes[shared[i]] if i in shared else free(i, n) for i, n in enumerate(x.shape)]
     rest = [axis for i, axis in enumerate(view.axes) if i not in (*stack, *over)]
-    free = [axis for i, axis in enumerate(have) if i not in shared]
-    want = [*(view.axes[i] for i in stack), *(rest + free if side == 0 else free + rest)]
+    own = [axis for i, axis in enumerate(have) if i not in shared]
+    want = [*(view.axes[i] for i in stack), *(rest + own if side == 0 else own + rest)]
     product = Product(p["precision"], p["preferred_element_type"], p.get("out_sharding"))
     return _used(eqn, view, through(view, x, have, want, role, product))
 
@@ -47,7 +47,7 @@ def ragged_dot(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     usual = (numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions) == ((((1,), (1,)), ((), ())), (0,))
     if not usual or is_view(x) or is_view(group_sizes) or view.role([1], [0]) != "in" or x.dtype != view.dtype:
         return None
-    layout, row = view.weight.layout, _free(0, len(x))
+    layout, row = view.weight.layout, free(0, len(x))
     if view.stack_position(0) is None or len(layout.stack) > 1:
         return None
     product = Grouped(p["precision"], p["preferred_element_type"], group_sizes=group_sizes)
@@ -61,14 +61,14 @@ def gather(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
     rows, stack = numbers.collapsed_slice_dims, numbers.operand_batching_dims
     whole = [i for i in range(len(sizes)) if i not in (*rows, *stack)]
-    if is_view(indices) or len(rows) != 1 or numbers.start_index_map != rows or indices.shape[-1] != 1:
+    if is_view(indices) or len(rows) != 1 or numbers.start_index_map != rows:
         return None
     if any(sizes[i] != view.shape[i] for i in whole) or view.role(rows, stack, looks_up=True) != "in":
         return None
     shared, ids = dict(zip(numbers.start_indices_batching_dims, stack, strict=True)), indices[..., 0]
-    have = [view.axes[shared[i]] if i in shared else _free(i, n) for i, n in enumerate(ids.shape)]
-    left, found = iter(view.axes[i] for i in whole), iter(have)
-    want = [next(left if i in numbers.offset_dims else found) for i in range(len(have) + len(whole))]
+    have = [view.axes[shared[i]] if i in shared else free(i, n) for i, n in enumerate(ids.shape)]
+    rest = {True: iter(view.axes[i] for i in whole), False: iter(have)}
+    want = [next(rest[i in numbers.offset_dims]) for i in range(len(have) + len(whole))]
     options = {name: p[name] for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value")}
     return _used(eqn, view, through(view, ids, have, want, "in", Lookup(options=options)))
 
@@ -76,28 +76,16 @@ def gather(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
 def convolution(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A convolution whose kernel is the weight."""
     p, (x, view) = eqn.params, values
-    numbers, (out, *rest) = p["dimension_numbers"], p["dimension_numbers"].rhs_spec
+    (out, *rest), channels = p["dimension_numbers"].rhs_spec, p["dimension_numbers"].out_spec[1]
     if is_view(x) or not is_view(view) or view.role(rest) != "in" or view.weight.layout.stack:
         return None
     if p["batch_group_count"] > 1 or view.axes[out] != view.digits(view.weight.layout.out) or x.dtype != view.dtype:
         return None
-
-    def kernel(matrix: jax.Array) -> jax.Array:
-        channels = _free(0, matrix.shape[1])
-        axes = [channels if i == out else axis for i, axis in enumerate(view.axes)]
-        return arrange(matrix, [*view.digits(view.weight.layout.inp), *channels], axes)
-
-    def convolve(x: jax.Array, kernel: jax.Array, kind: Any) -> jax.Array:
-        y = eqn.primitive.bind(x, kernel, **{**p, "preferred_element_type": kind})
-        return jnp.moveaxis(y, numbers.out_spec[1], -1)
-
-    kind, groups = p["preferred_element_type"], p["feature_group_count"]
-    product = Convolution(p["precision"], kind, kernel=kernel, convolve=convolve, groups=groups, out_axis=out)
-    return _used(eqn, view, jnp.moveaxis(view.weight.apply(x, product), -1, numbers.out_spec[1]))
-
-
-def _free(number: int, size: int) -> Axis:
-    return (Atom(FREE, number, size),)
+    kernel, bind = functools.partial(view.as_kernel, out), functools.partial(eqn.primitive.bind, **p)
+    product = Convolution(
+        p["precision"], p["preferred_element_type"], None, kernel, bind, p["feature_group_count"], out, channels
+    )
+    return _used(eqn, view, jnp.moveaxis(view.weight.apply(x, product), -1, channels))
 
 
 def _used(eqn: Any, view: View, y: jax.Array | None) -> Outputs:

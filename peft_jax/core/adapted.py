@@ -18,8 +18,13 @@ from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight,
 class Method(Protocol):
     """What an adapted leaf needs of its method (`peft_jax.methods.base.Method` says more)."""
 
-    side_path: bool
-    axes: Mapping[str, tuple[str, ...]]
+    @property
+    def side_path(self) -> bool:
+        """Whether `apply` is cheaper than merging."""
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Axes of the trained arrays after the stacked ones, by role."""
 
     def structure(self) -> tuple[Any, ...]:
         """What makes two adapters run in one compiled program."""
@@ -145,7 +150,7 @@ class Adapted(Weight):
         """The adapter's axes are sharded as those of the base, its rank never."""
         roles = role_specs(self.layout, entries)
         stack = roles["stack"]
-        params = {}
+        params: dict[str, Any] = {}
         for role, axes in self.method.axes.items():
             rest = (roles.get(axis, (None,)) for axis in axes)
             params[role] = PartitionSpec(*stack, *(entry for part in rest for entry in part))
@@ -154,7 +159,7 @@ class Adapted(Weight):
         return dataclasses.replace(self, base=base, params=params, state=state)
 
 
-def merged_matrix(method: Method, params: Any, state: Any, base: Weight) -> jax.Array:
+def merged_matrix(method: Any, params: Any, state: Any, base: Weight) -> jax.Array:
     """The adapted matrix, with the stacked axes of the base in front."""
     merge = method.merge
     for _ in base.layout.stack:
@@ -162,7 +167,7 @@ def merged_matrix(method: Method, params: Any, state: Any, base: Weight) -> jax.
     return merge(params, state, base.layout.matrix(base.dense()))
 
 
-def apply_merged(method: Method, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+def apply_merged(method: Any, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
     """``product.full(x, merged matrix)``, which backward merges again rather than keeps."""
 
     @jax.checkpoint

@@ -116,24 +116,28 @@ class Convolution(Product):
 
     Attributes:
         kernel: Gives the matrix ``(in, k)`` the shape of a kernel with ``k`` output channels.
-        convolve: ``convolve(x, kernel, preferred_element_type)``, channels last.
+        bind: The convolution of ``x`` and a kernel.
         groups: Groups of channels; each sees its own part of the input channels.
         out_axis: Axis of the output channels in a kernel.
+        channel_axis: Axis of the channels in what ``bind`` gives.
     """
 
     kernel: Callable[[jax.Array], jax.Array] = lambda matrix: matrix
-    convolve: Callable[..., jax.Array] = jnp.matmul
+    bind: Callable[..., jax.Array] = jnp.matmul
     groups: int = 1
     out_axis: int = -1
+    channel_axis: int = -1
 
     def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
         """The convolution."""
-        return self.convolve(x, self.kernel(matrix), self.preferred_element_type)
+        y = self.bind(x, self.kernel(matrix), preferred_element_type=self.preferred_element_type)
+        return jnp.moveaxis(y, self.channel_axis, -1)
 
     def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
         """The convolution with the first factor, once for each group."""
         kernel = jnp.concatenate([self.kernel(a)] * self.groups, axis=self.out_axis)
-        return self.convolve(x.astype(a.dtype), kernel, None)
+        y = self.bind(x.astype(a.dtype), kernel, preferred_element_type=None)
+        return jnp.moveaxis(y, self.channel_axis, -1)
 
     def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
         """The second factor, each group with its part of the output channels."""

@@ -94,6 +94,12 @@ class View:
             return "in"
         return "out" if digits == set(self.digits(layout.out)) else None
 
+    def as_kernel(self, out: int, matrix: jax.Array) -> jax.Array:
+        """A matrix ``(in, k)`` in this shape, with ``k`` in place of the axis ``out``, which has all outputs."""
+        channels = free(0, matrix.shape[1])
+        want = [channels if i == out else axis for i, axis in enumerate(self.axes)]
+        return arrange(matrix, [*self.digits(self.weight.layout.inp), *channels], want)
+
     def reshaped(self, shape: Sequence[int]) -> "View | None":
         """The view as ``jnp.reshape`` leaves it, if no digit has to be cut in a way that is not one of a reshape."""
         atoms, axes = list(flat(self.axes)), []
@@ -156,6 +162,11 @@ def is_view(value: Any) -> bool:
     return isinstance(value, View)
 
 
+def free(number: int, size: int) -> Axis:
+    """An axis that no weight has."""
+    return (Atom(FREE, number, size),)
+
+
 def flat(axes: Iterable[Axis]) -> tuple[Atom, ...]:
     """The digits of some axes, in order."""
     return tuple(atom for axis in axes for atom in axis)
@@ -194,12 +205,12 @@ def through(
     batched = [all(atom in there for atom in group) for group in groups]
     if any(atom in there for group, whole in zip(groups, batched, strict=True) for atom in group if not whole):
         return None
-    free = [(atom,) for atom in there if atom.axis < 0]
+    others = [(atom,) for atom in there if atom.axis < 0]
     front = [group for group, whole in zip(groups, batched, strict=True) if whole and group]
     last = [] if product.looks_up else [met]
     use = partial(_product, product=product, transpose=role == "out")
-    y = _over_stack(use, batched)(arrange(x, there, [*front, *free, *last]), view.weight)
-    result = [*flat(groups), *flat(free), *kept]
+    y = _over_stack(use, batched)(arrange(x, there, [*front, *others, *last]), view.weight)
+    result = [*flat(groups), *flat(others), *kept]
     return arrange(y, result, want) if set(flat(want)) == set(result) else None
 
 
