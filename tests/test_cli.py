@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from safetensors.numpy import load, load_file
 from peft_jax.cli import main as main_module
 from peft_jax.cli.demo import Demo, Settings, demo, one_of_each, with_shuffled_answers
 from peft_jax.cli.demo_data import TRAIN
-from peft_jax.cli.folder import new_folder
+from peft_jax.cli.folder import new_folder, refuse_used
 from peft_jax.cli.main import main
 from peft_jax.models import AutoModelForCausalLM
 from peft_jax.models.llama import LlamaConfig
@@ -202,6 +206,12 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "a rate that diverges": (_nothing, finetune(learning_rate=3e38, output="a/b"), "Lower the learning rate"),
     "an output in use": (_write("out/file", "mine"), finetune(), "Name another one with --output"),
     "an output that is a file": (_write("out", "mine"), finetune(), "Name another one with --output"),
+    "an output below a file": (_nothing, finetune(output="data.json/a/out"), "data.json is not a folder that you may"),
+    "an output that is a broken link": (
+        lambda folder: (folder / "out").symlink_to("gone"),
+        finetune(),
+        "Name another one with --output",
+    ),
     "a missing option": (_nothing, finetune(model=None), "--model"),
     "an unknown option": (_nothing, [*finetune(), "--modle", "x"], "--modle"),
     "a word for a number": (_nothing, finetune(r="many"), "--r"),
@@ -224,12 +234,14 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(
 
 
 def test_a_bug_keeps_its_traceback(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(options: Any) -> None:
-        raise KeyError("a bug")
+    for bug in (KeyError("a bug"), jax.errors.JaxRuntimeError("INTERNAL: a bug")):
 
-    monkeypatch.setattr(main_module, "finetune", broken)
-    with pytest.raises(KeyError, match="a bug"):
-        main(finetune())
+        def broken(options: Any, bug: Exception = bug) -> None:
+            raise bug
+
+        monkeypatch.setattr(main_module, "finetune", broken)
+        with pytest.raises(type(bug), match="a bug"):
+            main(finetune())
 
 
 def test_ctrl_c_leaves_nothing(
@@ -245,12 +257,83 @@ def test_ctrl_c_leaves_nothing(
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_a_new_folder_takes_the_place_of_an_empty_one(tmp_path: Path) -> None:
+COMPILING = """
+import jax, jax.numpy as jnp
+from peft_jax.cli import main
+
+def slow_to_compile(x):
+    for n in range(60):
+        x = jnp.sort(x @ x.T + n, axis=n % 2)
+    return x
+
+main.demo = lambda options: jax.jit(slow_to_compile)(jnp.ones((8, 8)))
+raise SystemExit(main.{function}())
+"""
+
+
+def test_ctrl_c_during_a_compilation_ends_the_process_in_order() -> None:
+    """The compilation goes on in a thread, and a process that tears down JAX meanwhile dies of a segmentation fault."""
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    code = COMPILING.format(function=pyproject["project"]["scripts"]["peft-jax"].removeprefix("peft_jax.cli.main:"))
+    words = [sys.executable, "-c", code, "demo"]
+    environment = {**os.environ, "JAX_LOG_COMPILES": "1"}
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if "Finished jaxpr to MLIR module conversion jit(slow_to_compile)" in line:
+                time.sleep(0.2)  # the compiler starts now and takes seconds
+                run.send_signal(signal.SIGINT)
+                break
+        said = run.stderr.read()
+    assert (run.returncode, said.splitlines()[-1]) == (130, "peft-jax: error: stopped; nothing was written."), said
+
+
+def test_want_of_memory_is_one_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(options: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 27415182424 bytes.")
+
+    monkeypatch.setattr(main_module, "finetune", exhausted)
+    assert main(finetune()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Out of memory allocating 27415182424 bytes. Use smaller batches" in line
+
+
+@pytest.mark.parametrize("name", ["out", "link", "."])
+def test_an_empty_folder_is_filled_and_stays_itself(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
-    with new_folder(tmp_path / "out") as folder:
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path / "out" if name == "." else tmp_path)
+    before = (tmp_path / "out").stat().st_ino
+    with new_folder(Path(name)) as folder:
+        (folder / "a").mkdir()
+        (folder / "a" / "b").write_text("1")
+        assert not (tmp_path / "out" / "a").exists()
+    assert tree(tmp_path) == {"out/a/b": b"1"} and len(list((tmp_path / "out").iterdir())) == 1
+    assert (tmp_path / "out").stat().st_ino == before and (tmp_path / "link").is_symlink()
+    (tmp_path / "out" / "a" / "b").unlink()
+    (tmp_path / "out" / "a").rmdir()
+    with pytest.raises(KeyError), new_folder(Path(name)) as folder:
         (folder / "a").write_text("1")
-        assert not any((tmp_path / "out").iterdir())
-    assert tree(tmp_path) == {"out/a": b"1"}
+        raise KeyError
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_may_not_be_written_to_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    with pytest.raises(OSError, match=r"out cannot be written: .* you may write to. Name another one with --output"):
+        refuse_used(tmp_path / "deep" / "out")
+
+
+def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    with pytest.raises(OSError, match="cannot be written: No space left on device. Name"), new_folder(tmp_path / "a/b"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_installed_command_lists_its_commands() -> None:

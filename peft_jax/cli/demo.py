@@ -39,7 +39,7 @@ Points = list[tuple[int, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Fine-tune a small checkpoint that ships with the package, in a few minutes and without network."""
+    """Fine-tune a small checkpoint that ships with the package; needs no network."""
 
     output: Path = Path("demo-output")
     """Folder to create: adapter, merged checkpoint and loss curve."""

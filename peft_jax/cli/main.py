@@ -2,17 +2,21 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
+import jax
 import tyro
 
 from peft_jax.cli.demo import Demo, demo
 from peft_jax.cli.finetune import Finetune, finetune
 
 Command = Annotated[Finetune, tyro.conf.subcommand("finetune")] | Annotated[Demo, tyro.conf.subcommand("demo")]
+
+INTERRUPTED = 130  # as shells say it
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -22,8 +26,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The words after ``peft-jax``; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 after an error of the user's, said in one line, or 130 after Ctrl-C. An exception of
-        another kind than ValueError and OSError is a bug and goes through with its traceback.
+        The exit code: 0, or 2 after an error of the user's or for want of memory, said in one line, or 130 after
+        Ctrl-C. Any other exception is a bug and goes through with its traceback.
     """
     try:
         command = parse(args)
@@ -33,9 +37,27 @@ def main(args: Sequence[str] | None = None) -> int:
             finetune(command)
     except (ValueError, OSError) as error:
         return fail(str(error), 2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return fail(f"{error} Use smaller batches, shorter texts or --load-in-8bit.", 2)
     except KeyboardInterrupt:
-        return fail("stopped; nothing was written.", 130)
+        return fail("stopped; nothing was written.", INTERRUPTED)
     return 0
+
+
+def run() -> NoReturn:
+    """The installed command: the process ends with `main`'s exit code.
+
+    After Ctrl-C it ends at once. A compilation goes on in a thread of JAX's own, and would crash in what Python's
+    orderly end has torn down.
+    """
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse(args: Sequence[str] | None) -> Finetune | Demo:
