@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from typing import TypeVar
 
 import numpy as np
@@ -50,6 +51,7 @@ def save_adapter(params: object, directory: str | os.PathLike[str], *, adapter_n
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
         text.write_text(json.dumps(fields, indent=2, sort_keys=True))
+        shutil.copymode(text, weights)  # safetensors lets the owner alone read what it writes
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(text, folder / CONFIG_FILE)
     finally:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +114,8 @@ def write_files(
             save_file({tensor.key: tensor.make() for tensor in shard}, parts[name], metadata={"format": "pt"})
         for name, text in texts.items():
             parts[name].write_text(json.dumps(text, indent=2) + "\n")
+        for name in names:
+            shutil.copymode(parts[CONFIG], parts[name])  # safetensors lets the owner alone read what it writes
         for old in (folder / CONFIG, *folder.glob("model*.safetensors"), folder / INDEX):
             old.unlink(missing_ok=True)
         for name in sorted(parts, key=lambda name: name == CONFIG):

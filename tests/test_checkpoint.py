@@ -196,6 +196,20 @@ def test_an_index_counts_bytes_and_no_shard_is_too_large(whole, tmp_path):
     assert all(sum(tensor.nbytes for tensor in tensors.values()) <= 20_000 for tensors in shards.values())
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_who_may_read_the_weights_is_up_to_the_umask(umask, whole, tmp_path):
+    model = pj.AutoModelForCausalLM.from_pretrained(whole)
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "shards", max_shard_size=20_000)
+        pj.get_peft_model(model, pj.LoraConfig()).save_pretrained(tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.glob("*/*")}
+    assert len(modes) > 5 and "adapter_model.safetensors" in modes and "config.json" in modes
+    assert set(modes.values()) == {0o666 & ~umask}
+
+
 def test_a_later_checkpoint_replaces_an_earlier_one(whole, tmp_path):
     config, params = load_model(whole)
     (tmp_path / "tokenizer.json").write_text("{}")
