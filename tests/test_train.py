@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 
 import peft_jax as pj
 from peft_jax.train import (
@@ -175,3 +176,11 @@ def test_the_loss_curve_is_a_picture(tmp_path: Path) -> None:
     plot_losses(tmp_path / "loss.png", curves, title="a run")
     picture = matplotlib.image.imread(tmp_path / "loss.png")
     assert picture.shape[:2] == (480, 840) and len(np.unique(picture.reshape(-1, 4), axis=0)) > 10
+
+
+def test_a_short_run_has_whole_steps_on_its_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[float] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: ticks.extend(figure.axes[0].get_xticks()))
+    for steps in (2, 4, 20):
+        plot_losses(tmp_path / "loss.png", {"training": [(n, 3 / n) for n in range(1, steps + 1)]}, title="a run")
+    assert len(ticks) > 9 and all(tick == round(tick) for tick in ticks)
