@@ -149,6 +149,12 @@ def test_what_we_write_keeps_its_element_type_in_torch(dtype, tmp_path):
     pj.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert {parameter.dtype for parameter in again.parameters()} == {getattr(torch, dtype)}
+    theirs, mine = (
+        open_tensors(tmp_path / "theirs"),
+        open_tensors(tmp_path / "ours"),
+    )  # config.json alone would do above
+    assert {tensor.dtype.name for tensor in mine.values()} == {dtype}
+    assert {key: tensor.tobytes() for key, tensor in mine.items()} == {k: t.tobytes() for k, t in theirs.items()}
     np.testing.assert_array_equal(torch_logits(again), torch_logits(model))
 
 
@@ -457,15 +463,15 @@ MEASURE = """
     load = pj.AutoModelForCausalLM.from_pretrained
     ways = [lambda: load(folder, dtype=dtype, load_in_8bit=in_8bit == "True")]
     if in_8bit == "True":
-        ways += [lambda: jax.block_until_ready(pj.quantize(load(folder, dtype=dtype)))]
+        ways += [lambda: pj.quantize(load(folder, dtype=dtype))]
     for way in ways:
-        model = way()  # compiles; the compiler's memory is not counted
+        model = jax.block_until_ready(way())  # compiles; the compiler's memory is not counted
         del model
         gc.collect()
         before, peak, stop = anonymous(), 0, threading.Event()
         watcher = threading.Thread(target=watch)
         watcher.start()
-        model = way()
+        model = jax.block_until_ready(way())
         stop.set()
         watcher.join()
         print(peak - before, sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
