@@ -63,7 +63,7 @@ def _hidden(output: Path, place: Path) -> Iterator[Path]:
         place.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=place)
     except OSError as error:
-        raise _unwritable(output, error.strerror) from error
+        raise _unwritable(output, error.strerror or str(error)) from error
     with scratch:
         folder = Path(scratch.name) / "out"
         folder.mkdir()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 FEW_POINTS = 40
 
@@ -34,7 +35,7 @@ def plot_losses(file: str | Path, curves: Mapping[str, Sequence[tuple[int, float
     axes.set_title(title)
     axes.set_xlabel("training step (optimizer updates)")
     axes.set_ylabel("loss (nats per answer token)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
