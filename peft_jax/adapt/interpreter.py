@@ -22,9 +22,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 def adapt(fn: F) -> F:
     """A pure function that understands adapted and quantized leaves anywhere in its arguments.
 
-    ``fn`` is traced once on the dense shapes; products and lookups with a weight run on the side path
-    (``x W + s (x A) B``), so that no merged weight and no gradient of a frozen weight is formed. The result composes
-    with ``jit``, ``grad``, ``vmap``, ``scan`` and ``checkpoint``; ``jit`` it, or each call traces ``fn`` again.
+    ``fn`` is traced once on the dense shapes; products, lookups and convolutions with a weight run on the side path
+    (``x W + s (x A) B``), so that no merged weight and no gradient of a frozen weight is formed. All else merges the
+    weight, and computes the same; `peft_jax.explain` tells where. The result composes with ``jit``, ``grad``, ``jvp``,
+    ``vmap`` (over adapters too), ``scan``, ``checkpoint`` and ``shard_map``; ``jit`` it, or each call traces ``fn``
+    again.
+
+    Without ``adapt``, whatever asks its operands for ``__jax_array__`` (``jax.numpy``, Flax and Equinox layers) merges
+    each adapted leaf at each use, with one warning. Functions of ``jax.lax`` do not ask: they raise an error.
 
     Args:
         fn: Any function of pytrees that JAX can trace. Arguments that are not arrays are static. It sees plain

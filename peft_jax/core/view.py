@@ -208,16 +208,18 @@ def through(
     others = [(atom,) for atom in there if atom.axis < 0]
     front = [group for group, whole in zip(groups, batched, strict=True) if whole and group]
     last = [] if product.looks_up else [met]
-    use = partial(_product, product=product, transpose=role == "out")
-    y = _over_stack(use, batched)(arrange(x, there, [*front, *others, *last]), view.weight)
     result = [*flat(groups), *flat(others), *kept]
-    return arrange(y, result, want) if set(flat(want)) == set(result) else None
+    if set(flat(want)) != set(result):
+        return None
+    use = partial(_product, product=product, transpose=role == "out")
+    return arrange(_over_stack(use, batched)(arrange(x, there, [*front, *others, *last]), view.weight), result, want)
 
 
 def _product(x: jax.Array, weight: Weight, product: Product, transpose: bool) -> jax.Array:
     if not transpose:
         return weight.apply(x, product)
     n_in, _ = weight.layout.sizes(weight.shape)
+    product = product.replace(preferred_element_type=None, out_sharding=None)
     probe = jax.ShapeDtypeStruct((*x.shape[:-1], n_in), x.dtype)
     (y,) = jax.linear_transpose(lambda probe: weight.apply(probe, product), probe)(x)
     return y
