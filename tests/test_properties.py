@@ -100,14 +100,14 @@ def check(fn, params, x):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
 
 
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(plan=steps, bits=st.sampled_from([None, 8]))
 def test_equals_merging_first_in_value_and_gradient(plan, bits):
     tree = pj.quantize(TREE, bits, layout=LAYOUTS) if bits else TREE
     check(program(plan), pj.apply_lora(tree, CONFIG, layout=LAYOUTS), normal(3, 4, 6))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(plan=steps)
 def test_scanning_the_program_over_layers_changes_nothing(plan):
     """Each layer of a stack of three is the weight of one run of the program."""
