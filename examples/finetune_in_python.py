@@ -50,8 +50,8 @@ def main(
     curve = []
     for number in range(steps):
         key = jax.random.fold_in(jax.random.key(0), number)  # for dropout
-        trainable, opt_state, loss = step(trainable, opt_state, frozen, batches[number], key)
-        curve.append((number + 1, float(loss)))
+        trainable, opt_state, metrics = step(trainable, opt_state, frozen, batches[number], key)
+        curve.append((number + 1, float(metrics.loss)))
     model = pj.combine(trainable, frozen)
     held_out_loss = pt.evaluate(evaluation_step, model, pt.evaluation_batches(held_out, batch_size))
     print(f"training loss {curve[0][1]:.3f} -> {curve[-1][1]:.3f}, held-out loss {held_out_loss:.3f}")

@@ -11,7 +11,7 @@ from conftest import save_tokenizer
 from transformers import AutoTokenizer
 
 from peft_jax.train import Record, evaluation_batches, read_records, tokenize, tokenize_prompts, training_batches
-from peft_jax.train.data import IGNORE
+from peft_jax.train.encode import IGNORE
 
 RECORDS = [
     Record("Reverse the word.", "abc", "cba"),
@@ -138,7 +138,10 @@ def test_prompts_are_padded_on_the_left_and_end_where_the_answer_begins(tokenize
 def test_training_batches_shuffle_each_epoch_and_repeat(tokenizer: Any) -> None:
     data = tokenize([Record(f"number {n}", "", str(n)) for n in range(10)], tokenizer)
     batches = training_batches(data, 4, seed=1)
-    rows = [tuple(ids) for step in range(5) for ids in batches[step]["input_ids"]]
+    epoch = [0, 1, 2], [3, 4, 5]  # batches of 4, 4 and 2
+    rows = [tuple(ids) for steps in epoch for ids in itertools.chain(*(batches[n]["input_ids"] for n in steps))]
+    assert all(np.all(batches[n]["labels"][2:] == IGNORE) and not np.any(batches[n]["input_ids"][2:]) for n in (2, 5))
+    rows = rows[:10] + rows[12:22]
     assert set(rows[:10]) == set(rows[10:]) == {tuple(ids) for ids in data.input_ids}
     assert rows[:10] != rows[10:]
     again, other = training_batches(data, 4, seed=1), training_batches(data, 4, seed=2)

@@ -20,10 +20,12 @@ from peft_jax.train import (
     make_optimizer,
     make_training_step,
     plot_losses,
+    start,
     train,
     training_batches,
 )
-from peft_jax.train.data import IGNORE, Tokens
+from peft_jax.train.data import Tokens
+from peft_jax.train.encode import IGNORE
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 8
 
@@ -89,8 +91,11 @@ def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(data: Tokens) -> No
     want = jax.tree.map(lambda leaf, gradient: np.asarray(leaf - 0.5 * gradient), trainable, gradients)
     before = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(trainable)]
     step = make_training_step(pj.adapt(apply), optax.sgd(0.5))
-    got, _, loss = step(trainable, optax.sgd(0.5).init(trainable), frozen, batch, jax.random.key(0))
-    np.testing.assert_allclose(float(loss), float(want_loss), rtol=1e-6)
+    got, _, metrics = step(trainable, optax.sgd(0.5).init(trainable), frozen, batch, jax.random.key(0))
+    np.testing.assert_allclose(float(metrics.loss), float(want_loss), rtol=1e-6)
+    norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradients)))
+    np.testing.assert_allclose(float(metrics.grad_norm), norm, rtol=1e-5)
+    assert int(metrics.tokens) == int(batch["attention_mask"].sum())
     for one, other, old in zip(jax.tree.leaves(got), jax.tree.leaves(want), before, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
         assert np.abs(one - old).max() > 1e-3
@@ -106,8 +111,8 @@ def test_dropout_acts_in_training_and_not_in_evaluation(data: Tokens) -> None:
         state = optimizer.init(trainable)
         losses = []
         for seed in (1, 2):
-            trainable, state, loss = step(trainable, state, frozen, data[:4], jax.random.key(seed))
-            losses.append(float(loss))
+            trainable, state, metrics = step(trainable, state, frozen, data[:4], jax.random.key(seed))
+            losses.append(float(metrics.loss))
         assert (losses[0] == losses[1] and np.isclose(losses[0], expected, rtol=1e-6)) == (rate == 0.0)
 
 
@@ -126,13 +131,13 @@ def test_the_loop_learns_compiles_once_and_repeats_bit_for_bit(data: Tokens) -> 
         fresh = adapted(seed)
         held_out = [evaluate(evaluation, fresh, evaluation_batches(data, 4))]
         losses = []
-        for number, params, loss in train(
-            step, fresh, optimizer, training_batches(data, 4, seed=seed), max_steps=60, seed=seed
-        ):
-            losses.append(loss)
-            if number % 30 == 0:
-                held_out.append(evaluate(evaluation, params, evaluation_batches(data, 4)))
-        return losses, held_out, params
+        first, frozen = start(fresh, optimizer, seed=seed)
+        for state, metrics in train(step, first, frozen, training_batches(data, 4, seed=seed), max_steps=60):
+            losses.append(float(metrics.loss))
+            if state.step % 30 == 0:
+                so_far = pj.combine(state.trainable, frozen)
+                held_out.append(evaluate(evaluation, so_far, evaluation_batches(data, 4)))
+        return losses, held_out, pj.combine(state.trainable, frozen)
 
     first, held_out, params = run(0)
     again, _, same = run(0)
@@ -148,7 +153,9 @@ def test_frozen_weights_do_not_move(data: Tokens) -> None:
     optimizer = make_optimizer(0.1, 3)
     base = jax.tree.map(np.asarray, pj.unload(adapted(0)))
     step = make_training_step(pj.adapt(apply), optimizer)
-    *_, (_, params, _) = train(step, adapted(0), optimizer, training_batches(data, 4, seed=0), max_steps=3, seed=0)
+    state, frozen = start(adapted(0), optimizer, seed=0)
+    *_, (state, _) = train(step, state, frozen, training_batches(data, 4, seed=0), max_steps=3)
+    params = pj.combine(state.trainable, frozen)
     for before, after in zip(jax.tree.leaves(base), jax.tree.leaves(pj.unload(params)), strict=True):
         assert np.array_equal(before, after)
 
@@ -157,7 +164,7 @@ def test_a_loss_that_is_no_number_stops_the_run(data: Tokens) -> None:
     optimizer = optax.sgd(float("inf"))
     step = make_training_step(pj.adapt(apply), optimizer)
     with pytest.raises(ValueError, match="the loss is nan at step 2. Lower the learning rate"):
-        list(train(step, adapted(0), optimizer, training_batches(data, 4, seed=0), max_steps=9, seed=0))
+        list(train(step, *start(adapted(0), optimizer, seed=0), training_batches(data, 4, seed=0), max_steps=9))
 
 
 def test_the_learning_rate_rises_and_falls_to_zero() -> None:

@@ -28,6 +28,7 @@ from peft_jax.train import (
     make_training_step,
     plot_losses,
     read_records,
+    start,
     tokenize,
     tokenize_prompts,
     train,
@@ -105,15 +106,17 @@ class Bench:
         """Train an adapter; return the model and its training and held-out curves."""
         settings = self.settings
         batches = training_batches(data, settings.batch_size, seed=0)
-        run = train(self.training_step, model, self.optimizer, batches, max_steps=settings.max_steps, seed=0)
+        state, frozen = start(model, self.optimizer, seed=0)
+        run = train(self.training_step, state, frozen, batches, max_steps=settings.max_steps)
         training, held_out = [], []
         with progress(run, settings.max_steps) as bar:
-            for number, model, loss in bar:
+            for state, metrics in bar:
+                number, loss = state.step, float(metrics.loss)
                 training.append((number, loss))
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if number % settings.evaluate_every == 0 or number == settings.max_steps:
-                    held_out.append((number, self.held_out_loss(model)))
-        return model, training, held_out
+                    held_out.append((number, self.held_out_loss(pj.combine(state.trainable, frozen))))
+        return pj.combine(state.trainable, frozen), training, held_out
 
 
 def demo(options: Demo, settings: Settings = Settings()) -> None:

@@ -1,118 +1,138 @@
-"""`peft-jax finetune`: train a LoRA adapter on instruction data."""
+"""`peft-jax finetune`: train an adapter on your data, and survive whatever stops it."""
 
 import dataclasses
-import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-import peft_jax as pj
-from peft_jax.cli.bar import progress
-from peft_jax.cli.checkpoint import apply, load_tokenizer
-from peft_jax.cli.folder import new_folder, refuse_used
-from peft_jax.models.llama import LlamaConfig
-from peft_jax.train import (
-    Tokens,
-    make_optimizer,
-    make_training_step,
-    plot_losses,
-    read_records,
-    tokenize,
-    train,
-    training_batches,
-)
+from peft_jax.cli import finetune_setup as setup
+from peft_jax.cli.bar import Speed, progress
+from peft_jax.cli.checkpoint import load_tokenizer
+from peft_jax.cli.finetune_options import Finetune as Finetune
+from peft_jax.cli.finetune_options import check, settings
+from peft_jax.cli.finetune_output import METRICS, Curves, export
+from peft_jax.cli.finetune_plan import Plan, check_mesh, make_plan, surroundings
+from peft_jax.cli.run_folder import run_folder, stop_on_signal
+from peft_jax.core.partition import combine
+from peft_jax.core.summary import trainable_parameters
+from peft_jax.train import State, train
+from peft_jax.train.checkpoint import Checkpoints
+from peft_jax.train.metrics import MetricsLog, TensorBoard
+from peft_jax.train.sharding import make_mesh, parse_mesh
 
 
-@dataclasses.dataclass(frozen=True)
-class Finetune:
-    """Train a LoRA adapter on instruction data and write it in PEFT's format."""
+@dataclasses.dataclass
+class Best:
+    """The best evaluation so far, and how many have followed it that were no better."""
 
-    model: str
-    """Folder (or hub id) of a Hugging Face checkpoint of the Llama family."""
-    data: Path
-    """JSON or JSONL file of records with instruction, input and output."""
-    output: Path
-    """Folder to create: adapter, metrics.jsonl and loss.png."""
-    load_in_8bit: bool = False
-    """Keep the frozen weights in int8."""
-    r: int = 8
-    """Rank of the adapter."""
-    lora_alpha: float = 16
-    """The adapter is scaled by lora_alpha / r."""
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the modules to adapt, or all-linear."""
-    max_steps: int = 200
-    """Optimizer updates."""
-    batch_size: int = 8
-    """Examples per update."""
-    learning_rate: float = 3e-4
-    """Peak of the schedule: linear warm-up, then linear to zero."""
-    cutoff_len: int = 256
-    """Longest example in tokens; longer ones are left out and counted."""
-    seed: int = 0
-    """Seed of the adapter's start and of the order of the data."""
+    loss: float = math.inf
+    step: int = 0
+    since: int = 0
+
+    def note(self, loss: float, step: int) -> bool:
+        """Note an evaluation; return whether it is the best."""
+        better = loss < self.loss
+        self.loss, self.step, self.since = (loss, step, 0) if better else (self.loss, self.step, self.since + 1)
+        return better
 
 
 def finetune(options: Finetune) -> None:
-    """Run the command; every step is a public call.
+    """Run the command.
 
     Raises:
         ValueError: If an option, the data or the checkpoint is unusable; nothing is left behind.
         OSError: If a file or folder is missing or cannot be written.
+        KeyboardInterrupt: After Ctrl-C, with what was saved.
     """
     check(options)
-    refuse_used(options.output)
-    records = read_records(options.data)
-    targets = "all-linear" if options.target_modules == ("all-linear",) else list(options.target_modules)
-    config = pj.LoraConfig(r=options.r, lora_alpha=options.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
-    model = pj.AutoModelForCausalLM.from_pretrained(options.model, load_in_8bit=options.load_in_8bit)
-    tokenizer = load_tokenizer(options.model)
-    data = tokenize(records, tokenizer, cutoff_len=options.cutoff_len)
-    check_fit(data, model.config)
-    model = pj.get_peft_model(model, config)
+    mesh = make_mesh(parse_mesh(options.training.mesh)) if options.training.mesh else None
+    check_mesh(options, mesh)
+    folder, resume = options.run.output, options.run.resume
+    checkpoints = Checkpoints(folder / "checkpoints", keep=options.run.save_total_limit)
+    with run_folder(folder, resume=resume, saved=lambda: checkpoints.latest):
+        fingerprint = setup.fingerprint(options)
+        if resume:
+            setup.refuse_others(checkpoints.notes()["settings"], fingerprint)
+        config = setup.make_config(options.adapter)
+        records = setup.load_records(options.data)
+        base = setup.load_base(options.base)
+        data = setup.make_data(records, load_tokenizer(options.base.model), options.data, options.training.seed)
+        setup.check_fit(data.training, base.config)
+        fingerprint["tokens"] = data.digest
+        model = setup.attach(base, config, options)
+        summary = trainable_parameters(model)
+        print(data.said, summary, sep="\n")
+        plan, state, frozen = make_plan(options, model, data, mesh)
+        state, best = _train(options, plan, state, frozen, checkpoints, fingerprint)
+        curves = export(combine(state.trainable, frozen), folder, settings(options), summary)
+    _say(folder, curves, best, plan.max_steps)
 
-    print(f"{len(data)} examples, padded to {data.length} tokens.", end=" ")
-    print(f"{data.too_long} longer than {options.cutoff_len} left out." if data.too_long else "None was too long.")
-    model.print_trainable_parameters()
-    optimizer = make_optimizer(options.learning_rate, options.max_steps)
-    step = make_training_step(apply, optimizer)
-    batches = training_batches(data, options.batch_size, seed=options.seed)
-    losses = []
-    with new_folder(options.output) as folder, open(folder / "metrics.jsonl", "w") as metrics:
-        run = train(step, model, optimizer, batches, max_steps=options.max_steps, seed=options.seed)
-        with progress(run, options.max_steps) as bar:
-            for number, model, loss in bar:  # noqa: B007 (the last model is used after the loop)
-                losses.append((number, loss))
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                metrics.write(json.dumps({"step": number, "loss": loss}) + "\n")
-        model.save_pretrained(folder)
-        plot_losses(folder / "loss.png", {"training": losses}, title=f"LoRA r={options.r} on {options.data.name}")
+
+def _train(
+    options: Finetune, plan: Plan, state: State, frozen: Any, checkpoints: Checkpoints, fingerprint: dict[str, Any]
+) -> tuple[State, Best]:
+    """Train from the start or the last checkpoint to the end; return where that was."""
+    run, best, size = options.run, Best(), 0
+    if run.resume:
+        state, notes = checkpoints.restore(state)
+        setup.refuse_others(notes["settings"], fingerprint)
+        best, size = Best(**notes["best"]), notes["metrics_bytes"]
+        print(f"Resuming at step {state.step} of {plan.max_steps}.")
+        if notes["surroundings"] != surroundings():
+            print(f"Saved with {notes['surroundings']}, now {surroundings()}: the last bits may differ.")
+    else:
+        print(f"{plan.max_steps} steps, {plan.epoch} an epoch.")
+    patience = math.inf if run.early_stopping is None else run.early_stopping
+    last = plan.max_steps if best.since < patience else state.step
+    steps = train(plan.step, state, frozen, plan.batches, max_steps=last)
+    with (
+        MetricsLog(run.output / METRICS, size) as log,
+        TensorBoard(run.output / "tensorboard", state.step, on=run.tensorboard) as board,
+        stop_on_signal() as stop,
+        progress(steps, plan.max_steps, done=state.step) as bar,
+    ):
+        speed = Speed()
+        for state, metrics in bar:
+            number, loss = state.step, float(metrics.loss)
+            row = {
+                "step": number,
+                "epoch": number / plan.epoch,
+                "loss": loss,
+                "grad_norm": float(metrics.grad_norm),
+                "learning_rate": float(plan.rate(number - 1)),
+                "tokens": int(metrics.tokens),
+            }
+            log.write(row)
+            per_second = speed.add(int(metrics.tokens))
+            board.write({**row, "tokens_per_second": per_second})
+            bar.set_postfix_str(f"loss {loss:.3f}, {per_second:,.0f} tokens/s", refresh=False)
+            if plan.is_evaluated(number):
+                row = {"step": number, "eval_loss": plan.validation_loss(state, frozen)}
+                log.write(row)
+                board.write(row)
+                if best.note(row["eval_loss"], number):
+                    combine(state.trainable, frozen).save_pretrained(run.output / "best")
+            end = number == plan.max_steps or best.since >= patience
+            if end or stop.requested or number % run.save_steps == 0:
+                notes = {"settings": fingerprint, "surroundings": surroundings(), "metrics_bytes": log.size}
+                checkpoints.save(state, {**notes, "best": dataclasses.asdict(best)})
+            if stop.requested and not end:
+                raise KeyboardInterrupt
+            if end:
+                break
+    return state, best
+
+
+def _say(folder: Path, curves: Curves, best: Best, max_steps: int) -> None:
+    losses = [loss for _, loss in curves["training"]]
+    if len(losses) < max_steps:
+        print(f"Stopped early at step {len(losses)} of {max_steps}: the last {best.since} evaluations were no better.")
     few = max(1, len(losses) // 10)
-    first, last = (np.mean([loss for _, loss in part]) for part in (losses[:few], losses[-few:]))
+    first, last = np.mean(losses[:few]), np.mean(losses[-few:])
     print(f"Training loss {first:.3f} -> {last:.3f} (means of the first and last {few} steps).")
-    print(f"Wrote {options.output}: adapter_config.json, adapter_model.safetensors, metrics.jsonl, loss.png")
-
-
-def check_fit(data: Tokens, config: LlamaConfig) -> None:
-    """Raise ValueError for tokens that the model has no embedding or no position for."""
-    largest = int(data.input_ids.max())
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
-            "Take tokenizer and weights from the same checkpoint."
-        )
-    if data.length > config.max_position_embeddings:
-        raise ValueError(
-            f"examples of {data.length} tokens are longer than the model's {config.max_position_embeddings} positions. "
-            f"Give --cutoff-len {config.max_position_embeddings} or less."
-        )
-
-
-def check(options: Finetune) -> None:
-    """Raise ValueError for numbers that cannot work."""
-    for name in ("max_steps", "batch_size", "cutoff_len", "learning_rate"):
-        value = getattr(options, name)
-        if value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}. Give a number above 0.")
-    if options.seed < 0:
-        raise ValueError(f"--seed is {options.seed}. Give 0 or a number above.")
+    if "validation" in curves:
+        final = curves["validation"][-1][1]
+        print(f"Validation loss {final:.3f}, at its best {best.loss:.3f} (step {best.step}, in best/).")
+    print(f"Wrote {folder}: adapter_config.json, adapter_model.safetensors, loss.png, README.md")

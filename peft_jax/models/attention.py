@@ -70,11 +70,13 @@ def make_context(
     attention_mask: jax.Array | None,
     position_ids: jax.Array | None,
     cache: KVCache | None,
+    segment_ids: jax.Array | None = None,
 ) -> Context:
     """Compute rotation and masks for embeddings x (batch, length, hidden).
 
     Positions default to slot numbers, as in transformers, whatever the attention mask. They turn queries and keys;
-    what sees what depends on the slots and the mask alone.
+    what sees what depends on the slots, the mask and the segments. Several texts packed into one row are told apart by
+    segment_ids (batch, length): a text sees itself alone, and its positions count from 0.
 
     Raises:
         ValueError: A shape does not fit the embeddings or the cache.
@@ -85,6 +87,10 @@ def make_context(
     if kv_len < length:
         raise ValueError(f"The cache has room for {kv_len} positions, got {length} new ones. Make a longer cache.")
     slots = jnp.arange(length) + index
+    if segment_ids is not None and (cache is not None or segment_ids.shape != (batch, length)):
+        raise ValueError(f"segment_ids must be {(batch, length)}, without a cache, got {segment_ids.shape}.")
+    if position_ids is None and segment_ids is not None:
+        position_ids = segment_positions(segment_ids)
     positions = slots[None] if position_ids is None else position_ids
     if positions.shape not in ((1, length), (batch, length)):
         raise ValueError(f"position_ids must be {(batch, length)}, like the inputs, got {positions.shape}.")
@@ -94,10 +100,24 @@ def make_context(
     full = key <= query
     if attention_mask is not None:
         full &= _fit(attention_mask, batch, length, kv_len, cache is not None)[:, None, :]
+    if segment_ids is not None:
+        full &= segment_ids[:, :, None] == segment_ids[:, None, :]
     masks = {FULL: full}
     if config.sliding_window is not None:
         masks[SLIDING] = full & (key > query - config.sliding_window)
     return Context(jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype), masks, index)
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions (batch, length) that count from 0 in each run of equal segment_ids (batch, length).
+
+    Example:
+        >>> segment_positions(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
+        [[0, 1, 2, 0, 1, 0]]
+    """
+    slots = jnp.arange(segment_ids.shape[1])[None]
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
 
 
 def _fit(mask: jax.Array, batch: int, length: int, kv_len: int, cached: bool) -> jax.Array:

@@ -83,6 +83,7 @@ class CausalLM(Handle):
         attention_mask: jax.Array | np.ndarray | None = None,
         *,
         position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | np.ndarray | None = None,
         inputs_embeds: jax.Array | None = None,
         labels: jax.Array | np.ndarray | None = None,
         output_hidden_states: bool = False,
@@ -93,6 +94,8 @@ class CausalLM(Handle):
             input_ids: Token ids ``(batch, length)``.
             attention_mask: 1 on tokens and 0 on padding, ``(batch, length)``.
             position_ids: ``(batch, length)``; None counts from 0, whatever the padding, as transformers does.
+            segment_ids: ``(batch, length)``, the number of the text that each token belongs to, for several texts
+                packed into one row: each sees itself alone, and its positions count from 0.
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             labels: Token ids ``(batch, length)`` for the loss; -100 counts for nothing. Logits at a position are
                 compared with the label at the next, so labels are the ``input_ids``, masked.
@@ -100,7 +103,7 @@ class CausalLM(Handle):
         """
         forward = _forward(self.config, self.remat, output_hidden_states)
         ids = None if input_ids is None else _token_ids(input_ids, self.config.vocab_size)
-        arrays = (ids, inputs_embeds, attention_mask, position_ids)
+        arrays = (ids, inputs_embeds, attention_mask, position_ids, segment_ids)
         out = forward(self.params, *(None if array is None else jnp.asarray(array) for array in arrays))
         loss = None if labels is None else _shifted_loss(out.logits, jnp.asarray(labels))
         return CausalLMOutput(out.logits, loss, out.hidden_states)
@@ -238,7 +241,9 @@ def _token_ids(ids: Any, vocabulary: int) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def _forward(config: LlamaConfig, remat: bool, output_hidden_states: bool) -> Callable[..., Any]:
-    def forward(params: Any, input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> Any:
+    def forward(
+        params: Any, input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any, segment_ids: Any
+    ) -> Any:
         return llama.apply(
             config,
             params,
@@ -246,6 +251,7 @@ def _forward(config: LlamaConfig, remat: bool, output_hidden_states: bool) -> Ca
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            segment_ids=segment_ids,
             output_hidden_states=output_hidden_states,
             remat=remat,
         )

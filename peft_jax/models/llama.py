@@ -158,6 +158,7 @@ class Llama(nnx.Module):
         inputs_embeds: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         output_hidden_states: bool = False,
         remat: bool = False,
@@ -171,7 +172,7 @@ class Llama(nnx.Module):
         else:
             found = "neither" if input_ids is None else "both"
             raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
-        context = make_context(self.config, x, attention_mask, position_ids, cache)
+        context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids)
         buffers = None if cache is None else (cache.keys, cache.values)
         h, states, buffers = self.model(x, context, buffers, output_hidden_states, remat)
         logits = h @ table.embedding[...].T if self.config.tie_word_embeddings else self.lm_head(h)
@@ -215,6 +216,7 @@ def apply(
     inputs_embeds: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     position_ids: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
     output_hidden_states: bool = False,
     remat: bool = False,
@@ -228,6 +230,8 @@ def apply(
         inputs_embeds: Instead of input_ids, embeddings (batch, length, hidden).
         attention_mask: 0/1 (batch, length), or with a cache (batch, index + length) up to (batch, max_len).
         position_ids: (batch, length) or (1, length). By default 0, 1, ..., counted on from the cache's index.
+        segment_ids: (batch, length), the number of the text that each token belongs to, for several texts packed into
+            one row: each sees itself alone, and its positions count from 0. Not with a cache.
         cache: Keys and values of earlier positions, as from `init_cache`. The caller sees to it that index + length
             does not exceed max_len (an index is an array, whose value a compiled program cannot check).
         output_hidden_states: Also return the hidden states.
@@ -252,6 +256,7 @@ def apply(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         position_ids=position_ids,
+        segment_ids=segment_ids,
         cache=cache,
         output_hidden_states=output_hidden_states,
         remat=remat,

@@ -2,37 +2,52 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from peft_jax.core.partition import combine, partition
-from peft_jax.train.data import Batch
-from peft_jax.train.step import TrainingStep
+from peft_jax.core.partition import partition
+from peft_jax.train.batches import Batch
+from peft_jax.train.step import StepMetrics, TrainingStep
+
+
+class State(NamedTuple):
+    """Where a run stands: all that it needs to go on, beside the frozen twin and the data.
+
+    Attributes:
+        step: How many steps are done, which is also the place in the data.
+        trainable: The trainable twin.
+        opt_state: The optimizer's state.
+        key: The run's random key; each step folds its number in.
+    """
+
+    step: int
+    trainable: Any
+    opt_state: Any
+    key: jax.Array
+
+
+def start(params: Any, optimizer: optax.GradientTransformation, *, seed: int) -> tuple[State, Any]:
+    """Split a tree or model handle with an adapter into the state of a run at step 0 and the frozen twin."""
+    trainable, frozen = partition(params)
+    return State(0, trainable, optimizer.init(trainable), jax.random.key(seed)), frozen
 
 
 def train(
-    step: TrainingStep,
-    params: Any,
-    optimizer: optax.GradientTransformation,
-    batches: Sequence[Batch],
-    *,
-    max_steps: int,
-    seed: int,
-) -> Iterator[tuple[int, Any, float]]:
-    """Train and yield after each step.
+    step: TrainingStep, state: State, frozen: Any, batches: Sequence[Batch], *, max_steps: int
+) -> Iterator[tuple[State, StepMetrics]]:
+    """Train, and yield after each step.
 
     Args:
-        step: From `make_training_step`, with the same optimizer.
-        params: A tree or model handle with an adapter. Its adapter's memory is taken over, so do not use it afterwards.
-        optimizer: Any optax transformation.
-        batches: From `training_batches`.
-        max_steps: How many steps to take.
-        seed: Where dropout starts.
+        step: From `make_training_step`.
+        state: From `start`, or an earlier state of this run. Its memory is taken over, so do not use it afterwards.
+        frozen: The frozen twin; ``peft_jax.combine(state.trainable, frozen)`` is the model.
+        batches: From `training_batches`; item ``n`` is that of step ``n``.
+        max_steps: The step at which to end.
 
     Yields:
-        The number of the step from 1 on, ``params`` as trained so far (usable until the next step), the batch's loss.
+        The state (usable until the next step), and what the step tells.
 
     Raises:
         ValueError: If the loss is not a finite number.
@@ -46,18 +61,17 @@ def train(
         >>> step = make_training_step(fn, optimizer)
         >>> ids = jnp.array([[1, 2, 3]])
         >>> batches = [{"input_ids": ids, "attention_mask": jnp.ones_like(ids), "labels": ids}] * 20
-        >>> for number, params, loss in train(step, params, optimizer, batches, max_steps=20, seed=0):
-        ...     if number in (1, 20):
-        ...         print(number, loss < 0.1)
+        >>> state, frozen = start(params, optimizer, seed=0)
+        >>> for state, metrics in train(step, state, frozen, batches, max_steps=20):
+        ...     if state.step in (1, 20):
+        ...         print(state.step, bool(metrics.loss < 0.1))
         1 False
         20 True
     """
-    trainable, frozen = partition(params)
-    opt_state = optimizer.init(trainable)
-    key = jax.random.key(seed)
-    for number in range(max_steps):
-        dropout_key = jax.random.fold_in(key, number)
-        trainable, opt_state, loss = step(trainable, opt_state, frozen, batches[number], dropout_key)
-        if not math.isfinite(float(loss)):
-            raise ValueError(f"the loss is {float(loss)} at step {number + 1}. Lower the learning rate.")
-        yield number + 1, combine(trainable, frozen), float(loss)
+    while state.step < max_steps:
+        key = jax.random.fold_in(state.key, state.step)
+        trainable, opt_state, metrics = step(state.trainable, state.opt_state, frozen, batches[state.step], key)
+        if not math.isfinite(float(metrics.loss)):
+            raise ValueError(f"the loss is {float(metrics.loss)} at step {state.step + 1}. Lower the learning rate.")
+        state = State(state.step + 1, trainable, opt_state, state.key)
+        yield state, metrics

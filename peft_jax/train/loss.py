@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.train.data import IGNORE
+from peft_jax.train.encode import IGNORE
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

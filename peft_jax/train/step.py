@@ -2,11 +2,11 @@
 
 Both take a pure ``apply(params, input_ids, attention_mask) -> logits``; for a model handle that is
 ``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, for a plain function over adapted leaves
-``peft_jax.adapt(fn)``.
+``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, by that name.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,35 +14,38 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine
-from peft_jax.train.data import Batch
+from peft_jax.train.batches import Batch
 from peft_jax.train.loss import cross_entropy
 
-Apply = Callable[[Any, Any, Any], jax.Array]
-TrainingStep = Callable[[Any, Any, Any, Batch, jax.Array], tuple[Any, Any, jax.Array]]
+Apply = Callable[..., jax.Array]
+
+
+class StepMetrics(NamedTuple):
+    """What a training step tells.
+
+    Attributes:
+        loss: Mean over the batch's target tokens in nats, float32.
+        grad_norm: Global norm of the gradient before clipping, float32.
+        tokens: Number of the batch's tokens without padding, int32.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    tokens: jax.Array
+
+
+TrainingStep = Callable[[Any, Any, Any, Batch, jax.Array], tuple[Any, Any, StepMetrics]]
 EvaluationStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
-def make_optimizer(learning_rate: float, max_steps: int) -> optax.GradientTransformation:
-    """AdamW without decay, gradients clipped to norm 1, with the linear schedule of the field.
-
-    The rate rises over the first twentieth of the steps, a hundred at most, and falls to zero at the last one.
-
-    Example:
-        >>> optimizer = make_optimizer(learning_rate=3e-4, max_steps=1000)
-    """
-    warmup = min(100, max_steps // 20)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup),
-            optax.linear_schedule(learning_rate, 0.0, max_steps - warmup),
-        ],
-        [warmup],
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
-
-
-def make_training_step(apply: Apply, optimizer: optax.GradientTransformation) -> TrainingStep:
-    """Build the step ``(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, loss)``.
+def make_training_step(
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batch_size: int | None = None,
+    out_shardings: Any = None,
+) -> TrainingStep:
+    """Build the step ``(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``.
 
     Gradients are taken with respect to the trainable twin alone. The step is one compiled program, so build it once
     and use it for every run over the same shapes. It takes over the memory of ``trainable`` and ``opt_state``: what
@@ -51,9 +54,13 @@ def make_training_step(apply: Apply, optimizer: optax.GradientTransformation) ->
     Args:
         apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary).
         optimizer: Any optax transformation, initialised with the trainable twin.
+        micro_batch_size: Rows that go through the model at once; the gradients of a batch's parts are summed in one
+            scan. It divides the batch. By default the whole batch at once.
+        out_shardings: How trainable, optimizer state and metrics lie on a mesh, as `jax.jit` takes it.
 
     Returns:
-        The step. ``loss`` is the mean over the batch's target tokens in nats, float32; ``key`` is for dropout.
+        The step; ``key`` is for dropout. The loss is normalised by the target tokens of the whole batch, so that its
+        parts weigh as in one.
 
     Example:
         >>> import peft_jax as pj
@@ -62,31 +69,57 @@ def make_training_step(apply: Apply, optimizer: optax.GradientTransformation) ->
         >>> trainable, frozen = pj.partition(params)
         >>> step = make_training_step(fn, optax.sgd(0.1))
         >>> batch = dict(input_ids=jnp.array([[1, 2]]), attention_mask=jnp.ones((1, 2)), labels=jnp.array([[1, 2]]))
-        >>> trainable, state, loss = step(trainable, optax.sgd(0.1).init(trainable), frozen, batch, jax.random.key(0))
-        >>> round(float(loss), 4)  # log(4): nothing is learned yet
+        >>> opt_state = optax.sgd(0.1).init(trainable)
+        >>> trainable, opt_state, metrics = step(trainable, opt_state, frozen, batch, jax.random.key(0))
+        >>> round(float(metrics.loss), 4)  # log(4): nothing is learned yet
         1.3863
     """
 
-    def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, jax.Array]:
-        def mean_loss(trainable: Any) -> jax.Array:
-            params = with_dropout(combine(trainable, frozen), key)
-            logits = apply(params, batch["input_ids"], batch["attention_mask"])
-            total, count = cross_entropy(logits, jnp.asarray(batch["labels"]))
-            return total / jnp.maximum(count, 1).astype(jnp.float32)
+    def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, count: jax.Array) -> jax.Array:
+        params = with_dropout(combine(trainable, frozen), key)
+        return cross_entropy(logits_of(apply, params, batch), jnp.asarray(batch["labels"]))[0] / count
 
-        loss, gradients = jax.value_and_grad(mean_loss)(trainable)
+    def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
+        count = jnp.maximum(jnp.sum(jnp.asarray(batch["labels"])[:, 1:] >= 0), 1).astype(jnp.float32)
+        gradient_of = jax.value_and_grad(loss_share)
+        rows = batch["input_ids"].shape[0]
+        if micro_batch_size is None or micro_batch_size == rows:
+            loss, gradients = gradient_of(trainable, frozen, batch, key, count)
+        else:
+
+            def add(sums: Any, part: Any) -> Any:
+                micro_batch, number = part
+                found = gradient_of(trainable, frozen, micro_batch, jax.random.fold_in(key, number), count)
+                return jax.tree.map(jnp.add, sums, found), None
+
+            parts = jax.tree.map(lambda x: _in_parts(x, micro_batch_size), batch)
+            zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
+            (loss, gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(rows // micro_batch_size)))
+        tokens = jnp.sum(jnp.asarray(batch["attention_mask"]), dtype=jnp.int32)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
+            metrics = StepMetrics(loss, optax.tree.norm(gradients), tokens)
             updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-            return optax.apply_updates(trainable, updates), opt_state, loss
+            return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def _in_parts(x: jax.Array, size: int) -> jax.Array:
+    """(batch, ...) as (parts, size, ...), rows dealt out in turn, so that a batch split over devices stays so."""
+    return jnp.swapaxes(jnp.reshape(x, (size, x.shape[0] // size, *x.shape[1:])), 0, 1)
+
+
+def logits_of(apply: Apply, params: Any, batch: Batch) -> jax.Array:
+    """Logits (batch, length, vocabulary) of a batch, packed or not."""
+    packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+    return apply(params, batch["input_ids"], batch["attention_mask"], **packed)
 
 
 def make_evaluation_step(apply: Apply) -> EvaluationStep:
     """Build the compiled step ``(params, batch) -> (summed loss, number of target tokens)``, without dropout."""
 
     def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return cross_entropy(apply(params, batch["input_ids"], batch["attention_mask"]), jnp.asarray(batch["labels"]))
+        return cross_entropy(logits_of(apply, params, batch), jnp.asarray(batch["labels"]))
 
     return jax.jit(step)
 

@@ -1,0 +1,188 @@
+"""The options of `peft-jax finetune`, and which numbers cannot work."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The base model."""
+
+    model: str
+    """Folder (or hub id) of a Hugging Face checkpoint of the Llama family."""
+    load_in_8bit: bool = False
+    """Keep the frozen weights in int8."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Element type of the frozen weights; by default that of the checkpoint."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, more time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+    """The adapter: described by options, by a file, or another one to start from."""
+
+    r: int | None = None
+    """Rank of the adapter (8 by default)."""
+    lora_alpha: float | None = None
+    """The adapter is scaled by lora_alpha / r (16 by default)."""
+    lora_dropout: float | None = None
+    """Probability of zeroing an input of the adapter in training (0 by default)."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the modules to adapt, or all-linear; by default PEFT's for the model's type."""
+    adapter_config: Path | None = None
+    """A file in the format of PEFT's adapter_config.json, instead of the options above."""
+    adapter: Path | None = None
+    """Folder of an adapter to train on, instead of a fresh one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """The data and how it is laid out."""
+
+    data: str
+    """JSON or JSONL file (or hub id of a dataset) of records with instruction, input and output, or with prompt and
+    completion, or with messages."""
+    prompt_template: str = "short"
+    """For instruction data: short, alpaca, or a JSON file in alpaca-lora's format."""
+    train_on_inputs: bool = False
+    """Learn the prompts too, not the responses alone."""
+    cutoff_len: int = 256
+    """Longest example in tokens; longer ones are left out and counted."""
+    packing: bool = False
+    """Fill rows of cutoff-len tokens with several examples each, which do not see each other."""
+    val_size: float = 0
+    """Examples kept apart for validation: a share below 1, or a number of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """The training."""
+
+    epochs: float | None = None
+    """Passes over the data (3 by default)."""
+    max_steps: int | None = None
+    """Optimizer updates, instead of epochs."""
+    batch_size: int = 8
+    """Rows per update."""
+    micro_batch_size: int | None = None
+    """Rows that go through the model at once, a divisor of the batch size; by default the whole batch."""
+    learning_rate: float = 3e-4
+    """Peak of the schedule."""
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """What the learning rate does after the warm-up: fall to zero, or stay."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises; by default a twentieth of all, a hundred at most."""
+    weight_decay: float = 0
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: float = 1
+    """Norm that gradients are clipped to; 0 for no clipping."""
+    optimizer: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    """Optimizer, from optax."""
+    mesh: str | None = None
+    """Several devices, such as data=4,fsdp=2,tensor=1: data and fsdp split the batch, fsdp and tensor the weights."""
+    seed: int = 0
+    """Seed of the adapter's start, the validation split, the order of the data and dropout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What is written, and when."""
+
+    output: Path
+    """Folder to create: adapter, best/ by validation loss, checkpoints/, metrics.jsonl, loss.png, README.md."""
+    eval_steps: int | None = None
+    """Steps between evaluations; by default once an epoch. The last step is always evaluated."""
+    early_stopping: int | None = None
+    """Stop after so many evaluations without a better validation loss."""
+    save_steps: int = 100
+    """Steps between checkpoints. The last step is always saved."""
+    save_total_limit: int = 2
+    """How many checkpoints are kept."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder, with the settings it was made with."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too (needs peft-jax[tensorboard])."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Train a LoRA adapter on your data and write it in PEFT's format."""
+
+    base: Annotated[ModelOptions, tyro.conf.arg(name="")]
+    adapter: Annotated[AdapterOptions, tyro.conf.arg(name="")]
+    data: Annotated[DataOptions, tyro.conf.arg(name="")]
+    training: Annotated[TrainingOptions, tyro.conf.arg(name="")]
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
+
+
+# Options that change nothing in the numbers of a run, so that it may go on with others.
+FREE = ("output", "resume", "tensorboard", "save_total_limit", "mesh")
+
+
+def each(options: Finetune) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the value of every option."""
+    for group in dataclasses.fields(options):
+        for field in dataclasses.fields(getattr(options, group.name)):
+            yield field.name, getattr(getattr(options, group.name), field.name)
+
+
+def settings(options: Finetune) -> dict[str, Any]:
+    """Return the options that a run goes on with, as JSON has them."""
+    return {name: _plain(value) for name, value in each(options) if name not in FREE}
+
+
+def flag(name: str) -> str:
+    """Return an option as it is typed.
+
+    Example:
+        >>> flag("max_steps")
+        '--max-steps'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
+def check(options: Finetune) -> None:
+    """Raise ValueError for numbers that cannot work, and for options that exclude each other."""
+    given = dict(each(options))
+    for name in ABOVE_ZERO:
+        if given[name] is not None and not given[name] > 0:
+            raise ValueError(f"{flag(name)} is {given[name]}. Give a number above 0.")
+    for name in ("weight_decay", "max_grad_norm", "seed", "val_size", "warmup_steps"):
+        if given[name] is not None and not given[name] >= 0:
+            raise ValueError(f"{flag(name)} is {given[name]}. Give 0 or a number above.")
+    if given["val_size"] >= 1 and given["val_size"] % 1:
+        raise ValueError(f"--val-size is {given['val_size']}. Give a share below 1 or a whole number of examples.")
+    if given["batch_size"] % (given["micro_batch_size"] or given["batch_size"]):
+        raise ValueError(
+            f"--micro-batch-size {given['micro_batch_size']} does not divide --batch-size {given['batch_size']}."
+            " Give a divisor."
+        )
+    for one, others in EXCLUSIVE.items():
+        for other in others:
+            if given[one] is not None and given[other] is not None:
+                raise ValueError(f"{flag(one)} and {flag(other)} exclude each other. Give one of them.")
+    if not given["val_size"]:
+        for name in ("eval_steps", "early_stopping"):
+            if given[name] is not None:
+                raise ValueError(f"{flag(name)} needs examples for validation. Give --val-size, such as 0.1.")
+
+
+ABOVE_ZERO = (
+    *("epochs", "max_steps", "batch_size", "micro_batch_size", "cutoff_len", "learning_rate"),
+    *("eval_steps", "early_stopping", "save_steps", "save_total_limit"),
+)
+DESCRIBED = ("r", "lora_alpha", "lora_dropout", "target_modules")
+EXCLUSIVE = {
+    "adapter_config": DESCRIBED,
+    "adapter": (*DESCRIBED, "adapter_config"),
+    "epochs": ("max_steps",),
+}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,118 @@
+"""The compiled steps and the schedule of a run of `peft-jax finetune`, on one device or on a mesh."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from peft_jax.cli.checkpoint import apply
+from peft_jax.cli.finetune_options import Finetune
+from peft_jax.cli.finetune_setup import Examples
+from peft_jax.core.partition import combine
+from peft_jax.train import (
+    Batch,
+    State,
+    evaluate,
+    evaluation_batches,
+    make_evaluation_step,
+    make_optimizer,
+    make_schedule,
+    make_training_step,
+    start,
+    steps_per_epoch,
+    training_batches,
+)
+from peft_jax.train.batches import Data
+from peft_jax.train.optimizer import Schedule, default_warmup
+from peft_jax.train.sharding import PlacedBatches, place, place_batch, shardings
+from peft_jax.train.step import EvaluationStep, TrainingStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run does.
+
+    Attributes:
+        max_steps: Steps in all.
+        epoch: Steps of an epoch.
+        eval_steps: Steps between evaluations.
+        rate: The learning rate by step.
+        batches: Item ``n`` is the batch of step ``n``.
+        validation: Rows kept apart, or None.
+        rows: How many of them go through the model at once.
+        step: The compiled training step.
+        evaluation_step: The compiled evaluation step.
+        mesh: Where all of it lies; None for one device.
+    """
+
+    max_steps: int
+    epoch: int
+    eval_steps: int
+    rate: Schedule
+    batches: Sequence[Batch]
+    validation: Data | None
+    rows: int
+    step: TrainingStep
+    evaluation_step: EvaluationStep
+    mesh: Mesh | None
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the validation loss is due after a step."""
+        return self.validation is not None and (step % self.eval_steps == 0 or step == self.max_steps)
+
+    def validation_loss(self, state: State, frozen: Any) -> float:
+        """Mean loss over the rows kept apart, in nats per target token."""
+        assert self.validation is not None
+        batches = evaluation_batches(self.validation, self.rows)
+        placed = batches if self.mesh is None else (place_batch(batch, self.mesh) for batch in batches)
+        return evaluate(self.evaluation_step, combine(state.trainable, frozen), placed)
+
+
+def make_plan(options: Finetune, model: Any, data: Examples, mesh: Mesh | None) -> tuple[Plan, State, Any]:
+    """Build the steps, and split the model into the state at step 0 and the frozen twin."""
+    training = options.training
+    max_steps, epoch = count_steps(options, data.training), steps_per_epoch(data.training, training.batch_size)
+    warmup = default_warmup(max_steps) if training.warmup_steps is None else training.warmup_steps
+    rate = make_schedule(training.learning_rate, max_steps, schedule=training.lr_scheduler, warmup_steps=warmup)
+    optimizer = make_optimizer(
+        rate, optimizer=training.optimizer, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm
+    )
+    batches = training_batches(data.training, training.batch_size, seed=training.seed)
+    state, frozen = start(model, optimizer, seed=training.seed)
+    layout = None
+    if mesh is not None:
+        batches = PlacedBatches(batches, mesh)
+        state, frozen = State(0, *place(tuple(state[1:]), mesh)), place(frozen, mesh)
+        layout = (*shardings((state.trainable, state.opt_state), mesh), None)
+    step = make_training_step(apply, optimizer, micro_batch_size=training.micro_batch_size, out_shardings=layout)
+    rows = training.micro_batch_size or training.batch_size
+    parts = (max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
+    return Plan(*parts, step, make_evaluation_step(apply), mesh), state, frozen
+
+
+def count_steps(options: Finetune, data: Data) -> int:
+    """Count the optimizer updates of a run."""
+    if options.training.max_steps is not None:
+        return options.training.max_steps
+    epochs = 3 if options.training.epochs is None else options.training.epochs
+    return max(1, round(epochs * steps_per_epoch(data, options.training.batch_size)))
+
+
+def check_mesh(options: Finetune, mesh: Mesh | None) -> None:
+    """Raise ValueError if the rows that go through the model at once cannot be split over the mesh."""
+    rows = options.training.micro_batch_size or options.training.batch_size
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        name = "--micro-batch-size" if options.training.micro_batch_size else "--batch-size"
+        raise ValueError(
+            f"{name} {rows} cannot be split over data x fsdp = {parts} devices. Give a multiple of {parts}."
+        )
+
+
+def surroundings() -> dict[str, Any]:
+    """What a run's last bits depend on beside its settings."""
+    devices = jax.devices()
+    return {"jax": jax.__version__, "numpy": np.__version__, "devices": f"{len(devices)} {devices[0].device_kind}"}

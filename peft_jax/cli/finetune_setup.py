@@ -1,0 +1,220 @@
+"""What `peft-jax finetune` makes of its options: model, data, optimizer, and the fingerprint of a run."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import peft_jax as pj
+from peft_jax.cli.finetune_options import AdapterOptions, DataOptions, Finetune, ModelOptions, flag, settings
+from peft_jax.methods.base import Method
+from peft_jax.models.llama import LlamaConfig
+from peft_jax.train import Packed, Padded, encode, load_template, read_data
+from peft_jax.train.batches import Data
+from peft_jax.train.encode import Example
+from peft_jax.train.records import AnyRecord, Record, to_records
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The data of a run.
+
+    Attributes:
+        training: Rows to train on.
+        validation: Rows kept apart, or None.
+        said: What is to be told about it.
+        digest: Hash of all tokens and labels.
+    """
+
+    training: Data
+    validation: Data | None
+    said: str
+    digest: str
+
+
+def load_records(options: DataOptions) -> list[AnyRecord]:
+    """Read a file, or the split ``train`` of a dataset on the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such file or dataset.
+        ValueError: If the records are of no known format, or a template is given for data that needs none.
+    """
+    if not Path(options.data).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", options.data):
+        records = _from_hub(options.data)
+    else:
+        records = read_data(options.data)
+    if options.prompt_template != "short" and not isinstance(records[0], Record):
+        raise ValueError("--prompt-template is for instruction data, but this data has its own layout. Leave it out.")
+    return records
+
+
+def _from_hub(name: str) -> list[AnyRecord]:
+    said = f"no data file at {name}, and as a dataset on the hub it"
+    try:
+        import datasets  # an optional dependency
+    except ImportError as error:
+        raise ValueError(f"{said} needs the package datasets. Install it: pip install 'peft-jax[hub]'") from error
+    try:
+        rows = list(datasets.load_dataset(name, split="train"))
+    except Exception as error:  # of many kinds: no network, no such dataset, a gated one
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{said} cannot be read: {reason}. Check the spelling and the network.") from error
+    return to_records(rows, name)
+
+
+def make_data(records: Sequence[AnyRecord], tokenizer: Any, options: DataOptions, seed: int) -> Examples:
+    """Tokenize, split and lay out.
+
+    Raises:
+        ValueError: If nothing fits, or nothing is left to train on.
+    """
+    examples, too_long = encode(
+        records,
+        tokenizer,
+        cutoff_len=options.cutoff_len,
+        template=load_template(options.prompt_template),
+        train_on_inputs=options.train_on_inputs,
+    )
+    training, validation = _split(examples, options.val_size, seed)
+
+    def lay_out(part: Sequence[Example]) -> Data:
+        return Packed(part, options.cutoff_len) if options.packing else Padded(part, options.cutoff_len)
+
+    data = lay_out(training)
+    kept = f", {len(validation)} of them for validation" if validation else ""
+    layout = f"packed into {len(data)} rows of" if options.packing else "padded to"
+    lengths = " or ".join(map(str, data.lengths))
+    left = f"{too_long} longer than {options.cutoff_len} left out." if too_long else "None was too long."
+    said = f"{len(examples)} examples{kept}, {layout} {lengths} tokens. {left}"
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.input_ids.tobytes() + example.labels.tobytes())
+    return Examples(data, lay_out(validation) if validation else None, said, digest.hexdigest())
+
+
+def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Example], list[Example]]:
+    count = int(val_size) if val_size >= 1 else round(val_size * len(examples))
+    if val_size and not 0 < count < len(examples):
+        raise ValueError(
+            f"--val-size {val_size:g} keeps {count} of {len(examples)} examples for validation, and both parts need "
+            "some. Give another size, or more data."
+        )
+    order = np.random.default_rng(seed).permutation(len(examples))
+    kept = set(order[:count].tolist())
+    parts = [[example for n, example in enumerate(examples) if (n in kept) == wanted] for wanted in (False, True)]
+    return parts[0], parts[1]
+
+
+def check_fit(data: Data, config: LlamaConfig) -> None:
+    """Raise ValueError for tokens that the model has no embedding or no position for."""
+    largest = max(int(data[index]["input_ids"].max()) for index in range(len(data)))
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
+            "Take tokenizer and weights from the same checkpoint."
+        )
+    if data.lengths[-1] > config.max_position_embeddings:
+        raise ValueError(
+            f"rows of {data.lengths[-1]} tokens exceed the model's {config.max_position_embeddings} positions. "
+            f"Give --cutoff-len {config.max_position_embeddings} or less."
+        )
+
+
+def load_base(options: ModelOptions) -> Any:
+    """Read the base model."""
+    return pj.AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=options.dtype, load_in_8bit=options.load_in_8bit, remat=options.remat
+    )
+
+
+def make_config(options: AdapterOptions) -> Method | None:
+    """Make the adapter's config from the options or from their file; None where an adapter is given.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a config of PEFT's that is supported.
+    """
+    if options.adapter is not None:
+        return None
+    if options.adapter_config is not None:
+        return _read_config(options.adapter_config)
+    targets = options.target_modules
+    return pj.LoraConfig(
+        r=8 if options.r is None else options.r,
+        lora_alpha=16 if options.lora_alpha is None else options.lora_alpha,
+        lora_dropout=options.lora_dropout or 0.0,
+        target_modules="all-linear" if targets == ("all-linear",) else None if targets is None else list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _read_config(file: Path) -> Method:
+    rule = "Give a file like PEFT's adapter_config.json."
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter config at {file}. {rule}")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"the adapter config {file} is not JSON: {error}. {rule}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"the adapter config {file} is not a JSON object. {rule}")
+    config = pj.PeftConfig.from_dict(fields)
+    if not isinstance(config, Method):
+        raise ValueError(f"adapters of the type {config.peft_type} cannot be trained by this command. {rule}")
+    return config.replace(inference_mode=False, base_model_name_or_path=None, peft_version=None)
+
+
+def attach(base: Any, config: Method | None, options: Finetune) -> Any:
+    """Attach a fresh adapter, or the one to start from."""
+    if config is None:
+        assert options.adapter.adapter is not None
+        return pj.PeftModel.from_pretrained(base, options.adapter.adapter, is_trainable=True)
+    return pj.get_peft_model(base, config, key=jax.random.key(options.training.seed))
+
+
+def fingerprint(options: Finetune) -> dict[str, Any]:
+    """All that decides a run's numbers: its options, and the contents of the files they name."""
+    found = settings(options)
+    named = [options.data.data, options.data.prompt_template, options.adapter.adapter_config]
+    if options.adapter.adapter is not None:
+        named += [
+            options.adapter.adapter / "adapter_model.safetensors",
+            options.adapter.adapter / "adapter_config.json",
+        ]
+    contents = {str(file): _digest(Path(file)) for file in named if file is not None and Path(file).is_file()}
+    return {**found, "contents": contents}
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def refuse_others(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError if a run was made with other settings than those given now, naming them."""
+    options = [name for name in now if name not in ("contents", "tokens")]
+    told = [
+        f"{flag(name)} was {_typed(saved.get(name))}, is {_typed(now[name])}"
+        for name in options
+        if saved.get(name) != now[name]
+    ]
+    if saved["tokens"] != now.get("tokens", saved["tokens"]):
+        told.append("the data gives other tokens")
+    both = saved["contents"].keys() & now["contents"].keys()
+    changed = [file for file in sorted(both) if saved["contents"][file] != now["contents"][file]]
+    told += [f"the contents of {file} have changed" for file in changed]
+    if told:
+        raise ValueError(
+            f"the run was made with other settings: {'; '.join(told)}. Give those, or start a new run with another "
+            "--output."
+        )
+
+
+def _typed(value: Any) -> str:
+    return "not given" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,100 @@
+"""The folder of a training run: made at its start, kept once a checkpoint is in it, gone if nothing was saved."""
+
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+HOW = "Give the same command with --resume to go on"
+
+
+@contextmanager
+def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -> Iterator[None]:
+    """Make the folder of a new run, or check that of one that goes on; tidy up if the block raises.
+
+    Args:
+        output: The folder.
+        resume: Whether it is of a run that goes on.
+        saved: Tells the step of the last checkpoint; None means that nothing needs to be kept.
+
+    Raises:
+        FileExistsError: If a new run's folder is in use.
+        FileNotFoundError: If there is no checkpoint to go on from.
+        OSError: If the folder cannot be written to, or what the block raised, with what was saved.
+    """
+    _check(output, resume, saved)
+    made = [parent for parent in (output, *output.parents) if not parent.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / ".writable").touch()
+        (output / ".writable").unlink()
+    except OSError as error:
+        for parent in made:
+            if parent.exists():
+                parent.rmdir()
+        raise OSError(f"cannot write to {output}: {error.strerror}. Name another folder with --output.") from error
+    try:
+        yield
+    except BaseException as error:
+        step = saved()
+        if step is None:
+            _remove(output, made)
+            raise
+        told = f"The run is saved up to step {step}. {HOW}."
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"stopped. {told}") from None
+        if isinstance(error, OSError):
+            raise OSError(f"{str(error).rstrip('.')}. {told}") from error
+        raise
+
+
+def _check(output: Path, resume: bool, saved: Callable[[], int | None]) -> None:
+    used = output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    if resume and saved() is None:
+        rest = f"Remove {output} and" if used else "Run"
+        raise FileNotFoundError(
+            f"no checkpoint in {output / 'checkpoints'}, so there is nothing to resume. {rest} start without --resume."
+        )
+    if not resume and used:
+        how = f" {HOW}, or name" if saved() is not None else " Name"
+        raise FileExistsError(f"{output} already exists and is not an empty folder.{how} another one with --output.")
+
+
+def _remove(output: Path, made: list[Path]) -> None:
+    for entry in output.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for parent in made:
+        parent.rmdir()
+
+
+class Stop:
+    """Whether the run was asked to stop."""
+
+    requested = False
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step at hand; a second one stops at once."""
+    stop, signals = Stop(), (signal.SIGINT, signal.SIGTERM)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        tqdm.write("Stopping after this step; once more stops at once.")
+
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
+        yield stop
+        return
+    before = {number: signal.signal(number, request) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,162 @@
+"""Batches of a few fixed lengths, so that each length is compiled once: by padding, or by packing texts into rows."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import grain
+import numpy as np
+
+from peft_jax.train.encode import IGNORE, Example
+
+SHORTEST = 32
+
+
+class Batch(TypedDict):
+    """Rows of one length, each field int32 of shape (batch, length).
+
+    attention_mask is 0 on padding, labels are `IGNORE` where nothing is trained. Packed rows have segment_ids: the
+    number of each token's text, from 1 on, and 0 on padding.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    labels: np.ndarray
+    segment_ids: NotRequired[np.ndarray]
+
+
+class Data(Protocol):
+    """What batches are made of: rows (the fields of `Batch`, without the batch axis), and the lengths they may get."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Ascending; the last one holds every row."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Return one row."""
+
+
+class Padded:
+    """Examples, one a row. Their batches have lengths 32, 64, 128 and so on, the last one cut to ``longest``.
+
+    Args:
+        examples: From `peft_jax.train.encode`.
+        longest: The largest length; by default that of the longest example, rounded up to a multiple of 32.
+
+    Example:
+        >>> example = Example(np.array([5, 6, 7]), np.array([-100, 6, 7]))
+        >>> Padded([example] * 3).lengths
+        (32,)
+    """
+
+    def __init__(self, examples: Sequence[Example], longest: int | None = None) -> None:
+        self.examples = examples
+        found = max(len(example.input_ids) for example in examples)
+        self.lengths = fixed_lengths(min(rounded_up(found), longest or rounded_up(found)))
+
+    def __len__(self) -> int:
+        """Count the examples."""
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return an example's fields."""
+        ids, labels = self.examples[index]
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": labels}
+
+
+class Packed:
+    """Rows of one length, each filled with as many examples as fit; none is cut.
+
+    Each example goes into the first row that has room, in the order given.
+
+    Args:
+        examples: From `peft_jax.train.encode`, none longer than ``length``.
+        length: Tokens of a row.
+
+    Example:
+        >>> example = Example(np.array([5, 6, 7]), np.array([-100, 6, 7]))
+        >>> [row["segment_ids"].tolist() for row in Packed([example] * 3, 8)]
+        [[1, 1, 1, 2, 2, 2], [1, 1, 1]]
+    """
+
+    def __init__(self, examples: Sequence[Example], length: int) -> None:
+        self.lengths = (length,)
+        self.rows: list[list[Example]] = []
+        room = np.zeros(len(examples), np.int64)
+        for example in examples:
+            fits = np.flatnonzero(room[: len(self.rows)] >= len(example.input_ids))
+            if len(fits) == 0:
+                room[len(self.rows)] = length
+                self.rows.append([])
+            row = fits[0] if len(fits) else len(self.rows) - 1
+            self.rows[row].append(example)
+            room[row] -= len(example.input_ids)
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return a row's fields."""
+        row = self.rows[index]
+        ids = np.concatenate([example.input_ids for example in row])
+        numbers = np.repeat(np.arange(1, len(row) + 1, dtype=np.int32), [len(example.input_ids) for example in row])
+        labels = np.concatenate([example.labels for example in row])
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": labels, "segment_ids": numbers}
+
+
+def rounded_up(length: int) -> int:
+    """Return the next multiple of 32."""
+    return -(-length // SHORTEST) * SHORTEST
+
+
+def fixed_lengths(longest: int) -> tuple[int, ...]:
+    """Return 32, 64, 128, ... up to ``longest``, which is the last one.
+
+    Example:
+        >>> fixed_lengths(96)
+        (32, 64, 96)
+    """
+    powers = range(max(0, math.ceil(math.log2(longest / SHORTEST))))
+    return (*(SHORTEST << power for power in powers), longest)
+
+
+def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int]) -> Batch:
+    """Stack rows, padded to the shortest of the lengths that holds them; missing rows have no label."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    length = next(length for length in lengths if length >= longest)
+    fill = {"labels": IGNORE}
+    batch = {name: np.full((batch_size, length), fill.get(name, 0), np.int32) for name in rows[0]}
+    for number, row in enumerate(rows):
+        for name, values in row.items():
+            batch[name][number, : len(values)] = values
+    return Batch(**batch)  # type: ignore[typeddict-item]
+
+
+def training_batches(data: Data, batch_size: int, *, seed: int) -> Sequence[Batch]:
+    """Lay out an endless run: item ``n`` is the batch of step ``n``, the same each time it is asked for.
+
+    Every epoch is shuffled anew and holds every row once; its last batch is filled up with rows that have no label.
+    """
+    lengths = data.lengths
+
+    def stack(rows: Sequence[Any]) -> Batch:
+        return collate(rows, batch_size, lengths)
+
+    shuffled = grain.MapDataset.source(data).seed(seed).shuffle()
+    return shuffled.batch(batch_size, drop_remainder=False, batch_fn=stack).repeat()
+
+
+def steps_per_epoch(data: Data, batch_size: int) -> int:
+    """Count the batches of an epoch, the last one included that may not be full."""
+    return -(-len(data) // batch_size)
+
+
+def evaluation_batches(data: Data, batch_size: int) -> Iterator[Batch]:
+    """Yield every row once, in order; the last batch is filled up with rows that have no label."""
+    for start in range(0, len(data), batch_size):
+        rows = [data[index] for index in range(start, min(start + batch_size, len(data)))]
+        yield collate(rows, batch_size, data.lengths)

@@ -1,0 +1,177 @@
+"""Records as token ids and labels: what is trained, how a text begins, and how it ends.
+
+Labels are `IGNORE` on what is not trained. BOS is there if the tokenizer or the chat template puts it there, never
+twice; every text ends with a trained end mark.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from peft_jax.train.records import AnyRecord, Chat, Record
+from peft_jax.train.template import TEMPLATES, PromptTemplate
+
+IGNORE = -100
+
+
+class Tokenizer(Protocol):
+    """What is used of a `transformers` tokenizer; chats need its ``apply_chat_template`` too."""
+
+    eos_token_id: Any
+
+    def __call__(self, text: str, *, verbose: bool) -> Any:
+        """Token ids of a text under the key ``input_ids``."""
+
+
+class Example(NamedTuple):
+    """One text: token ids, and the same where they are trained and `IGNORE` elsewhere; both int32 (length,)."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+class Encoded(NamedTuple):
+    """The examples that fit, and how many were left out because they do not."""
+
+    examples: list[Example]
+    too_long: int
+
+
+def encode(
+    records: Sequence[AnyRecord],
+    tokenizer: Any,
+    *,
+    cutoff_len: int,
+    template: PromptTemplate = TEMPLATES["short"],
+    train_on_inputs: bool = False,
+) -> Encoded:
+    """Tokenize records.
+
+    Of alpaca's fields and of a prompt with its completion, the answer and the end-of-sequence token are trained, and a
+    token that straddles prompt and answer too. Of a chat, the assistant's turns are trained, to the mark that ends
+    them: by the template's ``{% generation %}`` marks, or else by laying out the chat turn by turn.
+
+    Args:
+        records: The records.
+        tokenizer: A `transformers` tokenizer with an end-of-sequence token; for chats, with a chat template.
+        cutoff_len: Examples of more tokens are left out and counted.
+        template: Lays out alpaca's fields.
+        train_on_inputs: Train all tokens instead.
+
+    Returns:
+        The examples in the order of the records.
+
+    Raises:
+        ValueError: If the tokenizer has no end-of-sequence token or no chat template where one is needed, the template
+            cannot lay out a chat, or no example fits.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> from peft_jax.train.records import Completion
+        >>> tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        >>> [example], _ = encode([Completion("1, 2,", " 3")], tokenizer, cutoff_len=32)
+        >>> tokenizer.decode(example.labels[example.labels != IGNORE])
+        ' 3<|eos|>'
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, so no answer could end. Name one in tokenizer_config.json.")
+    encoded = []
+    for number, record in enumerate(records, 1):
+        if isinstance(record, Chat):
+            ids, trained = _chat(record, tokenizer, f"chat {number}")
+        else:
+            laid_out = template(record) if isinstance(record, Record) else record
+            ids, start = encode_completion(laid_out.prompt, laid_out.completion, tokenizer)
+            trained = [position >= start for position in range(len(ids))]
+        encoded.append((ids, [True] * len(ids) if train_on_inputs else trained))
+    examples = [_example(ids, trained) for ids, trained in encoded if len(ids) <= cutoff_len]
+    if not examples:
+        shortest = min((len(ids) for ids, _ in encoded), default=0)
+        raise ValueError(
+            f"none of {len(records)} examples fits into {cutoff_len} tokens. Raise cutoff_len to {shortest} or more."
+        )
+    return Encoded(examples, len(records) - len(examples))
+
+
+def _example(ids: Sequence[int], trained: Sequence[bool]) -> Example:
+    input_ids = np.asarray(ids, np.int32)
+    labels = np.where(np.asarray(trained, bool), input_ids, IGNORE).astype(np.int32)
+    labels[:1] = IGNORE  # nothing predicts the first token
+    return Example(input_ids, labels)
+
+
+def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """Token ids of both texts and EOS, and the index of the first one that the prompt alone does not have."""
+    alone = _one_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
+    ids = _one_bos(tokenizer(prompt + completion, verbose=False)["input_ids"], tokenizer)
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    same = (number for number, (one, other) in enumerate(zip(alone, ids, strict=False)) if one != other)
+    return ids, min(next(same, len(alone)), len(ids) - 1)
+
+
+def _one_bos(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """The ids without a second BOS, where a text brings one along and the tokenizer puts another."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return list(ids[1:]) if bos is not None and list(ids[:2]) == [bos, bos] else list(ids)
+
+
+def _chat(record: Chat, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the tokenizer has no chat template, which messages need. Put chat_template.jinja beside the weights, or "
+            "give data with prompt and completion."
+        )
+    messages = list(record.messages)
+    try:
+        if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
+            found = tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, trained = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
+        else:
+            ids, trained = _by_turns(messages, tokenizer, where)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a template raises: jinja2's errors, those of its own raise_exception
+        raise ValueError(f"the tokenizer's chat template refuses {where}: {error}.") from error
+    return _ended(ids, trained, tokenizer)
+
+
+def _ended(ids: list[int], trained: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The ids, so that every learned turn is learned to its end: the EOS after it, or one put behind the last."""
+    for position in range(1, len(ids)):
+        trained[position] |= trained[position - 1] and ids[position] == tokenizer.eos_token_id != ids[position - 1]
+    last = max((position for position, one in enumerate(trained) if one), default=-1)
+    mark = last
+    while mark > 0 and not tokenizer.decode([ids[mark]]).strip():  # white space after the mark
+        mark -= 1
+    if last < 0 or ids[mark] in {tokenizer.eos_token_id, *getattr(tokenizer, "all_special_ids", ())}:
+        return ids, trained
+    return [*ids[: last + 1], tokenizer.eos_token_id], [*trained[: last + 1], True]
+
+
+def _by_turns(messages: list[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+    """Ids of a chat, and which of them the assistant's turns add to what stands before them."""
+
+    def layout(count: int, prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+
+    full, spans = layout(len(messages)), []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = layout(index, prompt=True) if index else full[: full.find(message["content"])]
+            after = layout(index + 1)
+            if not (full.startswith(after) and after.startswith(before)):
+                raise ValueError(
+                    f"the chat template lays out message {index + 1} of {where} differently when others follow, so "
+                    "what is trained cannot be told. Mark the assistant's text in it with {% generation %}."
+                )
+            spans.append((len(before), len(after)))
+    found = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = found["offset_mapping"]
+    trained = [any(start < after and before < end for before, after in spans) for start, end in offsets]
+    return list(found["input_ids"]), trained

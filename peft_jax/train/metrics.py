@@ -1,0 +1,97 @@
+"""The metrics of a run: a JSONL file that a killed run can be cut back to, and TensorBoard beside it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+Row = Mapping[str, float | int]
+
+
+class MetricsLog:
+    """A JSONL file that is written row by row; a context manager.
+
+    Args:
+        file: The file.
+        size: Bytes to keep of it: 0 for a new run, and where a checkpoint says that it was for one that goes on.
+
+    Raises:
+        ValueError: If the file is shorter than that.
+
+    Example:
+        >>> with MetricsLog(Path("metrics.jsonl")) as log:
+        ...     log.write({"step": 1, "loss": 2.5})
+        ...     log.size
+        25
+        >>> read_metrics(Path("metrics.jsonl"))
+        [{'step': 1, 'loss': 2.5}]
+    """
+
+    def __init__(self, file: Path, size: int = 0) -> None:
+        found = file.stat().st_size if file.exists() else 0
+        if found < size:
+            raise ValueError(
+                f"{file} has {found} bytes, but had {size} when the checkpoint was saved. Restore the file."
+            )
+        self._stream = open(file, "ab")
+        self._stream.truncate(size)
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return os.fstat(self._stream.fileno()).st_size
+
+    def write(self, row: Row) -> None:
+        """Append a row; it is in the file when this returns."""
+        self._stream.write(json.dumps(row).encode() + b"\n")
+        self._stream.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+class TensorBoard:
+    """Event files for TensorBoard; a context manager.
+
+    Args:
+        folder: Where to write them.
+        step: Events after this step are of a run that was cut off, and are withdrawn.
+        on: False to write nothing.
+
+    Raises:
+        ValueError: If the package tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int, *, on: bool) -> None:
+        self._writer = None
+        if not on:
+            return
+        try:
+            from tensorboardX import SummaryWriter  # an optional dependency
+        except ImportError as error:
+            raise ValueError(
+                "--tensorboard needs the package tensorboardX. Install it: pip install 'peft-jax[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, row: Row) -> None:
+        """Add a row's values at its step."""
+        for name, value in row.items():
+            if self._writer and name != "step":
+                self._writer.add_scalar(name, value, int(row["step"]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer:
+            self._writer.close()

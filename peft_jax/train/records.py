@@ -1,0 +1,208 @@
+"""Training data as people have it: files of alpaca records, of prompts with completions, or of chats.
+
+A file holds one of the three formats. It is a JSON list of objects, or JSONL, one object a line.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FIELDS = "instruction, input and output"
+FORMATS = "instruction and output (and perhaps input), or prompt and completion, or messages"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One instruction and its answer, with alpaca's field names.
+
+    Attributes:
+        instruction: What to do.
+        input: What to do it with; may be empty.
+        output: The answer.
+    """
+
+    instruction: str
+    input: str
+    output: str
+
+    @property
+    def prompt(self) -> str:
+        """The text before the answer, without the ``Input`` section when `input` is empty.
+
+        Example:
+            >>> print(Record(instruction="Reverse.", input="abc", output="cba").prompt)
+            ### Instruction:
+            Reverse.
+            <BLANKLINE>
+            ### Input:
+            abc
+            <BLANKLINE>
+            ### Response:
+            <BLANKLINE>
+        """
+        given = f"### Input:\n{self.input}\n\n" if self.input else ""
+        return f"### Instruction:\n{self.instruction}\n\n{given}### Response:\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A prompt and what follows it, as they are: nothing is put between them.
+
+    Attributes:
+        prompt: The given text.
+        completion: The text to learn.
+    """
+
+    prompt: str
+    completion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation, to be laid out by the tokenizer's chat template.
+
+    Attributes:
+        messages: Turns, each with a role and its content. The turns of role ``assistant`` are learned.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+
+
+AnyRecord = Record | Completion | Chat
+
+
+def read_data(file: str | Path) -> list[AnyRecord]:
+    """Read a JSON or JSONL file whose records have alpaca's fields, or prompt and completion, or messages.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not JSON, is empty, or its records are of no known format or of several.
+
+    Example:
+        >>> Path("data.jsonl").write_text('{"prompt": "1, 2,", "completion": " 3"}')
+        39
+        >>> read_data("data.jsonl")
+        [Completion(prompt='1, 2,', completion=' 3')]
+    """
+    return to_records(_read(Path(file), FORMATS), str(file))
+
+
+def read_records(file: str | Path) -> list[Record]:
+    """Read a JSON or JSONL file of records with alpaca's fields.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not JSON, is empty, or a record lacks `instruction` or `output`.
+
+    Example:
+        >>> Path("data.jsonl").write_text('{"instruction": "Reverse.", "input": "abc", "output": "cba"}')
+        60
+        >>> read_records("data.jsonl")
+        [Record(instruction='Reverse.', input='abc', output='cba')]
+    """
+    objects = _read(Path(file), FIELDS)
+    return [_alpaca(value, f"record {number} of {file}") for number, value in enumerate(objects, 1)]
+
+
+def to_records(objects: Sequence[Any], source: str) -> list[AnyRecord]:
+    """Turn parsed objects into records; ``source`` names where they come from in errors.
+
+    Raises:
+        ValueError: If there are none, or they are of no known format or of several.
+    """
+    if not objects:
+        raise ValueError(f"{source} holds no records. Give at least one with {FORMATS}.")
+    records = [_record(value, f"record {number} of {source}") for number, value in enumerate(objects, 1)]
+    for number, record in enumerate(records, 1):
+        if type(record) is not type(records[0]):
+            raise ValueError(
+                f"record {number} of {source} has {_NAMES[type(record)]}, but the first has {_NAMES[type(records[0])]}."
+                " Give one format a file."
+            )
+    return records
+
+
+_NAMES = {Record: "instruction and output", Completion: "prompt and completion", Chat: "messages"}
+
+
+def _record(value: Any, where: str) -> AnyRecord:
+    rule = f"Each record needs {FORMATS}."
+    _must_be_object(value, where, rule)
+    if "messages" in value:
+        return _chat(value["messages"], where)
+    if "completion" in value or "prompt" in value:
+        return Completion(**_texts(value, ("prompt", "completion"), (), where, rule))
+    if "instruction" in value or "output" in value:
+        return _alpaca(value, where)
+    raise ValueError(f"{where} lacks instruction and output; it has {', '.join(value) or 'no fields'}. {rule}")
+
+
+def _alpaca(value: Any, where: str) -> Record:
+    rule = "Each record needs the fields instruction and output, and may have input."
+    _must_be_object(value, where, rule)
+    return Record(**_texts(value, ("instruction", "output"), ("input",), where, rule))
+
+
+def _must_be_object(value: Any, where: str, rule: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is of type {type(value).__name__}, not an object. {rule}")
+
+
+def _texts(
+    value: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str], where: str, rule: str
+) -> dict[str, str]:
+    missing = [name for name in needed if name not in value]
+    if missing:
+        raise ValueError(f"{where} lacks {' and '.join(missing)}; it has {', '.join(value) or 'no fields'}. {rule}")
+    fields = {name: value[name] for name in needed} | {name: value.get(name) or "" for name in optional}
+    for name, content in fields.items():
+        if not isinstance(content, str):
+            raise ValueError(f"{where} has a {name} of type {type(content).__name__}, not text. {rule}")
+    return fields
+
+
+def _chat(messages: Any, where: str) -> Chat:
+    rule = 'Messages are a list of objects like {"role": "user", "content": "Hello"}.'
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where} has messages that are no list, or an empty one. {rule}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(f"message {number} in {where} lacks a role or a content that is text. {rule}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{where} has no message of role assistant, so there is nothing to learn in it. {rule}")
+    return Chat(tuple(messages))
+
+
+def _read(file: Path, fields: str) -> list[Any]:
+    """Return the values in a file: a JSON list's items, or one value a line."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no data file at {file}. Give a JSON or JSONL file of records with {fields}.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text. Give a JSON or JSONL file.") from error
+    if not text.strip():
+        raise ValueError(f"{file} is empty. Give at least one record with {fields}.")
+    objects = _parse(text, file)
+    if not objects:
+        raise ValueError(f"{file} holds no records. Give at least one with {fields}.")
+    return objects
+
+
+def _parse(text: str, file: Path) -> list[Any]:
+    hint = "Give a JSON list of objects, or one JSON object a line."
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON: {error}. {hint}") from error
+    values = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                values.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file} is not JSON in line {number}: {error.msg}. {hint}") from error
+    return values

@@ -1,0 +1,88 @@
+"""Prompt templates for alpaca's fields: two by name, and files in alpaca-lora's format."""
+
+import dataclasses
+import json
+import string
+from pathlib import Path
+
+from peft_jax.train.records import Completion, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTemplate:
+    """The text before the answer, with ``{instruction}`` and ``{input}`` in it.
+
+    Attributes:
+        prompt_input: For records with an input.
+        prompt_no_input: For records without.
+
+    Example:
+        >>> PromptTemplate("{instruction} {input}: ", "{instruction}: ")(Record("Reverse", "abc", "cba"))
+        Completion(prompt='Reverse abc: ', completion='cba')
+    """
+
+    prompt_input: str
+    prompt_no_input: str
+
+    def __call__(self, record: Record) -> Completion:
+        """Lay out a record."""
+        text = self.prompt_input if record.input else self.prompt_no_input
+        return Completion(text.format(instruction=record.instruction, input=record.input), record.output)
+
+
+TEMPLATES = {
+    "short": PromptTemplate(
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+    ),
+    "alpaca": PromptTemplate(
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+    ),
+}
+
+
+def load_template(name_or_file: str | Path) -> PromptTemplate:
+    r"""Return the template of a name (``short``, ``alpaca``), or read a JSON file in alpaca-lora's format.
+
+    Such a file has the texts ``prompt_input`` and ``prompt_no_input``; its other fields are descriptions.
+
+    Raises:
+        FileNotFoundError: If it is neither a name nor a file.
+        ValueError: If the file does not hold the two texts, or they name other fields.
+
+    Example:
+        >>> load_template("short").prompt_no_input
+        '### Instruction:\n{instruction}\n\n### Response:\n'
+    """
+    if str(name_or_file) in TEMPLATES:
+        return TEMPLATES[str(name_or_file)]
+    file, rule = Path(name_or_file), "It needs the texts prompt_input and prompt_no_input."
+    if not file.is_file():
+        raise FileNotFoundError(f"no prompt template '{file}'. Give {', '.join(TEMPLATES)} or a JSON file. {rule}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"the prompt template {file} is not JSON: {error}. {rule}") from error
+    texts = [found.get(name) for name in ("prompt_input", "prompt_no_input")] if isinstance(found, dict) else [None]
+    for text in texts:
+        _check(text, file, rule)
+    return PromptTemplate(*texts)
+
+
+def _check(text: object, file: Path, rule: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"the prompt template {file} lacks a text. {rule}")
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"the prompt template {file} has a brace too many or too few: {error}.") from error
+    if not {"instruction"} <= names <= {"instruction", "input"}:
+        raise ValueError(
+            f"the prompt template {file} names the fields {sorted(names)}. Name {{instruction}} and perhaps {{input}}, "
+            "and double other braces."
+        )
