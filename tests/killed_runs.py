@@ -1,0 +1,175 @@
+"""Runs `peft-jax finetune` in child processes, kills them at chosen or random moments, and resumes them.
+
+    python tests/killed_runs.py FOLDER [SEED ...]
+
+FOLDER holds a model and data.json. Runs go into FOLDER/whole (not killed), FOLDER/chosen (killed and resumed at every
+moment below in turn), and FOLDER/random-<SEED>, killed at some time after its first checkpoint. Exit codes are printed
+as JSON. All children are forked from this process, which has imported everything and touched no device.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
+
+from peft_jax.cli.finetune_plan import Plan
+from peft_jax.cli.main import main
+from peft_jax.train.metrics import MetricsLog
+
+OPTIONS = (
+    "finetune --model model --data data.json --max-steps 14 --batch-size 4 --micro-batch-size 2 --val-size 4 "
+    "--eval-steps 2 --save-steps 3 --lora-dropout 0.1 --learning-rate 0.01"
+).split()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_save(output: str) -> None:
+    """After the files of checkpoint 6 are written, before they get their name."""
+    whole = AtomicRenameTemporaryPath.finalize
+
+    async def finalize(self: Any) -> None:
+        if str(self.get_final()).endswith(f"{output}/checkpoints/6"):
+            kill()
+        await whole(self)
+
+    AtomicRenameTemporaryPath.finalize = finalize
+
+
+def amid_files(output: str) -> None:
+    """While checkpoint 6 has some of its files."""
+    whole = AtomicRenameTemporaryPath.create
+
+    async def create(self: Any) -> Any:
+        if f"{output}/checkpoints/6." in str(self.get_final()):
+            kill()
+        return await whole(self)
+
+    AtomicRenameTemporaryPath.create = create
+
+
+def after_rename(output: str) -> None:
+    """Right after checkpoint 6 has its name, before old ones are removed."""
+    whole = AtomicRenameTemporaryPath.finalize
+
+    async def finalize(self: Any) -> None:
+        await whole(self)
+        if str(self.get_final()).endswith(f"{output}/checkpoints/6"):
+            kill()
+
+    AtomicRenameTemporaryPath.finalize = finalize
+
+
+def in_metrics(output: str) -> None:
+    """With half a row of metrics in the file."""
+    whole = MetricsLog.write
+
+    def write(self: MetricsLog, row: Any) -> None:
+        if row["step"] == 8:
+            self._stream.write(json.dumps(row).encode()[:20])
+            self._stream.flush()
+            kill()
+        whole(self, row)
+
+    MetricsLog.write = write  # type: ignore[method-assign]
+
+
+def in_evaluation(output: str) -> None:
+    """During the evaluation of step 8."""
+    whole = Plan.validation_loss
+
+    def validation_loss(self: Plan, state: Any, frozen: Any) -> float:
+        loss = whole(self, state, frozen)
+        return kill() if state.step == 8 else loss  # type: ignore[return-value]
+
+    Plan.validation_loss = validation_loss  # type: ignore[method-assign]
+
+
+def _before_the_name(output: str, file: str, count: int) -> None:
+    whole, seen = os.replace, 0
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal seen
+        seen += str(target) == f"{output}/{file}"
+        if seen == count and str(target) == f"{output}/{file}":
+            kill()
+        whole(source, target)
+
+    os.replace = replace
+
+
+def in_best(output: str) -> None:
+    """Between the two files of the second best adapter."""
+    _before_the_name(output, "best/adapter_config.json", 2)
+
+
+def in_export(output: str) -> None:
+    """Between the two files of the final adapter."""
+    _before_the_name(output, "adapter_config.json", 1)
+
+
+def in_plot(output: str) -> None:
+    """Before the loss curve has its name."""
+    _before_the_name(output, "loss.png", 1)
+
+
+MOMENTS = (in_save, amid_files, after_rename, in_metrics, in_evaluation, in_best, in_plot, in_export)
+
+
+def fork(output: str, *words: str, prepare: Callable[[str], None] = lambda output: None) -> int:
+    """Start a run in a child process; what it says goes to a file."""
+    if child := os.fork():
+        return child
+    said = os.open(f"{output}{''.join(words)}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    code = 1
+    try:
+        prepare(output)
+        code = main([*OPTIONS, "--output", output, *words])
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code of a child, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def at_random(seed: int, seconds: float) -> tuple[int, int]:
+    """Kill a run some time after its first checkpoint."""
+    output = f"random-{seed}"
+    child = fork(output)
+    while not (Path(output) / "checkpoints" / "3").exists():
+        time.sleep(0.001)
+    time.sleep(random.Random(seed).uniform(0, seconds))
+    os.kill(child, signal.SIGKILL)
+    return wait(child), wait(fork(output, "--resume"))
+
+
+def everything(seeds: list[int]) -> dict[str, Any]:
+    """All runs, and their exit codes."""
+    codes: dict[str, Any] = {"whole": wait(fork("whole"))}
+    for moment in MOMENTS:
+        words = () if moment is MOMENTS[0] else ("--resume",)
+        codes[moment.__name__] = wait(fork("chosen", *words, prepare=moment))
+    codes["chosen"] = wait(fork("chosen", "--resume"))
+    return codes | {f"random-{seed}": at_random(seed, 1.5) for seed in seeds}
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    jax.config.update("jax_compilation_cache_dir", str(Path("cache").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    print(json.dumps(everything([int(seed) for seed in sys.argv[2:]])))

@@ -1,0 +1,215 @@
+"""Runs that are killed, stopped or refused, and what is left of them."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_jax.cli.main import main
+from peft_jax.models.causal_lm import CausalLM
+from peft_jax.train.checkpoint import Checkpoints
+from peft_jax.train.metrics import MetricsLog
+
+RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(22)]
+WORDS = "finetune --model model --data data.json --max-steps 4 --batch-size 4 --output out".split()
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What a run writes, without its checkpoints, which hold the time of day."""
+    files = [file for file in folder.rglob("*") if file.is_file() and "checkpoints" not in file.parts]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a model and data."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with runs that were killed and resumed, and their exit codes."""
+    folder = tmp_path_factory.mktemp("killed")
+    shutil.copytree(tiny_llama, folder / "model")
+    (folder / "data.json").write_text(json.dumps(RECORDS))
+    script = Path(__file__).with_name("killed_runs.py")
+    run = subprocess.run([sys.executable, script, folder, "1"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return folder, json.loads(run.stdout)
+
+
+def test_a_run_killed_at_every_bad_moment_ends_in_the_same_bits(killed: tuple[Path, dict[str, Any]]) -> None:
+    folder, codes = killed
+    assert codes.pop("whole") == codes.pop("chosen") == 0
+    assert codes.pop("random-1") == [-signal.SIGKILL, 0]
+    assert set(codes.values()) == {-signal.SIGKILL} and len(codes) == 8
+    whole = results(folder / "whole")
+    wanted = {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "README.md"}
+    assert whole.keys() == wanted | {"best/adapter_model.safetensors", "best/adapter_config.json"}
+    assert results(folder / "chosen") == whole
+    assert sorted(file.name for file in (folder / "chosen" / "checkpoints").iterdir()) == ["12", "14"]
+
+
+def test_a_run_killed_at_a_random_moment_ends_in_the_same_bits(killed: tuple[Path, dict[str, Any]]) -> None:
+    assert results(killed[0] / "random-1") == results(killed[0] / "whole")
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*WORDS, "--output", "whole"]) == 0
+    write = MetricsLog.write
+
+    def interrupted(self: MetricsLog, row: Any) -> None:
+        write(self, row)
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", interrupted)
+        assert main(WORDS) == 130
+    said = capsys.readouterr()
+    assert "saved up to step 2. Give the same command with --resume to go on." in said.err.splitlines()[-1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (workplace / "out" / "adapter_config.json").exists()
+    assert main([*WORDS, "--resume"]) == 0
+    assert "Resuming at step 2 of 4." in capsys.readouterr().out
+    assert results(Path("out")) == results(Path("whole"))
+    assert main([*WORDS, "--resume"]) == 0  # of a run that is done: writes the same again
+    assert results(Path("out")) == results(Path("whole"))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, and a run in ``out``."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(tiny_llama, folder / "model")
+    (folder / "data.json").write_text(json.dumps(RECORDS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(WORDS) == 0
+    return folder
+
+
+@pytest.fixture
+def stage(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it as the current folder."""
+    shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    yield tmp_path / "copy"
+
+
+OTHERS: dict[str, tuple[list[str], list[str]]] = {
+    "a rate": (["--learning-rate", "0.1"], ["--learning-rate was 0.0003, is 0.1"]),
+    "several": (["--r", "4", "--packing"], ["--r was not given, is 4", "--packing was False, is True"]),
+    "steps": (["--max-steps", "5"], ["--max-steps was 4, is 5"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_settings_are_named(stage: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    words, said = OTHERS[case]
+    before = results(Path("out"))
+    assert main([*WORDS, "--resume", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and all(one in error for one in said) and "another --output" in error
+    assert results(Path("out")) == before
+
+
+def test_other_data_is_noticed(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data.json").write_text(json.dumps([*RECORDS[:-1], {"instruction": "a", "output": "b"}]))
+    assert main([*WORDS, "--resume"]) == 2
+    assert "the contents of data.json have changed" in capsys.readouterr().err
+
+
+def test_options_that_change_no_number_may_differ(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = results(Path("out"))
+    assert main([*WORDS, "--resume", "--save-total-limit", "7", "--tensorboard"]) == 0, capsys.readouterr().err
+    assert before.items() <= results(Path("out")).items()
+
+
+def _without_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / "out" / "checkpoints")
+
+
+def _with_torn_checkpoint(folder: Path) -> None:
+    for file in (folder / "out" / "checkpoints" / "4" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def _with_short_metrics(folder: Path) -> None:
+    (folder / "out" / "metrics.jsonl").write_text("")
+
+
+def _as_it_is(folder: Path) -> None:
+    """Leaves the folder alone."""
+
+
+REFUSED = {
+    "no checkpoint": (_without_checkpoints, ["--resume"], "Remove out and start without --resume"),
+    "no run": (_as_it_is, ["--resume", "--output", "none"], "no checkpoint in none/checkpoints"),
+    "a run in the way": (_as_it_is, [], "Give the same command with --resume to go on, or name another one"),
+    "a damaged checkpoint": (_with_torn_checkpoint, ["--resume"], "out/checkpoints/4 is damaged"),
+    "metrics cut off": (_with_short_metrics, ["--resume"], "Restore the file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_resumed_says_so(stage: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
+    prepare, words, said = REFUSED[case]
+    prepare(stage)
+    before = results(stage / "out"), sorted(stage.iterdir())
+    capfd.readouterr()
+    assert main([*WORDS, *words]) == 2
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("peft-jax: error: ") and said in errors[0], errors
+    assert (results(stage / "out"), sorted(stage.iterdir())) == before
+
+
+def test_a_full_disk_keeps_what_was_saved(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save, limits = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self: Checkpoints, state: Any, notes: Any) -> None:
+        if state.step == 4:  # no file may grow beyond a few bytes
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        try:
+            save(self, state, notes)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        assert main([*WORDS, "--save-steps", "2"]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "the checkpoint of step 4 cannot be written to out/checkpoints: " in error
+    assert "The run is saved up to step 2. Give the same command with --resume to go on." in error
+    assert [file.name for file in Path("out/checkpoints").iterdir()] == ["2"]
+    assert main([*WORDS, "--save-steps", "2", "--resume"]) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_model_is_read(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    monkeypatch.setattr(CausalLM, "__init__", None)
+    assert main(WORDS) == 2
+    error = capsys.readouterr().err.strip()
+    assert error == "peft-jax: error: cannot write to out: Permission denied. Name another folder with --output."
+    assert not Path("out").exists()
