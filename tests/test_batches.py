@@ -107,13 +107,10 @@ def test_data_of_no_known_format_says_what_to_write(tmp_path: Path, content: str
 
 def test_templates_by_name_and_from_alpaca_loras_files(tmp_path: Path) -> None:
     assert load_template("short")(RECORDS[0]).prompt == RECORDS[0].prompt
-    assert load_template("alpaca")(RECORDS[0]).prompt.startswith(
-        "Below is an instruction that describes a task, paired"
-    )
+    assert load_template("alpaca")(RECORDS[0]).prompt.startswith("Below is an instruction that describes a task, ")
     file = tmp_path / "mine.json"
-    file.write_text(
-        '{"description": "x", "prompt_input": "{instruction}|{input}|{{}}", "prompt_no_input": "{instruction}|"}'
-    )
+    texts = {"prompt_input": "{instruction}|{input}|{{}}", "prompt_no_input": "{instruction}|", "description": "mine"}
+    file.write_text(json.dumps(texts))
     assert load_template(file)(Record("a", "{b}", "c")) == Completion("a|{b}|{}", "c")
     assert load_template(file)(Record("a", "", "c")) == Completion("a|", "c")
 

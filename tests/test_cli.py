@@ -21,7 +21,7 @@ from safetensors.numpy import load, load_file
 
 from peft_jax.cli import main as main_module
 from peft_jax.cli.demo import Demo, Settings, demo, one_of_each, with_shuffled_answers
-from peft_jax.cli.demo_data import TRAIN
+from peft_jax.cli.demo_data import MODEL, TRAIN
 from peft_jax.cli.folder import new_folder, refuse_used
 from peft_jax.cli.main import main
 from peft_jax.models import AutoModelForCausalLM
@@ -86,7 +86,7 @@ def test_a_run_writes_an_adapter_that_peft_loads(workplace: Path, capsys: pytest
     assert [row["step"] for row in metrics] == [1, 2, 3] and all(np.isfinite(row["loss"]) for row in metrics)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
-    assert "12 examples, padded to" in said and "trainable params: " in said and "Training loss" in said
+    assert "12 examples. None was too long." in said and "trainable params: " in said and "Training loss" in said
     assert max(map(len, said.splitlines())) <= 100
 
     served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), out)
@@ -152,9 +152,22 @@ def test_rank_alpha_and_targets_are_written(workplace: Path, capsys: pytest.Capt
 def test_examples_over_the_cutoff_are_counted(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("data.json").write_text(json.dumps([*RECORDS, {"instruction": "a", "output": "b" * 100}]))
     assert main(finetune(output="one", max_steps=1, cutoff_len=80)) == 0
-    assert "12 examples, padded to 32 or 64 tokens. 1 longer than 80 left out." in capsys.readouterr().out
+    assert "12 examples. 1 longer than 80 tokens left out.\nPadded to 32 or 64 tokens." in capsys.readouterr().out
     assert main(finetune(output="two", max_steps=1)) == 0
-    assert "13 examples, padded to 32 or 64 or 128 tokens. None was too long." in capsys.readouterr().out
+    assert "13 examples. None was too long.\nPadded to 32 or 64 or 128 tokens." in capsys.readouterr().out
+
+
+def test_the_fields_own_job_in_one_line(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        f"finetune --model {MODEL} --data {TRAIN} --output job --load-in-8bit --r 8 --target-modules q_proj v_proj "
+        "--batch-size 128 --micro-batch-size 4 --cutoff-len 256 --val-size 0.1 --eval-steps 1 --save-steps 1 "
+        "--max-steps 1"
+    )
+    assert main(line.split()) == 0
+    said = capsys.readouterr().out
+    assert "2000 examples, 200 of them for validation" in said and "trainable params: 20,480" in said
+    assert [row["step"] for row in map(json.loads, Path("job/metrics.jsonl").read_text().splitlines())] == [1, 1]
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def _truncate(folder: Path) -> None:

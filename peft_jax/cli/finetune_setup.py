@@ -88,10 +88,10 @@ def make_data(records: Sequence[AnyRecord], tokenizer: Any, options: DataOptions
 
     data = lay_out(training)
     kept = f", {len(validation)} of them for validation" if validation else ""
-    layout = f"packed into {len(data)} rows of" if options.packing else "padded to"
+    left = f"{too_long} longer than {options.cutoff_len} tokens left out." if too_long else "None was too long."
+    layout = f"Packed into {len(data)} rows of" if options.packing else "Padded to"
     lengths = " or ".join(map(str, data.lengths))
-    left = f"{too_long} longer than {options.cutoff_len} left out." if too_long else "None was too long."
-    said = f"{len(examples)} examples{kept}, {layout} {lengths} tokens. {left}"
+    said = f"{len(examples)} examples{kept}. {left}\n{layout} {lengths} tokens."
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())

@@ -37,6 +37,10 @@ def main(args: Sequence[str] | None = None) -> int:
             finetune(command)
     except (ValueError, OSError) as error:
         return fail(str(error), 2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return fail(f"{error} Use smaller batches, shorter texts or --load-in-8bit.", 2)
     except KeyboardInterrupt as stopped:
         return fail(str(stopped) or "stopped; nothing was written.", INTERRUPTED)
     return 0
