@@ -288,7 +288,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a mesh of another kind": ({"mesh": "model=2"}, "--mesh is 'model=2'. Give sizes of data, fsdp, tensor"),
     "no rows": ({"batch_size": 0}, "--batch-size is 0. Give a number above 0"),
     "no checkpoints": ({"save_steps": 0}, "--save-steps is 0"),
-    "a folder under a file": ({"output": "data.json/new"}, "cannot write to data.json/new"),
+    "a folder under a file": ({"output": "data.json/new"}, "data.json/new cannot be written"),
 }
 
 

@@ -160,7 +160,7 @@ def _as_it_is(folder: Path) -> None:
 REFUSED = {
     "no checkpoint": (_without_checkpoints, ["--resume"], "Remove out and start without --resume"),
     "no run": (_as_it_is, ["--resume", "--output", "none"], "no checkpoint in none/checkpoints"),
-    "a run in the way": (_as_it_is, [], "Give the same command with --resume to go on, or name another one"),
+    "a run in the way": (_as_it_is, [], "out already holds a run. Give the same command with --resume to go on, or name"),
     "a damaged checkpoint": (_with_torn_checkpoint, ["--resume"], "out/checkpoints/4 is damaged"),
     "metrics cut off": (_with_short_metrics, ["--resume"], "Restore the file"),
 }
@@ -211,5 +211,5 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_model_is_read(
     monkeypatch.setattr(CausalLM, "__init__", None)
     assert main(WORDS) == 2
     error = capsys.readouterr().err.strip()
-    assert error == "peft-jax: error: cannot write to out: Permission denied. Name another folder with --output."
+    assert error == "peft-jax: error: out cannot be written: Permission denied. Name another one with --output."
     assert not Path("out").exists()

@@ -18,7 +18,7 @@ def refuse_used(output: Path) -> None:
         raise FileExistsError(f"{output} already exists and is not an empty folder. Name another one with --output.")
     there = next(place for place in (output, *output.parents) if os.path.lexists(place))
     if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
-        raise _unwritable(output, f"{there} is not a folder that you may write to")
+        raise unwritable(output, f"{there} is not a folder that you may write to")
 
 
 @contextmanager
@@ -63,12 +63,13 @@ def _hidden(output: Path, place: Path) -> Iterator[Path]:
         place.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=place)
     except OSError as error:
-        raise _unwritable(output, error.strerror or str(error)) from error
+        raise unwritable(output, error.strerror or str(error)) from error
     with scratch:
         folder = Path(scratch.name) / "out"
         folder.mkdir()
         yield folder
 
 
-def _unwritable(output: Path, reason: str) -> OSError:
+def unwritable(output: Path, reason: str) -> OSError:
+    """The error for an output folder that cannot be written, and why not."""
     return OSError(f"{output} cannot be written: {reason}. Name another one with --output.")

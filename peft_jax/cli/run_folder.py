@@ -1,5 +1,6 @@
 """The folder of a training run: made at its start, kept once a checkpoint is in it, gone if nothing was saved."""
 
+import os
 import shutil
 import signal
 import threading
@@ -9,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 from tqdm import tqdm
+
+from peft_jax.cli.folder import refuse_used, unwritable
 
 HOW = "Give the same command with --resume to go on"
 
@@ -31,13 +34,11 @@ def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -
     made = [parent for parent in (output, *output.parents) if not parent.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / ".writable").touch()
-        (output / ".writable").unlink()
     except OSError as error:
         for parent in made:
             if parent.exists():
                 parent.rmdir()
-        raise OSError(f"cannot write to {output}: {error.strerror}. Name another folder with --output.") from error
+        raise unwritable(output, error.strerror or str(error)) from error
     try:
         yield
     except BaseException as error:
@@ -54,15 +55,17 @@ def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -
 
 
 def _check(output: Path, resume: bool, saved: Callable[[], int | None]) -> None:
-    used = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    if resume and saved() is None:
-        rest = f"Remove {output} and" if used else "Run"
+    if not resume:
+        if saved() is not None:
+            raise FileExistsError(f"{output} already holds a run. {HOW}, or name another one with --output.")
+        refuse_used(output)
+    elif saved() is None:
+        rest = f"Remove {output} and" if output.exists() else "Run"
         raise FileNotFoundError(
             f"no checkpoint in {output / 'checkpoints'}, so there is nothing to resume. {rest} start without --resume."
         )
-    if not resume and used:
-        how = f" {HOW}, or name" if saved() is not None else " Name"
-        raise FileExistsError(f"{output} already exists and is not an empty folder.{how} another one with --output.")
+    elif not os.access(output, os.W_OK | os.X_OK):
+        raise unwritable(output, "it is not a folder that you may write to")
 
 
 def _remove(output: Path, made: list[Path]) -> None:

@@ -1,0 +1,78 @@
+"""Training on a mesh: the losses of one device, arrays in parts, checkpoints that move."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from peft_jax.train.sharding import AXES, RULES, make_mesh, parse_mesh, spec
+
+MESH = "data=2,fsdp=2,tensor=2"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What runs on one device and on eight tell."""
+    folder = tmp_path_factory.mktemp("mesh")
+    shutil.copytree(tiny_llama, folder / "model")
+    records = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(24)]
+    (folder / "data.json").write_text(json.dumps(records))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    words = [sys.executable, Path(__file__).with_name("mesh_runs.py"), folder, MESH]
+    run = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **flags})
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_eight_devices_give_the_losses_of_one(runs: dict[str, Any]) -> None:
+    wanted = runs["one"]["losses"]
+    assert len(wanted) == 21 and wanted[0] - wanted[-1] > 0.1
+    for name in (MESH, "many to one", "one to many"):
+        np.testing.assert_allclose(runs[name]["losses"], wanted, rtol=1e-5)
+
+
+def test_arrays_lie_in_parts_and_stay_so(runs: dict[str, Any]) -> None:
+    assert all(run["kept"] for run in runs.values())
+    assert runs["one"]["compiled"] == runs[MESH]["compiled"] == 1
+    assert set(runs["one"]["parts"].values()) == {1}
+    parts = runs[MESH]["parts"]
+    assert parts == runs["one to many"]["parts"] and runs["one"]["parts"] == runs["many to one"]["parts"]
+    for path, count in parts.items():
+        tail = path.rsplit(".", 1)[-1]
+        wanted = {"q": 4, "kernel": 4, "embedding": 4, "lora_A": 2, "lora_B": 2}.get(tail)
+        if wanted is None:
+            wanted = 2 if path.endswith("kernel.base.scale") else 1
+        assert count == wanted, path
+    assert sum(".mu." in path or ".nu." in path for path in parts) == 28
+
+
+def test_rules_are_taken_by_the_end_of_the_path() -> None:
+    mesh = make_mesh({})
+    for path, wanted in {
+        "model.layers.mlp.down_proj.kernel": P(None, "tensor", "fsdp"),
+        "model.layers.mlp.down_proj.kernel.base.q": P(None, "tensor", "fsdp"),
+        "1.0.mu.model.layers.self_attn.q_proj.kernel.params.lora_A": P(None, "fsdp", None),
+        "model.layers.input_layernorm.scale": P(),
+    }.items():
+        assert spec(path, (2, 8, 8), mesh) == wanted
+    assert {axis for _, rule in RULES for axis in rule if axis} < set(AXES)
+
+
+@pytest.mark.parametrize("text", ["data", "data=x", "model=2", "data=2;fsdp=2", ""])
+def test_sizes_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(ValueError, match="Give sizes of data, fsdp, tensor, such as data=4,fsdp=2"):
+        parse_mesh(text)
+
+
+def test_sizes_that_do_not_fit_the_devices() -> None:
+    with pytest.raises(ValueError, match="the mesh data=3,tensor=5 needs 15 devices, but there are 8"):
+        make_mesh({"data": 3, "tensor": 5})
+    with pytest.raises(ValueError, match="has no axis rows"):
+        make_mesh({"rows": 1})
