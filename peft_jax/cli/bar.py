@@ -26,7 +26,7 @@ def progress(run: Iterable[Any], steps: int, *, done: int = 0) -> Any:
 
 
 class Speed:
-    """Tokens per second since the first step, which compiles, was done.
+    """Tokens per second of training steps alone, the first one left out, which compiles.
 
     Example:
         >>> speed = Speed()
@@ -35,14 +35,17 @@ class Speed:
     """
 
     def __init__(self) -> None:
-        self.start: float | None = None
-        self.tokens = 0
+        self.tokens, self.seconds, self.mark = 0, 0.0, 0.0
 
     def add(self, tokens: int) -> float:
-        """Count a step's tokens and return the speed."""
-        now = time.monotonic()
-        if self.start is None:
-            self.start = now
-            return 0.0
-        self.tokens += tokens
-        return self.tokens / max(now - self.start, 1e-9)
+        """Count a step's tokens, and return the speed so far."""
+        now = time.perf_counter()
+        if self.mark:
+            self.tokens += tokens
+            self.seconds += now - self.mark
+        self.mark = now
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def skip(self) -> None:
+        """Leave out the time since the last step: an evaluation's, a checkpoint's."""
+        self.mark = time.perf_counter()

@@ -59,7 +59,7 @@ def finetune(options: Finetune) -> None:
         records = setup.load_records(options.data)
         base = setup.load_base(options.base)
         data = setup.make_data(records, load_tokenizer(options.base.model), options.data, options.training.seed)
-        setup.check_fit(data.training, base.config)
+        setup.check_fit(data, base.config)
         fingerprint["tokens"] = data.digest
         model = setup.attach(base, config, options)
         summary = trainable_parameters(model)
@@ -81,7 +81,7 @@ def _train(
         best, size = Best(**notes["best"]), notes["metrics_bytes"]
         print(f"Resuming at step {state.step} of {plan.max_steps}.")
         if notes["surroundings"] != surroundings():
-            print(f"Saved with {notes['surroundings']}, now {surroundings()}: the last bits may differ.")
+            print("The versions or devices are not those it was saved with, so the last bits may differ.")
     else:
         print(f"{plan.max_steps} steps, {plan.epoch} an epoch.")
     patience = math.inf if run.early_stopping is None else run.early_stopping
@@ -95,19 +95,11 @@ def _train(
     ):
         speed = Speed()
         for state, metrics in bar:
-            number, loss = state.step, float(metrics.loss)
-            row = {
-                "step": number,
-                "epoch": number / plan.epoch,
-                "loss": loss,
-                "grad_norm": float(metrics.grad_norm),
-                "learning_rate": float(plan.rate(number - 1)),
-                "tokens": int(metrics.tokens),
-            }
+            number, row = state.step, plan.row(state, metrics)
             log.write(row)
             per_second = speed.add(int(metrics.tokens))
             board.write({**row, "tokens_per_second": per_second})
-            bar.set_postfix_str(f"loss {loss:.3f}, {per_second:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {per_second:,.0f} tokens/s", refresh=False)
             if plan.is_evaluated(number):
                 row = {"step": number, "eval_loss": plan.validation_loss(state, frozen)}
                 log.write(row)
@@ -118,6 +110,7 @@ def _train(
             if end or stop.requested or number % run.save_steps == 0:
                 notes = {"settings": fingerprint, "surroundings": surroundings(), "metrics_bytes": log.size}
                 checkpoints.save(state, {**notes, "best": dataclasses.asdict(best)})
+            speed.skip()
             if stop.requested and not end:
                 raise KeyboardInterrupt
             if end:

@@ -15,6 +15,7 @@ from peft_jax.core.partition import combine
 from peft_jax.train import (
     Batch,
     State,
+    StepMetrics,
     evaluate,
     evaluation_batches,
     make_evaluation_step,
@@ -58,6 +59,17 @@ class Plan:
     step: TrainingStep
     evaluation_step: EvaluationStep
     mesh: Mesh | None
+
+    def row(self, state: State, metrics: StepMetrics) -> dict[str, float | int]:
+        """What a step adds to the metrics."""
+        return {
+            "step": state.step,
+            "epoch": state.step / self.epoch,
+            "loss": float(metrics.loss),
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(self.rate(state.step - 1)),
+            "tokens": int(metrics.tokens),
+        }
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the validation loss is due after a step."""

@@ -111,17 +111,19 @@ def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Ex
     return parts[0], parts[1]
 
 
-def check_fit(data: Data, config: LlamaConfig) -> None:
+def check_fit(data: Examples, config: LlamaConfig) -> None:
     """Raise ValueError for tokens that the model has no embedding or no position for."""
-    largest = max(int(data[index]["input_ids"].max()) for index in range(len(data)))
+    parts = [data.training] if data.validation is None else [data.training, data.validation]
+    largest = max(int(part[index]["input_ids"].max()) for part in parts for index in range(len(part)))
     if largest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
             "Take tokenizer and weights from the same checkpoint."
         )
-    if data.lengths[-1] > config.max_position_embeddings:
+    longest = max(part.lengths[-1] for part in parts)
+    if longest > config.max_position_embeddings:
         raise ValueError(
-            f"rows of {data.lengths[-1]} tokens exceed the model's {config.max_position_embeddings} positions. "
+            f"rows of {longest} tokens exceed the model's {config.max_position_embeddings} positions. "
             f"Give --cutoff-len {config.max_position_embeddings} or less."
         )
 
