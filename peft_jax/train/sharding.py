@@ -36,10 +36,10 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh with the axes data, fsdp and tensor; those not named have size 1.
+    """Make a mesh of the first devices with the axes data, fsdp and tensor; those not named have size 1.
 
     Raises:
-        ValueError: If an axis is unknown, or the sizes do not multiply to the number of devices.
+        ValueError: If an axis is unknown, or there are too few devices.
 
     Example:
         >>> dict(make_mesh({"data": 1}).shape)
@@ -49,10 +49,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if unknown := sorted(set(sizes) - set(AXES)):
         raise ValueError(f"a mesh has no axis {', '.join(unknown)}. Name {', '.join(AXES)}.")
     shape = [sizes.get(axis, 1) for axis in AXES]
-    if min(shape) < 1 or int(np.prod(shape)) != len(devices):
+    needed = int(np.prod(shape))
+    if not 1 <= needed <= len(devices):
         told = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(f"the mesh {told} is not for {len(devices)} devices. Give sizes with that product.")
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        raise ValueError(f"the mesh {told} needs {needed} devices, but there are {len(devices)}. Give smaller sizes.")
+    return Mesh(np.asarray(devices[:needed]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
