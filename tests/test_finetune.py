@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from safetensors.numpy import load_file, save_file
 
 from peft_jax.cli import finetune as finetune_module
@@ -51,11 +52,21 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compiler() -> Iterator[None]:
-    """Programs that run once need no optimizing compiler."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that run once need no optimizing compiler, and runs of the same program share it."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    defaults: dict[str, Any] = dict(zip(settings, (False, None, 1.0, 0), strict=True))
+    for values in (settings, defaults):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        reset_cache()
+        if values is settings:
+            yield
 
 
 @pytest.fixture(scope="module")
