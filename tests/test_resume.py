@@ -160,7 +160,7 @@ def _as_it_is(folder: Path) -> None:
 REFUSED = {
     "no checkpoint": (_without_checkpoints, ["--resume"], "Remove out and start without --resume"),
     "no run": (_as_it_is, ["--resume", "--output", "none"], "no checkpoint in none/checkpoints"),
-    "a run in the way": (_as_it_is, [], "out already holds a run. Give the same command with --resume to go on, or name"),
+    "a run in the way": (_as_it_is, [], "already holds a run. Give the same command with --resume to go on"),
     "a damaged checkpoint": (_with_torn_checkpoint, ["--resume"], "out/checkpoints/4 is damaged"),
     "metrics cut off": (_with_short_metrics, ["--resume"], "Restore the file"),
 }
