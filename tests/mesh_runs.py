@@ -42,7 +42,7 @@ STEPS, HALF = 20, 10
 def trainer(mesh: Any) -> Callable[..., dict[str, Any]]:
     """A function that trains on a mesh (None for one device): from a checkpoint's folder, or from the start."""
     model = pj.AutoModelForCausalLM.from_pretrained("model", load_in_8bit=True)
-    config = pj.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    config = pj.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
     model = pj.get_peft_model(model, config, key=jax.random.key(1))
     data = Padded(encode(read_data("data.json"), load_tokenizer("model"), cutoff_len=64).examples)
     batches, optimizer = training_batches(data, 16, seed=0), make_optimizer(0.01, STEPS)

@@ -44,7 +44,8 @@ def killed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     shutil.copytree(tiny_llama, folder / "model")
     (folder / "data.json").write_text(json.dumps(RECORDS))
     script = Path(__file__).with_name("killed_runs.py")
-    run = subprocess.run([sys.executable, script, folder, "1"], capture_output=True, text=True)
+    settings = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    run = subprocess.run([sys.executable, script, folder, "1"], capture_output=True, text=True, env=settings)
     assert run.returncode == 0, run.stderr
     return folder, json.loads(run.stdout)
 

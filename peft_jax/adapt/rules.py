@@ -36,8 +36,17 @@ def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     rest = [axis for i, axis in enumerate(view.axes) if i not in (*stack, *over)]
     own = [axis for i, axis in enumerate(have) if i not in shared]
     want = [*(view.axes[i] for i in stack), *(rest + own if side == 0 else own + rest)]
-    product = Product(p["precision"], p["preferred_element_type"], p.get("out_sharding"))
-    return _used(eqn, view, through(view, x, have, want, role, product))
+    told = p.get("out_sharding")  # on a mesh of explicit axes
+    joined = None if told is None or stack or side == 0 else _joined(told, len(own), len(want))
+    product = Product(p["precision"], p["preferred_element_type"], joined)
+    return None if (told is None) != (joined is None) else _used(eqn, view, through(view, x, have, want, role, product))
+
+
+def _joined(sharding: Any, rows: int, ndim: int) -> Any:
+    """A sharding of a result whose axes after ``rows`` are joined to one; None if an inner one of them is sharded."""
+    entries = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    inner = any(entry is not None for entry in entries[rows + 1 :])
+    return None if inner else NamedSharding(sharding.mesh, PartitionSpec(*entries[: rows + 1]))
 
 
 def ragged_dot(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
@@ -291,6 +300,7 @@ RULES: dict[str, Rule] = {
     "slice": slice_,
     "dynamic_slice": dynamic_slice,
     "copy": lambda evaluate, eqn, values: values,
+    "name": lambda evaluate, eqn, values: values,  # jax.ad_checkpoint.checkpoint_name
     "stop_gradient": on_each_array,
     "pvary": on_each_array,
     "pcast": on_each_array,

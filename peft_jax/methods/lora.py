@@ -149,8 +149,7 @@ class LoraConfig(Method):
 
         Where ranks differ the smaller ones are padded with zeros, which stay zero in training.
         """
-        state = self.state(names, hit)
-        rank = np.asarray(state["rank"])
+        rank = self._ranks(names, hit)
         n_in, n_out = layout.sizes(shape)
         width = int(rank.max())
         draw_a, draw_b = self._draws(n_in, n_out, width, layout.lookup)
@@ -160,13 +159,15 @@ class LoraConfig(Method):
         used = jnp.asarray(np.arange(width) < rank[..., None])
         a = jnp.where(used[..., None, :], draw_a(keys_a, jnp.asarray(rank)), 0)
         b = jnp.where(used[..., :, None], draw_b(keys_b, jnp.asarray(rank)), 0)
-        return {"lora_A": a, "lora_B": b}, state
+        return {"lora_A": a, "lora_B": b}, self.state(names, hit)
 
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
         """Rank and scale of each stacked layer, 0 where it is not adapted."""
-        rank = np.where(hit, np.vectorize(self.rank, otypes=[np.int32])(names), 0)
         scaling = np.where(hit, np.vectorize(self.scaling, otypes=[np.float32])(names), 0)
-        return {"scaling": jnp.asarray(scaling, jnp.float32), "rank": jnp.asarray(rank, jnp.int32)}
+        return {"scaling": jnp.asarray(scaling, jnp.float32), "rank": jnp.asarray(self._ranks(names, hit), jnp.int32)}
+
+    def _ranks(self, names: np.ndarray, hit: np.ndarray) -> np.ndarray:
+        return np.where(hit, np.vectorize(self.rank, otypes=[np.int32])(names), 0)
 
     def _draws(self, n_in: int, n_out: int, width: int, lookup: bool) -> tuple[Callable[..., jax.Array], ...]:
         """Functions of (key, rank) that draw A and B as PEFT's ``reset_lora_parameters`` does."""
