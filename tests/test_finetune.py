@@ -150,6 +150,23 @@ def test_remat_and_mesh_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen == [(False, None), (True, None), (False, {"data": 1, "fsdp": 1, "tensor": 1})]
 
 
+def test_a_mesh_gives_the_same_adapter_and_takes_over_a_run(
+    plain: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = run(mesh="data=2,tensor=2", load_in_8bit=True, val_size=2, packing=True)
+    assert main(words(output="one", load_in_8bit=True, val_size=2, packing=True)) == 0
+    alone = load_file("one/adapter_model.safetensors")
+    for name, value in tensors.items():
+        np.testing.assert_allclose(value, alone[name], atol=1e-5)
+    for one, other in zip(metrics("one"), metrics(), strict=True):
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
+    shutil.rmtree("one")
+    shutil.copytree(plain[0] / "out", "one")
+    assert main(words(output="one", resume=True, mesh="data=2,tensor=2")) == 0, capsys.readouterr().err
+    assert same(load_file("one/adapter_model.safetensors"), plain[1])  # nothing was left to do
+
+
 def test_an_adapter_config_in_pefts_format_is_taken() -> None:
     from peft import LoraConfig
 
