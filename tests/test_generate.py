@@ -1,5 +1,8 @@
 """Generation against transformers' generate: the same tokens, and draws of the same distribution."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,8 @@ import transformers
 
 import peft_jax as pj
 from peft_jax.models import causal_lm
-from peft_jax.models.generate import Sampling, _choose
+from peft_jax.models.generation_config import Generation
+from peft_jax.models.sampling import Sampling, choose, process
 
 SIZES = {
     "vocab_size": 60,
@@ -112,10 +116,10 @@ def test_bfloat16_with_its_cache_follows_the_uncached_model(pair):
 
 def test_one_program_serves_all_prompts_masks_and_keys_of_a_shape(pair):
     model = pair("llama")[1]
-    program = causal_lm._generation(model.config, 10, (), 0, Sampling(do_sample=True))
+    programs = causal_lm._generation(model.config, Generation(10, (), 0, Sampling(do_sample=True, top_k=50)))
     for seed, mask in enumerate([MASK, MASK.astype(bool), None]):
         model.generate((IDS + seed) % 60, mask, max_new_tokens=10, do_sample=True, key=jax.random.key(seed))
-    assert program._cache_size() == 1
+    assert programs.whole._cache_size() == 1
 
 
 def test_ids_out_of_range_are_an_error(pair):
@@ -137,33 +141,210 @@ def test_draws_depend_on_the_key_alone(pair):
     assert not np.array_equal(draw(1), draw(2))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 0.5},
-        {"top_k": 4},
-        {"top_k": 100},
-        {"top_p": 0.7},
-        {"top_p": 0.05},
-        {"temperature": 2.0, "top_k": 7, "top_p": 0.8},
-    ],
-)
-def test_draws_have_the_distribution_of_transformers(options):
-    from transformers.generation import logits_process
+WARPED = [
+    {},
+    {"temperature": 0.5},
+    {"top_k": 4},
+    {"top_k": 100},
+    {"top_p": 0.7},
+    {"top_p": 0.05},
+    {"top_p": 1.0},
+    {"min_p": 0.1},
+    {"min_p": 0.0},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7},
+    {"temperature": 2.0, "top_k": 7, "top_p": 0.8, "min_p": 0.2, "repetition_penalty": 1.1},
+]
 
-    logits = np.random.default_rng(0).normal(scale=2.0, size=(2, 12)).astype(np.float32)
-    scores = torch.tensor(logits)
-    for name, warper in [("temperature", "Temperature"), ("top_k", "TopK"), ("top_p", "TopP")]:
-        if name in options:
-            scores = getattr(logits_process, f"{warper}LogitsWarper")(options[name])(None, scores)
-    want = scores.softmax(-1).numpy()
-    count = 40_000
+
+def warped(logits, tokens, options):
+    """Logits as transformers' own list of processors leaves them, in the order in which generate makes it."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    config = transformers.GenerationConfig(do_sample=True, **{"top_k": 0, **options})
+    config._eos_token_tensor = None
+    steps = model._get_logits_processor(
+        config, input_ids_seq_length=tokens.shape[1], model_kwargs={"attention_mask": torch.tensor(tokens != 0)}
+    )
+    return steps(torch.tensor(tokens), torch.tensor(logits)).numpy()
+
+
+@pytest.mark.parametrize("options", WARPED)
+def test_logits_are_processed_as_in_transformers(options):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=2.0, size=(5, 60)).astype(np.float32)
+    tokens = rng.integers(1, 60, (5, 9))
+    tokens[1, :4] = 0  # padding
+    want = warped(logits, tokens, options)
+    got = process(jnp.asarray(logits), Sampling(True, **options), jnp.asarray(tokens), jnp.asarray(tokens != 0))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    neutral = options in ({}, {"top_k": 100}, {"top_p": 1.0}, {"min_p": 0.0})
+    assert neutral == np.array_equal(got, logits), "the option is dead"
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}])
+def test_draws_have_the_probabilities_of_the_logits(options):
+    logits = jnp.asarray(np.random.default_rng(0).normal(scale=2.0, size=(2, 12)).astype(np.float32))
+    count, sampling, none = 40_000, Sampling(True, **options), jnp.zeros((2, 0), int)
+    processed = process(logits, sampling, none, none)
+    want = np.asarray(jax.nn.softmax(processed, axis=-1))
     keys = jax.random.split(jax.random.key(0), count)
-    drawn = jax.vmap(lambda key: _choose(jnp.asarray(logits), key, Sampling(True, **options)))(keys)
+    drawn = jax.vmap(lambda key: choose(processed, sampling, key))(keys)
     got = np.stack([np.bincount(drawn[:, row], minlength=12) / count for row in range(2)])
     assert (want[got > 0] > 0).all() and (got[want > 1e-3] > 0).all(), "other tokens can be drawn"
     np.testing.assert_allclose(got, want, rtol=0, atol=4.5 * np.sqrt(0.25 / count))
+
+
+def test_greedy_with_a_repetition_penalty(pair):
+    model, ours = pair("llama")
+    want = theirs(model, max_new_tokens=16, repetition_penalty=1.5)
+    assert not np.array_equal(want, theirs(model, max_new_tokens=16))
+    np.testing.assert_array_equal(ours.generate(IDS, MASK, max_new_tokens=16, repetition_penalty=1.5), want)
+
+
+def drawn(model, **options):
+    return np.asarray(model.generate(IDS, MASK, **{"max_new_tokens": 12, "do_sample": True, **options}))
+
+
+@pytest.fixture
+def with_config(pair, tmp_path):
+    """A function from the contents of generation_config.json to the PyTorch model and ours with that file."""
+    model, ours = pair("llama")
+
+    def make(**fields):
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ours.name_or_path, folder)
+        (folder / "generation_config.json").write_text(json.dumps(fields))
+        return (
+            loader.from_pretrained(folder) for loader in (transformers.AutoModelForCausalLM, pj.AutoModelForCausalLM)
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_new_tokens": 5},
+        {"max_length": 9},
+        {},
+        {"repetition_penalty": 1.5},
+        {"temperature": 0.5, "top_k": 3, "top_p": 0.5},  # of no effect in greedy decoding
+        {"num_beams": 1, "length_penalty": 2.0, "typical_p": 0.5, "no_repeat_ngram_size": 0, "use_cache": False},
+    ],
+)
+def test_generation_config_is_heeded_in_greedy_decoding(fields, with_config):
+    model, ours = with_config(**fields, pad_token_id=0)
+    with torch.no_grad():
+        want = model.generate(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).numpy()
+    got = ours.generate(IDS, MASK)
+    np.testing.assert_array_equal(got, want)
+    aside = ours.generate(IDS, MASK, generation_config={})
+    assert np.array_equal(got, aside) == (
+        fields.keys().isdisjoint({"max_new_tokens", "max_length", "repetition_penalty"})
+    )
+
+
+def test_generation_config_ends_and_pads_rows(with_config):
+    _, plain = with_config()
+    end = int(plain.generate(IDS, MASK)[0, 8])
+    model, ours = with_config(eos_token_id=[end, 59], pad_token_id=3)
+    with torch.no_grad():
+        want = model.generate(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).numpy()
+    assert (want[:, 6:] == 3).any()
+    np.testing.assert_array_equal(ours.generate(IDS, MASK), want)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0.3}, {"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.4}, {"repetition_penalty": 3.0}, {}]
+)
+def test_generation_config_is_heeded_in_drawing_and_overridden_by_arguments(fields, with_config):
+    _, ours = with_config(do_sample=True, max_new_tokens=12, **fields)
+    _, plain = with_config()
+    want = drawn(plain, **fields)
+    np.testing.assert_array_equal(ours.generate(IDS, MASK), want)
+    assert not fields or not np.array_equal(drawn(plain), want)
+    other = {"temperature": 2.0, "top_k": 7, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    np.testing.assert_array_equal(ours.generate(IDS, MASK, **other), drawn(plain, **other))
+    greedy = {"repetition_penalty": fields.get("repetition_penalty", 1.0)}
+    np.testing.assert_array_equal(
+        ours.generate(IDS, MASK, do_sample=False, max_new_tokens=6),
+        plain.generate(IDS, MASK, max_new_tokens=6, **greedy),
+    )
+
+
+def test_drawing_is_from_50_tokens_unless_told_otherwise(pair):
+    model = pair("llama")[1]
+    assert transformers.GenerationConfig()._get_default_generation_params()["top_k"] == 50
+    flat = {"temperature": 1e3}
+    np.testing.assert_array_equal(drawn(model, **flat), drawn(model, **flat, top_k=50))
+    assert not np.array_equal(drawn(model, **flat), drawn(model, **flat, top_k=0))
+
+
+def test_generation_config_travels_with_the_model(with_config, tmp_path):
+    fields = {"do_sample": True, "top_p": 0.5, "eos_token_id": [4, 5]}
+    _, ours = with_config(**fields)
+    model = pj.get_peft_model(ours, pj.LoraConfig(r=2, target_modules=["q_proj"]))
+    np.testing.assert_array_equal(model.generate(IDS, MASK), ours.generate(IDS, MASK))
+    model.merge_and_unload().save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_beams": 4}, "asks for num_beams=4, which is not supported"),
+        ({"do_sample": True, "typical_p": 0.5}, "typical_p=0.5"),
+        ({"max_length": 6}, "max_length=6, but the prompt has 6 tokens already. Say max_new_tokens"),
+        ({"do_sample": True, "temperature": 0}, "temperature is above 0"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_heeded_is_an_error(fields, message, with_config):
+    _, ours = with_config(**fields)
+    with pytest.raises(ValueError, match=message):
+        ours.generate(IDS, MASK)
+    ours.generate(IDS, MASK, generation_config={})
+
+
+class Heard:
+    """A streamer that keeps what it hears, and how many programs had been compiled by then."""
+
+    def __init__(self):
+        self.said, self.ended = [], False
+
+    def put(self, value):
+        self.said.append(np.array(value))
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 11}, {"max_new_tokens": 1}, {"do_sample": True, "top_p": 0.9}])
+def test_a_stream_is_what_is_returned(options, pair):
+    model = pair("llama")[1]
+    heard = Heard()
+    got = np.asarray(model.generate(IDS, MASK, streamer=heard, **options))
+    np.testing.assert_array_equal(got, model.generate(IDS, MASK, **options))
+    np.testing.assert_array_equal(np.concatenate([heard.said[0], np.stack(heard.said[1:], axis=1)], axis=1), got)
+    assert heard.ended and all(token.shape == (3,) for token in heard.said[1:])
+
+
+def test_a_stream_ends_when_all_rows_have(pair):
+    model = pair("llama")[1]
+    free = np.asarray(model.generate(IDS, MASK, max_new_tokens=16))[:, 6:]
+    ends, heard = (int(free[0, 2]), int(free[1, 5]), int(free[2, 7])), Heard()
+    want = model.generate(IDS, MASK, max_new_tokens=16, eos_token_id=ends)
+    got = model.generate(IDS, MASK, max_new_tokens=16, eos_token_id=ends, streamer=heard)
+    np.testing.assert_array_equal(got, want)
+    assert len(heard.said) - 1 == want.shape[1] - 6 < 16
+
+
+def test_a_stream_compiles_two_programs_whatever_its_length(pair):
+    model = pair("llama")[1]
+    programs = causal_lm._generation(model.config, Generation(23, (), 0, Sampling()))
+    for _ in range(2):
+        model.generate(IDS, MASK, max_new_tokens=23, streamer=Heard())
+    assert (programs.whole._cache_size(), programs.start._cache_size(), programs.proceed._cache_size()) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +354,10 @@ def test_draws_have_the_distribution_of_transformers(options):
         ({"temperature": 0.5}, "asks for sampling. Write do_sample=True"),
         ({"top_k": 5}, "asks for sampling"),
         ({"do_sample": True, "temperature": 0.0}, "temperature is above 0"),
-        ({"do_sample": True, "top_k": 0}, "top_k is at least 1"),
+        ({"do_sample": True, "top_k": -1}, "top_k is at least 1"),
+        ({"min_p": 0.5}, "min_p=0.5 asks for sampling"),
+        ({"do_sample": True, "min_p": 1.5}, r"min_p is in \[0, 1\], got 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is above 0"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p is in \(0, 1\], got 1.5"),
         ({"attention_mask": MASK[:, ::-1]}, "Pad prompts on the left"),
     ],

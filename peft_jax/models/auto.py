@@ -5,9 +5,10 @@ import os
 import jax
 import jax.numpy as jnp
 
+from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.models import llama
 from peft_jax.models.causal_lm import CausalLM, Source
-from peft_jax.models.checkpoint import load_model
+from peft_jax.models.checkpoint import load_model, read_generation_config
 from peft_jax.models.llama import LlamaConfig
 
 
@@ -41,8 +42,9 @@ class AutoModelForCausalLM:
             >>> model.params["model"]["layers"]["mlp"]["up_proj"]["kernel"].q.dtype
             dtype('int8')
         """
-        config, params = load_model(name_or_path, dtype=dtype, load_in_8bit=load_in_8bit)
-        return CausalLM(params, config, Source(os.fspath(name_or_path)), remat)
+        folder = find_checkpoint(name_or_path)
+        config, params = load_model(folder, dtype=dtype, load_in_8bit=load_in_8bit)
+        return CausalLM(params, config, Source(os.fspath(name_or_path), read_generation_config(folder)), remat)
 
     @staticmethod
     def from_config(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -17,7 +17,8 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
 from peft_jax.models import llama
 from peft_jax.models.checkpoint import save_model
-from peft_jax.models.generate import Sampling, generate
+from peft_jax.models.generate import Decoder, Programs, Streamer, make_programs, stream
+from peft_jax.models.generation_config import Generation, resolve
 from peft_jax.models.llama import LlamaConfig, init_cache
 from peft_jax.models.llama_keys import STACKED
 
@@ -42,9 +43,15 @@ class CausalLMOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """Where a model came from. All sources are equal, so that they stay out of the tree's structure."""
+    """Where a model came from. All sources are equal, so that they stay out of the tree's structure.
+
+    Attributes:
+        name_or_path: Folder or hub id.
+        generation_config: Contents of its generation_config.json.
+    """
 
     name_or_path: str | None = None
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Source)
@@ -113,16 +120,22 @@ class CausalLM(Handle):
         input_ids: jax.Array | np.ndarray,
         attention_mask: jax.Array | np.ndarray | None = None,
         *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        eos_token_id: int | tuple[int, ...] | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         key: jax.Array | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        streamer: Streamer | None = None,
     ) -> jax.Array:
         """Prompts with their continuations, in one compiled program per shape.
+
+        What is None is as the checkpoint's generation_config.json says, else as in transformers: 20 new tokens, greedy.
 
         Args:
             input_ids: Prompts ``(batch, length)``, padded on the left.
@@ -130,39 +143,61 @@ class CausalLM(Handle):
             max_new_tokens: At most so many tokens are added.
             do_sample: Draw tokens instead of taking the likeliest.
             temperature: Divides the logits before drawing.
-            top_k: Draw from the ``top_k`` likeliest tokens only.
+            top_k: Draw from the ``top_k`` likeliest tokens only; 0 for all. Unless told otherwise, 50.
             top_p: Draw from the fewest likeliest tokens whose probability reaches ``top_p``.
-            eos_token_id: What ends a row; None means the config's.
-            pad_token_id: What follows; None means the config's, or the first ``eos_token_id``.
+            min_p: Draw from tokens whose probability is at least ``min_p`` times the likeliest's.
+            repetition_penalty: Above 1, divides positive logits of tokens that were there and multiplies negative ones.
+            eos_token_id: What ends a row; also several.
+            pad_token_id: What follows; unless told otherwise, the first ``eos_token_id``.
             key: Random key for drawing; None means ``jax.random.key(0)``.
+            generation_config: In place of the contents of generation_config.json; ``{}`` leaves that file aside.
+            streamer: Its ``put`` is given the prompts, then each token as it comes (chunks are decoded in a program of
+                their own), and its ``end`` is called; transformers' streamers fit.
 
         Returns:
             Token ids ``(batch, length + n)`` with n the tokens added until every row was done.
 
         Raises:
-            ValueError: if an argument is out of range, or a prompt is padded on the right.
+            ValueError: if an argument is out of range, a prompt is padded on the right, or generation_config.json asks
+                for what is not supported.
         """
-        sampling = Sampling(do_sample, temperature, top_k, top_p)
-        sampling.check()
         ids = _token_ids(input_ids, self.config.vocab_size)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is at least 1, got {max_new_tokens}.")
-        eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
-        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-        pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        asked = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+        }
+        wanted = resolve(
+            asked,
+            self.generation_config if generation_config is None else generation_config,
+            length=ids.shape[1],
+            positions=self.config.max_position_embeddings,
+            eos_token_id=self.config.eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+        )
+        eos, pad = wanted.eos_token_ids, wanted.pad_token_id
         if attention_mask is not None:
             mask = jnp.asarray(attention_mask, bool)
         else:
             mask = jnp.ones_like(ids, bool) if pad is None or pad in eos else ids != pad
-        pad = (eos[0] if eos else 0) if pad is None else pad
         if not np.asarray(mask)[:, -1].all():
             raise ValueError("A prompt ends in padding. Pad prompts on the left (tokenizer.padding_side = 'left').")
-        program = _generation(self.config, max_new_tokens, eos, pad, sampling)
-        tokens, steps = program(self.params, ids, mask, jax.random.key(0) if key is None else key)
-        return tokens[:, : ids.shape[1] + int(steps)]
+        programs = _generation(self.config, wanted._replace(pad_token_id=(*eos, 0)[0] if pad is None else pad))
+        arguments = (self.params, ids, mask, jax.random.key(0) if key is None else key)
+        if streamer is None:
+            tokens, count = programs.whole(*arguments)
+        else:
+            tokens, count = stream(programs, *arguments, wanted.max_new_tokens, streamer)
+        return tokens[:, : ids.shape[1] + int(count)]
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> None:
-        """Write ``config.json`` and safetensors that transformers reads, in the leaves' element types.
+        """Write the files that transformers reads: configs, and safetensors in the leaves' element types.
 
         Args:
             directory: Folder to write to; made if need be.
@@ -177,7 +212,13 @@ class CausalLM(Handle):
                 f"{len(weights)} leaves are quantized or adapted ({type(weights[0]).__name__}), which a Hugging Face "
                 "checkpoint does not hold. Save pj.merge(model), or the adapter alone."
             )
-        save_model(self.params, self.config, directory, max_shard_size=max_shard_size)
+        save_model(
+            self.params,
+            self.config,
+            directory,
+            generation_config=self.generation_config,
+            max_shard_size=max_shard_size,
+        )
 
     def num_parameters(self) -> int:
         """Elements of all parameters, of quantized ones as of dense ones."""
@@ -188,6 +229,11 @@ class CausalLM(Handle):
     def name_or_path(self) -> str | None:
         """Folder or hub id that the model was read from."""
         return self.source.name_or_path
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """Contents of the checkpoint's generation_config.json; empty if it has none."""
+        return self.source.generation_config
 
     @property
     def task_type(self) -> str:
@@ -260,25 +306,15 @@ def _forward(config: LlamaConfig, remat: bool, output_hidden_states: bool) -> Ca
 
 
 @functools.lru_cache(maxsize=64)
-def _generation(
-    config: LlamaConfig, max_new_tokens: int, eos: tuple[int, ...], pad: int, sampling: Sampling
-) -> Callable[..., Any]:
-    def run(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> Any:
-        dtype = params["model"]["embed_tokens"]["embedding"].dtype
-        cache = init_cache(config, ids.shape[0], ids.shape[1] + max_new_tokens, dtype)
-        return generate(
-            partial(adapt(partial(llama.apply, config)), params),
-            cache,
-            ids,
-            mask,
-            key,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos,
-            pad_token_id=pad,
-            sampling=sampling,
-        )
+def _generation(config: LlamaConfig, wanted: Generation) -> Programs:
+    def decoder(params: Any) -> Decoder:
+        apply = partial(adapt(partial(llama.apply, config)), params)
+        return Decoder(apply, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
 
-    return jax.jit(run)
+    def cache(params: Any, batch: int, positions: int) -> llama.KVCache:
+        return init_cache(config, batch, positions, params["model"]["embed_tokens"]["embedding"].dtype)
+
+    return make_programs(decoder, cache, wanted.max_new_tokens)
 
 
 @jax.jit

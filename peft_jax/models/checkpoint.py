@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
+from peft_jax.interop.files import GENERATION_CONFIG
 from peft_jax.models.llama import LlamaConfig
 from peft_jax.models.llama_keys import IGNORED, STACKED, rows
 from peft_jax.quant import quantize_array
@@ -65,7 +66,12 @@ def _converter(dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array
 
 
 def save_model(
-    params: Mapping[str, Any], config: LlamaConfig, folder: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9
+    params: Mapping[str, Any],
+    config: LlamaConfig,
+    folder: str | os.PathLike[str],
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_size: int = 5 * 10**9,
 ) -> None:
     """Write a checkpoint that transformers reads, in the element types of the leaves.
 
@@ -73,6 +79,7 @@ def save_model(
         params: The parameters, dense arrays, as from `peft_jax.models.llama.init_params`.
         config: Their architecture.
         folder: Folder to write to; made if need be. Weights of a former checkpoint in it are removed.
+        generation_config: Contents of generation_config.json; not written if there are none.
         max_shard_size: Bytes above which the weights are split into several files.
 
     Raises:
@@ -90,15 +97,25 @@ def save_model(
     """
     dtype = str(jnp.dtype(params["model"]["embed_tokens"]["embedding"].dtype))
     hf = {**config.to_hf(), "dtype": dtype}
-    save_checkpoint(folder, params, rows(config), hf, max_shard_size=max_shard_size)
+    generation = dict(generation_config) if generation_config else None
+    save_checkpoint(folder, params, rows(config), hf, generation_config=generation, max_shard_size=max_shard_size)
+
+
+def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read generation_config.json; empty if there is none.
+
+    Raises:
+        ValueError: It is not a JSON object.
+    """
+    try:
+        return read_config(folder, GENERATION_CONFIG)
+    except FileNotFoundError:
+        return {}
 
 
 def _with_generation_ids(config: LlamaConfig, folder: os.PathLike[str]) -> LlamaConfig:
     """Take the ids that end and pad a text from generation_config.json, which transformers' generate heeds first."""
-    try:
-        found = read_config(folder, "generation_config.json")
-    except FileNotFoundError:
-        return config
+    found = read_generation_config(folder)
     ids: dict[str, Any] = {
         name: found[name] for name in ("eos_token_id", "pad_token_id") if found.get(name) is not None
     }

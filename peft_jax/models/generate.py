@@ -1,116 +1,168 @@
-"""Generation with a KV cache: prefill and decoding in one compiled program."""
+"""Generation with a KV cache: prefill and decoding in one compiled program, or in two where tokens are streamed."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.models.attention import KVCache
+from peft_jax.models.sampling import Sampling, choose, process
+
+CHUNK = 4  # tokens of a stream that are decoded before the host looks at them
 
 
-class Sampling(NamedTuple):
-    """How the next token is chosen; the defaults are greedy. Fields mean what they mean in transformers."""
+class Streamer(Protocol):
+    """What receives a stream; transformers' streamers do too."""
 
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    def put(self, value: np.ndarray) -> None:
+        """Take the prompts (batch, length) at first, then the token of each row (batch,), one after another."""
 
-    def check(self) -> None:
-        """Raise ValueError for a value out of range, or one that greedy decoding would ignore."""
-        if not self.do_sample and self != Sampling():
-            raise ValueError(f"{self} asks for sampling. Write do_sample=True, or leave the other fields out.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is above 0, got {self.temperature}. For greedy leave do_sample out.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is at least 1, got {self.top_k}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is in (0, 1], got {self.top_p}.")
+    def end(self) -> None:
+        """Take the end of the stream."""
 
 
-class _State(NamedTuple):
-    step: jax.Array  # new tokens so far
+class State(NamedTuple):
+    """Where a generation stands."""
+
+    count: jax.Array  # type: ignore[assignment]  # new tokens so far; a field, not the method of tuples
     tokens: jax.Array  # (batch, prompt + new)
-    logits: jax.Array  # (batch, vocabulary), of the last position
+    mask: jax.Array  # (batch, prompt + new), 1 on what may be seen
+    positions: jax.Array  # (batch,), of the last token
     done: jax.Array  # (batch,)
     cache: KVCache
     key: jax.Array
 
 
-def generate(
-    apply: Callable[..., Any],
-    cache: KVCache,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    key: jax.Array,
-    *,
-    max_new_tokens: int,
-    eos_token_ids: tuple[int, ...] = (),
-    pad_token_id: int = 0,
-    sampling: Sampling = Sampling(),  # noqa: B008 - an immutable constant
-) -> tuple[jax.Array, jax.Array]:
-    """Continue left-padded prompts.
+class Decoder(NamedTuple):
+    """A model and the choices of a generation.
 
-    Args:
+    Attributes:
         apply: ``apply(input_ids, attention_mask=, position_ids=, cache=)``, with ``.logits`` and ``.cache``.
-        cache: Empty, for at least ``length + max_new_tokens`` positions.
-        input_ids: (batch, length).
-        attention_mask: (batch, length), 0 on the padding at the left.
-        key: A JAX random key; greedy decoding ignores it.
-        max_new_tokens: At most so many new tokens.
         eos_token_ids: A row is done after one of these; later positions hold ``pad_token_id``.
         pad_token_id: See ``eos_token_ids``.
         sampling: How tokens are chosen.
-
-    Returns:
-        Tokens (batch, length + max_new_tokens), and the number of steps taken until all rows were done.
     """
-    batch, length = input_ids.shape
-    mask = jnp.pad(attention_mask.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
-    seen = jnp.sum(attention_mask, axis=1, dtype=jnp.int32)  # (batch,): the position that a new token has
-    positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
-    slots = jnp.arange(length + max_new_tokens)[None]
-    first = apply(input_ids, attention_mask=mask, position_ids=positions, cache=cache)
-    tokens = jnp.pad(input_ids, ((0, 0), (0, max_new_tokens)), constant_values=pad_token_id)
-    done = jnp.zeros(batch, bool)
-    state = _State(jnp.int32(0), tokens, first.logits[:, -1], done, first.cache, key)
 
-    def proceed(state: _State) -> jax.Array:
-        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+    apply: Callable[..., Any]
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    sampling: Sampling = Sampling()
 
-    def step(state: _State) -> _State:
+    def start(
+        self, cache: KVCache, input_ids: jax.Array, attention_mask: jax.Array, key: jax.Array, max_new_tokens: int
+    ) -> State:
+        """Read left-padded prompts and choose the first token.
+
+        Args:
+            cache: Empty, for at least ``length + max_new_tokens`` positions.
+            input_ids: (batch, length).
+            attention_mask: (batch, length), 0 on the padding at the left.
+            key: A JAX random key; greedy decoding ignores it.
+            max_new_tokens: What there is room for, at least 1.
+        """
+        room = ((0, 0), (0, max_new_tokens))
+        counts = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
+        positions = jnp.maximum(counts - 1, 0)
+        mask = jnp.pad(attention_mask.astype(jnp.int32), room)
+        out = self.apply(input_ids, attention_mask=mask, position_ids=positions, cache=cache)
+        tokens = jnp.pad(input_ids, room, constant_values=self.pad_token_id)
+        done = jnp.zeros(len(tokens), bool)
+        state = State(jnp.int32(0), tokens, mask, counts[:, -1] - 1, done, out.cache, key)
+        return self._add(state, out.logits[:, -1])
+
+    def proceed(self, state: State, count: jax.Array | int) -> State:
+        """Decode until there are ``count`` new tokens or all rows are done."""
+
+        def wanted(state: State) -> jax.Array:
+            return (state.count < count) & ~jnp.all(state.done)
+
+        def step(state: State) -> State:
+            at = state.cache.index  # the slot of the last token, which the cache does not have yet
+            out = self.apply(
+                jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1),
+                attention_mask=state.mask,
+                position_ids=state.positions[:, None],
+                cache=state.cache,
+            )
+            return self._add(state._replace(cache=out.cache), out.logits[:, -1])
+
+        return jax.lax.while_loop(wanted, step, state)
+
+    def _add(self, state: State, logits: jax.Array) -> State:
+        """Choose the next token of each row."""
         key, draw = jax.random.split(state.key)
-        chosen = jnp.where(state.done, pad_token_id, _choose(state.logits, draw, sampling)).astype(tokens.dtype)
-        at = length + state.step
-        new_tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], at, axis=1)
-        stops = jnp.any(chosen[:, None] == jnp.array(eos_token_ids, chosen.dtype)[None], axis=1)
-        live = (slots >= length) & (slots <= at)
-        out = apply(
-            chosen[:, None],
-            attention_mask=jnp.where(live, 1, mask),
-            position_ids=(seen + state.step)[:, None],
-            cache=state.cache,
+        chosen = choose(process(logits, self.sampling, state.tokens, state.mask), self.sampling, draw)
+        chosen = jnp.where(state.done, self.pad_token_id, chosen).astype(state.tokens.dtype)
+        stops = jnp.any(chosen[:, None] == jnp.array(self.eos_token_ids, chosen.dtype)[None], axis=1)
+        at = state.cache.index
+        return state._replace(
+            count=state.count + 1,
+            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], at, axis=1),
+            mask=jax.lax.dynamic_update_slice_in_dim(state.mask, jnp.ones_like(chosen[:, None]), at, axis=1),
+            positions=state.positions + 1,
+            done=state.done | stops,
+            key=key,
         )
-        return _State(state.step + 1, new_tokens, out.logits[:, -1], state.done | stops, out.cache, key)
-
-    state = jax.lax.while_loop(proceed, step, state)
-    return state.tokens, state.step
 
 
-def _choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Token ids (batch,) from logits (batch, vocabulary)."""
-    logits = logits.astype(jnp.float32)
-    if not sampling.do_sample:
-        return jnp.argmax(logits, axis=-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        kept = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < kept, -jnp.inf, logits)
-    if sampling.top_p is not None:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the probability of all likelier tokens
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1)
+class Programs(NamedTuple):
+    """The compiled programs of a generation, each of the model's parameters first.
+
+    ``whole(params, ids, mask, key) -> (tokens, count)``; for a stream ``start(params, ids, mask, key) -> state`` and
+    ``proceed(params, state, count) -> state``, which takes over the state's memory.
+    """
+
+    whole: Callable[..., Any]
+    start: Callable[..., State]
+    proceed: Callable[..., State]
+
+
+def make_programs(
+    decoder: Callable[[Any], Decoder], make_cache: Callable[[Any, int, int], KVCache], max_new_tokens: int
+) -> Programs:
+    """Compile a generation.
+
+    Args:
+        decoder: From parameters to what decodes with them.
+        make_cache: From parameters, batch size and positions to an empty cache.
+        max_new_tokens: At most so many new tokens.
+    """
+
+    def start(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> State:
+        cache = make_cache(params, ids.shape[0], ids.shape[1] + max_new_tokens)
+        return decoder(params).start(cache, ids, mask, key, max_new_tokens)
+
+    def proceed(params: Any, state: State, count: jax.Array | int) -> State:
+        return decoder(params).proceed(state, count)
+
+    def run(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        state = proceed(params, start(params, ids, mask, key), max_new_tokens)
+        return state.tokens, state.count
+
+    return Programs(jax.jit(run), jax.jit(start), jax.jit(proceed, donate_argnums=1))
+
+
+def stream(
+    programs: Programs,
+    params: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    max_new_tokens: int,
+    streamer: Streamer,
+) -> tuple[jax.Array, int]:
+    """Generate as ``programs.whole`` does, and hand on each token of the rows as soon as its chunk is decoded."""
+    streamer.put(np.asarray(ids))
+    state = programs.start(params, ids, mask, key)
+    seen, count = 0, 1
+    while True:
+        for column in np.asarray(state.tokens)[:, ids.shape[1] + seen : ids.shape[1] + count].T:
+            streamer.put(column)
+        if count >= max_new_tokens or bool(jnp.all(state.done)):
+            break
+        state = programs.proceed(params, state, min(count + CHUNK, max_new_tokens))
+        seen, count = count, int(state.count)
+    streamer.end()
+    return state.tokens, count
