@@ -60,8 +60,12 @@ class Row(NamedTuple):
 Convert = Callable[[str, jax.Array], Any]
 
 
-def find_checkpoint(name_or_path: Path) -> pathlib.Path:
+def find_checkpoint(name_or_path: Path, files: Sequence[str] = HUB_FILES) -> pathlib.Path:
     """Return the folder of a checkpoint, which is downloaded if it is an id on the Hugging Face hub.
+
+    Args:
+        name_or_path: Folder or id.
+        files: Patterns of the files to download.
 
     Raises:
         FileNotFoundError: if there is no such folder and no such id, or the hub cannot be reached.
@@ -73,7 +77,7 @@ def find_checkpoint(name_or_path: Path) -> pathlib.Path:
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(f"No folder '{name}'. Name a checkpoint's folder, or an id 'owner/name' on the hub.")
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # the hub's errors are kinds of these
         raise FileNotFoundError(
             f"'{name}' is neither a folder nor can it be downloaded from the Hugging Face hub "

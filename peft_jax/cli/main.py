@@ -12,9 +12,20 @@ import jax
 import tyro
 
 from peft_jax.cli.demo import Demo, demo
+from peft_jax.cli.evaluate import Eval, evaluate_model
 from peft_jax.cli.finetune import Finetune, finetune
+from peft_jax.cli.generate import Generate, generate
+from peft_jax.cli.inspect import Inspect, inspect
+from peft_jax.cli.merge import Merge, merge
 
-Command = Annotated[Finetune, tyro.conf.subcommand("finetune")] | Annotated[Demo, tyro.conf.subcommand("demo")]
+Command = (
+    Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
 
 INTERRUPTED = 130  # as shells say it
 
@@ -33,6 +44,14 @@ def main(args: Sequence[str] | None = None) -> int:
         command = parse(args)
         if isinstance(command, Demo):
             demo(command)
+        elif isinstance(command, Generate):
+            generate(command)
+        elif isinstance(command, Eval):
+            evaluate_model(command)
+        elif isinstance(command, Merge):
+            merge(command)
+        elif isinstance(command, Inspect):
+            inspect(command)
         else:
             finetune(command)
     except (ValueError, OSError) as error:
@@ -60,7 +79,7 @@ def run() -> NoReturn:
     sys.exit(code)
 
 
-def parse(args: Sequence[str] | None) -> Finetune | Demo:
+def parse(args: Sequence[str] | None) -> Finetune | Generate | Eval | Merge | Inspect | Demo:
     """Read the command line; tyro's boxed message about a wrong one becomes a ValueError of one line."""
     said = io.StringIO()
     try:

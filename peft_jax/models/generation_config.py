@@ -120,5 +120,5 @@ def _refuse(found: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> N
     if odd:
         raise ValueError(
             f"generation_config.json asks for {told(odd)}, which is not supported. Remove it there, or leave the file "
-            "aside with generation_config={}."
+            "aside: generation_config={}, on the command line --ignore-generation-config."
         )

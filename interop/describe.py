@@ -1,0 +1,249 @@
+"""What lies in an adapter's folder, told from its JSON and the header of its tensors; no method has to be known."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from peft_jax.interop.files import CONFIG, read_config
+from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, WEIGHTS_FILE
+from safetensors import SafetensorError, safe_open
+
+from peft_jax.core.targets import is_target, pattern_value
+from peft_jax.methods.base import CONFIG_FILE
+
+PICKLE_FILE = "adapter_model.bin"
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+class LoraEnd(NamedTuple):
+    """Axes of one of LoRA's matrices: of the rank, the other one, and the axis of the base's weight that it meets."""
+
+    rank_axis: int
+    wide_axis: int
+    base_axis: int
+
+
+LORA_ENDS = {
+    ".lora_A.weight": LoraEnd(0, 1, 1),
+    ".lora_B.weight": LoraEnd(1, 0, 0),
+    ".lora_embedding_A": LoraEnd(0, 1, 0),
+    ".lora_embedding_B": LoraEnd(1, 0, 1),
+}
+
+
+class TensorInfo(NamedTuple):
+    """Element type (as safetensors spells it) and shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file; types of less than a byte are packed."""
+        return self.size * BITS.get(self.dtype, 8) // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter as its files tell of it.
+
+    Attributes:
+        path: The folder.
+        config: Contents of ``adapter_config.json``.
+        tensors: Of ``adapter_model.safetensors``, by key; None where there is only a pickled file, which is not read.
+    """
+
+    path: pathlib.Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo] | None
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method."""
+        return str(self.config["peft_type"])
+
+    @functools.cached_property
+    def lora_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes of LoRA's matrices by the end of their key, for each module that has any."""
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, tensor in (self.tensors or {}).items():
+            for end in LORA_ENDS:
+                if key.endswith(end) and len(tensor.shape) == 2:
+                    found.setdefault(key.removeprefix(PREFIX).removesuffix(end), {})[end] = tensor.shape
+        return found
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module with a LoRA, from its matrices."""
+        return {
+            module: next(shape[LORA_ENDS[end].rank_axis] for end, shape in shapes.items())
+            for module, shapes in self.lora_shapes.items()
+        }
+
+    def scaling(self, module: str) -> float:
+        """The scale of a module's LoRA: ``alpha / rank``, or by its square root where ``use_rslora`` is set."""
+        alpha = pattern_value(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
+        rank = self.ranks[module]
+        return float(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+
+    @property
+    def frozen(self) -> list[str]:
+        """Keys of what was not trained: base weights beside an adapter on an embedding or a head, fixed matrices."""
+        saved = tuple(self.config.get("modules_to_save") or ())
+        found = []
+        for key, tensor in (self.tensors or {}).items():
+            module = key.removesuffix(".weight").removesuffix(".base_layer")
+            copy = key.endswith(".weight") and module.endswith(EMBEDDING_MODULES) and not module.endswith(saved or "\n")
+            fixed = re.search(r"\.p?(vera|randlora)_[AB]$", key) or tensor.dtype.startswith(("I", "U"))
+            if copy or fixed or key.endswith(".base_layer.weight"):
+                found.append(key)
+        return found
+
+    @property
+    def trained(self) -> int:
+        """Elements that were trained: all but those of `frozen`."""
+        frozen = set(self.frozen)
+        return sum(tensor.size for key, tensor in (self.tensors or {}).items() if key not in frozen)
+
+    @property
+    def judged(self) -> str | None:
+        """By what `misfits` can judge: names and shapes for LoRA, names where the method has keys in the layers."""
+        if self.tensors is None or not any(key.startswith(PREFIX) for key in self.tensors):
+            return None
+        return "names and shapes" if self.peft_type == "LORA" else "names"
+
+    def problems(self) -> list[str]:
+        """What contradicts itself: ranks that are not the config's, a LoRA matrix without its partner."""
+        if self.peft_type != "LORA" or self.tensors is None:
+            return []
+        found = [] if self.tensors else [f"{WEIGHTS_FILE} holds no tensors"]
+        for module, shapes in self.lora_shapes.items():
+            wanted = pattern_value(self.config.get("rank_pattern") or {}, module, self.config.get("r", 8))
+            ranks = {shape[LORA_ENDS[end].rank_axis] for end, shape in shapes.items()}
+            if len(shapes) != 2:
+                found.append(f"{module} has {next(iter(shapes))[1:]} alone")
+            elif ranks != {wanted}:
+                told = " and ".join(map(str, sorted(ranks)))
+                found.append(f"{module} has rank {told} in the file, but {CONFIG_FILE} says {wanted}")
+        return found
+
+
+def read_adapter(directory: str | pathlib.Path) -> AdapterFolder:
+    """Read what an adapter's folder says of itself.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, peft_jax as pj
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.ones((4, 8))}}, pj.LoraConfig(r=2, target_modules=["q"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pj.interop.save_adapter(params, folder)
+        ...     read_adapter(folder).ranks
+        {'q': 2}
+    """
+    folder = pathlib.Path(directory)
+    config = read_adapter_config(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        return AdapterFolder(folder, config, _read_header(folder / WEIGHTS_FILE))
+    if (folder / PICKLE_FILE).is_file():
+        return AdapterFolder(folder, config, None)
+    raise FileNotFoundError(f"No {WEIGHTS_FILE} in '{folder}', only its {CONFIG_FILE}. Copy or save the adapter again.")
+
+
+def read_adapter_config(directory: str | pathlib.Path) -> dict[str, Any]:
+    """Read ``adapter_config.json`` as it is, of whatever method.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not that of an adapter.
+    """
+    folder = pathlib.Path(directory)
+    if not (folder / CONFIG_FILE).is_file():
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        if not folder.is_dir():
+            raise FileNotFoundError(f"No folder '{folder}'. Give the folder of a saved adapter.")
+        found = f", but below it in {', '.join(inside)}. Name one of these." if inside else None
+        whole = f". It holds a whole model ({CONFIG}), not an adapter." if (folder / CONFIG).is_file() else None
+        raise FileNotFoundError(
+            f"No {CONFIG_FILE} in '{folder}'{found or whole or '. Give the folder of a saved adapter.'}"
+        )
+    config = read_config(folder, CONFIG_FILE)
+    if not isinstance(config.get("peft_type"), str):
+        raise ValueError(f"'{folder / CONFIG_FILE}' names no peft_type, so it is no adapter's. Save the adapter again.")
+    return config
+
+
+def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path, framework="numpy") as file:  # checks the header against the file's length
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            return {key: TensorInfo(one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the adapter again.") from None
+
+
+def misfits(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Why an adapter does not fit a base model, as far as names and shapes tell; empty if it fits.
+
+    Args:
+        adapter: The adapter.
+        shapes: Shape of each tensor of the base, by its key in a Hugging Face checkpoint.
+    """
+    found = []
+    for module, lora in adapter.lora_shapes.items():
+        base = shapes.get(f"{module}.weight", ())
+        if len(base) != 2:
+            found.append(f"it has no matrix {module}")
+            continue
+        for end, shape in lora.items():
+            have, wanted = shape[LORA_ENDS[end].wide_axis], base[LORA_ENDS[end].base_axis]
+            if have != wanted:
+                found.append(f"{module}{end} is for {have} features, not {wanted}")
+    for key, tensor in (adapter.tensors or {}).items():
+        if not key.endswith(tuple(LORA_ENDS)):
+            found += _whole_misfit(key.removeprefix(PREFIX).replace(".base_layer.", "."), tensor.shape, shapes)
+    return list(dict.fromkeys(found)) + _missing(adapter, shapes)
+
+
+def _whole_misfit(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """For a tensor that is not LoRA's: its shape if it has the name of one of the base's, else its layer's module."""
+    if name in shapes:
+        return [] if shape == shapes[name] else [f"{name} is {spell(shape)}, not {spell(shapes[name])}"]
+    module = name.rsplit(".", 1)[0]
+    if name.endswith((".weight", ".bias")) and f"{module}.weight" in shapes:
+        return [f"it has no {name}"]
+    owner = re.match(r"(.*\.layers\.\d+\.[a-z0-9_.]*?_proj)\.", name)
+    return [f"it has no matrix {owner[1]}"] if owner and f"{owner[1]}.weight" not in shapes else []
+
+
+def _missing(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Modules of the base that the config means and the file does not have."""
+    if not adapter.ranks:
+        return []
+    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    config = SimpleNamespace(**{name: adapter.config.get(name) for name in fields})
+    modules = [key.removesuffix(".weight") for key, shape in shapes.items() if len(shape) == 2]
+    return [
+        f"the adapter has nothing for {module}, which {CONFIG_FILE} means"
+        for module in modules
+        if is_target(config, module) and module not in adapter.ranks
+    ]
+
+
+def spell(shape: tuple[int, ...]) -> str:
+    """A shape in a line of text."""
+    return " x ".join(map(str, shape)) or "a number"

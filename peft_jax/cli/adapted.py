@@ -1,0 +1,73 @@
+"""What the commands that use an adapter share: which base it sits on, and how both are read."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import peft_jax as pj
+from peft_jax.cli.checkpoint import load_tokenizer
+from peft_jax.interop.checkpoint import find_checkpoint
+from peft_jax.interop.describe import read_adapter_config
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model a command runs."""
+
+    model: str | None = None
+    """Folder (or hub id) of the base model; by default the one that the adapter names."""
+    adapter: Path | None = None
+    """Folder of an adapter in PEFT's format; without it the base runs alone."""
+    load_in_8bit: bool = False
+    """Keep the base's weights in int8."""
+    dtype: Dtype | None = None
+    """Element type of the base's weights; by default the checkpoint's own."""
+
+
+def load_model(options: ModelOptions) -> Any:
+    """The base model, with the adapter if there is one.
+
+    Raises:
+        ValueError: If no base is named, or the adapter does not fit it.
+        OSError: If a file or folder is missing.
+    """
+    name, _ = find_base(options.model, options.adapter)
+    base = pj.AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype, load_in_8bit=options.load_in_8bit)
+    return base if options.adapter is None else pj.PeftModel.from_pretrained(base, options.adapter)
+
+
+def find_base(model: str | None, adapter: Path | None) -> tuple[str, Path]:
+    """Name of the base model, and the folder in which it lies.
+
+    Raises:
+        ValueError: If neither the words nor the adapter name one.
+        FileNotFoundError: If it is not there.
+    """
+    if adapter is None:
+        if model is None:
+            raise ValueError("no model is given. Name one with --model, or an adapter with --adapter.")
+        return model, find_checkpoint(model)
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    if model is not None:
+        return model, find_checkpoint(model)
+    if not named:
+        raise ValueError(f"the adapter in {adapter} names no base model. Give it with --model.")
+    try:
+        return named, find_checkpoint(named)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the base model of {adapter} is not there: {error} Or give it with --model."
+        ) from error
+
+
+def find_tokenizer(model: str | None, adapter: Path | None) -> Any:
+    """The tokenizer in the adapter's folder if it has one, else the base's.
+
+    Raises:
+        ValueError: If there is none that can be read.
+    """
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(adapter))
+    return load_tokenizer(str(find_base(model, adapter)[1]))

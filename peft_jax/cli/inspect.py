@@ -1,0 +1,196 @@
+"""`peft-jax inspect`: what an adapter's folder holds, whether it fits a base, and who takes it."""
+
+import dataclasses
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from peft_jax.cli.servers import Verdict, verdicts
+from peft_jax.interop.checkpoint import find_checkpoint, read_config
+from peft_jax.interop.describe import PICKLE_FILE, AdapterFolder, misfits, read_adapter, spell
+from peft_jax.interop.formats import PREFIX
+from peft_jax.models.llama import LlamaConfig
+from peft_jax.models.llama_keys import rows
+
+WIDTH, LABEL = 80, 12
+SHOWN = 3  # reasons that an adapter does not fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Say what an adapter's folder holds and who takes it; reads JSON and the header of the tensors alone."""
+
+    adapter: Positional[Path]
+    """Folder of an adapter in PEFT's format, of any method."""
+    model: str | None = None
+    """Folder (or hub id) of a base model to hold it against; only its config.json is read."""
+    json: bool = False
+    """Print a JSON object instead."""
+
+
+def inspect(options: Inspect) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: If a file is damaged, or the base is of an unsupported kind.
+        OSError: If a file or folder is missing.
+    """
+    adapter = read_adapter(options.adapter)
+    reasons = None if options.model is None else misfits(adapter, base_shapes(options.model))
+    if options.json:
+        print(json.dumps(as_json(adapter, options.model, reasons), indent=2))
+    else:
+        print("\n".join(as_text(adapter, options.model, reasons)))
+
+
+def base_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a base model by its key, told from its config.json.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it is of an unsupported kind.
+    """
+    config = LlamaConfig.from_hf(read_config(find_checkpoint(model, files=("config.json",))))
+    shapes = {key: row.tensor_shape for row in rows(config) for key in row.keys}
+    if config.tie_word_embeddings:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    return shapes
+
+
+def as_json(adapter: AdapterFolder, model: str | None, reasons: list[str] | None) -> dict[str, Any]:
+    """Everything, for programs."""
+    tensors = adapter.tensors
+    found: dict[str, Any] = {
+        "folder": str(adapter.path),
+        "config": adapter.config,
+        "problems": adapter.problems(),
+        "trained_parameters": None if tensors is None else adapter.trained,
+        "modules": {
+            module: {"rank": rank, "scaling": adapter.scaling(module)} for module, rank in adapter.ranks.items()
+        },
+        "frozen": adapter.frozen,
+        "tensors": None
+        if tensors is None
+        else {key: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for key, t in sorted(tensors.items())},
+        "servers": {one.program: {"takes": one.takes, "note": one.note} for one in verdicts(adapter)},
+    }
+    if reasons is not None:
+        fits = not (reasons or found["problems"]) if adapter.judged or reasons else None
+        found["fit"] = {"model": model, "fits": fits, "judged_by": adapter.judged, "reasons": reasons}
+    return found
+
+
+def as_text(adapter: AdapterFolder, model: str | None, reasons: list[str] | None) -> Iterator[str]:
+    """The lines for a terminal of 80 columns."""
+    for name, value in _facts(adapter):
+        yield from _labelled(name, value)
+    if adapter.tensors:
+        yield from ("", *_table(adapter))
+    yield ""
+    problems = adapter.problems()
+    if problems:
+        yield from _labelled("Damaged", _some(problems))
+    if reasons is not None:
+        wrong = problems + reasons
+        told = f"yes, by {adapter.judged}" if adapter.judged else "its tensors do not tell"
+        yield from _labelled("Fits", f"{model}: " + (f"no, {_some(wrong)}" if wrong else told))
+    yield "Taken by"
+    for verdict in verdicts(adapter):
+        yield from _verdict(verdict)
+
+
+def _facts(adapter: AdapterFolder) -> Iterator[tuple[str, str]]:
+    config = adapter.config
+    by = f", written by PEFT {config['peft_version']}" if config.get("peft_version") else ""
+    yield "Adapter", str(adapter.path)
+    yield "Method", f"{_method(config)}{f' for {t}' if (t := config.get('task_type')) else ''}{by}"
+    yield "Base", config.get("base_model_name_or_path") or "not named"
+    if adapter.ranks:
+        scalings = {module: adapter.scaling(module) for module in adapter.ranks}
+        yield "Rank", _values(adapter.ranks)
+        yield "Scale", f"{_values(scalings)} (alpha {config.get('lora_alpha', 8):g})"
+    elif "r" in config:
+        yield "Rank", f"{config['r']}, by {'its config' if adapter.tensors else 'its config alone'}"
+    if targets := config.get("target_modules"):
+        count = f" ({len(adapter.ranks)} modules)" if adapter.ranks else ""
+        yield "Targets", (targets if isinstance(targets, str) else ", ".join(sorted(targets))) + count
+    if saved := config.get("modules_to_save"):
+        yield "Saved whole", ", ".join(saved)
+    if (bias := config.get("bias", "none")) != "none":
+        yield "Biases", f"trained ({bias})"
+    if adapter.tensors is None:
+        yield "Tensors", f"in {PICKLE_FILE}, a pickled file, which is not read"
+        return
+    size = sum(tensor.nbytes for tensor in adapter.tensors.values())
+    yield "Trained", f"{adapter.trained:,} parameters"
+    yield "Tensors", f"{len(adapter.tensors)} in {_bytes(size)}"
+
+
+def _method(config: dict[str, Any]) -> str:
+    names = {"LORA": "LoRA"}
+    extra = [what for field, what in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(field)]
+    name = names.get(config["peft_type"], config["peft_type"])
+    return f"{name} ({', '.join(extra)})" if extra else str(name)
+
+
+def _values(by_module: dict[str, Any]) -> str:
+    """One value if all modules share it, else each value with how many modules have it."""
+    counts: dict[Any, int] = {}
+    for value in by_module.values():
+        counts[value] = counts.get(value, 0) + 1
+    if len(counts) == 1:
+        return f"{next(iter(counts)):g}"
+    return ", ".join(f"{value:g} in {count} modules" for value, count in sorted(counts.items()))
+
+
+def _table(adapter: AdapterFolder) -> Iterator[str]:
+    """A line for each kind of tensor: the same name in several layers is one line."""
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for key, tensor in sorted((adapter.tensors or {}).items(), key=lambda item: _natural(item[0])):
+        name = re.sub(r"\.\d+\.", ".*.", key.removeprefix(PREFIX))
+        kinds.setdefault((name, spell(tensor.shape), tensor.dtype), []).append(tensor.nbytes)
+    lines = [("Tensor", "Shape", "Type", "Count", "Bytes")]
+    lines += [(*kind, str(len(sizes)), _bytes(sum(sizes))) for kind, sizes in kinds.items()]
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 8)
+    for line in lines:
+        name = line[0] if len(line[0]) <= widths[0] else "..." + line[0][3 - widths[0] :]
+        yield "  ".join(
+            cell.ljust(width) if column in (0, 2) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip((name, *line[1:]), widths, strict=True))
+        ).rstrip()
+
+
+def _natural(key: str) -> list[Any]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
+def _verdict(verdict: Verdict) -> Iterator[str]:
+    answer = "yes" if verdict.takes else "no"
+    first = f"  {verdict.program:<{LABEL - 2}}{answer:<4}{verdict.note}".rstrip()
+    yield from _wrapped(first, LABEL + 4)
+
+
+def _labelled(name: str, value: str) -> list[str]:
+    return _wrapped(f"{name:<{LABEL}}{value}", LABEL)
+
+
+def _wrapped(line: str, indent: int) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False) or [line]
+
+
+def _some(reasons: list[str]) -> str:
+    more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    return "; ".join(reasons[:SHOWN]) + more
+
+
+def _bytes(size: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,71 @@
+"""`peft-jax merge`: fold an adapter into the float weights of its base and write a Hugging Face checkpoint."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+
+import peft_jax as pj
+from peft_jax.cli.adapted import Dtype, find_base
+from peft_jax.cli.folder import new_folder, refuse_used
+
+# What belongs to a tokenizer, and goes along as it is.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Fold an adapter into its base and write a checkpoint that transformers loads."""
+
+    adapter: Path
+    """Folder of an adapter in PEFT's format."""
+    output: Path
+    """Folder to create: weights, config.json and the tokenizer's files."""
+    model: str | None = None
+    """Folder (or hub id) of the base model; by default the one that the adapter names."""
+    dtype: Dtype | None = None
+    """Element type of the written weights; by default the base's own."""
+
+
+def merge(options: Merge) -> None:
+    """Run the command. The base is read in float also where the adapter was trained on int8, and rounded once.
+
+    Raises:
+        ValueError: If the adapter does not fit the base; nothing is left behind.
+        OSError: If a file or folder is missing or cannot be written.
+    """
+    refuse_used(options.output)
+    name, base = find_base(options.model, options.adapter)
+    # Merged in float32, then rounded, where another type than the base's is asked for; memory holds float32 then.
+    model = pj.AutoModelForCausalLM.from_pretrained(base, dtype=options.dtype and "float32")
+    model = pj.PeftModel.from_pretrained(model, options.adapter).merge_and_unload()
+    if options.dtype is not None:
+        model = model.replace(jax.tree.map(lambda leaf: leaf.astype(options.dtype), model.params))
+    size, dtype = sum(leaf.nbytes for leaf in jax.tree.leaves(model)), jax.tree.leaves(model)[0].dtype
+    with new_folder(options.output) as folder:
+        model.save_pretrained(folder)
+        tokenizer = _copy_tokenizer(options.adapter if _has_tokenizer(options.adapter) else base, folder)
+    print(f"Merged {options.adapter} into {name}.")
+    print(f"Wrote {options.output}: {model.num_parameters():,} weights in {dtype}, {size / 1e6:,.1f} MB")
+    if not tokenizer:
+        print("The base has no tokenizer files, so there are none in it.")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _copy_tokenizer(source: Path, target: Path) -> list[str]:
+    files = {file.name: file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
+    for name, file in files.items():
+        shutil.copyfile(file, target / name)
+    return sorted(files)

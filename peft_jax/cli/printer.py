@@ -1,0 +1,49 @@
+"""Prints one answer while its tokens come."""
+
+from typing import Any
+
+import numpy as np
+
+UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are not a character yet
+
+
+class Printer:
+    """A streamer for `generate` that prints the text of one row, never half a character.
+
+    Example:
+        >>> class Bytes:
+        ...     def decode(self, tokens, **options):
+        ...         return bytes(tokens).decode(errors="replace")
+        >>> printer = Printer(Bytes())
+        >>> for byte in "né".encode():
+        ...     printer.put(np.array([byte]))
+        ...     printer.printed
+        'n'
+        'n'
+        'né'
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.tokens, self.printed = tokenizer, list[int](), ""
+
+    def put(self, value: np.ndarray) -> None:
+        """Take the prompt, which is not printed, then tokens (1,)."""
+        if value.ndim == 1:
+            self.tokens += value.tolist()
+            self._print(text_of(self.tokens, self.tokenizer).rstrip(UNFINISHED))
+
+    def end(self) -> None:
+        """Print what is left, finished or not, and end the line."""
+        self._print(text_of(self.tokens, self.tokenizer))
+        print(flush=True)
+
+    def _print(self, text: str) -> None:
+        new = text[len(self.printed) :]
+        if new:
+            print(new, end="", flush=True)
+            self.printed += new
+
+
+def text_of(tokens: list[int], tokenizer: Any) -> str:
+    """The text of an answer's tokens, without special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,0 +1,146 @@
+"""Prompts of the generate command: from words, a file or standard input to token ids."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+
+from peft_jax.train import Record
+
+Template = Literal["alpaca", "chat", "raw"]
+Prompt = str | dict[str, Any]
+LENGTH_STEP = 32
+KINDS = "a text, or an object with instruction (and input), prompt, or messages"
+
+
+def read_prompts(words: Sequence[str], file: Path | None, stdin: TextIO) -> list[Prompt]:
+    """The prompts that are asked for: words, or a file's, or the lines of standard input.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If there are none, both words and a file, or the file is not what its name says.
+    """
+    if words and file is not None:
+        raise ValueError("prompts are given as words and with --file. Give one of them.")
+    if words:
+        return list(words)
+    if file is None:
+        if stdin.isatty():
+            raise ValueError("no prompt is given. Give it as a word, with --file, or on standard input.")
+        return _some(_lines(stdin.read()), "standard input")
+    if not file.is_file():
+        raise FileNotFoundError(f"no file of prompts at {file}. Give JSON, JSONL, or a text file of one prompt a line.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text. Give JSON, JSONL, or a text file of one prompt a line.") from error
+    if file.suffix not in (".json", ".jsonl"):
+        return _some(_lines(text), str(file))
+    return _some([_checked(value, number, file) for number, value in enumerate(_values(text, file), 1)], str(file))
+
+
+def _lines(text: str) -> list[Prompt]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _some(prompts: list[Prompt], where: str) -> list[Prompt]:
+    if not prompts:
+        raise ValueError(f"{where} holds no prompts. Give at least one.")
+    return prompts
+
+
+def _values(text: str, file: Path) -> list[Any]:
+    try:
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not {file.suffix[1:].upper()}: {error}. Each prompt is {KINDS}.") from error
+    return values if isinstance(values, list) else [values]
+
+
+def _checked(value: Any, number: int, file: Path) -> Prompt:
+    texts = [value] if isinstance(value, str) else []
+    if isinstance(value, dict):
+        names = next((n for n in (("instruction", "input"), ("prompt",)) if n[0] in value), ())
+        texts = [value[name] for name in names if name in value]
+        messages = value.get("messages")
+        if not names and isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
+            return value
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"prompt {number} of {file} is {json.dumps(value)[:60]}. Each prompt is {KINDS}.")
+    return value
+
+
+def render(prompt: Prompt, template: Template, tokenizer: Any) -> str:
+    """The text that the model is to continue.
+
+    Raises:
+        ValueError: If the template cannot take this prompt, or the tokenizer has no chat template.
+    """
+    if isinstance(prompt, dict) and "messages" in prompt and template != "chat":
+        raise ValueError(f"a prompt has messages, which --template {template} cannot take. Give --template chat.")
+    if template == "chat":
+        return _chat(prompt, tokenizer)
+    instruction, given = _parts(prompt)
+    if template == "alpaca":
+        return Record(instruction=instruction, input=given, output="").prompt
+    return f"{instruction}\n{given}" if given else instruction
+
+
+def _parts(prompt: Prompt) -> tuple[str, str]:
+    """Instruction and input."""
+    if isinstance(prompt, str):
+        return prompt, ""
+    if "instruction" in prompt:
+        return prompt["instruction"], prompt.get("input", "")
+    return prompt["prompt"], ""
+
+
+def _chat(prompt: Prompt, tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template. Give --template alpaca or --template raw.")
+    if isinstance(prompt, dict) and "messages" in prompt:
+        messages = prompt["messages"]
+        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages  # the answer of a data file
+    else:
+        messages = [{"role": "user", "content": "\n\n".join(part for part in _parts(prompt) if part)}]
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # templates are programs of the checkpoint's, and raise what they like
+        raise ValueError(f"the chat template refuses the messages ({error}). Give --template raw.") from error
+
+
+def encode(text: str, template: Template, tokenizer: Any) -> list[int]:
+    """Token ids of a rendered prompt: with what the tokenizer puts in front of a text, without what it puts behind.
+
+    A chat template writes its special tokens itself.
+    """
+    ids = list(tokenizer(text, add_special_tokens=template != "chat", verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    if ids and template != "chat" and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):
+        ids.pop()
+    return ids
+
+
+def pad(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask (rows, length), padded on the left; rows beyond the prompts repeat the last one."""
+    ids, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        prompt = prompts[min(row, len(prompts) - 1)]
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def rounded_up(length: int) -> int:
+    """The next multiple of `LENGTH_STEP`, so that prompts of about one length share a program."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def standard_input() -> TextIO:
+    """Standard input, as it is when the command runs."""
+    return sys.stdin

@@ -1,0 +1,133 @@
+"""Which programs take an adapter as it is, and why one does not.
+
+Rules as read in the programs' own code: PEFT 0.21.2; vLLM's lora/peft_helper.py, lora/lora_model.py and config/lora.py;
+TGI's adapters/lora.py and utils/adapter.py with the kernels' pad_rank. Where a server would load an adapter and compute
+something else, the verdict is no.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from peft_jax.interop.describe import AdapterFolder
+from peft_jax.interop.formats import PEFT_VERSION
+from peft_jax.methods.base import PeftConfig
+
+PEFT_TYPES = frozenset(
+    "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 "
+    "LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT "
+    "PVERA P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT "
+    "XLORA".split()
+)
+VLLM_RANKS, VLLM_DEFAULT = (8, 16, 32, 64, 128, 256, 320, 512), 16
+TGI_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+# Fields of LoraConfig that change no number once an adapter is trained, or that the verdicts look at one by one.
+_HARMLESS = frozenset(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora use_dora modules_to_save init_lora_weights "
+    "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core loftq_config eva_config corda_config "
+    "lora_ga_config qalora_group_size runtime_config ensure_weight_tying".split()
+)
+# Starts that take a part out of the base's weights, which a server would have to do too.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+class Verdict(NamedTuple):
+    """Whether a program takes an adapter; the note says how, or why not."""
+
+    program: str
+    takes: bool
+    note: str
+
+
+def verdicts(adapter: AdapterFolder) -> list[Verdict]:
+    """The verdicts, in the order in which they are shown."""
+    return [_peft_jax(adapter), _peft(adapter), _server("vLLM", adapter, _vllm), _server("TGI", adapter, _tgi)]
+
+
+def _peft_jax(adapter: AdapterFolder) -> Verdict:
+    if problems := adapter.problems():
+        return Verdict("peft_jax", False, problems[0])
+    if adapter.tensors is None:
+        return Verdict("peft_jax", False, "the tensors are in a pickled .bin file; save as safetensors")
+    try:
+        PeftConfig.from_dict(adapter.config)
+    except (ValueError, TypeError) as error:
+        return Verdict("peft_jax", False, str(error))
+    return Verdict("peft_jax", True, "")
+
+
+def _peft(adapter: AdapterFolder) -> Verdict:
+    if adapter.peft_type not in PEFT_TYPES:
+        return Verdict("PEFT", False, f"PEFT {PEFT_VERSION} knows no {adapter.peft_type}")
+    if problems := adapter.problems():
+        return Verdict("PEFT", False, problems[0])
+    return Verdict("PEFT", True, "PeftModel.from_pretrained(base, folder)")
+
+
+def _server(name: str, adapter: AdapterFolder, more: Any) -> Verdict:
+    reasons = list(_not_plain(adapter)) or list(more(adapter))
+    if reasons:
+        return Verdict(name, False, "; ".join(reasons))
+    return Verdict(name, True, _vllm_flags(adapter) if name == "vLLM" else "LORA_ADAPTERS=name=folder")
+
+
+def _not_plain(adapter: AdapterFolder) -> Iterator[str]:
+    """What neither server does."""
+    config = adapter.config
+    if adapter.peft_type != "LORA":
+        yield f"it serves LoRA alone, not {adapter.peft_type}"
+        return
+    yield from adapter.problems()[:1]
+    if config.get("use_dora"):
+        yield "it cannot do DoRA"
+    if config.get("modules_to_save"):
+        yield f"it cannot do modules_to_save ({', '.join(config['modules_to_save'])})"
+    if config.get("bias", "none") != "none":
+        yield f"it cannot do trained biases (bias={config['bias']!r})"
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        yield f"init_lora_weights={start!r} needs a changed base; save with path_initial_model_for_weight_conversion"
+    for field, value in config.items():
+        if field not in _HARMLESS and value not in (None, False, 0, "", [], {}):
+            yield f"it does not read {field}"
+    if adapter.ranks and {adapter.scaling(module) for module in adapter.ranks} != {_common_scaling(config)}:
+        yield "it has one scale for all modules, and rank_pattern or alpha_pattern asks for several"
+
+
+def _common_scaling(config: dict[str, Any]) -> float:
+    """The scale that a server uses everywhere."""
+    rank = config.get("r", 8)
+    return float(config.get("lora_alpha", 8) / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _vllm(adapter: AdapterFolder) -> Iterator[str]:
+    if _top_rank(adapter) > VLLM_RANKS[-1]:
+        yield f"rank {_top_rank(adapter)} is above its largest --max-lora-rank, {VLLM_RANKS[-1]}"
+
+
+def _vllm_flags(adapter: AdapterFolder) -> str:
+    enough = next(limit for limit in VLLM_RANKS if limit >= _top_rank(adapter))
+    flags = "--enable-lora" + (f" --max-lora-rank {enough}" if enough > VLLM_DEFAULT else "")
+    heads = [end for end in ("embed_tokens", "lm_head") if any(m.endswith(end) for m in adapter.ranks)]
+    return flags + (f"; {' and '.join(heads)} for some architectures only" if heads else "")
+
+
+def _top_rank(adapter: AdapterFolder) -> int:
+    """The largest rank that a server must have room for; vLLM looks at the config's."""
+    return max(adapter.config.get("r", 8), *adapter.ranks.values(), 0)
+
+
+def _tgi(adapter: AdapterFolder) -> Iterator[str]:
+    if adapter.tensors is None:
+        yield "it reads safetensors alone"
+        return
+    ends = {module.rsplit(".", 1)[-1] for module in adapter.ranks}
+    if other := sorted(ends - set(TGI_MODULES)):
+        yield f"it leaves {', '.join(other)} out"
+    if adapter.config.get("layers_to_transform") is not None:
+        yield "it drops a target that not all layers have (layers_to_transform)"
+    rank = adapter.config.get("r", 8)
+    padded = 8 if rank <= 8 else -(-rank // 16) * 16
+    if padded != rank and len(ends) > 1:
+        yield f"it pads rank {rank} to {padded}, and scales all targets but the first by it"
