@@ -34,6 +34,24 @@ LORA_ENDS = {
     ".lora_embedding_B": LoraEnd(1, 0, 1),
 }
 
+RESHAPING = ("target_parameters", "use_qalora", "use_bdlora", "layer_replication")  # fields that change their shapes
+# What the fields that are read here have to be, whatever the method.
+KINDS: dict[str, tuple[type, ...]] = {
+    "peft_type": (str,),
+    "base_model_name_or_path": (str,),
+    "task_type": (str,),
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "target_modules": (str, list),
+    "exclude_modules": (str, list),
+    "modules_to_save": (list,),
+    "layers_to_transform": (int, list),
+    "layers_pattern": (str, list),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "bias": (str,),
+}
+
 
 class TensorInfo(NamedTuple):
     """Element type (as safetensors spells it) and shape of a tensor."""
@@ -80,9 +98,14 @@ class AdapterFolder:
         found: dict[str, dict[str, tuple[int, ...]]] = {}
         for key, tensor in (self.tensors or {}).items():
             for end in LORA_ENDS:
-                if key.endswith(end) and len(tensor.shape) == 2:
+                if key.endswith(end) and len(tensor.shape) >= 2:
                     found.setdefault(key.removeprefix(PREFIX).removesuffix(end), {})[end] = tensor.shape
         return found
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether LoRA's matrices have other shapes than rank and features."""
+        return any(self.config.get(field) for field in RESHAPING)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -126,9 +149,11 @@ class AdapterFolder:
 
     def problems(self) -> list[str]:
         """What contradicts itself: ranks that are not the config's, a LoRA matrix without its partner."""
-        if self.peft_type != "LORA" or self.tensors is None:
+        if self.tensors is None:
             return []
         found = [] if self.tensors else [f"{WEIGHTS_FILE} holds no tensors"]
+        if self.peft_type != "LORA" or self.reshaped:
+            return found
         for module, shapes in self.lora_shapes.items():
             wanted = pattern_value(self.config.get("rank_pattern") or {}, module, self.config.get("r", 8))
             ranks = {shape[LORA_ENDS[end].rank_axis] for end, shape in shapes.items()}
@@ -182,9 +207,12 @@ def read_adapter_config(directory: str | pathlib.Path) -> dict[str, Any]:
             f"No {CONFIG_FILE} in '{folder}'{found or whole or '. Give the folder of a saved adapter.'}"
         )
     config = read_config(folder, CONFIG_FILE)
-    if not isinstance(config.get("peft_type"), str):
+    if config.get("peft_type") is None:
         raise ValueError(f"'{folder / CONFIG_FILE}' names no peft_type, so it is no adapter's. Save the adapter again.")
-    return config
+    for field, kinds in KINDS.items():
+        if config.get(field) is not None and not isinstance(config[field], kinds):
+            raise ValueError(f"'{folder / CONFIG_FILE}' has {field}={config[field]!r}. Save the adapter again.")
+    return {field: value for field, value in config.items() if value is not None or field not in ("r", "lora_alpha")}
 
 
 def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
@@ -209,7 +237,7 @@ def misfits(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> li
         if len(base) != 2:
             found.append(f"it has no matrix {module}")
             continue
-        for end, shape in lora.items():
+        for end, shape in lora.items() if not adapter.reshaped else ():
             have, wanted = shape[LORA_ENDS[end].wide_axis], base[LORA_ENDS[end].base_axis]
             if have != wanted:
                 found.append(f"{module}{end} is for {have} features, not {wanted}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from peft_jax.cli.adapted import ModelOptions, find_tokenizer, load_model
 from peft_jax.cli.printer import Printer, text_of
@@ -46,8 +46,8 @@ class Generate(ModelOptions):
     """Draw from tokens of at least this share of the likeliest's probability."""
     repetition_penalty: float | None = None
     """Above 1, makes tokens less likely that were there already."""
-    stop_tokens: tuple[str, ...] = ()
-    """Tokens that end an answer, beside the model's own."""
+    stop_token: UseAppendAction[tuple[str, ...]] = ()
+    """A token that ends an answer, beside the model's own; may be given several times."""
     ignore_generation_config: bool = False
     """Leave generation_config.json aside."""
     batch_size: int = 8
@@ -71,7 +71,7 @@ def generate(options: Generate) -> None:
     encoded = [encode(render(prompt, options.template, tokenizer), options.template, tokenizer) for prompt in prompts]
     if not all(encoded):
         raise ValueError(f"prompt {encoded.index([]) + 1} has no tokens. Leave it out, or give --template alpaca.")
-    ends = [stop_token(text, tokenizer) for text in options.stop_tokens]
+    ends = [stop_token(text, tokenizer) for text in options.stop_token]
     model = load_model(options)
     found = {} if options.ignore_generation_config else model.generation_config
     wanted = settle(options, found, model.config, max(map(len, encoded)), ends or None)
@@ -174,7 +174,7 @@ def stop_token(text: str, tokenizer: Any) -> int:
         return int(known[text])
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) != 1:
-        raise ValueError(f"--stop-tokens {text!r} is not a token of this model but {len(ids)}. Give single tokens.")
+        raise ValueError(f"--stop-token {text!r} is not one token of this model but {len(ids)}. Give single tokens.")
     return int(ids[0])
 
 

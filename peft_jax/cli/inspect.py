@@ -145,7 +145,7 @@ def _values(by_module: dict[str, Any]) -> str:
         counts[value] = counts.get(value, 0) + 1
     if len(counts) == 1:
         return f"{next(iter(counts)):g}"
-    return ", ".join(f"{value:g} in {count} modules" for value, count in sorted(counts.items()))
+    return ", ".join(f"{value:g} in {count} module{'s' * (count > 1)}" for value, count in sorted(counts.items()))
 
 
 def _table(adapter: AdapterFolder) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Prints one answer while its tokens come."""
 
-from typing import Any
+import sys
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -11,20 +12,22 @@ class Printer:
     """A streamer for `generate` that prints the text of one row, never half a character.
 
     Example:
+        >>> import io
         >>> class Bytes:
         ...     def decode(self, tokens, **options):
         ...         return bytes(tokens).decode(errors="replace")
-        >>> printer = Printer(Bytes())
+        >>> printer = Printer(Bytes(), io.StringIO())
         >>> for byte in "né".encode():
         ...     printer.put(np.array([byte]))
-        ...     printer.printed
+        ...     printer.file.getvalue()
         'n'
         'n'
         'né'
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.tokens, self.printed = tokenizer, list[int](), ""
+    def __init__(self, tokenizer: Any, file: TextIO | None = None) -> None:
+        self.tokenizer, self.file = tokenizer, file or sys.stdout
+        self.tokens, self.printed = list[int](), ""
 
     def put(self, value: np.ndarray) -> None:
         """Take the prompt, which is not printed, then tokens (1,)."""
@@ -35,12 +38,12 @@ class Printer:
     def end(self) -> None:
         """Print what is left, finished or not, and end the line."""
         self._print(text_of(self.tokens, self.tokenizer))
-        print(flush=True)
+        print(flush=True, file=self.file)
 
     def _print(self, text: str) -> None:
         new = text[len(self.printed) :]
         if new:
-            print(new, end="", flush=True)
+            print(new, end="", flush=True, file=self.file)
             self.printed += new
 
 
