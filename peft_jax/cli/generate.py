@@ -93,7 +93,9 @@ def generate(options: Generate) -> None:
         text = text_of(answer, tokenizer)
         if options.json:
             reason = "stop" if answer and answer[-1] in wanted.eos_token_ids else "length"
-            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(answer), "finish_reason": reason}))
+            print(
+                json.dumps({"prompt": prompt, "text": text, "tokens": len(answer), "finish_reason": reason}), flush=True
+            )
         else:
             print(f"{'' if number == 1 else chr(10)}[{number}] {title(prompt)}\n{text}", flush=True)
 

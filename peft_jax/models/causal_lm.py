@@ -17,9 +17,9 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
 from peft_jax.models import llama
 from peft_jax.models.checkpoint import save_model
-from peft_jax.models.generate import Decoder, Programs, Streamer, make_programs, stream
-from peft_jax.models.generation_config import Generation, resolve
-from peft_jax.models.llama import LlamaConfig, init_cache
+from peft_jax.models.generate import Streamer
+from peft_jax.models.llama import LlamaConfig
+from peft_jax.models.llama_generate import continue_prompts
 from peft_jax.models.llama_keys import STACKED
 
 # PEFT's defaults for target_modules, by model type.
@@ -161,7 +161,6 @@ class CausalLM(Handle):
             ValueError: if an argument is out of range, a prompt is padded on the right, or generation_config.json asks
                 for what is not supported.
         """
-        ids = _token_ids(input_ids, self.config.vocab_size)
         asked = {
             "max_new_tokens": max_new_tokens,
             "do_sample": do_sample,
@@ -173,28 +172,9 @@ class CausalLM(Handle):
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
         }
-        wanted = resolve(
-            asked,
-            self.generation_config if generation_config is None else generation_config,
-            length=ids.shape[1],
-            positions=self.config.max_position_embeddings,
-            eos_token_id=self.config.eos_token_id,
-            pad_token_id=self.config.pad_token_id,
-        )
-        eos, pad = wanted.eos_token_ids, wanted.pad_token_id
-        if attention_mask is not None:
-            mask = jnp.asarray(attention_mask, bool)
-        else:
-            mask = jnp.ones_like(ids, bool) if pad is None or pad in eos else ids != pad
-        if not np.asarray(mask)[:, -1].all():
-            raise ValueError("A prompt ends in padding. Pad prompts on the left (tokenizer.padding_side = 'left').")
-        programs = _generation(self.config, wanted._replace(pad_token_id=(*eos, 0)[0] if pad is None else pad))
-        arguments = (self.params, ids, mask, jax.random.key(0) if key is None else key)
-        if streamer is None:
-            tokens, count = programs.whole(*arguments)
-        else:
-            tokens, count = stream(programs, *arguments, wanted.max_new_tokens, streamer)
-        return tokens[:, : ids.shape[1] + int(count)]
+        ids = _token_ids(input_ids, self.config.vocab_size)
+        found = self.generation_config if generation_config is None else generation_config
+        return continue_prompts(self.config, self.params, ids, attention_mask, asked, found, key, streamer)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> None:
         """Write the files that transformers reads: configs, and safetensors in the leaves' element types.
@@ -303,18 +283,6 @@ def _forward(config: LlamaConfig, remat: bool, output_hidden_states: bool) -> Ca
         )
 
     return jax.jit(adapt(forward))
-
-
-@functools.lru_cache(maxsize=64)
-def _generation(config: LlamaConfig, wanted: Generation) -> Programs:
-    def decoder(params: Any) -> Decoder:
-        apply = partial(adapt(partial(llama.apply, config)), params)
-        return Decoder(apply, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
-
-    def cache(params: Any, batch: int, positions: int) -> llama.KVCache:
-        return init_cache(config, batch, positions, params["model"]["embed_tokens"]["embedding"].dtype)
-
-    return make_programs(decoder, cache, wanted.max_new_tokens)
 
 
 @jax.jit

@@ -1,0 +1,69 @@
+"""Generation with models of the Llama family: what was asked and what the checkpoint says, made a compiled program."""
+
+import functools
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.adapt import adapt
+from peft_jax.models import llama
+from peft_jax.models.generate import Decoder, Programs, Streamer, make_programs, stream
+from peft_jax.models.generation_config import Generation, resolve
+from peft_jax.models.llama import KVCache, LlamaConfig, init_cache
+
+
+def continue_prompts(
+    config: LlamaConfig,
+    params: Any,
+    ids: jax.Array,
+    attention_mask: Any,
+    asked: Mapping[str, Any],
+    found: Mapping[str, Any],
+    key: jax.Array | None,
+    streamer: Streamer | None,
+) -> jax.Array:
+    """Prompts ``ids`` with their continuations; the arguments are those of `CausalLM.generate`.
+
+    Raises:
+        ValueError: If a prompt ends in padding; also as `resolve`.
+    """
+    wanted = resolve(
+        asked,
+        found,
+        length=ids.shape[1],
+        positions=config.max_position_embeddings,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+    eos, pad = wanted.eos_token_ids, wanted.pad_token_id
+    if attention_mask is not None:
+        mask = jnp.asarray(attention_mask, bool)
+    else:
+        mask = jnp.ones_like(ids, bool) if pad is None or pad in eos else ids != pad
+    if not np.asarray(mask)[:, -1].all():
+        raise ValueError("A prompt ends in padding. Pad prompts on the left (tokenizer.padding_side = 'left').")
+    run = programs(config, wanted._replace(pad_token_id=(*eos, 0)[0] if pad is None else pad))
+    arguments = (params, ids, mask, jax.random.key(0) if key is None else key)
+    if streamer is None:
+        tokens, count = run.whole(*arguments)
+    else:
+        tokens, count = stream(run, *arguments, wanted.max_new_tokens, streamer)
+    return tokens[:, : ids.shape[1] + int(count)]
+
+
+@functools.lru_cache(maxsize=64)
+def programs(config: LlamaConfig, wanted: Generation) -> Programs:
+    """The compiled programs of a generation, the same for all parameters and prompts."""
+
+    def decoder(params: Any) -> Decoder:
+        apply = partial(adapt(partial(llama.apply, config)), params)
+        return Decoder(apply, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
+
+    def cache(params: Any, batch: int, positions: int) -> KVCache:
+        return init_cache(config, batch, positions, params["model"]["embed_tokens"]["embedding"].dtype)
+
+    return make_programs(decoder, cache, wanted.max_new_tokens)
