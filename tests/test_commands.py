@@ -111,12 +111,12 @@ def test_generate_says_what_pytorch_says(
 ) -> None:
     tokenizer, model, seen = tokenizer_of(workplace / "model"), torch_model(True), set()
     texts = {
-        "alpaca": [Record(instruction=prompt, input="", output="").prompt for prompt in PROMPTS],
+        "short": [Record(instruction=prompt, input="", output="").prompt for prompt in PROMPTS],
         "chat": [f"<user>{prompt}<assistant>" for prompt in PROMPTS],
     }
     for template, prompts in texts.items():
         want = [continued(model, tokenizer, text, add_special_tokens=template != "chat") for text in prompts]
-        words = ["generate", "--adapter", "adapter", "--template", template, "--max-new-tokens", "8"]
+        words = ["generate", "--adapter", "adapter", "--prompt-template", template, "--max-new-tokens", "8"]
         found = [json.loads(line) for line in run(*words, "--json", *PROMPTS).splitlines()]
         assert [one["text"] for one in found] == want
         assert [one["prompt"] for one in found] == PROMPTS
@@ -124,7 +124,7 @@ def test_generate_says_what_pytorch_says(
     assert len(seen) == 2, "the template is dead"
     assert run(*words, PROMPTS[2]) == want[2] + "\n", "streamed"
     base = continued(torch_model(False), tokenizer, PROMPTS[0])
-    said = run("generate", "--model", "model", "--template", "raw", "--max-new-tokens", "8", PROMPTS[0])
+    said = run("generate", "--model", "model", "--prompt-template", "raw", "--max-new-tokens", "8", PROMPTS[0])
     assert said == base + "\n" and base not in seen, "the adapter is dead"
 
 
@@ -263,7 +263,7 @@ def test_prompts_come_from_words_files_and_standard_input(
 
     def texts(*words: str, template: str = "raw") -> list[str]:
         calls.made.clear()
-        assert main(["generate", "--model", "model", "--template", template, *words]) == 0
+        assert main(["generate", "--model", "model", "--prompt-template", template, *words]) == 0
         _, ids, mask, _ = calls.made[0]
         return [tokenizer.decode(row[kept == 1], skip_special_tokens=True) for row, kept in zip(ids, mask, strict=True)]
 
@@ -277,25 +277,30 @@ def test_prompts_come_from_words_files_and_standard_input(
     assert texts("--file", "p.json") == ["one", "two", "three\nfour"]
     assert texts("--file", "p.jsonl") == ["one", "two"]
     assert texts("--file", "chat.jsonl", template="chat") == ["<user>one<assistant>"] * 2
-    assert texts("--file", "p.json", template="chat")[2] == "<user>three\n\nfour<assistant>"
+    assert texts("--file", "chat.jsonl", template="short") == ["<user>one<assistant>"] * 2, "messages are always chats"
+    assert texts("--file", "p.json", template="chat") == [
+        "<user>one<assistant>",
+        "two",
+        "<user>three\n\nfour<assistant>",
+    ]
     record = Record(instruction="three", input="four", output="")
-    assert texts("--file", "p.json", template="alpaca")[2] == record.prompt
+    assert texts("--file", "p.json", template="short")[1:] == ["two", record.prompt]
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert texts() == ["one", "two"]
 
 
-def test_alpaca_prompts_have_the_tokens_of_training(workplace: Path) -> None:
+def test_prompts_have_the_tokens_of_training(workplace: Path) -> None:
     tokenizer = tokenizer_of(workplace / "model")
     record = Record(instruction="three", input="four", output="")
     ids, mask = tokenize_prompts([record], tokenizer)
-    assert encode(record.prompt, "alpaca", tokenizer) == ids[mask == 1].tolist()
+    assert encode({"instruction": "three", "input": "four"}, "short", tokenizer) == ids[mask == 1].tolist()
 
 
 def test_the_adapters_own_tokenizer_goes_first(workplace: Path, calls: Calls) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(workplace / "model" / file, workplace / "adapter" / file)
     (workplace / "adapter" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    asked(calls, "--template", "chat", prompts=("abc",))
+    asked(calls, "--prompt-template", "chat", prompts=("abc",))
     _, ids, mask, _ = calls.made[0]
     assert tokenizer_of(workplace / "model").decode(ids[mask == 1]) == "abc!"
 
@@ -509,6 +514,11 @@ def _nameless(folder: Path) -> None:
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
 
 
+def _no_chat(folder: Path) -> None:
+    (folder / "model" / "chat_template.jinja").unlink()
+    (folder / "chat.json").write_text('[{"messages": [{"role": "user", "content": "a"}]}]')
+
+
 GENERATE, EVAL = ["generate", "--adapter", "adapter"], ["eval", "--adapter", "adapter", "--data", "data.json"]
 MERGE = ["merge", "--adapter", "adapter", "--output", "out"]
 WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
@@ -525,22 +535,22 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "a file that is not JSON": (_write("p.json", "{"), [*GENERATE, "--file", "p.json"], "p.json is not JSON"),
     "a prompt of another kind": (_write("p.json", "[1]"), [*GENERATE, "--file", "p.json"], "Each prompt is a text, or"),
     "a prompt without text": (_write("p.json", '[{"prompt": 1}]'), [*GENERATE, "--file", "p.json"], "Each prompt is"),
-    "messages without chat": (
-        _write("p.json", '[{"messages": [{"role": "user", "content": "a"}]}]'),
-        [*GENERATE, "--file", "p.json"],
-        "Give --template chat",
+    "messages without a chat template": (
+        _no_chat,
+        [*GENERATE, "--file", "chat.json"],
+        "has no chat template. Give --prompt-template short or raw, and no messages",
     ),
     "messages that the template refuses": (
         _write("model/chat_template.jinja", "{{ raise_exception('no system') }}"),
-        [*GENERATE, "--template", "chat", "a"],
+        [*GENERATE, "--prompt-template", "chat", "a"],
         "refuses the messages (no system). Give",
     ),
     "no chat template": (
-        lambda folder: (folder / "model" / "chat_template.jinja").unlink(),
-        [*GENERATE, "--template", "chat", "a"],
-        "Give --template alpaca",
+        _no_chat,
+        [*GENERATE, "--prompt-template", "chat", "a"],
+        "Give --prompt-template short",
     ),
-    "another template": (_nothing, [*GENERATE, "--template", "vicuna", "a"], "--template"),
+    "another template": (_nothing, [*GENERATE, "--prompt-template", "vicuna", "a"], "--prompt-template"),
     "drawing without do_sample": (_nothing, [*GENERATE, "--top-p", "0.5", "a"], "Add --do-sample"),
     "greedy drawing": (_nothing, [*GENERATE, "--greedy", "--top-k", "5", "a"], "--greedy and --top-k contradict"),
     "no temperature": (_nothing, [*GENERATE, "--do-sample", "--temperature", "0", "a"], "temperature is above 0"),

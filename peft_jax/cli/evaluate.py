@@ -11,8 +11,8 @@ from peft_jax.cli.adapted import ModelOptions, find_tokenizer, load_model
 from peft_jax.cli.bar import progress
 from peft_jax.cli.checkpoint import apply
 from peft_jax.cli.finetune import check_fit
+from peft_jax.models.causal_lm import IGNORED_LABEL
 from peft_jax.train import evaluate, evaluation_batches, make_evaluation_step, read_records, tokenize
-from peft_jax.train.data import IGNORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def evaluate_model(options: Eval) -> None:
     with progress(batches, len(batches)) as bar:
         loss = evaluate(make_evaluation_step(apply), model, bar)
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    targets = int(np.sum(data.labels[:, 1:] != IGNORE))
+    targets = int(np.sum(data.labels[:, 1:] != IGNORED_LABEL))
     if options.json:
         found = {"loss": loss, "perplexity": perplexity, "target_tokens": targets}
         print(json.dumps({**found, "examples": len(data), "too_long": data.too_long}))

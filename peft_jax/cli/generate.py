@@ -12,7 +12,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from peft_jax.cli.adapted import ModelOptions, find_tokenizer, load_model
 from peft_jax.cli.printer import Printer, text_of
-from peft_jax.cli.prompts import Prompt, Template, encode, pad, read_prompts, render, rounded_up, standard_input
+from peft_jax.cli.prompts import Prompt, Template, encode, pad, read_prompts, rounded_up, standard_input
 from peft_jax.models.generation_config import Generation, resolve
 from peft_jax.models.sampling import DRAWING
 
@@ -28,8 +28,9 @@ class Generate(ModelOptions):
     file: Path | None = None
     """Prompts in a file: .json or .jsonl (texts, or objects with instruction and input, prompt, or messages), else a
     prompt a line."""
-    template: Template = "alpaca"
-    """What is put around a prompt: alpaca's sections, as in finetune; the tokenizer's chat template; nothing."""
+    prompt_template: Template = "short"
+    """What is put around texts and instructions: the sections that finetune puts there; the tokenizer's chat template;
+    nothing."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; by default 256, or what the model's positions leave."""
     do_sample: bool = False
@@ -68,9 +69,11 @@ def generate(options: Generate) -> None:
     check(options)
     prompts = read_prompts(options.prompts, options.file, standard_input())
     tokenizer = find_tokenizer(options.model, options.adapter)
-    encoded = [encode(render(prompt, options.template, tokenizer), options.template, tokenizer) for prompt in prompts]
+    encoded = [encode(prompt, options.prompt_template, tokenizer) for prompt in prompts]
     if not all(encoded):
-        raise ValueError(f"prompt {encoded.index([]) + 1} has no tokens. Leave it out, or give --template alpaca.")
+        raise ValueError(
+            f"prompt {encoded.index([]) + 1} has no tokens. Leave it out, or give --prompt-template short."
+        )
     ends = [stop_token(text, tokenizer) for text in options.stop_token]
     model = load_model(options)
     found = {} if options.ignore_generation_config else model.generation_config

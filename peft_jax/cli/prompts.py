@@ -10,7 +10,7 @@ import numpy as np
 
 from peft_jax.train import Record
 
-Template = Literal["alpaca", "chat", "raw"]
+Template = Literal["short", "chat", "raw"]
 Prompt = str | dict[str, Any]
 LENGTH_STEP = 32
 KINDS = "a text, or an object with instruction (and input), prompt, or messages"
@@ -75,53 +75,44 @@ def _checked(value: Any, number: int, file: Path) -> Prompt:
     return value
 
 
-def render(prompt: Prompt, template: Template, tokenizer: Any) -> str:
-    """The text that the model is to continue.
+def render(prompt: Prompt, template: Template, tokenizer: Any) -> tuple[str, bool]:
+    """The text that the model is to continue, and whether it is a chat template's, which writes special tokens itself.
+
+    As in training, texts and instructions are laid out by the template, ``prompt`` is taken as it is, and ``messages``
+    go through the tokenizer's chat template.
 
     Raises:
-        ValueError: If the template cannot take this prompt, or the tokenizer has no chat template.
+        ValueError: If the tokenizer has no chat template, or it refuses the messages.
     """
-    if isinstance(prompt, dict) and "messages" in prompt and template != "chat":
-        raise ValueError(f"a prompt has messages, which --template {template} cannot take. Give --template chat.")
-    if template == "chat":
-        return _chat(prompt, tokenizer)
-    instruction, given = _parts(prompt)
-    if template == "alpaca":
-        return Record(instruction=instruction, input=given, output="").prompt
-    return f"{instruction}\n{given}" if given else instruction
-
-
-def _parts(prompt: Prompt) -> tuple[str, str]:
-    """Instruction and input."""
-    if isinstance(prompt, str):
-        return prompt, ""
-    if "instruction" in prompt:
-        return prompt["instruction"], prompt.get("input", "")
-    return prompt["prompt"], ""
-
-
-def _chat(prompt: Prompt, tokenizer: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template. Give --template alpaca or --template raw.")
     if isinstance(prompt, dict) and "messages" in prompt:
         messages = prompt["messages"]
-        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages  # the answer of a data file
-    else:
-        messages = [{"role": "user", "content": "\n\n".join(part for part in _parts(prompt) if part)}]
+        answered = messages[-1].get("role") == "assistant"  # as in a file of training data
+        return _chat(messages[:-1] if answered else messages, tokenizer), True
+    if isinstance(prompt, dict) and "instruction" not in prompt:
+        return prompt["prompt"], False
+    instruction, given = (prompt, "") if isinstance(prompt, str) else (prompt["instruction"], prompt.get("input", ""))
+    if template == "chat":
+        content = "\n\n".join(part for part in (instruction, given) if part)
+        return _chat([{"role": "user", "content": content}], tokenizer), True
+    if template == "short":
+        return Record(instruction=instruction, input=given, output="").prompt, False
+    return f"{instruction}\n{given}" if given else instruction, False
+
+
+def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template. Give --prompt-template short or raw, and no messages.")
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # templates are programs of the checkpoint's, and raise what they like
-        raise ValueError(f"the chat template refuses the messages ({error}). Give --template raw.") from error
+        raise ValueError(f"the chat template refuses the messages ({error}). Give --prompt-template raw.") from error
 
 
-def encode(text: str, template: Template, tokenizer: Any) -> list[int]:
-    """Token ids of a rendered prompt: with what the tokenizer puts in front of a text, without what it puts behind.
-
-    A chat template writes its special tokens itself.
-    """
-    ids = list(tokenizer(text, add_special_tokens=template != "chat", verbose=False)["input_ids"])
-    end = tokenizer.eos_token_id
-    if ids and template != "chat" and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):
+def encode(prompt: Prompt, template: Template, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt: with what the tokenizer puts in front of a text, without what it puts behind."""
+    text, whole = render(prompt, template, tokenizer)
+    ids = list(tokenizer(text, add_special_tokens=not whole, verbose=False)["input_ids"])
+    if ids and not whole and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         ids.pop()
     return ids
 
