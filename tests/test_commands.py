@@ -285,6 +285,13 @@ def test_prompts_come_from_words_files_and_standard_input(
     ]
     record = Record(instruction="three", input="four", output="")
     assert texts("--file", "p.json", template="short")[1:] == ["two", record.prompt]
+    assert texts("three", template="alpaca")[0].startswith("Below is an instruction that describes a task. Write")
+    (workplace / "own.json").write_text(
+        '{"prompt_input": "{instruction}+{input}=", "prompt_no_input": "{instruction}="}'
+    )
+    assert texts("--file", "p.json", template="own.json") == ["one=", "two", "three+four="]
+    assert texts("<s>one") == texts("one"), "one BOS"
+    assert int(calls.made[0][2].sum()) == len(tokenizer("one")["input_ids"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert texts() == ["one", "two"]
 
@@ -350,6 +357,8 @@ def torch_loss(model: Any, tokenizer: Any, records: list[dict[str, str]]) -> tup
 
 def test_eval_is_the_loss_of_pytorch(run: Callable[..., str], torch_model: Callable[..., Any], workplace: Path) -> None:
     tokenizer, losses = tokenizer_of(workplace / "model"), []
+    completions = [{"prompt": Record(**record).prompt, "completion": record["output"]} for record in RECORDS]
+    (workplace / "same.jsonl").write_text("\n".join(map(json.dumps, completions)))
     for adapter, words in ((True, ["--adapter", "adapter"]), (False, ["--model", "model"])):
         want, count = torch_loss(torch_model(adapter), tokenizer, RECORDS)
         said = run("eval", *words, "--data", "data.json", "--json", "--batch-size", "3")
@@ -358,6 +367,10 @@ def test_eval_is_the_loss_of_pytorch(run: Callable[..., str], torch_model: Calla
         assert found["perplexity"] == pytest.approx(np.exp(want), rel=1e-4)
         assert (found["target_tokens"], found["examples"], found["too_long"]) == (count, len(RECORDS), 0)
         losses.append(want)
+        again = json.loads(run("eval", *words, "--data", "same.jsonl", "--json", "--batch-size", "3"))
+        assert again == found, "the same texts as prompt and completion"
+        other = json.loads(run("eval", *words, "--data", "data.json", "--json", "--prompt-template", "alpaca"))
+        assert abs(other["loss"] - want) > 1e-4, "the template is dead"
     assert abs(losses[0] - losses[1]) > 1e-2, "the adapter is dead"
 
 
@@ -550,7 +563,22 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
         [*GENERATE, "--prompt-template", "chat", "a"],
         "Give --prompt-template short",
     ),
-    "another template": (_nothing, [*GENERATE, "--prompt-template", "vicuna", "a"], "--prompt-template"),
+    "another template": (
+        _nothing,
+        [*GENERATE, "--prompt-template", "vicuna", "a"],
+        "no prompt template 'vicuna'. Give",
+    ),
+    "another template of data": (_nothing, [*EVAL, "--prompt-template", "vicuna"], "no prompt template 'vicuna'. Give"),
+    "a template of data with its own": (
+        _write("data.json", '[{"prompt": "a", "completion": "b"}]'),
+        [*EVAL, "--prompt-template", "alpaca"],
+        "Leave it out",
+    ),
+    "mixed data": (
+        _write("data.json", '[{"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}]'),
+        EVAL,
+        "Give one format a file",
+    ),
     "drawing without do_sample": (_nothing, [*GENERATE, "--top-p", "0.5", "a"], "Add --do-sample"),
     "greedy drawing": (_nothing, [*GENERATE, "--greedy", "--top-k", "5", "a"], "--greedy and --top-k contradict"),
     "no temperature": (_nothing, [*GENERATE, "--do-sample", "--temperature", "0", "a"], "temperature is above 0"),

@@ -12,9 +12,10 @@ from tyro.conf import Positional, UseAppendAction
 
 from peft_jax.cli.adapted import ModelOptions, find_tokenizer, load_model
 from peft_jax.cli.printer import Printer, text_of
-from peft_jax.cli.prompts import Prompt, Template, encode, pad, read_prompts, rounded_up, standard_input
+from peft_jax.cli.prompts import Prompt, encode, pad, read_prompts, standard_input
 from peft_jax.models.generation_config import Generation, resolve
 from peft_jax.models.sampling import DRAWING
+from peft_jax.train.batches import rounded_up
 
 NEW_TOKENS = 256  # where nobody says how many
 
@@ -28,9 +29,9 @@ class Generate(ModelOptions):
     file: Path | None = None
     """Prompts in a file: .json or .jsonl (texts, or objects with instruction and input, prompt, or messages), else a
     prompt a line."""
-    prompt_template: Template = "short"
-    """What is put around texts and instructions: the sections that finetune puts there; the tokenizer's chat template;
-    nothing."""
+    prompt_template: str = "short"
+    """What is put around texts and instructions: short, alpaca, or a JSON file in alpaca-lora's format, as in finetune;
+    chat for the tokenizer's chat template; raw for nothing."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; by default 256, or what the model's positions leave."""
     do_sample: bool = False

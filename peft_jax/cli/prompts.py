@@ -4,15 +4,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
-from peft_jax.train import Record
+from peft_jax.train import Record, load_template
 
-Template = Literal["short", "chat", "raw"]
 Prompt = str | dict[str, Any]
-LENGTH_STEP = 32
 KINDS = "a text, or an object with instruction (and input), prompt, or messages"
 
 
@@ -75,14 +73,15 @@ def _checked(value: Any, number: int, file: Path) -> Prompt:
     return value
 
 
-def render(prompt: Prompt, template: Template, tokenizer: Any) -> tuple[str, bool]:
+def render(prompt: Prompt, template: str, tokenizer: Any) -> tuple[str, bool]:
     """The text that the model is to continue, and whether it is a chat template's, which writes special tokens itself.
 
     As in training, texts and instructions are laid out by the template, ``prompt`` is taken as it is, and ``messages``
     go through the tokenizer's chat template.
 
     Raises:
-        ValueError: If the tokenizer has no chat template, or it refuses the messages.
+        FileNotFoundError: If there is no such template.
+        ValueError: If it is damaged, the tokenizer has no chat template, or that refuses the messages.
     """
     if isinstance(prompt, dict) and "messages" in prompt:
         messages = prompt["messages"]
@@ -94,9 +93,9 @@ def render(prompt: Prompt, template: Template, tokenizer: Any) -> tuple[str, boo
     if template == "chat":
         content = "\n\n".join(part for part in (instruction, given) if part)
         return _chat([{"role": "user", "content": content}], tokenizer), True
-    if template == "short":
-        return Record(instruction=instruction, input=given, output="").prompt, False
-    return f"{instruction}\n{given}" if given else instruction, False
+    if template == "raw":
+        return f"{instruction}\n{given}" if given else instruction, False
+    return load_template(template)(Record(instruction=instruction, input=given, output="")).prompt, False
 
 
 def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> str:
@@ -108,10 +107,12 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> str:
         raise ValueError(f"the chat template refuses the messages ({error}). Give --prompt-template raw.") from error
 
 
-def encode(prompt: Prompt, template: Template, tokenizer: Any) -> list[int]:
+def encode(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
     """Token ids of a prompt: with what the tokenizer puts in front of a text, without what it puts behind."""
     text, whole = render(prompt, template, tokenizer)
     ids = list(tokenizer(text, add_special_tokens=not whole, verbose=False)["input_ids"])
+    if ids[1:] and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brings one along too
+        ids = ids[1:]
     if ids and not whole and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         ids.pop()
     return ids
@@ -125,11 +126,6 @@ def pad(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.nd
         ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = 1
     return ids, mask
-
-
-def rounded_up(length: int) -> int:
-    """The next multiple of `LENGTH_STEP`, so that prompts of about one length share a program."""
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def standard_input() -> TextIO:
