@@ -46,7 +46,7 @@ def evaluate_model(options: Eval) -> None:
     examples, too_long = encode(records, tokenizer, cutoff_len=options.cutoff_len, template=template)
     data = Padded(examples, options.cutoff_len)
     model = load_model(options)
-    check_fit(data, model.config)
+    check_fit([data], model.config)
     batches = list(evaluation_batches(data, options.batch_size))
     with progress(batches, len(batches)) as bar:
         loss = evaluate(make_evaluation_step(apply), model, bar)

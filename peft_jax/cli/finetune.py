@@ -59,7 +59,7 @@ def finetune(options: Finetune) -> None:
         records = setup.load_records(options.data)
         base = setup.load_base(options.base)
         data = setup.make_data(records, load_tokenizer(options.base.model), options.data, options.training.seed)
-        setup.check_fit(data, base.config)
+        setup.check_fit(data.parts, base.config)
         fingerprint["tokens"] = data.digest
         model = setup.attach(base, config, options)
         summary = trainable_parameters(model)

@@ -37,6 +37,11 @@ class Examples:
     said: str
     digest: str
 
+    @property
+    def parts(self) -> list[Data]:
+        """Rows of both kinds, as far as there are any."""
+        return [self.training] if self.validation is None else [self.training, self.validation]
+
 
 def load_records(options: DataOptions) -> list[AnyRecord]:
     """Read a file, or the split ``train`` of a dataset on the hub.
@@ -111,9 +116,8 @@ def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Ex
     return parts[0], parts[1]
 
 
-def check_fit(data: Examples, config: LlamaConfig) -> None:
+def check_fit(parts: Sequence[Data], config: LlamaConfig) -> None:
     """Raise ValueError for tokens that the model has no embedding or no position for."""
-    parts = [data.training] if data.validation is None else [data.training, data.validation]
     largest = max(int(part[index]["input_ids"].max()) for part in parts for index in range(len(part)))
     if largest >= config.vocab_size:
         raise ValueError(
