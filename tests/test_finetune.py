@@ -315,6 +315,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a mesh for other machines": ({"mesh": "data=64"}, "the mesh data=64 needs 64 devices, but there are 8"),
     "rows that do not split": ({"mesh": "data=4"}, "--batch-size 2 cannot be split over data x fsdp = 4 devices"),
     "a mesh of another kind": ({"mesh": "model=2"}, "--mesh is 'model=2'. Give sizes of data, fsdp, tensor"),
+    "no number": ({"lora_alpha": float("nan")}, "--lora-alpha is nan. Give a finite number"),
+    "a huge seed": ({"seed": 2**40}, "--seed is 1099511627776. Give a number below 2**32"),
     "no rows": ({"batch_size": 0}, "--batch-size is 0. Give a number above 0"),
     "no checkpoints": ({"save_steps": 0}, "--save-steps is 0"),
     "a folder under a file": ({"output": "data.json/new"}, "data.json/new cannot be written"),

@@ -1,6 +1,7 @@
 """The options of `peft-jax finetune`, and which numbers cannot work."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,6 +156,11 @@ def check(options: Finetune) -> None:
     for name in ("weight_decay", "max_grad_norm", "seed", "val_size", "warmup_steps"):
         if given[name] is not None and not given[name] >= 0:
             raise ValueError(f"{flag(name)} is {given[name]}. Give 0 or a number above.")
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flag(name)} is {value}. Give a finite number.")
+    if given["seed"] >= 2**32:
+        raise ValueError(f"--seed is {given['seed']}. Give a number below 2**32.")
     if given["val_size"] >= 1 and given["val_size"] % 1:
         raise ValueError(f"--val-size is {given['val_size']}. Give a share below 1 or a whole number of examples.")
     if given["batch_size"] % (given["micro_batch_size"] or given["batch_size"]):
