@@ -2,20 +2,27 @@
 #
 #   make demo     fine-tune the checkpoint that ships with the package (runtime dependencies only, no PyTorch)
 #   make test     the whole test suite; ARGS="..." is handed to pytest
+#   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest)
 #   make lint     ruff and mypy
 #
 # PYTHON=/path/to/python3 chooses the interpreter; otherwise the first Python >= 3.11 on the path is taken.
+# NEWEST=/path/to/python3 chooses that of test-newest; otherwise the newest >= 3.12 on the path or among pyenv's.
 
 SHELL := /bin/sh
 BIN := .venv/bin
-CAN_HOST := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+CAN_HOST = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(1)))
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 PYTHON ?=
 ARGS ?=
+NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
+    for python in python3.14 $$versions/3.14.*/bin/python3 python3.13 $$versions/3.13.*/bin/python3 \
+        python3.12 $$versions/3.12.*/bin/python3 python3 python; do \
+        if $$python -c '$(call CAN_HOST,12)' 2>/dev/null; then echo $$python; break; fi; \
+    done)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types
+.PHONY: demo test test-newest lint types
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -23,6 +30,14 @@ demo: .venv/runtime
 
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-newest:
+	@if [ -z "$(NEWEST)" ]; then \
+	    echo "make test-newest: no Python >= 3.12 with venv found, so nothing is tested on the newest JAX." \
+	         "Name one: make test-newest NEWEST=/path/to/python3"; \
+	else \
+	    $(MAKE) --no-print-directory .venv-newest/test && .venv-newest/bin/python -m pytest --torch-free $(ARGS); \
+	fi
 
 lint: .venv/test types
 	$(BIN)/ruff check
@@ -44,9 +59,15 @@ types: .venv/test
 	@$(BIN)/python -m pip install --quiet --editable ".[test]"
 	@touch .venv/runtime $@
 
+.venv-newest/test: pyproject.toml
+	@echo "Installing the newest JAX and the torch-free test dependencies into .venv-newest (once) ..."
+	@[ -x .venv-newest/bin/pip ] || $(NEWEST) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip install --quiet --editable ".[test-core]"
+	@touch $@
+
 .venv/bin/pip:
 	@for python in $(or $(PYTHON),$(CANDIDATES)); do \
-	    if $$python -c '$(CAN_HOST)' 2>/dev/null; then exec $$python -m venv .venv; fi; \
+	    if $$python -c '$(call CAN_HOST,11)' 2>/dev/null; then exec $$python -m venv .venv; fi; \
 	done; \
 	echo "make: no Python >= 3.11 with venv among: $(or $(PYTHON),$(CANDIDATES))." \
 	     "Install one (on Debian with its python3-venv), or name it: make test PYTHON=/path/to/python3" >&2; exit 1

@@ -1,6 +1,8 @@
 """Strict JAX settings for every test, and the tiny checkpoint that several of them load."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # meshes of 8 devices on one CPU
@@ -12,6 +14,47 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torch-free", action="store_true", help="skip the tests that import torch or peft")
+
+
+@contextlib.contextmanager
+def skipped_where_torch_is_missing(config: pytest.Config) -> Iterator[None]:
+    """With ``--torch-free``, and only then, a test that cannot import torch or peft is skipped."""
+    try:
+        yield
+    except (ModuleNotFoundError, pytest.Collector.CollectError) as error:
+        missing = getattr(error.__cause__ or error, "name", None)
+        if not config.getoption("--torch-free") or missing not in ("torch", "peft"):
+            raise
+        pytest.skip(f"needs {missing}", allow_module_level=True)
+
+
+class TestFile(pytest.Module):
+    """A file that may import torch at its head."""
+
+    def collect(self) -> list[pytest.Item | pytest.Collector]:
+        with skipped_where_torch_is_missing(self.config):
+            return list(super().collect())
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return TestFile.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with skipped_where_torch_is_missing(item.config):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with skipped_where_torch_is_missing(item.config):
+        return (yield)
+
 
 CORPUS = ["### Instruction:\nReverse the word.\n\n### Input:\nabc\n\n### Response:\ncba"] * 4
 
