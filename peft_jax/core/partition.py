@@ -60,7 +60,7 @@ def trainable_mask(trainable: Any, roles: tuple[str, ...] | None = None) -> Any:
         roles: Names of the arrays to select, as `trainable_labels` gives them; None for all.
 
     Raises:
-        ValueError: if a role names no array.
+        ValueError: if a role names no array, or the tree is the whole one.
 
     Example:
         >>> import jax.numpy as jnp, peft_jax as pj
@@ -77,6 +77,9 @@ def trainable_mask(trainable: Any, roles: tuple[str, ...] | None = None) -> Any:
 
 def trainable_labels(trainable: Any) -> Any:
     """The role of each trainable array (``lora_A``, ``lora_B``, ``bias``, ...), for ``optax.partition``.
+
+    Raises:
+        ValueError: if the tree is not the trainable twin but the whole one.
 
     Example:
         A LoRA+ optimizer (Hayou et al., 2024, https://arxiv.org/abs/2402.12354), whose B learns 16 times faster:
@@ -126,6 +129,11 @@ def _relabel(trainable: Any, label: Callable[[Any, str], Any]) -> Any:
     def visit(node: Any) -> Any:
         if not is_adapted(node):
             return jax.tree.map(lambda leaf: label(leaf, "params"), node)
+        if jax.tree.leaves(node.state) or not is_adapted(node.base) and jax.tree.leaves(node.base):
+            raise ValueError(
+                "This is the whole tree, and an optimizer over it would train the base. Give the trainable twin: "
+                "trainable, frozen = pj.partition(params)."
+            )
         named = {role: None if leaf is None else label(leaf, role) for role, leaf in node.params.items()}
         return dataclasses.replace(node, base=visit(node.base), params=named)
 
