@@ -381,6 +381,7 @@ def test_the_demo_says_what_it_does_and_compiles_each_program_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["peft-jax", "demo"])  # which it quotes where no such command is installed
     short = Settings(max_steps=4, batch_size=4, evaluate_every=2, answer_tokens=3, held_out=8)
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
         demo(Demo(), short)
