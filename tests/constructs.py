@@ -251,6 +251,8 @@ ROWS = {
     ),
     "lookup": Row(lambda w, x: jnp.take(w, IDS, axis=0), lambda w, x: w[IDS]),
     "indexing": Row(lambda w, x: w[IDS], lambda w, x: w[IDS]),
+    "vmap of indexing": Row(lambda w, x: jax.vmap(lambda i: w[i])(jnp.asarray(IDS[0])), lambda w, x: w[IDS[0]]),
+    "one row": Row(lambda w, x: w[jnp.argmax(x[0])], lambda w, x: w[np.argmax(x[0])]),
     "tied": Row(lambda w, x: jnp.take(w, IDS, axis=0) @ w.T, lambda w, x: w[IDS] @ w.T),
     "vmap of lookups in a stack": Row(
         lambda w, x: rows_of(w, IDS), lambda w, x: np.stack([w[i][IDS[i]] for i in range(2)]), (2, 8, 6), STACK

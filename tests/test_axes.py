@@ -34,6 +34,7 @@ UNCLEAR = [
     "weight times weight",
     "custom_vjp on the weight",
     "custom_jvp on the weight",
+    "one row",
 ]
 
 

@@ -67,17 +67,19 @@ def ragged_dot(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
 def gather(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A lookup of whole rows."""
     p, (view, indices) = eqn.params, values
-    numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
-    rows, stack = numbers.collapsed_slice_dims, numbers.operand_batching_dims
-    whole = [i for i in range(len(sizes)) if i not in (*rows, *stack)]
-    if is_view(indices) or len(rows) != 1 or numbers.start_index_map != rows:
+    numbers, stack, by = p["dimension_numbers"], p["dimension_numbers"].operand_batching_dims, p["slice_sizes"]
+    gone, indexed = numbers.collapsed_slice_dims, numbers.start_index_map
+    rows = [i for i, n in enumerate(view.shape) if i not in stack and (i in gone or by[i] != n)]
+    if is_view(indices) or len(rows) != 1 or by[rows[0]] != 1 or view.role(rows, stack, looks_up=True) != "in":
         return None
-    if any(sizes[i] != view.shape[i] for i in whole) or view.role(rows, stack, looks_up=True) != "in":
+    if tuple(rows) != indexed and p["mode"] != jax.lax.GatherScatterMode.CLIP:  # which makes the other indices 0
         return None
-    shared, ids = dict(zip(numbers.start_indices_batching_dims, stack, strict=True)), indices[..., 0]
+    ids = indices[..., indexed.index(rows[0])]
+    shared = dict(zip(numbers.start_indices_batching_dims, stack, strict=True))
     have = [view.axes[shared[i]] if i in shared else free(i, n) for i, n in enumerate(ids.shape)]
-    rest = {True: iter(view.axes[i] for i in whole), False: iter(have)}
-    want = [next(rest[i in numbers.offset_dims]) for i in range(len(have) + len(whole))]
+    left = [() if i in rows else axis for i, axis in enumerate(view.axes) if i not in (*gone, *stack)]
+    rest = {True: iter(left), False: iter(have)}
+    want = [next(rest[i in numbers.offset_dims]) for i in range(len(have) + len(left))]
     options = {name: p[name] for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value")}
     return _used(eqn, view, through(view, ids, have, want, "in", Lookup(options=options)))
 
@@ -152,14 +154,18 @@ def slice_(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
 
 
 def dynamic_slice(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
-    """Some of the stacked layers, from a computed one on."""
+    """Some of the stacked layers, from a computed one on; or a lookup of one row."""
     view, *starts = values
     sizes = eqn.params["slice_sizes"]
     cut = [i for i, n in enumerate(view.shape) if sizes[i] != n]
     if len(cut) != 1:
         return None if cut else [view]
     start, size = starts[cut[0]], sizes[cut[0]]
-    return _or_merge(view.mapped(cut[0], lambda a, i: jax.lax.dynamic_slice_in_dim(a, start, size, i), drop=False))
+    layers = view.mapped(cut[0], lambda a, i: jax.lax.dynamic_slice_in_dim(a, start, size, i), drop=False)
+    if layers is not None or size != 1 or is_view(start) or view.role(cut, looks_up=True) != "in":
+        return _or_merge(layers)
+    want = [() if i in cut else axis for i, axis in enumerate(view.axes)]
+    return _used(eqn, view, through(view, start, [], want, "in", Lookup(options={"mode": "clip"})))
 
 
 def on_each_array(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
