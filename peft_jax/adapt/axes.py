@@ -108,6 +108,9 @@ class _Note:
     def done(self, eqn: Any, merged: bool) -> None:
         pass
 
+    def inside(self, eqn: Any) -> "_Note":
+        return self
+
 
 def read_layouts(
     params: Any, fn: Callable[..., Any], args: Sequence[Any], fan_in_fan_out: bool = False

@@ -64,15 +64,18 @@ def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def where(eqn: core.JaxprEqn) -> str:
-    """File and line that wrote an equation: the innermost that is neither JAX's nor a neural-network library's."""
+def where(eqn: core.JaxprEqn) -> str | None:
+    """File and line that wrote an equation: the innermost that is neither JAX's nor a neural-network library's.
+
+    Inside a jitted function the record ends with it: None for one of a library.
+    """
     traceback = eqn.source_info.traceback
     frames: Any = traceback.frames if traceback else ()
     for frame in frames:
         file = pathlib.Path(frame.file_name)
         if not file.name.startswith("<") and not set(LIBRARIES) & set(file.parts):
             return f"{file.name}:{frame.line_num}"
-    return "a place inside a library"
+    return None
 
 
 def is_literal(atom: Any) -> bool:

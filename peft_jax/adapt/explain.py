@@ -130,17 +130,20 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Note:
-    """Collects the uses of one leaf."""
+    """Collects the uses of one leaf; ``place`` is where the function was called that they are in."""
 
     uses: list[Use]
+    place: str | None = None
 
     def product(self, *_: Any) -> None:
         pass
 
     def done(self, eqn: Any, merged: bool) -> None:
-        self.uses.append(
-            Use("output", "", merged) if eqn is None else Use(eqn.primitive.name, compat.where(eqn), merged)
-        )
+        place = "" if eqn is None else compat.where(eqn) or self.place or "a place inside a library"
+        self.uses.append(Use("output" if eqn is None else eqn.primitive.name, place, merged))
+
+    def inside(self, eqn: Any) -> "_Note":
+        return _Note(self.uses, compat.where(eqn) or self.place)
 
 
 def _report(path: str, leaf: Any, note: _Note) -> LeafReport:

@@ -206,8 +206,12 @@ def _entries(spec: PartitionSpec, value: Any) -> list[Any]:
 
 def jit(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A nested ``jit`` stays one, unless somebody watches, who wants to see each call."""
-    watched = any(is_view(value) and value.watch for value in values)
-    return evaluate(eqn.params["jaxpr"], *values) if watched else compat.jit_again(evaluate, eqn)(*values)
+    if not any(is_view(value) and value.watch for value in values):
+        return compat.jit_again(evaluate, eqn)(*values)
+    inner = [
+        value.replace(watch=value.watch.inside(eqn)) if is_view(value) and value.watch else value for value in values
+    ]
+    return evaluate(eqn.params["jaxpr"], *inner)
 
 
 def checkpoint(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:

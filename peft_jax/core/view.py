@@ -35,6 +35,9 @@ class Watch(Protocol):
     def done(self, eqn: Any, merged: bool) -> None:
         """An equation has used the weight; None stands for the program's end."""
 
+    def inside(self, eqn: Any) -> "Watch":
+        """Who watches inside of the function that this equation calls."""
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("axes", "watch"))
 @dataclasses.dataclass(frozen=True)
