@@ -1,5 +1,8 @@
 """adapt(fn) on whole models: nested adapters, cost, frameworks. Construct by construct it is tested elsewhere."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +72,34 @@ def test_flops_and_memory_equal_hand_written_lora():
     memory = [program.memory_analysis().temp_size_in_bytes for program in (ours, hand, merging)]
     assert flops[0] == pytest.approx(flops[1], rel=0.01) and flops[2] > 1.2 * flops[0]
     assert memory[0] <= memory[1] * 1.01 and memory[2] > 1.2 * memory[0]
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_decoder_costs_what_lora_by_hand_costs(scanned):
+    """On the decoder of benchmarks/adapt_overhead.py, of which this is the part that no clock decides."""
+    bench = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "adapt_overhead.py"))
+    settings = bench["Settings"](layers=2, dim=64, batch=2, length=32, rank=4)
+    ways, x = bench["ways"](settings, scanned)
+    programs = bench["programs"](ways, x)
+    values = {way.name: float(programs[way.name](way.trained, way.rest, x)[0]) for way in ways}
+    assert values["adapt"] == pytest.approx(values["by hand"], abs=0.02)  # a sum of 4096 sines
+    assert values["adapt"] == pytest.approx(values["merging"], abs=0.02)
+    assert abs(values["adapt"] - values["unwrapped"]) > 1
+    flops = {name: program.cost_analysis()["flops"] for name, program in programs.items()}
+    memory = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+    assert flops["adapt"] == pytest.approx(flops["by hand"], rel=0.01) and flops["merging"] > 1.05 * flops["adapt"]
+    assert memory["adapt"] <= 1.01 * memory["by hand"]
+
+
+def test_a_deeper_scan_is_no_larger_program():
+    bench = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "adapt_overhead.py"))
+
+    def lines(layers):
+        ways, x = bench["ways"](bench["Settings"](layers=layers, dim=64, batch=2, length=8, rank=4), scanned=True)
+        (ours,) = (way for way in ways if way.name == "adapt")
+        return jax.jit(jax.grad(ours.loss)).lower(ours.trained, ours.rest, x).as_text().count("\n")
+
+    assert lines(2) == lines(6)
 
 
 def test_runs_on_flax_nnx_and_linen_without_a_change_to_the_model():

@@ -1,10 +1,12 @@
 """Twins, masks and labels, with optax over the trainable twin."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen, nnx
 
 import peft_jax as pj
 
@@ -89,3 +91,117 @@ def test_summary_counts_as_peft_does():
     # r * (in + out) + bias + saved kernel, over these and the base's 4 * 4 + 4 + 3 + 4 * 2
     assert text.endswith("trainable params: 28 || all params: 59 || trainable%: 47.4576")
     assert "a.kernel" in text and "modules_to_save" in text
+
+
+def nnx_state():
+    return nnx.split(
+        nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jax.nn.relu, nnx.BatchNorm(3, rngs=nnx.Rngs(1)))
+    )[1]
+
+
+# name: (tree, target); functions, None and state that is no parameter are leaves of some
+TREES = {
+    "dictionary": lambda: ({"a": {"kernel": jnp.ones((4, 4)), "bias": None}, "n": 3}, "a"),
+    "tuples and lists": lambda: ((jnp.ones((4, 4)), [None, (jnp.ones(2),)]), "0"),
+    "linen": lambda: (linen.Dense(3).init(jax.random.key(0), jnp.ones((1, 4))), "params"),
+    "NNX state": lambda: (nnx_state(), "layers.0"),
+    "Equinox module": lambda: (eqx.nn.MLP(4, 5, 8, 1, key=jax.random.key(0)), "layers.1"),
+    "one array": lambda: (jnp.ones((4, 4)), ".*"),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_combine_gives_back_every_kind_of_tree(name):
+    tree, target = TREES[name]()
+    params = pj.apply_lora(tree, pj.LoraConfig(r=2, target_modules=target))
+    trainable, frozen = pj.partition(params)
+    again = pj.combine(trainable, frozen)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True))
+    assert [leaf.shape[-1] == 2 for leaf in jax.tree.leaves(trainable)] == [True, False]
+    assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(params))
+    assert jax.tree.structure(pj.unload(again)) == jax.tree.structure(tree)
+    assert all(a is b for a, b in zip(jax.tree.leaves(pj.unload(again)), jax.tree.leaves(tree), strict=True))
+
+
+def steps(tx, trainable, times=1):
+    """The trainable twin after some steps with gradients of one."""
+    state = tx.init(trainable)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(times):
+            updates, state = tx.update(jax.tree.map(jnp.ones_like, trainable), state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+    return trainable, state
+
+
+def moves(tx, trainable, times=1):
+    """How far each role has moved."""
+    after, _ = steps(tx, trainable, times)
+    labels = jax.tree.leaves(pj.trainable_labels(trainable))
+    apart = [b - a for a, b in zip(jax.tree.leaves(trainable), jax.tree.leaves(after), strict=True)]
+    assert all(np.ptp(array) < 1e-6 for array in apart)
+    return {label: float(jnp.mean(array)) for label, array in zip(labels, apart, strict=True)}
+
+
+SGD = {"lora_A": -1, "lora_B": -1, "bias": -1, "modules_to_save": -1}
+
+
+@pytest.mark.parametrize(
+    ("make", "times", "want"),
+    [
+        (lambda t: optax.masked(optax.sgd(1.0), pj.trainable_mask), 1, SGD),
+        (
+            lambda t: optax.masked(optax.set_to_zero(), pj.trainable_mask(t, ("lora_A", "bias"))),
+            1,
+            {"lora_A": 0, "lora_B": 1, "bias": 0, "modules_to_save": 1},  # what is masked passes through
+        ),
+        (
+            lambda t: optax.partition(
+                {"lora_A": optax.sgd(1.0), "lora_B": optax.sgd(16.0), "bias": optax.set_to_zero(),
+                 "modules_to_save": optax.sgd(2.0)}, pj.trainable_labels),  # fmt: skip
+            1,
+            {"lora_A": -1, "lora_B": -16, "bias": 0, "modules_to_save": -2},
+        ),
+        (lambda t: optax.MultiSteps(optax.sgd(1.0), every_k_schedule=2), 1, dict.fromkeys(SGD, 0)),
+        (lambda t: optax.MultiSteps(optax.sgd(1.0), every_k_schedule=2), 2, SGD),
+    ],
+    ids=["masked", "masked by role", "partition", "MultiSteps, between", "MultiSteps"],
+)  # fmt: skip
+def test_optax_wrappers_move_each_role_as_told(make, times, want):
+    trainable, _ = pj.partition(adapted())
+    assert moves(make(trainable), trainable, times) == pytest.approx(want)
+
+
+def test_inject_hyperparams_changes_the_rate_without_a_new_program():
+    trainable, frozen = pj.partition(adapted())
+    tx = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+    update = jax.jit(lambda grads, state: tx.update(grads, state))
+    state, grads = tx.init(trainable), jax.tree.map(jnp.ones_like, trainable)
+    for rate in (1.0, 0.25):
+        state.hyperparams["learning_rate"] = jnp.asarray(rate)
+        updates, state = update(grads, state)
+        assert all(np.all(array == -rate) for array in jax.tree.leaves(updates))
+    assert update._cache_size() == 1
+    pj.combine(optax.apply_updates(trainable, updates), frozen)
+
+
+def test_lora_plus_in_one_line():
+    """B's rate is 16 times A's, as the docstring of trainable_labels has it."""
+    params = pj.apply_lora(tree(), pj.LoraConfig(r=2, target_modules=["a", "c.0"]))
+    trainable, _ = pj.partition(params)
+    plus = optax.partition({"lora_A": optax.adamw(1e-4), "lora_B": optax.adamw(16e-4)}, pj.trainable_labels)
+    after, _ = steps(plus, jax.tree.map(jnp.zeros_like, trainable))
+    for label, array in zip(jax.tree.leaves(pj.trainable_labels(after)), jax.tree.leaves(after), strict=True):
+        np.testing.assert_allclose(array, -16e-4 if label == "lora_B" else -1e-4, rtol=1e-4)
+
+
+def test_donating_all_of_one_model_leaves_another_on_the_same_base_alone():
+    base = tree()
+    one, other = (pj.apply_lora(base, pj.LoraConfig(r=2, target_modules=["a"], bias="all", modules_to_save=["c.0"]))
+                  for _ in range(2))  # fmt: skip
+    trainable, frozen = pj.partition(one)
+    step = jax.jit(lambda t, f: jax.tree.map(lambda leaf: leaf * 2, t), donate_argnums=0)
+    step(trainable, frozen)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
+    left = [leaf for leaf in jax.tree.leaves((base, other, frozen)) if isinstance(leaf, jax.Array)]
+    assert left and not any(leaf.is_deleted() for leaf in left)

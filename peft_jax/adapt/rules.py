@@ -80,7 +80,7 @@ def gather(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     left = [() if i in rows else axis for i, axis in enumerate(view.axes) if i not in (*gone, *stack)]
     rest = {True: iter(left), False: iter(have)}
     want = [next(rest[i in numbers.offset_dims]) for i in range(len(have) + len(left))]
-    options = {name: p[name] for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value")}
+    options = tuple((name, p[name]) for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value"))
     return _used(eqn, view, through(view, ids, have, want, "in", Lookup(options=options)))
 
 
@@ -165,7 +165,7 @@ def dynamic_slice(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     if layers is not None or size != 1 or is_view(start) or view.role(cut, looks_up=True) != "in":
         return _or_merge(layers)
     want = [() if i in cut else axis for i, axis in enumerate(view.axes)]
-    return _used(eqn, view, through(view, start, [], want, "in", Lookup(options={"mode": "clip"})))
+    return _used(eqn, view, through(view, start, [], want, "in", Lookup(options=(("mode", "clip"),))))
 
 
 def on_each_array(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:

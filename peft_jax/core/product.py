@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Product:
     """``x @ matrix``, for ``x`` of shape ``(..., in)``; the other products are its kin.
 
@@ -60,7 +60,7 @@ class Product:
         return dataclasses.replace(self, **changes)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Lookup(Product):
     """Rows of the matrix at indices ``x``, whose last axis is no input: gives ``(*x.shape, out)``."""
 
@@ -84,7 +84,7 @@ class Lookup(Product):
         return self.full(x, a)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Grouped(Product):
     """Each row of ``x`` times the matrix of its group: ``jax.lax.ragged_dot``; matrices come stacked."""
 
@@ -108,7 +108,7 @@ class Grouped(Product):
         return y * jax.lax.ragged_dot(jnp.ones((len(y), 1), scale.dtype), scale[:, None], self.group_sizes, "highest")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Convolution(Product):
     """A convolution of ``x`` with kernels whose taps and input channels are the rows of the matrix.
 

@@ -214,8 +214,27 @@ def through(
     result = [*flat(groups), *flat(others), *kept]
     if set(flat(want)) != set(result):
         return None
-    use = partial(_product, product=product, transpose=role == "out")
-    return arrange(_over_stack(use, batched)(arrange(x, there, [*front, *others, *last]), view.weight), result, want)
+    how = _How(there, (*front, *others, *last), tuple(batched), role == "out", product, tuple(result), tuple(want))
+    return _use(x, view.weight, how)
+
+
+class _How(NamedTuple):
+    """Axes of x, as they are and as they are wanted; how each layer is used; axes of the result, likewise."""
+
+    there: tuple[Atom, ...]
+    met: tuple[Axis, ...]
+    batched: tuple[bool, ...]
+    transpose: bool
+    product: Product
+    result: tuple[Atom, ...]
+    want: tuple[Axis, ...]
+
+
+@partial(jax.jit, static_argnames="how", inline=True)  # so that one of many like layers is traced, not each of them
+def _use(x: jax.Array, weight: Weight, how: _How) -> jax.Array:
+    use = partial(_product, product=how.product, transpose=how.transpose)
+    y = _over_stack(use, how.batched)(arrange(x, how.there, how.met), weight)
+    return arrange(y, how.result, how.want)
 
 
 def _product(x: jax.Array, weight: Weight, product: Product, transpose: bool) -> jax.Array:

@@ -205,8 +205,10 @@ class LoraConfig(Method):
     @classmethod
     def apply(cls, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """``x W + (dropout(x) A s) B``; the low-rank path runs in the adapter's precision."""
-        y = base.apply(x, product)
-        a = params["lora_A"] * state["scaling"][..., None, None]
+        y, a, scaling = base.apply(x, product), params["lora_A"], state["scaling"]
+        if scaling.ndim:  # each group has its own
+            a = a * scaling[..., None, None]
         inner = product.down(x if product.looks_up else dropout(x, state), a)
+        inner = inner if scaling.ndim else inner * scaling  # not A: backward would keep a scaled copy of it
         update = product.up(inner, params["lora_B"])
         return (y.astype(update.dtype) + update).astype(y.dtype)
