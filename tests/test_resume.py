@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,13 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from peft_jax.cli.finetune_setup import _sample
 from peft_jax.cli.main import main
 from peft_jax.models.causal_lm import CausalLM
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(22)]
 WORDS = "finetune --model model --data data.json --max-steps 4 --batch-size 4 --output out".split()
 
@@ -81,7 +85,10 @@ def test_ctrl_c_saves_and_says_how_to_resume(
         patch.setattr(MetricsLog, "write", interrupted)
         assert main(WORDS) == 130
     said = capsys.readouterr()
-    assert "saved up to step 2. Give the same command with --resume to go on." in said.err.splitlines()[-1]
+    wanted = "peft-jax: stopped. The run is saved up to step 2. Give the same command with --resume to go on."
+    assert said.err.splitlines()[-1] == wanted
+    bars = [len(part) for part in re.split("[\r\n]", said.err) if "%|" in part]
+    assert bars and max(bars) + len("^C") < 80
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (workplace / "out" / "adapter_config.json").exists()
     assert main([*WORDS, "--resume"]) == 0
@@ -134,10 +141,30 @@ def test_other_data_is_noticed(stage: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the contents of data.json have changed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_another_base_is_noticed(stage: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    content = Path("model", name).read_bytes()
+    Path("model", name).write_bytes(content[:-1] + (b" " if name == "config.json" else bytes([content[-1] ^ 1])))
+    assert main([*WORDS, "--resume"]) == 2
+    assert f"the contents of model/{name} have changed" in capsys.readouterr().err
+
+
+def test_other_weights_are_noticed_in_files_too_long_to_be_read_whole(tmp_path: Path) -> None:
+    file, found = tmp_path / "weights", []
+    for content in (bytes(2**23), bytes(2**23 + 1), b"\1" + bytes(2**23 - 1), bytes(2**23 - 1) + b"\1"):
+        file.write_bytes(content)
+        found.append(_sample(file))
+    file.write_bytes(np.random.default_rng(0).permutation(2**23).astype(np.uint8).tobytes())
+    assert len({*found, _sample(file)}) == 5
+
+
 def test_options_that_change_no_number_may_differ(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = results(Path("out"))
-    assert main([*WORDS, "--resume", "--save-total-limit", "7", "--tensorboard"]) == 0, capsys.readouterr().err
+    before, checkpoints = results(Path("out")), Path("out/checkpoints")
+    for step in "23":  # as of a run that was killed before it removed them
+        shutil.copytree(checkpoints / "4", checkpoints / step)
+    assert main([*WORDS, "--resume", "--save-total-limit", "1", "--tensorboard"]) == 0, capsys.readouterr().err
     assert before.items() <= results(Path("out")).items()
+    assert [file.name for file in checkpoints.iterdir()] == ["4"]
 
 
 def _without_checkpoints(folder: Path) -> None:

@@ -7,18 +7,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+WIDTH = 77  # of 80 columns, so that the terminal's ^C does not break the line
 FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 
 
 def progress(run: Iterable[Any], steps: int, *, done: int = 0) -> Any:
-    """Wrap a run in a bar on stderr, 79 columns wide, that is gone when the run ends; a log gets one a minute."""
+    """Wrap a run in a bar on stderr, that is gone when the run ends; a log gets one a minute."""
     watched = sys.stderr.isatty()
     return tqdm(
         run,
         total=steps,
         initial=done,
         unit="step",
-        ncols=79,
+        ncols=WIDTH,
         bar_format=FORMAT,
         leave=not watched,
         mininterval=0.1 if watched else 60,

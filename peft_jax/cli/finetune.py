@@ -128,4 +128,4 @@ def _say(folder: Path, curves: Curves, best: Best, max_steps: int) -> None:
     if "validation" in curves:
         final = curves["validation"][-1][1]
         print(f"Validation loss {final:.3f}, at its best {best.loss:.3f} (step {best.step}, in best/).")
-    print(f"Wrote {folder}: adapter_config.json, adapter_model.safetensors, loss.png, README.md")
+    print(f"Wrote the adapter, loss.png and README.md to {folder}.")

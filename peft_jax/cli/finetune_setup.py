@@ -13,6 +13,7 @@ import numpy as np
 
 import peft_jax as pj
 from peft_jax.cli.finetune_options import AdapterOptions, DataOptions, Finetune, ModelOptions, flag, settings
+from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.methods.base import Method
 from peft_jax.models.llama import LlamaConfig
 from peft_jax.train import Packed, Padded, encode, load_template, read_data
@@ -194,12 +195,27 @@ def fingerprint(options: Finetune) -> dict[str, Any]:
             options.adapter.adapter / "adapter_config.json",
         ]
     contents = {str(file): _digest(Path(file)) for file in named if file is not None and Path(file).is_file()}
-    return {**found, "contents": contents}
+    base = find_checkpoint(options.base.model)
+    weights = {file.name: _sample(file) for file in sorted(base.glob("*.safetensors"))}
+    if (base / "config.json").is_file():
+        weights["config.json"] = _digest(base / "config.json")
+    return {**found, "contents": contents | {f"{options.base.model}/{name}": hash for name, hash in weights.items()}}
 
 
 def _digest(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sample(file: Path) -> str:
+    """Hash of a file's size and of 256 pieces of 16 KiB, from its first byte to its last: other weights differ there."""
+    size, piece, pieces = file.stat().st_size, 2**14, 2**8
+    hash = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as stream:
+        for n in range(pieces):
+            stream.seek(max(0, size - piece) * n // (pieces - 1))
+            hash.update(stream.read(piece))
+    return hash.hexdigest()
 
 
 def refuse_others(saved: dict[str, Any], now: dict[str, Any]) -> None:

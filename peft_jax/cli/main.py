@@ -27,7 +27,7 @@ Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
-INTERRUPTED = 130  # as shells say it
+INTERRUPTED, UNREAD = 130, 141  # as shells say it
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,7 +38,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 after an error of the user's or for want of memory, said in one line, or 130 after
-        Ctrl-C. Any other exception is a bug and goes through with its traceback.
+        Ctrl-C, or 141 where nobody reads on what is printed, as in ``peft-jax generate ... | head -1``. Any other
+        exception is a bug and goes through with its traceback.
     """
     try:
         command = parse(args)
@@ -54,6 +55,11 @@ def main(args: Sequence[str] | None = None) -> int:
             inspect(command)
         else:
             finetune(command)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # for what Python flushes at its end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return UNREAD
     except (ValueError, OSError) as error:
         return fail(str(error), 2)
     except jax.errors.JaxRuntimeError as error:
@@ -61,7 +67,8 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return fail(f"{error} Use smaller batches, shorter texts or --load-in-8bit.", 2)
     except KeyboardInterrupt as stopped:
-        return fail(str(stopped) or "stopped; nothing was written.", INTERRUPTED)
+        print("peft-jax:", str(stopped) or "stopped; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from peft_jax.cli.bar import WIDTH
 from peft_jax.cli.folder import refuse_used, unwritable
 
 HOW = "Give the same command with --resume to go on"
@@ -90,7 +92,7 @@ def stop_on_signal() -> Iterator[Stop]:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
-        tqdm.write("Stopping after this step; once more stops at once.")
+        tqdm.write("Stopping after this step; once more stops at once.".ljust(WIDTH + 2), file=sys.stderr)  # over ^C
 
     if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
         yield stop

@@ -36,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        self.folder = folder
+        self.folder, self._keep = folder, keep
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=False, enable_async_checkpointing=False, cleanup_tmp_directories=folder.is_dir()
         )
@@ -94,6 +94,7 @@ class Checkpoints:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _arrays(like))
         items = {STATE: ocp.args.StandardRestore(shapes), NOTES: ocp.args.JsonRestore()}
         found = self._restore(items)
+        self._drop_old()
         arrays = found[STATE]
         trainable = _rebuilt("trainable", like.trainable, arrays)
         opt_state = _rebuilt("opt_state", like.opt_state, arrays)
@@ -110,6 +111,12 @@ class Checkpoints:
                 f"the checkpoint {self.folder / str(self.latest)} is damaged or of another run "
                 f"({str(error).strip().splitlines()[0]}). Remove that folder to go on from the one before."
             ) from error
+
+    def _drop_old(self) -> None:
+        """Remove what a run left that was killed between a new checkpoint's name and the removal of an old one."""
+        assert self._manager is not None
+        for step in sorted(self._manager.all_steps())[: -self._keep]:
+            self._manager.delete(step)
 
 
 def _arrays(state: State) -> dict[str, jax.Array]:
