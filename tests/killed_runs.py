@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib.pyplot  # noqa: F401
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
+from transformers import AutoConfig
 
+from peft_jax.cli.checkpoint import load_tokenizer
 from peft_jax.cli.finetune_plan import Plan
 from peft_jax.cli.main import main
 from peft_jax.train.metrics import MetricsLog
@@ -169,6 +172,7 @@ def everything(seeds: list[int]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
+    AutoConfig.from_pretrained("model"), load_tokenizer("model")  # which import much at their first use
     jax.config.update("jax_compilation_cache_dir", str(Path("cache").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -273,7 +273,7 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(
     monkeypatch.setattr("peft_jax.cli.finetune.make_plan", interrupted)
     before = sorted(workplace.rglob("*"))
     assert main(finetune(output="deep/down/out")) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "peft-jax: error: stopped; nothing was written."
+    assert capsys.readouterr().err.splitlines()[-1] == "peft-jax: stopped; nothing was written."
     assert sorted(workplace.rglob("*")) == before
 
 
@@ -305,7 +305,7 @@ def test_ctrl_c_during_a_compilation_ends_the_process_in_order() -> None:
                 run.send_signal(signal.SIGINT)
                 break
         said = run.stderr.read()
-    assert (run.returncode, said.splitlines()[-1]) == (130, "peft-jax: error: stopped; nothing was written."), said
+    assert (run.returncode, said.splitlines()[-1]) == (130, "peft-jax: stopped; nothing was written."), said
 
 
 def test_want_of_memory_is_one_line(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -620,3 +621,14 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(
     errors = [line for line in err.splitlines() if line.strip()]
     assert len(errors) == 1 and errors[0].startswith("peft-jax: error: ") and said in errors[0], errors
     assert not out and (tree(workplace), sorted(workplace.rglob("*"))) == before
+
+
+def test_output_that_nobody_reads_on_is_no_error(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert main(["inspect", "adapter"]) == 141
+    assert capfd.readouterr().err == ""

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from safetensors.numpy import load_file, save_file
 
 from peft_jax.cli import finetune as finetune_module
 from peft_jax.cli.finetune_options import check, each
-from peft_jax.cli.finetune_plan import Plan
+from peft_jax.cli.finetune_plan import Plan, make_plan
 from peft_jax.cli.main import main, parse
 from peft_jax.train.optimizer import make_optimizer, make_schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(12)]
 BASE = {"model": "model", "data": "data.json", "output": "out", "max_steps": 3, "batch_size": 2, "learning_rate": 0.01}
 
@@ -49,24 +48,6 @@ def metrics(folder: str = "out") -> list[dict[str, Any]]:
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs that run once need no optimizing compiler, and runs of the same program share it."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    defaults: dict[str, Any] = dict(zip(settings, (False, None, 1.0, 0), strict=True))
-    for values in (settings, defaults):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        reset_cache()
-        if values is settings:
-            yield
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +119,19 @@ def test_epochs_count_steps_and_the_last_batch_may_be_small(capsys: pytest.Captu
     assert [row["learning_rate"] for row in rows] == wanted
 
 
-def test_remat_and_mesh_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remat_and_mesh_reach_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def stop(options: Any, model: Any, data: Any, mesh: Any) -> Any:
-        seen.append((model.remat, mesh and dict(mesh.shape)))
+        plan, state, frozen = make_plan(options, model, data, mesh)
+        program = jax.make_jaxpr(plan.step)(state.trainable, state.opt_state, frozen, plan.batches[0], state.key)
+        seen.append((str(program).count("remat"), mesh and dict(mesh.shape)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetune_module, "make_plan", stop)
     assert [main(words(output="a", **more)) for more in ({}, {"remat": True}, {"mesh": "data=1"})] == [130] * 3
-    assert seen == [(False, None), (True, None), (False, {"data": 1, "fsdp": 1, "tensor": 1})]
+    assert seen[0] == (0, None) and seen[1][0] > 0
+    assert seen[2] == (0, {"data": 1, "fsdp": 1, "tensor": 1})
 
 
 def test_a_mesh_gives_the_same_adapter_and_takes_over_a_run(
