@@ -8,19 +8,28 @@ PEFT_VERSION = "0.21.2"  # the version whose format and defaults we follow
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")  # PEFT stores the base weight of these beside their adapter
 
 
+ONE = "1"
+
+
 class Row(NamedTuple):
-    """One array of a method: ours, the tensor's name after the module path, and the sizes of our axes."""
+    """One array of a method: ours, the tensor's name after the module path, and the tensor's axes.
+
+    They are ours (``axes`` of the method's class) in the file's order; `ONE` is an axis of length 1 that we have not.
+    """
 
     role: str
     suffix: str
     axes: tuple[str, ...]
 
 
-# By method, and by whether the leaf is looked up. PEFT's matrices are (out, in): every row transposes.
+# By method, and by whether the leaf is looked up. A module has those of the tensors whose arrays its adapter has.
 ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
     "LORA": {
-        False: (Row("lora_A", "lora_A.weight", ("in", "rank")), Row("lora_B", "lora_B.weight", ("rank", "out"))),
-        True: (Row("lora_A", "lora_embedding_A", ("in", "rank")), Row("lora_B", "lora_embedding_B", ("rank", "out"))),
+        False: (Row("lora_A", "lora_A.weight", ("rank", "in")), Row("lora_B", "lora_B.weight", ("out", "rank"))),
+        True: (Row("lora_A", "lora_embedding_A", ("rank", "in")), Row("lora_B", "lora_embedding_B", ("out", "rank"))),
+    },
+    "IA3": {
+        False: (Row("ia3_in", "ia3_l", (ONE, "in")), Row("ia3_out", "ia3_l", ("out", ONE))),
     },
 }
 

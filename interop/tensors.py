@@ -6,29 +6,47 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, ROWS, TORCH_NAMES
+from peft_jax.interop.formats import EMBEDDING_MODULES, ONE, PREFIX, ROWS, TORCH_NAMES, Row
 
-from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted
+from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_weight
-from peft_jax.methods.attach import Choice, choose, untied_for
+from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, untied_for
 from peft_jax.methods.base import Method
-from peft_jax.methods.whole import Whole
+from peft_jax.methods.whole import Part, config_of
 
 Tensors = Mapping[str, np.ndarray]
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: its key, and whose it is: ``layer`` of our array ``role``, ``shape`` unpadded."""
+    """One tensor of a file: its key, and whose it is: ``layer`` of our array ``role``, ``shape`` unpadded.
+
+    ``order`` has our axes in the file's order, and None for an axis of length 1 that we have not.
+    """
 
     key: str
     layer: tuple[int, ...]
     role: str
     shape: tuple[int, ...]
-    transposed: bool
+    order: tuple[int | None, ...]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(1 if axis is None else self.shape[axis] for axis in self.order)
+
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        """Our array, without padding, as the file has it."""
+        turned = np.transpose(array, [axis for axis in self.order if axis is not None])
+        return np.ascontiguousarray(turned.reshape(self.tensor_shape))
+
+    def from_file(self, tensor: np.ndarray) -> np.ndarray:
+        """The inverse of `to_file`."""
+        axes = [axis for axis in self.order if axis is not None]
+        return np.transpose(tensor.reshape([self.shape[axis] for axis in axes]), np.argsort(axes))
 
 
 def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dict[str, np.ndarray]:
@@ -50,14 +68,14 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
     tree = params.params if isinstance(params, Handle) else params
     config = adapter_config(tree, adapter_name)
     nodes = [(leaf, node) for leaf in find_leaves(tree, None) for node in _nested(leaf, adapter_name)]
-    adapted = {name for leaf, node in nodes if not isinstance(node.tag.config, Whole) for name in _hits(leaf, node)}
+    adapted = {name for leaf, node in nodes if not isinstance(node.tag.config, Part) for name in _hits(leaf, node)}
     tensors: dict[str, np.ndarray] = {}
     for leaf, node in nodes:
-        role = node.tag.config.role if isinstance(node.tag.config, Whole) else None
+        role = node.tag.config.role if isinstance(node.tag.config, Part) else None
         for entry in _entries(Choice(0, leaf, _hit(node), role), config, adapted):
             array = np.asarray(node.params[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
-            tensors[entry.key] = np.ascontiguousarray(array.T if entry.transposed else array)
+            tensors[entry.key] = entry.to_file(array)
         if role is None:
             tensors |= _base_tensors(leaf, config, adapted)
     return tensors
@@ -100,7 +118,7 @@ def set_peft_model_state_dict(
     nodes = {}
     for choice in choices:
         nodes[choice.position] = _adapted(choice, config, entries[choice.position], tensors, adapter_name)
-    return replace_leaves(params, nodes)
+    return tied(replace_leaves(params, nodes))
 
 
 def adapter_config(params: Any, adapter_name: str = "default") -> Method:
@@ -112,8 +130,7 @@ def adapter_config(params: Any, adapter_name: str = "default") -> Method:
     known = adapters(params)
     if adapter_name not in known:
         raise ValueError(f"No adapter is named '{adapter_name}'. Found: {sorted(known)}.")
-    config = known[adapter_name]
-    return config.config if isinstance(config, Whole) else config
+    return config_of(known[adapter_name])
 
 
 def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entry]:
@@ -123,41 +140,49 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
     for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:
         name = leaf.names[index]
         if role is None:
-            sizes = {"in": n_in, "out": n_out, **config.axis_sizes(name)}
-            for row in ROWS[config.peft_type][leaf.layout.lookup]:
-                shape = tuple(sizes[axis] for axis in row.axes)
-                yield Entry(f"{PREFIX}{name}.{row.suffix}", index, row.role, shape, transposed=True)
-        else:
+            shapes = config.shapes(name, n_in, n_out, lookup=leaf.layout.lookup)
+            for row in _rows(config, leaf):
+                if row.role in shapes:
+                    ours = config.axes[row.role]
+                    order = tuple(None if axis == ONE else ours.index(axis) for axis in row.axes)
+                    yield Entry(f"{PREFIX}{name}.{row.suffix}", index, row.role, shapes[row.role], order)
+        elif role != FOLLOWS:
             inside = ".base_layer" if role == "bias" and name in adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
             key = f"{PREFIX}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
-            yield Entry(key, index, role, shape, _is_transposed(leaf, config))
+            order = tuple(range(len(shape)))
+            yield Entry(key, index, role, shape, order[::-1] if _is_transposed(leaf, config) else order)
+
+
+def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:
+    rows = ROWS[config.peft_type]
+    if leaf.layout.lookup not in rows:
+        kind = "embedding" if leaf.layout.lookup else "matrix that is not looked up"
+        raise ValueError(f"PEFT has no {config.peft_type} for an {kind}, as '{leaf.path}' is. Target other modules.")
+    return rows[leaf.layout.lookup]
 
 
 def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tensors, adapter_name: str) -> Adapted:
     _, leaf, hit, role = choice
     dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in entries}
-    params: dict[str, np.ndarray] = {}
+    tagged, (copies, state) = beside_target(config, leaf, hit, role)
+    params = {name: np.array(copy) for name, copy in copies.items()}
     if role is None:
-        tag, state = Tag(adapter_name, config, dtypes), config.state(leaf.names, hit)
+        state = config.state(leaf.names, hit)
         for name in {entry.role: None for entry in entries}:
             largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)
             params[name] = np.zeros((*hit.shape, *largest), np.float32)
-    else:
-        whole = Whole(config, role)
-        copies, state = whole.init(as_weight(leaf.value, leaf.layout), hit)
-        tag, params = Tag(adapter_name, whole, dtypes), {name: np.array(copy) for name, copy in copies.items()}
     for entry in entries:
-        tensor = tensors[entry.key].T if entry.transposed else tensors[entry.key]
         layer = params[entry.role][entry.layer]  # a view
-        layer[tuple(map(slice, entry.shape))] = tensor
+        layer[tuple(map(slice, entry.shape))] = entry.from_file(tensors[entry.key])
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
+    tag = Tag(adapter_name, tagged, dtypes)
     return sharded_like_base(Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode))
 
 
 def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
     """Raise ValueError unless the tensors are those that the base asks for."""
-    shapes = {entry.key: entry.shape[::-1] if entry.transposed else entry.shape for entry in entries}
+    shapes = {entry.key: entry.tensor_shape for entry in entries}
     expected = shapes.keys() | bases.keys()
     problems = [f"{key} is missing" for key in sorted(expected - tensors.keys())]
     problems += [f"{key} is left over" for key in sorted(tensors.keys() - expected)]

@@ -1,12 +1,14 @@
 """Adapters between PyTorch PEFT and us: the same logits, files and tokens in both directions."""
 
 import dataclasses
+import json
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peft_jax.interop import formats
 from safetensors.numpy import load_file
 
 import peft_jax as pj
@@ -46,6 +48,15 @@ ROWS = {
     "both embeddings": {"target_modules": ["lm_head", "embed_tokens"]},
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
     "regex": {"target_modules": r".*layers\.[02]\.mlp\.(up|gate)_proj"},
+    "IA3": {"config": "IA3Config", "modules_to_save": ["norm"]},
+    "IA3 of one stack": {
+        "config": "IA3Config",
+        "target_modules": ["q_proj", "o_proj"],
+        "feedforward_modules": r".*layers\.[12]\.self_attn\.q_proj",
+    },
+}
+SUFFIXES = {"weight", "bias", "base_layer.bias"} | {
+    row.suffix for tables in formats.ROWS.values() for table in tables.values() for row in table
 }
 FAMILIES = ["llama", "qwen2"]  # untied with biases everywhere; tied with biases on q, k and v
 rows = pytest.mark.parametrize("row", ROWS)
@@ -79,10 +90,18 @@ def torch_base(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def torch_adapter(folder, options, save_to):
+def config_of(library, row):
+    """The config of a row, as PEFT's class or ours."""
+    options = {"config": "LoraConfig", **ROWS[row]}
+    name = options.pop("config")
+    options |= {"r": 4, "lora_alpha": 7} if name == "LoraConfig" else {}
+    return getattr(library, name)(task_type="CAUSAL_LM", **options)
+
+
+def torch_adapter(folder, row, save_to):
     """A PEFT model with random weights in every trained tensor, saved."""
     torch.manual_seed(2)
-    config = peft.LoraConfig(r=4, lora_alpha=7, task_type="CAUSAL_LM", **options)
+    config = config_of(peft, row)
     model = peft.get_peft_model(torch_base(folder), config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -112,7 +131,7 @@ def load(folder):
 @rows
 @families
 def test_pefts_adapter_gives_the_same_logits_file_and_merge(family, row, bases, tmp_path):
-    theirs = torch_adapter(bases[family], ROWS[row], tmp_path / "theirs")
+    theirs = torch_adapter(bases[family], row, tmp_path / "theirs")
     want = torch_logits(theirs)
     base = load(bases[family])
     model = pj.PeftModel.from_pretrained(base, tmp_path / "theirs")
@@ -122,11 +141,20 @@ def test_pefts_adapter_gives_the_same_logits_file_and_merge(family, row, bases, 
     close(model.unload()(IDS).logits, base(IDS).logits)
     # Ours saved again is PEFT's file in every key and byte.
     model.save_pretrained(tmp_path / "ours")
-    ours, file = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    folders = [tmp_path / name for name in ("ours", "theirs")]
+    ours, file = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
+    for field in ours.keys() | file.keys():
+        assert plain(ours.get(field)) == plain(file.get(field)), field
+    ours, file = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert ours.keys() == file.keys()
     for key in file:
         assert ours[key].dtype == file[key].dtype and ours[key].tobytes() == file[key].tobytes(), key
     assert_no_module_is_dead(base, model.peft_config["default"], file, want)
+
+
+def plain(value):
+    """A field of a config, sets and absent fields made comparable."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def assert_no_module_is_dead(base, config, tensors, want):
@@ -134,19 +162,22 @@ def assert_no_module_is_dead(base, config, tensors, want):
     own = interop.get_peft_model_state_dict
     fresh = own(interop.set_peft_model_state_dict(base, config, tensors))
     start = own(pj.get_peft_model(base, dataclasses.replace(config, inference_mode=False)))
-    modules = {key.split(".lora_")[0].removesuffix(".base_layer.bias").removesuffix(".bias") for key in fresh}
-    for module in {name for name in modules if not name.endswith("base_layer.weight")}:
+    modules = {module_of(key) for key in fresh if not key.endswith("base_layer.weight")}
+    for module in modules:
         # A fresh adapter changes nothing, and a fresh copy of a bias or saved module is the base's.
         without = {key: start[key] if key.startswith(module) else array for key, array in fresh.items()}
         changed = interop.set_peft_model_state_dict(base, config, without)(IDS).logits
         assert np.abs(changed - want).max() > 100 * tolerance(want), f"{module} is dead"
 
 
+def module_of(key):
+    return next(key.removesuffix(f".{end}") for end in sorted(SUFFIXES, key=len)[::-1] if key.endswith(f".{end}"))
+
+
 @rows
 @families
 def test_our_adapter_gives_the_same_logits_in_peft(family, row, bases, tmp_path):
-    config = pj.LoraConfig(r=4, lora_alpha=7, **ROWS[row])
-    model = pj.get_peft_model(load(bases[family]), config)
+    model = pj.get_peft_model(load(bases[family]), config_of(pj, row))
     trainable, frozen = pj.partition(model)
     leaves, treedef = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -154,7 +185,7 @@ def test_our_adapter_gives_the_same_logits_in_peft(family, row, bases, tmp_path)
     model = clean(pj.combine(jax.tree.unflatten(treedef, leaves), frozen))
     model.save_pretrained(tmp_path)
     want = np.asarray(model(IDS).logits)
-    theirs = peft.get_peft_model(torch_base(bases[family]), peft.LoraConfig.from_pretrained(tmp_path))
+    theirs = peft.get_peft_model(torch_base(bases[family]), peft.PeftConfig.from_pretrained(tmp_path))
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     result = set_peft_model_state_dict(theirs, load_peft_weights(tmp_path))
@@ -176,7 +207,7 @@ def clean(model):
 
 @families
 def test_greedy_generation_gives_the_same_tokens(family, bases, tmp_path):
-    theirs = torch_adapter(bases[family], ROWS["plain"], tmp_path)
+    theirs = torch_adapter(bases[family], "plain", tmp_path)
     ids = torch.tensor(IDS[:1])
     with torch.no_grad():
         want = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
@@ -192,7 +223,7 @@ def test_greedy_generation_gives_the_same_tokens(family, bases, tmp_path):
 def test_stored_element_types_come_back(bases, tmp_path):
     from safetensors.numpy import save_file
 
-    torch_adapter(bases["llama"], ROWS["plain"], tmp_path)
+    torch_adapter(bases["llama"], "plain", tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = {key: array.astype(jnp.bfloat16) for key, array in load_file(file).items()}
     save_file(tensors, file)
@@ -221,7 +252,7 @@ def test_stored_element_types_come_back(bases, tmp_path):
 def test_files_that_do_not_fit_are_listed_and_nothing_is_loaded(edit, message, bases, tmp_path):
     from safetensors.numpy import save_file
 
-    torch_adapter(bases["llama"], ROWS["plain"], tmp_path)
+    torch_adapter(bases["llama"], "plain", tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     edit(tensors)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -230,7 +261,7 @@ def test_files_that_do_not_fit_are_listed_and_nothing_is_loaded(edit, message, b
 
 
 def test_an_adapter_for_another_base_is_refused(bases, tmp_path):
-    torch_adapter(bases["qwen2"], ROWS["embedding"], tmp_path)
+    torch_adapter(bases["qwen2"], "embedding", tmp_path)
     with pytest.raises(ValueError, match="base_layer.weight differs from this base's"):
         pj.PeftModel.from_pretrained(load(bases["llama"]), tmp_path)
 
@@ -239,7 +270,7 @@ def test_damaged_and_absent_files_are_errors(bases, tmp_path):
     base = load(bases["llama"])
     with pytest.raises(FileNotFoundError, match="No adapter_config.json"):
         pj.PeftModel.from_pretrained(base, tmp_path)
-    torch_adapter(bases["llama"], ROWS["plain"], tmp_path)
+    torch_adapter(bases["llama"], "plain", tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged or cut off"):

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
-from peft_jax.core.paths import dotted
+from peft_jax.core.paths import dotted, module_path
 from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight, role_specs
+
+LAYER = "layer"  # in the state of a bias: the arrays of the adapter of its layer's matrix, where both share them
 
 
 class Method(Protocol):
@@ -209,3 +211,29 @@ def adapters(tree: Any) -> dict[str, Any]:
 
     map_adapted(note, tree)
     return found
+
+
+def tied(tree: Any) -> Any:
+    """The tree with the arrays that a bias shares with its layer's matrix taken from there.
+
+    A method such as IA3 scales a layer's outputs, bias included, by one vector. It is trained in the matrix's leaf;
+    that the bias's leaf takes it from there, in every function of the trainable twin, adds the two gradients up.
+    """
+    arrays: dict[tuple[str, str], Any] = {}
+    biases = []
+
+    def note(path: str, leaf: Adapted) -> Adapted:
+        if LAYER in leaf.state:
+            biases.append(path)
+        elif leaf.layout.inp:
+            arrays[module_path(path), leaf.tag.name] = leaf.params
+        return leaf
+
+    def take(path: str, leaf: Adapted) -> Adapted:
+        shared = arrays.get((module_path(path), leaf.tag.name))
+        if LAYER not in leaf.state or shared is None:
+            return leaf
+        return dataclasses.replace(leaf, state={**leaf.state, LAYER: dict(shared)})
+
+    map_adapted(note, tree)
+    return map_adapted(take, tree) if biases else tree

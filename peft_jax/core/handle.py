@@ -31,10 +31,9 @@ class Handle(abc.ABC):
     def output_module(self) -> str | None:
         """Path of the output head, which ``all-linear`` leaves out."""
 
-    @property
     @abc.abstractmethod
-    def default_target_modules(self) -> tuple[str, ...] | None:
-        """PEFT's default for ``target_modules`` on such a model."""
+    def defaults(self, peft_type: str) -> Mapping[str, tuple[str, ...]]:
+        """PEFT's defaults for such a model, by field of the method's config."""
 
     @property
     @abc.abstractmethod

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, is_adapted, map_adapted
+from peft_jax.core.adapted import Adapted, is_adapted, map_adapted, tied
 from peft_jax.core.weight import is_weight
 
 
@@ -44,9 +44,8 @@ def combine(trainable: Any, frozen: Any) -> Any:
     Raises:
         ValueError: if the twins do not belong to one tree.
     """
-    return jax.tree.map(
-        lambda kept, trained: trained if kept is None else kept, frozen, trainable, is_leaf=lambda leaf: leaf is None
-    )
+    pick = lambda kept, trained: trained if kept is None else kept  # noqa: E731
+    return tied(jax.tree.map(pick, frozen, trainable, is_leaf=lambda leaf: leaf is None))
 
 
 def trainable_mask(trainable: Any, roles: tuple[str, ...] | None = None) -> Any:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from peft_jax.adapt.axes import read_layouts
-from peft_jax.core.adapted import Adapted, Tag, adapters
+from peft_jax.core.adapted import Adapted, Tag, adapters, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
@@ -15,13 +15,14 @@ from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is
 from peft_jax.core.weight import as_weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
-from peft_jax.methods.whole import Whole
+from peft_jax.methods.whole import Follower, Whole
 
 M = TypeVar("M", bound=Method)
+FOLLOWS = "bias of its layer"  # the role of a bias that the adapter of its layer's matrix changes too
 
 
 class Choice(NamedTuple):
-    """A leaf that an adapter changes: its position, which stacked layers, and its role if it is trained whole."""
+    """A leaf that an adapter changes: its position, which stacked layers, and its role if it is no target's matrix."""
 
     position: int
     leaf: Leaf
@@ -115,14 +116,24 @@ def apply_adapter(
 
     nodes = {}
     for position, leaf, hit, role in choose(found, config, targets):
+        tagged, (arrays, state) = beside_target(config, leaf, hit, role)
         if role is None:
-            tag, arrays = Tag(adapter_name, config), config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
-        else:
-            whole = Whole(config, role)
-            tag, arrays = Tag(adapter_name, whole), whole.init(as_weight(leaf.value, leaf.layout), hit)
-        adapted = Adapted(leaf.value, *arrays, leaf.layout, tag, trainable=not config.inference_mode)
+            arrays, state = config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
+        tag = Tag(adapter_name, tagged)
+        adapted = Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
         nodes[position] = sharded_like_base(adapted)
-    return replace_leaves(params, nodes)
+    return tied(replace_leaves(params, nodes))
+
+
+def beside_target(config: Method, leaf: Leaf, hit: np.ndarray, role: str | None) -> tuple[Any, Any]:
+    """What a leaf that has a role is tagged with, and its arrays; the config and no arrays for a target's matrix."""
+    if role is None:
+        return config, ({}, {})
+    if role == FOLLOWS:
+        follower = Follower(config, role)
+        return follower, follower.init(leaf.names, hit)
+    whole = Whole(config, role)
+    return whole, whole.init(as_weight(leaf.value, leaf.layout), hit)
 
 
 def untied_for(handle: Handle, changes: Callable[[str], bool]) -> Handle:
@@ -139,8 +150,7 @@ def _completed(config: M, handle: Handle, layout: Layouts) -> M:
         raise ValueError(
             "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
         )
-    if config.target_modules is None:
-        config = config.replace(target_modules=handle.default_target_modules)
+    config = config.completed(handle.defaults(config.peft_type))
     return expand_all_linear(config, find_leaves(handle.params, layout), handle.output_module).replace(
         base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
         task_type=config.task_type or handle.task_type,
@@ -159,14 +169,19 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
         if hit.any():
             role = "modules_to_save"
         elif leaf.path.rsplit(".", 1)[-1] == "bias":
-            role = "bias"
-            if config.bias != "none":
-                hit = np.vectorize(lambda name: config.bias == "all" or name in targets, otypes=[bool])(leaf.names)
+            role = "bias" if config.bias != "none" else FOLLOWS
+            hit = np.vectorize(lambda name: _changes_bias(config, name, targets), otypes=[bool])(leaf.names)
         elif is_matrix(leaf):
             hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
         if hit.any():
             leaf.required_layout()
             yield Choice(position, leaf, hit, role)
+
+
+def _changes_bias(config: Method, module: str, targets: set[str]) -> bool:
+    if config.bias != "none":
+        return config.bias == "all" or module in targets
+    return module in targets and config.changes_bias(module)
 
 
 def expand_all_linear(

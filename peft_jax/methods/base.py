@@ -12,12 +12,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.layout import Layout
+from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
+from peft_jax.methods.fields import check_fields
 
 CONFIG_FILE = "adapter_config.json"
 Arrays = Mapping[str, jax.Array]
@@ -76,12 +79,17 @@ class PeftConfig:
         target = by_name(peft_type)
         if not issubclass(target, cls):
             raise ValueError(f"{cls.__name__} cannot read a config of peft_type '{peft_type}'. Use PeftConfig.")
+        target.check_file(given)
         known = {field.name for field in dataclasses.fields(target)}
         # Fields of newer PEFT versions that are switched off say nothing; any other could change the numbers.
         unknown = {name: value for name, value in given.items() if name not in known and value not in (None, False, {})}
         if unknown:
             raise ValueError(f"{target.__name__} does not know {unknown}. Remove these fields if they change nothing.")
         return target(**{name: value for name, value in given.items() if name in known})
+
+    @classmethod
+    def check_file(cls, fields: Mapping[str, Any]) -> None:
+        """Raise ValueError if the adapter of a file with these fields means other numbers than ours."""
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
@@ -107,7 +115,7 @@ class Method(PeftConfig):
     Arrays live in two dictionaries, ``params`` (trained) and ``state`` (frozen), both with the stacked axes first.
     ``merge`` and ``apply`` see one layer, without stacked axes; ``axes`` names the axes of the trained arrays after
     those (``in`` and ``out`` are the matrix's); ``structural`` names the fields that change what is computed beyond
-    what the arrays say.
+    what the arrays say, and ``merge`` and ``apply`` read no others. A stack whose layers differ is padded; arrays of layers that are not adapted are zero.
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
@@ -127,6 +135,9 @@ class Method(PeftConfig):
     bias: str = "none"
     fan_in_fan_out: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self, self.peft_type)
+
     def structure(self) -> tuple[Any, ...]:
         """What two configs share exactly if their adapters run in the same compiled program.
 
@@ -145,34 +156,76 @@ class Method(PeftConfig):
         """Probability with which `peft_jax.with_dropout` zeroes an input of the adapter."""
         return 0.0
 
+    def completed(self, defaults: Mapping[str, Any]) -> Self:
+        """The config with a model's defaults in place of the fields that are None."""
+        return self.replace(**{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays that a module's adapter trains, by role, without padding or stacked axes.
+
+        Args:
+            module: Its path.
+            n_in: Rows of its matrix.
+            n_out: Columns of its matrix.
+            lookup: Whether it is an embedding.
+
+        Raises:
+            ValueError: if the module's sizes do not suit the config.
+        """
+        raise NotImplementedError
+
+    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+        """One of these arrays of one layer of a fresh adapter, float32."""
+        raise NotImplementedError
+
     def init(
         self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """Trained and frozen arrays for a leaf that stands for the layers ``names``, adapted where ``hit``."""
-        raise NotImplementedError
+        (n_in, n_out), lookup = layout.sizes(shape), layout.lookup
+        layers = [
+            self.shapes(name, n_in, n_out, lookup=lookup) if on else {}
+            for name, on in zip(names.flat, hit.flat, strict=True)
+        ]
+        params = {}
+        for number, role in enumerate(self.axes):
+            if not (shapes := [layer[role] for layer in layers if role in layer]):
+                continue
+            largest = tuple(np.max(shapes, axis=0).tolist())
+            keys = jnp.reshape(keys_from_names(jax.random.fold_in(key, number), names), (-1,))
+            arrays = [jnp.zeros(largest)] * len(layers)
+            for i, layer in enumerate(layers):
+                if role in layer:
+                    drawn = self.start(role, layer[role], keys[i], lookup=lookup)
+                    arrays[i] = jnp.pad(drawn, [(0, n - m) for n, m in zip(largest, layer[role], strict=True)])
+            params[role] = jnp.reshape(jnp.stack(arrays), (*names.shape, *largest))
+        return params, self.state(names, hit)
 
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
         """The frozen arrays of `init` alone, for an adapter that is read from a file."""
-        raise NotImplementedError
-
-    def axis_sizes(self, module: str) -> dict[str, int]:
-        """Lengths of the axes that a module's tensors have beside ``in`` and ``out``, e.g. ``rank``."""
-        return {}
+        return {"hit": jnp.asarray(hit)}
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
         """Number of trained elements of each stacked layer, padding not counted."""
-        raise NotImplementedError
+        hit = np.asarray(state["hit"])
+        return hit * sum(int(np.prod(array.shape[hit.ndim :])) for array in params.values())
 
-    @staticmethod
-    def merge(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """The adapted matrix, same shape and dtype as ``matrix``: ``(in, out)``, or ``(out,)`` for a vector."""
         raise NotImplementedError
 
-    @classmethod
-    def apply(cls, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def changes_bias(self, module: str) -> bool:
+        """Whether the adapter of a module's matrix changes its bias, by `merge_bias`, too."""
+        return False
+
+    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
+        """The bias ``(out,)`` of a layer whose matrix is adapted by ``params``."""
+        raise NotImplementedError
+
+    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """``product.full(x, merge(...))``; override where it is cheaper than merging."""
-        return apply_merged(cls, params, state, base, x, product)
+        return apply_merged(self, params, state, base, x, product)
 
 
 M = TypeVar("M", bound=type[PeftConfig])

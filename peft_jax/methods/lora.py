@@ -4,7 +4,6 @@ Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation 3; rank-stabilized s
 https://arxiv.org/abs/2312.03732. Numbers follow PEFT 0.21.2.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,11 +19,7 @@ from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
-
-
-def _unsupported(default: Any) -> Any:
-    """A field of PEFT's that is refused away from its default."""
-    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"default": default})
+from peft_jax.methods.fields import check_probability, check_rank, unsupported
 
 
 @register("LORA")
@@ -74,63 +69,44 @@ class LoraConfig(Method):
     layers_pattern: str | Sequence[str] | None = None
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
-    megatron_config: dict[str, Any] | None = _unsupported(None)
-    megatron_core: str | None = _unsupported("megatron.core")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _unsupported(None)
-    loftq_config: dict[str, Any] | None = _unsupported({})
-    eva_config: dict[str, Any] | None = _unsupported(None)
-    corda_config: dict[str, Any] | None = _unsupported(None)
-    lora_ga_config: dict[str, Any] | None = _unsupported(None)
-    velora_config: dict[str, Any] | None = _unsupported(None)
-    monteclora_config: dict[str, Any] | None = _unsupported(None)
-    arrow_config: dict[str, Any] | None = _unsupported(None)
-    kasa_config: dict[str, Any] | None = _unsupported(None)
-    use_bdlora: dict[str, Any] | None = _unsupported(None)
-    use_dora: bool = _unsupported(False)
-    alora_invocation_tokens: list[int] | None = _unsupported(None)
-    use_qalora: bool = _unsupported(False)
-    qalora_group_size: int = _unsupported(16)
-    layer_replication: list[tuple[int, int]] | None = _unsupported(None)
-    lora_bias: bool = _unsupported(False)
-    target_parameters: list[str] | None = _unsupported(None)
-    ensure_weight_tying: bool = _unsupported(False)
+    megatron_config: dict[str, Any] | None = unsupported(None)
+    megatron_core: str | None = unsupported("megatron.core")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = unsupported(None)
+    loftq_config: dict[str, Any] | None = unsupported({})
+    eva_config: dict[str, Any] | None = unsupported(None)
+    corda_config: dict[str, Any] | None = unsupported(None)
+    lora_ga_config: dict[str, Any] | None = unsupported(None)
+    velora_config: dict[str, Any] | None = unsupported(None)
+    monteclora_config: dict[str, Any] | None = unsupported(None)
+    arrow_config: dict[str, Any] | None = unsupported(None)
+    kasa_config: dict[str, Any] | None = unsupported(None)
+    use_bdlora: dict[str, Any] | None = unsupported(None)
+    use_dora: bool = unsupported(False)
+    alora_invocation_tokens: list[int] | None = unsupported(None)
+    use_qalora: bool = unsupported(False)
+    qalora_group_size: int = unsupported(16)
+    layer_replication: list[tuple[int, int]] | None = unsupported(None)
+    lora_bias: bool = unsupported(False)
+    target_parameters: list[str] | None = unsupported(None)
+    ensure_weight_tying: bool = unsupported(False)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (list, set, frozenset)):
-                ordered = value if isinstance(value, list) else sorted(value)
-                object.__setattr__(self, field.name, tuple(ordered))
-            if "default" in field.metadata and (value or None) != (field.metadata["default"] or None):
-                raise ValueError(f"LoraConfig({field.name}={value!r}) is not supported yet. Leave it at its default.")
-        self._check_values()
-
-    def _check_values(self) -> None:
-        ranks = {"r": self.r, **self.rank_pattern}
-        if wrong := {name: rank for name, rank in ranks.items() if not isinstance(rank, int) or rank < 1}:
-            raise ValueError(f"LoRA needs ranks of at least 1, got {wrong}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a probability in [0, 1), got {self.lora_dropout}.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias is 'none', 'all' or 'lora_only', got {self.bias!r}.")
+        super().__post_init__()
+        check_rank(self)
+        check_probability(self, "lora_dropout")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported yet. Write True, False or 'gaussian'."
             )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform goes with a list of target_modules. Put the layers into the regex.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts. Give layers_to_transform too.")
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save is a list of names. Write [{self.modules_to_save!r}].")
 
     def rank(self, module: str) -> int:
         """Rank of the adapter of a module."""
         return int(pattern_value(self.rank_pattern, module, self.r))
 
-    def axis_sizes(self, module: str) -> dict[str, int]:
-        """The rank."""
-        return {"rank": self.rank(module)}
+    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
+        """The two factors of the added matrix."""
+        rank = self.rank(module)
+        return {"lora_A": (n_in, rank), "lora_B": (rank, n_out)}
 
     def scaling(self, module: str) -> float:
         """Scale of the adapter of a module."""
@@ -196,14 +172,14 @@ class LoraConfig(Method):
         """``rank * (in + out)`` of each stacked layer."""
         return np.asarray(state["rank"]) * (params["lora_A"].shape[-2] + params["lora_B"].shape[-1])
 
-    @staticmethod
-    def merge(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
         """``W + s A B``, added in the adapter's precision."""
         a, b = params["lora_A"], params["lora_B"]
         return (matrix.astype(a.dtype) + (a * state["scaling"]) @ b).astype(matrix.dtype)
 
-    @classmethod
-    def apply(cls, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product
+    ) -> jax.Array:
         """``x W + (dropout(x) A s) B``; the low-rank path runs in the adapter's precision."""
         y, a, scaling = base.apply(x, product), params["lora_A"], state["scaling"]
         if scaling.ndim:  # each group has its own

@@ -17,13 +17,12 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
 from peft_jax.models import llama
 from peft_jax.models.checkpoint import save_model
+from peft_jax.models.defaults import method_defaults
 from peft_jax.models.generate import Streamer
 from peft_jax.models.llama import LlamaConfig
 from peft_jax.models.llama_generate import continue_prompts
 from peft_jax.models.llama_keys import STACKED
 
-# PEFT's defaults for target_modules, by model type.
-DEFAULT_TARGETS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("q_proj", "v_proj"))
 IGNORED_LABEL = -100
 
 
@@ -225,10 +224,9 @@ class CausalLM(Handle):
         """The language-modelling head."""
         return "lm_head"
 
-    @property
-    def default_target_modules(self) -> tuple[str, ...] | None:
-        """PEFT's default for ``target_modules``."""
-        return DEFAULT_TARGETS[self.config.model_type]
+    def defaults(self, peft_type: str) -> Mapping[str, tuple[str, ...]]:
+        """PEFT's defaults for this model type, by field of the method's config."""
+        return method_defaults(peft_type, self.config.model_type)
 
     @property
     def tied_modules(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.adapter import load_adapter, save_adapter
 from peft_jax.methods.attach import apply_adapter
 from peft_jax.methods.base import Method, PeftConfig
-from peft_jax.methods.whole import Whole
+from peft_jax.methods.whole import config_of
 from peft_jax.models.auto import AutoModelForCausalLM
 from peft_jax.models.causal_lm import CausalLM
 
@@ -68,8 +68,7 @@ class PeftModel(CausalLM):
     @property
     def peft_config(self) -> dict[str, Method]:
         """The config of every adapter by its name."""
-        found = adapters(self.params)
-        return {name: config.config if isinstance(config, Whole) else config for name, config in found.items()}
+        return {name: config_of(config) for name, config in adapters(self.params).items()}
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:  # type: ignore[override]
         """Write every adapter in PEFT's format: ``default`` into the folder, others into folders of their names."""

@@ -1,0 +1,45 @@
+"""Fields of PEFT's configs: those that are refused away from their default, and what all methods check alike."""
+
+import copy
+import dataclasses
+from typing import Any
+
+
+def unsupported(default: Any) -> Any:
+    """A field of PEFT's that is refused away from its default."""
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"default": default})
+
+
+def check_fields(config: Any, peft_type: str) -> None:
+    """Make lists and sets of a config tuples, and raise ValueError if a field that many methods have is wrong."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (list, set, frozenset)):
+            ordered = value if isinstance(value, list) else sorted(value)
+            object.__setattr__(config, field.name, tuple(ordered))
+        if "default" in field.metadata and (value or None) != (field.metadata["default"] or None):
+            raise ValueError(
+                f"{type(config).__name__}({field.name}={value!r}) is not supported yet. Leave it at its default."
+            )
+    only = f"{peft_type.lower()}_only"
+    if config.bias not in ("none", "all", only):
+        raise ValueError(f"bias is 'none', 'all' or '{only}', got {config.bias!r}.")
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        raise ValueError("layers_to_transform goes with a list of target_modules. Put the layers into the regex.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern says where layers_to_transform counts. Give layers_to_transform too.")
+    if isinstance(config.modules_to_save, str):
+        raise ValueError(f"modules_to_save is a list of names. Write [{config.modules_to_save!r}].")
+
+
+def check_rank(config: Any) -> None:
+    """Raise ValueError unless ``r`` and the ranks of ``rank_pattern`` are at least 1."""
+    ranks = {"r": config.r, **config.rank_pattern}
+    if wrong := {name: rank for name, rank in ranks.items() if not isinstance(rank, int) or rank < 1}:
+        raise ValueError(f"{config.peft_type} needs ranks of at least 1, got {wrong}.")
+
+
+def check_probability(config: Any, field: str) -> None:
+    """Raise ValueError unless a field is a probability below 1."""
+    if not 0 <= (value := getattr(config, field)) < 1:
+        raise ValueError(f"{field} is a probability in [0, 1), got {value}.")

@@ -1,0 +1,143 @@
+"""(IA)³: a layer's outputs times a vector, y = l (x W + b), or in feed-forward modules its inputs, y = (l x) W + b.
+
+Liu et al., 2022, https://arxiv.org/abs/2205.05638, section 3.3. Numbers follow PEFT 0.21.2.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.adapted import apply_merged
+from peft_jax.core.product import Product
+from peft_jax.core.weight import Weight
+from peft_jax.methods.base import Arrays, Method, register
+
+
+@register("IA3")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IA3Config(Method):
+    """Multiplies the inputs or outputs of a frozen layer by a trained vector; fields and defaults are PEFT's.
+
+    The outputs include the layer's bias, which is the leaf ``bias`` beside the matrix.
+
+    Attributes:
+        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
+        exclude_modules: Names, or one regex, of modules to leave out.
+        feedforward_modules: Which of the targets are scaled at their inputs: ends of paths, or one regex; ``[]`` for
+            none. None takes a model's default, and is an error where there is none.
+        fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
+        modules_to_save: Modules trained whole, beside the adapter.
+        init_ia3_weights: True starts at ones; False at normal numbers.
+
+    Raises:
+        ValueError: if a field has a value that is wrong or not supported; the message names it.
+
+    Example:
+        >>> config = IA3Config(target_modules=["up", "down"], feedforward_modules=["down"])
+        >>> params = {name: {"kernel": jnp.ones((2, 3))} for name in ("up", "down")}
+        >>> params = pj.apply_adapter(params, config)
+        >>> params["up"]["kernel"].params["ia3_out"].shape, params["down"]["kernel"].params["ia3_in"].shape
+        ((3,), (2,))
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"ia3_in": ("in",), "ia3_out": ("out",)}
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    feedforward_modules: str | Sequence[str] | None = None
+    fan_in_fan_out: bool = False
+    modules_to_save: Sequence[str] | None = None
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lists = not isinstance(self.target_modules, str) and not isinstance(self.feedforward_modules, str)
+        if not (lists and self.target_modules and self.feedforward_modules):
+            return
+        if extra := set(self.feedforward_modules) - set(self.target_modules):
+            raise ValueError(
+                f"feedforward_modules has {sorted(extra)}, not in target_modules. Name them in both or neither."
+            )
+
+    def completed(self, defaults: Mapping[str, Any]) -> Self:
+        """With the model's defaults, of which given targets leave those feed-forward modules that they name."""
+        targets = self.target_modules
+        if targets is not None and not isinstance(targets, str):
+            defaults = {**defaults, "feedforward_modules": [m for m in defaults["feedforward_modules"] if m in targets]}
+        return super().completed(defaults)
+
+    def is_feedforward(self, module: str) -> bool:
+        """Whether a module is scaled at its inputs.
+
+        Raises:
+            ValueError: if the config does not say.
+        """
+        if self.feedforward_modules is None:
+            raise ValueError(
+                "IA3Config needs feedforward_modules: those targets whose inputs are scaled, not their outputs. "
+                "Write feedforward_modules=[] if there are none."
+            )
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, module) is not None
+        return module.endswith(tuple(self.feedforward_modules))
+
+    def changes_bias(self, module: str) -> bool:
+        """Outputs include the bias."""
+        return not self.is_feedforward(module)
+
+    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
+        """One vector."""
+        return {"ia3_in": (n_in,)} if self.is_feedforward(module) else {"ia3_out": (n_out,)}
+
+    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+        """Ones, or normal numbers."""
+        return jnp.ones(shape) if self.init_ia3_weights else jax.random.normal(key, shape)
+
+    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+        """Which stacked layers are scaled at their inputs, and which at their outputs."""
+        feedforward = hit & np.vectorize(lambda name, on: on and self.is_feedforward(name), otypes=[bool])(names, hit)
+        return {"hit": jnp.asarray(hit), "ia3_in": jnp.asarray(feedforward), "ia3_out": jnp.asarray(hit & ~feedforward)}
+
+    @staticmethod
+    def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
+        """The vector's length, of each stacked layer."""
+        return sum((np.asarray(state[role]) * array.shape[-1] for role, array in params.items()), np.zeros((), int))
+
+    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+        """``diag(l) W`` or ``W diag(l)``, multiplied in the adapter's precision."""
+        merged = matrix
+        if "ia3_in" in params:
+            merged = _times(merged, _factor("ia3_in", params, state)[:, None])
+        if "ia3_out" in params:
+            merged = _times(merged, _factor("ia3_out", params, state)[None, :])
+        return merged
+
+    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
+        """``l b``."""
+        return _times(bias, _factor("ia3_out", params, state)) if "ia3_out" in params else bias
+
+    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+        """``l (x W)`` or ``(l x) W``; inputs that are not the last axis of ``x`` need the merged matrix."""
+        if "ia3_in" in params:
+            if type(product) is not Product:
+                return apply_merged(self, params, state, base, x, product)
+            x = product.scale(x.astype(params["ia3_in"].dtype), _factor("ia3_in", params, state)).astype(x.dtype)
+        y = base.apply(x, product)
+        if "ia3_out" in params:
+            factor = _factor("ia3_out", params, state)
+            y = product.scale(y.astype(factor.dtype), factor).astype(y.dtype)
+        return y
+
+
+def _factor(role: str, params: Arrays, state: Arrays) -> jax.Array:
+    """The vector, ones for layers that have none."""
+    return jnp.where(state[role][..., None], params[role], 1)
+
+
+def _times(array: jax.Array, factor: jax.Array) -> jax.Array:
+    return (array.astype(factor.dtype) * factor).astype(array.dtype)
