@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import peft_jax as pj
+from peft_jax.methods.oft import nearest_divisor
 
 
 def normal(seed, *shape):
@@ -86,3 +87,66 @@ def test_ia3_inputs_and_outputs_in_one_stack():
 def test_ia3_says_what_it_needs(options, message, dense):
     with pytest.raises(ValueError, match=message):
         pj.apply_adapter(dense, pj.IA3Config(**options))
+
+
+@pytest.mark.parametrize("neumann", [False, True], ids=["Cayley", "Neumann"])
+def test_oft_rotates(neumann, dense):
+    """R'R = I: the merged matrix has the base's inner products. The series is off by its last term, as angles^terms."""
+    config = pj.OFTConfig(
+        oft_block_size=3, use_cayley_neumann=neumann, num_cayley_neumann_terms=12, target_modules=["dense"]
+    )
+    params = perturbed(pj.apply_adapter(dense, config), scale=0.1)
+    before, after = dense["dense"]["kernel"], pj.merge(params)["dense"]["kernel"]
+    close(after.T @ after, before.T @ before)
+    assert np.abs(after - before).max() > 0.1
+    close(pj.adapt(layer)(params, normal(3, 5, 6)), layer(pj.merge(params), normal(3, 5, 6)))
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("block_share", [False, True])
+def test_oft_equals_pefts_rotation(terms, block_share):
+    torch = pytest.importorskip("torch")
+    from peft.tuners.oft.layer import OFTRotationModule
+
+    theirs = OFTRotationModule(
+        1 if block_share else 2, 6, 4, 8, block_share=block_share, num_cayley_neumann_terms=terms
+    )
+    angles = 0.3 * normal(0, 1 if block_share else 2, 6)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.tensor(np.array(angles)))
+        want = theirs.get_weight().numpy()
+    config = pj.OFTConfig(
+        oft_block_size=4, block_share=block_share, num_cayley_neumann_terms=terms, target_modules=["dense"]
+    )
+    close(config.merge({"oft_R": angles}, {"hit": jnp.array(True)}, jnp.eye(8)), want)
+
+
+def test_oft_takes_pefts_blocks_and_refuses_its_old_files():
+    pytest.importorskip("peft")
+    from peft.tuners.oft.layer import OFTLayer
+
+    for size in (1, 7, 12, 40, 96):
+        for wanted in (1, 2, 5, 8, 32):
+            want = wanted if size % wanted == 0 else OFTLayer.adjust_oft_parameters(None, size, wanted)
+            assert nearest_divisor(size, wanted) == want
+    fields = pj.OFTConfig(target_modules=["q"]).to_dict()
+    with pytest.raises(ValueError, match="from PEFT 0.17.1, whose Cayley-Neumann series was another"):
+        pj.PeftConfig.from_dict({**fields, "peft_version": "0.17.1"})
+    with pytest.raises(ValueError, match="r=2 and oft_block_size=32. Set one of them to 0"):
+        pj.OFTConfig(r=2)
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_hra_keeps_norms_and_reflects(orthogonal, dense):
+    config = pj.HRAConfig(r=3, apply_GS=orthogonal, init_weights=False, target_modules=["dense"])
+    params = perturbed(pj.apply_adapter(dense, config))
+    before, after = dense["dense"]["kernel"], pj.merge(params)["dense"]["kernel"]
+    close(after.T @ after, before.T @ before)
+    chain = config.merge(*(getattr(params["dense"]["kernel"], name) for name in ("params", "state")), jnp.eye(6))
+    close(np.linalg.det(chain), (-1.0) ** 3)  # an odd number of reflections
+    assert np.abs(after - before).max() > 0.1
+
+
+def test_hra_orthogonal_reflections_do_not_start_as_pairs(dense):
+    with pytest.raises(ValueError, match="equal in pairs. Write init_weights=False"):
+        pj.apply_adapter(dense, pj.HRAConfig(apply_GS=True, target_modules=["dense"]))

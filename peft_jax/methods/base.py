@@ -115,7 +115,8 @@ class Method(PeftConfig):
     Arrays live in two dictionaries, ``params`` (trained) and ``state`` (frozen), both with the stacked axes first.
     ``merge`` and ``apply`` see one layer, without stacked axes; ``axes`` names the axes of the trained arrays after
     those (``in`` and ``out`` are the matrix's); ``structural`` names the fields that change what is computed beyond
-    what the arrays say, and ``merge`` and ``apply`` read no others. A stack whose layers differ is padded; arrays of layers that are not adapted are zero.
+    what the arrays say, and ``merge`` and ``apply`` read no others. A stack whose layers differ is padded; arrays of
+    layers that are not adapted are zero.
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 from typing import Any
 
+import jax
+
 
 def unsupported(default: Any) -> Any:
     """A field of PEFT's that is refused away from its default."""
@@ -43,3 +45,8 @@ def check_probability(config: Any, field: str) -> None:
     """Raise ValueError unless a field is a probability below 1."""
     if not 0 <= (value := getattr(config, field)) < 1:
         raise ValueError(f"{field} is a probability in [0, 1), got {value}.")
+
+
+def kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """As PyTorch starts a Linear: ``kaiming_uniform_`` with a = sqrt(5), which is uniform within 1 / sqrt(fan_in)."""
+    return jax.random.uniform(key, shape, minval=-1.0) / fan_in**0.5
