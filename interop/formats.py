@@ -33,6 +33,28 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
         True: (Row("oft_embedding_R", "oft_embedding_R.weight", ("blocks", "pairs")),),
     },
     "HRA": {False: (Row("hra_u", "hra_u", ("in", "rank")),)},
+    "LOHA": {
+        False: (
+            Row("hada_w1_a", "hada_w1_a", ("out", "rank")),
+            Row("hada_w1_b", "hada_w1_b", ("rank", "in")),
+            Row("hada_w2_a", "hada_w2_a", ("out", "rank")),
+            Row("hada_w2_b", "hada_w2_b", ("rank", "in")),
+        ),
+    },
+    "LOKR": {
+        False: (
+            Row("lokr_w1", "lokr_w1", ("out_1", "in_1")),
+            Row("lokr_w1_a", "lokr_w1_a", ("out_1", "rank")),
+            Row("lokr_w1_b", "lokr_w1_b", ("rank", "in_1")),
+            Row("lokr_w2", "lokr_w2", ("out_2", "in_2")),
+            Row("lokr_w2_a", "lokr_w2_a", ("out_2", "rank")),
+            Row("lokr_w2_b", "lokr_w2_b", ("rank", "in_2")),
+        ),
+    },
+    "HIRA": {
+        False: (Row("hira_A", "hira_A", ("rank", "in")), Row("hira_B", "hira_B", ("out", "rank"))),
+        True: (Row("hira_A", "hira_embedding_A", ("rank", "in")), Row("hira_B", "hira_embedding_B", ("out", "rank"))),
+    },
     "IA3": {
         False: (Row("ia3_in", "ia3_l", (ONE, "in")), Row("ia3_out", "ia3_l", ("out", ONE))),
     },

@@ -17,8 +17,11 @@ from peft_jax.core.partition import trainable_mask as trainable_mask
 from peft_jax.core.summary import summary as summary
 from peft_jax.interop import get_peft_model_state_dict as get_peft_model_state_dict
 from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_dict
+from peft_jax.methods import HiraConfig as HiraConfig
 from peft_jax.methods import HRAConfig as HRAConfig
 from peft_jax.methods import IA3Config as IA3Config
+from peft_jax.methods import LoHaConfig as LoHaConfig
+from peft_jax.methods import LoKrConfig as LoKrConfig
 from peft_jax.methods import LoraConfig as LoraConfig
 from peft_jax.methods import OFTConfig as OFTConfig
 from peft_jax.methods import PeftConfig as PeftConfig

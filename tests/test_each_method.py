@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import peft_jax as pj
+from peft_jax.methods.lokr import factorization
 from peft_jax.methods.oft import nearest_divisor
 
 
@@ -150,3 +151,76 @@ def test_hra_keeps_norms_and_reflects(orthogonal, dense):
 def test_hra_orthogonal_reflections_do_not_start_as_pairs(dense):
     with pytest.raises(ValueError, match="equal in pairs. Write init_weights=False"):
         pj.apply_adapter(dense, pj.HRAConfig(apply_GS=True, target_modules=["dense"]))
+
+
+def test_loha_is_a_product_of_two_low_rank_matrices():
+    """So its rank may be the square of theirs; LoRA's of four times as many numbers could not be above it."""
+    config = pj.LoHaConfig(r=3, target_modules=["dense"], init_weights=False)
+    params = pj.apply_adapter({"dense": {"kernel": jnp.zeros((16, 12))}}, config)
+    assert np.linalg.matrix_rank(pj.merge(params)["dense"]["kernel"]) == 9
+    assert "trainable params: 168 ||" in pj.summary(params)  # 2 * 3 * (16 + 12)
+
+
+def test_hira_changes_weights_in_proportion(dense):
+    params = perturbed(pj.apply_adapter(dense, pj.HiraConfig(r=2, target_modules=["dense"])))
+    ratio = pj.merge(params)["dense"]["kernel"] / dense["dense"]["kernel"] - 1
+    assert np.linalg.matrix_rank(ratio, rtol=1e-3) == 2
+    kernel = {"kernel": dense["dense"]["kernel"].at[:, 0].set(0), "bias": dense["dense"]["bias"]}
+    merged = pj.merge(perturbed(pj.apply_adapter({"dense": kernel}, pj.HiraConfig(target_modules=["dense"]))))
+    assert not merged["dense"]["kernel"][:, 0].any(), "a weight of zero was changed"
+
+
+def test_hira_drops_the_inputs_of_the_change_only(dense):
+    config = pj.HiraConfig(r=2, hira_dropout=0.5, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter(dense, config)
+    dropped = pj.with_dropout(params, jax.random.key(1))["dense"]["kernel"]
+    x = jnp.ones((4000, 6))
+    noisy, clean = dropped.apply(x), params["dense"]["kernel"].apply(x)
+    base = x @ dense["dense"]["kernel"]
+    spread = np.asarray((noisy - base).std(0))
+    assert spread.min() > 0.01
+    # The mean of 4000 rows is within five standard errors.
+    assert (np.abs((noisy - clean).mean(0)) < 5 * spread / 4000**0.5).all()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_lokr_is_a_kronecker_product(both):
+    config = pj.LoKrConfig(r=1, alpha=3, decompose_both=both, target_modules=["dense"], init_weights=False)
+    params = pj.apply_adapter({"dense": {"kernel": jnp.zeros((12, 8))}}, config)  # 12 = 3 * 4 and 8 = 2 * 4
+    change = np.asarray(pj.merge(params)["dense"]["kernel"]).T.reshape(2, 4, 3, 4)
+    blocks = change.transpose(0, 2, 1, 3).reshape(6, 16)  # all blocks are multiples of one
+    assert np.linalg.matrix_rank(blocks, rtol=1e-4) == 1
+    size = (5 if both else 6) + 8  # (2 + 3) or 2 * 3, and 4 + 4
+    assert f"trainable params: {size} ||" in pj.summary(params)
+
+
+def test_lokr_counts_and_trains_what_each_layer_of_a_stack_has():
+    """The first layer has its second factor in two, the second whole, the third has none."""
+    config = pj.LoKrConfig(
+        r=1, rank_pattern={r"layers\.1\.up": 4}, target_modules=r"layers\.[01]\.up", init_weights=False
+    )
+    tree = {"layers": {"up": {"kernel": jnp.zeros((3, 12, 8))}}}
+    params = pj.apply_adapter(tree, config, layout={".*": pj.Layout((0,), (1,), (2,))})
+    assert f"trainable params: {6 + 8 + 6 + 16} ||" in pj.summary(params)
+    trainable, frozen = pj.partition(params)
+
+    def loss(trainable):
+        return jnp.sum(jnp.sin(pj.merge(pj.combine(trainable, frozen))["layers"]["up"]["kernel"] + 1))
+
+    gradient = jax.grad(loss)(trainable)["layers"]["up"]["kernel"].params
+    there = {role: [bool(array[i].any()) for i in range(3)] for role, array in gradient.items()}
+    assert there == {
+        "lokr_w1": [True, True, False],
+        "lokr_w2": [False, True, False],
+        "lokr_w2_a": [True, False, False],
+        "lokr_w2_b": [True, False, False],
+    }
+
+
+def test_lokr_factors_as_peft_does():
+    pytest.importorskip("peft")
+    from peft.tuners.lokr.layer import factorization as theirs
+
+    for dimension in (1, 2, 7, 12, 36, 96, 128, 250):
+        for factor in (-1, 1, 2, 3, 4, 5, 8, 16, 32):
+            assert factorization(dimension, factor) == theirs(dimension, factor)

@@ -17,6 +17,9 @@ CASES = {
     "IA3": pj.IA3Config(target_modules=["dense"], feedforward_modules=[]),
     "OFT": pj.OFTConfig(oft_block_size=4, target_modules=["dense"]),
     "HRA": pj.HRAConfig(r=4, target_modules=["dense"]),
+    "LOHA": pj.LoHaConfig(r=3, alpha=5, target_modules=["dense"]),
+    "HIRA": pj.HiraConfig(r=3, target_modules=["dense"]),
+    "LOKR": pj.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules=["dense"]),
     "LORA": pj.LoraConfig(r=3, lora_alpha=5, target_modules=["dense"]),
 }
 ROUNDS = {pj.HRAConfig}  # a fresh adapter is a pair of reflections, which cancel but for the last digit

@@ -68,6 +68,27 @@ ROWS = {
         "target_modules": ["up_proj"],
         "layers_to_transform": [1],
     },
+    "LOHA": {
+        "config": "LoHaConfig",
+        "r": 4,
+        "alpha": 7,
+        "target_modules": TARGETS,
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
+        "alpha_pattern": {"v_proj": 3},
+    },
+    "HIRA": {
+        "config": "HiraConfig",
+        "r": 4,
+        "target_modules": ["embed_tokens", "q_proj", "down_proj"],
+    },
+    "LOKR": {
+        "config": "LoKrConfig",
+        "r": 2,
+        "alpha": 3,
+        "decompose_both": True,
+        "target_modules": TARGETS,
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 5, r"layers\.2\.mlp\.down_proj": 3},
+    },
     "IA3 of one stack": {
         "config": "IA3Config",
         "target_modules": ["q_proj", "o_proj"],

@@ -3,7 +3,10 @@
 from peft_jax.methods.attach import apply_adapter as apply_adapter
 from peft_jax.methods.attach import apply_lora as apply_lora
 from peft_jax.methods.base import PeftConfig as PeftConfig
+from peft_jax.methods.hira import HiraConfig as HiraConfig
 from peft_jax.methods.hra import HRAConfig as HRAConfig
 from peft_jax.methods.ia3 import IA3Config as IA3Config
+from peft_jax.methods.loha import LoHaConfig as LoHaConfig
+from peft_jax.methods.lokr import LoKrConfig as LoKrConfig
 from peft_jax.methods.lora import LoraConfig as LoraConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig

@@ -18,13 +18,14 @@ from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import Weight
-from peft_jax.methods.base import Arrays, Method, register
-from peft_jax.methods.fields import check_probability, check_rank, unsupported
+from peft_jax.methods.base import Arrays, register
+from peft_jax.methods.fields import check_probability, unsupported
+from peft_jax.methods.ranked import Ranked
 
 
 @register("LORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(Method):
+class LoraConfig(Ranked):
     """Adds a trainable low-rank matrix to a frozen weight; fields and defaults are PEFT's.
 
     Attributes:
@@ -92,16 +93,11 @@ class LoraConfig(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self)
         check_probability(self, "lora_dropout")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported yet. Write True, False or 'gaussian'."
             )
-
-    def rank(self, module: str) -> int:
-        """Rank of the adapter of a module."""
-        return int(pattern_value(self.rank_pattern, module, self.r))
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The two factors of the added matrix."""
@@ -125,7 +121,7 @@ class LoraConfig(Method):
 
         Where ranks differ the smaller ones are padded with zeros, which stay zero in training.
         """
-        rank = self._ranks(names, hit)
+        rank = self.ranks(names, hit)
         n_in, n_out = layout.sizes(shape)
         width = int(rank.max())
         draw_a, draw_b = self._draws(n_in, n_out, width, layout.lookup)
@@ -136,14 +132,6 @@ class LoraConfig(Method):
         a = jnp.where(used[..., None, :], draw_a(keys_a, jnp.asarray(rank)), 0)
         b = jnp.where(used[..., :, None], draw_b(keys_b, jnp.asarray(rank)), 0)
         return {"lora_A": a, "lora_B": b}, self.state(names, hit)
-
-    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
-        """Rank and scale of each stacked layer, 0 where it is not adapted."""
-        scaling = np.where(hit, np.vectorize(self.scaling, otypes=[np.float32])(names), 0)
-        return {"scaling": jnp.asarray(scaling, jnp.float32), "rank": jnp.asarray(self._ranks(names, hit), jnp.int32)}
-
-    def _ranks(self, names: np.ndarray, hit: np.ndarray) -> np.ndarray:
-        return np.where(hit, np.vectorize(self.rank, otypes=[np.int32])(names), 0)
 
     def _draws(self, n_in: int, n_out: int, width: int, lookup: bool) -> tuple[Callable[..., jax.Array], ...]:
         """Functions of (key, rank) that draw A and B as PEFT's ``reset_lora_parameters`` does."""

@@ -1,0 +1,91 @@
+"""LoHa: W' = W + s (B1 A1) ⊙ (B2 A2), the elementwise product of two low-rank matrices, with s = alpha / rank.
+
+Hyeon-Woo et al., 2021, https://arxiv.org/abs/2108.06098, proposition 1. Numbers follow PEFT 0.21.2.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.targets import pattern_value
+from peft_jax.methods.base import Arrays, register
+from peft_jax.methods.fields import kaiming, unsupported
+from peft_jax.methods.ranked import Ranked, add
+
+
+@register("LOHA")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoHaConfig(Ranked):
+    """Adds the elementwise product of two low-rank matrices; fields and defaults are PEFT's.
+
+    Attributes:
+        rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
+        alpha_pattern: Alpha by pattern of module paths, where it differs from ``alpha``.
+        r: Rank of each of the two matrices, at least 1.
+        alpha: Numerator of the scale ``alpha / r``.
+        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
+        exclude_modules: Names, or one regex, of modules to leave out.
+        init_weights: True starts at no change; False at a random one.
+        layers_to_transform: Index or indices of the layers to adapt; None for all.
+        layers_pattern: Name of the list of layers, if it is not the first numbered one.
+        modules_to_save: Modules trained whole, beside the adapter.
+
+    Every other field of PEFT's ``LoHaConfig`` is known, and refused away from its default.
+
+    Raises:
+        ValueError: if a field has a value that is wrong or not supported; the message names it.
+
+    Example:
+        >>> params = {"q": {"kernel": jnp.ones((8, 6))}}
+        >>> params = pj.apply_adapter(params, LoHaConfig(r=2, target_modules=["q"]))
+        >>> {name: array.shape for name, array in params["q"]["kernel"].params.items()}
+        {'hada_w1_a': (6, 2), 'hada_w1_b': (2, 8), 'hada_w2_a': (6, 2), 'hada_w2_b': (2, 8)}
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "hada_w1_a": ("out", "rank"),
+        "hada_w1_b": ("rank", "in"),
+        "hada_w2_a": ("out", "rank"),
+        "hada_w2_b": ("rank", "in"),
+    }
+
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = unsupported(0.0)
+    module_dropout: float = unsupported(0.0)
+    use_effective_conv2d: bool = unsupported(False)
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+
+    def scaling(self, module: str) -> float:
+        """Scale of the adapter of a module."""
+        return pattern_value(self.alpha_pattern, module, self.alpha) / self.rank(module)
+
+    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
+        """Two factors of each of the two matrices ``(out, in)``."""
+        first, second = (n_out, self.rank(module)), (self.rank(module), n_in)
+        return {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": first, "hada_w2_b": second}
+
+    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+        """Random numbers; zeros for the last factor."""
+        return jnp.zeros(shape) if role == "hada_w2_b" and self.init_weights else kaiming(key, shape, shape[1])
+
+    @staticmethod
+    def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
+        """``2 * rank * (in + out)`` of each stacked layer."""
+        return 2 * np.asarray(state["rank"]) * (params["hada_w1_a"].shape[-2] + params["hada_w1_b"].shape[-1])
+
+    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+        """``W + s (B1 A1) ⊙ (B2 A2)``."""
+        change = (params["hada_w1_a"] @ params["hada_w1_b"]) * (params["hada_w2_a"] @ params["hada_w2_b"])
+        return add(matrix, change.T, state)

@@ -1,0 +1,44 @@
+"""What methods with a rank have in common: ranks and scales by pattern, one each a stacked layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.targets import pattern_value
+from peft_jax.methods.base import Method
+from peft_jax.methods.fields import check_rank
+
+
+class Ranked(Method):
+    """A method whose arrays have an axis ``rank``; smaller ranks of a stack are padded with zeros, which stay zero."""
+
+    r: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self)
+
+    def rank(self, module: str) -> int:
+        """Rank of the adapter of a module."""
+        return int(pattern_value(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """Scale of the adapter of a module."""
+        return 1.0
+
+    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+        """Rank and scale of each stacked layer, 0 where it is not adapted."""
+        scaling = np.where(hit, np.vectorize(self.scaling, otypes=[np.float32])(names), 0)
+        return {"scaling": jnp.asarray(scaling, jnp.float32), "rank": jnp.asarray(self.ranks(names, hit), jnp.int32)}
+
+    def ranks(self, names: np.ndarray, hit: np.ndarray) -> np.ndarray:
+        """Rank of each stacked layer, 0 where it is not adapted."""
+        return np.where(hit, np.vectorize(self.rank, otypes=[np.int32])(names), 0)
+
+
+def add(matrix: jax.Array, change: jax.Array, state: Mapping[str, Any]) -> jax.Array:
+    """``matrix + scale * change``, added in the precision of the change."""
+    return (matrix.astype(change.dtype) + state["scaling"] * change).astype(matrix.dtype)
