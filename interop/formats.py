@@ -55,6 +55,13 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
         False: (Row("hira_A", "hira_A", ("rank", "in")), Row("hira_B", "hira_B", ("out", "rank"))),
         True: (Row("hira_A", "hira_embedding_A", ("rank", "in")), Row("hira_B", "hira_embedding_B", ("out", "rank"))),
     },
+    "MISS": {
+        False: (
+            Row("miss_block", "miss_block", ("rank", "out")),
+            Row("miss_mini", "miss_block", ("rank", "part")),
+            Row("miss_bat", "miss_block", ("blocks", "row", "column")),
+        ),
+    },
     "IA3": {
         False: (Row("ia3_in", "ia3_l", (ONE, "in")), Row("ia3_out", "ia3_l", ("out", ONE))),
     },

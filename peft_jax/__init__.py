@@ -23,6 +23,7 @@ from peft_jax.methods import IA3Config as IA3Config
 from peft_jax.methods import LoHaConfig as LoHaConfig
 from peft_jax.methods import LoKrConfig as LoKrConfig
 from peft_jax.methods import LoraConfig as LoraConfig
+from peft_jax.methods import MissConfig as MissConfig
 from peft_jax.methods import OFTConfig as OFTConfig
 from peft_jax.methods import PeftConfig as PeftConfig
 from peft_jax.methods import apply_adapter as apply_adapter

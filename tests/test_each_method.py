@@ -224,3 +224,34 @@ def test_lokr_factors_as_peft_does():
     for dimension in (1, 2, 7, 12, 36, 96, 128, 250):
         for factor in (-1, 1, 2, 3, 4, 5, 8, 16, 32):
             assert factorization(dimension, factor) == theirs(dimension, factor)
+
+
+@pytest.mark.parametrize(("init", "size"), [(False, 4 * 8), ("mini", 4 * 2), ("bat", 2 * 4 * 4)])
+def test_miss_repeats_one_block(init, size):
+    """All blocks of rows change alike: by the block, or by the weight's block times (1 + M), plus M."""
+    kernel = normal(0, 12, 8)
+    config = pj.MissConfig(r=4, mini_r=2, init_weights=init, target_modules=["dense"])
+    params = perturbed(pj.apply_adapter({"dense": {"kernel": kernel}}, config))
+    (block,) = params["dense"]["kernel"].params.values()
+    merged = pj.merge(params)["dense"]["kernel"]
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        if init == "bat":
+            pieces = [kernel[rows, 4 * b : 4 * b + 4].T for b in range(2)]
+            change = jnp.concatenate([piece @ block[b] + block[b] for b, piece in enumerate(pieces)]).T
+        else:
+            change = jnp.tile(block, (1, 8 // block.shape[1]))
+        close(merged[rows], kernel[rows] + change)
+    assert f"trainable params: {size} ||" in pj.summary(params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 64}, "r=64.* is above the 6 inputs of 'dense'. Choose a smaller r"),
+        ({"r": 4, "init_weights": "bat"}, "r that divides the 6 inputs and 4 outputs of 'dense'"),
+        ({"r": 2, "init_weights": "mini", "mini_r": 3}, "mini_r=3.* needs a divisor of the 4 outputs of 'dense'"),
+    ],
+)
+def test_miss_says_which_sizes_fit(options, message, dense):
+    with pytest.raises(ValueError, match=message):
+        pj.apply_adapter(dense, pj.MissConfig(target_modules=["dense"], **options))

@@ -20,6 +20,7 @@ CASES = {
     "LOHA": pj.LoHaConfig(r=3, alpha=5, target_modules=["dense"]),
     "HIRA": pj.HiraConfig(r=3, target_modules=["dense"]),
     "LOKR": pj.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules=["dense"]),
+    "MISS": pj.MissConfig(r=5, target_modules=["dense"]),
     "LORA": pj.LoraConfig(r=3, lora_alpha=5, target_modules=["dense"]),
 }
 ROUNDS = {pj.HRAConfig}  # a fresh adapter is a pair of reflections, which cancel but for the last digit

@@ -89,6 +89,16 @@ ROWS = {
         "target_modules": TARGETS,
         "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 5, r"layers\.2\.mlp\.down_proj": 3},
     },
+    "MISS": {"config": "MissConfig", "r": 6, "target_modules": TARGETS, "bias": "MiSS_only"},
+    "MISS bat": {"config": "MissConfig", "r": 4, "init_weights": "bat", "target_modules": TARGETS},
+    "MISS mini": {
+        "config": "MissConfig",
+        "r": 8,
+        "mini_r": 4,
+        "init_weights": "mini",
+        "target_modules": TARGETS,
+        "layers_to_transform": [1],
+    },
     "IA3 of one stack": {
         "config": "IA3Config",
         "target_modules": ["q_proj", "o_proj"],

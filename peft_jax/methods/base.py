@@ -123,6 +123,7 @@ class Method(PeftConfig):
 
     structural: ClassVar[tuple[str, ...]] = ()
     side_path: ClassVar[bool] = True
+    bias_only: ClassVar[str] = ""  # the value of ``bias`` for those of adapted modules, if not the method's name
 
     # What the other rooms read of every method. Not dataclass fields here: PEFT's configs do not all have them, and a
     # method declares those that it has.

@@ -23,7 +23,7 @@ def check_fields(config: Any, peft_type: str) -> None:
             raise ValueError(
                 f"{type(config).__name__}({field.name}={value!r}) is not supported yet. Leave it at its default."
             )
-    only = f"{peft_type.lower()}_only"
+    only = config.bias_only or f"{peft_type.lower()}_only"
     if config.bias not in ("none", "all", only):
         raise ValueError(f"bias is 'none', 'all' or '{only}', got {config.bias!r}.")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
