@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import peft_jax as pj
+from peft_jax.methods import base
 from peft_jax.methods.lokr import factorization
 from peft_jax.methods.oft import nearest_divisor
+from peft_jax.models.defaults import method_defaults
 
 
 def normal(seed, *shape):
@@ -255,3 +257,57 @@ def test_miss_repeats_one_block(init, size):
 def test_miss_says_which_sizes_fit(options, message, dense):
     with pytest.raises(ValueError, match=message):
         pj.apply_adapter(dense, pj.MissConfig(target_modules=["dense"], **options))
+
+
+STARTS = {
+    "IA3": ("IA3Config", {"feedforward_modules": []}),
+    "IA3 random": ("IA3Config", {"feedforward_modules": ["dense"], "init_ia3_weights": False}),
+    "OFT": ("OFTConfig", {}),
+    "OFT random": ("OFTConfig", {"init_weights": False}),
+    "HRA": ("HRAConfig", {"r": 32}),
+    "HRA random": ("HRAConfig", {"r": 31}),
+    "LOHA": ("LoHaConfig", {"r": 16}),
+    "LOHA random": ("LoHaConfig", {"r": 16, "init_weights": False}),
+    "LOKR": ("LoKrConfig", {"r": 4, "decompose_both": True, "decompose_factor": 16}),
+    "LOKR lycoris": ("LoKrConfig", {"r": 64, "decompose_factor": 16, "init_weights": "lycoris"}),
+    "LOKR random": ("LoKrConfig", {"r": 4, "decompose_factor": 16, "init_weights": False}),
+    "HIRA": ("HiraConfig", {}),
+    "HIRA gaussian": ("HiraConfig", {"init_weights": "gaussian"}),
+    "HIRA random": ("HiraConfig", {"init_weights": False}),
+    "MISS": ("MissConfig", {}),
+    "MISS bat": ("MissConfig", {"init_weights": "bat"}),
+    "MISS mini": ("MissConfig", {"init_weights": "mini", "mini_r": 4}),
+    "MISS random": ("MissConfig", {"init_weights": False}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The symmetric initialization")
+@pytest.mark.parametrize("name", STARTS)
+def test_starts_are_drawn_as_peft_draws_them(name):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    kind, options = STARTS[name]
+    options = {**options, "target_modules": ["dense"]}
+    model = torch.nn.ModuleDict({"dense": torch.nn.Linear(512, 256)})
+    theirs = peft.get_peft_model_state_dict(peft.get_peft_model(model, getattr(peft, kind)(**options)))
+    tree = {"dense": {"kernel": jnp.zeros((512, 256)), "bias": jnp.zeros(256)}}
+    ours = pj.get_peft_model_state_dict(pj.apply_adapter(tree, getattr(pj, kind)(**options)))
+    assert {key: array.shape for key, array in ours.items()} == {key: tuple(t.shape) for key, t in theirs.items()}
+    for key, array in ours.items():
+        want = theirs[key].numpy()
+        deviation = 4 / (2 * array.size) ** 0.5  # four standard errors of a standard deviation, in proportion
+        np.testing.assert_allclose(array.std(), want.std(), rtol=2 * deviation, atol=1e-9)
+        np.testing.assert_allclose(array.mean(), want.mean(), atol=8 * float(want.std()) / array.size**0.5)
+        is_uniform = np.abs(want).max() < 2 * want.std()
+        assert is_uniform == bool(np.abs(array).max() < 2 * array.std()), key
+
+
+@pytest.mark.parametrize("peft_type", sorted(base.names()))
+def test_default_targets_are_those_of_pefts_tables(peft_type):
+    pytest.importorskip("peft")
+    from peft.utils import constants
+
+    for model_type in ("llama", "mistral", "qwen2", "qwen3"):
+        for field, value in method_defaults(peft_type, model_type).items():
+            table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{peft_type}_{field.upper()}_MAPPING")
+            assert list(value) == table[model_type]
