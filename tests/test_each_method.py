@@ -53,6 +53,7 @@ def test_ia3_scales_outputs_with_the_bias_or_inputs(feedforward, dense):
 def test_ia3_adds_up_the_gradients_of_matrix_and_bias(dense):
     params = perturbed(pj.apply_adapter(dense, pj.IA3Config(target_modules=["dense"], feedforward_modules=[])))
     trainable, frozen = pj.partition(params)
+    assert len(jax.tree.leaves((trainable, frozen))) == len({id(leaf) for leaf in jax.tree.leaves((trainable, frozen))})
     x = normal(3, 5, 6)
 
     def loss(trainable):
@@ -60,7 +61,12 @@ def test_ia3_adds_up_the_gradients_of_matrix_and_bias(dense):
 
     vector = params["dense"]["kernel"].params["ia3_out"]
     want = jax.grad(lambda vector: jnp.sum(jnp.sin(layer(dense, x) * vector[None])))(vector)
-    close(jax.grad(loss)(trainable)["dense"]["kernel"].params["ia3_out"], want)
+    gradient = jax.grad(loss)(trainable)
+    close(gradient["dense"]["kernel"].params["ia3_out"], want)
+    # A step that gives its old arrays away: the frozen twin must not hold one of them.
+    step = jax.jit(lambda old, slope: jax.tree.map(jnp.subtract, old, slope), donate_argnums=0)
+    params = pj.combine(step(trainable, gradient), frozen)
+    close(pj.merge(params)["dense"]["bias"], dense["dense"]["bias"] * params["dense"]["kernel"].params["ia3_out"])
 
 
 def test_ia3_inputs_and_outputs_in_one_stack():

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, is_adapted, map_adapted, tied
+from peft_jax.core.adapted import LAYER, Adapted, is_adapted, map_adapted, tied
 from peft_jax.core.weight import is_weight
+
+SHARED = "shared"  # an array that is in neither twin at its place: `combine` takes it from the leaf that trains it
 
 
 def partition(params: Any) -> tuple[Any, Any]:
@@ -31,8 +33,8 @@ def partition(params: Any) -> tuple[Any, Any]:
         [(4, 2), (2, 4)]
     """
     mask = _trained(params)
-    trainable = jax.tree.map(lambda trained, leaf: leaf if trained else None, mask, params)
-    frozen = jax.tree.map(lambda trained, leaf: None if trained else leaf, mask, params)
+    trainable = jax.tree.map(lambda trained, leaf: leaf if trained is True else None, mask, params)
+    frozen = jax.tree.map(lambda trained, leaf: leaf if trained is False else None, mask, params)
     return trainable, frozen
 
 
@@ -109,14 +111,17 @@ def count_parameters(params: Any) -> tuple[int, int]:
 
 
 def _trained(params: Any) -> Any:
+    def filled(tree: Any, value: Any) -> Any:
+        return jax.tree.map(lambda _: value, tree)
+
     def mask(node: Any) -> Any:
         if not is_adapted(node):
-            return jax.tree.map(lambda _: False, node)
+            return filled(node, False)
         return dataclasses.replace(
             node,
             base=mask(node.base),
             params=dict.fromkeys(node.params, node.active and node.trainable),
-            state=jax.tree.map(lambda _: False, node.state),
+            state={name: filled(part, SHARED if name == LAYER else False) for name, part in node.state.items()},
         )
 
     return jax.tree.map(mask, params, is_leaf=is_adapted)
