@@ -149,9 +149,9 @@ def rows_of(w, ids):
     return jax.vmap(lambda w, i: w[i])(w, ids)
 
 
-def shard_mapped(w, x, *, w_spec=(), x_spec=("data",), out_spec=("data",), reduce=None):
+def shard_mapped(w, x, *, w_spec=(), x_spec=("data",), out_spec=("data",), reduce=None, turned=False):
     def local(w, x):
-        y = x @ w
+        y = x @ (w.T if turned else w)
         return y if reduce is None else jax.lax.psum(y, reduce)
 
     return jax.shard_map(local, mesh=MESH, in_specs=(P(*w_spec), P(*x_spec)), out_specs=P(*out_spec))(w, x)
@@ -332,6 +332,23 @@ ROWS = {
     ),
     "shard_map, weight split by rows": Row(
         partial(shard_mapped, w_spec=("tensor",), x_spec=("data", "tensor"), reduce="tensor"), DOT, x=(24, 8)
+    ),
+    "shard_map, transposed": Row(partial(shard_mapped, turned=True), lambda w, x: x @ w.T, (6, 8), x=(24, 8)),
+    "shard_map, transposed, split": Row(
+        partial(shard_mapped, turned=True, w_spec=(None, "tensor"), x_spec=("data", "tensor"), reduce="tensor"),
+        lambda w, x: x @ w.T,
+        (6, 8),
+        x=(24, 8),
+    ),
+    "lookup, filled": Row(
+        lambda w, x: jnp.take(w, np.array([3, 9]), axis=0, mode="fill", fill_value=1.0),
+        lambda w, x: np.stack([w[3], np.ones(8)]),
+        side_path=False,
+    ),
+    "cast to 8 bits": Row(
+        lambda w, x: x @ w.astype(jnp.float8_e4m3fn).astype(jnp.float32),
+        lambda w, x: x @ w.astype(jnp.float8_e4m3fn).astype(np.float64),
+        side_path=False,
     ),
     "grad inside": Row(lambda w, x: jax.grad(lambda x: jnp.sum(jnp.sin(x @ w)))(x), grad_np),
     "jvp inside": Row(

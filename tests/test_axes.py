@@ -25,8 +25,12 @@ OTHERWISE = {
     "weight is (out, in)": pj.Layout((), (1,), (0,)),
     "part of the input axes": pj.Layout((), (0,), (1, 2)),
     "w @ x": pj.Layout((), (1,), (0,)),
+    "shard_map, transposed": pj.Layout((), (1,), (0,)),
+    "shard_map, transposed, split": pj.Layout((), (1,), (0,)),
+    "lookup, filled": pj.Layout((), (0,), (1,), lookup=True),
 }
 UNCLEAR = [
+    "cast to 8 bits",
     "elementwise",
     "norm of the weight",
     "returned",
@@ -82,14 +86,17 @@ def test_all_linear_means_every_weight_of_a_product_in_the_function():
     config = pj.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     params = pj.apply_lora(tree(), config, fn=model, args=(IDS,))
     shapes = {path: leaf.params["lora_A"].shape for path, leaf in leaves_of(params).items()}
-    assert shapes == {"blocks.w": (3, 8, 2), "out.w": (8, 2), "query.w": (8, 2)}
+    assert shapes == {"blocks.w": (3, 8, 2), "out.w": (8, 2), "query.w": (8, 2), "embed.table": (12, 2)}
     assert leaves_of(params)["blocks.w"].layout.index_after == ("blocks",)
     assert not any(use.merged for leaf in pj.explain(model, params, IDS).leaves for use in leaf.uses)
     got, want = pj.adapt(model)(params, IDS), model(pj.merge(params), IDS)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
     assert not np.allclose(want, model(tree(), IDS))
     less = pj.apply_lora(tree(), config.replace(exclude_modules=["out.w"]), fn=model, args=(IDS,))
-    assert set(leaves_of(less)) == {"blocks.w", "query.w"}
+    assert set(leaves_of(less)) == {"blocks.w", "query.w", "embed.table"}
+    looked_up = lambda params, x: jnp.take(params["embed"]["table"], x, axis=0) @ params["spare"]["w"]  # noqa: E731
+    alone = pj.apply_lora(tree(), config, fn=looked_up, args=(IDS,))
+    assert set(leaves_of(alone)) == {"spare.w"}  # a lookup alone is no product
 
 
 def leaves_of(params):
@@ -132,10 +139,27 @@ def test_contradicting_uses_are_an_error_with_a_way_out():
     assert found["proj"]["kernel"].layout == pj.Layout(index_after=())  # the convention decides between the two sides
 
 
+def test_axes_that_a_program_does_not_tell_are_the_conventions_or_an_error():
+    config, x = pj.LoraConfig(target_modules=["q"]), normal(1, 3, 4)
+    stack = {"q": {"kernel": normal(0, 3, 4, 5)}}
+    with pytest.raises(ValueError, match=r"looked up, which may be a choice of layers or of rows.*layout="):
+        pj.apply_lora(stack, config, fn=lambda p, x: x @ jnp.take(p["q"]["kernel"], 1, axis=0), args=(x,))
+    half = lambda p, x: jnp.einsum("bf,dhf->bdh", x[:, :3], p["q"]["kernel"].reshape(4, 2, 3))  # noqa: E731
+    with pytest.raises(ValueError, match=r"in more than one way.*layout="):
+        pj.apply_lora({"q": {"kernel": normal(0, 4, 6)}}, config, fn=half, args=(x,))
+    thin = pj.apply_lora(
+        {"q": {"kernel": normal(0, 1, 8)}}, config, fn=lambda p, x: x[:, :1] @ p["q"]["kernel"], args=(x,)
+    )
+    assert thin["q"]["kernel"].layout == pj.Layout()  # an axis of length 1 leaves no trace in a product
+    both = {"a": {"kernel": normal(0, 4, 4)}, "b": {"kernel": normal(1, 4, 4)}}
+    fn = lambda p, x: x @ (p["a"]["kernel"] @ p["b"]["kernel"])  # noqa: E731
+    assert set(read_layouts(both, fn, (x,))) == {"a.kernel", "b.kernel"}
+
+
 def test_quantize_reads_axes_too():
     params = pj.quantize(tree(), fn=model, args=(IDS,))
     scales = {path: leaf.scale.shape for path, leaf in weights_of(params).items()}
-    assert scales == {"blocks.w": (3, 8), "out.w": (8,), "query.w": (8,)}
+    assert scales == {"blocks.w": (3, 8), "out.w": (8,), "query.w": (8,), "embed.table": (8,)}
 
 
 def weights_of(params):

@@ -252,6 +252,31 @@ def test_donating_one_model_leaves_another_alone():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((other, frozen, base)))
 
 
+def test_an_inner_jit_that_donates_its_weight_leaves_the_leaf_alone():
+    leaf, x = make(ROWS["x @ w"]), normal(1, 5, 8)
+    fn = pj.adapt(lambda w, x: jax.jit(lambda w: x @ w, donate_argnums=0)(w.T))
+    close(fn(leaf, x), fn(leaf, x), 1e-6)
+
+
+def test_a_transposed_product_keeps_its_accumulation_type():
+    leaf, x = make(ROWS["lookup"], shape=(64, 256)).astype(jnp.bfloat16), normal(1, 3, 256).astype(jnp.bfloat16)
+    fn = lambda w, x: jnp.einsum("bd,vd->bv", x, w, preferred_element_type=jnp.float32)  # noqa: E731
+    fresh = dataclasses.replace(leaf, params=jax.tree.map(jnp.zeros_like, leaf.params))
+    close(pj.adapt(fn)(fresh, x), fn(fresh.dense(), x), 1e-5)
+
+
+def test_adapt_inside_a_loop_over_layers_sees_one_layer():
+    leaf, x = make(ROWS["scan over layers"]), normal(1, 5, 8)
+    step = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+    ours, plain = pj.adapt(step), leaf.dense()
+    got = jax.lax.scan(lambda h, w: (ours(w, h), None), x, leaf)[0]
+    close(got, jax.lax.scan(lambda h, w: (step(w, h), None), x, plain)[0], 1e-5)
+    close(jax.vmap(ours, (0, None))(leaf, x), jax.vmap(step, (0, None))(plain, x), 1e-5)
+    turned = make(ROWS["stack in the middle"])
+    with pytest.raises(ValueError, match="sliced or stacked outside of pj.adapt.*Put the loop into the function"):
+        ours(jax.tree.map(lambda array: array[0], turned), x)
+
+
 def test_effects_happen_once_and_in_order():
     seen = []
     leaf, x = make(ROWS["x @ w"]), normal(1, 5, 8)

@@ -133,3 +133,15 @@ def test_a_taken_name_is_an_error():
     params = pj.apply_lora({"q": {"kernel": jnp.ones((4, 4))}}, pj.LoraConfig(target_modules=["q"]))
     with pytest.raises(ValueError, match="name 'default' is taken"):
         pj.apply_lora(params, pj.LoraConfig(target_modules=["q"]))
+
+
+def test_a_weight_has_its_axes_already_and_a_stacked_leaf_one_role():
+    quantized = pj.quantize({"q": {"weight": jnp.ones((4, 4))}})
+    with pytest.raises(ValueError, match="is quantized or adapted already.*leave layout= out"):
+        pj.apply_lora(quantized, pj.LoraConfig(target_modules=["q"]), layout={"q.weight": pj.Layout()})
+    stack = {"layers": {"q": {"kernel": jnp.ones((2, 4, 6))}}}
+    config = pj.LoraConfig(target_modules=["layers.0.q"], modules_to_save=["layers.1.q"])
+    with pytest.raises(ValueError, match="which one leaf cannot be. Save all of its layers, or none"):
+        pj.apply_lora(stack, config, layout={".*": pj.Layout((0,), (1,), (2,))})
+    with pytest.raises(ValueError, match="hits none of"):  # integers are no weights
+        pj.apply_lora({"q": {"kernel": jnp.ones((4, 4), int)}}, pj.LoraConfig(target_modules=["q"]))

@@ -1,6 +1,7 @@
 """Which axes of each leaf are inputs, outputs and stacked layers, read off the program that uses the leaves."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -82,6 +83,10 @@ class Probe(Weight):
             return dataclasses.replace(self, part=array, labels=tuple(i for i in self.labels if i != label))
         return dataclasses.replace(self, part=array, cut=(*self.cut, label) if array.shape[position] == 1 else self.cut)
 
+    def relaid(self, layout: Layout) -> "Probe":
+        """Itself: it has no layout to change."""
+        return self
+
     def specs(self, entries: tuple[Any, ...]) -> "Probe":
         """The entries."""
         return dataclasses.replace(self, part=PartitionSpec(*entries))
@@ -89,9 +94,11 @@ class Probe(Weight):
     def use(self, contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> Use:
         """A product over some digits, in terms of the leaf's axes."""
         inp = tuple(sorted({self.labels[atom.axis] for atom in contracted if atom.axis >= 0}))
+        met = {i: math.prod(atom.size for atom in contracted if atom.axis == i) for i in range(len(self.labels))}
+        partly = {self.labels[i] for i, n in met.items() if 1 < n < self.shape[i]}
         kept = {self.labels[atom.axis] for atom in stacked if atom.axis >= 0}
         stack = tuple(i for i in range(self.ndims) if i not in self.labels or i in kept or i in self.cut)
-        out = tuple(i for i in range(self.ndims) if i not in (*stack, *inp))
+        out = tuple(i for i in range(self.ndims) if i not in (*stack, *inp) or i in partly or i in {*stack} & {*inp})
         return Use(stack, inp, out, looks_up)
 
 
@@ -160,9 +167,15 @@ def _view(value: Any, watches: Any) -> Any:
 def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layout | Ambiguous:
     """The one layout that all uses agree with."""
     source = "read off the program"
+    uses = [use for use in uses if use.inp and use.out]
+    if not uses:  # axes of length 1 leave no trace in a product
+        return convention or Ambiguous("its axes of length 1 do not tell what they are")
     rows = [use for use in uses if use.looks_up]
     sides = {(use.stack, frozenset((use.inp, use.out))) for use in uses}
-    if len(sides) > 1 or not all(use.inp and use.out for use in uses) or any(set(u.inp) & set(u.out) for u in uses):
+    if any(use.looks_up and use.inp == (0,) and len(use.out) > 1 for use in uses):
+        told = tuple(map(_words, dict.fromkeys(uses)))
+        return Ambiguous("its first axis is looked up, which may be a choice of layers or of rows", told)
+    if len(sides) > 1 or any(set(use.inp) & set(use.out) for use in uses):
         return Ambiguous("the program uses its axes in more than one way", tuple(map(_words, dict.fromkeys(uses))))
     first = rows[0] if rows else uses[0]
     turned = {use.inp for use in uses if not use.looks_up}
@@ -172,7 +185,8 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
             return Ambiguous("the program uses it both as it is and transposed", told)
         first = next(use for use in uses if use.inp == convention.inp)
     after = _index_after(path, len(first.stack))
-    return Layout(first.stack, first.inp, first.out, lookup=bool(rows), index_after=after, source=source)
+    multiplied = len(rows) < len(uses)
+    return Layout(first.stack, first.inp, first.out, bool(rows), after, source, multiplied)
 
 
 def _words(use: Use) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from peft_jax.core.weight import Weight
@@ -85,7 +87,9 @@ def is_literal(atom: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Whether a leaf of a function's arguments is traced as an array."""
-    return isinstance(value, jax.Array) or (hasattr(value, "shape") and hasattr(value, "dtype"))
+    if isinstance(value, (type, np.generic)) or not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return False
+    return isinstance(value, jax.Array) or jnp.issubdtype(value.dtype, np.number) or value.dtype == bool
 
 
 def dense_type(weight: Weight) -> Any:
@@ -96,11 +100,16 @@ def dense_type(weight: Weight) -> Any:
     return jax.typeof(stored).update(dtype=weight.dtype, weak_type=False)
 
 
-def jit_again(run: Callable[..., Any], eqn: core.JaxprEqn) -> Callable[..., Any]:
+def jit_again(run: Callable[..., Any], eqn: core.JaxprEqn, donated: tuple[bool, ...]) -> Callable[..., Any]:
     """``jax.jit`` of ``run(inner jaxpr, *values)``, with the options of the equation that called the inner jaxpr."""
     p = eqn.params
-    shardings = tuple(one if isinstance(one, jax.sharding.Sharding) else None for one in p["out_shardings"])
-    return _jitted(run, p["jaxpr"], p["name"], p["inline"], p["donated_invars"], p["keep_unused"], shardings)
+    make = _jitted.__wrapped__ if p["jaxpr"].consts else _jitted  # constants are not kept alive
+    return make(run, p["jaxpr"], p["name"], p["inline"], donated, p["keep_unused"], out_shardings(eqn))
+
+
+def out_shardings(eqn: core.JaxprEqn) -> tuple[Any, ...]:
+    """Shardings that a jitted function was given for its results, None where it was not."""
+    return tuple(one if isinstance(one, jax.sharding.Sharding) else None for one in eqn.params["out_shardings"])
 
 
 @functools.lru_cache(maxsize=256)  # the same function for the same jaxpr, so that its second call traces nothing

@@ -59,8 +59,8 @@ class LeafReport:
     def __str__(self) -> str:
         axes = [("stack", self.layout.stack), ("in", self.layout.inp), ("out", self.layout.out)]
         told = ", ".join(f"{name} {axis}" for name, axis in axes if axis)
-        uses = list(map(str, self.uses)) or ["never used by this function"]
-        uses = ["its trained copy, wherever it is used"] if self.whole else uses
+        uses = ["its trained copy, wherever it is used"] if self.whole else list(map(str, self.uses))
+        uses = uses if self.uses else ["never used by this function"]
         lines = [f"{self.path} {self.shape}  {', '.join(self.kinds)}", f"  axes  {told} ({self.layout.source})"]
         return "\n".join([*lines, f"  uses  {uses[0]}", *(f"        {use}" for use in uses[1:])])
 
@@ -74,12 +74,13 @@ class Explanation:
     @property
     def unused(self) -> tuple[str, ...]:
         """Paths of leaves that the function never uses."""
-        return tuple(leaf.path for leaf in self.leaves if not leaf.uses and not leaf.whole)
+        return tuple(leaf.path for leaf in self.leaves if not leaf.uses)
 
     def __str__(self) -> str:
-        side = sum(bool(leaf.uses) and not any(use.merged for use in leaf.uses) for leaf in self.leaves)
-        merging = sum(any(use.merged for use in leaf.uses) for leaf in self.leaves)
-        whole = sum(leaf.whole for leaf in self.leaves)
+        used = [leaf for leaf in self.leaves if leaf.uses]
+        whole = sum(leaf.whole for leaf in used)
+        merging = sum(any(use.merged for use in leaf.uses) and not leaf.whole for leaf in used)
+        side = len(used) - whole - merging
         parts = [f"{side} on the side path", f"{merging} merged somewhere", f"{whole} trained whole"]
         count = f"{len(self.leaves)} leaves: {', '.join(parts)}, {len(self.unused)} never used."
         return "\n".join([*map(str, self.leaves), count])
@@ -119,8 +120,8 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     found = [pair for pair in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight) if is_weight(pair[1])]
     notes = [_Note([]) for _ in found]
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs), is_leaf=is_weight)
-    jaxpr, values, _ = trace(fn, leaves, treedef)
-    watches = iter(note for note, (_, leaf) in zip(notes, found, strict=True) if leaf.side_path)
+    jaxpr, values, _ = trace(fn, leaves, treedef, keep=True)
+    watches = iter(notes)
     views = [View.of(value, next(watches, None)) if is_weight(value) else value for value in values]
     jax.eval_shape(lambda views: [merged(value, None) for value in evaluate(jaxpr, *views)], views)
     return Explanation(

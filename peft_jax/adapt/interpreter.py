@@ -14,7 +14,7 @@ import jax
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import RULES, merged
 from peft_jax.core.view import View, is_view
-from peft_jax.core.weight import is_weight
+from peft_jax.core.weight import as_sliced, is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,9 +63,13 @@ def adapt(fn: F) -> F:
     return adapted  # type: ignore[return-value]
 
 
-def trace(fn: Callable[..., Any], leaves: list[Any], treedef: Any) -> tuple[Any, list[Any], Any]:
-    """The jaxpr of a function on dense shapes; its inputs, weights among them; the structure of its output."""
-    leaves = [leaf.dense() if is_weight(leaf) and not leaf.side_path else leaf for leaf in leaves]
+def trace(fn: Callable[..., Any], leaves: list[Any], treedef: Any, *, keep: bool = False) -> tuple[Any, list[Any], Any]:
+    """The jaxpr of a function on dense shapes; its inputs, weights among them; the structure of its output.
+
+    Weights without a side path are merged at once, unless they are to be kept.
+    """
+    leaves = [as_sliced(leaf) if is_weight(leaf) else leaf for leaf in leaves]
+    leaves = [leaf.dense() if is_weight(leaf) and not (keep or leaf.side_path) else leaf for leaf in leaves]
     traced = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or compat.is_array(leaf)]
 
     def flat(*arrays: Any) -> Any:

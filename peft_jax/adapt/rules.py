@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peft_jax.adapt import compat
 from peft_jax.core.product import Convolution, Grouped, Lookup, Product
 from peft_jax.core.view import BROADCAST, Atom, View, arrange, free, is_view, length, through
-from peft_jax.core.weight import MergeError
+from peft_jax.core.weight import MergeError, varying_over
 
 Outputs = list[Any] | None
 Rule = Callable[[Callable[..., list[Any]], Any, list[Any]], Outputs]
@@ -29,6 +29,8 @@ def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     view, x = values[side], values[1 - side]
     (over, x_over), (stack, x_stack) = (axes[:: 1 if side == 0 else -1] for axes in p["dimension_numbers"])
     role = view.role(over, stack)
+    if is_view(x):
+        x.role(x_over, x_stack)  # for who watches: the weight of a product too, though both are merged
     if role is None or is_view(x) or x.dtype != view.dtype:
         return None
     shared = dict(zip((*x_stack, *x_over), (*stack, *over), strict=True))
@@ -38,7 +40,8 @@ def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     want = [*(view.axes[i] for i in stack), *(rest + own if side == 0 else own + rest)]
     told = p.get("out_sharding")  # on a mesh of explicit axes
     joined = None if told is None or stack or side == 0 else _joined(told, len(own), len(want))
-    product = Product(p["precision"], p["preferred_element_type"], joined)
+    precision = p["precision"][:: -1 if side == 0 else 1] if isinstance(p["precision"], tuple) else p["precision"]
+    product = Product(precision, p["preferred_element_type"], joined)
     return None if (told is None) != (joined is None) else _used(eqn, view, through(view, x, have, want, role, product))
 
 
@@ -71,6 +74,9 @@ def gather(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     gone, indexed = numbers.collapsed_slice_dims, numbers.start_index_map
     rows = [i for i, n in enumerate(view.shape) if i not in stack and (i in gone or by[i] != n)]
     if is_view(indices) or len(rows) != 1 or by[rows[0]] != 1 or view.role(rows, stack, looks_up=True) != "in":
+        return None
+    fill = p["fill_value"]
+    if fill is not None and not (fill == 0 or fill != fill):  # the rows of A and B that are filled have to give it
         return None
     if tuple(rows) != indexed and p["mode"] != jax.lax.GatherScatterMode.CLIP:  # which makes the other indices 0
         return None
@@ -137,9 +143,10 @@ def broadcast_in_dim(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
 
 
 def convert_element_type(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
-    """In another floating-point type."""
+    """In another floating-point type; one of 8 bits rounds the merged weight, as those who write it want."""
     view, dtype = values[0], eqn.params["new_dtype"]
-    return [view.replace(weight=view.weight.astype(dtype))] if jnp.issubdtype(dtype, jnp.floating) else None
+    is_wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+    return [view.replace(weight=view.weight.astype(dtype))] if is_wide else None
 
 
 def slice_(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
@@ -173,6 +180,11 @@ def on_each_array(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     return [jax.tree.map(lambda array: compat.bind(eqn, [array])[0], values[0])]
 
 
+def pvary(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """Those arrays of the weight that do not vary yet."""
+    return [jax.tree.map(lambda array: varying_over(array, eqn.params["axes"]), values[0])]
+
+
 def optimization_barrier(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A weight's arrays have a barrier each: one for all would give the frozen base a gradient."""
     others = iter(jax.lax.optimization_barrier([value for value in values if not is_view(value)]))
@@ -182,9 +194,11 @@ def optimization_barrier(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
 def sharding_constraint(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """The adapter is constrained as its base."""
     (view,), sharding = values, eqn.params["sharding"]
-    free = eqn.params["unconstrained_dims"]
+    if not isinstance(sharding, NamedSharding):
+        return None
+    loose = eqn.params["unconstrained_dims"]
     spec = [
-        PartitionSpec.UNCONSTRAINED if i in free else entry for i, entry in enumerate(_entries(sharding.spec, view))
+        PartitionSpec.UNCONSTRAINED if i in loose else entry for i, entry in enumerate(_entries(sharding.spec, view))
     ]
     specs = view.specs(spec)
     if specs is None:
@@ -207,11 +221,18 @@ def _entries(spec: PartitionSpec, value: Any) -> list[Any]:
 def jit(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A nested ``jit`` stays one, unless somebody watches, who wants to see each call."""
     if not any(is_view(value) and value.watch for value in values):
-        return compat.jit_again(evaluate, eqn)(*values)
+        # A weight's arrays are the caller's, even where the program's own copy of the weight could be donated.
+        donated = tuple(d and not is_view(v) for d, v in zip(eqn.params["donated_invars"], values, strict=True))
+        run = functools.partial(_merging_outputs, evaluate) if any(compat.out_shardings(eqn)) else evaluate
+        return compat.jit_again(run, eqn, donated)(*values)
     inner = [
         value.replace(watch=value.watch.inside(eqn)) if is_view(value) and value.watch else value for value in values
     ]
     return evaluate(eqn.params["jaxpr"], *inner)
+
+
+def _merging_outputs(evaluate: Any, jaxpr: Any, *values: Any) -> list[Any]:
+    return [merged(value, None) for value in evaluate(jaxpr, *values)]
 
 
 def checkpoint(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
@@ -312,8 +333,8 @@ RULES: dict[str, Rule] = {
     "copy": lambda evaluate, eqn, values: values,
     "name": lambda evaluate, eqn, values: values,  # jax.ad_checkpoint.checkpoint_name
     "stop_gradient": on_each_array,
-    "pvary": on_each_array,
-    "pcast": on_each_array,
+    "pvary": pvary,
+    "pcast": pvary,
     "optimization_barrier": optimization_barrier,
     "sharding_constraint": sharding_constraint,
     "jit": jit,

@@ -107,8 +107,7 @@ class Adapted(Weight):
     @property
     def side_path(self) -> bool:
         """Whether a product with this leaf is cheaper than merging it."""
-        inner = self._base.side_path
-        return inner or (self.active and self.method.side_path)
+        return self.method.side_path if self.active else self._base.side_path
 
     @property
     def _base(self) -> Weight:
@@ -147,6 +146,10 @@ class Adapted(Weight):
         params, state = jax.tree.map(lambda array: change(array, position), (self.params, self.state))
         layout = self.layout.unstacked(position) if drop else self.layout
         return dataclasses.replace(self, base=base, params=params, state=state, layout=layout)
+
+    def relaid(self, layout: Layout) -> "Adapted":
+        """The leaf, and each one in it, with another layout."""
+        return dataclasses.replace(self, base=as_leaf(self._base.relaid(layout)), layout=layout)
 
     def specs(self, entries: tuple[Any, ...]) -> "Adapted":
         """The adapter's axes are sharded as those of the base, its rank never."""

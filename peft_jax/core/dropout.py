@@ -16,7 +16,8 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
     """The tree with dropout switched on for this key; call it on the combined tree, in the loss, once a step.
 
     Only active adapters that are trained change, and of these the ones with a dropout rate above 0. Lookups of
-    embeddings are never dropped, as in PEFT. Each layer has its own key, made from its name.
+    embeddings are never dropped, as in PEFT. Each layer has its own key, made from its name. In a product with a
+    weight's transpose the outputs of the low-rank path are dropped, which are its inputs in the product itself.
 
     Args:
         params: Any tree or model handle.

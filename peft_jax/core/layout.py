@@ -22,6 +22,7 @@ class Layout:
         index_after: One name per stacked axis: the layer's index follows this component in module paths, as in
             ``model.layers.3.self_attn.q_proj`` for ``("layers",)``.
         source: Who says so; counts for nothing but `peft_jax.explain`.
+        multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
 
     Example:
         >>> heads = Layout(stack=(0,), inp=(1,), out=(2, 3))   # (layer, embed, head, feature)
@@ -35,6 +36,12 @@ class Layout:
     lookup: bool = False
     index_after: tuple[str, ...] = ("layers",)
     source: str = dataclasses.field(default="told by layout=", compare=False, repr=False)
+    multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the leaf is the weight of a product, not of lookups alone."""
+        return not self.lookup or self.multiplied
 
     @property
     def order(self) -> tuple[int, ...]:

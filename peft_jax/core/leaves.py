@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.layout import Ambiguous, Layout, conventional_layout
@@ -70,6 +71,11 @@ def find_leaves(
         for pattern, given in (layouts or {}).items():
             if re.fullmatch(pattern, path):
                 given.check(shape, path)
+                if is_weight(value) and given != layout:
+                    raise ValueError(
+                        f"Leaf '{path}' is quantized or adapted already, with the axes of {layout}. "
+                        f"Give {given} to the call that made it so, or leave layout= out here."
+                    )
                 layout = given
                 unused.discard(pattern)
                 break
@@ -93,6 +99,8 @@ def replace_leaves(params: Any, nodes: Mapping[int, Any]) -> Any:
 
 def is_matrix(leaf: Leaf) -> bool:
     """Whether a leaf is seen as a matrix, or may be once its axes are told."""
+    if not jnp.issubdtype(getattr(leaf.value, "dtype", None) or bool, jnp.floating):
+        return False
     if leaf.layout is None:
         return getattr(leaf.value, "ndim", 0) > 1
     return bool(leaf.layout.inp)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.product import Product
-from peft_jax.core.weight import Change, MergeError, Weight
+from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, varying, varying_over
 
 BROADCAST, FREE = -1, -2  # in place of an axis: that of a broadcast, and one of the other operand
 
@@ -105,6 +105,8 @@ class View:
 
     def reshaped(self, shape: Sequence[int]) -> "View | None":
         """The view as ``jnp.reshape`` leaves it, if no digit has to be cut in a way that is not one of a reshape."""
+        if 0 in (*shape, *self.shape):
+            return None
         atoms, axes = list(flat(self.axes)), []
         for n in shape:
             axis: list[Atom] = []
@@ -240,9 +242,13 @@ def _use(x: jax.Array, weight: Weight, how: _How) -> jax.Array:
 def _product(x: jax.Array, weight: Weight, product: Product, transpose: bool) -> jax.Array:
     if not transpose:
         return weight.apply(x, product)
-    n_in, _ = weight.layout.sizes(weight.shape)
+    if product.preferred_element_type not in (None, x.dtype):  # a transpose has the types of its forward product
+        x, weight = x.astype(product.preferred_element_type), weight.astype(product.preferred_element_type)
     product = product.replace(preferred_element_type=None, out_sharding=None)
-    probe = jax.ShapeDtypeStruct((*x.shape[:-1], n_in), x.dtype)
+    # Inside shard_map x has to vary over the axes that the weight varies over, or the transpose would sum over them.
+    x = varying_over(x, frozenset().union(*map(varying, jax.tree.leaves(as_leaf(weight)))))
+    n_in, _ = weight.layout.sizes(weight.shape)
+    probe = jax.typeof(x).update(shape=(*x.shape[:-1], n_in), weak_type=False)
     (y,) = jax.linear_transpose(lambda probe: weight.apply(probe, product), probe)(x)
     return y
 

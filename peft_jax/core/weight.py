@@ -3,7 +3,7 @@
 import abc
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -72,6 +72,10 @@ class Weight(abc.ABC):
 
         With ``drop`` the axis is gone afterwards, or stands in front of all arrays for ``scan`` or ``vmap`` to slice.
         """
+
+    @abc.abstractmethod
+    def relaid(self, layout: Layout) -> "Weight":
+        """The weight with another layout of the same arrays."""
 
     @abc.abstractmethod
     def specs(self, entries: tuple[Any, ...]) -> Any:
@@ -148,9 +152,44 @@ class Dense(Weight):
         array = change(self.array, self.layout.stack[position])
         return Dense(array, self.layout.unstacked(position) if drop else self.layout)
 
+    def relaid(self, layout: Layout) -> "Dense":
+        """The array with another layout."""
+        return Dense(self.array, layout)
+
     def specs(self, entries: tuple[Any, ...]) -> PartitionSpec:
         """The entries."""
         return PartitionSpec(*entries)
+
+
+def varying_over(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """``x`` made to vary over these axes of a mesh, inside of ``shard_map``, as far as it does not yet."""
+    missing = frozenset(axes) - varying(x)
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def varying(array: jax.Array) -> frozenset[str]:
+    """Axes of a mesh over which an array varies inside of ``shard_map``."""
+    kind = jax.typeof(array)
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
+
+
+def as_sliced(weight: Weight) -> Weight:
+    """A leaf whose arrays a loop around `peft_jax.adapt` has sliced, with the layout of what is left.
+
+    Raises:
+        ValueError: if its axes are not those of its layout after such a loop.
+    """
+    layout, gone = weight.layout, len(weight.layout.order) - weight.ndim
+    for _ in range(max(gone, 0)):
+        if layout.stack[:1] != (0,):
+            break
+        layout = layout.unstacked(0)
+    if len(layout.order) != weight.ndim:
+        raise ValueError(
+            f"A leaf of shape {weight.shape} has the layout {weight.layout}. It was sliced or stacked outside of "
+            "pj.adapt along an axis that is not the first stacked one. Put the loop into the function that adapt gets."
+        )
+    return weight.relaid(layout) if gone else weight
 
 
 def as_weight(leaf: Any, layout: Layout) -> Weight:

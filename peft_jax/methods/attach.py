@@ -168,6 +168,11 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
         hit = np.vectorize(lambda name: is_saved_module(config, name), otypes=[bool])(leaf.names)
         if hit.any():
             role = "modules_to_save"
+            if both := sorted({str(name) for name in leaf.names.flat} & targets - set(leaf.names[hit].flat)):
+                raise ValueError(
+                    f"Leaf '{leaf.path}' stacks layers of which {both[:3]} are targets and others are in "
+                    "modules_to_save, which one leaf cannot be. Save all of its layers, or none."
+                )
         elif leaf.path.rsplit(".", 1)[-1] == "bias":
             role = "bias" if config.bias != "none" else FOLLOWS
             hit = np.vectorize(lambda name: _changes_bias(config, name, targets), otypes=[bool])(leaf.names)
@@ -194,7 +199,7 @@ def expand_all_linear(
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return config
-    matmuls = [leaf for leaf in found if is_matrix(leaf) and not (leaf.layout and leaf.layout.lookup)]
+    matmuls = [leaf for leaf in found if is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)]
     every = [name for leaf in matmuls for name in leaf.names.flat if name != output]
     named = config.replace(target_modules=every)
     linear = sorted(name for name in every if is_target(named, name))

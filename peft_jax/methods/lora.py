@@ -163,13 +163,14 @@ class LoraConfig(Ranked):
     def merge(self, params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
         """``W + s A B``, added in the adapter's precision."""
         a, b = params["lora_A"], params["lora_B"]
-        return (matrix.astype(a.dtype) + (a * state["scaling"]) @ b).astype(matrix.dtype)
+        return (matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ b).astype(matrix.dtype)
 
     def apply(
         self, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product
     ) -> jax.Array:
         """``x W + (dropout(x) A s) B``; the low-rank path runs in the adapter's precision."""
-        y, a, scaling = base.apply(x, product), params["lora_A"], state["scaling"]
+        y, a = base.apply(x, product), params["lora_A"]
+        scaling = state["scaling"].astype(a.dtype)
         if scaling.ndim:  # each group has its own
             a = a * scaling[..., None, None]
         inner = product.down(x if product.looks_up else dropout(x, state), a)

@@ -81,6 +81,10 @@ class Int8(Weight):
         layout = self.layout.unstacked(position) if drop else self.layout
         return dataclasses.replace(self, q=q, scale=scale, layout=layout)
 
+    def relaid(self, layout: Layout) -> "Int8":
+        """The same arrays with another layout."""
+        return dataclasses.replace(self, layout=layout)
+
     def specs(self, entries: tuple[Any, ...]) -> "Int8":
         """Scales are sharded as the outputs are."""
         roles = role_specs(self.layout, entries)

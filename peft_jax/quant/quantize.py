@@ -73,7 +73,7 @@ def quantize(
 
 
 def _matmul_names(found: list[Leaf]) -> list[str]:
-    matmuls = [leaf for leaf in found if is_matrix(leaf) and not (leaf.layout and leaf.layout.lookup)]
+    matmuls = [leaf for leaf in found if is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)]
     return [name for leaf in matmuls for name in leaf.names.flat]
 
 
