@@ -8,10 +8,11 @@ import shutil
 from typing import TypeVar
 
 import numpy as np
+from peft_jax.interop.files import save_tensors
 from peft_jax.interop.formats import PEFT_VERSION, ROWS, WEIGHTS_FILE
 from peft_jax.interop.tensors import adapter_config, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
@@ -49,7 +50,7 @@ def save_adapter(params: object, directory: str | os.PathLike[str], *, adapter_n
     folder.mkdir(parents=True, exist_ok=True)
     weights, text = folder / f".{WEIGHTS_FILE}.part", folder / f".{CONFIG_FILE}.part"
     try:
-        save_file(tensors, weights, metadata={"format": "pt"})
+        save_tensors(tensors, weights)
         text.write_text(json.dumps(fields, indent=2, sort_keys=True))
         shutil.copymode(text, weights)  # safetensors lets the owner alone read what it writes
         os.replace(weights, folder / WEIGHTS_FILE)

@@ -92,6 +92,18 @@ def _map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def save_tensors(tensors: Mapping[str, np.ndarray], file: pathlib.Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: If the disk is full, or for another reason of the system's.
+    """
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file.name.strip('.').removesuffix('.part')} cannot be written: {error}") from error
+
+
 def write_files(
     folder: pathlib.Path, tensors: Sequence[Tensor], texts: Mapping[str, Mapping[str, Any]], max_shard_size: int
 ) -> None:
@@ -111,7 +123,7 @@ def write_files(
     parts = {name: folder / f".{name}.part" for name in (*names, *texts)}
     try:
         for name, shard in zip(names, shards, strict=True):
-            save_file({tensor.key: tensor.make() for tensor in shard}, parts[name], metadata={"format": "pt"})
+            save_tensors({tensor.key: tensor.make() for tensor in shard}, parts[name])
         for name, text in texts.items():
             parts[name].write_text(json.dumps(text, indent=2) + "\n")
         for name in names:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 import peft_jax as pj
@@ -492,6 +493,18 @@ def test_a_merge_that_fails_leaves_nothing(workplace: Path, monkeypatch: pytest.
     before = tree(workplace)
     assert main(["merge", "--adapter", "adapter", "--output", "deep/out"]) == 2
     assert tree(workplace) == before and not (workplace / "deep").exists()
+
+
+def test_a_merge_that_finds_no_room_is_one_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("peft_jax.interop.files.save_file", full)
+    assert main(["merge", "--adapter", "adapter", "--output", "out"]) == 2
+    said = "peft-jax: error: model.safetensors cannot be written: No space left on device"
+    assert capfd.readouterr().err.strip() == said and not Path("out").exists()
 
 
 def test_merge_without_tokenizer_files_says_so(run: Callable[..., str], workplace: Path) -> None:

@@ -20,7 +20,6 @@ from peft_jax.cli.finetune_plan import Plan, make_plan
 from peft_jax.cli.main import main, parse
 from peft_jax.train.optimizer import make_optimizer, make_schedule
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(12)]
 BASE = {"model": "model", "data": "data.json", "output": "out", "max_steps": 3, "batch_size": 2, "learning_rate": 0.01}
 
@@ -51,7 +50,9 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def plain(
+    quick_compiler: None, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, np.ndarray]]:
     """A folder with a model and data, and what the short run writes without any change."""
     folder = tmp_path_factory.mktemp("plain")
     shutil.copytree(tiny_llama, folder / "model")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(quick_compiler: None, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data, and a run in ``out``."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(tiny_llama, folder / "model")
@@ -227,6 +228,16 @@ def test_a_full_disk_keeps_what_was_saved(
     assert "The run is saved up to step 2. Give the same command with --resume to go on." in error
     assert [file.name for file in Path("out/checkpoints").iterdir()] == ["2"]
     assert main([*WORDS, "--save-steps", "2", "--resume"]) == 0
+
+
+def test_too_little_room_for_a_checkpoint_is_one_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**18))
+    assert main(WORDS) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("peft-jax: error: the checkpoint of step 4 cannot be written to out/checkpoints: ")
+    assert "No space left on device" in error and not Path("out").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_model_is_read(

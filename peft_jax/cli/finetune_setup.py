@@ -208,7 +208,7 @@ def _digest(file: Path) -> str:
 
 
 def _sample(file: Path) -> str:
-    """Hash of the size of a file and of 256 pieces of 16 KiB, from its first byte to its last."""
+    """Hash of a file's size and of 256 pieces of it, from its first byte to its last: other weights differ there."""
     size, piece, pieces = file.stat().st_size, 2**14, 2**8
     hash = hashlib.sha256(str(size).encode())
     with open(file, "rb") as stream:

@@ -1,6 +1,9 @@
 """Checkpoints of a run through orbax: each appears whole or not at all, and brings the run back bit for bit."""
 
+import errno
 import logging
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +16,8 @@ from peft_jax.core.paths import dotted
 from peft_jax.train.loop import State
 
 STATE, NOTES = "state", "notes"
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of its work
+SPARE = 2**18  # bytes of a checkpoint beside its arrays, at most
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step, and every error in each of its threads
 
 
 class Checkpoints:
@@ -59,12 +63,17 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = self._manager or self._open()
-            items = {STATE: ocp.args.StandardSave(_arrays(state)), NOTES: ocp.args.JsonSave(dict(notes))}
+            arrays = _arrays(state)
+            if shutil.disk_usage(self.folder).free < sum(array.nbytes for array in arrays.values()) + SPARE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of which the storage layer makes much noise
+            items = {STATE: ocp.args.StandardSave(arrays), NOTES: ocp.args.JsonSave(dict(notes))}
             self._manager.save(state.step, args=ocp.args.Composite(**items))
         except Exception as error:  # a full disk is an OSError of Python or one of several kinds from the storage layer
             for rest in self.folder.glob(f"{state.step}.*"):
                 shutil.rmtree(rest, ignore_errors=True)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            code = re.search(r"os_error_code='(\d+)'", reason)
+            reason = os.strerror(int(code[1])) if code else reason
             raise OSError(
                 f"the checkpoint of step {state.step} cannot be written to {self.folder}: {reason}"
             ) from error
