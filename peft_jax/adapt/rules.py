@@ -4,7 +4,7 @@ A rule takes ``(evaluate, eqn, values)`` and gives the equation's outputs, or No
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
 from peft_jax.core.product import Convolution, Grouped, Lookup, Product
-from peft_jax.core.view import BROADCAST, Atom, View, arrange, free, is_view, length, through
+from peft_jax.core.view import BROADCAST, Atom, Axis, View, arrange, free, is_view, length, through
 from peft_jax.core.weight import MergeError, varying_over
 
 Outputs = list[Any] | None
@@ -25,31 +25,32 @@ Rule = Callable[[Callable[..., list[Any]], Any, list[Any]], Outputs]
 
 def dot_general(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A product over all input axes, or with the transpose over all output axes."""
-    p, side = eqn.params, 0 if is_view(values[0]) else 1
+    side = 0 if is_view(values[0]) else 1
     view, x = values[side], values[1 - side]
-    (over, x_over), (stack, x_stack) = (axes[:: 1 if side == 0 else -1] for axes in p["dimension_numbers"])
+    (over, x_over), (stack, x_stack) = (dims[:: 1 if side == 0 else -1] for dims in eqn.params["dimension_numbers"])
     role = view.role(over, stack)
     if is_view(x):
-        x.role(x_over, x_stack)  # for who watches: the weight of a product too, though both are merged
-    if role is None or is_view(x) or x.dtype != view.dtype:
+        x.role(x_over, x_stack)  # for who watches: of two weights both are merged
+    if is_view(x) or role is None or x.dtype != view.dtype:
         return None
     shared = dict(zip((*x_stack, *x_over), (*stack, *over), strict=True))
-    have = [view.axes[shared[i]] if i in shared else free(i, n) for i, n in enumerate(x.shape)]
-    rest = [axis for i, axis in enumerate(view.axes) if i not in (*stack, *over)]
-    own = [axis for i, axis in enumerate(have) if i not in shared]
+    have = _axes(x, shared, view)
+    rest, own = _without(view.axes, (*stack, *over)), _without(have, shared)
     want = [*(view.axes[i] for i in stack), *(rest + own if side == 0 else own + rest)]
-    told = p.get("out_sharding")  # on a mesh of explicit axes
-    joined = None if told is None or stack or side == 0 else _joined(told, len(own), len(want))
+    product = _product(eqn.params, side, len(own), len(want))
+    return product and _used(eqn, view, through(view, x, have, want, role, product))
+
+
+def _product(p: Any, side: int, rows: int, ndim: int) -> Any:
+    """How a dot_general multiplies; None if its result has a sharding that axes joined to one cannot have."""
     precision = p["precision"][:: -1 if side == 0 else 1] if isinstance(p["precision"], tuple) else p["precision"]
-    product = Product(precision, p["preferred_element_type"], joined)
-    return None if (told is None) != (joined is None) else _used(eqn, view, through(view, x, have, want, role, product))
-
-
-def _joined(sharding: Any, rows: int, ndim: int) -> Any:
-    """A sharding of a result whose axes after ``rows`` are joined to one; None if an inner one of them is sharded."""
-    entries = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
-    inner = any(entry is not None for entry in entries[rows + 1 :])
-    return None if inner else NamedSharding(sharding.mesh, PartitionSpec(*entries[: rows + 1]))
+    told, sharding = p.get("out_sharding"), None  # given on a mesh of explicit axes
+    if told is not None:
+        entries = [*told.spec, *[None] * (ndim - len(told.spec))]
+        if p["dimension_numbers"][1][0] or side == 0 or any(entry is not None for entry in entries[rows + 1 :]):
+            return None
+        sharding = NamedSharding(told.mesh, PartitionSpec(*entries[: rows + 1]))
+    return Product(precision, p["preferred_element_type"], sharding)
 
 
 def ragged_dot(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
@@ -69,25 +70,25 @@ def ragged_dot(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
 
 def gather(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A lookup of whole rows."""
-    p, (view, indices) = eqn.params, values
-    numbers, stack, by = p["dimension_numbers"], p["dimension_numbers"].operand_batching_dims, p["slice_sizes"]
-    gone, indexed = numbers.collapsed_slice_dims, numbers.start_index_map
-    rows = [i for i, n in enumerate(view.shape) if i not in stack and (i in gone or by[i] != n)]
-    if is_view(indices) or len(rows) != 1 or by[rows[0]] != 1 or view.role(rows, stack, looks_up=True) != "in":
+    p, (view, indices), numbers = eqn.params, values, eqn.params["dimension_numbers"]
+    stack, gone = numbers.operand_batching_dims, numbers.collapsed_slice_dims
+    rows = [i for i, n in enumerate(view.shape) if i not in stack and (i in gone or p["slice_sizes"][i] != n)]
+    if len(rows) != 1 or view.role(rows, stack, looks_up=True) != "in" or not _looks_up(p, rows[0]):
         return None
-    fill = p["fill_value"]
-    if fill is not None and not (fill == 0 or fill != fill):  # the rows of A and B that are filled have to give it
-        return None
-    if tuple(rows) != indexed and p["mode"] != jax.lax.GatherScatterMode.CLIP:  # which makes the other indices 0
-        return None
-    ids = indices[..., indexed.index(rows[0])]
-    shared = dict(zip(numbers.start_indices_batching_dims, stack, strict=True))
-    have = [view.axes[shared[i]] if i in shared else free(i, n) for i, n in enumerate(ids.shape)]
+    ids = indices[..., numbers.start_index_map.index(rows[0])]
+    have = _axes(ids, dict(zip(numbers.start_indices_batching_dims, stack, strict=True)), view)
     left = [() if i in rows else axis for i, axis in enumerate(view.axes) if i not in (*gone, *stack)]
     rest = {True: iter(left), False: iter(have)}
     want = [next(rest[i in numbers.offset_dims]) for i in range(len(have) + len(left))]
     options = tuple((name, p[name]) for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value"))
     return _used(eqn, view, through(view, ids, have, want, "in", Lookup(options=options)))
+
+
+def _looks_up(p: Any, row: int) -> bool:
+    """Whether a gather takes single rows, and fills with what a sum of products can be."""
+    fill, clips = p["fill_value"], p["mode"] == jax.lax.GatherScatterMode.CLIP  # which makes all other indices 0
+    only = p["dimension_numbers"].start_index_map == (row,)
+    return p["slice_sizes"][row] == 1 and (only or clips) and (fill is None or fill == 0 or fill != fill)
 
 
 def convolution(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
@@ -103,6 +104,15 @@ def convolution(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
         p["precision"], p["preferred_element_type"], None, kernel, bind, p["feature_group_count"], out, channels
     )
     return _used(eqn, view, jnp.moveaxis(view.weight.apply(x, product), -1, channels))
+
+
+def _axes(x: Any, shared: Mapping[int, int], view: View) -> list[Axis]:
+    """The axes of the other operand: the weight's where they share them, else its own."""
+    return [view.axes[shared[i]] if i in shared else free(i, n) for i, n in enumerate(x.shape)]
+
+
+def _without(axes: Sequence[Axis], gone: Collection[int]) -> list[Axis]:
+    return [axis for i, axis in enumerate(axes) if i not in gone]
 
 
 def _used(eqn: Any, view: View, y: jax.Array | None) -> Outputs:
