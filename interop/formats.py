@@ -62,6 +62,10 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("miss_bat", "miss_block", ("blocks", "row", "column")),
         ),
     },
+    "TRAINABLE_TOKENS": {
+        False: (Row("trainable_tokens_head", "trainable_tokens_delta", ("tokens", "in")),),
+        True: (Row("trainable_tokens_delta", "trainable_tokens_delta", ("tokens", "out")),),
+    },
     "IA3": {
         False: (Row("ia3_in", "ia3_l", (ONE, "in")), Row("ia3_out", "ia3_l", ("out", ONE))),
     },

@@ -13,7 +13,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
-from peft_jax.core.weight import as_weight
+from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, untied_for
 from peft_jax.methods.base import Method
 from peft_jax.methods.whole import Part, config_of
@@ -78,7 +78,7 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
             tensors[entry.key] = entry.to_file(array)
         if role is None:
             tensors |= _base_tensors(leaf, config, adapted)
-    return tensors
+    return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
 
 
 def set_peft_model_state_dict(
@@ -97,8 +97,10 @@ def set_peft_model_state_dict(
         ValueError: if keys are missing or left over or shapes are wrong, all of which are listed.
     """
     if isinstance(params, Handle):
-        handle = untied_for(params, lambda name: any(key.startswith(f"{PREFIX}{name}.") for key in tensors))
+        handle = untied_for(params, config, lambda name: any(key.startswith(f"{PREFIX}{name}.") for key in tensors))
         layouts = {**handle.layouts(), **(layout or {})}
+        copies = tied_copies(handle, config, tensors)
+        tensors = {key: tensor for key, tensor in tensors.items() if not _equal(tensor, copies.get(key))}
         tree = set_peft_model_state_dict(handle.params, config, tensors, adapter_name=adapter_name, layout=layouts)
         return handle.replace(tree)
     if adapter_name in adapters(params):
@@ -167,8 +169,9 @@ def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tens
     dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in entries}
     tagged, (copies, state) = beside_target(config, leaf, hit, role)
     params = {name: np.array(copy) for name, copy in copies.items()}
+    base = as_weight(leaf.value, leaf.layout)
     if role is None:
-        state = config.state(leaf.names, hit)
+        state, base = config.state(leaf.names, hit), config.rebased(base, leaf.names, hit)
         for name in {entry.role: None for entry in entries}:
             largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)
             params[name] = np.zeros((*hit.shape, *largest), np.float32)
@@ -177,7 +180,7 @@ def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tens
         layer[tuple(map(slice, entry.shape))] = entry.from_file(tensors[entry.key])
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
     tag = Tag(adapter_name, tagged, dtypes)
-    return sharded_like_base(Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode))
+    return sharded_like_base(Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=not config.inference_mode))
 
 
 def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
@@ -203,7 +206,7 @@ def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
 
 def _base_tensors(leaf: Leaf, config: Method, adapted: set[str]) -> dict[str, np.ndarray]:
     """The base weight that PEFT stores beside an adapter on an embedding or an output head."""
-    if not _targets_embedding(config, adapted):
+    if not config.saves_embeddings or not _targets_embedding(config, adapted):
         return {}
     base = leaf.value
     while is_adapted(base):
@@ -216,6 +219,22 @@ def _base_tensors(leaf: Leaf, config: Method, adapted: set[str]) -> dict[str, np
             matrix = matrix.T if _is_transposed(leaf, config) else matrix
             found[f"{PREFIX}{name}.base_layer.weight"] = np.ascontiguousarray(matrix)
     return found
+
+
+def tied_copies(handle: Handle, config: Method, tensors: Tensors) -> dict[str, np.ndarray]:
+    """What PEFT stores once more under the names of tied modules, where an adapter keeps them tied."""
+    copies = {}
+    owner, *others = handle.tied_modules if config.keeps_ties and handle.tied_modules else ("",)
+    for other in others:
+        for key, tensor in tensors.items():
+            if key.startswith(f"{PREFIX}{owner}."):
+                end = key.removeprefix(f"{PREFIX}{owner}.")
+                copies[f"{PREFIX}{other}.{end}"] = tensor
+    return copies
+
+
+def _equal(tensor: np.ndarray, copy: np.ndarray | None) -> bool:
+    return copy is not None and np.array_equal(tensor, copy)
 
 
 def _targets_embedding(config: Method, adapted: Iterable[str]) -> bool:

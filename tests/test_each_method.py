@@ -308,7 +308,7 @@ def test_starts_are_drawn_as_peft_draws_them(name):
         assert is_uniform == bool(np.abs(array).max() < 2 * array.std()), key
 
 
-@pytest.mark.parametrize("peft_type", sorted(base.names()))
+@pytest.mark.parametrize("peft_type", sorted(set(base.names()) - {"TRAINABLE_TOKENS"}))  # the input embedding
 def test_default_targets_are_those_of_pefts_tables(peft_type):
     pytest.importorskip("peft")
     from peft.utils import constants
@@ -317,3 +317,35 @@ def test_default_targets_are_those_of_pefts_tables(peft_type):
         for field, value in method_defaults(peft_type, model_type).items():
             table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{peft_type}_{field.upper()}_MAPPING")
             assert list(value) == table[model_type]
+
+
+@pytest.mark.parametrize("leaf", ["embedding", "kernel"])
+def test_trainable_tokens_change_their_own_rows_alone(leaf):
+    """Those of an embedding, those of a head's outputs; in lookups, products and products with the transpose."""
+    kernel = normal(0, 10, 10)
+    config = pj.TrainableTokensConfig(token_indices=[7, 2], target_modules=["dense"])
+    params = perturbed(pj.apply_adapter(pj.quantize({"dense": {leaf: kernel}}, target_modules=["dense"]), config))
+    (vectors,) = params["dense"][leaf].params.values()
+    want = params["dense"][leaf].base.dense()
+    for place, vector in zip((7, 2), vectors, strict=True):
+        want = want.at[place].set(vector) if leaf == "embedding" else want.at[:, place].set(vector)
+    np.testing.assert_array_equal(pj.merge(params)["dense"][leaf], want)
+    x, ids = normal(3, 5, 10), jnp.array([2, 9, 7, 12, -1])
+    for use in (
+        lambda w: x @ w,
+        lambda w: x @ w.T,
+        lambda w: jnp.take(w, ids, axis=0, mode="fill", fill_value=0),
+        lambda w: jnp.take(w, ids, axis=0, mode="clip"),
+    ):
+        close(pj.adapt(lambda params, use=use: use(params["dense"][leaf]))(params), use(want))
+    assert "trainable params: 20 ||" in pj.summary(params)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([], "at least one"), ([1, 3, 1], r"\[1\] more than once"), ([-1], "none below 0"), ([3, 6], r"\[6\].*ids 0 to 5")],
+)
+def test_trainable_tokens_are_ids_of_the_layer(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        config = pj.TrainableTokensConfig(token_indices=tokens, target_modules=["embed"])
+        pj.apply_adapter({"embed": {"embedding": jnp.ones((6, 3))}}, config)

@@ -21,6 +21,7 @@ CASES = {
     "HIRA": pj.HiraConfig(r=3, target_modules=["dense"]),
     "LOKR": pj.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules=["dense"]),
     "MISS": pj.MissConfig(r=5, target_modules=["dense"]),
+    "TRAINABLE_TOKENS": pj.TrainableTokensConfig(token_indices=[3, 5], target_modules=["dense"]),
     "LORA": pj.LoraConfig(r=3, lora_alpha=5, target_modules=["dense"]),
 }
 ROUNDS = {pj.HRAConfig}  # a fresh adapter is a pair of reflections, which cancel but for the last digit
@@ -117,7 +118,7 @@ def test_the_second_step_and_another_adapter_compile_nothing(config):
 
 @every_method
 def test_adding_a_target_changes_no_other_adapter(config):
-    tree = {"dense": {"kernel": normal(0, 12, 8)}, "other": {"kernel": normal(0, 12, 8)}}
+    tree = {"dense": {"kernel": normal(0, 12, 8)}, "other": {"kernel": normal(1, 12, 8)}}
     both = pj.apply_adapter(tree, dataclasses.replace(config, target_modules=["dense", "other"]))
     one = pj.apply_adapter(tree, config)
     for name, array in one["dense"]["kernel"].params.items():

@@ -28,6 +28,11 @@ class Handle(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def input_module(self) -> str:
+        """Path of the embedding of input tokens."""
+
+    @property
+    @abc.abstractmethod
     def output_module(self) -> str | None:
         """Path of the output head, which ``all-linear`` leaves out."""
 

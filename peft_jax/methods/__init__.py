@@ -11,3 +11,4 @@ from peft_jax.methods.lokr import LoKrConfig as LoKrConfig
 from peft_jax.methods.lora import LoraConfig as LoraConfig
 from peft_jax.methods.miss import MissConfig as MissConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig
+from peft_jax.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig

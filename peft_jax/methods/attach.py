@@ -12,7 +12,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
-from peft_jax.core.weight import as_weight, is_weight
+from peft_jax.core.weight import as_leaf, as_weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
 from peft_jax.methods.whole import Follower, Whole
@@ -100,8 +100,23 @@ def apply_adapter(
             raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
         layout = {**params.layouts(), **(layout or {})}
         config = _completed(config, params, layout)
-        handle = untied_for(params, lambda name: is_target(config, name) or is_saved_module(config, name))
-        return handle.replace(apply_adapter(handle.params, config, key=key, adapter_name=adapter_name, layout=layout))
+        handle = untied_for(params, config, lambda name: is_target(config, name) or is_saved_module(config, name))
+        tree = _attached(handle.params, config, key, adapter_name, layout, aliases=handle.tied_modules)
+        return handle.replace(tree)
+    return _attached(params, config, key, adapter_name, layout, fn, args)
+
+
+def _attached(
+    params: Any,
+    config: Method,
+    key: jax.Array | None,
+    adapter_name: str,
+    layout: Layouts | None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+    aliases: Sequence[str] = (),
+) -> Any:
+    """`apply_adapter` for a bare tree; ``aliases`` are other names of its leaves."""
     if adapter_name in adapters(params):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
     key = jax.random.key(0) if key is None else key
@@ -109,7 +124,7 @@ def apply_adapter(
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
     linear = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
     config = expand_all_linear(config, linear, others=found)
-    modules = [name for leaf in found for name in leaf.names.flat if is_matrix(leaf)]
+    modules = [*(name for leaf in found for name in leaf.names.flat if is_matrix(leaf)), *aliases]
     patterns = {**config.rank_pattern, **config.alpha_pattern}
     every = sorted({name for leaf in found for name in leaf.names.flat})
     targets = set(check_targets(config, modules, every, patterns))
@@ -117,10 +132,11 @@ def apply_adapter(
     nodes = {}
     for position, leaf, hit, role in choose(found, config, targets):
         tagged, (arrays, state) = beside_target(config, leaf, hit, role)
+        base = as_weight(leaf.value, leaf.layout)
         if role is None:
-            arrays, state = config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
+            arrays, state, base = config.begin(base, leaf.names, hit, key)
         tag = Tag(adapter_name, tagged)
-        adapted = Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
+        adapted = Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
         nodes[position] = sharded_like_base(adapted)
     return tied(replace_leaves(params, nodes))
 
@@ -136,11 +152,14 @@ def beside_target(config: Method, leaf: Leaf, hit: np.ndarray, role: str | None)
     return whole, whole.init(as_weight(leaf.value, leaf.layout), hit)
 
 
-def untied_for(handle: Handle, changes: Callable[[str], bool]) -> Handle:
-    """The handle, with tied modules given leaves of their own if an adapter ``changes`` one of them.
+def untied_for(handle: Handle, config: Method, changes: Callable[[str], bool]) -> Handle:
+    """The handle, with tied modules given leaves of their own if an adapter ``changes`` one of them alone.
 
-    PEFT wraps one of the modules and leaves the other as it was; with one leaf for both, both would change.
+    PEFT wraps one of the modules and leaves the other as it was; with one leaf for both, both would change. Where
+    the method keeps ties and changes the module that has the leaf, that is meant.
     """
+    if config.keeps_ties and changes(handle.tied_modules[0] if handle.tied_modules else ""):
+        return handle
     return handle.untied() if any(map(changes, handle.tied_modules)) else handle
 
 
@@ -150,7 +169,7 @@ def _completed(config: M, handle: Handle, layout: Layouts) -> M:
         raise ValueError(
             "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
         )
-    config = config.completed(handle.defaults(config.peft_type))
+    config = config.completed(handle.defaults(config.peft_type), handle.input_module)
     return expand_all_linear(config, find_leaves(handle.params, layout), handle.output_module).replace(
         base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
         task_type=config.task_type or handle.task_type,

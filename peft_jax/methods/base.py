@@ -158,8 +158,13 @@ class Method(PeftConfig):
         """Probability with which `peft_jax.with_dropout` zeroes an input of the adapter."""
         return 0.0
 
-    def completed(self, defaults: Mapping[str, Any]) -> Self:
-        """The config with a model's defaults in place of the fields that are None."""
+    def completed(self, defaults: Mapping[str, Any], input_module: str) -> Self:
+        """The config with a model's defaults in place of the fields that are None.
+
+        Args:
+            defaults: PEFT's for the model, by field.
+            input_module: Path of the model's input embedding.
+        """
         return self.replace(**{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
@@ -203,6 +208,17 @@ class Method(PeftConfig):
             params[role] = jnp.reshape(jnp.stack(arrays), (*names.shape, *largest))
         return params, self.state(names, hit)
 
+    def begin(
+        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
+        """`init`, and the base for the adapter; override where a start looks at the base's numbers, or changes them."""
+        params, state = self.init(base.layout, base.shape, names, hit, key)
+        return params, state, base
+
+    def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
+        """The base that `begin` gave, made again for an adapter that is read from a file."""
+        return base
+
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
         """The frozen arrays of `init` alone, for an adapter that is read from a file."""
         return {"hit": jnp.asarray(hit)}
@@ -216,6 +232,16 @@ class Method(PeftConfig):
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """The adapted matrix, same shape and dtype as ``matrix``: ``(in, out)``, or ``(out,)`` for a vector."""
         raise NotImplementedError
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Whether the adapter of a module changes those that are tied to it too, by the one leaf they share."""
+        return False
+
+    @property
+    def saves_embeddings(self) -> bool:
+        """Whether a file has the base weight of an adapted embedding or output head too."""
+        return True
 
     def changes_bias(self, module: str) -> bool:
         """Whether the adapter of a module's matrix changes its bias, by `merge_bias`, too."""

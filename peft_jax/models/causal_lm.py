@@ -220,6 +220,11 @@ class CausalLM(Handle):
         return "CAUSAL_LM"
 
     @property
+    def input_module(self) -> str:
+        """The embedding of input tokens."""
+        return "model.embed_tokens"
+
+    @property
     def output_module(self) -> str | None:
         """The language-modelling head."""
         return "lm_head"

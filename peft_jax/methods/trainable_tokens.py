@@ -1,0 +1,170 @@
+"""Trainable tokens: a few rows of an embedding, or outputs of a head, are trained in place of the base's.
+
+There is no paper; numbers follow PEFT 0.21.2.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.adapted import apply_merged
+from peft_jax.core.product import Lookup, Product
+from peft_jax.core.weight import Weight
+from peft_jax.methods.base import Arrays, Method, register
+
+ROWS, COLUMNS = "trainable_tokens_delta", "trainable_tokens_head"  # roles: tokens of an embedding, of a head
+NONE = np.iinfo(np.int32).max  # from here down are indices that no matrix has
+
+
+@register("TRAINABLE_TOKENS")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainableTokensConfig(Method):
+    """Trains the vectors of some tokens, and leaves all others as they are; fields and defaults are PEFT's.
+
+    A head that is tied to an adapted embedding is adapted with it.
+
+    Attributes:
+        token_indices: Ids of the tokens.
+        target_modules: Names (ends of module paths) of embeddings or heads, or one regex for whole paths; None for
+            the model's input embedding.
+        init_weights: True starts at the base's vectors; False at random ones.
+
+    Raises:
+        ValueError: if there are no tokens, or one is named twice or is no id.
+
+    Example:
+        >>> params = {"embed": {"embedding": jnp.ones((10, 3))}}
+        >>> config = TrainableTokensConfig(token_indices=[4, 7], target_modules=["embed"])
+        >>> pj.apply_adapter(params, config)["embed"]["embedding"].params["trainable_tokens_delta"].shape
+        (2, 3)
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {ROWS: ("tokens", "out"), COLUMNS: ("tokens", "in")}
+
+    token_indices: Sequence[int] = ()
+    target_modules: str | Sequence[str] | None = None
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tokens(self.token_indices, "token_indices")
+
+    def completed(self, defaults: Mapping[str, Any], input_module: str) -> Self:
+        """The config for the input embedding where no target is given."""
+        return self if self.target_modules is not None else self.replace(target_modules=input_module)
+
+    @property
+    def keeps_ties(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def saves_embeddings(self) -> bool:
+        """False."""
+        return False
+
+    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
+        """A vector for each token."""
+        return tokens_shape(self.token_indices, module, n_in, n_out, lookup=lookup)
+
+    def begin(
+        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
+        """The base's vectors, or random ones."""
+        if self.init_weights:
+            return *start_at_base(self.token_indices, base, names, hit), base
+        return super().begin(base, names, hit, key)
+
+    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+        """Random vectors."""
+        return jax.random.normal(key, shape)
+
+    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+        """The tokens of each stacked layer."""
+        return tokens_state(self.token_indices, hit)
+
+    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+        """The matrix with the trained vectors in their places."""
+        return merge_tokens(params, state, matrix)
+
+    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+        """The base's product or lookup, with the tokens' part exchanged."""
+        return apply_tokens(self, params, state, base, x, product)
+
+
+def check_tokens(tokens: Sequence[int], field: str) -> None:
+    """Raise ValueError unless ``tokens`` are ids, at least one and none of them twice."""
+    if not tokens or not all(isinstance(token, int) and token >= 0 for token in tokens):
+        raise ValueError(f"{field} names the ids of the tokens to train, at least one and none below 0, got {tokens!r}.")
+    if twice := sorted({token for token in tokens if list(tokens).count(token) > 1}):
+        raise ValueError(f"{field} names {twice} more than once. Name each token once.")
+
+
+def tokens_shape(
+    tokens: Sequence[int], module: str, n_in: int, n_out: int, *, lookup: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shape of the trained vectors of a module.
+
+    Raises:
+        ValueError: if the module has no such tokens.
+    """
+    vocabulary, features = (n_in, n_out) if lookup else (n_out, n_in)
+    if wrong := [token for token in tokens if token >= vocabulary]:
+        raise ValueError(f"Tokens {wrong} are to be trained in '{module}', which has ids 0 to {vocabulary - 1} alone.")
+    return {ROWS if lookup else COLUMNS: (len(tokens), features)}
+
+
+def tokens_state(tokens: Sequence[int], hit: np.ndarray) -> dict[str, Any]:
+    """Which stacked layers have trained tokens, and which."""
+    ids = np.where(hit[..., None], np.array(tokens), NONE - np.arange(len(tokens)))  # all unlike, as scatters like it
+    return {"hit": jnp.asarray(hit), "tokens": jnp.asarray(ids, jnp.int32)}
+
+
+def start_at_base(
+    tokens: Sequence[int], base: Weight, names: np.ndarray, hit: np.ndarray
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The base's own vectors, float32, and the state."""
+    (n_in, n_out), lookup = base.layout.sizes(base.shape), base.layout.lookup
+    ((role, _),) = tokens_shape(tokens, str(names.flat[0]), n_in, n_out, lookup=lookup).items()
+    matrix = base.layout.matrix(base.dense())
+    ids = jnp.array(tokens, jnp.int32)
+    rows = matrix[..., ids, :] if lookup else jnp.swapaxes(matrix[..., :, ids], -1, -2)
+    rows = jnp.where(hit[..., None, None], rows.astype(jnp.float32), 0)
+    return {role: rows}, tokens_state(tokens, hit)
+
+
+def merge_tokens(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    """The matrix with the trained vectors in their places."""
+    ids = state["tokens"]
+    if ROWS in params:
+        return matrix.at[ids].set(params[ROWS].astype(matrix.dtype), mode="drop")
+    return matrix.at[:, ids].set(params[COLUMNS].T.astype(matrix.dtype), mode="drop")
+
+
+def apply_tokens(
+    method: Any, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product
+) -> jax.Array:
+    """A product or lookup with `merge_tokens`, without the merged matrix."""
+    ids = state["tokens"]
+    if isinstance(product, Lookup) and ROWS in params:
+        # Which of the trained vectors each id has, counted from 1; looked up as the base's rows are.
+        n_in, _ = base.layout.sizes(base.shape)
+        places = jnp.zeros((n_in, 1)).at[ids, 0].set(jnp.arange(1.0, len(ids) + 1), mode="drop")
+        place = product.full(x, places)
+        y = base.apply(x, product)
+        own = params[ROWS][jnp.maximum(place[..., 0] - 1, 0).astype(jnp.int32)]
+        return jnp.where(place > 0, own.astype(y.dtype), y)
+    if type(product) is not Product:
+        return apply_merged(method, params, state, base, x, product)
+    if ROWS in params:
+        there = x.at[..., ids].get(mode="fill", fill_value=0)
+        y = base.apply(x.at[..., ids].set(0, mode="drop", unique_indices=True), product)
+        own = product.up(there.astype(params[ROWS].dtype), params[ROWS])
+        return (y.astype(own.dtype) + own).astype(y.dtype)
+    y = base.apply(x, product)
+    own = product.down(x, params[COLUMNS].T)
+    return y.at[..., ids].set(own.astype(y.dtype), mode="drop", unique_indices=True)
