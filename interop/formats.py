@@ -25,8 +25,17 @@ class Row(NamedTuple):
 # By method, and by whether the leaf is looked up. A module has those of the tensors whose arrays its adapter has.
 ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
     "LORA": {
-        False: (Row("lora_A", "lora_A.weight", ("rank", "in")), Row("lora_B", "lora_B.weight", ("out", "rank"))),
-        True: (Row("lora_A", "lora_embedding_A", ("rank", "in")), Row("lora_B", "lora_embedding_B", ("out", "rank"))),
+        False: (
+            Row("lora_A", "lora_A.weight", ("rank", "in")),
+            Row("lora_B", "lora_B.weight", ("out", "rank")),
+            Row("lora_bias", "lora_B.bias", ("out",)),
+            Row("lora_magnitude_vector", "lora_magnitude_vector", ("out",)),
+        ),
+        True: (
+            Row("lora_A", "lora_embedding_A", ("rank", "in")),
+            Row("lora_B", "lora_embedding_B", ("out", "rank")),
+            Row("lora_magnitude_vector", "lora_magnitude_vector", ("out",)),
+        ),
     },
     "OFT": {
         False: (Row("oft_R", "oft_R.weight", ("blocks", "pairs")),),

@@ -1,5 +1,6 @@
 """Adapters to and from PEFT's tensors in memory: keys, transposes, and which layers of a stack."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, untied_for
+from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, modules_with_followers, untied_for
 from peft_jax.methods.base import Method
 from peft_jax.methods.whole import Part, config_of
 
@@ -117,9 +118,12 @@ def set_peft_model_state_dict(
         if choice.role is None:
             bases |= _base_tensors(choice.leaf, config, adapted)
     _check([entry for many in entries.values() for entry in many], bases, tensors)
+    biased = modules_with_followers(choices)
     nodes = {}
     for choice in choices:
-        nodes[choice.position] = _adapted(choice, config, entries[choice.position], tensors, adapter_name)
+        node = _adapted(choice, config, entries[choice.position], tensors, adapter_name)
+        more = config.lone_state(choice.leaf.names, choice.hit, biased) if choice.role is None else {}
+        nodes[choice.position] = dataclasses.replace(node, state={**node.state, **more})
     return tied(replace_leaves(params, nodes))
 
 
@@ -180,7 +184,9 @@ def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tens
         layer[tuple(map(slice, entry.shape))] = entry.from_file(tensors[entry.key])
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
     tag = Tag(adapter_name, tagged, dtypes)
-    return sharded_like_base(Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=not config.inference_mode))
+    return sharded_like_base(
+        Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
+    )
 
 
 def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:

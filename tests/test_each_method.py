@@ -343,7 +343,12 @@ def test_trainable_tokens_change_their_own_rows_alone(leaf):
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
-    [([], "at least one"), ([1, 3, 1], r"\[1\] more than once"), ([-1], "none below 0"), ([3, 6], r"\[6\].*ids 0 to 5")],
+    [
+        ([], "at least one"),
+        ([1, 3, 1], r"\[1\] more than once"),
+        ([-1], "none below 0"),
+        ([3, 6], r"\[6\].*ids 0 to 5"),
+    ],
 )
 def test_trainable_tokens_are_ids_of_the_layer(tokens, message):
     with pytest.raises(ValueError, match=message):

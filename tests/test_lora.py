@@ -137,7 +137,6 @@ def test_adapters_stay_float32_on_a_bfloat16_base():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, r"use_dora=True\) is not supported yet"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported yet"),
         ({"r": 0}, "ranks of at least 1"),
         ({"rank_pattern": {"q": 0}}, "ranks of at least 1"),
@@ -147,7 +146,8 @@ def test_adapters_stay_float32_on_a_bfloat16_base():
         ({"layers_pattern": "h"}, "Give layers_to_transform too"),
         ({"modules_to_save": "head"}, r"Write \['head'\]"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"lora_bias": True}, "lora_bias=True"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias=True goes with .*without DoRA"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True goes with init_lora_weights=True or"),
     ],
 )
 def test_wrong_fields_are_named(options, message):

@@ -22,9 +22,11 @@ CASES = {
     "LOKR": pj.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules=["dense"]),
     "MISS": pj.MissConfig(r=5, target_modules=["dense"]),
     "TRAINABLE_TOKENS": pj.TrainableTokensConfig(token_indices=[3, 5], target_modules=["dense"]),
+    "LORA with DoRA": pj.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=["dense"]),
     "LORA": pj.LoraConfig(r=3, lora_alpha=5, target_modules=["dense"]),
 }
-ROUNDS = {pj.HRAConfig}  # a fresh adapter is a pair of reflections, which cancel but for the last digit
+# A fresh adapter is a pair of reflections, which cancel but for the last digit; norms, which do so in a quotient.
+ROUNDS = {CASES["HRA"], CASES["LORA with DoRA"]}
 every_method = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 
 
@@ -51,7 +53,7 @@ def start(config, *, layers=None, shape=(12, 8)):
 
 
 def test_every_registered_method_has_a_case():
-    assert set(CASES) == set(base.names())
+    assert {config.peft_type for config in CASES.values()} == set(base.names())
 
 
 @every_method
@@ -59,7 +61,7 @@ def test_a_fresh_adapter_changes_nothing(config):
     kernel = normal(0, 12, 8)
     params = pj.apply_adapter({"dense": {"kernel": kernel}}, config)
     merged = pj.merge(params)["dense"]["kernel"]
-    if type(config) in ROUNDS:
+    if config in ROUNDS:
         close(merged, kernel, 1e-6)
     else:
         np.testing.assert_array_equal(merged, kernel)

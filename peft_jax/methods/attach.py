@@ -130,15 +130,23 @@ def _attached(
     targets = set(check_targets(config, modules, every, patterns))
 
     nodes = {}
-    for position, leaf, hit, role in choose(found, config, targets):
+    choices = list(choose(found, config, targets))
+    biased = modules_with_followers(choices)
+    for position, leaf, hit, role in choices:
         tagged, (arrays, state) = beside_target(config, leaf, hit, role)
         base = as_weight(leaf.value, leaf.layout)
         if role is None:
             arrays, state, base = config.begin(base, leaf.names, hit, key)
+            state |= config.lone_state(leaf.names, hit, biased)
         tag = Tag(adapter_name, tagged)
         adapted = Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
         nodes[position] = sharded_like_base(adapted)
     return tied(replace_leaves(params, nodes))
+
+
+def modules_with_followers(choices: Sequence[Choice]) -> set[str]:
+    """Names of the modules whose bias changes with their matrix."""
+    return {str(name) for _, leaf, hit, role in choices if role == FOLLOWS for name in leaf.names[hit]}
 
 
 def beside_target(config: Method, leaf: Leaf, hit: np.ndarray, role: str | None) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -218,6 +218,10 @@ class Method(PeftConfig):
     def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
         """The base that `begin` gave, made again for an adapter that is read from a file."""
         return base
+
+    def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
+        """More frozen arrays, given the names of all modules whose bias the adapter changes too."""
+        return {}
 
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
         """The frozen arrays of `init` alone, for an adapter that is read from a file."""

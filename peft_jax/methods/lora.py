@@ -5,7 +5,7 @@ https://arxiv.org/abs/2312.03732. Numbers follow PEFT 0.21.2.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -14,13 +14,16 @@ import numpy as np
 
 from peft_jax.core.dropout import dropout
 from peft_jax.core.layout import Layout
-from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
-from peft_jax.core.weight import Weight
+from peft_jax.core.weight import MergeError, Weight
+from peft_jax.methods import dora, lora_start
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.ranked import Ranked
+
+BIAS = "lora_bias"
+UNBIASED = "unbiased"  # in the state: the layer has no bias that the trained one could be added to
 
 
 @register("LORA")
@@ -42,6 +45,8 @@ class LoraConfig(Ranked):
         layers_pattern: Name of the list of layers, if it is not the first numbered one.
         rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
         alpha_pattern: Alpha by pattern of module paths, where it differs from ``lora_alpha``.
+        use_dora: Train the norms of the weight's columns apart from their directions (DoRA).
+        lora_bias: Train a bias beside B, which counts ``s`` times.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
 
     Every other field of PEFT's ``LoraConfig`` is known, and refused away from its default.
@@ -54,7 +59,12 @@ class LoraConfig(Ranked):
         2.0
     """
 
-    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"lora_A": ("in", "rank"), "lora_B": ("rank", "out")}
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "lora_A": ("in", "rank"),
+        "lora_B": ("rank", "out"),
+        BIAS: ("out",),
+        dora.MAGNITUDE: ("out",),
+    }
 
     r: int = 8
     target_modules: str | Sequence[str] | None = None
@@ -82,18 +92,23 @@ class LoraConfig(Ranked):
     arrow_config: dict[str, Any] | None = unsupported(None)
     kasa_config: dict[str, Any] | None = unsupported(None)
     use_bdlora: dict[str, Any] | None = unsupported(None)
-    use_dora: bool = unsupported(False)
+    use_dora: bool = False
     alora_invocation_tokens: list[int] | None = unsupported(None)
     use_qalora: bool = unsupported(False)
     qalora_group_size: int = unsupported(16)
     layer_replication: list[tuple[int, int]] | None = unsupported(None)
-    lora_bias: bool = unsupported(False)
+    lora_bias: bool = False
     target_parameters: list[str] | None = unsupported(None)
     ensure_weight_tying: bool = unsupported(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_probability(self, "lora_dropout")
+        if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
+            raise ValueError(
+                f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="
+                f"{self.init_lora_weights!r} and use_dora={self.use_dora}. Leave one of them."
+            )
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported yet. Write True, False or 'gaussian'."
@@ -102,7 +117,9 @@ class LoraConfig(Ranked):
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The two factors of the added matrix."""
         rank = self.rank(module)
-        return {"lora_A": (n_in, rank), "lora_B": (rank, n_out)}
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (n_in, rank), "lora_B": (rank, n_out)}
+        shapes |= {BIAS: (n_out,)} if self.lora_bias else {}
+        return shapes | ({dora.MAGNITUDE: (n_out,)} if self.use_dora else {})
 
     def scaling(self, module: str) -> float:
         """Scale of the adapter of a module."""
@@ -117,51 +134,57 @@ class LoraConfig(Ranked):
     def init(
         self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """``lora_A`` ``(*stack, in, rank)`` and ``lora_B`` ``(*stack, rank, out)``, float32.
+        """``lora_A`` ``(*stack, in, rank)`` and ``lora_B`` ``(*stack, rank, out)``, float32, and what goes with them.
 
         Where ranks differ the smaller ones are padded with zeros, which stay zero in training.
         """
-        rank = self.ranks(names, hit)
-        n_in, n_out = layout.sizes(shape)
-        width = int(rank.max())
-        draw_a, draw_b = self._draws(n_in, n_out, width, layout.lookup)
-        for _ in layout.stack:
-            draw_a, draw_b = jax.vmap(draw_a), jax.vmap(draw_b)
-        keys_a, keys_b = (keys_from_names(jax.random.fold_in(key, i), names) for i in range(2))
-        used = jnp.asarray(np.arange(width) < rank[..., None])
-        a = jnp.where(used[..., None, :], draw_a(keys_a, jnp.asarray(rank)), 0)
-        b = jnp.where(used[..., :, None], draw_b(keys_b, jnp.asarray(rank)), 0)
-        return {"lora_A": a, "lora_B": b}, self.state(names, hit)
+        if self.lora_bias and layout.lookup:
+            raise ValueError(f"lora_bias=True is not for embeddings, as '{names.flat[0]}' is. Target other modules.")
+        init, ranks = self.init_lora_weights, self.ranks(names, hit)
+        params = lora_start.drawn(init, layout, shape, names, ranks, key)
+        if self.lora_bias:
+            params[BIAS] = lora_start.drawn_bias(init, layout.sizes(shape)[1], names, ranks, key)
+        return params, self.state(names, hit)
 
-    def _draws(self, n_in: int, n_out: int, width: int, lookup: bool) -> tuple[Callable[..., jax.Array], ...]:
-        """Functions of (key, rank) that draw A and B as PEFT's ``reset_lora_parameters`` does."""
-
-        def zeros(*shape: int) -> Callable[..., jax.Array]:
-            return lambda key, rank: jnp.zeros(shape)
-
-        def normal(*shape: int) -> Callable[..., jax.Array]:
-            return lambda key, rank: jax.random.normal(key, shape)
-
-        def uniform(shape: tuple[int, int], fan_in: int | None) -> Callable[..., jax.Array]:
-            # PyTorch's Linear: kaiming_uniform with a = sqrt(5), which is uniform within 1 / sqrt(fan_in).
-            return lambda key, rank: (
-                jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(jnp.float32(fan_in or jnp.maximum(rank, 1)))
-            )
-
-        shape_a, shape_b = (n_in, width), (width, n_out)
-        if lookup:
-            return (normal(*shape_a) if self.init_lora_weights is False else zeros(*shape_a)), normal(*shape_b)
-        if self.init_lora_weights == "gaussian":
-            return lambda key, rank: normal(*shape_a)(key, rank) / jnp.float32(jnp.maximum(rank, 1)), zeros(*shape_b)
-        return uniform(shape_a, n_in), zeros(*shape_b) if self.init_lora_weights else uniform(shape_b, None)
+    def begin(
+        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
+        """`init`, with the norms of the base's columns for DoRA."""
+        params, state, base = super().begin(base, names, hit, key)
+        if self.use_dora:
+            params[dora.MAGNITUDE] = dora.start(params, state, base)
+        return params, state, base
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
-        """``rank * (in + out)`` of each stacked layer."""
-        return np.asarray(state["rank"]) * (params["lora_A"].shape[-2] + params["lora_B"].shape[-1])
+        """``rank * (in + out)`` of each stacked layer, and ``out`` for each vector."""
+        rank, n_out = np.asarray(state["rank"]), params["lora_B"].shape[-1]
+        return rank * (params["lora_A"].shape[-2] + n_out) + (rank > 0) * n_out * (len(params) - 2)
+
+    def changes_bias(self, module: str) -> bool:
+        """With ``lora_bias``."""
+        return self.lora_bias
+
+    def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
+        """With ``lora_bias``, whether the layers have none."""
+        if not self.lora_bias or set(names[hit].flat) <= set(biased):
+            return {}
+        return {UNBIASED: jnp.asarray(hit)}
+
+    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
+        """The layer's bias and ``s`` times the trained one."""
+        own = state["scaling"] * params[BIAS]
+        return (bias.astype(own.dtype) + own).astype(bias.dtype)
 
     def merge(self, params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
         """``W + s A B``, added in the adapter's precision."""
+        if UNBIASED in state:
+            raise MergeError(
+                "lora_bias=True adds a bias to a layer that has none to merge it into. Keep the adapter apart, or give "
+                "the layer a bias of zeros."
+            )
+        if dora.MAGNITUDE in params:
+            return dora.merge(params, state, matrix)
         a, b = params["lora_A"], params["lora_B"]
         return (matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ b).astype(matrix.dtype)
 
@@ -169,6 +192,8 @@ class LoraConfig(Ranked):
         self, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product
     ) -> jax.Array:
         """``x W + (dropout(x) A s) B``; the low-rank path runs in the adapter's precision."""
+        if dora.MAGNITUDE in params:
+            return dora.apply(self, params, state, base, x, product)
         y, a = base.apply(x, product), params["lora_A"]
         scaling = state["scaling"].astype(a.dtype)
         if scaling.ndim:  # each group has its own
@@ -176,4 +201,6 @@ class LoraConfig(Ranked):
         inner = product.down(x if product.looks_up else dropout(x, state), a)
         inner = inner if scaling.ndim else inner * scaling  # not A: backward would keep a scaled copy of it
         update = product.up(inner, params["lora_B"])
+        if UNBIASED in state:
+            update = update + product.scale(jnp.ones_like(update), scaling[..., None] * params[BIAS])
         return (y.astype(update.dtype) + update).astype(y.dtype)

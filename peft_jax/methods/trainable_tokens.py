@@ -99,7 +99,9 @@ class TrainableTokensConfig(Method):
 def check_tokens(tokens: Sequence[int], field: str) -> None:
     """Raise ValueError unless ``tokens`` are ids, at least one and none of them twice."""
     if not tokens or not all(isinstance(token, int) and token >= 0 for token in tokens):
-        raise ValueError(f"{field} names the ids of the tokens to train, at least one and none below 0, got {tokens!r}.")
+        raise ValueError(
+            f"{field} names the ids of the tokens to train, at least one and none below 0, got {tokens!r}."
+        )
     if twice := sorted({token for token in tokens if list(tokens).count(token) > 1}):
         raise ValueError(f"{field} names {twice} more than once. Name each token once.")
 
@@ -145,9 +147,7 @@ def merge_tokens(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
     return matrix.at[:, ids].set(params[COLUMNS].T.astype(matrix.dtype), mode="drop")
 
 
-def apply_tokens(
-    method: Any, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product
-) -> jax.Array:
+def apply_tokens(method: Any, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
     """A product or lookup with `merge_tokens`, without the merged matrix."""
     ids = state["tokens"]
     if isinstance(product, Lookup) and ROWS in params:

@@ -1,0 +1,86 @@
+"""DoRA: W' = m (W + s A B) / n with n the norms of the columns of W + s A B, and m trained in their place.
+
+Liu et al., 2024, https://arxiv.org/abs/2402.09353, equation 5; as its section 4.3 has it, no gradient goes through n.
+Numbers follow PEFT 0.21.2. On a base that has adapters of its own, n is the norm of what the base is with them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.adapted import Adapted, apply_merged
+from peft_jax.core.dropout import dropout
+from peft_jax.core.product import Product
+from peft_jax.core.weight import Weight, as_leaf, as_weight, varying
+from peft_jax.methods.base import Arrays
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def start(params: Arrays, state: Arrays, base: Weight) -> jax.Array:
+    """The norms of the columns of ``W + s A B``, ``(*stack, out)``; 0 for layers that are not adapted."""
+
+    def norms(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.sum(jnp.square(_sum(params, state, matrix)), axis=0))
+
+    for _ in base.layout.stack:
+        norms = jax.vmap(norms)
+    return jnp.where(state["rank"][..., None] > 0, norms(params, state, base.layout.matrix(base.dense())), 0)
+
+
+def merge(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
+    """``m (W + s A B) / n``, in the adapter's precision; ``W`` where the layer is not adapted."""
+    added = _sum(params, state, matrix)
+    factor = _factor(params, state, jnp.sum(jnp.square(added), axis=0))
+    return (added * factor[None]).astype(matrix.dtype)
+
+
+def apply(
+    method: Any, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product
+) -> jax.Array:
+    """``m / n (x W + s (x A) B)``; with dropout switched on ``x W``, and what is added to it has dropped inputs."""
+    if base.layout.stack:  # a grouped product
+        return apply_merged(method, params, state, base, x, product)
+    a, b = params["lora_A"], params["lora_B"]
+    factor = _factor(params, state, _squares(params, state, base))
+    y, dropped = base.apply(x, product), x if product.looks_up else dropout(x, state)
+    update = product.up(product.down(dropped, a) * state["scaling"].astype(a.dtype), b)
+    if dropped is x:
+        return product.scale(y.astype(b.dtype) + update, factor).astype(y.dtype)
+    again = base.apply(dropped, product).astype(b.dtype)
+    return (y.astype(b.dtype) + product.scale(again, factor - 1) + product.scale(update, factor)).astype(y.dtype)
+
+
+def _sum(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
+    a = params["lora_A"]
+    return matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ params["lora_B"]
+
+
+def _squares(params: Arrays, state: Mapping[str, Any], base: Weight) -> jax.Array:
+    """Of ``W + s A B``, without that matrix: ``|W|² + 2 s (A'W) B + s² |A B|²`` for each column."""
+    a, b = params["lora_A"], params["lora_B"]
+    scaling, weight = state["scaling"].astype(a.dtype), _without_dropout(base).astype(a.dtype)
+    matrix = weight.layout.matrix(weight.dense())
+    squares = jnp.sum(jnp.square(matrix), axis=0) + 2 * scaling * jnp.sum(weight.apply(a.T) * b, axis=0)
+    return squares + jnp.square(scaling) * jnp.sum(b * (a.T @ a @ b), axis=0)
+
+
+def _without_dropout(base: Weight) -> Weight:
+    """The base with dropout off in the adapters that it has itself: it is no part of a norm."""
+    if not isinstance(base, Adapted):
+        return base
+    state = {name: value for name, value in base.state.items() if name != "dropout"}
+    inner = as_leaf(_without_dropout(as_weight(base.base, base.layout)))
+    return dataclasses.replace(base, base=inner, state=state)
+
+
+def _factor(params: Arrays, state: Mapping[str, Any], squares: jax.Array) -> jax.Array:
+    """``m / n``; inside of ``shard_map`` the inputs may be spread over devices, which A then is and m is not."""
+    magnitude = params[MAGNITUDE]
+    if spread := varying(params["lora_A"]) - varying(magnitude):
+        squares = jax.lax.psum(squares, tuple(sorted(spread)))
+    norm = jnp.sqrt(jax.lax.stop_gradient(jnp.maximum(squares, 0)))
+    return jnp.where(state["rank"] > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)

@@ -1,0 +1,73 @@
+"""How LoRA's factors start where the base's numbers do not matter: zeros and draws, as PEFT's reset_lora_parameters."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.layout import Layout
+from peft_jax.core.paths import keys_from_names
+
+Draw = Callable[[jax.Array, jax.Array], jax.Array]  # of a key and the rank
+
+
+def drawn(
+    init: bool | str, layout: Layout, shape: tuple[int, ...], names: np.ndarray, ranks: np.ndarray, key: jax.Array
+) -> dict[str, jax.Array]:
+    """``lora_A`` ``(*stack, in, rank)`` and ``lora_B`` ``(*stack, rank, out)``, float32, zero beyond each layer's rank.
+
+    Args:
+        init: True (A as PyTorch's Linear, B zero), False (both random), ``"gaussian"``; all else is True.
+        layout: Axes of the leaf.
+        shape: Its shape.
+        names: Names of its layers.
+        ranks: Their ranks, 0 where they are not adapted.
+        key: Random key.
+    """
+    n_in, n_out = layout.sizes(shape)
+    width = int(ranks.max())
+    used = jnp.asarray(np.arange(width) < ranks[..., None])
+    a, b = _draws(init, n_in, n_out, width, layout.lookup)
+    return {
+        "lora_A": jnp.where(used[..., None, :], _of_each_layer(a, names, ranks, key, 0), 0),
+        "lora_B": jnp.where(used[..., :, None], _of_each_layer(b, names, ranks, key, 1), 0),
+    }
+
+
+def drawn_bias(init: bool | str, n_out: int, names: np.ndarray, ranks: np.ndarray, key: jax.Array) -> jax.Array:
+    """The trained bias ``(*stack, out)``: zero, or random as that of PyTorch's Linear."""
+    if init is not False:
+        return jnp.zeros((*names.shape, n_out))
+    bias = _of_each_layer(_uniform((n_out,), None), names, ranks, key, 2)
+    return jnp.where(jnp.asarray(ranks > 0)[..., None], bias, 0)
+
+
+def _of_each_layer(draw: Draw, names: np.ndarray, ranks: np.ndarray, key: jax.Array, number: int) -> jax.Array:
+    for _ in names.shape:
+        draw = jax.vmap(draw)
+    return draw(keys_from_names(jax.random.fold_in(key, number), names), jnp.asarray(ranks))
+
+
+def _draws(init: bool | str, n_in: int, n_out: int, width: int, lookup: bool) -> tuple[Draw, Draw]:
+    shape_a, shape_b = (n_in, width), (width, n_out)
+    if lookup:
+        return (_normal(shape_a) if init is False else _zeros(shape_a)), _normal(shape_b)
+    if init == "gaussian":
+        return lambda key, rank: _normal(shape_a)(key, rank) / jnp.float32(jnp.maximum(rank, 1)), _zeros(shape_b)
+    return _uniform(shape_a, n_in), _uniform(shape_b, None) if init is False else _zeros(shape_b)
+
+
+def _zeros(shape: tuple[int, ...]) -> Draw:
+    return lambda key, rank: jnp.zeros(shape)
+
+
+def _normal(shape: tuple[int, ...]) -> Draw:
+    return lambda key, rank: jax.random.normal(key, shape)
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int | None) -> Draw:
+    """As PyTorch's Linear, within 1 / sqrt(fan_in); the rank is that of what B takes."""
+    return lambda key, rank: (
+        jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(jnp.float32(fan_in or jnp.maximum(rank, 1)))
+    )

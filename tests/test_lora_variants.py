@@ -1,0 +1,166 @@
+"""LoRA's variants: what each promises, and PEFT's layers as the reference of values and gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import peft_jax as pj
+from peft_jax.core.dropout import dropout
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(got, want, tolerance=1e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1, np.abs(want).max()))
+
+
+def perturbed(params, scale=0.3):
+    """The tree with other numbers in every trained array."""
+    trainable, frozen = pj.partition(params)
+    leaves, treedef = jax.tree.flatten(trainable)
+    leaves = [leaf + scale * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)]
+    return pj.combine(jax.tree.unflatten(treedef, leaves), frozen)
+
+
+def adapted(config, kernel, **options):
+    return perturbed(pj.apply_lora({"dense": {"kernel": kernel}}, config, **options))
+
+
+def dora(**options):
+    return pj.LoraConfig(**{"r": 3, "lora_alpha": 5, "use_dora": True, "target_modules": ["dense"], **options})
+
+
+def test_dora_keeps_directions_and_sets_norms():
+    kernel = normal(0, 12, 8)
+    leaf = adapted(dora(), kernel)["dense"]["kernel"]
+    merged = leaf.dense()
+    np.testing.assert_allclose(jnp.linalg.norm(merged, axis=0), np.abs(leaf.params["lora_magnitude_vector"]), rtol=1e-5)
+    direction = kernel + 5 / 3 * leaf.params["lora_A"] @ leaf.params["lora_B"]
+    cosine = jnp.sum(merged * direction, axis=0) / jnp.linalg.norm(merged, axis=0) / jnp.linalg.norm(direction, axis=0)
+    np.testing.assert_allclose(np.abs(cosine), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_dora_has_pefts_values_and_gradients(kind):
+    """No gradient goes through the norm: with it those of A and B would be others."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    options = {"r": 3, "lora_alpha": 5, "use_dora": True, "target_modules": ["dense"], "init_lora_weights": False}
+    leaf_name, key = ("embedding", "lora_embedding") if kind == "embedding" else ("kernel", "lora")
+    base = torch.nn.Embedding(12, 8) if kind == "embedding" else torch.nn.Linear(12, 8, bias=False)
+    model = torch.nn.ModuleDict({"dense": base})
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**options)).base_model.model["dense"]
+    with torch.no_grad():
+        theirs.lora_magnitude_vector["default"].weight.mul_(1.5)
+    x = torch.tensor([3, 0, 3, 11]) if kind == "embedding" else torch.randn(5, 12)
+    y = theirs(x)
+    torch.sin(y).sum().backward()
+    grads = {
+        "lora_A": getattr(theirs, f"{key}_A")["default"],
+        "lora_B": getattr(theirs, f"{key}_B")["default"],
+        "lora_magnitude_vector": theirs.lora_magnitude_vector["default"].weight,
+    }
+    if kind == "linear":
+        grads = {name: getattr(module, "weight", module) for name, module in grads.items()}
+    weight = theirs.base_layer.weight.detach().numpy()
+    tree = {"dense": {leaf_name: jnp.array(weight if kind == "embedding" else weight.T)}}
+    leaf = pj.apply_lora(tree, pj.LoraConfig(**options))["dense"][leaf_name]
+    params = {name: jnp.array(parameter.detach().numpy().T) for name, parameter in grads.items()}
+    np.testing.assert_allclose(
+        leaf.params["lora_magnitude_vector"],
+        jnp.linalg.norm(leaf.base + 5 / 3 * leaf.params["lora_A"] @ leaf.params["lora_B"], axis=0),
+        rtol=1e-6,
+    )
+    use = (lambda w: w[jnp.array(x.numpy())]) if kind == "embedding" else (lambda w: jnp.array(x.numpy()) @ w)
+    run = pj.adapt(lambda params: use(params["dense"]))
+    got, back = jax.vjp(lambda params: run({"dense": dataclasses.replace(leaf, params=params)}), params)
+    close(got, y.detach().numpy())
+    for name, gradient in back(jnp.cos(got))[0].items():
+        close(gradient, grads[name].grad.numpy().T)
+        assert np.abs(gradient).max() > 1e-3
+
+
+def test_dora_drops_inputs_of_all_but_the_base():
+    """PEFT's rule: what is added to the base's output has dropped inputs, the scaled base's product among it."""
+    kernel = normal(0, 12, 8)
+    params = pj.with_dropout(adapted(dora(lora_dropout=0.5), kernel), jax.random.key(1))
+    leaf, x = params["dense"]["kernel"], normal(1, 5, 12)
+    dropped = dropout(x, leaf.state)
+    clean = dataclasses.replace(leaf, state={k: v for k, v in leaf.state.items() if k != "dropout"})
+    assert np.abs(dropped - x).max() > 0.1
+    close(leaf.apply(x), x @ kernel + dropped @ (clean.dense() - kernel))
+
+
+def test_dora_of_several_shards_is_dora_of_the_whole():
+    """Norms are over all inputs, also where each device has some of them only."""
+    kernel, x = normal(0, 12, 8), normal(1, 4, 12)
+    params = adapted(dora(), kernel)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def model(w, x):
+        part = jax.shard_map(
+            lambda w, x: jax.lax.psum(x @ w, "d"), mesh=mesh, in_specs=(P("d"), P(None, "d")), out_specs=P()
+        )
+        return part(w, x)
+
+    got = jax.jit(pj.adapt(lambda params, x: model(params["dense"]["kernel"], x)))(params, x)
+    close(got, x @ pj.merge(params)["dense"]["kernel"])
+
+
+def test_dora_of_a_convolution():
+    kernel = normal(0, 3, 3, 4, 6)
+
+    def model(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["dense"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    x = normal(1, 2, 5, 5, 4)
+    params = adapted(dora(), kernel, fn=model, args=(x,))
+    close(pj.adapt(model)(params, x), model(pj.merge(params), x))
+    norms = jnp.sqrt(jnp.sum(jnp.square(pj.merge(params)["dense"]["kernel"]), axis=(0, 1, 2)))
+    close(norms, np.abs(params["dense"]["kernel"].params["lora_magnitude_vector"]))
+
+
+def test_dora_of_experts_has_norms_of_its_own_for_each():
+    kernel, x, groups = normal(0, 3, 12, 8), normal(1, 7, 12), jnp.array([2, 1, 4], jnp.int32)
+
+    def model(params, x):
+        return jax.lax.ragged_dot(x, params["layers"]["dense"]["kernel"], groups)
+
+    layout = {".*": pj.Layout((0,), (1,), (2,))}
+    params = perturbed(pj.apply_lora({"layers": {"dense": {"kernel": kernel}}}, dora(), layout=layout))
+    close(pj.adapt(model)(params, x), model(pj.merge(params), x))
+
+
+def test_a_trained_bias_is_not_for_embeddings():
+    config = pj.LoraConfig(lora_bias=True, target_modules=["dense"])
+    with pytest.raises(ValueError, match="lora_bias=True is not for embeddings, as 'dense' is"):
+        pj.apply_lora({"dense": {"embedding": jnp.ones((4, 3))}}, config)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_trained_bias_counts_as_often_as_the_scale(bias):
+    tree = {"dense": {"kernel": normal(0, 12, 8)} | ({"bias": normal(1, 8)} if bias else {})}
+    config = pj.LoraConfig(r=2, lora_alpha=6, lora_bias=True, target_modules=["dense"])
+    params = perturbed(pj.apply_lora(tree, config))
+    leaf, x = params["dense"]["kernel"], normal(2, 5, 12)
+
+    def model(params, x):
+        return x @ params["dense"]["kernel"] + params["dense"].get("bias", jnp.zeros(8))[None]
+
+    want = model(tree, x) + 3 * (x @ leaf.params["lora_A"] @ leaf.params["lora_B"] + leaf.params["lora_bias"][None])
+    close(pj.adapt(model)(params, x), want)
+    assert "trainable params: 48 ||" in pj.summary(params)  # 2 * (12 + 8) + 8
+    gradient = jax.grad(lambda t, f: jnp.sum(jnp.sin(pj.adapt(model)(pj.combine(t, f), x))))(*pj.partition(params))
+    close(gradient["dense"]["kernel"].params["lora_bias"], 3 * jnp.sum(jnp.cos(want), axis=0))
+    if bias:
+        close(model(pj.merge(params), x), want)
+    else:
+        with pytest.raises(ValueError, match="has none to merge it into. Keep the adapter apart"):
+            pj.merge(params)
