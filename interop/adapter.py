@@ -8,6 +8,7 @@ import shutil
 from typing import TypeVar
 
 import numpy as np
+from peft_jax.interop.conversion import without_start
 from peft_jax.interop.files import save_tensors
 from peft_jax.interop.formats import PEFT_VERSION, ROWS, WEIGHTS_FILE
 from peft_jax.interop.tensors import adapter_config, get_peft_model_state_dict, set_peft_model_state_dict
@@ -21,7 +22,13 @@ from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
 T = TypeVar("T")
 
 
-def save_adapter(params: object, directory: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
+def save_adapter(
+    params: object,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+) -> None:
     """Write an adapter as PEFT writes it, so that PyTorch PEFT computes the same from it.
 
     An adapter not named ``default`` goes into a folder of its name below ``directory``, as PEFT does it. Each file
@@ -31,9 +38,12 @@ def save_adapter(params: object, directory: str | os.PathLike[str], *, adapter_n
         params: A tree or model handle with the adapter.
         directory: Folder to write to; made if need be.
         adapter_name: Which adapter.
+        path_initial_model_for_weight_conversion: Folder of the same adapter as it was saved before training. A LoRA
+            whose start took a part out of the base is then saved as one that goes on the base as it was, of twice
+            the rank.
 
     Raises:
-        ValueError: if there is no such adapter.
+        ValueError: if there is no such adapter, or it cannot be converted.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, peft_jax as pj
@@ -45,6 +55,9 @@ def save_adapter(params: object, directory: str | os.PathLike[str], *, adapter_n
     """
     config = adapter_config(params.params if isinstance(params, Handle) else params, adapter_name)
     tensors = get_peft_model_state_dict(params, adapter_name)
+    if path_initial_model_for_weight_conversion is not None:
+        initial = _read(pathlib.Path(path_initial_model_for_weight_conversion) / WEIGHTS_FILE)
+        config, tensors = without_start(config, tensors, initial)
     fields = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_VERSION}
     folder = pathlib.Path(directory) / ("" if adapter_name == "default" else adapter_name)
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_d
 from peft_jax.methods import HiraConfig as HiraConfig
 from peft_jax.methods import HRAConfig as HRAConfig
 from peft_jax.methods import IA3Config as IA3Config
+from peft_jax.methods import LoftQConfig as LoftQConfig
 from peft_jax.methods import LoHaConfig as LoHaConfig
 from peft_jax.methods import LoKrConfig as LoKrConfig
 from peft_jax.methods import LoraConfig as LoraConfig

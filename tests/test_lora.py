@@ -137,7 +137,6 @@ def test_adapters_stay_float32_on_a_bfloat16_base():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported yet"),
         ({"r": 0}, "ranks of at least 1"),
         ({"rank_pattern": {"q": 0}}, "ranks of at least 1"),
         ({"lora_dropout": 1.0}, "probability"),

@@ -9,6 +9,7 @@ from peft_jax.methods.ia3 import IA3Config as IA3Config
 from peft_jax.methods.loha import LoHaConfig as LoHaConfig
 from peft_jax.methods.lokr import LoKrConfig as LoKrConfig
 from peft_jax.methods.lora import LoraConfig as LoraConfig
+from peft_jax.methods.lora_options import LoftQConfig as LoftQConfig
 from peft_jax.methods.miss import MissConfig as MissConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig
 from peft_jax.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig

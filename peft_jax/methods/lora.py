@@ -17,9 +17,10 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import MergeError, Weight
-from peft_jax.methods import dora, lora_start
+from peft_jax.methods import dora, lora_from_base, lora_start
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
+from peft_jax.methods.lora_options import LoftQConfig, check_start
 from peft_jax.methods.ranked import Ranked
 
 BIAS = "lora_bias"
@@ -40,7 +41,11 @@ class LoraConfig(Ranked):
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted modules).
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead.
         modules_to_save: Modules trained whole, beside the adapter.
-        init_lora_weights: True (A as PyTorch's Linear, B zero), False (both random) or ``"gaussian"``.
+        init_lora_weights: True (A as PyTorch's Linear, B zero), False (both random), ``"gaussian"`` (A normal, B
+            zero), ``"orthogonal"`` (a product of zero), or one that takes a part out of the base, which the adapter
+            then is: ``"pissa"`` and ``"pissa_niter_N"`` (the largest singular values), ``"olora"`` (columns of a QR),
+            ``"loftq"`` (what rounding leaves). Embeddings start as with True.
+        loftq_config: Options of LoftQ, a `LoftQConfig`.
         layers_to_transform: Index or indices of the layers to adapt; None for all.
         layers_pattern: Name of the list of layers, if it is not the first numbered one.
         rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
@@ -83,7 +88,7 @@ class LoraConfig(Ranked):
     megatron_config: dict[str, Any] | None = unsupported(None)
     megatron_core: str | None = unsupported("megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = unsupported(None)
-    loftq_config: dict[str, Any] | None = unsupported({})
+    loftq_config: LoftQConfig | dict[str, int] = dataclasses.field(default_factory=dict)
     eva_config: dict[str, Any] | None = unsupported(None)
     corda_config: dict[str, Any] | None = unsupported(None)
     lora_ga_config: dict[str, Any] | None = unsupported(None)
@@ -104,14 +109,11 @@ class LoraConfig(Ranked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_probability(self, "lora_dropout")
+        check_start(self)
         if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
             raise ValueError(
                 f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="
                 f"{self.init_lora_weights!r} and use_dora={self.use_dora}. Leave one of them."
-            )
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported yet. Write True, False or 'gaussian'."
             )
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
@@ -149,8 +151,14 @@ class LoraConfig(Ranked):
     def begin(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
-        """`init`, with the norms of the base's columns for DoRA."""
-        params, state, base = super().begin(base, names, hit, key)
+        """`init`, or a start from the base, with the norms of its columns for DoRA."""
+        params, state = self.init(base.layout, base.shape, names, hit, key)
+        if self.init_lora_weights == "loftq" and base.layout.lookup:
+            raise ValueError(
+                f"init_lora_weights='loftq' is not for embeddings, as '{names.flat[0]}' is. Target others."
+            )
+        if lora_from_base.starter(self) is not None and not base.layout.lookup:
+            params, base = lora_from_base.begin(self, base, names, hit, key)
         if self.use_dora:
             params[dora.MAGNITUDE] = dora.start(params, state, base)
         return params, state, base
@@ -164,6 +172,12 @@ class LoraConfig(Ranked):
     def changes_bias(self, module: str) -> bool:
         """With ``lora_bias``."""
         return self.lora_bias
+
+    def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
+        """The base without what the factors started at, as PEFT takes it out again."""
+        if not lora_from_base.changes_base(self.init_lora_weights) or base.layout.lookup:
+            return base
+        return lora_from_base.begin(self, base, names, hit, jax.random.key(0))[1]
 
     def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
         """With ``lora_bias``, whether the layers have none."""

@@ -70,10 +70,21 @@ class PeftModel(CausalLM):
         """The config of every adapter by its name."""
         return {name: config_of(config) for name, config in adapters(self.params).items()}
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:  # type: ignore[override]
-        """Write every adapter in PEFT's format: ``default`` into the folder, others into folders of their names."""
+    def save_pretrained(  # type: ignore[override]
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write every adapter in PEFT's format: ``default`` into the folder, others into folders of their names.
+
+        Args:
+            directory: Folder to write to.
+            path_initial_model_for_weight_conversion: As in `peft_jax.interop.save_adapter`.
+        """
         for name in self.peft_config:
-            save_adapter(self, directory, adapter_name=name)
+            path = path_initial_model_for_weight_conversion
+            save_adapter(self, directory, adapter_name=name, path_initial_model_for_weight_conversion=path)
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line of trainable and all parameters."""
