@@ -30,8 +30,8 @@ def without_start(
     if not isinstance(config, LoraConfig) or init is not True and not str(init).startswith(STARTS_IN_THE_BASE):
         raise ValueError(
             "path_initial_model_for_weight_conversion is for LoRA that starts in the base "
-            f"({', '.join(STARTS_IN_THE_BASE)}), and this is {config.peft_type} with init_lora_weights={init!r}. Save it "
-            "without."
+            f"({', '.join(STARTS_IN_THE_BASE)}), and this is {config.peft_type} with init_lora_weights={init!r}. "
+            "Save it without."
         )
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(

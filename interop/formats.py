@@ -80,5 +80,10 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
     },
 }
 
+TOKEN_SUFFIX = "token_adapter.trainable_tokens_delta"  # of tokens that are trained beside another method
+
+# The tensors of an adapted embedding under the name of the head that is tied to it, where they are turned.
+TIED = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}
+
 # PyTorch's name of a leaf.
 TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "weight": "weight", "bias": "bias"}

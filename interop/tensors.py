@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from peft_jax.interop.formats import EMBEDDING_MODULES, ONE, PREFIX, ROWS, TORCH_NAMES, Row
+from peft_jax.interop.formats import EMBEDDING_MODULES, ONE, PREFIX, ROWS, TIED, TOKEN_SUFFIX, TORCH_NAMES, Row
 
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
@@ -15,8 +15,18 @@ from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, modules_with_followers, untied_for
+from peft_jax.methods.attach import (
+    EMBEDDING,
+    FOLLOWS,
+    TOKENS,
+    Choice,
+    beside_target,
+    choose,
+    modules_with_followers,
+    untied_for,
+)
 from peft_jax.methods.base import Method
+from peft_jax.methods.trainable_tokens import tokens_by_module, tokens_shape
 from peft_jax.methods.whole import Part, config_of
 
 Tensors = Mapping[str, np.ndarray]
@@ -73,7 +83,8 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
     tensors: dict[str, np.ndarray] = {}
     for leaf, node in nodes:
         role = node.tag.config.role if isinstance(node.tag.config, Part) else None
-        for entry in _entries(Choice(0, leaf, _hit(node), role), config, adapted):
+        tokens = getattr(node.tag.config, "tokens", ())
+        for entry in _entries(Choice(0, leaf, _hit(node), role, tokens), config, adapted):
             array = np.asarray(node.params[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
@@ -98,12 +109,19 @@ def set_peft_model_state_dict(
         ValueError: if keys are missing or left over or shapes are wrong, all of which are listed.
     """
     if isinstance(params, Handle):
-        handle = untied_for(params, config, lambda name: any(key.startswith(f"{PREFIX}{name}.") for key in tensors))
+        adapted = [key for key in tensors if not key.endswith(f".{TOKEN_SUFFIX}")]
+        handle = untied_for(params, config, lambda name: any(key.startswith(f"{PREFIX}{name}.") for key in adapted))
         layouts = {**handle.layouts(), **(layout or {})}
         copies = tied_copies(handle, config, tensors)
         tensors = {key: tensor for key, tensor in tensors.items() if not _equal(tensor, copies.get(key))}
-        tree = set_peft_model_state_dict(handle.params, config, tensors, adapter_name=adapter_name, layout=layouts)
-        return handle.replace(tree)
+        return handle.replace(_loaded(handle.params, config, tensors, adapter_name, layouts, handle.input_module))
+    return _loaded(params, config, tensors, adapter_name, layout, EMBEDDING)
+
+
+def _loaded(
+    params: Any, config: Method, tensors: Tensors, adapter_name: str, layout: Layouts | None, embedding: str
+) -> Any:
+    """`set_peft_model_state_dict` for a bare tree, whose input tokens ``embedding`` has."""
     if adapter_name in adapters(params):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
     found = find_leaves(params, layout, config.fan_in_fan_out)
@@ -111,7 +129,8 @@ def set_peft_model_state_dict(
     suffixes = {row.suffix for rows in ROWS[config.peft_type].values() for row in rows}
     adapted = {name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes)}
     adapted |= {name for name in names if is_target(config, name)}
-    choices = list(choose(found, config, adapted))
+    tokens = tokens_by_module(config.trainable_token_indices, names, embedding, strict=False)
+    choices = list(choose(found, config, adapted, tokens))
     entries = {choice.position: list(_entries(choice, config, adapted)) for choice in choices}
     bases: dict[str, np.ndarray] = {}
     for choice in choices:
@@ -141,7 +160,7 @@ def adapter_config(params: Any, adapter_name: str = "default") -> Method:
 
 def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entry]:
     """The tensors that a leaf's adapter has in a file."""
-    _, leaf, hit, role = choice
+    _, leaf, hit, role, tokens = choice
     n_in, n_out = leaf.layout.sizes(leaf.value.shape)
     for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:
         name = leaf.names[index]
@@ -152,6 +171,9 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
                     ours = config.axes[row.role]
                     order = tuple(None if axis == ONE else ours.index(axis) for axis in row.axes)
                     yield Entry(f"{PREFIX}{name}.{row.suffix}", index, row.role, shapes[row.role], order)
+        elif role == TOKENS:
+            ((array, shape),) = tokens_shape(tokens, name, n_in, n_out, lookup=leaf.layout.lookup).items()
+            yield Entry(f"{PREFIX}{name}.{TOKEN_SUFFIX}", index, array, shape, (0, 1))
         elif role != FOLLOWS:
             inside = ".base_layer" if role == "bias" and name in adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
@@ -169,9 +191,9 @@ def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:
 
 
 def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tensors, adapter_name: str) -> Adapted:
-    _, leaf, hit, role = choice
+    _, leaf, hit, role, _ = choice
     dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in entries}
-    tagged, (copies, state) = beside_target(config, leaf, hit, role)
+    tagged, (copies, state) = beside_target(config, choice)
     params = {name: np.array(copy) for name, copy in copies.items()}
     base = as_weight(leaf.value, leaf.layout)
     if role is None:
@@ -233,9 +255,11 @@ def tied_copies(handle: Handle, config: Method, tensors: Tensors) -> dict[str, n
     owner, *others = handle.tied_modules if config.keeps_ties and handle.tied_modules else ("",)
     for other in others:
         for key, tensor in tensors.items():
-            if key.startswith(f"{PREFIX}{owner}."):
-                end = key.removeprefix(f"{PREFIX}{owner}.")
-                copies[f"{PREFIX}{other}.{end}"] = tensor
+            end = key.removeprefix(f"{PREFIX}{owner}.")
+            if end not in (key, TOKEN_SUFFIX):
+                copies[f"{PREFIX}{other}.{TIED.get(end, end)}"] = (
+                    np.ascontiguousarray(tensor.T) if end in TIED else tensor
+                )
     return copies
 
 

@@ -70,6 +70,18 @@ ROWS = {
         "rank_pattern": FULL,
     },
     "orthogonal": {"target_modules": TARGETS, "init_lora_weights": "orthogonal"},
+    "LoRA and tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 17, 3]},
+    "LoRA and tokens of two modules": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [5, 17], "lm_head": [3, 40, 8]},
+    },
+    "LoRA and tokens of a head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}},
+    "kept ties": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "kept ties of saved modules": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
     "lora_bias": {"target_modules": ["q_proj", "o_proj", "up_proj"], "lora_bias": True},
     "IA3": {"config": "IA3Config", "modules_to_save": ["norm"]},
     "OFT": {"config": "OFTConfig", "target_modules": TARGETS, "bias": "oft_only", "modules_to_save": ["norm"]},
@@ -139,7 +151,7 @@ ROWS = {
         "feedforward_modules": r".*layers\.[12]\.self_attn\.q_proj",
     },
 }
-SUFFIXES = {"weight", "bias", "base_layer.bias"} | {
+SUFFIXES = {"weight", "bias", "base_layer.bias", formats.TOKEN_SUFFIX} | {
     row.suffix for tables in formats.ROWS.values() for table in tables.values() for row in table
 }
 IN_THE_BASE = ("pissa", "olora")  # starts that take a part out of the base
@@ -392,3 +404,25 @@ def test_saving_leaves_nothing_half_written(bases, tmp_path, monkeypatch):
         model.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
     warnings.resetwarnings()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainable_token_indices": {"embed": [1]}}, "trainable_token_indices of 'embed' hits none of .*embed_tokens"),
+        ({"trainable_token_indices": [1, 96]}, r"Tokens \[96\].*ids 0 to 95"),
+        ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "and the module in modules_to_save"),
+        ({"trainable_token_indices": [1], "target_modules": ["embed_tokens"]}, "and the module in target_modules too"),
+        (
+            {"trainable_token_indices": [1], "target_modules": ["lm_head"]},
+            "are trained in 'lm_head' too, which is tied",
+        ),
+        (
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},
+            "names other tokens of 'lm_head' than of 'model.embed_tokens'",
+        ),
+    ],
+)
+def test_tokens_that_cannot_be_trained_are_named(options, message, bases):
+    with pytest.raises(ValueError, match=message):
+        pj.get_peft_model(load(bases["qwen2"]), pj.LoraConfig(**{"target_modules": ["q_proj"], **options}))

@@ -1,6 +1,6 @@
 """Attach an adapter to a tree: which leaves, seen how, starting where."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -15,19 +15,26 @@ from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is
 from peft_jax.core.weight import as_leaf, as_weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
+from peft_jax.methods.trainable_tokens import Tokens, tokens_by_module
 from peft_jax.methods.whole import Follower, Whole
 
 M = TypeVar("M", bound=Method)
+EMBEDDING = "embed_tokens"  # where PEFT looks for input tokens in what is no model of transformers'
+TOKENS = "trainable_token_indices"
 FOLLOWS = "bias of its layer"  # the role of a bias that the adapter of its layer's matrix changes too
 
 
 class Choice(NamedTuple):
-    """A leaf that an adapter changes: its position, which stacked layers, and its role if it is no target's matrix."""
+    """A leaf that an adapter changes: its position, which stacked layers, and its role if it is no target's matrix.
+
+    ``tokens`` are ids of tokens that are trained in it, if that is its role.
+    """
 
     position: int
     leaf: Leaf
     hit: np.ndarray
     role: str | None
+    tokens: tuple[int, ...] = ()
 
 
 def apply_lora(
@@ -101,7 +108,8 @@ def apply_adapter(
         layout = {**params.layouts(), **(layout or {})}
         config = _completed(config, params, layout)
         handle = untied_for(params, config, lambda name: is_target(config, name) or is_saved_module(config, name))
-        tree = _attached(handle.params, config, key, adapter_name, layout, aliases=handle.tied_modules)
+        tied, embedding = handle.tied_modules, handle.input_module
+        tree = _attached(handle.params, config, key, adapter_name, layout, aliases=tied, embedding=embedding)
         return handle.replace(tree)
     return _attached(params, config, key, adapter_name, layout, fn, args)
 
@@ -115,8 +123,12 @@ def _attached(
     fn: Callable[..., Any] | None = None,
     args: Sequence[Any] = (),
     aliases: Sequence[str] = (),
+    embedding: str = EMBEDDING,
 ) -> Any:
-    """`apply_adapter` for a bare tree; ``aliases`` are other names of its leaves."""
+    """`apply_adapter` for a bare tree.
+
+    ``aliases`` are other names of its leaves, and ``embedding`` is the module of its input tokens.
+    """
     if adapter_name in adapters(params):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
     key = jax.random.key(0) if key is None else key
@@ -130,10 +142,12 @@ def _attached(
     targets = set(check_targets(config, modules, every, patterns))
 
     nodes = {}
-    choices = list(choose(found, config, targets))
+    tokens = tokens_by_module(config.trainable_token_indices, modules, embedding)
+    choices = list(choose(found, config, targets, tokens))
     biased = modules_with_followers(choices)
-    for position, leaf, hit, role in choices:
-        tagged, (arrays, state) = beside_target(config, leaf, hit, role)
+    for choice in choices:
+        position, leaf, hit, role, _ = choice
+        tagged, (arrays, state) = beside_target(config, choice)
         base = as_weight(leaf.value, leaf.layout)
         if role is None:
             arrays, state, base = config.begin(base, leaf.names, hit, key)
@@ -146,11 +160,15 @@ def _attached(
 
 def modules_with_followers(choices: Sequence[Choice]) -> set[str]:
     """Names of the modules whose bias changes with their matrix."""
-    return {str(name) for _, leaf, hit, role in choices if role == FOLLOWS for name in leaf.names[hit]}
+    return {str(name) for _, leaf, hit, role, _ in choices if role == FOLLOWS for name in leaf.names[hit]}
 
 
-def beside_target(config: Method, leaf: Leaf, hit: np.ndarray, role: str | None) -> tuple[Any, Any]:
+def beside_target(config: Method, choice: Choice) -> tuple[Any, Any]:
     """What a leaf that has a role is tagged with, and its arrays; the config and no arrays for a target's matrix."""
+    _, leaf, hit, role, tokens = choice
+    if role == TOKENS:
+        some = Tokens(config, role, tokens)
+        return some, some.init(as_weight(leaf.value, leaf.layout), leaf.names, hit)
     if role is None:
         return config, ({}, {})
     if role == FOLLOWS:
@@ -166,7 +184,23 @@ def untied_for(handle: Handle, config: Method, changes: Callable[[str], bool]) -
     PEFT wraps one of the modules and leaves the other as it was; with one leaf for both, both would change. Where
     the method keeps ties and changes the module that has the leaf, that is meant.
     """
-    if config.keeps_ties and changes(handle.tied_modules[0] if handle.tied_modules else ""):
+    owner, *others = handle.tied_modules or ("",)
+    if not others:
+        return handle
+    tokens = tokens_by_module(config.trainable_token_indices, handle.tied_modules, handle.input_module, strict=False)
+    if apart := [other for other in others if tokens.get(other, ()) not in ((), tokens.get(owner))]:
+        if config.ensure_weight_tying and owner in tokens:
+            raise ValueError(
+                f"ensure_weight_tying=True, and trainable_token_indices names other tokens of '{apart[0]}' than of "
+                f"'{owner}', to which it is tied. Name the same tokens, or ensure_weight_tying=False."
+            )
+        return handle.untied()
+    if owner in tokens and any(map(changes, others)):
+        raise ValueError(
+            f"Tokens of '{owner}' are trained in '{others[0]}' too, which is tied to it and is to be adapted "
+            "otherwise. Leave one of them out."
+        )
+    if config.keeps_ties and changes(owner):
         return handle
     return handle.untied() if any(map(changes, handle.tied_modules)) else handle
 
@@ -184,11 +218,19 @@ def _completed(config: M, handle: Handle, layout: Layouts) -> M:
     )
 
 
-def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator[Choice]:
-    """The leaves that an adapter changes, given the names of the modules that get a low-rank or other update.
+def choose(
+    found: Sequence[Leaf], config: Method, targets: set[str], tokens: Mapping[str, tuple[int, ...]]
+) -> Iterator[Choice]:
+    """The leaves that an adapter changes.
+
+    Args:
+        found: All leaves.
+        config: What to change.
+        targets: Names of the modules that get a low-rank or other update.
+        tokens: Ids of trained tokens by module.
 
     Raises:
-        ValueError: if one of them has ambiguous axes.
+        ValueError: if one of them has ambiguous axes, or is to be changed in two ways.
     """
     for position, leaf in enumerate(found):
         role = None
@@ -205,9 +247,17 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
             hit = np.vectorize(lambda name: _changes_bias(config, name, targets), otypes=[bool])(leaf.names)
         elif is_matrix(leaf):
             hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
+        own = next((tokens[name] for name in leaf.names.flat if name in tokens), ()) if is_matrix(leaf) else ()
+        if own and hit.any():
+            raise ValueError(
+                f"Tokens of '{leaf.names.flat[0]}' are named in trainable_token_indices, and the module in "
+                f"{role or 'target_modules'} too. Name it in one of them."
+            )
+        if own:
+            role, hit = TOKENS, np.vectorize(lambda name: name in tokens, otypes=[bool])(leaf.names)
         if hit.any():
             leaf.required_layout()
-            yield Choice(position, leaf, hit, role)
+            yield Choice(position, leaf, hit, role, own)
 
 
 def _changes_bias(config: Method, module: str, targets: set[str]) -> bool:

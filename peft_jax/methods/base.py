@@ -136,6 +136,8 @@ class Method(PeftConfig):
     alpha_pattern: Mapping[str, float] = MappingProxyType({})
     bias: str = "none"
     fan_in_fan_out: bool = False
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, self.peft_type)
@@ -240,12 +242,12 @@ class Method(PeftConfig):
     @property
     def keeps_ties(self) -> bool:
         """Whether the adapter of a module changes those that are tied to it too, by the one leaf they share."""
-        return False
+        return self.ensure_weight_tying
 
     @property
     def saves_embeddings(self) -> bool:
         """Whether a file has the base weight of an adapted embedding or output head too."""
-        return True
+        return self.trainable_token_indices is None
 
     def changes_bias(self, module: str) -> bool:
         """Whether the adapter of a module's matrix changes its bias, by `merge_bias`, too."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,9 @@ def check_fields(config: Any, peft_type: str) -> None:
         raise ValueError("layers_to_transform goes with a list of target_modules. Put the layers into the regex.")
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern says where layers_to_transform counts. Give layers_to_transform too.")
+    tokens = config.trainable_token_indices
+    for name, ids in (tokens if isinstance(tokens, Mapping) else {"": tokens} if tokens is not None else {}).items():
+        check_tokens(ids, f"trainable_token_indices{f' of {name!r}' if name else ''}")
     if isinstance(config.modules_to_save, str):
         raise ValueError(f"modules_to_save is a list of names. Write [{config.modules_to_save!r}].")
 
@@ -45,6 +49,16 @@ def check_probability(config: Any, field: str) -> None:
     """Raise ValueError unless a field is a probability below 1."""
     if not 0 <= (value := getattr(config, field)) < 1:
         raise ValueError(f"{field} is a probability in [0, 1), got {value}.")
+
+
+def check_tokens(tokens: Sequence[int], field: str) -> None:
+    """Raise ValueError unless ``tokens`` are ids, at least one and none of them twice."""
+    if not tokens or not all(isinstance(token, int) and token >= 0 for token in tokens):
+        raise ValueError(
+            f"{field} names the ids of the tokens to train, at least one and none below 0, got {tokens!r}."
+        )
+    if twice := sorted({token for token in tokens if list(tokens).count(token) > 1}):
+        raise ValueError(f"{field} names {twice} more than once. Name each token once.")
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:

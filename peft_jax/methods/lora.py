@@ -45,6 +45,10 @@ class LoraConfig(Ranked):
             zero), ``"orthogonal"`` (a product of zero), or one that takes a part out of the base, which the adapter
             then is: ``"pissa"`` and ``"pissa_niter_N"`` (the largest singular values), ``"olora"`` (columns of a QR),
             ``"loftq"`` (what rounding leaves). Embeddings start as with True.
+        trainable_token_indices: Ids of tokens that are trained beside the matrices, in the model's input embedding
+            (``embed_tokens`` of a bare tree), or by the name of an embedding or head. A head that is tied to the
+            embedding is changed with it.
+        ensure_weight_tying: An adapter of an embedding, or its saved copy, is that of a tied head too.
         loftq_config: Options of LoftQ, a `LoftQConfig`.
         layers_to_transform: Index or indices of the layers to adapt; None for all.
         layers_pattern: Name of the list of layers, if it is not the first numbered one.
@@ -87,7 +91,7 @@ class LoraConfig(Ranked):
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     megatron_config: dict[str, Any] | None = unsupported(None)
     megatron_core: str | None = unsupported("megatron.core")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = unsupported(None)
+    trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
     loftq_config: LoftQConfig | dict[str, int] = dataclasses.field(default_factory=dict)
     eva_config: dict[str, Any] | None = unsupported(None)
     corda_config: dict[str, Any] | None = unsupported(None)
@@ -104,7 +108,7 @@ class LoraConfig(Ranked):
     layer_replication: list[tuple[int, int]] | None = unsupported(None)
     lora_bias: bool = False
     target_parameters: list[str] | None = unsupported(None)
-    ensure_weight_tying: bool = unsupported(False)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

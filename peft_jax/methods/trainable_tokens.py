@@ -4,7 +4,7 @@ There is no paper; numbers follow PEFT 0.21.2.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -13,8 +13,11 @@ import numpy as np
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.product import Lookup, Product
+from peft_jax.core.targets import names_module, nothing_hit
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
+from peft_jax.methods.fields import check_tokens
+from peft_jax.methods.whole import Part
 
 ROWS, COLUMNS = "trainable_tokens_delta", "trainable_tokens_head"  # roles: tokens of an embedding, of a head
 NONE = np.iinfo(np.int32).max  # from here down are indices that no matrix has
@@ -96,14 +99,59 @@ class TrainableTokensConfig(Method):
         return apply_tokens(self, params, state, base, x, product)
 
 
-def check_tokens(tokens: Sequence[int], field: str) -> None:
-    """Raise ValueError unless ``tokens`` are ids, at least one and none of them twice."""
-    if not tokens or not all(isinstance(token, int) and token >= 0 for token in tokens):
-        raise ValueError(
-            f"{field} names the ids of the tokens to train, at least one and none below 0, got {tokens!r}."
-        )
-    if twice := sorted({token for token in tokens if list(tokens).count(token) > 1}):
-        raise ValueError(f"{field} names {twice} more than once. Name each token once.")
+@dataclasses.dataclass(frozen=True)
+class Tokens(Part):
+    """Tokens that are trained beside another method's matrices, its ``trainable_token_indices``."""
+
+    tokens: tuple[int, ...] = ()
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = TrainableTokensConfig.axes
+
+    def structure(self) -> tuple[Any, ...]:
+        """What two adapters share if they run in the same compiled program."""
+        return (Tokens,)
+
+    def init(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The base's vectors."""
+        return start_at_base(self.tokens, base, names, hit)
+
+    @staticmethod
+    def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
+        """Number of trained elements of each stacked layer."""
+        return Method.sizes(params, state)
+
+    @staticmethod
+    def merge(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+        """The matrix with the trained vectors in their places."""
+        return merge_tokens(params, state, matrix)
+
+    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+        """The base's product or lookup, with the tokens' part exchanged."""
+        return apply_tokens(self, params, state, base, x, product)
+
+
+def tokens_by_module(
+    given: Any, modules: Iterable[str], embedding: str, *, strict: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """Which tokens ``trainable_token_indices`` means, by module.
+
+    Args:
+        given: Ids for the ``embedding``, or by name (end of a module path); None for no tokens.
+        modules: Paths of the modules there are.
+        embedding: Path, or its end, of the embedding of input tokens.
+        strict: Whether each name has to hit a module.
+
+    Raises:
+        ValueError: if a name hits no module.
+    """
+    wanted = dict(given) if isinstance(given, Mapping) else {embedding: given} if given else {}
+    found: dict[str, tuple[int, ...]] = {}
+    modules = list(modules)
+    for name, tokens in wanted.items():
+        hits = [module for module in modules if names_module([name], module)]
+        if not hits and strict:
+            raise ValueError(nothing_hit(f"trainable_token_indices of '{name}'", name, modules))
+        found |= dict.fromkeys(hits, tuple(tokens))
+    return found
 
 
 def tokens_shape(
