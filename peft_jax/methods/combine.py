@@ -1,0 +1,294 @@
+"""Make one LoRA of several on the same base, as PEFT's ``add_weighted_adapter``, with the scales where PEFT errs."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
+from peft_jax.core.handle import Handle
+from peft_jax.core.paths import dotted, keys_from_names, module_path, stacked_names
+from peft_jax.core.sharding import sharded_like_base
+from peft_jax.methods.lora import BIAS, UNBIASED, LoraConfig
+from peft_jax.methods.lora_from_base import changes_base
+from peft_jax.methods.task_vectors import PRUNED, combine
+from peft_jax.methods.whole import Follower, config_of
+
+T = TypeVar("T")
+FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # each factor by itself
+MATRICES = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")  # their products
+WAYS = (*MATRICES, *FACTORS, "cat")
+SELECTS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+ALGORITHMS = {None: "DEFAULT", "gesvd": "QR", "gesvdj": "JACOBI"}
+
+
+class How(NamedTuple):
+    """The way, and its options."""
+
+    way: str
+    density: float
+    sign: str
+    clamp: float | None
+    full_matrices: bool
+    driver: str | None
+
+
+class Made(NamedTuple):
+    """The new adapter of a leaf: its arrays, the names of its layers, and their ranks."""
+
+    params: dict[str, jax.Array]
+    state: dict[str, Any]
+    names: np.ndarray
+    ranks: np.ndarray
+
+
+class Source(NamedTuple):
+    """One adapter of one layer: A ``(in, rank)``, B ``(rank, out)``, its bias, its weight and its scale."""
+
+    a: jax.Array
+    b: jax.Array
+    bias: jax.Array
+    weight: float
+    scale: float
+
+
+def add_weighted_adapter(
+    params: T,
+    adapter_names: Sequence[str],
+    weights: Sequence[float],
+    new_name: str,
+    combination_type: str = "svd",
+    *,
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    key: jax.Array | None = None,
+) -> T:
+    """A new tree with one more LoRA, made of others; `pj.set_adapter` switches to it.
+
+    ``"cat"`` gives the weighted sum of the adapters exactly, with the sum of their ranks. ``"svd"`` gives the nearest
+    to it of a smaller rank. ``"linear"`` adds the factors each by itself, which is near to it as far as they are
+    alike. The others prune first: ``"magnitude_prune"`` the smallest elements, ``"dare_..."`` any, with the rest
+    scaled up; ``"ties"`` and ``"dare_ties"`` then take the mean of what agrees in sign with the majority;
+    ``"..._svd"`` does it with the products of the factors. The new adapter has scale 1 and starts inactive.
+
+    Args:
+        params: A tree or model handle with the adapters.
+        adapter_names: Which; of one alone the way is ``"linear"``, as in PEFT.
+        weights: A factor for each, negative ones too.
+        new_name: Name of the new adapter.
+        combination_type: How.
+        svd_rank: Rank of the new adapter for ``"..._svd"``; None for the largest of the others'.
+        svd_clamp: Quantile of the elements of the new factors beyond which they are cut off.
+        svd_full_matrices: Whether the decomposition is made in full; what counts of it is the same.
+        svd_driver: None for the backend's own algorithm, ``"gesvd"`` or ``"gesvdj"``.
+        density: Part of the elements that pruning keeps, in (0, 1].
+        majority_sign_method: ``"total"``, the sign of the sum, or ``"frequency"``, that of most.
+        key: A JAX random key for ``"dare_..."``; None means ``jax.random.key(0)``.
+
+    Raises:
+        ValueError: if a name or an option is wrong, or these adapters cannot be combined in this way.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> params = {"q": {"kernel": jnp.ones((4, 4))}}
+        >>> for name in "ab":
+        ...     config = pj.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
+        ...     params = pj.apply_lora(params, config, adapter_name=name)
+        >>> params = pj.add_weighted_adapter(params, ["a", "b"], [0.7, -0.3], "mix", "cat")
+        >>> pj.set_adapter(params, "mix")["q"]["kernel"].params["lora_A"].shape
+        (4, 4)
+    """
+    tree = params.params if isinstance(params, Handle) else params
+    way = "linear" if len(adapter_names) == 1 else combination_type
+    how = How(way, 1.0 if density is None else density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
+    configs = _checked(tree, adapter_names, weights, new_name, how, density)
+    ranks = [max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r for config in configs]
+    rank = sum(ranks) if way == "cat" else (svd_rank or max(ranks)) if way in MATRICES else max(ranks)
+    weighted = dict(zip(adapter_names, weights, strict=True))
+    key = jax.random.key(0) if key is None else key
+    made = {}
+    for key_path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_adapted):
+        found = _sources(node, weighted)
+        if found and node.layout.inp:
+            made[dotted(key_path)] = _made(dotted(key_path), found, weighted, how, rank, key)
+    config = _new_config(configs, made.values(), rank)
+
+    def add(key_path: Any, node: Any) -> Any:
+        found = _sources(node, weighted)
+        if not found:
+            return node
+        tag = Tag(new_name, config)
+        if node.layout.inp:
+            one = made[dotted(key_path)]
+            arrays, state = one.params, one.state
+        else:  # a bias that changes with its layer's matrix
+            names = stacked_names(module_path(dotted(key_path)), node.layout, node.shape)
+            hit = np.any([np.asarray(source.state["rank"]) > 0 for source in found], axis=0)
+            follower = Follower(config, found[0].tag.config.role)
+            arrays, state = follower.init(names, hit)
+            tag = Tag(new_name, follower)
+        return sharded_like_base(Adapted(node, arrays, state, node.layout, tag, active=False))
+
+    new = tied(jax.tree_util.tree_map_with_path(add, tree, is_leaf=is_adapted))
+    return params.replace(new) if isinstance(params, Handle) else new
+
+
+def _sources(node: Any, names: Collection[str]) -> list[Adapted]:
+    """The adapters of these names on a leaf, in the order of the names."""
+    found = {}
+    while is_adapted(node):
+        found[node.tag.name] = node
+        node = node.base
+    return [found[name] for name in names if name in found]
+
+
+def _made(
+    path: str, found: Sequence[Adapted], weighted: Mapping[str, float], how: How, rank: int, key: jax.Array
+) -> Made:
+    """The new adapter of a leaf, layer by layer."""
+    names = stacked_names(module_path(path), found[0].layout, found[0].shape)
+    keys = jnp.reshape(keys_from_names(key, names), (-1,))
+    n_in, n_out = found[0].layout.sizes(found[0].shape)
+    has_bias = any(BIAS in node.params for node in found)
+    layers, ranks = [], np.zeros(names.shape, np.int32)
+    for number, index in enumerate(np.ndindex(names.shape)):
+        sources = [_source(node, index, weighted[node.tag.name]) for node in found if node.state["rank"][index] > 0]
+        if not sources:
+            layers.append((jnp.zeros((n_in, 0)), jnp.zeros((0, n_out)), jnp.zeros(n_out)))
+            continue
+        ranks[index] = sources[0].a.shape[1] if how.way in FACTORS else rank
+        layers.append(_layer(str(names[index]), sources, how, int(ranks[index]), keys[number]))
+    width = int(ranks.max())
+    a = [jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) for a, _, _ in layers]
+    b = [jnp.pad(b, ((0, width - b.shape[0]), (0, 0))) for _, b, _ in layers]
+    params = {
+        "lora_A": jnp.reshape(jnp.stack(a), (*names.shape, n_in, width)),
+        "lora_B": jnp.reshape(jnp.stack(b), (*names.shape, width, n_out)),
+    }
+    if has_bias:
+        params[BIAS] = jnp.reshape(jnp.stack([bias for _, _, bias in layers]), (*names.shape, n_out))
+    state: dict[str, Any] = {"scaling": jnp.asarray(ranks > 0, jnp.float32), "rank": jnp.asarray(ranks)}
+    if lone := [node.state[UNBIASED] for node in found if UNBIASED in node.state]:
+        state[UNBIASED] = lone[0]
+    return Made(params, state, names, ranks)
+
+
+def _source(node: Adapted, index: tuple[int, ...], weight: float) -> Source:
+    rank = int(node.state["rank"][index])
+    a, b = node.params["lora_A"][index][:, :rank], node.params["lora_B"][index][:rank]
+    bias = node.params[BIAS][index] if BIAS in node.params else jnp.zeros(b.shape[1])
+    return Source(a, b, bias, weight, float(node.state["scaling"][index]))
+
+
+def _layer(
+    name: str, sources: Sequence[Source], how: How, rank: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A, B and bias of the new adapter of one layer, whose scale is 1."""
+    weights, of_a, of_b, of_bias = [source.weight for source in sources], *jax.random.split(key, 3)
+    one = how.way.removesuffix("_svd").replace("svd", "linear").replace("cat", "linear")
+    bias = combine(one, [source.scale * source.bias for source in sources], weights, how.density, how.sign, of_bias)
+    if how.way == "cat":
+        a = jnp.concatenate([source.weight * source.scale * source.a for source in sources], axis=1)
+        b = jnp.concatenate([source.b for source in sources], axis=0)
+        more = rank - a.shape[1]
+        return jnp.pad(a, ((0, 0), (0, more))), jnp.pad(b, ((0, more), (0, 0))), bias
+    if how.way in MATRICES:
+        changes = [source.scale * source.a @ source.b for source in sources]
+        return *_cut_off(combine(one, changes, weights, how.density, how.sign, of_a), rank, how), bias
+    if len({source.a.shape[1] for source in sources}) > 1:
+        raise ValueError(
+            f"combination_type='{how.way}' adds factors of one rank, and those of '{name}' have "
+            f"{[source.a.shape[1] for source in sources]}. Write 'cat' or one of the '..._svd'."
+        )
+    totals = [source.weight * source.scale for source in sources]
+    roots = [abs(total) ** 0.5 for total in totals]
+    signed = [np.copysign(root, total) for root, total in zip(roots, totals, strict=True)]
+    a = combine(one, [source.a for source in sources], signed, how.density, how.sign, of_a)
+    return a, combine(one, [source.b for source in sources], roots, how.density, how.sign, of_b), bias
+
+
+def _cut_off(change: jax.Array, rank: int, how: How) -> tuple[jax.Array, jax.Array]:
+    """The factors of rank at most ``rank`` whose product is nearest to a matrix, padded with zeros up to it."""
+    algorithm = getattr(jax.lax.linalg.SvdAlgorithm, ALGORITHMS[how.driver])
+    u, s, vt = jax.lax.linalg.svd(change, full_matrices=how.full_matrices, algorithm=algorithm)
+    kept = min(rank, len(s))
+    a, b = u[:, :kept], s[:kept, None] * vt[:kept]
+    if how.clamp is not None:
+        most = jnp.quantile(jnp.concatenate([a.reshape(-1), b.reshape(-1)]), how.clamp)
+        a, b = jnp.clip(a, -most, most), jnp.clip(b, -most, most)
+    return jnp.pad(a, ((0, 0), (0, rank - kept))), jnp.pad(b, ((0, rank - kept), (0, 0)))
+
+
+def _new_config(configs: Sequence[LoraConfig], made: Iterable[Made], rank: int) -> LoraConfig:
+    """The first adapter's config with what the new one has: its targets, its ranks, scale 1."""
+    first = configs[0]
+    ranks = {str(one.names[i]): int(one.ranks[i]) for one in made for i in np.ndindex(one.names.shape) if one.ranks[i]}
+    targets: Any = [config.target_modules for config in configs]
+    selects = {name: getattr(first, name) for name in SELECTS}
+    if any(getattr(config, name) != selects[name] for config in configs for name in SELECTS):
+        targets, selects = sorted(ranks), dict.fromkeys(SELECTS)
+    elif all(isinstance(target, str) for target in targets):
+        targets = "|".join(f"({target})" for target in targets)
+    elif any(isinstance(target, str) for target in targets):
+        targets = sorted(ranks)
+    else:
+        targets = sorted({name for target in targets for name in target})
+    smaller = {f"^{name}": found for name, found in ranks.items() if found != rank}
+    return first.replace(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=smaller,
+        alpha_pattern=smaller,
+        use_rslora=False,
+        lora_bias=any(config.lora_bias for config in configs),
+        init_lora_weights=True,
+        loftq_config={},
+        target_modules=targets,
+        **selects,
+    )
+
+
+def _checked(
+    tree: Any, names: Sequence[str], weights: Sequence[float], new_name: str, how: How, density: float | None
+) -> list[LoraConfig]:
+    """The configs of the adapters, once it is certain that they can be combined."""
+    known = {name: config_of(config) for name, config in adapters(tree).items()}
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}.")
+    if not names or len(set(names)) != len(names) or len(weights) != len(names):
+        raise ValueError(f"Give adapters, each once, and a weight for each, got {list(names)} and {list(weights)}.")
+    if new_name in known:
+        raise ValueError(f"Adapter name '{new_name}' is taken. Choose another, or pj.delete_adapter it first.")
+    if how.way not in WAYS:
+        raise ValueError(f"combination_type='{how.way}' is not known. Write one of {', '.join(WAYS)}.")
+    if how.way.removesuffix("_svd") in PRUNED and (density is None or not 0 < density <= 1):
+        raise ValueError(f"combination_type='{how.way}' needs a density in (0, 1], got {density}.")
+    if how.sign not in ("total", "frequency"):
+        raise ValueError(f"majority_sign_method is 'total' or 'frequency', got '{how.sign}'.")
+    if how.driver not in ALGORITHMS:
+        raise ValueError(f"svd_driver is None, 'gesvd' or 'gesvdj', got '{how.driver}'.")
+    configs: list[LoraConfig] = []
+    for name in names:
+        config = known[name]
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"add_weighted_adapter is for LoRA, and '{name}' is {config.peft_type}.")
+        wrong = {
+            "use_dora": config.use_dora,
+            "modules_to_save": config.modules_to_save,
+            "trainable_token_indices": config.trainable_token_indices,
+            "bias": config.bias if config.bias != "none" else None,
+            "init_lora_weights": config.init_lora_weights if changes_base(config.init_lora_weights) else None,
+        }
+        if set_fields := {field: value for field, value in wrong.items() if value}:
+            raise ValueError(
+                f"Adapter '{name}' is more than what is added to a weight ({set_fields}), and cannot be combined with "
+                "others. Merge it into the base, or train it without."
+            )
+        configs.append(config)
+    return configs
