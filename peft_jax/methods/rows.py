@@ -1,0 +1,208 @@
+"""Several adapters in one batch: each row is computed with one of them, or with the base alone."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted
+from peft_jax.core.handle import Handle
+from peft_jax.core.layout import Layout
+from peft_jax.core.paths import dotted
+from peft_jax.core.product import MATMUL, Lookup, Product
+from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight
+from peft_jax.methods.lora import LoraConfig
+
+T = TypeVar("T")
+BASE = "__base__"  # PEFT's name for no adapter
+FACTORS = {"lora_A", "lora_B"}
+
+
+def with_adapter_rows(params: T, names: Sequence[str]) -> T:
+    """The tree, or handle, whose products use one adapter for each row of a batch: PEFT's ``adapter_names=``.
+
+    A row's numbers are those of running it alone with `pj.set_adapter`. All products must have the batch as the first
+    axis of their inputs. LoRA's factors are gathered by row; with other methods each product is computed once for each
+    adapter. It is for inference: the adapters are no longer trained, merged or saved. Other names in the same number,
+    of the same adapters, compile nothing.
+
+    Args:
+        params: A tree or model handle with the adapters; which of them are active does not matter.
+        names: The adapter of each row; ``"__base__"`` for none.
+
+    Raises:
+        ValueError: if there is no such adapter, or one of them changes a vector, which is no product's.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> params = {"q": {"kernel": jnp.ones((4, 4))}}
+        >>> for name in "ab":
+        ...     config = pj.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
+        ...     params = pj.apply_lora(params, config, adapter_name=name, key=jax.random.key(ord(name)))
+        >>> f = pj.adapt(lambda params, x: x @ params["q"]["kernel"])
+        >>> y = f(pj.with_adapter_rows(params, ["a", "__base__", "b"]), jnp.ones((3, 4)))
+        >>> bool(jnp.allclose(y[2], f(pj.set_adapter(params, "b"), jnp.ones(4)), rtol=1e-5))
+        True
+    """
+    if isinstance(params, Handle):
+        return params.replace(with_adapter_rows(params.params, names))
+    known = adapters(params)
+    if missing := sorted(set(names) - {BASE, *known}):
+        raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}, and '{BASE}' for none.")
+    used = [name for name in known if name in names]
+
+    def by_row(key_path: Any, node: Any) -> Any:
+        found = {}
+        base = node
+        while is_adapted(base):
+            found[base.tag.name] = base
+            base = base.base
+        nodes = [found[name] for name in used if name in found]
+        if not nodes:
+            return base
+        if not node.layout.inp:
+            raise ValueError(
+                f"Adapter '{nodes[0].tag.name}' changes the vector '{dotted(key_path)}', and only matrices can differ "
+                "by row. Run its rows by themselves, with pj.set_adapter."
+            )
+        places = {one.tag.name: place for place, one in enumerate(nodes, 1)}
+        rows = np.array([places.get(name, 0) for name in names], np.int32)
+        stack = node.layout.stack_shape(node.shape)
+        return Rows(
+            base,
+            tuple(dict(one.params) for one in nodes),
+            tuple({name: value for name, value in one.state.items() if name != "dropout"} for one in nodes),
+            jnp.broadcast_to(jnp.asarray(rows), (*stack, len(rows))),
+            node.layout,
+            tuple(one.tag for one in nodes),
+        )
+
+    return jax.tree_util.tree_map_with_path(by_row, params, is_leaf=is_adapted)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("base", "params", "states", "rows"), meta_fields=("layout", "tags")
+)
+@dataclasses.dataclass(frozen=True)
+class Rows(Weight):
+    """A base leaf, adapters that are each on it alone, and which of them each row of a batch has.
+
+    Attributes:
+        base: An array or a quantized leaf.
+        params: The trained arrays of each adapter.
+        states: Its frozen arrays.
+        rows: ``(*stack, batch)``, counted from 1; 0 for the base.
+        layout: Axes of the base.
+        tags: Names and configs of the adapters.
+    """
+
+    base: Any
+    params: tuple[dict[str, jax.Array], ...]
+    states: tuple[dict[str, Any], ...]
+    rows: jax.Array
+    layout: Layout
+    tags: tuple[Tag, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Element type of the base."""
+        return self.base.dtype
+
+    @property
+    def _base(self) -> Weight:
+        return as_weight(self.base, self.layout)
+
+    @property
+    def array(self) -> jax.Array:
+        """That of the base."""
+        return self._base.array
+
+    def dense(self) -> jax.Array:
+        """Not there."""
+        raise MergeError(
+            "Its rows have adapters of their own (pj.with_adapter_rows), which one array cannot hold. Use the weight "
+            "in a product, or run each adapter's rows by themselves."
+        )
+
+    def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
+        """The product, each row with its adapter."""
+        batch = self.rows.shape[-1]
+        if self.rows.ndim > 1 or x.ndim == 0 or x.shape[0] != batch:
+            raise ValueError(
+                f"A product has inputs of shape {x.shape} where each of {batch} rows has an adapter of its own. "
+                f"The first axis has to be the batch of {batch}."
+            )
+        y, base = self._base.apply(x, product), self._base
+        gathered = [i for i, tag in enumerate(self.tags) if self._is_plain(i, product)]
+        if gathered:
+            y = self._with_factors(gathered, y, x, product)
+        for i, tag in enumerate(self.tags):
+            if i not in gathered:
+                own = tag.config.apply(self.params[i], self.states[i], base, x, product)
+                y = jnp.where(jnp.reshape(self.rows == i + 1, (-1, *[1] * (y.ndim - 1))), own, y)
+        return y
+
+    def _is_plain(self, i: int, product: Product) -> bool:
+        """Whether an adapter is two factors and no more, and the product one that maps over rows."""
+        maps = type(product) in (Product, Lookup) and product.out_sharding is None
+        plain = isinstance(self.tags[i].config, LoraConfig) and self.params[i].keys() == FACTORS
+        return maps and plain and self.states[i].keys() == {"scaling", "rank"}
+
+    def _with_factors(self, which: Sequence[int], y: jax.Array, x: jax.Array, product: Product) -> jax.Array:
+        """``y`` and what the factors of each row's adapter add to it."""
+        width = max(self.params[i]["lora_A"].shape[-1] for i in which)
+        zero = {name: jnp.zeros_like(array) for name, array in self.params[which[0]].items()}
+        padded = [_padded(params, width) for params in (zero, *(self.params[i] for i in which))]
+        a, b = (jnp.stack([one[name] for one in padded]) for name in ("lora_A", "lora_B"))
+        scaling = jnp.stack([jnp.zeros((), a.dtype), *(self.states[i]["scaling"].astype(a.dtype) for i in which)])
+        place = jnp.zeros(len(self.tags) + 1, jnp.int32).at[jnp.array(which) + 1].set(jnp.arange(1, len(which) + 1))
+        of_row = place[self.rows]
+
+        def added(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+            return product.up(product.down(x, a) * scale, b)
+
+        update = jax.vmap(added)(x, a[of_row], b[of_row], scaling[of_row])
+        return (y.astype(update.dtype) + update).astype(y.dtype)
+
+    def astype(self, dtype: jnp.dtype) -> "Rows":
+        """The leaf with its base converted."""
+        return dataclasses.replace(self, base=as_leaf(self._base.astype(dtype)))
+
+    def mapped(self, position: int, change: Change, *, drop: bool) -> "Rows":
+        """The leaf with all arrays changed along a stacked axis."""
+        base = as_leaf(self._base.mapped(position, change, drop=drop))
+        own = (self.params, self.states, self.rows)
+        params, states, rows = jax.tree.map(lambda array: change(array, position), own)
+        layout = self.layout.unstacked(position) if drop else self.layout
+        return dataclasses.replace(self, base=base, params=params, states=states, rows=rows, layout=layout)
+
+    def relaid(self, layout: Layout) -> "Rows":
+        """The leaf with another layout."""
+        return dataclasses.replace(self, base=as_leaf(self._base.relaid(layout)), layout=layout)
+
+    def specs(self, entries: tuple[Any, ...]) -> "Rows":
+        """Those of the adapters by themselves; which row has which is known everywhere."""
+        parts = [
+            Adapted(self.base, params, state, self.layout, tag).specs(entries)
+            for params, state, tag in zip(self.params, self.states, self.tags, strict=True)
+        ]
+        stack = tuple(entries[axis] for axis in self.layout.stack)
+        params, states = tuple(part.params for part in parts), tuple(part.state for part in parts)
+        rows: Any = PartitionSpec(*stack)
+        return dataclasses.replace(self, base=self._base.specs(entries), params=params, states=states, rows=rows)
+
+
+def _padded(params: Mapping[str, jax.Array], width: int) -> dict[str, jax.Array]:
+    a, b = params["lora_A"], params["lora_B"]
+    more = width - a.shape[-1]
+    return {"lora_A": jnp.pad(a, ((0, 0), (0, more))), "lora_B": jnp.pad(b, ((0, more), (0, 0)))}
