@@ -33,6 +33,7 @@ from peft_jax.methods import apply_adapter as apply_adapter
 from peft_jax.methods import apply_lora as apply_lora
 from peft_jax.methods import scale_adapter as scale_adapter
 from peft_jax.methods import with_adapter_rows as with_adapter_rows
+from peft_jax.methods import with_invocations as with_invocations
 from peft_jax.models import AutoModelForCausalLM as AutoModelForCausalLM
 from peft_jax.models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from peft_jax.models import PeftModel as PeftModel

@@ -140,7 +140,7 @@ def test_dora_of_experts_has_norms_of_its_own_for_each():
 
 def test_a_trained_bias_is_not_for_embeddings():
     config = pj.LoraConfig(lora_bias=True, target_modules=["dense"])
-    with pytest.raises(ValueError, match="lora_bias=True is not for embeddings, as 'dense' is"):
+    with pytest.raises(ValueError, match="lora_bias is not for embeddings, as 'dense' is"):
         pj.apply_lora({"dense": {"embedding": jnp.ones((4, 3))}}, config)
 
 
@@ -164,3 +164,100 @@ def test_a_trained_bias_counts_as_often_as_the_scale(bias):
     else:
         with pytest.raises(ValueError, match="has none to merge it into. Keep the adapter apart"):
             pj.merge(params)
+
+
+def test_alora_counts_from_its_last_invocation_on():
+    """Prompts that have it twice, once, at the end, in part and not at all; and the tokens that are generated after."""
+    ids = jnp.array(
+        [[1, 5, 6, 5, 6, 2], [5, 6, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5], [6, 1, 2, 3, 4, 5]]
+    )
+    config = pj.LoraConfig(r=2, alora_invocation_tokens=[5, 6], lora_bias=True, target_modules=["dense"])
+    tree = {"dense": {"kernel": normal(0, 12, 8), "bias": normal(1, 8)}}
+    params = perturbed(pj.apply_lora(tree, config))
+    invoked, x = pj.with_invocations(params, ids), normal(2, 5, 6, 12)
+
+    def model(params, x):
+        return x @ params["dense"]["kernel"] + jnp.expand_dims(params["dense"]["bias"], range(x.ndim - 1))
+
+    run, leaf, base = pj.adapt(model), params["dense"]["kernel"], model(tree, x)
+    added = 4 * (x @ leaf.params["lora_A"] @ leaf.params["lora_B"] + leaf.params["lora_bias"][None, None])
+    for row, start in enumerate([3, 0, 4, 6, 6]):
+        close(run(invoked, x)[row], base[row] + jnp.where(jnp.arange(6)[:, None] < start, 0, added[row]))
+    last = run(invoked, x[:, -1:])  # one token after the prompt
+    close(last, (base + added)[:, -1:].at[3:].set(base[3:, -1:]))
+    close(run(invoked, x[:, -1]), last[:, 0])
+    with pytest.raises(ValueError, match=r"Tell it: pj.with_invocations\(params, input_ids\)"):
+        run(params, x)
+    with pytest.raises(ValueError, match=r"gives \(3, 6, 8\).*5 rows.*has to be the batch"):
+        run(invoked, x[:3])
+    with pytest.raises(ValueError, match="adds to some tokens of a sequence only"):
+        pj.merge(invoked)
+
+
+def test_alora_generates_as_peft_does(tiny_llama, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=8, lora_alpha=64, alora_invocation_tokens=[7, 8], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = pj.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32")
+    model = pj.PeftModel.from_pretrained(ours, tmp_path)
+    for prompt in ([5, 7, 8, 9], [5, 8, 7, 9]):
+        ids = np.array([prompt])
+        with torch.no_grad():
+            options = {"attention_mask": torch.ones(1, 4, dtype=torch.int64), "max_new_tokens": 12, "do_sample": False}
+            want = theirs.generate(input_ids=torch.tensor(ids), **options).numpy()
+        np.testing.assert_array_equal(model.generate(ids, max_new_tokens=want.shape[1] - 4), want)
+        plain = ours.generate(ids, max_new_tokens=want.shape[1] - 4)
+        assert np.array_equal(plain, want) == (prompt[1] == 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alora_invocation_tokens": []}, "at least one"),
+        ({"alora_invocation_tokens": [1], "use_dora": True}, "do not go with use_dora=True"),
+    ],
+)
+def test_invocations_that_do_not_suit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        pj.LoraConfig(**options)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 1 LoRA tensor")  # PEFT takes the bias for a cut matrix
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_layers_stored_inputs_first_are_pefts(options, tmp_path):
+    """GPT-2's Conv1D, told by fan_in_fan_out: the same values, files and merged weights."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from safetensors.numpy import load_file
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    options = {"r": 3, "lora_alpha": 5, "fan_in_fan_out": True, "target_modules": ["dense"], **options}
+    model = torch.nn.ModuleDict({"dense": Conv1D(8, 12)})
+    model["dense"].weight.data.copy_(torch.randn(12, 8))
+    weight, bias = (jnp.array(getattr(model["dense"], name).detach().numpy()) for name in ("weight", "bias"))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter) * parameter.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(5, 12)
+    want = theirs.base_model.model["dense"](x).detach().numpy()
+    params = pj.interop.load_adapter({"dense": {"weight": weight, "bias": bias}}, tmp_path / "theirs")
+
+    def layer(params, x):
+        return x @ params["dense"]["weight"] + params["dense"]["bias"][None]
+
+    close(pj.adapt(layer)(params, x.numpy()), want)
+    close(layer(pj.merge(params), x.numpy()), want)
+    assert np.abs(want - layer({"dense": {"weight": weight, "bias": bias}}, x.numpy())).max() > 0.1
+    pj.interop.save_adapter(params, tmp_path / "ours")
+    ours, file = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert {key: array.tobytes() for key, array in ours.items()} == {
+        key: array.tobytes() for key, array in file.items()
+    }

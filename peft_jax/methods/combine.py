@@ -280,6 +280,7 @@ def _checked(
             raise ValueError(f"add_weighted_adapter is for LoRA, and '{name}' is {config.peft_type}.")
         wrong = {
             "use_dora": config.use_dora,
+            "alora_invocation_tokens": config.alora_invocation_tokens,
             "modules_to_save": config.modules_to_save,
             "trainable_token_indices": config.trainable_token_indices,
             "bias": config.bias if config.bias != "none" else None,

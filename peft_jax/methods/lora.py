@@ -17,10 +17,10 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import MergeError, Weight
-from peft_jax.methods import dora, lora_from_base, lora_start
+from peft_jax.methods import alora, dora, lora_from_base, lora_start
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
-from peft_jax.methods.lora_options import LoftQConfig, check_start
+from peft_jax.methods.lora_options import LoftQConfig, check_invocation, check_start
 from peft_jax.methods.ranked import Ranked
 
 BIAS = "lora_bias"
@@ -49,6 +49,7 @@ class LoraConfig(Ranked):
             (``embed_tokens`` of a bare tree), or by the name of an embedding or head. A head that is tied to the
             embedding is changed with it.
         ensure_weight_tying: An adapter of an embedding, or its saved copy, is that of a tied head too.
+        alora_invocation_tokens: Ids of an invocation; the adapter counts from its last one in a sequence on (aLoRA).
         loftq_config: Options of LoftQ, a `LoftQConfig`.
         layers_to_transform: Index or indices of the layers to adapt; None for all.
         layers_pattern: Name of the list of layers, if it is not the first numbered one.
@@ -102,7 +103,7 @@ class LoraConfig(Ranked):
     kasa_config: dict[str, Any] | None = unsupported(None)
     use_bdlora: dict[str, Any] | None = unsupported(None)
     use_dora: bool = False
-    alora_invocation_tokens: list[int] | None = unsupported(None)
+    alora_invocation_tokens: Sequence[int] | None = None
     use_qalora: bool = unsupported(False)
     qalora_group_size: int = unsupported(16)
     layer_replication: list[tuple[int, int]] | None = unsupported(None)
@@ -114,6 +115,7 @@ class LoraConfig(Ranked):
         super().__post_init__()
         check_probability(self, "lora_dropout")
         check_start(self)
+        check_invocation(self)
         if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
             raise ValueError(
                 f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="
@@ -144,13 +146,19 @@ class LoraConfig(Ranked):
 
         Where ranks differ the smaller ones are padded with zeros, which stay zero in training.
         """
-        if self.lora_bias and layout.lookup:
-            raise ValueError(f"lora_bias=True is not for embeddings, as '{names.flat[0]}' is. Target other modules.")
+        for field in ("lora_bias", "alora_invocation_tokens"):
+            if getattr(self, field) and layout.lookup:
+                raise ValueError(f"{field} is not for embeddings, as '{names.flat[0]}' is. Target other modules.")
         init, ranks = self.init_lora_weights, self.ranks(names, hit)
         params = lora_start.drawn(init, layout, shape, names, ranks, key)
         if self.lora_bias:
             params[BIAS] = lora_start.drawn_bias(init, layout.sizes(shape)[1], names, ranks, key)
         return params, self.state(names, hit)
+
+    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+        """Rank and scale of each stacked layer, 0 where it is not adapted; and the invocation."""
+        tokens = self.alora_invocation_tokens
+        return super().state(names, hit) | ({} if tokens is None else alora.invocation_state(tokens, names))
 
     def begin(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
@@ -174,8 +182,8 @@ class LoraConfig(Ranked):
         return rank * (params["lora_A"].shape[-2] + n_out) + (rank > 0) * n_out * (len(params) - 2)
 
     def changes_bias(self, module: str) -> bool:
-        """With ``lora_bias``."""
-        return self.lora_bias
+        """With ``lora_bias``, that of all tokens."""
+        return self.lora_bias and self.alora_invocation_tokens is None
 
     def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
         """The base without what the factors started at, as PEFT takes it out again."""
@@ -196,6 +204,11 @@ class LoraConfig(Ranked):
 
     def merge(self, params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
         """``W + s A B``, added in the adapter's precision."""
+        if alora.TOKENS in state:
+            raise MergeError(
+                "An adapter with alora_invocation_tokens adds to some tokens of a sequence only, which no merged "
+                "weight does. Keep it apart."
+            )
         if UNBIASED in state:
             raise MergeError(
                 "lora_bias=True adds a bias to a layer that has none to merge it into. Keep the adapter apart, or give "
@@ -221,4 +234,6 @@ class LoraConfig(Ranked):
         update = product.up(inner, params["lora_B"])
         if UNBIASED in state:
             update = update + product.scale(jnp.ones_like(update), scaling[..., None] * params[BIAS])
+        if alora.TOKENS in state:
+            update = alora.masked(update, state)
         return (y.astype(update.dtype) + update).astype(y.dtype)

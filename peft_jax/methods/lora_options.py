@@ -39,6 +39,17 @@ def check_start(config: Any) -> None:
         object.__setattr__(config, "loftq_config", dataclasses.asdict(options))
 
 
+def check_invocation(config: Any) -> None:
+    """Raise ValueError if a LoRA config's invocation is no list of ids, or goes with another variant."""
+    tokens = config.alora_invocation_tokens
+    if tokens is None:
+        return
+    if not tokens or not all(isinstance(token, int) and token >= 0 for token in tokens):
+        raise ValueError(f"alora_invocation_tokens are the ids of an invocation, at least one, got {tokens!r}.")
+    if config.use_dora:
+        raise ValueError("alora_invocation_tokens do not go with use_dora=True. Leave one of them.")
+
+
 def _from_fields(cls: type, fields: Any, name: str) -> Any:
     if not fields:
         raise ValueError(f"{name} is not given. Write {name}={cls.__name__}(...).")

@@ -11,6 +11,7 @@ from peft_jax.core.adapted import adapters
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.adapter import load_adapter, save_adapter
+from peft_jax.methods.alora import is_invoked, with_invocations
 from peft_jax.methods.attach import apply_adapter
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.methods.whole import config_of
@@ -85,6 +86,19 @@ class PeftModel(CausalLM):
         for name in self.peft_config:
             path = path_initial_model_for_weight_conversion
             save_adapter(self, directory, adapter_name=name, path_initial_model_for_weight_conversion=path)
+
+    def __call__(self, input_ids: Any = None, *args: Any, **options: Any) -> Any:
+        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
+        return super(PeftModel, self._invoked(input_ids)).__call__(input_ids, *args, **options)
+
+    def generate(self, input_ids: Any, *args: Any, **options: Any) -> jax.Array:
+        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
+        return super(PeftModel, self._invoked(input_ids)).generate(input_ids, *args, **options)
+
+    def _invoked(self, input_ids: Any) -> Self:
+        if input_ids is None or not is_invoked(self.params):
+            return self
+        return with_invocations(self, input_ids)
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line of trainable and all parameters."""
