@@ -6,7 +6,7 @@ costs speed and never correctness.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -86,10 +86,10 @@ def trace(fn: Callable[..., Any], leaves: list[Any], treedef: Any, *, keep: bool
     return jaxpr, values, jax.tree.structure(shapes)
 
 
-def evaluate(jaxpr: Any, *args: Any) -> Sequence[Any]:
+def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     """The outputs of a closed jaxpr on arrays and views of weights; an output may be such a view."""
     program, inputs, structure = splice(compat.closed(jaxpr), args, _equation)
-    return jax.tree.unflatten(structure, compat.run(program, inputs))  # type: ignore[no-any-return]
+    return list(jax.tree.unflatten(structure, compat.run(program, inputs)))
 
 
 def _equation(eqn: Any, values: list[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from jax.extend import core
 from peft_jax.adapt import compat
 from peft_jax.core.view import is_view
 
-LEAF = jax.tree.structure(0)
+LEAF: Any = jax.tree.structure(0)
 
 Run = Callable[[Any, list[Any]], list[Any]]  # an equation on values of its operands, views of weights among them
 
