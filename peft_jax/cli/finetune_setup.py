@@ -15,7 +15,7 @@ import peft_jax as pj
 from peft_jax.cli.finetune_options import AdapterOptions, DataOptions, Finetune, ModelOptions, flag, settings
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.methods.base import Method
-from peft_jax.models.llama import LlamaConfig
+from peft_jax.models.config import ModelConfig
 from peft_jax.train import Packed, Padded, encode, load_template, read_data
 from peft_jax.train.batches import Data
 from peft_jax.train.encode import Example
@@ -117,7 +117,7 @@ def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Ex
     return parts[0], parts[1]
 
 
-def check_fit(parts: Sequence[Data], config: LlamaConfig) -> None:
+def check_fit(parts: Sequence[Data], config: ModelConfig) -> None:
     """Raise ValueError for tokens that the model has no embedding or no position for."""
     largest = max(int(part[index]["input_ids"].max()) for part in parts for index in range(len(part)))
     if largest >= config.vocab_size:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.interop.checkpoint import find_checkpoint
-from peft_jax.models import llama
 from peft_jax.models.causal_lm import CausalLM, Source
 from peft_jax.models.checkpoint import load_model, read_generation_config
-from peft_jax.models.llama import LlamaConfig
+from peft_jax.models.config import ModelConfig
+from peft_jax.models.families import family_of
 
 
 class AutoModelForCausalLM:
@@ -48,7 +48,7 @@ class AutoModelForCausalLM:
 
     @staticmethod
     def from_config(
-        config: LlamaConfig, *, key: jax.Array | None = None, dtype: str | jnp.dtype = "float32", remat: bool = False
+        config: ModelConfig, *, key: jax.Array | None = None, dtype: str | jnp.dtype = "float32", remat: bool = False
     ) -> CausalLM:
         """A model with random parameters.
 
@@ -59,10 +59,11 @@ class AutoModelForCausalLM:
             remat: As in `from_pretrained`.
 
         Example:
+            >>> from peft_jax.models import LlamaConfig
             >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
             ...                      num_attention_heads=2)
             >>> AutoModelForCausalLM.from_config(config).num_parameters()
             1384
         """
-        params = llama.init_params(config, jax.random.key(0) if key is None else key, jnp.dtype(dtype))
+        params = family_of(config).init_params(config, jax.random.key(0) if key is None else key, jnp.dtype(dtype))
         return CausalLM(params, config, remat=remat)

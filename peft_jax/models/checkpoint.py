@@ -1,9 +1,8 @@
-"""Models of the Llama family to and from Hugging Face checkpoints."""
+"""Models to and from Hugging Face checkpoints."""
 
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,17 +12,17 @@ import numpy as np
 
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
 from peft_jax.interop.files import GENERATION_CONFIG
-from peft_jax.models.llama import LlamaConfig
-from peft_jax.models.llama_keys import IGNORED, STACKED, rows
+from peft_jax.models.config import ModelConfig
+from peft_jax.models.families import family_of, read_architecture
+from peft_jax.models.family import Family
 from peft_jax.quant import quantize_array
 
 DTYPES = ("float32", "bfloat16", "float16")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_model(
     name_or_path: str | os.PathLike[str], *, dtype: Any = None, load_in_8bit: bool = False
-) -> tuple[LlamaConfig, dict[str, Any]]:
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Read architecture and parameters of a checkpoint.
 
     Args:
@@ -40,24 +39,24 @@ def load_model(
     """
     folder = find_checkpoint(name_or_path)
     hf = read_config(folder)
-    config = _with_generation_ids(LlamaConfig.from_hf(hf), folder)
+    config = _with_generation_ids(read_architecture(hf), folder)
     tensors = open_tensors(folder)
     if dtype is None:
         dtype = hf.get("dtype") or hf.get("torch_dtype") or next(iter(tensors.values())).dtype
     if (dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
-    if config.tie_word_embeddings:
-        config, tensors = _settle_tie(config, tensors)
-    convert = _converter(jnp.dtype(dtype), load_in_8bit)
-    return config, load_params(tensors, rows(config), convert, ignored=IGNORED)
+    family = family_of(config)
+    config, tensors = _settle_tie(family, config, tensors)
+    convert = _converter(family, jnp.dtype(dtype), load_in_8bit)
+    return config, load_params(tensors, family.rows(config), convert, ignored=family.ignored)
 
 
 @functools.lru_cache(maxsize=8)
-def _converter(dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array], Any]:
+def _converter(family: Family, dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array], Any]:
     """Make what happens to each tensor on its way; one function for each choice, so that programs are shared."""
 
     def convert(path: str, array: jax.Array) -> Any:
-        layout = next((layout for pattern, layout in STACKED.items() if re.fullmatch(pattern, path)), None)
+        layout = family.layout(path)
         if load_in_8bit and layout is not None and layout.inp:
             return quantize_array(array, layout).astype(dtype)  # rounded once, from the stored element type
         return array.astype(dtype)
@@ -67,7 +66,7 @@ def _converter(dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array
 
 def save_model(
     params: Mapping[str, Any],
-    config: LlamaConfig,
+    config: ModelConfig,
     folder: str | os.PathLike[str],
     *,
     generation_config: Mapping[str, Any] | None = None,
@@ -87,7 +86,7 @@ def save_model(
 
     Example:
         >>> import tempfile
-        >>> from peft_jax.models.llama import init_params
+        >>> from peft_jax.models.llama import LlamaConfig, init_params
         >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
         ...                      num_attention_heads=2)
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,10 +94,12 @@ def save_model(
         ...     load_model(folder)[0] == config
         True
     """
-    dtype = str(jnp.dtype(params["model"]["embed_tokens"]["embedding"].dtype))
+    family = family_of(config)
+    dtype = str(jnp.dtype(family.embedding_table(config, params).dtype))
     hf = {**config.to_hf(), "dtype": dtype}
     generation = dict(generation_config) if generation_config else None
-    save_checkpoint(folder, params, rows(config), hf, generation_config=generation, max_shard_size=max_shard_size)
+    rows = family.rows(config)
+    save_checkpoint(folder, params, rows, hf, generation_config=generation, max_shard_size=max_shard_size)
 
 
 def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
 
 
-def _with_generation_ids(config: LlamaConfig, folder: os.PathLike[str]) -> LlamaConfig:
+def _with_generation_ids(config: ModelConfig, folder: os.PathLike[str]) -> ModelConfig:
     """Take the ids that end and pad a text from generation_config.json, which transformers' generate heeds first."""
     found = read_generation_config(folder)
     ids: dict[str, Any] = {
@@ -123,11 +124,14 @@ def _with_generation_ids(config: LlamaConfig, folder: os.PathLike[str]) -> Llama
     return dataclasses.replace(config, **ids)
 
 
-def _settle_tie(config: LlamaConfig, tensors: dict[str, np.ndarray]) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
+def _settle_tie(
+    family: Family, config: ModelConfig, tensors: dict[str, np.ndarray]
+) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Do as transformers 5 does where the config ties the head, and the checkpoint has one nevertheless."""
-    if HEAD not in tensors:
+    embedding, head = (f"{name}.weight" for name in family.tied_modules(config) or ("", ""))
+    if head not in tensors:
         return config, tensors
-    if EMBEDDING in tensors and not np.array_equal(tensors[EMBEDDING], tensors[HEAD]):
+    if embedding in tensors and not np.array_equal(tensors[embedding], tensors[head]):
         return dataclasses.replace(config, tie_word_embeddings=False), tensors
-    rest = {key: tensor for key, tensor in tensors.items() if key != HEAD}
-    return config, {EMBEDDING: tensors[HEAD], **rest}
+    rest = {key: tensor for key, tensor in tensors.items() if key != head}
+    return config, {embedding: tensors[head], **rest}

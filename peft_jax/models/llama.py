@@ -10,33 +10,21 @@ The model is plain Flax and knows nothing of adapters or quantization. Its numbe
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.models import pure
 from peft_jax.models.attention import Context, KVCache, attend, init_cache, make_context, rotate
 from peft_jax.models.layers import Embed, RMSNorm, linear_maker
 from peft_jax.models.llama_config import ACTIVATIONS, FULL, SLIDING, LlamaConfig, RopeScaling
+from peft_jax.models.outputs import ModelOutput
 
-__all__ = ["CausalLMOutput", "KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params"]
+__all__ = ["KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params", "param_shapes"]
 
 Buffers = tuple[jax.Array, jax.Array]
-
-
-class CausalLMOutput(NamedTuple):
-    """What a causal language model returns.
-
-    logits are (batch, length, vocab). hidden_states, if asked for, are (layers + 1, batch, length, hidden): the
-    embeddings, the output of each layer but the last, and the output of the final norm, as transformers lists them.
-    cache is the one passed in, with the new positions filled.
-    """
-
-    logits: jax.Array
-    hidden_states: jax.Array | None = None
-    cache: KVCache | None = None
 
 
 class LlamaAttention(nnx.Module):
@@ -145,6 +133,8 @@ class Llama(nnx.Module):
         (1, 3, 16)
     """
 
+    backbone = "model"
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
         self.model = LlamaModel(config, dtype, rngs)
@@ -162,7 +152,7 @@ class Llama(nnx.Module):
         cache: KVCache | None = None,
         output_hidden_states: bool = False,
         remat: bool = False,
-    ) -> CausalLMOutput:
+    ) -> ModelOutput:
         """Compute logits; the arguments are those of `apply`."""
         table = self.model.embed_tokens
         if inputs_embeds is None and input_ids is not None:
@@ -177,7 +167,7 @@ class Llama(nnx.Module):
         h, states, buffers = self.model(x, context, buffers, output_hidden_states, remat)
         logits = h @ table.embedding[...].T if self.config.tie_word_embeddings else self.lm_head(h)
         filled = None if buffers is None else KVCache(*buffers, jnp.asarray(context.index + x.shape[1]))
-        return CausalLMOutput(logits, states, filled)
+        return ModelOutput(logits, states, filled)
 
 
 def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -193,10 +183,9 @@ def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -
         >>> init_params(config, jax.random.key(0))["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
         (2, 8, 12)
     """
-    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key), dtype=dtype)))
+    return pure.init_params(Llama, config, key, dtype)
 
 
-@functools.lru_cache(maxsize=64)
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Map each parameter's dotted path to its shape, without making the parameters.
 
@@ -204,8 +193,7 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         >>> param_shapes(LlamaConfig())["model.norm.scale"]
         (4096,)
     """
-    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in _leaves(tree)}
+    return pure.param_shapes(Llama, config)
 
 
 def apply(
@@ -220,7 +208,7 @@ def apply(
     cache: KVCache | None = None,
     output_hidden_states: bool = False,
     remat: bool = False,
-) -> CausalLMOutput:
+) -> ModelOutput:
     """Run the model as a pure function of its parameters.
 
     Args:
@@ -250,8 +238,10 @@ def apply(
         >>> apply(config, params, jnp.array([[1, 2, 3]])).logits.shape
         (1, 3, 16)
     """
-    _check(config, params)
-    return nnx.merge(_graph(config), params)(
+    output: ModelOutput = pure.apply(
+        Llama,
+        config,
+        params,
         input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -261,28 +251,8 @@ def apply(
         output_hidden_states=output_hidden_states,
         remat=remat,
     )
+    return output
 
 
 def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
-
-
-@functools.lru_cache(maxsize=64)
-def _graph(config: LlamaConfig) -> Any:
-    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
-
-
-def _check(config: LlamaConfig, params: Any) -> None:
-    want, have = param_shapes(config), {path: jnp.shape(leaf) for path, leaf in _leaves(params)}
-    if have != want:
-        missing, surplus = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-        wrong = [f"{p} is {have[p]}, not {want[p]}" for p in want if p in have and have[p] != want[p]]
-        raise ValueError(
-            f"params do not fit the config: missing {missing}, surplus {surplus}, wrong shapes {wrong}. "
-            "They should be like init_params(config, key); adapted or quantized leaves need peft_jax.adapt(apply)."
-        )

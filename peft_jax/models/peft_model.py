@@ -2,8 +2,7 @@
 
 import dataclasses
 import os
-from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -16,12 +15,13 @@ from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.methods.whole import config_of
 from peft_jax.models.auto import AutoModelForCausalLM
 from peft_jax.models.causal_lm import CausalLM
+from peft_jax.models.model_handle import ModelHandle, register_handle
 
 
 def get_peft_model(
-    model: CausalLM, peft_config: Method, adapter_name: str = "default", *, key: jax.Array | None = None
-) -> "PeftModel":
-    """A new model with a fresh adapter; the old one is untouched and shares its arrays.
+    model: ModelHandle, peft_config: Method, adapter_name: str = "default", *, key: jax.Array | None = None
+) -> Any:
+    """A new model (a `PeftModel`) with a fresh adapter; the old one is untouched and shares its arrays.
 
     Args:
         model: A base model, or one with adapters.
@@ -43,25 +43,27 @@ def get_peft_model(
     return PeftModel.of(apply_adapter(model, peft_config, key=key, adapter_name=adapter_name))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "source", "remat"))
 @dataclasses.dataclass(frozen=True)
-class PeftModel(CausalLM):
-    """A causal language model with adapters; calls and generates like its base."""
+class PeftModel(ModelHandle):
+    """A model with adapters; it is called, and generates, like its base, whose task has a class of its own here."""
 
-    @classmethod
-    def of(cls, model: CausalLM) -> Self:
-        """A handle on the same parameters as ``model``."""
+    base: ClassVar[type[ModelHandle]]
+
+    @staticmethod
+    def of(model: ModelHandle) -> Any:
+        """A handle on the same parameters as ``model``, of the class for its task."""
+        (cls,) = {cls for cls in PEFT_MODELS if cls.base.task == model.task}
         return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
 
     @classmethod
     def from_pretrained(
         cls,
-        model: CausalLM,
+        model: ModelHandle,
         directory: str | os.PathLike[str],
         *,
         adapter_name: str = "default",
         is_trainable: bool = False,
-    ) -> Self:
+    ) -> Any:
         """The model with an adapter from PEFT's files (`peft_jax.interop.load_adapter`)."""
         return cls.of(load_adapter(model, directory, adapter_name=adapter_name, is_trainable=is_trainable))
 
@@ -79,11 +81,11 @@ class PeftModel(CausalLM):
         """Print PEFT's line of trainable and all parameters."""
         print(trainable_parameters(self.params))
 
-    def merge_and_unload(self) -> CausalLM:
+    def merge_and_unload(self) -> Any:
         """The base model with its active adapters folded in, in dense arrays of the base's dtype."""
         return self.base_handle(merge(self.params))
 
-    def unload(self) -> CausalLM:
+    def unload(self) -> Any:
         """The base model, bit for bit; quantized where it was."""
         return self.base_handle(unload(self.params))
 
@@ -95,10 +97,21 @@ class PeftModel(CausalLM):
         """The model with no adapter active."""
         return self.replace(disable_adapter(self.params))
 
-    def base_handle(self, params: Any) -> CausalLM:
+    def base_handle(self, params: Any) -> Any:
         """A base model's handle on ``params``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return CausalLM(**{**fields, "params": params})
+        return self.base(**{**fields, "params": params})
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForCausalLM(PeftModel, CausalLM):
+    """A causal language model with adapters."""
+
+    base = CausalLM
+
+
+PEFT_MODELS: tuple[type[PeftModel], ...] = (PeftModelForCausalLM,)
 
 
 class AutoPeftModelForCausalLM:
@@ -107,7 +120,7 @@ class AutoPeftModelForCausalLM:
     @staticmethod
     def from_pretrained(
         directory: str | os.PathLike[str], *, is_trainable: bool = False, adapter_name: str = "default", **options: Any
-    ) -> PeftModel:
+    ) -> PeftModelForCausalLM:
         """The base model with the adapter.
 
         Args:

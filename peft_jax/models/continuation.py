@@ -1,4 +1,4 @@
-"""Generation with models of the Llama family: what was asked and what the checkpoint says, made a compiled program."""
+"""Generation with causal language models: what was asked and what the checkpoint says, made a compiled program."""
 
 import functools
 from collections.abc import Mapping
@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapt import adapt
-from peft_jax.models import llama
+from peft_jax.models.attention import KVCache
+from peft_jax.models.config import ModelConfig
+from peft_jax.models.families import family_of
 from peft_jax.models.generate import Decoder, Programs, Streamer, make_programs, stream
 from peft_jax.models.generation_config import Generation, resolve
-from peft_jax.models.llama import KVCache, LlamaConfig, init_cache
 
 
 def continue_prompts(
-    config: LlamaConfig,
+    config: ModelConfig,
     params: Any,
     ids: jax.Array,
     attention_mask: Any,
@@ -56,14 +57,20 @@ def continue_prompts(
 
 
 @functools.lru_cache(maxsize=64)
-def programs(config: LlamaConfig, wanted: Generation) -> Programs:
+def programs(config: ModelConfig, wanted: Generation) -> Programs:
     """The compiled programs of a generation, the same for all parameters and prompts."""
+    family = family_of(config)
+    make_cache = family.init_cache
+    if make_cache is None:
+        raise ValueError(f"A {config.model_type} model does not generate.")
 
     def decoder(params: Any) -> Decoder:
-        apply = partial(adapt(partial(llama.apply, config)), params)
+        apply = partial(adapt(partial(family.apply, config)), params)
         return Decoder(apply, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
 
     def cache(params: Any, batch: int, positions: int) -> KVCache:
-        return init_cache(config, batch, positions, params["model"]["embed_tokens"]["embedding"].dtype)
+        dtype = family.embedding_table(config, params).dtype
+        empty: KVCache = make_cache(config, batch, positions, dtype)
+        return empty
 
     return make_programs(decoder, cache, wanted.max_new_tokens)
