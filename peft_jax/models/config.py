@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM = "CAUSAL_LM", "SEQ_2_SEQ_LM", "MASKED_LM"
@@ -26,7 +26,7 @@ LABELS = 2  # transformers' default
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(abc.ABC):
+class ModelConfig:
     """Architecture of a model and what it does; the fields have transformers' common names for them.
 
     A subclass adds the fields of its architecture, and names its classes in transformers by two tables. Hashable,
@@ -43,6 +43,8 @@ class ModelConfig(abc.ABC):
 
     stems: ClassVar[Mapping[str, str]]  # how the names of transformers' classes begin, by model type
     tasks: ClassVar[Mapping[str, str]]  # and how they end, by task; the first is meant where a config names none
+    spelled: ClassVar[Mapping[str, str]] = MappingProxyType({})  # our fields that have another name in config.json
+    fixed: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # its fields of which one value alone is supported
 
     vocab_size: int
     hidden_size: int
@@ -60,13 +62,29 @@ class ModelConfig(abc.ABC):
     problem_type: str | None = None
 
     @classmethod
-    @abc.abstractmethod
     def from_hf(cls, hf: Any) -> Self:
-        """Read the dict of a config.json, or a transformers config object; what is not supported is a ValueError."""
+        """Read a Hugging Face config.
 
-    @abc.abstractmethod
+        Args:
+            hf: The dict of a config.json (of any transformers version) or a transformers config object.
+
+        Raises:
+            ValueError: The config asks for something that would change the numbers and is not supported here.
+        """
+        full = complete(hf, cls.stems)
+        for name, only in cls.fixed.items():
+            if full.get(name, only) != only:
+                raise ValueError(f"{name}={full[name]!r} is not supported, only {only!r}.")
+        names = {field.name: cls.spelled.get(field.name, field.name) for field in dataclasses.fields(cls)}
+        values = {ours: full[theirs] for ours, theirs in names.items() if theirs in full}
+        return cls(**{**values, **read_common(cls, full)})
+
     def to_hf(self) -> dict[str, Any]:
-        """Make the dict of a config.json that transformers reads as this architecture."""
+        """Make the dict of a config.json that transformers (5 or newer) reads as this architecture."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        ours = ("task_type", "num_labels", "problem_type")
+        hf = {self.spelled.get(name, name): value for name, value in values.items() if name not in ours}
+        return hf | write_common(self)
 
     @property
     def architecture(self) -> str:

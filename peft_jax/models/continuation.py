@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapt import adapt
-from peft_jax.models.attention import KVCache
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.families import family_of
 from peft_jax.models.generate import Decoder, Programs, Streamer, make_programs, stream
 from peft_jax.models.generation_config import Generation, resolve
+from peft_jax.models.positions import KVCache
 
 
 def continue_prompts(

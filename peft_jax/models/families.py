@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from peft_jax.models import llama
-from peft_jax.models.config import CAUSAL_LM, ModelConfig, as_dict, check_model_type
+from peft_jax.models import gpt2, llama
+from peft_jax.models.config import ModelConfig, as_dict, check_model_type
 from peft_jax.models.family import Family, stacked_layouts
 
 LLAMA = Family(
@@ -16,12 +16,26 @@ LLAMA = Family(
     layouts=stacked_layouts("layers"),
     backbone="model",
     embedding="embed_tokens",
-    heads={CAUSAL_LM: ("lm_head",)},
+    heads=llama.HEAD.names,
     ignored=(r".*\.rotary_emb\.inv_freq",),  # in old checkpoints; computed from the config instead
     init_cache=llama.init_cache,
 )
 
-FAMILIES = (LLAMA,)
+GPT2 = Family(
+    config=gpt2.GPT2Config,
+    init_params=gpt2.init_params,
+    param_shapes=gpt2.param_shapes,
+    apply=gpt2.apply,
+    layouts=stacked_layouts("h"),
+    backbone="transformer",
+    embedding="wte",
+    heads=gpt2.HEAD.names,
+    stored_in_out=r"(.*\.)?h\..*\.kernel",
+    ignored=(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias",),  # causal masks in old checkpoints
+    init_cache=gpt2.init_cache,
+)
+
+FAMILIES = (LLAMA, GPT2)
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
     {model_type: family for family in FAMILIES for model_type in family.config.stems}

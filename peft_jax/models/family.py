@@ -29,7 +29,7 @@ class Family:
         backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names
             lack it.
         embedding: Path of the token embedding below the backbone.
-        heads: Modules beside the backbone, by task; the last of them gives the output.
+        heads: The module beside the backbone that gives the output, by task; none for a bare model.
         extras: Further modules that a checkpoint of another task may lack, as `heads` (a pooler, say).
         stored_in_out: Regex of the kernels that PyTorch stores as ``(in, out)``: transformers' Conv1D.
         ignored: Regexes of tensors in checkpoints that no model has use for.
@@ -44,7 +44,7 @@ class Family:
     layouts: Mapping[str, Layout]
     backbone: str
     embedding: str
-    heads: Mapping[str, tuple[str, ...]]
+    heads: Mapping[str, str]
     extras: tuple[str, ...] = ()
     stored_in_out: str = ""
     ignored: tuple[str, ...] = ()
@@ -66,8 +66,7 @@ class Family:
 
     def output_module(self, config: ModelConfig) -> str | None:
         """Path of the module that gives the output; None for a bare model."""
-        heads = self.heads.get(config.task_type, ())
-        return heads[-1] if heads else None
+        return self.heads.get(config.task_type)
 
     def tied_modules(self, config: ModelConfig) -> tuple[str, ...]:
         """Embedding and output head, where they share a leaf."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.models.attention import KVCache
+from peft_jax.models.positions import KVCache
 from peft_jax.models.sampling import Sampling, choose, process
 
 CHUNK = 4  # tokens of a stream that are decoded before the host looks at them

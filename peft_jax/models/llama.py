@@ -18,13 +18,14 @@ from flax import nnx
 
 from peft_jax.models import pure
 from peft_jax.models.attention import Context, KVCache, attend, init_cache, make_context, rotate
+from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
+from peft_jax.models.heads import DecoderHead
 from peft_jax.models.layers import Embed, RMSNorm, linear_maker
 from peft_jax.models.llama_config import ACTIVATIONS, FULL, SLIDING, LlamaConfig, RopeScaling
 from peft_jax.models.outputs import ModelOutput
+from peft_jax.models.positions import Buffers, extend, filled
 
 __all__ = ["KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params", "param_shapes"]
-
-Buffers = tuple[jax.Array, jax.Array]
 
 
 class LlamaAttention(nnx.Module):
@@ -53,10 +54,7 @@ class LlamaAttention(nnx.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context), rotate(k, context)
-        if buffers is not None:
-            start = (layer, 0, context.index, 0, 0)
-            buffers = (_write(buffers[0], k, start), _write(buffers[1], v, start))
-            k, v = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False).astype(x.dtype) for b in buffers)
+        k, v, buffers = extend(buffers, k, v, layer, context.index)
         return self.o_proj(attend(q, k, v, mask).reshape(batch, length, -1)), buffers
 
 
@@ -124,7 +122,7 @@ class LlamaModel(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A causal language model of the Llama family.
+    """A model of the Llama family with the head of its task.
 
     Example:
         >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
@@ -138,8 +136,7 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
         self.model = LlamaModel(config, dtype, rngs)
-        if not config.tie_word_embeddings:
-            self.lm_head = linear_maker(config, dtype, rngs)(config.hidden_size, config.vocab_size, use_bias=False)
+        HEAD.add(self, config, linear_maker(config, dtype, rngs))
 
     def __call__(
         self,
@@ -155,19 +152,15 @@ class Llama(nnx.Module):
     ) -> ModelOutput:
         """Compute logits; the arguments are those of `apply`."""
         table = self.model.embed_tokens
-        if inputs_embeds is None and input_ids is not None:
-            x = table(input_ids)
-        elif inputs_embeds is not None and input_ids is None:
-            x = inputs_embeds.astype(table.embedding.dtype)
-        else:
-            found = "neither" if input_ids is None else "both"
-            raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
+        x = table.either(input_ids, inputs_embeds)
         context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids)
         buffers = None if cache is None else (cache.keys, cache.values)
         h, states, buffers = self.model(x, context, buffers, output_hidden_states, remat)
-        logits = h @ table.embedding[...].T if self.config.tie_word_embeddings else self.lm_head(h)
-        filled = None if buffers is None else KVCache(*buffers, jnp.asarray(context.index + x.shape[1]))
-        return ModelOutput(logits, states, filled)
+        output: ModelOutput = HEAD.run(self, self.config, h, input_ids, table.embedding)
+        return output._replace(hidden_states=states, cache=filled(buffers, context.index, x.shape[1]))
+
+
+HEAD = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
 
 
 def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -252,7 +245,3 @@ def apply(
         remat=remat,
     )
     return output
-
-
-def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)

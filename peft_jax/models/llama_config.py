@@ -10,13 +10,23 @@ from typing import Any
 
 import jax
 
-from peft_jax.models.config import CAUSAL_LM, ModelConfig, complete, read_common, write_common
+from peft_jax.models.config import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    SEQ_CLS,
+    TOKEN_CLS,
+    ModelConfig,
+    complete,
+    read_common,
+    write_common,
+)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -74,7 +84,14 @@ class LlamaConfig(ModelConfig):
     """
 
     stems = MappingProxyType({"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"})
-    tasks = MappingProxyType({CAUSAL_LM: "ForCausalLM"})
+    tasks = MappingProxyType(
+        {
+            CAUSAL_LM: "ForCausalLM",
+            SEQ_CLS: "ForSequenceClassification",
+            TOKEN_CLS: "ForTokenClassification",
+            FEATURE_EXTRACTION: "Model",
+        }
+    )
 
     vocab_size: int = 32000
     hidden_size: int = 4096

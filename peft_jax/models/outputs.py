@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from peft_jax.models.attention import KVCache
+from peft_jax.models.positions import KVCache
 
 
 class ModelOutput(NamedTuple):
