@@ -232,7 +232,9 @@ def _is_embedding(name: str) -> bool:
 
 def _is_transposed(leaf: Leaf, config: Method) -> bool:
     """Whether PyTorch stores the leaf as ``(out, in)``."""
-    return bool(leaf.layout.inp) and not leaf.layout.lookup and not config.fan_in_fan_out
+    known = leaf.layout.stored_in_out
+    in_out = config.fan_in_fan_out if known is None else known
+    return bool(leaf.layout.inp) and not leaf.layout.lookup and not in_out
 
 
 def _nested(leaf: Leaf, adapter_name: str) -> Iterator[Adapted]:

@@ -28,7 +28,12 @@ from peft_jax.methods import OFTConfig as OFTConfig
 from peft_jax.methods import PeftConfig as PeftConfig
 from peft_jax.methods import apply_adapter as apply_adapter
 from peft_jax.methods import apply_lora as apply_lora
+from peft_jax.models import AutoModel as AutoModel
 from peft_jax.models import AutoModelForCausalLM as AutoModelForCausalLM
+from peft_jax.models import AutoModelForMaskedLM as AutoModelForMaskedLM
+from peft_jax.models import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+from peft_jax.models import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+from peft_jax.models import AutoModelForTokenClassification as AutoModelForTokenClassification
 from peft_jax.models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from peft_jax.models import PeftModel as PeftModel
 from peft_jax.models import get_peft_model as get_peft_model

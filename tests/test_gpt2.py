@@ -141,7 +141,9 @@ def test_gradients_are_the_same_with_remat(pair):
     _, ours, _ = pair()
 
     def gradient(remat):
-        loss = lambda params: jnp.sum(gpt2.apply(ours.config, params, jnp.asarray(IDS), remat=remat).logits ** 2)
+        def loss(params):
+            return jnp.sum(gpt2.apply(ours.config, params, jnp.asarray(IDS), remat=remat).logits ** 2)
+
         return jax.grad(loss)(ours.params)
 
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-2), gradient(True), gradient(False))

@@ -23,8 +23,8 @@ class Handle(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def task_type(self) -> str:
-        """PEFT's name for what the model does, e.g. ``"CAUSAL_LM"``."""
+    def task_type(self) -> str | None:
+        """PEFT's name for what the model does, e.g. ``"CAUSAL_LM"``; None if it has none."""
 
     @property
     @abc.abstractmethod

@@ -11,7 +11,8 @@ import numpy as np
 from peft_jax.models.config import CAUSAL_LM
 from peft_jax.models.continuation import continue_prompts
 from peft_jax.models.generate import Streamer
-from peft_jax.models.model_handle import IGNORED_LABEL, ModelHandle, Source, register_handle, token_ids
+from peft_jax.models.losses import shifted_cross_entropy
+from peft_jax.models.model_handle import ModelHandle, Source, register_handle, token_ids
 
 __all__ = ["CausalLM", "CausalLMOutput", "Source"]
 
@@ -77,7 +78,7 @@ class CausalLM(ModelHandle):
             position_ids=position_ids,
             segment_ids=segment_ids,
         )
-        loss = None if labels is None else _shifted_loss(out.logits, jnp.asarray(labels))
+        loss = None if labels is None else shifted_cross_entropy(out.logits, jnp.asarray(labels))
         return CausalLMOutput(out.logits, loss, out.hidden_states)
 
     def generate(
@@ -140,13 +141,3 @@ class CausalLM(ModelHandle):
         ids = token_ids(input_ids, self.config.vocab_size)
         found = self.generation_config if generation_config is None else generation_config
         return continue_prompts(self.config, self.params, ids, attention_mask, asked, found, key, streamer)
-
-
-@jax.jit
-def _shifted_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross entropy of the logits at each position with the label at the next, float32."""
-    logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
-    counted = labels != IGNORED_LABEL
-    chosen = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-    losses = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
-    return jnp.sum(losses) / jnp.sum(counted, dtype=jnp.float32)

@@ -1,11 +1,12 @@
 """The table of architectures: a new one is its files, and one entry here."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from peft_jax.models import gpt2, llama
-from peft_jax.models.config import ModelConfig, as_dict, check_model_type
+from peft_jax.models import bert, bert_config, bert_heads, gpt2, llama
+from peft_jax.models.config import MASKED_LM, ModelConfig, as_dict, check_model_type
 from peft_jax.models.family import Family, stacked_layouts
 
 LLAMA = Family(
@@ -26,16 +27,37 @@ GPT2 = Family(
     init_params=gpt2.init_params,
     param_shapes=gpt2.param_shapes,
     apply=gpt2.apply,
-    layouts=stacked_layouts("h"),
+    layouts=stacked_layouts("h", stored_in_out=True),
     backbone="transformer",
     embedding="wte",
     heads=gpt2.HEAD.names,
-    stored_in_out=r"(.*\.)?h\..*\.kernel",
     ignored=(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias",),  # causal masks in old checkpoints
     init_cache=gpt2.init_cache,
 )
 
-FAMILIES = (LLAMA, GPT2)
+BERT = Family(
+    config=bert_config.BertConfig,
+    init_params=bert.init_params,
+    param_shapes=bert.param_shapes,
+    apply=bert.apply,
+    layouts=stacked_layouts("layer"),
+    backbone="bert",
+    embedding="embeddings.word_embeddings",
+    heads={MASKED_LM: "cls.predictions.decoder", **bert_heads.CLASSIFIERS},
+    extras=(r"(bert\.)?pooler\..*",),
+    ignored=(r"(.*\.)?embeddings\.position_ids",),
+    own_rows=bert_heads.rows,
+)
+
+ROBERTA = dataclasses.replace(
+    BERT,
+    config=bert_config.RobertaConfig,
+    backbone="roberta",
+    heads={MASKED_LM: "lm_head.decoder", **bert_heads.CLASSIFIERS},
+    extras=(r"(roberta\.)?pooler\..*",),
+)
+
+FAMILIES = (LLAMA, GPT2, BERT, ROBERTA)
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
     {model_type: family for family in FAMILIES for model_type in family.config.stems}

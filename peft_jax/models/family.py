@@ -11,6 +11,7 @@ from peft_jax.interop.checkpoint import Row
 from peft_jax.interop.formats import TORCH_NAMES
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
 
+KNOWN = "known to the model"
 LANGUAGE_MODELS = (CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM)
 
 
@@ -25,15 +26,16 @@ class Family:
         apply: ``apply(config, params, input_ids, *, inputs_embeds, attention_mask, ..., output_hidden_states, remat)``,
             a `peft_jax.models.outputs.ModelOutput`.
         layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front.
-            Each matches a leaf of every config. Int8 loading rounds those of them that are matrices.
+            Int8 loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
         backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names
-            lack it.
+            lack it. Empty if a model with a head has no such module either.
         embedding: Path of the token embedding below the backbone.
-        heads: The module beside the backbone that gives the output, by task; none for a bare model.
-        extras: Further modules that a checkpoint of another task may lack, as `heads` (a pooler, say).
-        stored_in_out: Regex of the kernels that PyTorch stores as ``(in, out)``: transformers' Conv1D.
+        heads: Path of the module beside the backbone that gives the output, by task; none for a bare model.
+        extras: Regexes of further leaves that only some tasks have, as a pooler's: a checkpoint of another task may
+            lack them, as it lacks the head, and then they start at random.
         ignored: Regexes of tensors in checkpoints that no model has use for.
-        own_rows: ``own_rows(config)`` where `rows_by_layout` does not tell where the leaves lie in a checkpoint.
+        own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
+            checkpoint.
         init_cache: ``init_cache(config, batch, max_len, dtype)``, for models that generate.
     """
 
@@ -46,23 +48,22 @@ class Family:
     embedding: str
     heads: Mapping[str, str]
     extras: tuple[str, ...] = ()
-    stored_in_out: str = ""
     ignored: tuple[str, ...] = ()
-    own_rows: Callable[[Any], tuple[Row, ...]] | None = None
+    own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     init_cache: Callable[..., Any] | None = None
 
     def rows(self, config: ModelConfig) -> tuple[Row, ...]:
         """One row for each leaf of ``init_params(config, ...)``."""
-        return self.own_rows(config) if self.own_rows is not None else rows_by_layout(self, config)
+        return (self.own_rows or rows_by_layout)(self, config)
 
     def embedding_module(self, config: ModelConfig) -> str:
         """Path of the token embedding."""
-        return self.embedding if config.task_type == FEATURE_EXTRACTION else f"{self.backbone}.{self.embedding}"
+        is_bare = config.task_type == FEATURE_EXTRACTION or not self.backbone
+        return self.embedding if is_bare else f"{self.backbone}.{self.embedding}"
 
     def embedding_table(self, config: ModelConfig, params: Any) -> Any:
         """The token embedding, ``(vocabulary, hidden)``."""
-        path = [*self.embedding_module(config).split("."), "embedding"]
-        return functools.reduce(lambda node, name: node[name], path, params)
+        return leaf_at(params, f"{self.embedding_module(config)}.embedding")
 
     def output_module(self, config: ModelConfig) -> str | None:
         """Path of the module that gives the output; None for a bare model."""
@@ -74,9 +75,18 @@ class Family:
         tied = config.tie_word_embeddings and config.task_type in LANGUAGE_MODELS and head is not None
         return (self.embedding_module(config), str(head)) if tied else ()
 
+    def layouts_of(self, config: ModelConfig) -> Mapping[str, Layout]:
+        """The layouts that a leaf of this config has."""
+        used = {pattern for path in self.param_shapes(config) if (pattern := self._pattern(path)) is not None}
+        return {pattern: layout for pattern, layout in self.layouts.items() if pattern in used}
+
     def layout(self, path: str) -> Layout | None:
-        """Axes of a stacked leaf; None for another."""
-        return next((layout for pattern, layout in self.layouts.items() if re.fullmatch(pattern, path)), None)
+        """Axes of a leaf; None for one that follows the conventions."""
+        pattern = self._pattern(path)
+        return None if pattern is None else self.layouts[pattern]
+
+    def _pattern(self, path: str) -> str | None:
+        return next((pattern for pattern in self.layouts if re.fullmatch(pattern, path)), None)
 
 
 @functools.lru_cache(maxsize=64)
@@ -96,18 +106,37 @@ def rows_by_layout(family: Family, config: ModelConfig) -> tuple[Row, ...]:
         layout = family.layout(path)
         if layout is not None and layout.stack:
             modules.insert(modules.index(layout.index_after[0]) + 1, "{}")
-        transposed = name == "kernel" and not re.fullmatch(family.stored_in_out, path)
+        transposed = name == "kernel" and not (layout is not None and layout.stored_in_out)
         rows.append(Row(path, shape, ".".join([*modules, TORCH_NAMES[name]]), transposed))
     return tuple(rows)
 
 
-def stacked_layouts(after: str) -> dict[str, Layout]:
-    """Layouts of kernels, biases and scales in layers stacked in front, whose index follows the name ``after``."""
+def stacked_layouts(after: str, *, stored_in_out: bool = False) -> dict[str, Layout]:
+    """Layouts of kernels, biases and scales in layers stacked in front.
+
+    Args:
+        after: The name in their paths that a layer's index follows.
+        stored_in_out: Whether PyTorch stores the kernels as ``(in, out)``, as transformers' Conv1D.
+    """
+    layout = Layout(stack=(0,), inp=(1,), out=(2,), index_after=(after,), source=KNOWN)
     return {
-        rf"(.*\.)?{after}\..*\.kernel": _known(Layout(stack=(0,), inp=(1,), out=(2,), index_after=(after,))),
-        rf"(.*\.)?{after}\..*\.(bias|scale)": _known(Layout(stack=(0,), inp=(), out=(1,), index_after=(after,))),
+        rf"(.*\.)?{after}\..*\.kernel": dataclasses.replace(layout, stored_in_out=stored_in_out),
+        rf"(.*\.)?{after}\..*\.(bias|scale)": dataclasses.replace(layout, inp=(), out=(1,)),
+        r".*\.kernel": Layout(stored_in_out=False, source=KNOWN),
     }
 
 
-def _known(layout: Layout) -> Layout:
-    return dataclasses.replace(layout, source="known to the model")
+def leaf_at(tree: Any, path: str) -> Any:
+    """What stands at a dotted path of a nested dict."""
+    return functools.reduce(lambda node, name: node[name], path.split("."), tree)
+
+
+def with_leaf(tree: Mapping[str, Any], path: str, leaf: Any) -> dict[str, Any]:
+    """A nested dict with one more leaf, at a dotted path.
+
+    Example:
+        >>> with_leaf({"a": {"b": 1}}, "a.c", 2)
+        {'a': {'b': 1, 'c': 2}}
+    """
+    name, _, rest = path.partition(".")
+    return {**tree, name: with_leaf(tree.get(name, {}), rest, leaf) if rest else leaf}

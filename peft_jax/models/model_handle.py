@@ -16,13 +16,11 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
 from peft_jax.models.checkpoint import save_model
-from peft_jax.models.config import ModelConfig
+from peft_jax.models.config import MASKED_LM, ModelConfig
 from peft_jax.models.defaults import method_defaults
 from peft_jax.models.families import family_of
-from peft_jax.models.family import Family
+from peft_jax.models.family import Family, with_leaf
 from peft_jax.models.outputs import ModelOutput
-
-IGNORED_LABEL = -100
 
 # For the dataclasses of handles: parameters are the leaves, all else is static.
 register_handle = partial(
@@ -37,10 +35,12 @@ class Source:
     Attributes:
         name_or_path: Folder or hub id.
         generation_config: Contents of its generation_config.json.
+        id2label: Names of a classifier's labels, where it has any.
     """
 
     name_or_path: str | None = None
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    id2label: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Source)
@@ -96,6 +96,7 @@ class ModelHandle(Handle):
             self.config,
             directory,
             generation_config=self.generation_config,
+            id2label=self.source.id2label,
             max_shard_size=max_shard_size,
         )
 
@@ -120,9 +121,9 @@ class ModelHandle(Handle):
         return self.source.generation_config
 
     @property
-    def task_type(self) -> str:
-        """PEFT's name of the task."""
-        return self.config.task_type
+    def task_type(self) -> str | None:
+        """PEFT's name of the task; None for masked language models, which it has none for."""
+        return None if self.config.task_type == MASKED_LM else self.config.task_type
 
     @property
     def output_module(self) -> str | None:
@@ -140,7 +141,7 @@ class ModelHandle(Handle):
 
     def layouts(self) -> Mapping[str, Layout]:
         """Axes of the stacked leaves; the others follow Flax's conventions."""
-        return self.family.layouts
+        return self.family.layouts_of(self.config)
 
     def untied(self) -> Self:
         """The same model with a head of its own beside the embedding."""
@@ -148,9 +149,9 @@ class ModelHandle(Handle):
             return self
         _, head = self.tied_modules
         table = self.family.embedding_table(self.config, self.params)
-        kernel = {"kernel": jnp.transpose(table.dense() if is_weight(table) else table)}
+        kernel = jnp.transpose(table.dense() if is_weight(table) else table)
         config = dataclasses.replace(self.config, tie_word_embeddings=False)
-        return dataclasses.replace(self, params={**self.params, head: kernel}, config=config)
+        return dataclasses.replace(self, params=with_leaf(self.params, f"{head}.kernel", kernel), config=config)
 
     def replace(self, params: Any) -> Self:
         """The same model with other parameters."""

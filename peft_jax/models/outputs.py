@@ -23,5 +23,5 @@ class ModelOutput(NamedTuple):
     logits: Any = None
     hidden_states: jax.Array | None = None
     cache: KVCache | None = None
-    last_hidden_state: jax.Array | None = None
+    last_hidden_state: Any = None
     pooler_output: jax.Array | None = None
