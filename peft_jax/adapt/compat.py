@@ -71,8 +71,9 @@ def run(program: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
 
     That JAX does not go through the equations again makes tracing cheap. Those with effects it has to see.
     """
-    if program.effects or not isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer):
-        return core.jaxpr_as_fun(program)(*inputs)  # type: ignore[no-any-return]
+    traced = isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer)  # what takes no operand tells; it is dead code
+    if program.effects or not traced:
+        return core.jaxpr_as_fun(program)(*inputs)
     (call,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
     params = {**call.params, "jaxpr": program, "name": "adapted"}
     for name in ("in_shardings", "in_layouts", "donated_invars"):
