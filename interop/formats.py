@@ -28,6 +28,13 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
         False: (Row("lora_A", "lora_A.weight", ("rank", "in")), Row("lora_B", "lora_B.weight", ("out", "rank"))),
         True: (Row("lora_A", "lora_embedding_A", ("rank", "in")), Row("lora_B", "lora_embedding_B", ("out", "rank"))),
     },
+    "ADALORA": {
+        False: (
+            Row("lora_A", "lora_A", ("rank", "in")),
+            Row("lora_E", "lora_E", ("rank", ONE)),
+            Row("lora_B", "lora_B", ("out", "rank")),
+        ),
+    },
     "OFT": {
         False: (Row("oft_R", "oft_R.weight", ("blocks", "pairs")),),
         True: (Row("oft_embedding_R", "oft_embedding_R.weight", ("blocks", "pairs")),),

@@ -266,6 +266,8 @@ def test_miss_says_which_sizes_fit(options, message, dense):
 
 
 STARTS = {
+    "ADALORA": ("AdaLoraConfig", {"total_step": 9}),
+    "ADALORA random": ("AdaLoraConfig", {"total_step": 9, "init_r": 32, "init_lora_weights": False}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),
     "IA3 random": ("IA3Config", {"feedforward_modules": ["dense"], "init_ia3_weights": False}),
     "OFT": ("OFTConfig", {}),

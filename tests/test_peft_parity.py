@@ -59,6 +59,33 @@ ROWS = {
         "use_cayley_neumann": False,
         "layers_to_transform": [0, 2],
     },
+    "ADALORA": {
+        "config": "AdaLoraConfig",
+        "init_r": 4,
+        "target_r": 2,
+        "total_step": 10,
+        "lora_alpha": 7,
+        "target_modules": TARGETS,
+        "bias": "lora_only",
+        "modules_to_save": ["norm"],
+        "layers_to_transform": [0, 2],
+    },
+    "ADALORA narrowed": {
+        "config": "AdaLoraConfig",
+        "init_r": 4,
+        "target_r": 3,
+        "total_step": 10,
+        "lora_alpha": 7,
+        "init_lora_weights": False,
+        "target_modules": r".*(v_proj|layers\.[12]\.mlp\.down_proj)",
+        "rank_pattern": {
+            "model.layers.0.self_attn.v_proj.lora_E": [True, False, False, True],
+            "model.layers.1.self_attn.v_proj.lora_E": [True, True, True, True],
+            "model.layers.2.self_attn.v_proj.lora_E": [False, False, True, False],
+            "model.layers.1.mlp.down_proj.lora_E": [False, True, True, True],
+            "model.layers.2.mlp.down_proj.lora_E": [True, True, True, False],
+        },
+    },
     "HRA": {"config": "HRAConfig", "r": 4, "target_modules": TARGETS, "bias": "all"},
     "HRA orthogonal": {
         "config": "HRAConfig",
@@ -161,6 +188,8 @@ def torch_adapter(folder, row, save_to):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    if pattern := getattr(config, "rank_pattern", None) if config.peft_type == "ADALORA" else None:
+        model.base_model.rankallocator.mask_using_rank_pattern(model.base_model.model, pattern)
     model.save_pretrained(save_to)
     return model
 

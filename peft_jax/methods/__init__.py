@@ -1,5 +1,6 @@
 """Adapter methods, one file each."""
 
+from peft_jax.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from peft_jax.methods.attach import apply_adapter as apply_adapter
 from peft_jax.methods.attach import apply_lora as apply_lora
 from peft_jax.methods.base import PeftConfig as PeftConfig

@@ -110,9 +110,8 @@ def apply_adapter(
     linear = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
     config = expand_all_linear(config, linear, others=found)
     modules = [name for leaf in found for name in leaf.names.flat if is_matrix(leaf)]
-    patterns = {**config.rank_pattern, **config.alpha_pattern}
     every = sorted({name for leaf in found for name in leaf.names.flat})
-    targets = set(check_targets(config, modules, every, patterns))
+    targets = set(check_targets(config, modules, every, config.patterns))
 
     nodes = {}
     for position, leaf, hit, role in choose(found, config, targets):

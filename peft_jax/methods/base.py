@@ -158,6 +158,11 @@ class Method(PeftConfig):
         """Probability with which `peft_jax.with_dropout` zeroes an input of the adapter."""
         return 0.0
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns of module paths in the config, each of which has to name a target."""
+        return (*self.rank_pattern, *self.alpha_pattern)
+
     def completed(self, defaults: Mapping[str, Any]) -> Self:
         """The config with a model's defaults in place of the fields that are None."""
         return self.replace(**{name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -6,6 +6,7 @@ ATTENTION = {"target_modules": ("q_proj", "v_proj")}  # for all methods but thes
 DOWN = ("down_proj",)
 
 DEFAULTS: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "ADALORA": {"mistral": {}},
     "IA3": {
         **dict.fromkeys(
             ("llama", "mistral"), {"target_modules": ("k_proj", "v_proj", *DOWN), "feedforward_modules": DOWN}

@@ -16,6 +16,7 @@ from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine
 from peft_jax.train.batches import Batch
 from peft_jax.train.loss import cross_entropy
+from peft_jax.train.schedule import advance, penalized, split_state
 
 Apply = Callable[..., jax.Array]
 
@@ -24,7 +25,7 @@ class StepMetrics(NamedTuple):
     """What a training step tells.
 
     Attributes:
-        loss: Mean over the batch's target tokens in nats, float32.
+        loss: Mean over the batch's target tokens in nats, float32; with the method's penalty, if it has one.
         grad_norm: Global norm of the gradient before clipping, float32.
         tokens: Number of the batch's tokens without padding, int32.
     """
@@ -53,7 +54,8 @@ def make_training_step(
 
     Args:
         apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary).
-        optimizer: Any optax transformation, initialised with the trainable twin.
+        optimizer: Any optax transformation, initialised with the trainable twin; for a method with a schedule, as
+            AdaLoRA, by `peft_jax.train.init_optimizer`, and the step runs the schedule.
         micro_batch_size: Rows that go through the model at once; the gradients of a batch's parts are summed in one
             scan. It divides the batch. By default the whole batch at once.
         out_shardings: How trainable, optimizer state and metrics lie on a mesh, as `jax.jit` takes it.
@@ -95,11 +97,14 @@ def make_training_step(
             parts = jax.tree.map(lambda x: _in_parts(x, micro_batch_size), batch)
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
             (loss, gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(rows // micro_batch_size)))
+        loss, gradients = penalized(loss, gradients, trainable, frozen)
         tokens = jnp.sum(jnp.asarray(batch["attention_mask"]), dtype=jnp.int32)
+        opt_state, schedule = split_state(trainable, opt_state)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
             metrics = StepMetrics(loss, optax.tree.norm(gradients), tokens)
             updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-            return optax.apply_updates(trainable, updates), opt_state, metrics
+            trainable = optax.apply_updates(trainable, updates)
+        return *advance(trainable, gradients, opt_state, schedule), metrics
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
