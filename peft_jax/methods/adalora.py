@@ -98,7 +98,7 @@ class AdaLoraConfig(Scheduled):
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     fan_in_fan_out: bool = False
-    r: int = 8
+    r: int = dataclasses.field(default=8, metadata={"unused": True})
     use_rslora: bool = unsupported(False)
     alpha_pattern: dict[str, float] = unsupported({})
     megatron_config: dict[str, Any] | None = unsupported(None)

@@ -20,7 +20,7 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
-from peft_jax.methods.fields import check_fields
+from peft_jax.methods.fields import check_fields, is_kind
 
 CONFIG_FILE = "adapter_config.json"
 Arrays = Mapping[str, jax.Array]
@@ -80,12 +80,14 @@ class PeftConfig:
         if not issubclass(target, cls):
             raise ValueError(f"{cls.__name__} cannot read a config of peft_type '{peft_type}'. Use PeftConfig.")
         target.check_file(given)
-        known = {field.name for field in dataclasses.fields(target)}
+        known = {field.name: field.type for field in dataclasses.fields(target)}
         # Fields of newer PEFT versions that are switched off say nothing; any other could change the numbers.
         unknown = {name: value for name, value in given.items() if name not in known and value not in (None, False, {})}
         if unknown:
             raise ValueError(f"{target.__name__} does not know {unknown}. Remove these fields if they change nothing.")
-        return target(**{name: value for name, value in given.items() if name in known})
+        # Null, in the files of some older versions, means the default of a field that has no other use for it.
+        has_value = {name: value is not None or is_kind(None, known.get(name)) for name, value in given.items()}
+        return target(**{name: value for name, value in given.items() if name in known and has_value[name]})
 
     @classmethod
     def check_file(cls, fields: Mapping[str, Any]) -> None:
