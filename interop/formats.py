@@ -35,6 +35,12 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("lora_B", "lora_B", ("out", "rank")),
         ),
     },
+    "BOFT": {
+        False: (
+            Row("boft_R", "boft_R", ("factors", "blocks", "row", "column")),
+            Row("boft_s", "boft_s", ("out", ONE)),
+        ),
+    },
     "OFT": {
         False: (Row("oft_R", "oft_R.weight", ("blocks", "pairs")),),
         True: (Row("oft_embedding_R", "oft_embedding_R.weight", ("blocks", "pairs")),),

@@ -145,6 +145,75 @@ def test_oft_takes_pefts_blocks_and_refuses_its_old_files():
         pj.OFTConfig(r=2)
 
 
+@pytest.mark.parametrize(("size", "factors"), [(2, 3), (4, 2), (8, 1)])
+def test_boft_rotates_and_scales(size, factors):
+    tree = {"dense": {"kernel": normal(0, 8, 5), "bias": normal(1, 5)}}
+    config = pj.BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=factors, target_modules=["dense"])
+    params = perturbed(pj.apply_adapter(tree, config), scale=0.5)
+    before, after = tree["dense"]["kernel"], pj.merge(params)["dense"]["kernel"]
+    scale = params["dense"]["kernel"].params["boft_s"]
+    close(after.T @ after, (before.T @ before) * jnp.outer(scale, scale))
+    close(pj.adapt(layer)(params, normal(3, 4, 8)), normal(3, 4, 8) @ after + tree["dense"]["bias"][None])
+    eye = {"dense": {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}}
+    reach = pj.merge(perturbed(pj.apply_adapter(eye, config), scale=0.5))["dense"]["kernel"]
+    assert (np.abs(reach) > 1e-6).sum() == 8 * size * 2 ** (factors - 1), "a factor doubles what an input reaches"
+
+
+@pytest.mark.parametrize(("size", "factors"), [(2, 3), (4, 2), (6, 1)])
+def test_boft_is_pefts_with_its_extension(size, factors, monkeypatch):
+    """PEFT has several factors on machines with its CUDA extension, which this stands for."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from peft.tuners.boft import layer as theirs_of
+
+    monkeypatch.setattr(theirs_of, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(
+        theirs_of.FastBlockDiag, "apply", lambda blocks: torch.stack([torch.block_diag(*factor) for factor in blocks])
+    )
+    options = {"boft_block_size": size, "boft_n_butterfly_factor": factors, "target_modules": ["dense"]}
+    model = torch.nn.ModuleDict({"dense": torch.nn.Linear(24, 5)})
+    theirs = peft.get_peft_model(model, peft.BOFTConfig(init_weights=False, **options))
+    tensors = {key: tensor.numpy() for key, tensor in peft.get_peft_model_state_dict(theirs).items()}
+    dense = theirs.base_model.model["dense"]
+    weight, bias = (x.detach().numpy() for x in (dense.base_layer.weight, dense.base_layer.bias))
+    tree = {"dense": {"kernel": jnp.array(weight.T), "bias": jnp.array(bias)}}
+    params = pj.set_peft_model_state_dict(tree, pj.BOFTConfig(**options), tensors)
+    x = normal(0, 3, 24)
+    want = dense(torch.tensor(np.array(x))).detach().numpy()
+    close(pj.adapt(layer)(params, x), want)
+    close(layer(pj.merge(params), x), want)
+    assert np.abs(want - layer(tree, x)).max() > 0.1
+
+
+def test_boft_dropout_stills_blocks_of_one_factor():
+    tree = {"dense": {"kernel": jnp.eye(8)}}
+    config = pj.BOFTConfig(boft_block_size=2, boft_dropout=0.5, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter(tree, config)
+    scale = params["dense"]["kernel"].params["boft_s"]
+    stills = set()
+    for seed in range(8):
+        dropped = pj.with_dropout(params, jax.random.key(seed))["dense"]["kernel"]
+        blocks = (dropped.apply(jnp.eye(8)) / scale[None]).reshape(4, 2, 4, 2)
+        still = [bool(np.allclose(blocks[i, :, i], np.eye(2))) for i in range(4)]
+        assert sum(still) == 2
+        stills.add(tuple(still))
+    assert len(stills) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"boft_block_size": 5}, "boft_block_size=5.* needs a divisor of the 6 inputs of 'dense'"),
+        ({"boft_block_size": 0, "boft_block_num": 4}, "boft_block_num=4.* needs a divisor of the 6 inputs"),
+        ({"boft_block_size": 3, "boft_n_butterfly_factor": 2}, "of blocks of even size whose number 2 divides"),
+        ({"boft_block_num": 2}, "got boft_block_size=4 and boft_block_num=2. Set one of them to 0"),
+        ({"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor is at least 1, got 0"),
+    ],
+)
+def test_boft_says_which_blocks_fit(options, message, dense):
+    with pytest.raises(ValueError, match=message):
+        pj.apply_adapter(dense, pj.BOFTConfig(target_modules=["dense"], **options))
+
+
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_hra_keeps_norms_and_reflects(orthogonal, dense):
     config = pj.HRAConfig(r=3, apply_GS=orthogonal, init_weights=False, target_modules=["dense"])
@@ -268,6 +337,8 @@ def test_miss_says_which_sizes_fit(options, message, dense):
 STARTS = {
     "ADALORA": ("AdaLoraConfig", {"total_step": 9}),
     "ADALORA random": ("AdaLoraConfig", {"total_step": 9, "init_r": 32, "init_lora_weights": False}),
+    "BOFT": ("BOFTConfig", {}),
+    "BOFT random": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 64, "init_weights": False}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),
     "IA3 random": ("IA3Config", {"feedforward_modules": ["dense"], "init_ia3_weights": False}),
     "OFT": ("OFTConfig", {}),
@@ -291,8 +362,9 @@ STARTS = {
 
 @pytest.mark.filterwarnings("ignore:The symmetric initialization")
 @pytest.mark.parametrize("name", STARTS)
-def test_starts_are_drawn_as_peft_draws_them(name):
+def test_starts_are_drawn_as_peft_draws_them(name, monkeypatch):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # it would try to compile one
     torch.manual_seed(0)
     kind, options = STARTS[name]
     options = {**options, "target_modules": ["dense"]}

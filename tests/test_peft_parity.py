@@ -86,6 +86,14 @@ ROWS = {
             "model.layers.2.mlp.down_proj.lora_E": [True, True, True, False],
         },
     },
+    "BOFT": {"config": "BOFTConfig", "target_modules": TARGETS, "bias": "boft_only", "modules_to_save": ["norm"]},
+    "BOFT by number": {
+        "config": "BOFTConfig",
+        "boft_block_size": 0,
+        "boft_block_num": 8,
+        "target_modules": ["k_proj", "down_proj"],
+        "layers_to_transform": [0, 2],
+    },
     "HRA": {"config": "HRAConfig", "r": 4, "target_modules": TARGETS, "bias": "all"},
     "HRA orthogonal": {
         "config": "HRAConfig",
@@ -143,6 +151,12 @@ PAIRS = [
 rows_of_families = pytest.mark.parametrize(("family", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 families = pytest.mark.parametrize("family", FAMILIES)
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights and saved embeddings
+
+
+@pytest.fixture(autouse=True)
+def no_cuda_extension(monkeypatch):
+    """BOFT in PEFT would try to compile one for every layer."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
 
 
 @pytest.fixture(scope="module")
