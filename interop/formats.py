@@ -41,6 +41,12 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("boft_s", "boft_s", ("out", ONE)),
         ),
     },
+    "VERA": {
+        False: (
+            Row("vera_lambda_d", "vera_lambda_d", ("rank",)),
+            Row("vera_lambda_b", "vera_lambda_b", ("out",)),
+        ),
+    },
     "OFT": {
         False: (Row("oft_R", "oft_R.weight", ("blocks", "pairs")),),
         True: (Row("oft_embedding_R", "oft_embedding_R.weight", ("blocks", "pairs")),),
@@ -78,6 +84,15 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
     "IA3": {
         False: (Row("ia3_in", "ia3_l", (ONE, "in")), Row("ia3_out", "ia3_l", ("out", ONE))),
     },
+}
+
+# Frozen arrays that all layers share: our name of a layer's part, the whole tensor's key, and its axes as above, where
+# a layer's part is the beginning of each.
+SHARED: dict[str, tuple[Row, ...]] = {
+    "VERA": (
+        Row("vera_A", "base_model.vera_A", ("rank", "in")),
+        Row("vera_B", "base_model.vera_B", ("out", "rank")),
+    ),
 }
 
 # PyTorch's name of a leaf.

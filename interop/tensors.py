@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from peft_jax.interop.formats import EMBEDDING_MODULES, ONE, PREFIX, ROWS, TORCH_NAMES, Row
+from peft_jax.interop.formats import EMBEDDING_MODULES, ONE, PREFIX, ROWS, SHARED, TORCH_NAMES, Row
 
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
@@ -14,7 +14,7 @@ from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_weight
-from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, untied_for
+from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, matrix_sizes, untied_for
 from peft_jax.methods.base import Method
 from peft_jax.methods.whole import Part, config_of
 
@@ -78,6 +78,8 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
             tensors[entry.key] = entry.to_file(array)
         if role is None:
             tensors |= _base_tensors(leaf, config, adapted)
+    for row in SHARED.get(config.peft_type, ()):
+        tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors
 
 
@@ -114,10 +116,11 @@ def set_peft_model_state_dict(
     for choice in choices:
         if choice.role is None:
             bases |= _base_tensors(choice.leaf, config, adapted)
-    _check([entry for many in entries.values() for entry in many], bases, tensors)
+    common = _shared_entries(config, matrix_sizes(choices))
+    _check([*(entry for many in entries.values() for entry in many), *common], bases, tensors)
     nodes = {}
     for choice in choices:
-        nodes[choice.position] = _adapted(choice, config, entries[choice.position], tensors, adapter_name)
+        nodes[choice.position] = _adapted(choice, config, entries[choice.position], common, tensors, adapter_name)
     return tied(replace_leaves(params, nodes))
 
 
@@ -154,6 +157,20 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             yield Entry(key, index, role, shape, order[::-1] if _is_transposed(leaf, config) else order)
 
 
+def _shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
+    """The tensors that a file has once for all layers."""
+    shapes = config.shared_shapes(sizes)
+    return [Entry(row.suffix, (), row.role, shapes[row.role], (1, 0)) for row in SHARED.get(config.peft_type, ())]
+
+
+def _shared_tensor(row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
+    """A tensor for all layers, from the largest of the layers' parts."""
+    found = [node for _, node in nodes if row.role in node.state]
+    largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-2:])))
+    part = np.asarray(largest.state[row.role][(0,) * len(largest.layout.stack)])
+    return np.ascontiguousarray(part.T.astype(largest.tag.dtypes.get(row.suffix, part.dtype)))
+
+
 def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:
     rows = ROWS[config.peft_type]
     if leaf.layout.lookup not in rows:
@@ -162,13 +179,16 @@ def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:
     return rows[leaf.layout.lookup]
 
 
-def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tensors, adapter_name: str) -> Adapted:
+def _adapted(
+    choice: Choice, config: Method, entries: list[Entry], common: list[Entry], tensors: Tensors, adapter_name: str
+) -> Adapted:
     _, leaf, hit, role = choice
-    dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in entries}
+    dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in (*entries, *common)}
     tagged, (copies, state) = beside_target(config, leaf, hit, role)
     params = {name: np.array(copy) for name, copy in copies.items()}
     if role is None:
-        state = config.state(leaf.names, hit)
+        shared = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in common}
+        state = config.state(leaf.names, hit) | config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
         for name in {entry.role: None for entry in entries}:
             largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)
             params[name] = np.zeros((*hit.shape, *largest), np.float32)

@@ -303,6 +303,35 @@ def test_lokr_factors_as_peft_does():
             assert factorization(dimension, factor) == theirs(dimension, factor)
 
 
+def test_vera_layers_share_their_random_matrices():
+    tree = {"a": {"kernel": normal(0, 12, 5)}, "b": {"kernel": normal(1, 8, 9)}, "c": {"kernel": normal(2, 8, 9)}}
+    params = pj.apply_adapter(tree, pj.VeraConfig(r=3, target_modules=["a", "b"]))
+    states = [params[name]["kernel"].state for name in "ab"]
+    np.testing.assert_array_equal(states[0]["vera_A"][:8], states[1]["vera_A"])
+    np.testing.assert_array_equal(states[0]["vera_B"], states[1]["vera_B"][:, :5])
+    tensors = pj.get_peft_model_state_dict(params)
+    assert tensors["base_model.vera_A"].shape == (3, 12) and tensors["base_model.vera_B"].shape == (9, 3)
+    np.testing.assert_array_equal(tensors["base_model.vera_A"].T, states[0]["vera_A"])
+    np.testing.assert_array_equal(tensors["base_model.vera_B"].T, states[1]["vera_B"])
+    assert f"trainable params: {3 + 5 + 3 + 9} ||" in pj.summary(params)
+    trained = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(pj.partition(params)[0])}
+    assert trained == {"vera_lambda_d", "vera_lambda_b"}
+    other = pj.apply_adapter(tree, pj.VeraConfig(r=3, target_modules=["a", "b"], projection_prng_key=1))
+    assert not np.allclose(other["a"]["kernel"].state["vera_A"], states[0]["vera_A"])
+
+
+def test_vera_without_its_random_matrices_is_refused(dense):
+    said = "PyTorch and JAX draw different ones. Save the adapter with save_projection=True"
+    fields = pj.VeraConfig(r=3, target_modules=["dense"]).to_dict()
+    with pytest.raises(ValueError, match=said):
+        pj.PeftConfig.from_dict({**fields, "save_projection": False})
+    params = pj.apply_adapter(dense, pj.PeftConfig.from_dict(fields))
+    tensors = pj.get_peft_model_state_dict(params)
+    del tensors["base_model.vera_A"]
+    with pytest.raises(ValueError, match="base_model.vera_A is missing"):
+        pj.set_peft_model_state_dict(dense, pj.PeftConfig.from_dict(fields), tensors)
+
+
 @pytest.mark.parametrize(("init", "size"), [(False, 4 * 8), ("mini", 4 * 2), ("bat", 2 * 4 * 4)])
 def test_miss_repeats_one_block(init, size):
     """All blocks of rows change alike: by the block, or by the weight's block times (1 + M), plus M."""
@@ -339,6 +368,8 @@ STARTS = {
     "ADALORA random": ("AdaLoraConfig", {"total_step": 9, "init_r": 32, "init_lora_weights": False}),
     "BOFT": ("BOFTConfig", {}),
     "BOFT random": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 64, "init_weights": False}),
+    "VERA": ("VeraConfig", {}),
+    "VERA random": ("VeraConfig", {"init_weights": False}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),
     "IA3 random": ("IA3Config", {"feedforward_modules": ["dense"], "init_ia3_weights": False}),
     "OFT": ("OFTConfig", {}),

@@ -16,6 +16,7 @@ from peft_jax.methods import base
 CASES = {
     "ADALORA": pj.AdaLoraConfig(init_r=4, target_r=2, total_step=9, lora_alpha=5, target_modules=["dense"]),
     "BOFT": pj.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, target_modules=["dense"]),
+    "VERA": pj.VeraConfig(r=5, target_modules=["dense"]),
     "IA3": pj.IA3Config(target_modules=["dense"], feedforward_modules=[]),
     "OFT": pj.OFTConfig(oft_block_size=4, target_modules=["dense"]),
     "HRA": pj.HRAConfig(r=4, target_modules=["dense"]),

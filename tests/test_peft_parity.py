@@ -94,6 +94,16 @@ ROWS = {
         "target_modules": ["k_proj", "down_proj"],
         "layers_to_transform": [0, 2],
     },
+    "VERA": {"config": "VeraConfig", "r": 24, "target_modules": TARGETS, "bias": "vera_only"},
+    "VERA of some layers": {
+        "config": "VeraConfig",
+        "r": 16,
+        "d_initial": 0.3,
+        "projection_prng_key": 5,
+        "target_modules": ["up_proj"],
+        "layers_to_transform": [1, 2],
+        "modules_to_save": ["norm"],
+    },
     "HRA": {"config": "HRAConfig", "r": 4, "target_modules": TARGETS, "bias": "all"},
     "HRA orthogonal": {
         "config": "HRAConfig",
@@ -258,7 +268,9 @@ def assert_no_module_is_dead(base, config, tensors, want):
     own = interop.get_peft_model_state_dict
     fresh = own(interop.set_peft_model_state_dict(base, config, tensors))
     start = own(pj.get_peft_model(base, dataclasses.replace(config, inference_mode=False)))
-    modules = {module_of(key) for key in fresh if not key.endswith("base_layer.weight")}
+    modules = {
+        module_of(key) for key in fresh if key.startswith(formats.PREFIX) and not key.endswith("base_layer.weight")
+    }
     for module in modules:
         # A fresh adapter changes nothing, and a fresh copy of a bias or saved module is the base's.
         without = {key: start[key] if key.startswith(module) else array for key, array in fresh.items()}

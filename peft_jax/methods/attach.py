@@ -114,14 +114,22 @@ def apply_adapter(
     targets = set(check_targets(config, modules, every, config.patterns))
 
     nodes = {}
-    for position, leaf, hit, role in choose(found, config, targets):
+    choices = list(choose(found, config, targets))
+    shared = config.shared(matrix_sizes(choices))
+    for position, leaf, hit, role in choices:
         tagged, (arrays, state) = beside_target(config, leaf, hit, role)
         if role is None:
             arrays, state = config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
+            state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
         tag = Tag(adapter_name, tagged)
         adapted = Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
         nodes[position] = sharded_like_base(adapted)
     return tied(replace_leaves(params, nodes))
+
+
+def matrix_sizes(choices: Sequence[Choice]) -> list[tuple[int, int]]:
+    """``(in, out)`` of the targets' matrices."""
+    return [leaf.layout.sizes(leaf.value.shape) for _, leaf, _, role in choices if role is None]
 
 
 def beside_target(config: Method, leaf: Leaf, hit: np.ndarray, role: str | None) -> tuple[Any, Any]:

@@ -210,6 +210,18 @@ class Method(PeftConfig):
             params[role] = jnp.reshape(jnp.stack(arrays), (*names.shape, *largest))
         return params, self.state(names, hit)
 
+    def shared_shapes(self, sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the frozen arrays that all layers share, given the sizes of their matrices; mostly none."""
+        return {}
+
+    def shared(self, sizes: Sequence[tuple[int, int]]) -> dict[str, jax.Array]:
+        """These arrays for a fresh adapter, float32."""
+        return {}
+
+    def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
+        """What a leaf's state has of them, stacked axes first."""
+        return {}
+
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
         """The frozen arrays of `init` alone, for an adapter that is read from a file."""
         return {"hit": jnp.asarray(hit)}
