@@ -95,5 +95,41 @@ SHARED: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+PROMPT_LEARNING = ("CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
+_PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))
+ROWS |= {name: {True: (_PROMPT,)} for name in PROMPT_LEARNING}
+ROWS |= {
+    "MULTITASK_PROMPT_TUNING": {
+        True: (
+            _PROMPT,
+            Row("prefix_task_cols", "prefix_task_cols", ("tasks", "tokens", "rank")),
+            Row("prefix_task_rows", "prefix_task_rows", ("tasks", "rank", "features")),
+        ),
+    },
+    "ADAPTION_PROMPT": {
+        False: (
+            Row("adaption_prompt", "adaption_prompt", (ONE, "tokens", "in")),
+            Row("adaption_gate", "adaption_gate", ("one",)),
+        ),
+    },
+}
+
+# How a key is made of the path of a module (or of its parent) and a row's suffix, where it is not `PREFIX` and both.
+KEYS = {"ADAPTION_PROMPT": PREFIX + "{parent}.{suffix}", **dict.fromkeys(PROMPT_LEARNING, "{suffix}")}
+# What stands before the path of a module that is trained whole: PEFT wraps no model for the sake of a prompt.
+PREFIXES = dict.fromkeys(PROMPT_LEARNING, "base_model.")
+
+
+def tensor_key(peft_type: str, module: str, suffix: str) -> str:
+    """The key of a method's tensor at a module.
+
+    Example:
+        >>> tensor_key("LORA", "layers.0.up", "lora_A.weight"), tensor_key("P_TUNING", "wte", "prompt_embeddings")
+        ('base_model.model.layers.0.up.lora_A.weight', 'prompt_embeddings')
+    """
+    pattern = KEYS.get(peft_type, PREFIX + "{module}.{suffix}")
+    return pattern.format(module=module, parent=module.rpartition(".")[0], suffix=suffix)
+
+
 # PyTorch's name of a leaf.
 TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "weight": "weight", "bias": "bias"}

@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from peft_jax.interop.formats import EMBEDDING_MODULES, ONE, PREFIX, ROWS, SHARED, TORCH_NAMES, Row
+from peft_jax.interop.formats import (
+    EMBEDDING_MODULES,
+    ONE,
+    PREFIX,
+    PREFIXES,
+    ROWS,
+    SHARED,
+    TORCH_NAMES,
+    Row,
+    tensor_key,
+)
 
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
@@ -17,6 +27,8 @@ from peft_jax.core.weight import as_weight
 from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, matrix_sizes, untied_for
 from peft_jax.methods.base import Method
 from peft_jax.methods.whole import Part, config_of
+from peft_jax.prompts.attach import prompt_places
+from peft_jax.prompts.base import PromptMethod
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -66,14 +78,15 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
         {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (8, 2)}
     """
     tree = params.params if isinstance(params, Handle) else params
-    config = adapter_config(tree, adapter_name)
+    config = adapter_config(tree, adapter_name).replace(inference_mode=True)
     nodes = [(leaf, node) for leaf in find_leaves(tree, None) for node in _nested(leaf, adapter_name)]
     adapted = {name for leaf, node in nodes if not isinstance(node.tag.config, Part) for name in _hits(leaf, node)}
     tensors: dict[str, np.ndarray] = {}
     for leaf, node in nodes:
         role = node.tag.config.role if isinstance(node.tag.config, Part) else None
+        arrays = config.saved(node.params, node.state) if role is None else node.params
         for entry in _entries(Choice(0, leaf, _hit(node), role), config, adapted):
-            array = np.asarray(node.params[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
+            array = np.asarray(arrays[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
         if role is None:
@@ -98,18 +111,47 @@ def set_peft_model_state_dict(
     Raises:
         ValueError: if keys are missing or left over or shapes are wrong, all of which are listed.
     """
-    if isinstance(params, Handle):
-        handle = untied_for(params, lambda name: any(key.startswith(f"{PREFIX}{name}.") for key in tensors))
-        layouts = {**handle.layouts(), **(layout or {})}
-        tree = set_peft_model_state_dict(handle.params, config, tensors, adapter_name=adapter_name, layout=layouts)
-        return handle.replace(tree)
-    if adapter_name in adapters(params):
+    tree = params.params if isinstance(params, Handle) else params
+    if adapter_name in adapters(tree):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
-    found = find_leaves(params, layout, config.fan_in_fan_out)
+    if not isinstance(params, Handle):
+        if config.on_model:
+            raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
+        found = find_leaves(tree, layout, config.fan_in_fan_out)
+        return _with_tensors(tree, found, config, tensors, adapter_name, _adapted_modules(found, config, tensors))
+    prefix = PREFIXES.get(config.peft_type, PREFIX)
+    handle = untied_for(params, lambda name: any(key.startswith(f"{prefix}{name}.") for key in tensors))
+    found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})}, config.fan_in_fan_out)
+    if isinstance(config, PromptMethod):
+        config = _checked_prompt(config, handle)
+        adapted = prompt_places(config, found, handle)
+    else:
+        adapted = _adapted_modules(found, config, tensors)
+    return handle.replace(_with_tensors(handle.params, found, config, tensors, adapter_name, adapted))
+
+
+def _checked_prompt(config: PromptMethod, handle: Handle) -> PromptMethod:
+    """The config with the model's sizes."""
+    if not (config.inference_mode or config.trains_from_file):
+        raise ValueError(
+            f"The file of a {config.peft_type} adapter holds what its encoder gave, not the encoder, so it cannot be "
+            "trained on. Load it without is_trainable, or train a fresh one."
+        )
+    return config.completed(handle.defaults(config.peft_type))
+
+
+def _adapted_modules(found: list[Leaf], config: Method, tensors: Tensors) -> set[str]:
+    """The modules that the keys of the tensors, or the config, name."""
     names = {name for leaf in found if is_matrix(leaf) for name in leaf.names.flat}
     suffixes = {row.suffix for rows in ROWS[config.peft_type].values() for row in rows}
-    adapted = {name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes)}
-    adapted |= {name for name in names if is_target(config, name)}
+    in_file = (name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes))
+    return {*in_file, *(name for name in names if is_target(config, name))}
+
+
+def _with_tensors(
+    params: Any, found: list[Leaf], config: Method, tensors: Tensors, adapter_name: str, adapted: set[str]
+) -> Any:
+    """The tree of the leaves ``found`` with an adapter of the modules ``adapted``."""
     choices = list(choose(found, config, adapted))
     entries = {choice.position: list(_entries(choice, config, adapted)) for choice in choices}
     bases: dict[str, np.ndarray] = {}
@@ -148,11 +190,13 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
                 if row.role in shapes:
                     ours = config.axes[row.role]
                     order = tuple(None if axis == ONE else ours.index(axis) for axis in row.axes)
-                    yield Entry(f"{PREFIX}{name}.{row.suffix}", index, row.role, shapes[row.role], order)
+                    key = tensor_key(config.peft_type, name, row.suffix)
+                    yield Entry(key, index, row.role, shapes[row.role], order)
         elif role != FOLLOWS:
             inside = ".base_layer" if role == "bias" and name in adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
-            key = f"{PREFIX}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
+            prefix = PREFIXES.get(config.peft_type, PREFIX)
+            key = f"{prefix}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
             order = tuple(range(len(shape)))
             yield Entry(key, index, role, shape, order[::-1] if _is_transposed(leaf, config) else order)
 
@@ -193,8 +237,8 @@ def _adapted(
             largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)
             params[name] = np.zeros((*hit.shape, *largest), np.float32)
     for entry in entries:
-        layer = params[entry.role][entry.layer]  # a view
-        layer[tuple(map(slice, entry.shape))] = entry.from_file(tensors[entry.key])
+        place: Any = (*entry.layer, *(slice(size) for size in entry.shape))
+        params[entry.role][place] = entry.from_file(tensors[entry.key])
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
     tag = Tag(adapter_name, tagged, dtypes)
     return sharded_like_base(Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode))

@@ -40,4 +40,13 @@ from peft_jax.models import AutoModelForTokenClassification as AutoModelForToken
 from peft_jax.models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from peft_jax.models import PeftModel as PeftModel
 from peft_jax.models import get_peft_model as get_peft_model
+from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig
+from peft_jax.prompts import CPTConfig as CPTConfig
+from peft_jax.prompts import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from peft_jax.prompts import MultitaskPromptTuningInit as MultitaskPromptTuningInit
+from peft_jax.prompts import PrefixTuningConfig as PrefixTuningConfig
+from peft_jax.prompts import PromptEncoderConfig as PromptEncoderConfig
+from peft_jax.prompts import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+from peft_jax.prompts import PromptTuningConfig as PromptTuningConfig
+from peft_jax.prompts import PromptTuningInit as PromptTuningInit
 from peft_jax.quant import quantize as quantize

@@ -53,7 +53,7 @@ def start(config, *, layers=None, shape=(12, 8)):
 
 
 def test_every_registered_method_has_a_case():
-    assert set(CASES) == set(base.names())
+    assert set(CASES) == {name for name in base.names() if not base.by_name(name).on_model}
 
 
 @every_method

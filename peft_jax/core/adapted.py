@@ -156,8 +156,8 @@ class Adapted(Weight):
         roles = role_specs(self.layout, entries)
         stack = roles["stack"]
         params: dict[str, Any] = {}
-        for role, axes in self.method.axes.items():
-            rest = (roles.get(axis, (None,)) for axis in axes)
+        for role in self.params:
+            rest = (roles.get(axis, (None,)) for axis in self.method.axes.get(role, ()))
             params[role] = PartitionSpec(*stack, *(entry for part in rest for entry in part))
         state = jax.tree.map(lambda _: PartitionSpec(*stack), self.state)
         base = self._base.specs(entries)

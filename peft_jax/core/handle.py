@@ -31,8 +31,13 @@ class Handle(abc.ABC):
     def output_module(self) -> str | None:
         """Path of the output head, which ``all-linear`` leaves out."""
 
+    @property
     @abc.abstractmethod
-    def defaults(self, peft_type: str) -> Mapping[str, tuple[str, ...]]:
+    def input_module(self) -> str:
+        """Path of the input embedding."""
+
+    @abc.abstractmethod
+    def defaults(self, peft_type: str) -> Mapping[str, Any]:
         """PEFT's defaults for such a model, by field of the method's config."""
 
     @property

@@ -18,6 +18,7 @@ from peft_jax.methods.lora import LoraConfig
 from peft_jax.methods.whole import Follower, Whole
 
 M = TypeVar("M", bound=Method)
+H = TypeVar("H", bound=Handle)
 FOLLOWS = "bias of its layer"  # the role of a bias that the adapter of its layer's matrix changes too
 
 
@@ -95,6 +96,11 @@ def apply_adapter(
         >>> params["query"]["kernel"].layout
         Layout(stack=(), inp=(0,), out=(1, 2), lookup=False, index_after=())
     """
+    if config.on_model:
+        raise ValueError(
+            f"{type(config).__name__} is for a model handle, whose forward pass knows what to do with a prompt. "
+            "Write pj.get_peft_model(model, config)."
+        )
     if isinstance(params, Handle):
         if fn is not None:
             raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
@@ -113,13 +119,28 @@ def apply_adapter(
     every = sorted({name for leaf in found for name in leaf.names.flat})
     targets = set(check_targets(config, modules, every, config.patterns))
 
+    def begin(leaf: Leaf, hit: np.ndarray) -> Any:
+        return config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
+
+    return place(params, found, config, targets, adapter_name, begin)
+
+
+def place(
+    params: Any,
+    found: Sequence[Leaf],
+    config: Method,
+    targets: set[str],
+    adapter_name: str,
+    begin: Callable[[Leaf, np.ndarray], Any],
+) -> Any:
+    """The tree of the leaves ``found`` with an adapter, whose arrays at a target ``begin(leaf, hit)`` gives."""
     nodes = {}
     choices = list(choose(found, config, targets))
     shared = config.shared(matrix_sizes(choices))
     for position, leaf, hit, role in choices:
         tagged, (arrays, state) = beside_target(config, leaf, hit, role)
         if role is None:
-            arrays, state = config.init(leaf.layout, leaf.value.shape, leaf.names, hit, key)
+            arrays, state = begin(leaf, hit)
             state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
         tag = Tag(adapter_name, tagged)
         adapted = Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
@@ -143,7 +164,7 @@ def beside_target(config: Method, leaf: Leaf, hit: np.ndarray, role: str | None)
     return whole, whole.init(as_weight(leaf.value, leaf.layout), hit)
 
 
-def untied_for(handle: Handle, changes: Callable[[str], bool]) -> Handle:
+def untied_for(handle: H, changes: Callable[[str], bool]) -> H:
     """The handle, with tied modules given leaves of their own if an adapter ``changes`` one of them.
 
     PEFT wraps one of the modules and leaves the other as it was; with one leaf for both, both would change.
@@ -151,17 +172,21 @@ def untied_for(handle: Handle, changes: Callable[[str], bool]) -> Handle:
     return handle.untied() if any(map(changes, handle.tied_modules)) else handle
 
 
+def completed(config: M, handle: Handle) -> M:
+    """The config with what the model knows: its name, its task, its defaults."""
+    return config.completed(handle.defaults(config.peft_type)).replace(
+        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
+        task_type=config.task_type or handle.task_type,
+    )
+
+
 def _completed(config: M, handle: Handle, layout: Layouts) -> M:
-    """The config with what the model knows: its name, its task, its default targets, its linear modules."""
+    """The config with what the model knows, and its linear modules."""
     if config.fan_in_fan_out:
         raise ValueError(
             "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
         )
-    config = config.completed(handle.defaults(config.peft_type))
-    return expand_all_linear(config, find_leaves(handle.params, layout), handle.output_module).replace(
-        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
-        task_type=config.task_type or handle.task_type,
-    )
+    return expand_all_linear(completed(config, handle), find_leaves(handle.params, layout), handle.output_module)
 
 
 def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator[Choice]:

@@ -125,6 +125,8 @@ class Method(PeftConfig):
 
     structural: ClassVar[tuple[str, ...]] = ()
     side_path: ClassVar[bool] = True
+    dropout_in_lookups: ClassVar[bool] = False  # whether dropout is for what lies on an embedding too
+    on_model: ClassVar[bool] = False  # whether the adapter goes on a model handle and changes no weight
     bias_only: ClassVar[str] = ""  # the value of ``bias`` for those of adapted modules, if not the method's name
 
     # What the other rooms read of every method. Not dataclass fields here: PEFT's configs do not all have them, and a
@@ -235,6 +237,10 @@ class Method(PeftConfig):
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """The adapted matrix, same shape and dtype as ``matrix``: ``(in, out)``, or ``(out,)`` for a vector."""
         raise NotImplementedError
+
+    def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
+        """The trained arrays as PEFT's file has them."""
+        return params
 
     def changes_bias(self, module: str) -> bool:
         """Whether the adapter of a module's matrix changes its bias, by `merge_bias`, too."""

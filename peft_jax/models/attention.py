@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.models.llama_config import FULL, SLIDING, LlamaConfig
-from peft_jax.models.positions import KVCache, causal_places, make_cache
+from peft_jax.models.positions import KVCache, Prefix, causal_places, make_cache
+from peft_jax.prompts.base import Adaption
 
-__all__ = ["Context", "KVCache", "attend", "init_cache", "inverse_frequencies", "make_context", "rotate"]
+__all__ = ["Context", "KVCache", "attend", "attend_to", "init_cache", "inverse_frequencies", "make_context", "rotate"]
 
 
 class Context(NamedTuple):
@@ -61,24 +62,32 @@ def make_context(
     position_ids: jax.Array | None,
     cache: KVCache | None,
     segment_ids: jax.Array | None = None,
+    prefix: Prefix | None = None,
 ) -> Context:
     """Compute rotation and masks for embeddings x (batch, length, hidden).
 
     Positions default to slot numbers, as in transformers, whatever the attention mask. They turn queries and keys;
     what sees what depends on the slots, the mask and the segments. Several texts packed into one row are told apart by
-    segment_ids (batch, length): a text sees itself alone, and its positions count from 0.
+    segment_ids (batch, length): a text sees itself alone, and its positions count from 0. A prefix takes the first
+    slots, and is seen by all.
 
     Raises:
         ValueError: A shape does not fit the embeddings or the cache.
     """
     places = causal_places(
-        *x.shape[:2], attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids, cache=cache
+        *x.shape[:2],
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        cache=cache,
+        prefix=prefix,
     )
     positions = places.positions.astype(jnp.float32)[:, :, None, None]
     angles = positions * np.tile(inverse_frequencies(config), 2)[None, None, None]
     masks = {FULL: places.mask}
     if config.sliding_window is not None:
-        query = (jnp.arange(x.shape[1]) + places.index)[None, :, None]
+        virtual = 0 if prefix is None else prefix[0].shape[2]
+        query = (jnp.arange(x.shape[1]) + places.index + virtual)[None, :, None]
         key = jnp.arange(places.mask.shape[2])[None, None, :]
         masks[SLIDING] = places.mask & (key > query - config.sliding_window)
     return Context(jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype), masks, places.index)
@@ -103,3 +112,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(seen, weights, 0).astype(v.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape)
+
+
+def attend_to(adaption: Adaption, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """What q (batch, length, heads, head_dim) sees of a layer's adaption prompt, through its gate.
+
+    k and v (1, n, kv_heads, head_dim) are those of the prompt, which is seen whole from everywhere.
+    """
+    k, v = (jnp.broadcast_to(part.astype(q.dtype), (q.shape[0], *part.shape[1:])) for part in (k, v))
+    seen = attend(q, k, v, jnp.ones((1, q.shape[1], k.shape[1]), bool))
+    return seen * adaption.gates[0].astype(q.dtype)

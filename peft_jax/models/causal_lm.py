@@ -13,6 +13,7 @@ from peft_jax.models.continuation import continue_prompts
 from peft_jax.models.generate import Streamer
 from peft_jax.models.losses import shifted_cross_entropy
 from peft_jax.models.model_handle import ModelHandle, Source, register_handle, token_ids
+from peft_jax.prompts.base import task_array, with_virtual_labels
 
 __all__ = ["CausalLM", "CausalLMOutput", "Source"]
 
@@ -55,9 +56,13 @@ class CausalLM(ModelHandle):
         segment_ids: jax.Array | np.ndarray | None = None,
         inputs_embeds: jax.Array | None = None,
         labels: jax.Array | np.ndarray | None = None,
+        task_ids: jax.Array | np.ndarray | None = None,
         output_hidden_states: bool = False,
     ) -> CausalLMOutput:
         """Logits at all positions, compiled once per shape.
+
+        A prompt's virtual tokens stand in front of the inputs, have logits and hidden states, and count for nothing in
+        the loss.
 
         Args:
             input_ids: Token ids ``(batch, length)``.
@@ -68,6 +73,7 @@ class CausalLM(ModelHandle):
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             labels: Token ids ``(batch, length)`` for the loss; -100 counts for nothing. Logits at a position are
                 compared with the label at the next, so labels are the ``input_ids``, masked.
+            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             output_hidden_states: Whether to return the hidden states.
         """
         out = self.run(
@@ -77,8 +83,10 @@ class CausalLM(ModelHandle):
             attention_mask=attention_mask,
             position_ids=position_ids,
             segment_ids=segment_ids,
+            task_ids=task_array(self.params, task_ids),
         )
-        loss = None if labels is None else shifted_cross_entropy(out.logits, jnp.asarray(labels))
+        asked = None if labels is None else with_virtual_labels(self.params, jnp.asarray(labels))
+        loss = None if asked is None else shifted_cross_entropy(out.logits, *asked)
         return CausalLMOutput(out.logits, loss, out.hidden_states)
 
     def generate(
@@ -96,6 +104,7 @@ class CausalLM(ModelHandle):
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         key: jax.Array | None = None,
+        task_ids: jax.Array | np.ndarray | None = None,
         generation_config: Mapping[str, Any] | None = None,
         streamer: Streamer | None = None,
     ) -> jax.Array:
@@ -116,6 +125,7 @@ class CausalLM(ModelHandle):
             eos_token_id: What ends a row; also several.
             pad_token_id: What follows; unless told otherwise, the first ``eos_token_id``.
             key: Random key for drawing; None means ``jax.random.key(0)``.
+            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             generation_config: In place of the contents of generation_config.json; ``{}`` leaves that file aside.
             streamer: Its ``put`` is given the prompts, then each token as it comes (chunks are decoded in a program of
                 their own), and its ``end`` is called; transformers' streamers fit.
@@ -140,4 +150,5 @@ class CausalLM(ModelHandle):
         }
         ids = token_ids(input_ids, self.config.vocab_size)
         found = self.generation_config if generation_config is None else generation_config
-        return continue_prompts(self.config, self.params, ids, attention_mask, asked, found, key, streamer)
+        params = (self.params, task_array(self.params, task_ids))
+        return continue_prompts(self.config, params, ids, attention_mask, asked, found, key, streamer)

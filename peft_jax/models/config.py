@@ -91,6 +91,16 @@ class ModelConfig:
         """Name of the class in transformers."""
         return self.stems[self.model_type] + self.tasks[self.task_type]
 
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of a layer."""
+        return self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.hidden_size // self.num_attention_heads
+
     def check(self) -> None:
         """Raise ValueError if there is no such architecture with such a head."""
         check_model_type(self.model_type, self.stems)

@@ -15,11 +15,13 @@ from peft_jax.models.families import family_of
 from peft_jax.models.generate import Decoder, Programs, Streamer, make_programs, stream
 from peft_jax.models.generation_config import Generation, resolve
 from peft_jax.models.positions import KVCache
+from peft_jax.models.prompted import Cached
+from peft_jax.prompts.base import take_prompt, virtual_slots
 
 
 def continue_prompts(
     config: ModelConfig,
-    params: Any,
+    params: tuple[Any, jax.Array | None],
     ids: jax.Array,
     attention_mask: Any,
     asked: Mapping[str, Any],
@@ -29,13 +31,15 @@ def continue_prompts(
 ) -> jax.Array:
     """Prompts ``ids`` with their continuations; the arguments are those of `CausalLM.generate`.
 
+    ``params`` has the task of each row beside the parameters.
+
     Raises:
         ValueError: If a prompt ends in padding; also as `resolve`.
     """
     wanted = resolve(
         asked,
         found,
-        length=ids.shape[1],
+        length=ids.shape[1] + virtual_slots(params[0]),
         positions=config.max_position_embeddings,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
@@ -65,12 +69,14 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
         raise ValueError(f"A {config.model_type} model does not generate.")
 
     def decoder(params: Any) -> Decoder:
-        apply = partial(adapt(partial(family.apply, config)), params)
-        return Decoder(apply, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
+        rest, prompt = take_prompt(*params)
+        apply = partial(adapt(partial(family.apply, config)), rest)
+        model = Cached(apply, partial(adapt(partial(family.embed, config)), rest), prompt)
+        return Decoder(model, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
 
     def cache(params: Any, batch: int, positions: int) -> KVCache:
-        dtype = family.embedding_table(config, params).dtype
-        empty: KVCache = make_cache(config, batch, positions, dtype)
+        dtype = family.embedding_table(config, params[0]).dtype
+        empty: KVCache = make_cache(config, batch, positions + virtual_slots(params[0]), dtype)
         return empty
 
     return make_programs(decoder, cache, wanted.max_new_tokens)

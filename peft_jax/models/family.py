@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from peft_jax.core.layout import Layout
 from peft_jax.interop.checkpoint import Row
 from peft_jax.interop.formats import TORCH_NAMES
@@ -64,6 +67,10 @@ class Family:
     def embedding_table(self, config: ModelConfig, params: Any) -> Any:
         """The token embedding, ``(vocabulary, hidden)``."""
         return leaf_at(params, f"{self.embedding_module(config)}.embedding")
+
+    def embed(self, config: ModelConfig, params: Any, ids: jax.Array) -> jax.Array:
+        """Embeddings (batch, length, hidden) of ids (batch, length)."""
+        return jnp.take(self.embedding_table(config, params), ids, axis=0)
 
     def output_module(self, config: ModelConfig) -> str | None:
         """Path of the module that gives the output; None for a bare model."""

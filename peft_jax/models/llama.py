@@ -17,13 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models import pure
-from peft_jax.models.attention import Context, KVCache, attend, init_cache, make_context, rotate
+from peft_jax.models.attention import Context, KVCache, attend, attend_to, init_cache, make_context, rotate
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.heads import DecoderHead
 from peft_jax.models.layers import Embed, RMSNorm, linear_maker
 from peft_jax.models.llama_config import ACTIVATIONS, FULL, SLIDING, LlamaConfig, RopeScaling
 from peft_jax.models.outputs import ModelOutput
-from peft_jax.models.positions import Buffers, extend, filled
+from peft_jax.models.positions import Beside, Buffers, Prefix, extend, filled, put_before
+from peft_jax.prompts.base import Adaption
 
 __all__ = ["KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params", "param_shapes"]
 
@@ -45,9 +46,15 @@ class LlamaAttention(nnx.Module):
             self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, context: Context, mask: jax.Array, layer: jax.Array, buffers: Buffers | None
+        self,
+        x: jax.Array,
+        context: Context,
+        mask: jax.Array,
+        layer: jax.Array,
+        beside: Beside,
+        buffers: Buffers | None,
     ) -> tuple[jax.Array, Buffers | None]:
-        """Attend within x (batch, length, hidden) and to this layer's part of the cache's buffers."""
+        """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         q, k, v = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
@@ -55,7 +62,24 @@ class LlamaAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context), rotate(k, context)
         k, v, buffers = extend(buffers, k, v, layer, context.index)
-        return self.o_proj(attend(q, k, v, mask).reshape(batch, length, -1)), buffers
+        seen = attend(q, *put_before(beside.prefix, k, v), mask)
+        if beside.adaption is None:
+            return self.o_proj(seen.reshape(batch, length, -1)), buffers
+        seen = seen + self._attend_to(beside.adaption, q)
+        return self.o_proj(seen.reshape(batch, length, -1)) + self._second_bias(beside.adaption, x), buffers
+
+    def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
+        """What q (batch, length, heads, head_dim) sees of an adaption prompt, through its gate."""
+        prompt = adaption.prompts.astype(q.dtype)[None]
+        heads = (1, prompt.shape[1], -1, self.head_dim)
+        return attend_to(adaption, q, self.k_proj(prompt).reshape(heads), self.v_proj(prompt).reshape(heads))
+
+    def _second_bias(self, adaption: Adaption, x: jax.Array) -> jax.Array:
+        """PEFT projects what is seen of an adaption prompt by itself, so that a bias is added once more."""
+        if not self.o_proj.use_bias:
+            return jnp.zeros((), x.dtype)
+        bias: jax.Array = self.o_proj(jnp.zeros((1, 1, self.o_proj.in_features), x.dtype))
+        return jnp.where(adaption.on, bias, 0)
 
 
 class LlamaMLP(nnx.Module):
@@ -83,10 +107,16 @@ class LlamaDecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, context: Context, mask: jax.Array, layer: jax.Array, buffers: Buffers | None
+        self,
+        x: jax.Array,
+        context: Context,
+        mask: jax.Array,
+        layer: jax.Array,
+        beside: Beside,
+        buffers: Buffers | None,
     ) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
-        out, buffers = self.self_attn(self.input_layernorm(x), context, mask, layer, buffers)
+        out, buffers = self.self_attn(self.input_layernorm(x), context, mask, layer, beside, buffers)
         x = x + out.astype(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), buffers
 
@@ -102,7 +132,7 @@ class LlamaModel(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, context: Context, buffers: Buffers | None, keep: bool, remat: bool
+        self, x: jax.Array, context: Context, beside: Beside, buffers: Buffers | None, keep: bool, remat: bool
     ) -> tuple[jax.Array, jax.Array | None, Buffers | None]:
         """Run all layers; keep asks for every layer's input as well, remat for recomputing layers in the backward."""
         graph, stacked = nnx.split(self.layers)
@@ -110,13 +140,15 @@ class LlamaModel(nnx.Module):
         slides = jnp.array([kind == SLIDING for kind in self.kinds])
 
         def body(carry: tuple[jax.Array, Buffers | None], inputs: Any) -> Any:
-            state, layer, slide = inputs
+            state, layer, slide, prompt = inputs
             one = context.masks[self.kinds[0]]
             mask = jnp.where(slide, context.masks[SLIDING], context.masks[FULL]) if mixed else one
-            return nnx.merge(graph, state)(carry[0], context, mask, layer, carry[1]), carry[0] if keep else None
+            out = nnx.merge(graph, state)(carry[0], context, mask, layer, prompt, carry[1])
+            return out, carry[0] if keep else None
 
         body = jax.checkpoint(body) if remat else body
-        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(len(self.kinds)), slides))
+        layers = (stacked, jnp.arange(len(self.kinds)), slides, beside)
+        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), layers)
         x = self.norm(x)
         return x, jnp.concatenate([inputs, x[None].astype(inputs.dtype)]) if keep else None, buffers
 
@@ -147,15 +179,17 @@ class Llama(nnx.Module):
         position_ids: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
+        prefix: Prefix | None = None,
+        adaption: Adaption | None = None,
         output_hidden_states: bool = False,
         remat: bool = False,
     ) -> ModelOutput:
         """Compute logits; the arguments are those of `apply`."""
         table = self.model.embed_tokens
         x = table.either(input_ids, inputs_embeds)
-        context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids)
+        context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids, prefix)
         buffers = None if cache is None else (cache.keys, cache.values)
-        h, states, buffers = self.model(x, context, buffers, output_hidden_states, remat)
+        h, states, buffers = self.model(x, context, Beside(prefix, adaption), buffers, output_hidden_states, remat)
         output: ModelOutput = HEAD.run(self, self.config, h, input_ids, table.embedding)
         return output._replace(hidden_states=states, cache=filled(buffers, context.index, x.shape[1]))
 
@@ -199,6 +233,8 @@ def apply(
     position_ids: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
+    prefix: Prefix | None = None,
+    adaption: Adaption | None = None,
     output_hidden_states: bool = False,
     remat: bool = False,
 ) -> ModelOutput:
@@ -215,6 +251,9 @@ def apply(
             one row: each sees itself alone, and its positions count from 0. Not with a cache.
         cache: Keys and values of earlier positions, as from `init_cache`. The caller sees to it that index + length
             does not exceed max_len (an index is an array, whose value a compiled program cannot check).
+        prefix: Keys and values that all positions see before those of the inputs, each (layers, batch or 1, n_virtual,
+            kv_heads, head_dim). Positions count on from n_virtual.
+        adaption: Gated prompts beside each layer's attention.
         output_hidden_states: Also return the hidden states.
         remat: Keep only each layer's input for the backward pass and compute the rest again.
 
@@ -241,6 +280,8 @@ def apply(
         position_ids=position_ids,
         segment_ids=segment_ids,
         cache=cache,
+        prefix=prefix,
+        adaption=adaption,
         output_hidden_states=output_hidden_states,
         remat=remat,
     )

@@ -15,12 +15,15 @@ from peft_jax.adapt import adapt
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
+from peft_jax.methods.base import by_name
 from peft_jax.models.checkpoint import save_model
 from peft_jax.models.config import MASKED_LM, ModelConfig
-from peft_jax.models.defaults import method_defaults
+from peft_jax.models.defaults import method_defaults, prompt_sizes
 from peft_jax.models.families import family_of
 from peft_jax.models.family import Family, with_leaf
 from peft_jax.models.outputs import ModelOutput
+from peft_jax.models.prompted import apply_prompted
+from peft_jax.prompts.base import Prompt, PromptLearning, take_prompt, without_prompts
 
 # For the dataclasses of handles: parameters are the leaves, all else is static.
 register_handle = partial(
@@ -130,8 +133,15 @@ class ModelHandle(Handle):
         """The output head."""
         return self.family.output_module(self.config)
 
-    def defaults(self, peft_type: str) -> Mapping[str, tuple[str, ...]]:
-        """PEFT's defaults for this model type, by field of the method's config."""
+    @property
+    def input_module(self) -> str:
+        """The input embedding."""
+        return self.family.embedding_module(self.config)
+
+    def defaults(self, peft_type: str) -> Mapping[str, Any]:
+        """PEFT's defaults for this model, by field of the method's config."""
+        if issubclass(by_name(peft_type), PromptLearning):
+            return prompt_sizes(peft_type, self.config)
         return method_defaults(peft_type, self.config.model_type)
 
     @property
@@ -148,7 +158,7 @@ class ModelHandle(Handle):
         if not self.tied_modules:
             return self
         _, head = self.tied_modules
-        table = self.family.embedding_table(self.config, self.params)
+        table = without_prompts(self.family.embedding_table(self.config, self.params))
         kernel = jnp.transpose(table.dense() if is_weight(table) else table)
         config = dataclasses.replace(self.config, tie_word_embeddings=False)
         return dataclasses.replace(self, params=with_leaf(self.params, f"{head}.kernel", kernel), config=config)
@@ -172,9 +182,14 @@ def token_ids(ids: Any, vocabulary: int) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def _forward(config: ModelConfig, remat: bool, output_hidden_states: bool) -> Callable[..., Any]:
-    apply = family_of(config).apply
+    family = family_of(config)
+
+    def run(params: Any, prompt: Prompt, input_ids: Any, given: dict[str, Any]) -> Any:
+        apply = partial(family.apply, config, params, output_hidden_states=output_hidden_states, remat=remat)
+        return apply_prompted(apply, lambda ids: family.embed(config, params, ids), prompt, input_ids, given)
 
     def forward(params: Any, input_ids: Any, given: dict[str, Any]) -> Any:
-        return apply(config, params, input_ids, output_hidden_states=output_hidden_states, remat=remat, **given)
+        rest, prompt = take_prompt(params, given.pop("task_ids", None))
+        return adapt(run)(rest, prompt, input_ids, given)
 
-    return jax.jit(adapt(forward))
+    return jax.jit(forward)

@@ -16,6 +16,8 @@ from peft_jax.methods.whole import config_of
 from peft_jax.models.auto import AutoModelForCausalLM
 from peft_jax.models.causal_lm import CausalLM
 from peft_jax.models.model_handle import ModelHandle, register_handle
+from peft_jax.prompts.attach import attach_prompt
+from peft_jax.prompts.base import PromptMethod
 
 
 def get_peft_model(
@@ -40,6 +42,8 @@ def get_peft_model(
         >>> sorted(model.peft_config)
         ['default']
     """
+    if isinstance(peft_config, PromptMethod):
+        return PeftModel.of(attach_prompt(model, peft_config, key=key, adapter_name=adapter_name))
     return PeftModel.of(apply_adapter(model, peft_config, key=key, adapter_name=adapter_name))
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from peft_jax.prompts.base import Adaption
+
 Prefix = tuple[jax.Array, jax.Array]
 Buffers = tuple[jax.Array, jax.Array]
 
@@ -21,6 +23,17 @@ class KVCache(NamedTuple):
     keys: jax.Array
     values: jax.Array
     index: jax.Array  # type: ignore[assignment]  # a field, not the method of tuples
+
+
+class Beside(NamedTuple):
+    """What a prompt puts beside the attention: in one layer, or with a leading axis of layers in all of them.
+
+    prefix is keys (after rotation) and values, each (batch or 1, n_virtual, kv_heads, head_dim), before those of the
+    inputs; adaption is a prompt that the layer attends to as well.
+    """
+
+    prefix: Prefix | None = None
+    adaption: Adaption | None = None
 
 
 class Places(NamedTuple):
@@ -136,6 +149,15 @@ def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: i
     """An empty cache for max_len positions."""
     shape = (layers, batch, max_len, kv_heads, head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+
+def prefilled(cache: KVCache, prefix: Prefix) -> KVCache:
+    """An empty cache with a prefix, (layers, batch or 1, n_virtual, kv_heads, head_dim), in its first slots."""
+    buffers = []
+    for buffer, part in zip((cache.keys, cache.values), prefix, strict=True):
+        first = jnp.broadcast_to(part, (part.shape[0], buffer.shape[1], *part.shape[2:])).astype(buffer.dtype)
+        buffers.append(jax.lax.dynamic_update_slice(buffer, first, (0,) * buffer.ndim))
+    return KVCache(buffers[0], buffers[1], cache.index + prefix[0].shape[2])
 
 
 def extend(

@@ -2,7 +2,8 @@
 
 Both take a pure ``apply(params, input_ids, attention_mask) -> logits``; for a model handle that is
 ``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, for a plain function over adapted leaves
-``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, by that name.
+``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, and for prompts of several tasks ``task_ids``,
+by these names. A prompt's virtual tokens may have logits in front of the others.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from peft_jax.core.dropout import with_dropout
-from peft_jax.core.partition import combine
+from peft_jax.core.partition import combine, partition
+from peft_jax.prompts.base import active_prompts, projected, with_virtual_labels
 from peft_jax.train.batches import Batch
 from peft_jax.train.loss import cross_entropy
 from peft_jax.train.schedule import advance, penalized, split_state
@@ -79,10 +81,12 @@ def make_training_step(
 
     def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, count: jax.Array) -> jax.Array:
         params = with_dropout(combine(trainable, frozen), key)
-        return cross_entropy(logits_of(apply, params, batch), jnp.asarray(batch["labels"]))[0] / count
+        return _loss_of(apply, params, batch)[0] / count
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
-        count = jnp.maximum(jnp.sum(jnp.asarray(batch["labels"])[:, 1:] >= 0), 1).astype(jnp.float32)
+        trainable = _put_back(trainable, frozen)
+        labels, _ = with_virtual_labels(frozen, jnp.asarray(batch["labels"]))
+        count = jnp.maximum(jnp.sum(labels[:, 1:] >= 0), 1).astype(jnp.float32)
         gradient_of = jax.value_and_grad(loss_share)
         rows = batch["input_ids"].shape[0]
         if micro_batch_size is None or micro_batch_size == rows:
@@ -114,17 +118,30 @@ def _in_parts(x: jax.Array, size: int) -> jax.Array:
     return jnp.swapaxes(jnp.reshape(x, (size, x.shape[0] // size, *x.shape[1:])), 0, 1)
 
 
+def _put_back(trainable: Any, frozen: Any) -> Any:
+    """The trainable twin, with what a prompt trains put back to where it may be."""
+    if not active_prompts(frozen):
+        return trainable
+    return partition(projected(combine(trainable, frozen)))[0]
+
+
+def _loss_of(apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    labels, weights = with_virtual_labels(params, jnp.asarray(batch["labels"]))
+    return cross_entropy(logits_of(apply, params, batch), labels, weights)
+
+
 def logits_of(apply: Apply, params: Any, batch: Batch) -> jax.Array:
     """Logits (batch, length, vocabulary) of a batch, packed or not."""
-    packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
-    return apply(params, batch["input_ids"], batch["attention_mask"], **packed)
+    named: dict[str, Any] = dict(batch)
+    more = {name: named[name] for name in ("segment_ids", "task_ids") if name in named}
+    return apply(params, batch["input_ids"], batch["attention_mask"], **more)
 
 
 def make_evaluation_step(apply: Apply) -> EvaluationStep:
     """Build the compiled step ``(params, batch) -> (summed loss, number of target tokens)``, without dropout."""
 
     def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return cross_entropy(logits_of(apply, params, batch), jnp.asarray(batch["labels"]))
+        return _loss_of(apply, params, batch)
 
     return jax.jit(step)
 
