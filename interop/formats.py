@@ -47,6 +47,13 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("vera_lambda_b", "vera_lambda_b", ("out",)),
         ),
     },
+    "LN_TUNING": {
+        False: (
+            Row("ln_tuning_layers", "ln_tuning_layers.weight", ("out",)),
+            Row("ln_tuning_layers", "ln_tuning_layers.bias", ("out",)),
+        ),
+    },
+    "BEFT": {False: (Row("beft_bias", "beft_bias", (ONE, "out")),)},
     "OFT": {
         False: (Row("oft_R", "oft_R.weight", ("blocks", "pairs")),),
         True: (Row("oft_embedding_R", "oft_embedding_R.weight", ("blocks", "pairs")),),
@@ -130,6 +137,9 @@ def tensor_key(peft_type: str, module: str, suffix: str) -> str:
     pattern = KEYS.get(peft_type, PREFIX + "{module}.{suffix}")
     return pattern.format(module=module, parent=module.rpartition(".")[0], suffix=suffix)
 
+
+# What stands between the path of a module and PyTorch's name of a leaf that is trained whole, by its role.
+INSIDE = {"bias": ".base_layer", "ln_tuning_layers": ".ln_tuning_layers", "modules_to_save": ""}
 
 # PyTorch's name of a leaf.
 TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "weight": "weight", "bias": "bias"}

@@ -1,5 +1,6 @@
 """Adapters to and from PEFT's tensors in memory: keys, transposes, and which layers of a stack."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from peft_jax.interop.formats import (
     EMBEDDING_MODULES,
+    INSIDE,
     ONE,
     PREFIX,
     PREFIXES,
@@ -20,11 +22,20 @@ from peft_jax.interop.formats import (
 
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_weight
-from peft_jax.methods.attach import FOLLOWS, Choice, beside_target, choose, matrix_sizes, untied_for
+from peft_jax.methods.attach import (
+    FOLLOWS,
+    Choice,
+    beside_target,
+    choose,
+    matrix_sizes,
+    may_be_target,
+    modules_with_followers,
+    untied_for,
+)
 from peft_jax.methods.base import Method
 from peft_jax.methods.whole import Part, config_of
 from peft_jax.prompts.attach import prompt_places
@@ -142,7 +153,7 @@ def _checked_prompt(config: PromptMethod, handle: Handle) -> PromptMethod:
 
 def _adapted_modules(found: list[Leaf], config: Method, tensors: Tensors) -> set[str]:
     """The modules that the keys of the tensors, or the config, name."""
-    names = {name for leaf in found if is_matrix(leaf) for name in leaf.names.flat}
+    names = {name for leaf in found if may_be_target(config, leaf) for name in leaf.names.flat}
     suffixes = {row.suffix for rows in ROWS[config.peft_type].values() for row in rows}
     in_file = (name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes))
     return {*in_file, *(name for name in names if is_target(config, name))}
@@ -160,9 +171,12 @@ def _with_tensors(
             bases |= _base_tensors(choice.leaf, config, adapted)
     common = _shared_entries(config, matrix_sizes(choices))
     _check([*(entry for many in entries.values() for entry in many), *common], bases, tensors)
+    biased = modules_with_followers(choices)
     nodes = {}
     for choice in choices:
-        nodes[choice.position] = _adapted(choice, config, entries[choice.position], common, tensors, adapter_name)
+        node = _adapted(choice, config, entries[choice.position], common, tensors, adapter_name)
+        more = config.lone_state(choice.leaf.names, choice.hit, biased) if choice.role is None else {}
+        nodes[choice.position] = dataclasses.replace(node, state={**node.state, **more})
     return tied(replace_leaves(params, nodes))
 
 
@@ -193,7 +207,7 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
                     key = tensor_key(config.peft_type, name, row.suffix)
                     yield Entry(key, index, row.role, shapes[row.role], order)
         elif role != FOLLOWS:
-            inside = ".base_layer" if role == "bias" and name in adapted else ""
+            inside = INSIDE[role] if role != "bias" or name in adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
             prefix = PREFIXES.get(config.peft_type, PREFIX)
             key = f"{prefix}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"

@@ -18,10 +18,12 @@ from peft_jax.core.summary import summary as summary
 from peft_jax.interop import get_peft_model_state_dict as get_peft_model_state_dict
 from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_dict
 from peft_jax.methods import AdaLoraConfig as AdaLoraConfig
+from peft_jax.methods import BeftConfig as BeftConfig
 from peft_jax.methods import BOFTConfig as BOFTConfig
 from peft_jax.methods import HiraConfig as HiraConfig
 from peft_jax.methods import HRAConfig as HRAConfig
 from peft_jax.methods import IA3Config as IA3Config
+from peft_jax.methods import LNTuningConfig as LNTuningConfig
 from peft_jax.methods import LoHaConfig as LoHaConfig
 from peft_jax.methods import LoKrConfig as LoKrConfig
 from peft_jax.methods import LoraConfig as LoraConfig

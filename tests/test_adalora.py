@@ -290,7 +290,7 @@ def test_micro_batches_count_the_penalty_once():
         ({"deltaT": 0}, "needs deltaT of at least 1, got 0"),
         ({"orth_reg_weight": -1}, "needs orth_reg_weight of at least 0, got -1"),
         ({"init_r": 0}, "needs init_r of at least 1, got 0"),
-        ({"init_lora_weights": "gaussian"}, "init_lora_weights True or False, got 'gaussian'"),
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'. Give it a value of: bool"),
         ({"use_dora": True}, "use_dora=True\\) is not supported"),
     ],
 )

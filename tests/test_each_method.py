@@ -303,6 +303,73 @@ def test_lokr_factors_as_peft_does():
             assert factorization(dimension, factor) == theirs(dimension, factor)
 
 
+def test_beft_adds_a_bias_whether_there_is_one_or_not(dense):
+    tree = {**dense, "bare": {"kernel": normal(5, 4, 3)}}
+    params = perturbed(pj.apply_adapter(tree, pj.BeftConfig(target_modules=["dense", "bare"])))
+    own = {name: params[name]["kernel"].params["beft_bias"] for name in ("dense", "bare")}
+    assert len(jax.tree.leaves(pj.partition(params)[0])) == 2, "a bias is trained more than once"
+    x = normal(3, 5, 6)
+
+    def both(params, x):
+        return layer(params, x) @ params["bare"]["kernel"]
+
+    want = (layer(dense, x) + own["dense"][None]) @ tree["bare"]["kernel"] + own["bare"][None]
+    close(pj.adapt(both)(params, x), want)
+    close(jax.jit(pj.adapt(both))(params, x), want)
+    with pytest.raises(ValueError, match="none to merge it into. Keep the adapter apart"):
+        pj.merge(params)
+    params = perturbed(pj.apply_adapter(pj.quantize(dense), pj.BeftConfig(target_modules=["dense"])))
+    merged = pj.merge(params)
+    close(merged["dense"]["bias"], dense["dense"]["bias"] + params["dense"]["kernel"].params["beft_bias"])
+    close(layer(merged, x), pj.adapt(layer)(params, x))
+    trainable, frozen = pj.partition(params)
+    slope = jax.grad(lambda trainable: jnp.sum(pj.adapt(layer)(pj.combine(trainable, frozen), x)))(trainable)
+    close(slope["dense"]["kernel"].params["beft_bias"], np.full(4, 5.0))
+
+
+def test_beft_of_one_stack():
+    """Of stacked layers without a bias those that are targets get one, in a scan too, and as groups."""
+    kernel = normal(0, 3, 6, 6)
+    config = pj.BeftConfig(target_modules=r"layers\.[02]\.up")
+    layout = {".*": pj.Layout((0,), (1,), (2,))}
+    params = perturbed(pj.apply_adapter({"layers": {"up": {"kernel": kernel}}}, config, layout=layout))
+    own = params["layers"]["up"]["kernel"].params["beft_bias"].at[1].set(0)
+
+    def chain(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"]["up"]["kernel"])[0]
+
+    x = want = normal(1, 5, 6)
+    for w, b in zip(kernel, own, strict=True):
+        want = jnp.tanh(want @ w + b[None])
+    close(pj.adapt(chain)(params, x), want)
+    groups = jnp.array([2, 2, 1])
+    got = pj.adapt(lambda params, x: jax.lax.ragged_dot(x, params["layers"]["up"]["kernel"], groups))(params, x)
+    close(got, jax.lax.ragged_dot(x, kernel, groups) + jnp.repeat(own, groups, axis=0, total_repeat_length=5))
+    assert "trainable params: 12 ||" in pj.summary(params)
+
+
+def test_ln_tuning_trains_normalizations_whole():
+    """Scale and bias, of stacked layers those that are targets; the file calls them as PyTorch does."""
+    tree = {"layers": {"norm": {"scale": normal(0, 3, 4), "bias": normal(1, 3, 4)}}, "norm": {"scale": normal(2, 4)}}
+    layout = {r"layers.*": pj.Layout((0,), (), (1,))}
+    config = pj.LNTuningConfig(target_modules=r"layers\.[02]\.norm|norm")
+    params = perturbed(pj.apply_adapter(tree, config, layout=layout))
+    merged = pj.merge(params)
+    for name in ("scale", "bias"):
+        moved = np.abs(merged["layers"]["norm"][name] - tree["layers"]["norm"][name]).max(1)
+        assert (moved > 0.01).tolist() == [True, False, True]
+    tensors = pj.get_peft_model_state_dict(params)
+    ends = ("ln_tuning_layers.weight", "ln_tuning_layers.bias")
+    keys = {f"base_model.model.layers.{i}.norm.{end}" for i in (0, 2) for end in ends}
+    assert tensors.keys() == keys | {"base_model.model.norm.ln_tuning_layers.weight"}
+    again = pj.set_peft_model_state_dict(tree, config, tensors, layout=layout)
+    for one, other in zip(jax.tree.leaves(pj.merge(again)), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "trainable params: 20 ||" in pj.summary(params)
+    with pytest.raises(ValueError, match="Target module 'layernorm' hits none"):
+        pj.apply_adapter(tree, pj.LNTuningConfig(target_modules=["layernorm"]), layout=layout)
+
+
 def test_vera_layers_share_their_random_matrices():
     tree = {"a": {"kernel": normal(0, 12, 5)}, "b": {"kernel": normal(1, 8, 9)}, "c": {"kernel": normal(2, 8, 9)}}
     params = pj.apply_adapter(tree, pj.VeraConfig(r=3, target_modules=["a", "b"]))
@@ -368,6 +435,8 @@ STARTS = {
     "ADALORA random": ("AdaLoraConfig", {"total_step": 9, "init_r": 32, "init_lora_weights": False}),
     "BOFT": ("BOFTConfig", {}),
     "BOFT random": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 64, "init_weights": False}),
+    "BEFT": ("BeftConfig", {}),
+    "BEFT random": ("BeftConfig", {"init_weights": False}),
     "VERA": ("VeraConfig", {}),
     "VERA random": ("VeraConfig", {"init_weights": False}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),
@@ -420,5 +489,6 @@ def test_default_targets_are_those_of_pefts_tables(peft_type):
 
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
         for field, value in method_defaults(peft_type, model_type).items():
-            table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{peft_type}_{field.upper()}_MAPPING")
+            name = peft_type.replace("_", "")
+            table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_{field.upper()}_MAPPING")
             assert list(value) == table[model_type]

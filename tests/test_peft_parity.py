@@ -104,6 +104,13 @@ ROWS = {
         "layers_to_transform": [1, 2],
         "modules_to_save": ["norm"],
     },
+    "BEFT": {"config": "BeftConfig", "target_modules": TARGETS, "modules_to_save": ["norm"]},
+    "LN_TUNING": {"config": "LNTuningConfig", "exclude_modules": r".*layers\.1\.input_layernorm"},
+    "LN_TUNING of other modules": {
+        "config": "LNTuningConfig",
+        "target_modules": ["norm", "q_proj"],
+        "modules_to_save": ["lm_head"],
+    },
     "HRA": {"config": "HRAConfig", "r": 4, "target_modules": TARGETS, "bias": "all"},
     "HRA orthogonal": {
         "config": "HRAConfig",

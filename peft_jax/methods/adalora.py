@@ -128,8 +128,6 @@ class AdaLoraConfig(Scheduled):
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"ADALORA needs {name} above 0 and below 1, got {getattr(self, name)}.")
-        if self.init_lora_weights not in (True, False):
-            raise ValueError(f"ADALORA has init_lora_weights True or False, got {self.init_lora_weights!r}.")
         if self.total_step is not None and not self.tinit < self.total_step - self.tfinal:
             raise ValueError(
                 f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={self.total_step} in which "

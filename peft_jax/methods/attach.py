@@ -9,13 +9,13 @@ import numpy as np
 from peft_jax.adapt.axes import read_layouts
 from peft_jax.core.adapted import Adapted, Tag, adapters, tied
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float, is_matrix, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
 from peft_jax.core.weight import as_weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
-from peft_jax.methods.whole import Follower, Whole
+from peft_jax.methods.whole import REPLACED, Follower, Whole
 
 M = TypeVar("M", bound=Method)
 H = TypeVar("H", bound=Handle)
@@ -115,7 +115,7 @@ def apply_adapter(
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
     linear = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
     config = expand_all_linear(config, linear, others=found)
-    modules = [name for leaf in found for name in leaf.names.flat if is_matrix(leaf)]
+    modules = [name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)]
     every = sorted({name for leaf in found for name in leaf.names.flat})
     targets = set(check_targets(config, modules, every, config.patterns))
 
@@ -136,11 +136,13 @@ def place(
     """The tree of the leaves ``found`` with an adapter, whose arrays at a target ``begin(leaf, hit)`` gives."""
     nodes = {}
     choices = list(choose(found, config, targets))
+    biased = modules_with_followers(choices)
     shared = config.shared(matrix_sizes(choices))
     for position, leaf, hit, role in choices:
         tagged, (arrays, state) = beside_target(config, leaf, hit, role)
         if role is None:
             arrays, state = begin(leaf, hit)
+            state |= config.lone_state(leaf.names, hit, biased)
             state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
         tag = Tag(adapter_name, tagged)
         adapted = Adapted(leaf.value, arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
@@ -148,9 +150,19 @@ def place(
     return tied(replace_leaves(params, nodes))
 
 
+def modules_with_followers(choices: Sequence[Choice]) -> set[str]:
+    """Names of the modules whose bias changes with their matrix."""
+    return {str(name) for _, leaf, hit, role in choices if role == FOLLOWS for name in leaf.names[hit]}
+
+
 def matrix_sizes(choices: Sequence[Choice]) -> list[tuple[int, int]]:
     """``(in, out)`` of the targets' matrices."""
     return [leaf.layout.sizes(leaf.value.shape) for _, leaf, _, role in choices if role is None]
+
+
+def may_be_target(config: Method, leaf: Leaf) -> bool:
+    """Whether a leaf's module may be a target: for most methods, if the leaf is a matrix."""
+    return is_float(leaf) if config.replaces else is_matrix(leaf)
 
 
 def beside_target(config: Method, leaf: Leaf, hit: np.ndarray, role: str | None) -> tuple[Any, Any]:
@@ -205,6 +217,9 @@ def choose(found: Sequence[Leaf], config: Method, targets: set[str]) -> Iterator
                     f"Leaf '{leaf.path}' stacks layers of which {both[:3]} are targets and others are in "
                     "modules_to_save, which one leaf cannot be. Save all of its layers, or none."
                 )
+        elif config.replaces and is_float(leaf):
+            role = REPLACED
+            hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
         elif leaf.path.rsplit(".", 1)[-1] == "bias":
             role = "bias" if config.bias != "none" else FOLLOWS
             hit = np.vectorize(lambda name: _changes_bias(config, name, targets), otypes=[bool])(leaf.names)

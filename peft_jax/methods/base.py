@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -127,6 +127,7 @@ class Method(PeftConfig):
     side_path: ClassVar[bool] = True
     dropout_in_lookups: ClassVar[bool] = False  # whether dropout is for what lies on an embedding too
     on_model: ClassVar[bool] = False  # whether the adapter goes on a model handle and changes no weight
+    replaces: ClassVar[bool] = False  # whether it trains a copy of every leaf of a target, and has no arrays of its own
     bias_only: ClassVar[str] = ""  # the value of ``bias`` for those of adapted modules, if not the method's name
 
     # What the other rooms read of every method. Not dataclass fields here: PEFT's configs do not all have them, and a
@@ -211,6 +212,10 @@ class Method(PeftConfig):
                     arrays[i] = jnp.pad(drawn, [(0, n - m) for n, m in zip(largest, layer[role], strict=True)])
             params[role] = jnp.reshape(jnp.stack(arrays), (*names.shape, *largest))
         return params, self.state(names, hit)
+
+    def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
+        """More frozen arrays, given the names of all modules whose bias the adapter changes too."""
+        return {}
 
     def shared_shapes(self, sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
         """Shapes of the frozen arrays that all layers share, given the sizes of their matrices; mostly none."""

@@ -12,6 +12,13 @@ Fields = Mapping[str, Any]
 DEFAULTS: Mapping[str, Mapping[str, Fields]] = {
     "ADALORA": {"mistral": {}},
     "ADAPTION_PROMPT": dict.fromkeys(("llama", "mistral"), {"target_modules": "self_attn"}),
+    "BEFT": dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), {"target_modules": ("v_proj",)}),
+    "LN_TUNING": {
+        **dict.fromkeys(
+            ("llama", "mistral"), {"target_modules": ("input_layernorm", "post_attention_layernorm", "norm")}
+        ),
+        **dict.fromkeys(("qwen2", "qwen3"), {"target_modules": ("post_attention_layernorm",)}),
+    },
     "IA3": {
         **dict.fromkeys(
             ("llama", "mistral"), {"target_modules": ("k_proj", "v_proj", *DOWN), "feedforward_modules": DOWN}
