@@ -101,7 +101,7 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
         if role is None:
-            tensors |= _base_tensors(leaf, config, adapted)
+            tensors |= _base_tensors(leaf, config, _at_the_ends(params, adapted))
     for row in SHARED.get(config.peft_type, ()):
         tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors
@@ -129,7 +129,8 @@ def set_peft_model_state_dict(
         if config.on_model:
             raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
         found = find_leaves(tree, layout, config.fan_in_fan_out)
-        return _with_tensors(tree, found, config, tensors, adapter_name, _adapted_modules(found, config, tensors))
+        adapted = _adapted_modules(found, config, tensors)
+        return _with_tensors(tree, found, config, tensors, adapter_name, adapted, adapted)
     prefix = PREFIXES.get(config.peft_type, PREFIX)
     handle = untied_for(params, lambda name: any(key.startswith(f"{prefix}{name}.") for key in tensors))
     found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})}, config.fan_in_fan_out)
@@ -138,7 +139,8 @@ def set_peft_model_state_dict(
         adapted = prompt_places(config, found, handle)
     else:
         adapted = _adapted_modules(found, config, tensors)
-    return handle.replace(_with_tensors(handle.params, found, config, tensors, adapter_name, adapted))
+    stored = _at_the_ends(handle, adapted)
+    return handle.replace(_with_tensors(handle.params, found, config, tensors, adapter_name, adapted, stored))
 
 
 def _checked_prompt(config: PromptMethod, handle: Handle) -> PromptMethod:
@@ -160,15 +162,24 @@ def _adapted_modules(found: list[Leaf], config: Method, tensors: Tensors) -> set
 
 
 def _with_tensors(
-    params: Any, found: list[Leaf], config: Method, tensors: Tensors, adapter_name: str, adapted: set[str]
+    params: Any,
+    found: list[Leaf],
+    config: Method,
+    tensors: Tensors,
+    adapter_name: str,
+    adapted: set[str],
+    stored: set[str],
 ) -> Any:
-    """The tree of the leaves ``found`` with an adapter of the modules ``adapted``."""
+    """The tree of the leaves ``found`` with an adapter of the modules ``adapted``.
+
+    Those of them that are ``stored`` may have their base's weight in the file too.
+    """
     choices = list(choose(found, config, adapted))
     entries = {choice.position: list(_entries(choice, config, adapted)) for choice in choices}
     bases: dict[str, np.ndarray] = {}
     for choice in choices:
         if choice.role is None:
-            bases |= _base_tensors(choice.leaf, config, adapted)
+            bases |= _base_tensors(choice.leaf, config, stored)
     common = _shared_entries(config, matrix_sizes(choices))
     _check([*(entry for many in entries.values() for entry in many), *common], bases, tensors)
     biased = modules_with_followers(choices)
@@ -294,6 +305,14 @@ def _base_tensors(leaf: Leaf, config: Method, adapted: set[str]) -> dict[str, np
             matrix = matrix.T if _is_transposed(leaf, config) else matrix
             found[f"{PREFIX}{name}.base_layer.weight"] = np.ascontiguousarray(matrix)
     return found
+
+
+def _at_the_ends(params: Any, adapted: set[str]) -> set[str]:
+    """Those of the adapted modules that are a model's input embedding and output head; all of them for a bare tree.
+
+    T5's embed_tokens are neither for PEFT, which takes its ``shared`` for the input embedding.
+    """
+    return adapted & {params.input_module, params.output_module} if isinstance(params, Handle) else adapted
 
 
 def _targets_embedding(config: Method, adapted: Iterable[str]) -> bool:

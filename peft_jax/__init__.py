@@ -37,9 +37,11 @@ from peft_jax.models import AutoModel as AutoModel
 from peft_jax.models import AutoModelForCausalLM as AutoModelForCausalLM
 from peft_jax.models import AutoModelForMaskedLM as AutoModelForMaskedLM
 from peft_jax.models import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+from peft_jax.models import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
 from peft_jax.models import AutoModelForSequenceClassification as AutoModelForSequenceClassification
 from peft_jax.models import AutoModelForTokenClassification as AutoModelForTokenClassification
 from peft_jax.models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from peft_jax.models import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from peft_jax.models import PeftModel as PeftModel
 from peft_jax.models import get_peft_model as get_peft_model
 from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig

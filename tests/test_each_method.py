@@ -487,7 +487,7 @@ def test_default_targets_are_those_of_pefts_tables(peft_type):
     pytest.importorskip("peft")
     from peft.utils import constants
 
-    for model_type in ("llama", "mistral", "qwen2", "qwen3"):
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "t5", "mt5"):
         for field, value in method_defaults(peft_type, model_type).items():
             name = peft_type.replace("_", "")
             table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_{field.upper()}_MAPPING")

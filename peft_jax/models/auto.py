@@ -16,6 +16,7 @@ from peft_jax.models.encoders import FeatureExtractor, MaskedLM, QuestionAnswere
 from peft_jax.models.families import family_of
 from peft_jax.models.losses import PROBLEMS
 from peft_jax.models.model_handle import ModelHandle, Source
+from peft_jax.models.seq2seq_lm import Seq2SeqLM
 
 Path = str | os.PathLike[str]
 
@@ -111,9 +112,18 @@ class AutoModelForCausalLM(AutoHandle):
 
 
 class AutoModel(AutoHandle):
-    """Makes bare models, which give hidden states: of every architecture."""
+    """Makes bare models, which give hidden states: of every architecture but T5."""
 
     handle = FeatureExtractor
+
+
+class AutoModelForSeq2SeqLM(AutoHandle):
+    """Makes sequence-to-sequence language models: T5, T5 v1.1, FLAN-T5, mT5.
+
+    With float16 the last matrix of T5's feed-forward networks stays float32, as in transformers.
+    """
+
+    handle = Seq2SeqLM
 
 
 class AutoModelForMaskedLM(AutoHandle):

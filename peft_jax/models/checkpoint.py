@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
 from peft_jax.interop.files import GENERATION_CONFIG
-from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, settle_tie, unused
+from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
 from peft_jax.models.families import family_of, read_architecture
 from peft_jax.models.family import Family, leaf_at, with_leaf
@@ -54,7 +55,7 @@ def load_model(
         dtype = hf.get("dtype") or hf.get("torch_dtype") or next(iter(tensors.values())).dtype
     if (dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
-    config, fitted = settle_tie(family, config, fit_keys(family, config, tensors))
+    config, fitted = family.settled(config, fit_keys(family, config, tensors))
     rows = family.rows(config)
     fresh = fresh_rows(family, config, rows, fitted)
     convert = _converter(family, jnp.dtype(dtype), load_in_8bit)
@@ -88,9 +89,11 @@ def _converter(family: Family, dtype: jnp.dtype, load_in_8bit: bool) -> Callable
 
     def convert(path: str, array: jax.Array) -> Any:
         layout = family.layout(path)
+        wide = dtype == jnp.float16 and re.fullmatch(family.float32, path)
+        own = jnp.dtype(jnp.float32) if wide else dtype
         if load_in_8bit and layout is not None and layout.stack and layout.inp:
-            return quantize_array(array, layout).astype(dtype)  # rounded once, from the stored element type
-        return array.astype(dtype)
+            return quantize_array(array, layout).astype(own)  # rounded once, from the stored element type
+        return array.astype(own)
 
     return convert
 

@@ -1,6 +1,5 @@
 """Which tensor of a checkpoint is which leaf of a model for this or another task: prefixes, ties, fresh heads."""
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
@@ -32,17 +31,6 @@ def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str,
     if has_prefix:
         return found
     return {key if _is_head(family, key) else prefix + key: tensor for key, tensor in found.items()}
-
-
-def settle_tie(family: Family, config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, Tensors]:
-    """Do as transformers 5 does where the config ties the head, and the checkpoint has one nevertheless."""
-    embedding, head = (f"{name}.weight" for name in family.tied_modules(config) or ("", ""))
-    if head not in tensors:
-        return config, tensors
-    if embedding in tensors and not np.array_equal(tensors[embedding], tensors[head]):
-        return dataclasses.replace(config, tie_word_embeddings=False), tensors
-    rest = {key: tensor for key, tensor in tensors.items() if key != head}
-    return config, {embedding: tensors[head], **rest}
 
 
 def fresh_rows(family: Family, config: ModelConfig, rows: Sequence[Row], tensors: Tensors) -> list[Row]:

@@ -44,14 +44,41 @@ def continue_prompts(
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    eos, pad = wanted.eos_token_ids, wanted.pad_token_id
+    mask = padding_mask(ids, attention_mask, wanted)
+    refuse_padding_at_the_end(mask, "prompt")
+    wanted = with_padding(wanted)
+    return run_programs(programs(config, wanted), params, ids, mask, wanted, key, streamer)
+
+
+def padding_mask(ids: jax.Array, attention_mask: Any, wanted: Generation) -> jax.Array:
+    """The mask of ids (batch, length) as told, else by the id of padding, unless that ends a text too."""
     if attention_mask is not None:
-        mask = jnp.asarray(attention_mask, bool)
-    else:
-        mask = jnp.ones_like(ids, bool) if pad is None or pad in eos else ids != pad
+        return jnp.asarray(attention_mask, bool)
+    pad = wanted.pad_token_id
+    return jnp.ones_like(ids, bool) if pad is None or pad in wanted.eos_token_ids else ids != pad
+
+
+def refuse_padding_at_the_end(mask: jax.Array, what: str) -> None:
+    """Raise ValueError if a row of a mask ends in 0."""
     if not np.asarray(mask)[:, -1].all():
-        raise ValueError("A prompt ends in padding. Pad prompts on the left (tokenizer.padding_side = 'left').")
-    run = programs(config, wanted._replace(pad_token_id=(*eos, 0)[0] if pad is None else pad))
+        raise ValueError(f"A {what} ends in padding. Pad {what}s on the left (tokenizer.padding_side = 'left').")
+
+
+def with_padding(wanted: Generation) -> Generation:
+    """A generation whose finished rows go on with some token: the first that ends a text, where none is told."""
+    return wanted if wanted.pad_token_id is not None else wanted._replace(pad_token_id=(*wanted.eos_token_ids, 0)[0])
+
+
+def run_programs(
+    run: Programs,
+    params: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    wanted: Generation,
+    key: jax.Array | None,
+    streamer: Streamer | None,
+) -> jax.Array:
+    """Ids (batch, length) with their continuations (batch, length + n), handed to a streamer on the way."""
     arguments = (params, ids, mask, jax.random.key(0) if key is None else key)
     if streamer is None:
         tokens, count = run.whole(*arguments)

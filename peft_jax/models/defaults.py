@@ -5,7 +5,9 @@ from typing import Any
 
 from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig
 
-ATTENTION = {"target_modules": ("q_proj", "v_proj")}  # for all methods but these, on all our model types
+# For all methods but those below.
+ATTENTION = {"target_modules": ("q_proj", "v_proj")}
+OTHERWISE = dict.fromkeys(("t5", "mt5"), {"target_modules": ("q", "v")})
 DOWN = ("down_proj",)
 Fields = Mapping[str, Any]
 
@@ -26,6 +28,8 @@ DEFAULTS: Mapping[str, Mapping[str, Fields]] = {
         **dict.fromkeys(
             ("qwen2", "qwen3"), {"target_modules": ("q_proj", "v_proj", *DOWN), "feedforward_modules": DOWN}
         ),
+        "t5": {"target_modules": ("k", "v", "wo"), "feedforward_modules": ("wo",)},
+        "mt5": {"target_modules": ("k", "v", "wi_1"), "feedforward_modules": ()},
     },
 }
 
@@ -46,7 +50,7 @@ def method_defaults(peft_type: str, model_type: str) -> Fields:
     table = DEFAULTS.get(peft_type, {})
     if peft_type in ONLY and model_type not in table:
         raise ValueError(f"{peft_type} is for {', '.join(table)} models, as in PEFT, not for {model_type}.")
-    return table.get(model_type, ATTENTION)
+    return table.get(model_type, OTHERWISE.get(model_type, ATTENTION))
 
 
 def prompt_sizes(peft_type: str, config: ModelConfig) -> Fields:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from peft_jax.models import bert, bert_config, bert_heads, gpt2, llama
-from peft_jax.models.config import MASKED_LM, ModelConfig, as_dict, check_model_type
-from peft_jax.models.family import Family, stacked_layouts
+from peft_jax.models import bert, bert_config, bert_heads, gpt2, llama, t5_apply
+from peft_jax.models.config import MASKED_LM, SEQ_2_SEQ_LM, ModelConfig, as_dict, check_model_type
+from peft_jax.models.family import EncoderDecoder, Family, stacked_layouts
+from peft_jax.models.t5_config import T5Config
+from peft_jax.models.t5_keys import HEAD, SHARED, T5Family
 
 LLAMA = Family(
     config=llama.LlamaConfig,
@@ -57,7 +59,21 @@ ROBERTA = dataclasses.replace(
     extras=(r"(roberta\.)?pooler\..*",),
 )
 
-FAMILIES = (LLAMA, GPT2, BERT, ROBERTA)
+T5 = T5Family(
+    config=T5Config,
+    init_params=t5_apply.init_params,
+    param_shapes=t5_apply.param_shapes,
+    apply=t5_apply.apply,
+    layouts=stacked_layouts("block"),
+    backbone="",
+    embedding=SHARED,
+    heads={SEQ_2_SEQ_LM: HEAD},
+    ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),  # unused, in old ones
+    float32=r".*\.wo\.kernel",
+    encoder_decoder=EncoderDecoder(t5_apply.encode, t5_apply.init_cache, t5_apply.decode),
+)
+
+FAMILIES = (LLAMA, GPT2, BERT, ROBERTA, T5)
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
     {model_type: family for family in FAMILIES for model_type in family.config.stems}

@@ -4,18 +4,37 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.core.layout import Layout
+from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
 from peft_jax.interop.formats import TORCH_NAMES
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
+from peft_jax.prompts.base import without_prompts
 
 KNOWN = "known to the model"
 LANGUAGE_MODELS = (CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM)
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class EncoderDecoder(NamedTuple):
+    """The parts of an encoder-decoder's ``apply``, as generation needs them.
+
+    ``encode(config, params, input_ids, *, inputs_embeds, attention_mask)`` has ``.last_hidden_state``;
+    ``init_cache(config, params, encoded, max_len, *, attention_mask, cross_prefix)`` holds keys and values of the
+    encoder's output; ``decode(config, params, input_ids, *, attention_mask, cache, prefix)`` has ``.logits`` and
+    ``.cache``.
+    """
+
+    encode: Callable[..., Any]
+    init_cache: Callable[..., Any]
+    decode: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,7 +58,9 @@ class Family:
         ignored: Regexes of tensors in checkpoints that no model has use for.
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
-        init_cache: ``init_cache(config, batch, max_len, dtype)``, for models that generate.
+        float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
+        init_cache: ``init_cache(config, batch, max_len, dtype)``, for decoders that generate.
+        encoder_decoder: What encoder-decoders have in its place.
     """
 
     config: type[ModelConfig]
@@ -53,7 +74,9 @@ class Family:
     extras: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
+    float32: str = ""
     init_cache: Callable[..., Any] | None = None
+    encoder_decoder: EncoderDecoder | None = None
 
     def rows(self, config: ModelConfig) -> tuple[Row, ...]:
         """One row for each leaf of ``init_params(config, ...)``."""
@@ -81,6 +104,24 @@ class Family:
         head = self.output_module(config)
         tied = config.tie_word_embeddings and config.task_type in LANGUAGE_MODELS and head is not None
         return (self.embedding_module(config), str(head)) if tied else ()
+
+    def untied(self, config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+        """Config and parameters with a leaf of its own for each of the `tied_modules`."""
+        if not (tied := self.tied_modules(config)):
+            return config, params
+        kernel = jnp.transpose(dense_table(self.embedding_table(config, params)))
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        return config, with_leaf(params, f"{tied[-1]}.kernel", kernel)
+
+    def settled(self, config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, Tensors]:
+        """Do as transformers 5 does where the config ties the head, and the checkpoint has one nevertheless."""
+        embedding, head = (f"{name}.weight" for name in self.tied_modules(config) or ("", ""))
+        if head not in tensors:
+            return config, tensors
+        if embedding in tensors and not np.array_equal(tensors[embedding], tensors[head]):
+            return dataclasses.replace(config, tie_word_embeddings=False), tensors
+        rest = {key: tensor for key, tensor in tensors.items() if key != head}
+        return config, {embedding: tensors[head], **rest}
 
     def layouts_of(self, config: ModelConfig) -> Mapping[str, Layout]:
         """The layouts that a leaf of this config has."""
@@ -131,6 +172,13 @@ def stacked_layouts(after: str, *, stored_in_out: bool = False) -> dict[str, Lay
         rf"(.*\.)?{after}\..*\.(bias|scale)": dataclasses.replace(layout, inp=(), out=(1,)),
         r".*\.kernel": Layout(stored_in_out=False, source=KNOWN),
     }
+
+
+def dense_table(table: Any) -> jax.Array:
+    """An embedding as an array, with its adapters folded in but for prompts, which change no weight."""
+    table = without_prompts(table)
+    dense: jax.Array = table.dense() if is_weight(table) else table
+    return dense
 
 
 def leaf_at(tree: Any, path: str) -> Any:

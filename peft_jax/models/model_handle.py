@@ -20,10 +20,10 @@ from peft_jax.models.checkpoint import save_model
 from peft_jax.models.config import MASKED_LM, ModelConfig
 from peft_jax.models.defaults import method_defaults, prompt_sizes
 from peft_jax.models.families import family_of
-from peft_jax.models.family import Family, with_leaf
+from peft_jax.models.family import Family
 from peft_jax.models.outputs import ModelOutput
 from peft_jax.models.prompted import apply_prompted
-from peft_jax.prompts.base import Prompt, PromptLearning, take_prompt, without_prompts
+from peft_jax.prompts.base import Prompt, PromptLearning, take_prompt
 
 # For the dataclasses of handles: parameters are the leaves, all else is static.
 register_handle = partial(
@@ -154,14 +154,9 @@ class ModelHandle(Handle):
         return self.family.layouts_of(self.config)
 
     def untied(self) -> Self:
-        """The same model with a head of its own beside the embedding."""
-        if not self.tied_modules:
-            return self
-        _, head = self.tied_modules
-        table = without_prompts(self.family.embedding_table(self.config, self.params))
-        kernel = jnp.transpose(table.dense() if is_weight(table) else table)
-        config = dataclasses.replace(self.config, tie_word_embeddings=False)
-        return dataclasses.replace(self, params=with_leaf(self.params, f"{head}.kernel", kernel), config=config)
+        """The same model with a leaf of its own for each of the `tied_modules`."""
+        config, params = self.family.untied(self.config, self.params)
+        return dataclasses.replace(self, config=config, params=params)
 
     def replace(self, params: Any) -> Self:
         """The same model with other parameters."""

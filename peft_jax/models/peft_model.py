@@ -13,9 +13,10 @@ from peft_jax.interop.adapter import load_adapter, save_adapter
 from peft_jax.methods.attach import apply_adapter
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.methods.whole import config_of
-from peft_jax.models.auto import AutoModelForCausalLM
+from peft_jax.models.auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from peft_jax.models.causal_lm import CausalLM
 from peft_jax.models.model_handle import ModelHandle, register_handle
+from peft_jax.models.seq2seq_lm import Seq2SeqLM
 from peft_jax.prompts.attach import attach_prompt
 from peft_jax.prompts.base import PromptMethod
 
@@ -115,11 +116,19 @@ class PeftModelForCausalLM(PeftModel, CausalLM):
     base = CausalLM
 
 
-PEFT_MODELS: tuple[type[PeftModel], ...] = (PeftModelForCausalLM,)
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForSeq2SeqLM(PeftModel, Seq2SeqLM):
+    """A sequence-to-sequence language model with adapters."""
+
+    base = Seq2SeqLM
+
+
+PEFT_MODELS: tuple[type[PeftModel], ...] = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
 
 
 class AutoPeftModelForCausalLM:
-    """Loads an adapter together with the base model that its config names."""
+    """Loads an adapter together with the causal language model that its config names."""
 
     @staticmethod
     def from_pretrained(
@@ -136,11 +145,32 @@ class AutoPeftModelForCausalLM:
         Raises:
             ValueError: if the config names no base model; also as `PeftModel.from_pretrained`.
         """
-        base = PeftConfig.from_pretrained(directory).base_model_name_or_path
-        if not base:
-            raise ValueError(
-                f"The adapter in '{directory}' names no base model. Load the base yourself and write "
-                "pj.PeftModel.from_pretrained(model, directory)."
-            )
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model = AutoModelForCausalLM.from_pretrained(_base_of(directory), **options)
         return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+class AutoPeftModelForSeq2SeqLM:
+    """Loads an adapter together with the sequence-to-sequence model that its config names."""
+
+    @staticmethod
+    def from_pretrained(
+        directory: str | os.PathLike[str], *, is_trainable: bool = False, adapter_name: str = "default", **options: Any
+    ) -> PeftModelForSeq2SeqLM:
+        """The base model with the adapter; arguments and errors are those of `AutoPeftModelForCausalLM`."""
+        model = AutoModelForSeq2SeqLM.from_pretrained(_base_of(directory), **options)
+        return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def _base_of(directory: str | os.PathLike[str]) -> str:
+    """Name or path of the base model that an adapter's config names.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"The adapter in '{directory}' names no base model. Load the base yourself and write "
+            "pj.PeftModel.from_pretrained(model, directory)."
+        )
+    return base

@@ -36,9 +36,18 @@ def apply(module: Any, config: ModelConfig, params: Mapping[str, Any], *args: An
     Raises:
         ValueError: if they are not those of the config; also what the module raises.
     """
+    return bind(module, config, params)(*args, **kwargs)
+
+
+def bind(module: Any, config: ModelConfig, params: Mapping[str, Any]) -> Any:
+    """The module with these parameters.
+
+    Raises:
+        ValueError: if they are not those of the config.
+    """
     _check(module, config, params)
     tree = {module.backbone: params} if config.task_type == FEATURE_EXTRACTION else params
-    return nnx.merge(_graph(module, config), tree)(*args, **kwargs)
+    return nnx.merge(_graph(module, config), tree)
 
 
 @functools.lru_cache(maxsize=64)
