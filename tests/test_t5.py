@@ -15,6 +15,7 @@ from transformers.models.t5.modeling_t5 import T5Attention as TorchAttention
 
 import peft_jax as pj
 from peft_jax.models import T5Config, t5_apply
+from peft_jax.models.positions import prefilled
 from peft_jax.models.t5_attention import relative_buckets
 
 __all__ = ["pair"]
@@ -165,12 +166,13 @@ def test_a_cache_is_as_good_as_the_whole(with_prefixes, pair):
     want = t5_apply.apply(config, params, **inputs, **given).logits
     mask, ids = inputs["attention_mask"], inputs["decoder_input_ids"]
     encoded = t5_apply.encode(config, params, inputs["input_ids"], attention_mask=mask).last_hidden_state
-    prefix = {"prefix": given.pop("prefix")} if given else {}
-    cache = t5_apply.init_cache(config, params, encoded, 16, attention_mask=mask, **given)
+    prefix, virtual = given.pop("prefix", None), 3 if with_prefixes else 0
+    cache = t5_apply.init_cache(config, params, encoded, 16 + virtual, attention_mask=mask, **given)
+    cache = cache if prefix is None else prefilled(cache, prefix)
     step, found = jax.jit(t5_apply.decode, static_argnums=0), []
     for start, end in [(0, 6), (6, 7), (7, 8), (8, 13)]:
-        seen = inputs["decoder_attention_mask"][:, :end]
-        out = step(config, params, ids[:, start:end], attention_mask=seen, cache=cache, **prefix)
+        seen = jnp.pad(inputs["decoder_attention_mask"][:, :end], ((0, 0), (virtual, 0)), constant_values=1)
+        out = step(config, params, ids[:, start:end], attention_mask=seen, cache=cache)
         found.append(out.logits)
         cache = out.cache
     alive = DECODER_MASK.cumsum(axis=1) > 0 if not with_prefixes else np.ones_like(DECODER_MASK, bool)

@@ -145,19 +145,6 @@ def equations(jaxpr):
             yield eqn
 
 
-def test_generation_sees_a_prefix(lively_pair):
-    _, ours = lively_pair("v1.0")
-    config = ours.config
-    shape = (config.num_decoder_layers, 1, 3, config.num_attention_heads, config.head_dim)
-    prefix = tuple(3 * jax.random.normal(jax.random.key(i), shape) for i in range(2))
-    question = answer.Question(jnp.asarray(IDS), attention_mask=jnp.asarray(LEFT, bool), prefix=prefix)
-    tokens = answer.answer(config, ours.params, question, (None, None), {"max_new_tokens": 10}, {}, None, None)
-    given = {name: jnp.asarray(array) for name, array in {"input_ids": IDS, "attention_mask": LEFT}.items()}
-    out = ours.family.apply(config, ours.params, **given, decoder_input_ids=tokens[:, :-1], prefix=prefix)
-    np.testing.assert_array_equal(tokens[:, 1:], jnp.argmax(out.logits, axis=-1))
-    assert not np.array_equal(tokens, ours.generate(IDS, LEFT, max_new_tokens=10))
-
-
 def test_int8_generates_what_its_dense_twin_does(lively_pair):
     model = pj.quantize(lively_pair("v1.1")[1])
     want = pj.merge(model).generate(**padded(LEFT), max_new_tokens=8)

@@ -14,18 +14,17 @@ from peft_jax.models.continuation import padding_mask, refuse_padding_at_the_end
 from peft_jax.models.families import family_of
 from peft_jax.models.generate import Decoder, Programs, Streamer, make_programs
 from peft_jax.models.generation_config import Generation, resolve
-from peft_jax.models.positions import Prefix
+from peft_jax.models.prompted import Cached, apply_prompted, seen_before
+from peft_jax.prompts.base import Prompt, take_prompt
 
 
 class Question(NamedTuple):
-    """What the encoder is given, or has given, with its mask; and what stands before the decoder's keys and values."""
+    """What the encoder is given, or has given, with its mask."""
 
     input_ids: jax.Array | None = None
     inputs_embeds: jax.Array | None = None
     encoder_outputs: jax.Array | None = None
     attention_mask: Any = None
-    prefix: Prefix | None = None
-    cross_prefix: Prefix | None = None
 
     @property
     def given(self) -> jax.Array:
@@ -100,24 +99,35 @@ def _begin(config: Any, batch: int, ids: Any, mask: Any, found: Mapping[str, Any
 @functools.lru_cache(maxsize=64)
 def programs(config: ModelConfig, wanted: Generation) -> Programs:
     """The compiled programs of a generation, whose first argument is the parameters and a `Question`."""
-    parts = family_of(config).encoder_decoder
-    if parts is None:
+    family = family_of(config)
+    if family.encoder_decoder is None:
         raise ValueError(f"A {config.model_type} model is no encoder-decoder.")
-    encode, fill, decode = (adapt(partial(part, config)) for part in parts)
+    embed = adapt(partial(family.embed, config))
+    encode, fill, decode = (adapt(partial(part, config)) for part in family.encoder_decoder)
 
     def decoder(given: tuple[Any, Question]) -> Decoder:
-        def apply(ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: Any) -> Any:
-            params, one = given  # positions are the cache's slots
-            return decode(params, ids, attention_mask=attention_mask, cache=cache, prefix=one.prefix)
+        params, prompt = take_prompt(given[0])
 
-        return Decoder(apply, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
+        def apply(ids: jax.Array, *, position_ids: jax.Array, **arrays: Any) -> Any:
+            return decode(params, ids, **arrays)  # positions are the cache's slots
+
+        model = Cached(apply, partial(embed, params), Prompt(prefix=prompt.prefix))
+        return Decoder(model, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
 
     def cache(given: tuple[Any, Question], batch: int, positions: int) -> Any:
-        params, one = given
-        encoded = one.encoder_outputs
+        params, prompt = take_prompt(given[0])
+        encoded, mask = given[1].encoder_outputs, given[1].attention_mask
         if encoded is None:
-            told = {"inputs_embeds": one.inputs_embeds, "attention_mask": one.attention_mask}
-            encoded = encode(params, one.input_ids, **told).last_hidden_state
-        return fill(params, encoded, positions, attention_mask=one.attention_mask, cross_prefix=one.cross_prefix)
+            arrays = {"inputs_embeds": given[1].inputs_embeds, "attention_mask": mask}
+            arrays = {name: array for name, array in arrays.items() if array is not None}
+            tokens = Prompt(tokens=prompt.tokens)
+            out = apply_prompted(partial(encode, params), partial(embed, params), tokens, given[1].input_ids, arrays)
+            encoded = out.last_hidden_state
+        elif prompt.tokens is not None:
+            raise ValueError("encoder_outputs leave the prompt no place among the inputs. Give input_ids.")
+        if mask is not None and prompt.tokens is not None:
+            mask = seen_before(mask, prompt.tokens.shape[1])
+        room = positions + (0 if prompt.prefix is None else prompt.prefix[0].shape[2])
+        return fill(params, encoded, room, attention_mask=mask)
 
     return make_programs(decoder, cache, wanted.max_new_tokens)

@@ -12,14 +12,22 @@ DOWN = ("down_proj",)
 Fields = Mapping[str, Any]
 
 DEFAULTS: Mapping[str, Mapping[str, Fields]] = {
-    "ADALORA": {"mistral": {}},
+    "ADALORA": {
+        "mistral": {},
+        "t5": {"target_modules": ("q", "k", "v", "o", "wi", "wo")},
+        "mt5": {"target_modules": ("q", "k", "v", "o", "wi_0", "wi_1", "wo")},
+    },
     "ADAPTION_PROMPT": dict.fromkeys(("llama", "mistral"), {"target_modules": "self_attn"}),
-    "BEFT": dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), {"target_modules": ("v_proj",)}),
+    "BEFT": {
+        **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), {"target_modules": ("v_proj",)}),
+        **dict.fromkeys(("t5", "mt5"), {"target_modules": ("v",)}),
+    },
     "LN_TUNING": {
         **dict.fromkeys(
             ("llama", "mistral"), {"target_modules": ("input_layernorm", "post_attention_layernorm", "norm")}
         ),
         **dict.fromkeys(("qwen2", "qwen3"), {"target_modules": ("post_attention_layernorm",)}),
+        **dict.fromkeys(("t5", "mt5"), {"target_modules": ("layer_norm", "final_layer_norm")}),
     },
     "IA3": {
         **dict.fromkeys(

@@ -28,8 +28,7 @@ class EncoderDecoder(NamedTuple):
 
     ``encode(config, params, input_ids, *, inputs_embeds, attention_mask)`` has ``.last_hidden_state``;
     ``init_cache(config, params, encoded, max_len, *, attention_mask, cross_prefix)`` holds keys and values of the
-    encoder's output; ``decode(config, params, input_ids, *, attention_mask, cache, prefix)`` has ``.logits`` and
-    ``.cache``.
+    encoder's output; ``decode(config, params, input_ids, *, attention_mask, cache)`` has ``.logits`` and ``.cache``.
     """
 
     encode: Callable[..., Any]

@@ -151,13 +151,13 @@ def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: i
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
 
-def prefilled(cache: KVCache, prefix: Prefix) -> KVCache:
+def prefilled(cache: Any, prefix: Prefix) -> Any:
     """An empty cache with a prefix, (layers, batch or 1, n_virtual, kv_heads, head_dim), in its first slots."""
     buffers = []
     for buffer, part in zip((cache.keys, cache.values), prefix, strict=True):
         first = jnp.broadcast_to(part, (part.shape[0], buffer.shape[1], *part.shape[2:])).astype(buffer.dtype)
         buffers.append(jax.lax.dynamic_update_slice(buffer, first, (0,) * buffer.ndim))
-    return KVCache(buffers[0], buffers[1], cache.index + prefix[0].shape[2])
+    return cache._replace(keys=buffers[0], values=buffers[1], index=cache.index + prefix[0].shape[2])
 
 
 def extend(

@@ -106,10 +106,11 @@ def decode(
         encoder_attention_mask: 0/1 (batch, encoder's length).
         inputs_embeds: Instead of input_ids, embeddings (batch, length, hidden).
         attention_mask: 0/1 (batch, length), or with a cache (batch, index + length) up to (batch, max_len).
-        cache: As from `init_cache`, in place of encoded, its mask and cross_prefix. The caller sees to it that index +
+        cache: As from `init_cache`, in place of encoded, its mask and the prefixes. The caller sees to it that index +
             length does not exceed max_len.
         prefix: Keys and values (layers, batch or 1, n_virtual, heads, head_dim) of virtual tokens before the first
-            position, which self-attention sees; positions count on from them. With a cache too.
+            position, which self-attention sees; positions count on from them. In a cache they are the first
+            positions (`peft_jax.models.positions.prefilled`).
         cross_prefix: The same before the encoder's output, for the attention to it.
         output_hidden_states: Also return the hidden states.
         remat: Keep only each block's input for the backward pass and compute the rest again.
@@ -123,8 +124,8 @@ def decode(
     (batch, length), slot = x.shape[:2], jnp.int32(0)
     buffers: KeysValues | None = None
     if cache is not None:
-        if any(one is not None for one in (encoded, encoder_attention_mask, cross_prefix)):
-            raise ValueError("A cache holds encoded, its mask and cross_prefix. Give them to init_cache alone.")
+        if any(one is not None for one in (encoded, encoder_attention_mask, prefix, cross_prefix)):
+            raise ValueError("A cache holds encoded, its mask and the prefixes. Leave them out here.")
         buffers, slot, kv_len = (cache.keys, cache.values), cache.index, cache.keys.shape[2]
         mask = jnp.ones((1, kv_len), bool)
         mask = mask if attention_mask is None else seen_slots(attention_mask, batch, length, kv_len, cached=True)

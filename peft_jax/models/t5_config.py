@@ -108,6 +108,16 @@ class T5Config(ModelConfig):
         return "gelu_new" if self.is_gated and name == "gelu" else name
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of the keys."""
+        return self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Their width."""
+        return self.head_dim
+
+    @property
     def depths(self) -> dict[str, int]:
         """The number of blocks of each stack."""
         return {"encoder": self.num_hidden_layers, "decoder": self.num_decoder_layers or self.num_hidden_layers}
@@ -152,6 +162,6 @@ class T5Config(ModelConfig):
         """
         hf = super().to_hf() | {"dense_act_fn": self.activation, "is_gated_act": self.is_gated}
         # The tensors tell the first; the others are not T5's.
-        absent = ("share_embeddings", "max_position_embeddings", "initializer_range", "bos_token_id")
-        absent = absent if self.model_type == "t5" else (*absent, "scale_decoder_outputs")
+        absent = {"share_embeddings", "max_position_embeddings", "initializer_range", "bos_token_id"}
+        absent |= set() if self.model_type == "t5" else {"scale_decoder_outputs"}
         return {name: value for name, value in {**hf, **self.fixed}.items() if name not in absent}
