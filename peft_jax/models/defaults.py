@@ -17,7 +17,10 @@ DEFAULTS: Mapping[str, Mapping[str, Fields]] = {
         "t5": {"target_modules": ("q", "k", "v", "o", "wi", "wo")},
         "mt5": {"target_modules": ("q", "k", "v", "o", "wi_0", "wi_1", "wo")},
     },
-    "ADAPTION_PROMPT": dict.fromkeys(("llama", "mistral"), {"target_modules": "self_attn"}),
+    "ADAPTION_PROMPT": {
+        **dict.fromkeys(("llama", "mistral"), {"target_modules": "self_attn"}),
+        "gpt2": {"target_modules": "attn"},
+    },
     "BEFT": {
         **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), {"target_modules": ("v_proj",)}),
         **dict.fromkeys(("t5", "mt5"), {"target_modules": ("v",)}),

@@ -10,8 +10,14 @@ import numpy as np
 from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.losses import REGRESSION, class_labels, cross_entropy, sequence_loss, span_loss
 from peft_jax.models.model_handle import ModelHandle, register_handle
+from peft_jax.prompts.base import task_array, with_virtual_labels
 
 Ids = jax.Array | np.ndarray | None
+
+
+def token_loss(model: ModelHandle, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy over labels ``(batch, length)``; virtual tokens of a prompt have none."""
+    return cross_entropy(logits, *with_virtual_labels(model.params, labels))
 
 
 class ClassifierOutput(NamedTuple):
@@ -84,6 +90,7 @@ class SequenceClassifier(ModelHandle):
         position_ids: Ids = None,
         inputs_embeds: Ids = None,
         labels: Ids = None,
+        task_ids: Ids = None,
         output_hidden_states: bool = False,
     ) -> ClassifierOutput:
         """Logits of each text, compiled once per shape.
@@ -96,6 +103,7 @@ class SequenceClassifier(ModelHandle):
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             labels: Classes ``(batch,)``, numbers for a regression, or 0/1 ``(batch, n)`` in float for several labels
                 of one text; the config's ``problem_type`` says which, or if it is None their type.
+            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             output_hidden_states: Whether to return the hidden states.
 
         Raises:
@@ -108,6 +116,7 @@ class SequenceClassifier(ModelHandle):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
+            task_ids=task_array(self.params, task_ids),
         )
         loss = None
         if labels is not None:
@@ -134,6 +143,7 @@ class TokenClassifier(ModelHandle):
         position_ids: Ids = None,
         inputs_embeds: Ids = None,
         labels: Ids = None,
+        task_ids: Ids = None,
         output_hidden_states: bool = False,
     ) -> ClassifierOutput:
         """Logits of each token; arguments as those of `SequenceClassifier`, labels are classes ``(batch, length)``."""
@@ -144,8 +154,9 @@ class TokenClassifier(ModelHandle):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
+            task_ids=task_array(self.params, task_ids),
         )
-        loss = None if labels is None else cross_entropy(out.logits, class_labels(labels, self.config.num_labels))
+        loss = None if labels is None else token_loss(self, out.logits, class_labels(labels, self.config.num_labels))
         return ClassifierOutput(out.logits, loss, out.hidden_states)
 
 
@@ -171,7 +182,7 @@ class QuestionAnswerer(ModelHandle):
         """Logits of the answer's ends; arguments as those of `SequenceClassifier`.
 
         With start_positions and end_positions ``(batch,)`` there is a loss; positions outside the text count for
-        nothing.
+        nothing. Where a prompt's virtual tokens stand in front, positions count them, as in PEFT.
         """
         out = self.run(
             input_ids,
@@ -246,5 +257,5 @@ class MaskedLM(ModelHandle):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
         )
-        loss = None if labels is None else cross_entropy(out.logits, class_labels(labels, self.config.vocab_size))
+        loss = None if labels is None else token_loss(self, out.logits, class_labels(labels, self.config.vocab_size))
         return ClassifierOutput(out.logits, loss, out.hidden_states)

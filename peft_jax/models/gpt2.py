@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models import pure
-from peft_jax.models.attention import attend
+from peft_jax.models.attention import attend, attend_to
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, QUESTION_ANS, SEQ_CLS, TOKEN_CLS, ModelConfig
 from peft_jax.models.heads import DecoderHead
 from peft_jax.models.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.llama_config import ACTIVATIONS
 from peft_jax.models.outputs import ModelOutput
 from peft_jax.models.positions import (
+    Beside,
     Buffers,
     KVCache,
     Places,
@@ -33,6 +34,7 @@ from peft_jax.models.positions import (
     make_cache,
     put_before,
 )
+from peft_jax.prompts.base import Adaption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,18 +118,30 @@ class GPT2Attention(nnx.Module):
         self.c_proj = linear(hidden, hidden)
 
     def __call__(
-        self, x: jax.Array, places: Places, layer: jax.Array, prefix: Prefix | None, buffers: Buffers | None
+        self, x: jax.Array, places: Places, layer: jax.Array, beside: Beside, buffers: Buffers | None
     ) -> tuple[jax.Array, Buffers | None]:
-        """Attend within x (batch, length, hidden), to this layer's prefix and its part of the cache's buffers."""
+        """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
         batch, length, _ = x.shape
-        q, k, v = (a.reshape(batch, length, -1, self.head_dim) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+        q, k, v = self._heads(x)
+        adapted = None if beside.adaption is None else self._attend_to(beside.adaption, q)
         if not self.scaled:
             q = q * jnp.asarray(self.head_dim**0.5, q.dtype)  # attend divides by it
         if self.by_layer:
             q = q / (layer + 1).astype(q.dtype)
         k, v, buffers = extend(buffers, k, v, layer, places.index)
-        k, v = put_before(prefix, k, v)
-        return self.c_proj(attend(q, k, v, places.mask).reshape(batch, length, -1)), buffers
+        k, v = put_before(beside.prefix, k, v)
+        out = self.c_proj(attend(q, k, v, places.mask).reshape(batch, length, -1))
+        return out if adapted is None else out + adapted.reshape(out.shape).astype(out.dtype), buffers
+
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values (batch, length, heads, head_dim) of x (batch, length, hidden)."""
+        q, k, v = (a.reshape(*x.shape[:2], -1, self.head_dim) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+        return q, k, v
+
+    def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
+        """What q (batch, length, heads, head_dim) sees of an adaption prompt; PEFT does not project it here."""
+        _, k, v = self._heads(adaption.prompts.astype(q.dtype)[None])
+        return attend_to(adaption, q, k, v)
 
 
 class GPT2MLP(nnx.Module):
@@ -154,10 +168,10 @@ class GPT2Block(nnx.Module):
         self.mlp = GPT2MLP(config, dtype, rngs)
 
     def __call__(
-        self, x: jax.Array, places: Places, layer: jax.Array, prefix: Prefix | None, buffers: Buffers | None
+        self, x: jax.Array, places: Places, layer: jax.Array, beside: Beside, buffers: Buffers | None
     ) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
-        out, buffers = self.attn(self.ln_1(x), places, layer, prefix, buffers)
+        out, buffers = self.attn(self.ln_1(x), places, layer, beside, buffers)
         x = x + out.astype(x.dtype)
         return x + self.mlp(self.ln_2(x)).astype(x.dtype), buffers
 
@@ -176,7 +190,7 @@ class GPT2Model(nnx.Module):
         self,
         x: jax.Array,
         places: Places,
-        prefix: Prefix | None,
+        beside: Beside,
         buffers: Buffers | None,
         keep: bool,
         remat: bool,
@@ -185,12 +199,12 @@ class GPT2Model(nnx.Module):
         graph, stacked = nnx.split(self.h)
 
         def body(carry: tuple[jax.Array, Buffers | None], inputs: Any) -> Any:
-            state, layer, before = inputs
-            return nnx.merge(graph, state)(carry[0], places, layer, before, carry[1]), carry[0] if keep else None
+            state, layer, prompt = inputs
+            return nnx.merge(graph, state)(carry[0], places, layer, prompt, carry[1]), carry[0] if keep else None
 
         body = jax.checkpoint(body) if remat else body
         count = jax.tree.leaves(stacked)[0].shape[0]
-        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(count), prefix))
+        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(count), beside))
         x = self.ln_f(x)
         return x, jnp.concatenate([inputs, x[None].astype(inputs.dtype)]) if keep else None, buffers
 
@@ -216,6 +230,7 @@ class GPT2(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         prefix: Prefix | None = None,
+        adaption: Adaption | None = None,
         output_hidden_states: bool = False,
         remat: bool = False,
     ) -> ModelOutput:
@@ -239,7 +254,7 @@ class GPT2(nnx.Module):
             x = x + inner.wte(token_type_ids)
         x = x + inner.wpe(places.positions)
         buffers = None if cache is None else (cache.keys, cache.values)
-        h, states, buffers = inner(x, places, prefix, buffers, output_hidden_states, remat)
+        h, states, buffers = inner(x, places, Beside(prefix, adaption), buffers, output_hidden_states, remat)
         output = HEAD.run(self, self.config, h, input_ids, inner.wte.embedding)
         return output._replace(hidden_states=states, cache=filled(buffers, places.index, x.shape[1]))
 
@@ -267,7 +282,7 @@ def apply(config: GPT2Config, params: dict[str, Any], *args: Any, **kwargs: Any)
 
     Beside those: ``token_type_ids`` ``(batch, length)``, ids of tokens whose embeddings are added, and ``prefix``, keys
     and values ``(layers, batch or 1, n_virtual, heads, head_dim)`` before all positions, which then count from
-    n_virtual.
+    n_virtual, and ``adaption``, gated prompts beside each layer's attention.
 
     Raises:
         ValueError: The leaves of params are not those of config, or an argument's shape does not fit.

@@ -181,7 +181,8 @@ def _forward(config: ModelConfig, remat: bool, output_hidden_states: bool) -> Ca
 
     def run(params: Any, prompt: Prompt, input_ids: Any, given: dict[str, Any]) -> Any:
         apply = partial(family.apply, config, params, output_hidden_states=output_hidden_states, remat=remat)
-        return apply_prompted(apply, lambda ids: family.embed(config, params, ids), prompt, input_ids, given)
+        embed = partial(family.embed, config, params)
+        return apply_prompted(apply, embed, prompt, input_ids, given, config.task_type)
 
     def forward(params: Any, input_ids: Any, given: dict[str, Any]) -> Any:
         rest, prompt = take_prompt(params, given.pop("task_ids", None))

@@ -6,14 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peft_jax.models.config import SEQ_CLS, TOKEN_CLS
 from peft_jax.models.positions import KVCache, prefilled
 from peft_jax.prompts.base import Prompt
 
-TAKEN = {
+REFUSED = {
     "position_ids": "Positions count from the first of them",
     "segment_ids": "Each text would need tokens of its own",
-    "token_type_ids": "They have no type, and PEFT leaves types out",
 }
+TYPED = (SEQ_CLS, TOKEN_CLS)  # the tasks for which PEFT hands token types on; virtual tokens are of type 0
 
 
 def apply_prompted(
@@ -22,6 +23,7 @@ def apply_prompted(
     prompt: Prompt,
     input_ids: jax.Array | None,
     given: Mapping[str, Any],
+    task: str = "",
 ) -> Any:
     """Call an architecture with a prompt.
 
@@ -31,11 +33,16 @@ def apply_prompted(
         prompt: What to put in.
         input_ids: Token ids ``(batch, length)``, or None if ``given`` has embeddings.
         given: The other arrays of the call, by name.
+        task: What the model does, by PEFT's name for it.
 
     Raises:
         ValueError: if ``given`` has what makes no sense beside virtual tokens, or the prompt is for other rows.
     """
     given = dict(given)
+    if (prompt.tokens is not None or prompt.prefix is not None) and "token_type_ids" in given and task not in TYPED:
+        raise ValueError(
+            f"token_type_ids= cannot be given beside a prompt for {task}, where PEFT drops them. Leave it out."
+        )
     if prompt.adaption is not None:
         given["adaption"] = prompt.adaption
     if prompt.prefix is not None:
@@ -44,11 +51,14 @@ def apply_prompted(
             given["position_ids"] = given["position_ids"] + prompt.prefix[0].shape[2]
     if prompt.tokens is None:
         return apply(input_ids, **given)
-    for name, why in TAKEN.items():
+    for name, why in REFUSED.items():
         if name in given:
             raise ValueError(f"{name}= cannot be given beside virtual tokens: {why}. Leave it out.")
+    count = prompt.tokens.shape[1]
     if "attention_mask" in given:
-        given["attention_mask"] = seen_before(given["attention_mask"], prompt.tokens.shape[1])
+        given["attention_mask"] = seen_before(given["attention_mask"], count)
+    if "token_type_ids" in given:
+        given["token_type_ids"] = jnp.pad(given["token_type_ids"], ((0, 0), (count, 0)))
     embeds = given.pop("inputs_embeds", None)
     if embeds is None and input_ids is not None:
         embeds = embed(input_ids)

@@ -31,8 +31,8 @@ def attach_prompt(handle: H, config: PromptMethod, *, key: jax.Array | None = No
         >>> from peft_jax.cli.demo_data import MODEL
         >>> model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
         >>> model = attach_prompt(model, pj.PromptTuningConfig(num_virtual_tokens=4))
-        >>> model.params["model"]["embed_tokens"]["embedding"].params["prompt"].shape
-        (4, 128)
+        >>> len(model.params["model"]["embed_tokens"]["embedding"].params["prompt"])
+        4
     """
     if adapter_name in adapters(handle):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")

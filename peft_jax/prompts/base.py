@@ -136,7 +136,7 @@ class PromptLearning(PromptMethod):
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {PROMPT: ("tokens", "features")}
-    structural: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
+    structural: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "num_transformer_submodules")
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -158,6 +158,8 @@ class PromptLearning(PromptMethod):
             ValueError: if the config gives other sizes.
         """
         for name, value in defaults.items():
+            if name == "num_transformer_submodules" and getattr(self, name) in range(1, value + 1):
+                continue
             if (given := getattr(self, name)) not in (None, value):
                 raise ValueError(
                     f"{type(self).__name__}({name}={given}) does not fit this model, whose {name} is {value}. "
@@ -198,8 +200,8 @@ class PromptLearning(PromptMethod):
         return jax.random.normal(key, shape)
 
     def give(self, params: Arrays, state: Mapping[str, Any], task_ids: jax.Array | None) -> Prompt:
-        """The virtual tokens, the same for every row."""
-        return Prompt(tokens=self.saved(params, state)[PROMPT][None])
+        """The virtual tokens, the same for every row; of an encoder-decoder's, those of the encoder, as in PEFT."""
+        return Prompt(tokens=self.saved(params, state)[PROMPT][None, : self.virtual_tokens])
 
 
 def take_prompt(params: Any, task_ids: jax.Array | None = None) -> tuple[Any, Prompt]:

@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import pathlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,12 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     @property
     def _from_file(self) -> bool:
         return self._takes_task or self.prompt_tuning_init == "ONLY_SOURCE_SHARED"
+
+    def completed(self, defaults: Mapping[str, Any]) -> Self:
+        """With the model's sizes."""
+        if defaults["num_transformer_submodules"] == 2:
+            raise ValueError("MULTITASK_PROMPT_TUNING is not supported for encoder-decoders. Use PROMPT_TUNING.")
+        return super().completed(defaults)
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The shared prompt, and the columns and rows of each task."""

@@ -45,7 +45,6 @@ class PrefixTuningConfig(PromptLearning):
         *PromptLearning.structural,
         "num_layers",
         "num_attention_heads",
-        "num_transformer_submodules",
     )
 
     init_weights: str | None = None
