@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,8 +48,12 @@ def read_config(folder: Path, file: str = CONFIG) -> dict[str, Any]:
     return found
 
 
-def open_tensors(folder: Path) -> dict[str, np.ndarray]:
+def open_tensors(folder: Path, ignored: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Map all tensors of a checkpoint into memory, by key; nothing is read before it is used.
+
+    Args:
+        folder: Folder of the checkpoint.
+        ignored: Regexes of keys to leave out, whatever the type of their tensors.
 
     Raises:
         FileNotFoundError: if there are no safetensors files, or a shard is missing.
@@ -56,7 +61,7 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     """
     folder = pathlib.Path(folder)
     if (folder / WEIGHTS).is_file():
-        return _map_file(folder / WEIGHTS)
+        return _map_file(folder / WEIGHTS, ignored)
     if not (folder / INDEX).is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         hint = f"Found {pickled[0]}: load it in PyTorch and save it anew" if pickled else "Save the checkpoint"
@@ -67,11 +72,11 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     missing = sorted(name for name in set(shards.values()) if not (folder / name).is_file())
     if missing:
         raise FileNotFoundError(f"{INDEX} in '{folder}' names {missing}, which are not there. Copy all shards.")
-    files = {name: _map_file(folder / name) for name in set(shards.values())}
+    files = {name: _map_file(folder / name, ignored) for name in set(shards.values())}
     return {key: tensor for name in sorted(files) for key, tensor in files[name].items() if shards.get(key) == name}
 
 
-def _map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _map_file(path: pathlib.Path, ignored: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy"):  # checks the header against the file's length
             pass
@@ -81,6 +86,7 @@ def _map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    header = {key: entry for key, entry in header.items() if not any(re.fullmatch(one, key) for one in ignored)}
     odd = {key: entry["dtype"] for key, entry in header.items() if entry["dtype"] not in DTYPES}
     if odd:
         raise ValueError(f"'{path}' has tensors that are not float32, float16 or bfloat16: {some(odd.items())}.")

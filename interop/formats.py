@@ -37,6 +37,32 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("lora_magnitude_vector", "lora_magnitude_vector", ("out",)),
         ),
     },
+    "ADALORA": {
+        False: (
+            Row("lora_A", "lora_A", ("rank", "in")),
+            Row("lora_E", "lora_E", ("rank", ONE)),
+            Row("lora_B", "lora_B", ("out", "rank")),
+        ),
+    },
+    "BOFT": {
+        False: (
+            Row("boft_R", "boft_R", ("factors", "blocks", "row", "column")),
+            Row("boft_s", "boft_s", ("out", ONE)),
+        ),
+    },
+    "VERA": {
+        False: (
+            Row("vera_lambda_d", "vera_lambda_d", ("rank",)),
+            Row("vera_lambda_b", "vera_lambda_b", ("out",)),
+        ),
+    },
+    "LN_TUNING": {
+        False: (
+            Row("ln_tuning_layers", "ln_tuning_layers.weight", ("out",)),
+            Row("ln_tuning_layers", "ln_tuning_layers.bias", ("out",)),
+        ),
+    },
+    "BEFT": {False: (Row("beft_bias", "beft_bias", (ONE, "out")),)},
     "OFT": {
         False: (Row("oft_R", "oft_R.weight", ("blocks", "pairs")),),
         True: (Row("oft_embedding_R", "oft_embedding_R.weight", ("blocks", "pairs")),),
@@ -84,6 +110,53 @@ TOKEN_SUFFIX = "token_adapter.trainable_tokens_delta"  # of tokens that are trai
 
 # The tensors of an adapted embedding under the name of the head that is tied to it, where they are turned.
 TIED = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}
+# Frozen arrays that all layers share: our name of a layer's part, the whole tensor's key, and its axes as above, where
+# a layer's part is the beginning of each.
+SHARED: dict[str, tuple[Row, ...]] = {
+    "VERA": (
+        Row("vera_A", "base_model.vera_A", ("rank", "in")),
+        Row("vera_B", "base_model.vera_B", ("out", "rank")),
+    ),
+}
+
+PROMPT_LEARNING = ("CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
+_PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))
+ROWS |= {name: {True: (_PROMPT,)} for name in PROMPT_LEARNING}
+ROWS |= {
+    "MULTITASK_PROMPT_TUNING": {
+        True: (
+            _PROMPT,
+            Row("prefix_task_cols", "prefix_task_cols", ("tasks", "tokens", "rank")),
+            Row("prefix_task_rows", "prefix_task_rows", ("tasks", "rank", "features")),
+        ),
+    },
+    "ADAPTION_PROMPT": {
+        False: (
+            Row("adaption_prompt", "adaption_prompt", (ONE, "tokens", "in")),
+            Row("adaption_gate", "adaption_gate", ("one",)),
+        ),
+    },
+}
+
+# How a key is made of the path of a module (or of its parent) and a row's suffix, where it is not `PREFIX` and both.
+KEYS = {"ADAPTION_PROMPT": PREFIX + "{parent}.{suffix}", **dict.fromkeys(PROMPT_LEARNING, "{suffix}")}
+# What stands before the path of a module that is trained whole: PEFT wraps no model for the sake of a prompt.
+PREFIXES = dict.fromkeys(PROMPT_LEARNING, "base_model.")
+
+
+def tensor_key(peft_type: str, module: str, suffix: str) -> str:
+    """The key of a method's tensor at a module.
+
+    Example:
+        >>> tensor_key("LORA", "layers.0.up", "lora_A.weight"), tensor_key("P_TUNING", "wte", "prompt_embeddings")
+        ('base_model.model.layers.0.up.lora_A.weight', 'prompt_embeddings')
+    """
+    pattern = KEYS.get(peft_type, PREFIX + "{module}.{suffix}")
+    return pattern.format(module=module, parent=module.rpartition(".")[0], suffix=suffix)
+
+
+# What stands between the path of a module and PyTorch's name of a leaf that is trained whole, by its role.
+INSIDE = {"bias": ".base_layer", "ln_tuning_layers": ".ln_tuning_layers", "modules_to_save": ""}
 
 # PyTorch's name of a leaf.
 TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "weight": "weight", "bias": "bias"}

@@ -7,11 +7,24 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from peft_jax.interop.formats import EMBEDDING_MODULES, ONE, PREFIX, ROWS, TIED, TOKEN_SUFFIX, TORCH_NAMES, Row
+from peft_jax.interop.formats import (
+    EMBEDDING_MODULES,
+    INSIDE,
+    ONE,
+    PREFIX,
+    PREFIXES,
+    ROWS,
+    SHARED,
+    TIED,
+    TOKEN_SUFFIX,
+    TORCH_NAMES,
+    Row,
+    tensor_key,
+)
 
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_leaf, as_weight
@@ -22,12 +35,16 @@ from peft_jax.methods.attach import (
     Choice,
     beside_target,
     choose,
+    matrix_sizes,
+    may_be_target,
     modules_with_followers,
     untied_for,
 )
 from peft_jax.methods.base import Method
 from peft_jax.methods.trainable_tokens import tokens_by_module, tokens_shape
 from peft_jax.methods.whole import Part, config_of
+from peft_jax.prompts.attach import prompt_places
+from peft_jax.prompts.base import PromptMethod
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -77,19 +94,22 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
         {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (8, 2)}
     """
     tree = params.params if isinstance(params, Handle) else params
-    config = adapter_config(tree, adapter_name)
+    config = adapter_config(tree, adapter_name).replace(inference_mode=True)
     nodes = [(leaf, node) for leaf in find_leaves(tree, None) for node in _nested(leaf, adapter_name)]
     adapted = {name for leaf, node in nodes if not isinstance(node.tag.config, Part) for name in _hits(leaf, node)}
     tensors: dict[str, np.ndarray] = {}
     for leaf, node in nodes:
         role = node.tag.config.role if isinstance(node.tag.config, Part) else None
+        arrays = config.saved(node.params, node.state) if role is None else node.params
         tokens = getattr(node.tag.config, "tokens", ())
         for entry in _entries(Choice(0, leaf, _hit(node), role, tokens), config, adapted):
-            array = np.asarray(node.params[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
+            array = np.asarray(arrays[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
         if role is None:
-            tensors |= _base_tensors(leaf, config, adapted)
+            tensors |= _base_tensors(leaf, config, _at_the_ends(params, adapted))
+    for row in SHARED.get(config.peft_type, ()):
+        tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
 
 
@@ -108,39 +128,79 @@ def set_peft_model_state_dict(
     Raises:
         ValueError: if keys are missing or left over or shapes are wrong, all of which are listed.
     """
-    if isinstance(params, Handle):
-        adapted = [key for key in tensors if not key.endswith(f".{TOKEN_SUFFIX}")]
-        handle = untied_for(params, config, lambda name: any(key.startswith(f"{PREFIX}{name}.") for key in adapted))
-        layouts = {**handle.layouts(), **(layout or {})}
-        copies = tied_copies(handle, config, tensors)
-        tensors = {key: tensor for key, tensor in tensors.items() if not _equal(tensor, copies.get(key))}
-        return handle.replace(_loaded(handle.params, config, tensors, adapter_name, layouts, handle.input_module))
-    return _loaded(params, config, tensors, adapter_name, layout, EMBEDDING)
-
-
-def _loaded(
-    params: Any, config: Method, tensors: Tensors, adapter_name: str, layout: Layouts | None, embedding: str
-) -> Any:
-    """`set_peft_model_state_dict` for a bare tree, whose input tokens ``embedding`` has."""
-    if adapter_name in adapters(params):
+    tree = params.params if isinstance(params, Handle) else params
+    if adapter_name in adapters(tree):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
-    found = find_leaves(params, layout, config.fan_in_fan_out)
-    names = {name for leaf in found if is_matrix(leaf) for name in leaf.names.flat}
+    if not isinstance(params, Handle):
+        if config.on_model:
+            raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
+        found = find_leaves(tree, layout, config.fan_in_fan_out)
+        adapted = _adapted_modules(found, config, tensors)
+        return _with_tensors(tree, found, config, tensors, adapter_name, adapted, adapted, EMBEDDING)
+    prefix = PREFIXES.get(config.peft_type, PREFIX)
+    keys = [key for key in tensors if not key.endswith(f".{TOKEN_SUFFIX}")]
+    handle = untied_for(params, config, lambda name: any(key.startswith(f"{prefix}{name}.") for key in keys))
+    copies = tied_copies(handle, config, tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if not _equal(tensor, copies.get(key))}
+    found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})}, config.fan_in_fan_out)
+    if isinstance(config, PromptMethod):
+        config = _checked_prompt(config, handle)
+        adapted = prompt_places(config, found, handle)
+    else:
+        adapted = _adapted_modules(found, config, tensors)
+    stored = _at_the_ends(handle, adapted)
+    embedding = handle.input_module
+    return handle.replace(
+        _with_tensors(handle.params, found, config, tensors, adapter_name, adapted, stored, embedding)
+    )
+
+
+def _checked_prompt(config: PromptMethod, handle: Handle) -> PromptMethod:
+    """The config with the model's sizes."""
+    if not (config.inference_mode or config.trains_from_file):
+        raise ValueError(
+            f"The file of a {config.peft_type} adapter holds what its encoder gave, not the encoder, so it cannot be "
+            "trained on. Load it without is_trainable, or train a fresh one."
+        )
+    return config.completed(handle.defaults(config.peft_type))
+
+
+def _adapted_modules(found: list[Leaf], config: Method, tensors: Tensors) -> set[str]:
+    """The modules that the keys of the tensors, or the config, name."""
+    names = {name for leaf in found if may_be_target(config, leaf) for name in leaf.names.flat}
     suffixes = {row.suffix for rows in ROWS[config.peft_type].values() for row in rows}
-    adapted = {name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes)}
-    adapted |= {name for name in names if is_target(config, name)}
+    in_file = (name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes))
+    return {*in_file, *(name for name in names if is_target(config, name))}
+
+
+def _with_tensors(
+    params: Any,
+    found: list[Leaf],
+    config: Method,
+    tensors: Tensors,
+    adapter_name: str,
+    adapted: set[str],
+    stored: set[str],
+    embedding: str,
+) -> Any:
+    """The tree of the leaves ``found`` with an adapter of the modules ``adapted``.
+
+    Those of them that are ``stored`` may have their base's weight in the file too; ``embedding`` has the input tokens.
+    """
+    names = [name for leaf in found for name in leaf.names.flat]
     tokens = tokens_by_module(config.trainable_token_indices, names, embedding, strict=False)
     choices = list(choose(found, config, adapted, tokens))
     entries = {choice.position: list(_entries(choice, config, adapted)) for choice in choices}
     bases: dict[str, np.ndarray] = {}
     for choice in choices:
         if choice.role is None:
-            bases |= _base_tensors(choice.leaf, config, adapted)
-    _check([entry for many in entries.values() for entry in many], bases, tensors)
+            bases |= _base_tensors(choice.leaf, config, stored)
+    common = _shared_entries(config, matrix_sizes(choices))
+    _check([*(entry for many in entries.values() for entry in many), *common], bases, tensors)
     biased = modules_with_followers(choices)
     nodes = {}
     for choice in choices:
-        node = _adapted(choice, config, entries[choice.position], tensors, adapter_name)
+        node = _adapted(choice, config, entries[choice.position], common, tensors, adapter_name)
         more = config.lone_state(choice.leaf.names, choice.hit, biased) if choice.role is None else {}
         nodes[choice.position] = dataclasses.replace(node, state={**node.state, **more})
     return tied(replace_leaves(params, nodes))
@@ -170,16 +230,32 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
                 if row.role in shapes:
                     ours = config.axes[row.role]
                     order = tuple(None if axis == ONE else ours.index(axis) for axis in row.axes)
-                    yield Entry(f"{PREFIX}{name}.{row.suffix}", index, row.role, shapes[row.role], order)
+                    key = tensor_key(config.peft_type, name, row.suffix)
+                    yield Entry(key, index, row.role, shapes[row.role], order)
         elif role == TOKENS:
             ((array, shape),) = tokens_shape(tokens, name, n_in, n_out, lookup=leaf.layout.lookup).items()
             yield Entry(f"{PREFIX}{name}.{TOKEN_SUFFIX}", index, array, shape, (0, 1))
         elif role != FOLLOWS:
-            inside = ".base_layer" if role == "bias" and name in adapted else ""
+            inside = INSIDE[role] if role != "bias" or name in adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
-            key = f"{PREFIX}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
+            prefix = PREFIXES.get(config.peft_type, PREFIX)
+            key = f"{prefix}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
             order = tuple(range(len(shape)))
             yield Entry(key, index, role, shape, order[::-1] if _is_transposed(leaf, config) else order)
+
+
+def _shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
+    """The tensors that a file has once for all layers."""
+    shapes = config.shared_shapes(sizes)
+    return [Entry(row.suffix, (), row.role, shapes[row.role], (1, 0)) for row in SHARED.get(config.peft_type, ())]
+
+
+def _shared_tensor(row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
+    """A tensor for all layers, from the largest of the layers' parts."""
+    found = [node for _, node in nodes if row.role in node.state]
+    largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-2:])))
+    part = np.asarray(largest.state[row.role][(0,) * len(largest.layout.stack)])
+    return np.ascontiguousarray(part.T.astype(largest.tag.dtypes.get(row.suffix, part.dtype)))
 
 
 def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:
@@ -190,25 +266,28 @@ def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:
     return rows[leaf.layout.lookup]
 
 
-def _adapted(choice: Choice, config: Method, entries: list[Entry], tensors: Tensors, adapter_name: str) -> Adapted:
+def _adapted(
+    choice: Choice, config: Method, entries: list[Entry], common: list[Entry], tensors: Tensors, adapter_name: str
+) -> Adapted:
     _, leaf, hit, role, _ = choice
-    dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in entries}
+    dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in (*entries, *common)}
     tagged, (copies, state) = beside_target(config, choice)
     params = {name: np.array(copy) for name, copy in copies.items()}
     base = as_weight(leaf.value, leaf.layout)
     if role is None:
-        state, base = config.state(leaf.names, hit), config.rebased(base, leaf.names, hit)
+        base = config.rebased(base, leaf.names, hit)
+        shared = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in common}
+        state = config.state(leaf.names, hit) | config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
         for name in {entry.role: None for entry in entries}:
             largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)
             params[name] = np.zeros((*hit.shape, *largest), np.float32)
     for entry in entries:
-        layer = params[entry.role][entry.layer]  # a view
-        layer[tuple(map(slice, entry.shape))] = entry.from_file(tensors[entry.key])
+        place: Any = (*entry.layer, *(slice(size) for size in entry.shape))
+        params[entry.role][place] = entry.from_file(tensors[entry.key])
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
     tag = Tag(adapter_name, tagged, dtypes)
-    return sharded_like_base(
-        Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
-    )
+    trainable = not config.inference_mode
+    return sharded_like_base(Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=trainable))
 
 
 def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
@@ -249,6 +328,14 @@ def _base_tensors(leaf: Leaf, config: Method, adapted: set[str]) -> dict[str, np
     return found
 
 
+def _at_the_ends(params: Any, adapted: set[str]) -> set[str]:
+    """Those of the adapted modules that are a model's input embedding and output head; all of them for a bare tree.
+
+    T5's embed_tokens are neither for PEFT, which takes its ``shared`` for the input embedding.
+    """
+    return adapted & {params.input_module, params.output_module} if isinstance(params, Handle) else adapted
+
+
 def tied_copies(handle: Handle, config: Method, tensors: Tensors) -> dict[str, np.ndarray]:
     """What PEFT stores once more under the names of tied modules, where an adapter keeps them tied."""
     copies = {}
@@ -257,9 +344,8 @@ def tied_copies(handle: Handle, config: Method, tensors: Tensors) -> dict[str, n
         for key, tensor in tensors.items():
             end = key.removeprefix(f"{PREFIX}{owner}.")
             if end not in (key, TOKEN_SUFFIX):
-                copies[f"{PREFIX}{other}.{TIED.get(end, end)}"] = (
-                    np.ascontiguousarray(tensor.T) if end in TIED else tensor
-                )
+                turned = tensor.T if end in TIED else tensor
+                copies[f"{PREFIX}{other}.{TIED.get(end, end)}"] = np.ascontiguousarray(turned)
     return copies
 
 
@@ -281,7 +367,9 @@ def _is_embedding(name: str) -> bool:
 
 def _is_transposed(leaf: Leaf, config: Method) -> bool:
     """Whether PyTorch stores the leaf as ``(out, in)``."""
-    return bool(leaf.layout.inp) and not leaf.layout.lookup and not config.fan_in_fan_out
+    known = leaf.layout.stored_in_out
+    in_out = config.fan_in_fan_out if known is None else known
+    return bool(leaf.layout.inp) and not leaf.layout.lookup and not in_out
 
 
 def _nested(leaf: Leaf, adapter_name: str) -> Iterator[Adapted]:

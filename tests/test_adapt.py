@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import peft_jax as pj
+from peft_jax.adapt.rules import RULES
 
 
 def normal(seed, *shape):
@@ -127,3 +128,41 @@ def test_runs_on_flax_nnx_and_linen_without_a_change_to_the_model():
         merged = fn(pj.merge(adapted), x)
         np.testing.assert_allclose(pj.adapt(fn)(pj.combine(trainable, frozen), x), merged, rtol=0, atol=1e-5)
         assert not np.allclose(merged, fn(params, x))
+
+
+def test_of_many_like_layers_one_is_traced(monkeypatch):
+    """Tracing has to cost little beside the function's own, however many layers are not in a scan."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args[1].primitive.name)
+        return rule(*args)
+
+    rule = RULES["dot_general"]
+    monkeypatch.setitem(RULES, "dot_general", counted)
+    layers = [make((8, 8)) for _ in range(5)]
+
+    def fn(layers, x):
+        for w in layers:
+            x = jnp.tanh(x @ w)
+        return x
+
+    traced = jax.make_jaxpr(pj.adapt(fn))(layers, X)
+    assert calls == ["dot_general"]
+    products = [eqn.params["jaxpr"] for eqn in calls_in(traced.jaxpr) if "jaxpr" in eqn.params]
+    assert len(products) == 5 and len(set(map(id, products))) == 1, "each layer calls one and the same product"
+    np.testing.assert_allclose(pj.adapt(fn)(layers, X), fn(pj.merge(layers), X), rtol=0, atol=1e-5)
+
+
+def calls_in(jaxpr):
+    """The equations of what `adapt` puts into a program that is being traced: one call."""
+    (call,) = (eqn for eqn in jaxpr.eqns if eqn.params.get("name") == "adapted")
+    return call.params["jaxpr"].jaxpr.eqns
+
+
+def test_scopes_of_the_users_program_stay_in_the_compiled_one():
+    def fn(w, x):
+        with jax.named_scope("attention"):
+            return x @ w
+
+    assert "attention" in jax.jit(pj.adapt(fn)).lower(make((8, 8)), X).as_text(debug_info=True)

@@ -145,6 +145,75 @@ def test_oft_takes_pefts_blocks_and_refuses_its_old_files():
         pj.OFTConfig(r=2)
 
 
+@pytest.mark.parametrize(("size", "factors"), [(2, 3), (4, 2), (8, 1)])
+def test_boft_rotates_and_scales(size, factors):
+    tree = {"dense": {"kernel": normal(0, 8, 5), "bias": normal(1, 5)}}
+    config = pj.BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=factors, target_modules=["dense"])
+    params = perturbed(pj.apply_adapter(tree, config), scale=0.5)
+    before, after = tree["dense"]["kernel"], pj.merge(params)["dense"]["kernel"]
+    scale = params["dense"]["kernel"].params["boft_s"]
+    close(after.T @ after, (before.T @ before) * jnp.outer(scale, scale))
+    close(pj.adapt(layer)(params, normal(3, 4, 8)), normal(3, 4, 8) @ after + tree["dense"]["bias"][None])
+    eye = {"dense": {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}}
+    reach = pj.merge(perturbed(pj.apply_adapter(eye, config), scale=0.5))["dense"]["kernel"]
+    assert (np.abs(reach) > 1e-6).sum() == 8 * size * 2 ** (factors - 1), "a factor doubles what an input reaches"
+
+
+@pytest.mark.parametrize(("size", "factors"), [(2, 3), (4, 2), (6, 1)])
+def test_boft_is_pefts_with_its_extension(size, factors, monkeypatch):
+    """PEFT has several factors on machines with its CUDA extension, which this stands for."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from peft.tuners.boft import layer as theirs_of
+
+    monkeypatch.setattr(theirs_of, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(
+        theirs_of.FastBlockDiag, "apply", lambda blocks: torch.stack([torch.block_diag(*factor) for factor in blocks])
+    )
+    options = {"boft_block_size": size, "boft_n_butterfly_factor": factors, "target_modules": ["dense"]}
+    model = torch.nn.ModuleDict({"dense": torch.nn.Linear(24, 5)})
+    theirs = peft.get_peft_model(model, peft.BOFTConfig(init_weights=False, **options))
+    tensors = {key: tensor.numpy() for key, tensor in peft.get_peft_model_state_dict(theirs).items()}
+    dense = theirs.base_model.model["dense"]
+    weight, bias = (x.detach().numpy() for x in (dense.base_layer.weight, dense.base_layer.bias))
+    tree = {"dense": {"kernel": jnp.array(weight.T), "bias": jnp.array(bias)}}
+    params = pj.set_peft_model_state_dict(tree, pj.BOFTConfig(**options), tensors)
+    x = normal(0, 3, 24)
+    want = dense(torch.tensor(np.array(x))).detach().numpy()
+    close(pj.adapt(layer)(params, x), want)
+    close(layer(pj.merge(params), x), want)
+    assert np.abs(want - layer(tree, x)).max() > 0.1
+
+
+def test_boft_dropout_stills_blocks_of_one_factor():
+    tree = {"dense": {"kernel": jnp.eye(8)}}
+    config = pj.BOFTConfig(boft_block_size=2, boft_dropout=0.5, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter(tree, config)
+    scale = params["dense"]["kernel"].params["boft_s"]
+    stills = set()
+    for seed in range(8):
+        dropped = pj.with_dropout(params, jax.random.key(seed))["dense"]["kernel"]
+        blocks = (dropped.apply(jnp.eye(8)) / scale[None]).reshape(4, 2, 4, 2)
+        still = [bool(np.allclose(blocks[i, :, i], np.eye(2))) for i in range(4)]
+        assert sum(still) == 2
+        stills.add(tuple(still))
+    assert len(stills) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"boft_block_size": 5}, "boft_block_size=5.* needs a divisor of the 6 inputs of 'dense'"),
+        ({"boft_block_size": 0, "boft_block_num": 4}, "boft_block_num=4.* needs a divisor of the 6 inputs"),
+        ({"boft_block_size": 3, "boft_n_butterfly_factor": 2}, "of blocks of even size whose number 2 divides"),
+        ({"boft_block_num": 2}, "got boft_block_size=4 and boft_block_num=2. Set one of them to 0"),
+        ({"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor is at least 1, got 0"),
+    ],
+)
+def test_boft_says_which_blocks_fit(options, message, dense):
+    with pytest.raises(ValueError, match=message):
+        pj.apply_adapter(dense, pj.BOFTConfig(target_modules=["dense"], **options))
+
+
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_hra_keeps_norms_and_reflects(orthogonal, dense):
     config = pj.HRAConfig(r=3, apply_GS=orthogonal, init_weights=False, target_modules=["dense"])
@@ -234,6 +303,102 @@ def test_lokr_factors_as_peft_does():
             assert factorization(dimension, factor) == theirs(dimension, factor)
 
 
+def test_beft_adds_a_bias_whether_there_is_one_or_not(dense):
+    tree = {**dense, "bare": {"kernel": normal(5, 4, 3)}}
+    params = perturbed(pj.apply_adapter(tree, pj.BeftConfig(target_modules=["dense", "bare"])))
+    own = {name: params[name]["kernel"].params["beft_bias"] for name in ("dense", "bare")}
+    assert len(jax.tree.leaves(pj.partition(params)[0])) == 2, "a bias is trained more than once"
+    x = normal(3, 5, 6)
+
+    def both(params, x):
+        return layer(params, x) @ params["bare"]["kernel"]
+
+    want = (layer(dense, x) + own["dense"][None]) @ tree["bare"]["kernel"] + own["bare"][None]
+    close(pj.adapt(both)(params, x), want)
+    close(jax.jit(pj.adapt(both))(params, x), want)
+    with pytest.raises(ValueError, match="none to merge it into. Keep the adapter apart"):
+        pj.merge(params)
+    params = perturbed(pj.apply_adapter(pj.quantize(dense), pj.BeftConfig(target_modules=["dense"])))
+    merged = pj.merge(params)
+    close(merged["dense"]["bias"], dense["dense"]["bias"] + params["dense"]["kernel"].params["beft_bias"])
+    close(layer(merged, x), pj.adapt(layer)(params, x))
+    trainable, frozen = pj.partition(params)
+    slope = jax.grad(lambda trainable: jnp.sum(pj.adapt(layer)(pj.combine(trainable, frozen), x)))(trainable)
+    close(slope["dense"]["kernel"].params["beft_bias"], np.full(4, 5.0))
+
+
+def test_beft_of_one_stack():
+    """Of stacked layers without a bias those that are targets get one, in a scan too, and as groups."""
+    kernel = normal(0, 3, 6, 6)
+    config = pj.BeftConfig(target_modules=r"layers\.[02]\.up")
+    layout = {".*": pj.Layout((0,), (1,), (2,))}
+    params = perturbed(pj.apply_adapter({"layers": {"up": {"kernel": kernel}}}, config, layout=layout))
+    own = params["layers"]["up"]["kernel"].params["beft_bias"].at[1].set(0)
+
+    def chain(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"]["up"]["kernel"])[0]
+
+    x = want = normal(1, 5, 6)
+    for w, b in zip(kernel, own, strict=True):
+        want = jnp.tanh(want @ w + b[None])
+    close(pj.adapt(chain)(params, x), want)
+    groups = jnp.array([2, 2, 1])
+    got = pj.adapt(lambda params, x: jax.lax.ragged_dot(x, params["layers"]["up"]["kernel"], groups))(params, x)
+    close(got, jax.lax.ragged_dot(x, kernel, groups) + jnp.repeat(own, groups, axis=0, total_repeat_length=5))
+    assert "trainable params: 12 ||" in pj.summary(params)
+
+
+def test_ln_tuning_trains_normalizations_whole():
+    """Scale and bias, of stacked layers those that are targets; the file calls them as PyTorch does."""
+    tree = {"layers": {"norm": {"scale": normal(0, 3, 4), "bias": normal(1, 3, 4)}}, "norm": {"scale": normal(2, 4)}}
+    layout = {r"layers.*": pj.Layout((0,), (), (1,))}
+    config = pj.LNTuningConfig(target_modules=r"layers\.[02]\.norm|norm")
+    params = perturbed(pj.apply_adapter(tree, config, layout=layout))
+    merged = pj.merge(params)
+    for name in ("scale", "bias"):
+        moved = np.abs(merged["layers"]["norm"][name] - tree["layers"]["norm"][name]).max(1)
+        assert (moved > 0.01).tolist() == [True, False, True]
+    tensors = pj.get_peft_model_state_dict(params)
+    ends = ("ln_tuning_layers.weight", "ln_tuning_layers.bias")
+    keys = {f"base_model.model.layers.{i}.norm.{end}" for i in (0, 2) for end in ends}
+    assert tensors.keys() == keys | {"base_model.model.norm.ln_tuning_layers.weight"}
+    again = pj.set_peft_model_state_dict(tree, config, tensors, layout=layout)
+    for one, other in zip(jax.tree.leaves(pj.merge(again)), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "trainable params: 20 ||" in pj.summary(params)
+    with pytest.raises(ValueError, match="Target module 'layernorm' hits none"):
+        pj.apply_adapter(tree, pj.LNTuningConfig(target_modules=["layernorm"]), layout=layout)
+
+
+def test_vera_layers_share_their_random_matrices():
+    tree = {"a": {"kernel": normal(0, 12, 5)}, "b": {"kernel": normal(1, 8, 9)}, "c": {"kernel": normal(2, 8, 9)}}
+    params = pj.apply_adapter(tree, pj.VeraConfig(r=3, target_modules=["a", "b"]))
+    states = [params[name]["kernel"].state for name in "ab"]
+    np.testing.assert_array_equal(states[0]["vera_A"][:8], states[1]["vera_A"])
+    np.testing.assert_array_equal(states[0]["vera_B"], states[1]["vera_B"][:, :5])
+    tensors = pj.get_peft_model_state_dict(params)
+    assert tensors["base_model.vera_A"].shape == (3, 12) and tensors["base_model.vera_B"].shape == (9, 3)
+    np.testing.assert_array_equal(tensors["base_model.vera_A"].T, states[0]["vera_A"])
+    np.testing.assert_array_equal(tensors["base_model.vera_B"].T, states[1]["vera_B"])
+    assert f"trainable params: {3 + 5 + 3 + 9} ||" in pj.summary(params)
+    trained = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(pj.partition(params)[0])}
+    assert trained == {"vera_lambda_d", "vera_lambda_b"}
+    other = pj.apply_adapter(tree, pj.VeraConfig(r=3, target_modules=["a", "b"], projection_prng_key=1))
+    assert not np.allclose(other["a"]["kernel"].state["vera_A"], states[0]["vera_A"])
+
+
+def test_vera_without_its_random_matrices_is_refused(dense):
+    said = "PyTorch and JAX draw different ones. Save the adapter with save_projection=True"
+    fields = pj.VeraConfig(r=3, target_modules=["dense"]).to_dict()
+    with pytest.raises(ValueError, match=said):
+        pj.PeftConfig.from_dict({**fields, "save_projection": False})
+    params = pj.apply_adapter(dense, pj.PeftConfig.from_dict(fields))
+    tensors = pj.get_peft_model_state_dict(params)
+    del tensors["base_model.vera_A"]
+    with pytest.raises(ValueError, match="base_model.vera_A is missing"):
+        pj.set_peft_model_state_dict(dense, pj.PeftConfig.from_dict(fields), tensors)
+
+
 @pytest.mark.parametrize(("init", "size"), [(False, 4 * 8), ("mini", 4 * 2), ("bat", 2 * 4 * 4)])
 def test_miss_repeats_one_block(init, size):
     """All blocks of rows change alike: by the block, or by the weight's block times (1 + M), plus M."""
@@ -266,6 +431,14 @@ def test_miss_says_which_sizes_fit(options, message, dense):
 
 
 STARTS = {
+    "ADALORA": ("AdaLoraConfig", {"total_step": 9}),
+    "ADALORA random": ("AdaLoraConfig", {"total_step": 9, "init_r": 32, "init_lora_weights": False}),
+    "BOFT": ("BOFTConfig", {}),
+    "BOFT random": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 64, "init_weights": False}),
+    "BEFT": ("BeftConfig", {}),
+    "BEFT random": ("BeftConfig", {"init_weights": False}),
+    "VERA": ("VeraConfig", {}),
+    "VERA random": ("VeraConfig", {"init_weights": False}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),
     "IA3 random": ("IA3Config", {"feedforward_modules": ["dense"], "init_ia3_weights": False}),
     "OFT": ("OFTConfig", {}),
@@ -289,8 +462,9 @@ STARTS = {
 
 @pytest.mark.filterwarnings("ignore:The symmetric initialization")
 @pytest.mark.parametrize("name", STARTS)
-def test_starts_are_drawn_as_peft_draws_them(name):
+def test_starts_are_drawn_as_peft_draws_them(name, monkeypatch):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # it would try to compile one
     torch.manual_seed(0)
     kind, options = STARTS[name]
     options = {**options, "target_modules": ["dense"]}
@@ -308,14 +482,18 @@ def test_starts_are_drawn_as_peft_draws_them(name):
         assert is_uniform == bool(np.abs(array).max() < 2 * array.std()), key
 
 
-@pytest.mark.parametrize("peft_type", sorted(set(base.names()) - {"TRAINABLE_TOKENS"}))  # the input embedding
+FROM_TABLES = [name for name in base.names() if not base.by_name(name).on_model and not base.by_name(name).on_input]
+
+
+@pytest.mark.parametrize("peft_type", FROM_TABLES)
 def test_default_targets_are_those_of_pefts_tables(peft_type):
     pytest.importorskip("peft")
     from peft.utils import constants
 
-    for model_type in ("llama", "mistral", "qwen2", "qwen3"):
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "t5", "mt5"):
         for field, value in method_defaults(peft_type, model_type).items():
-            table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{peft_type}_{field.upper()}_MAPPING")
+            name = peft_type.replace("_", "")
+            table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_{field.upper()}_MAPPING")
             assert list(value) == table[model_type]
 
 

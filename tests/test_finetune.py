@@ -96,6 +96,7 @@ def test_no_option_is_ignored(plain: tuple[Path, dict[str, np.ndarray]], change:
 
 def test_there_is_a_test_for_every_option() -> None:
     here = Path(__file__).read_text() + Path(__file__).with_name("test_cli.py").read_text()
+    here += Path(__file__).with_name("test_finetune_methods.py").read_text().replace("-", "_")
     here += Path(__file__).with_name("test_resume.py").read_text().replace("--", "").replace("-", "_")
     options = parse(words())
     assert isinstance(options, finetune_module.Finetune)

@@ -95,6 +95,58 @@ ROWS = {
         "use_cayley_neumann": False,
         "layers_to_transform": [0, 2],
     },
+    "ADALORA": {
+        "config": "AdaLoraConfig",
+        "init_r": 4,
+        "target_r": 2,
+        "total_step": 10,
+        "lora_alpha": 7,
+        "target_modules": TARGETS,
+        "bias": "lora_only",
+        "modules_to_save": ["norm"],
+        "layers_to_transform": [0, 2],
+    },
+    "ADALORA narrowed": {
+        "config": "AdaLoraConfig",
+        "init_r": 4,
+        "target_r": 3,
+        "total_step": 10,
+        "lora_alpha": 7,
+        "init_lora_weights": False,
+        "target_modules": r".*(v_proj|layers\.[12]\.mlp\.down_proj)",
+        "rank_pattern": {
+            "model.layers.0.self_attn.v_proj.lora_E": [True, False, False, True],
+            "model.layers.1.self_attn.v_proj.lora_E": [True, True, True, True],
+            "model.layers.2.self_attn.v_proj.lora_E": [False, False, True, False],
+            "model.layers.1.mlp.down_proj.lora_E": [False, True, True, True],
+            "model.layers.2.mlp.down_proj.lora_E": [True, True, True, False],
+        },
+    },
+    "BOFT": {"config": "BOFTConfig", "target_modules": TARGETS, "bias": "boft_only", "modules_to_save": ["norm"]},
+    "BOFT by number": {
+        "config": "BOFTConfig",
+        "boft_block_size": 0,
+        "boft_block_num": 8,
+        "target_modules": ["k_proj", "down_proj"],
+        "layers_to_transform": [0, 2],
+    },
+    "VERA": {"config": "VeraConfig", "r": 24, "target_modules": TARGETS, "bias": "vera_only"},
+    "VERA of some layers": {
+        "config": "VeraConfig",
+        "r": 16,
+        "d_initial": 0.3,
+        "projection_prng_key": 5,
+        "target_modules": ["up_proj"],
+        "layers_to_transform": [1, 2],
+        "modules_to_save": ["norm"],
+    },
+    "BEFT": {"config": "BeftConfig", "target_modules": TARGETS, "modules_to_save": ["norm"]},
+    "LN_TUNING": {"config": "LNTuningConfig", "exclude_modules": r".*layers\.1\.input_layernorm"},
+    "LN_TUNING of other modules": {
+        "config": "LNTuningConfig",
+        "target_modules": ["norm", "q_proj"],
+        "modules_to_save": ["lm_head"],
+    },
     "HRA": {"config": "HRAConfig", "r": 4, "target_modules": TARGETS, "bias": "all"},
     "HRA orthogonal": {
         "config": "HRAConfig",
@@ -171,6 +223,12 @@ families = pytest.mark.parametrize("family", FAMILIES)
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights and saved embeddings
 
 
+@pytest.fixture(autouse=True)
+def no_cuda_extension(monkeypatch):
+    """BOFT in PEFT would try to compile one for every layer."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -214,6 +272,8 @@ def torch_adapter(folder, row, save_to):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    if pattern := getattr(config, "rank_pattern", None) if config.peft_type == "ADALORA" else None:
+        model.base_model.rankallocator.mask_using_rank_pattern(model.base_model.model, pattern)
     model.save_pretrained(save_to)
     return model
 
@@ -268,17 +328,19 @@ def plain(value):
     return sorted(value) if isinstance(value, list) else value
 
 
-def assert_no_module_is_dead(base, config, tensors, want):
+def assert_no_module_is_dead(base, config, tensors, want, inputs={"input_ids": IDS}):  # noqa: B006
     """Zeroing the adapter of any one module moves the logits by 100 times the tolerance."""
     own = interop.get_peft_model_state_dict
     fresh = own(interop.set_peft_model_state_dict(base, config, tensors))
     start = own(pj.get_peft_model(base, dataclasses.replace(config, inference_mode=False)))
     fresh = {key: array for key, array in fresh.items() if key not in tied_copies(base, config, fresh)}
-    modules = {module_of(key) for key in fresh if not key.endswith("base_layer.weight")}
+    modules = {
+        module_of(key) for key in fresh if key.startswith(formats.PREFIX) and not key.endswith("base_layer.weight")
+    }
     for module in modules:
         # A fresh adapter changes nothing, and a fresh copy of a bias or saved module is the base's.
         without = {key: start[key] if key.startswith(module) else array for key, array in fresh.items()}
-        changed = pj.PeftModel.of(interop.set_peft_model_state_dict(base, config, without))(IDS).logits
+        changed = pj.PeftModel.of(interop.set_peft_model_state_dict(base, config, without))(**inputs).logits
         assert np.abs(changed - want).max() > 100 * tolerance(want), f"{module} is dead"
 
 

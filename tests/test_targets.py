@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 import peft_jax as pj
-from peft_jax.core.targets import is_saved_module, is_target
+from peft_jax.core.targets import is_saved_module, is_target, pattern_value
 
 ROWS = {
     "list": {"target_modules": ["q_proj", "v_proj"]},
@@ -30,20 +30,35 @@ ROWS = {
     "saved modules": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
     "saved container": {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "GPT-2": {"target_modules": ["c_attn", "mlp.c_proj"], "layers_to_transform": [1], "layers_pattern": "h"},
+    "BERT": {"target_modules": ["query", "output.dense"], "exclude_modules": r".*attention\.output\.dense"},
+    "BERT's layers": {"target_modules": ["value"], "layers_to_transform": [0, 1], "layers_pattern": "layer"},
+    "T5": {"target_modules": r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$"},
+    "T5's blocks": {"target_modules": ["q", "wo"], "layers_to_transform": 1},
+    "GPT-NeoX": {"target_modules": ["query_key_value", "dense"], "exclude_modules": ["attention.dense"]},
+    "OPT": {"target_modules": ["out_proj", "fc2"], "layers_to_transform": [2], "modules_to_save": ["fc1"]},
+    "heads": {"target_modules": ["lm_head", "classifier", "embed_out"]},
 }
 
 
 @pytest.fixture(scope="module")
 def module_names():
+    """Of seven architectures."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
+    import transformers as hf
 
     tiny = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     with torch.device("meta"):
         models = [
-            LlamaForCausalLM(LlamaConfig(**tiny, intermediate_size=16)),
-            GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)),
-            T5Model(T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)),
+            hf.LlamaForCausalLM(hf.LlamaConfig(**tiny, intermediate_size=16)),
+            hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)),
+            hf.T5ForConditionalGeneration(
+                hf.T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
+            ),
+            hf.BertForSequenceClassification(hf.BertConfig(**tiny, intermediate_size=16)),
+            hf.RobertaForTokenClassification(hf.RobertaConfig(**tiny, intermediate_size=16)),
+            hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**tiny, intermediate_size=16)),
+            hf.OPTForCausalLM(hf.OPTConfig(**tiny, ffn_dim=16, word_embed_proj_dim=16)),
         ]
     return [name for model in models for name, _ in model.named_modules() if name]
 
@@ -61,6 +76,26 @@ def test_targets_equal_pefts(options, module_names):
         ROWS["regex is matched whole"],
         ROWS["layers of no such pattern"],
     )
+
+
+PATTERNS = [
+    "q_proj",
+    r"layers\.1\.self_attn\.q_proj",
+    r".*\.[02]\.mlp",
+    r"mlp\.(up|down)_proj",
+    "layer.0.output.dense",
+    "q",
+]
+
+
+@pytest.mark.parametrize("patterns", [PATTERNS, PATTERNS[::-1]], ids=["in order", "the other way"])
+def test_patterns_equal_pefts(patterns, module_names):
+    from peft.utils.other import get_pattern_key
+
+    values = {pattern: number for number, pattern in enumerate(patterns)}
+    want = [values.get(get_pattern_key(patterns, name), -1) for name in module_names]
+    assert [pattern_value(values, name, -1) for name in module_names] == want
+    assert len(set(want)) >= 5
 
 
 def test_saved_modules_are_named_by_their_ends_and_hold_what_they_contain():

@@ -186,7 +186,7 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
         first = next(use for use in uses if use.inp == convention.inp)
     after = _index_after(path, len(first.stack))
     multiplied = len(rows) < len(uses)
-    return Layout(first.stack, first.inp, first.out, bool(rows), after, source, multiplied)
+    return Layout(first.stack, first.inp, first.out, bool(rows), after, source, multiplied=multiplied)
 
 
 def _words(use: Use) -> str:

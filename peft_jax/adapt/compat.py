@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,39 @@ def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def run(program: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
+    """Run a jaxpr: inside of a program that is being traced as one call in it, else equation by equation.
+
+    That JAX does not go through the equations again makes tracing cheap. Those with effects it has to see.
+    """
+    traced = isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer)  # what takes no operand tells; it is dead code
+    if program.effects or not traced:
+        return core.jaxpr_as_fun(program)(*inputs)
+    (call,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
+    params = {**call.params, "jaxpr": program, "name": "adapted"}
+    for name in ("in_shardings", "in_layouts", "donated_invars"):
+        params[name] *= len(inputs)
+    for name in ("out_shardings", "out_layouts"):
+        params[name] *= len(program.jaxpr.outvars)
+    return bind(call.replace(params=params), list(inputs))
+
+
+def make_jaxpr(invars: list[Any], outvars: list[Any], eqns: list[Any], like: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """A closed jaxpr without constants, from ``like`` with other inputs, equations and outputs."""
+    effects = frozenset[Any]().union(*(eqn.effects for eqn in eqns))
+    info = like.jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    return core.ClosedJaxpr(core.Jaxpr((), invars, outvars, eqns, effects, info), ())
+
+
+def is_hashable(value: Any) -> bool:
+    """Whether a value can be the key of a dictionary."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def where(eqn: core.JaxprEqn) -> str | None:

@@ -1,8 +1,8 @@
-"""Run any JAX function over adapted and quantized leaves: trace it on dense shapes, then interpret the jaxpr.
+"""Run any JAX function over adapted and quantized leaves: trace it on dense shapes, then rewrite and run the jaxpr.
 
-An equation with no weight among its operands runs as it stands. One with a weight runs by the rule of its primitive;
-without a rule, or where the rule does not apply, the weight is merged first, so that an unknown primitive costs speed
-and never correctness.
+An equation with no weight among its operands stays as it stands. One with a weight is rewritten by the rule of its
+primitive; without a rule, or where the rule does not apply, the weight is merged first, so that an unknown primitive
+costs speed and never correctness.
 """
 
 import functools
@@ -13,7 +13,8 @@ import jax
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import RULES, merged
-from peft_jax.core.view import View, is_view
+from peft_jax.adapt.splice import splice
+from peft_jax.core.view import View
 from peft_jax.core.weight import as_sliced, is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,27 +88,11 @@ def trace(fn: Callable[..., Any], leaves: list[Any], treedef: Any, *, keep: bool
 
 def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     """The outputs of a closed jaxpr on arrays and views of weights; an output may be such a view."""
-    jaxpr = compat.closed(jaxpr)
-    env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-    env |= zip(jaxpr.jaxpr.invars, args, strict=True)
-
-    def read(atom: Any) -> Any:
-        return atom.val if compat.is_literal(atom) else env[atom]
-
-    last = {atom: eqn for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars if not compat.is_literal(atom)}
-    kept = {atom for atom in jaxpr.jaxpr.outvars if not compat.is_literal(atom)}
-    for eqn in jaxpr.jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
-        for atom in {atom for atom in eqn.invars if not compat.is_literal(atom)} - kept:
-            if last[atom] is eqn:
-                del env[atom]  # so that an eager call holds no more than the function itself would
-        env |= zip(eqn.outvars, _equation(eqn, values), strict=True)
-    return [read(atom) for atom in jaxpr.jaxpr.outvars]
+    program, inputs, structure = splice(compat.closed(jaxpr), args, _equation)
+    return list(jax.tree.unflatten(structure, compat.run(program, inputs)))
 
 
 def _equation(eqn: Any, values: list[Any]) -> list[Any]:
-    if not any(map(is_view, values)):
-        return compat.bind(eqn, values)
     rule = RULES.get(eqn.primitive.name)
     out = rule(evaluate, eqn, values) if rule else None
     return _merging(eqn, values) if out is None else out

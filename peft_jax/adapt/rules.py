@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
 from peft_jax.core.product import Convolution, Grouped, Lookup, Product
-from peft_jax.core.view import BROADCAST, Atom, Axis, View, arrange, free, is_view, length, through
+from peft_jax.core.view import BROADCAST, Atom, Axis, View, arrange, free, in_front, is_view, length, through
 from peft_jax.core.weight import MergeError, varying_over
 
 Outputs = list[Any] | None
@@ -268,7 +268,7 @@ def scan(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
 
 def _in_front(value: Any, eqn: Any) -> Any:
     """What a scan slices: a stacked weight has all its arrays' layers in front, under the name of one layer."""
-    moved = value.mapped(0, lambda a, axis: jnp.moveaxis(a, axis, 0), drop=True) if is_view(value) else value
+    moved = value.mapped(0, in_front, drop=True) if is_view(value) else value
     return merged(value, eqn) if moved is None else moved
 
 

@@ -10,14 +10,14 @@ import numpy as np
 from peft_jax.cli import finetune_setup as setup
 from peft_jax.cli.bar import Speed, progress
 from peft_jax.cli.checkpoint import load_tokenizer
+from peft_jax.cli.finetune_adapter import attach, make_config
 from peft_jax.cli.finetune_options import Finetune as Finetune
 from peft_jax.cli.finetune_options import check, settings
 from peft_jax.cli.finetune_output import METRICS, Curves, export
-from peft_jax.cli.finetune_plan import Plan, check_mesh, make_plan, surroundings
+from peft_jax.cli.finetune_plan import Plan, check_mesh, count_steps, make_plan, surroundings
 from peft_jax.cli.run_folder import run_folder, stop_on_signal
-from peft_jax.core.partition import combine
 from peft_jax.core.summary import trainable_parameters
-from peft_jax.train import State, train
+from peft_jax.train import State, finished, train
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog, TensorBoard
 from peft_jax.train.sharding import make_mesh, parse_mesh
@@ -55,18 +55,18 @@ def finetune(options: Finetune) -> None:
         fingerprint = setup.fingerprint(options)
         if resume:
             setup.refuse_others(checkpoints.notes()["settings"], fingerprint)
-        config = setup.make_config(options.adapter)
+        config = make_config(options.adapter)
         records = setup.load_records(options.data)
         base = setup.load_base(options.base)
         data = setup.make_data(records, load_tokenizer(options.base.model), options.data, options.training.seed)
         setup.check_fit(data.parts, base.config)
         fingerprint["tokens"] = data.digest
-        model = setup.attach(base, config, options)
+        model = attach(base, config, options, count_steps(options, data.training))
         summary = trainable_parameters(model)
         print(data.said, summary, sep="\n")
         plan, state, frozen = make_plan(options, model, data, mesh)
         state, best = _train(options, plan, state, frozen, checkpoints, fingerprint)
-        curves = export(combine(state.trainable, frozen), folder, settings(options), summary)
+        curves = export(finished(state.trainable, frozen, state.opt_state), folder, settings(options), summary)
     _say(folder, curves, best, plan.max_steps)
 
 
@@ -105,7 +105,7 @@ def _train(
                 log.write(row)
                 board.write(row)
                 if best.note(row["eval_loss"], number):
-                    combine(state.trainable, frozen).save_pretrained(run.output / "best")
+                    finished(state.trainable, frozen, state.opt_state).save_pretrained(run.output / "best")
             end = number == plan.max_steps or best.since >= patience
             if end or stop.requested or number % run.save_steps == 0:
                 notes = {"settings": fingerprint, "surroundings": surroundings(), "metrics_bytes": log.size}

@@ -27,16 +27,20 @@ class ModelOptions:
 class AdapterOptions:
     """The adapter: described by options, by a file, or another one to start from."""
 
+    peft: str | None = None
+    """Method, by PEFT's name of it, such as ADALORA or IA3 (LORA by default)."""
+    peft_config: str | None = None
+    """Fields of the method's config as PEFT names them, such as '{"target_r": 4}', or a JSON file of them."""
     r: int | None = None
-    """Rank of the adapter (8 by default)."""
+    """Rank of the adapter, where the method has one (8 by default for LORA)."""
     lora_alpha: float | None = None
-    """The adapter is scaled by lora_alpha / r (16 by default)."""
+    """A LoRA is scaled by lora_alpha / r (16 by default)."""
     lora_dropout: float | None = None
     """Probability of zeroing an input of the adapter in training (0 by default)."""
     target_modules: tuple[str, ...] | None = None
     """Names of the modules to adapt, or all-linear; by default PEFT's for the model's type."""
     adapter_config: Path | None = None
-    """A file in the format of PEFT's adapter_config.json, instead of the options above."""
+    """A file in the format of PEFT's adapter_config.json, method included, instead of the options above."""
     adapter: Path | None = None
     """Folder of an adapter to train on, instead of a fresh one."""
 
@@ -112,7 +116,7 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Finetune:
-    """Train a LoRA adapter on your data and write it in PEFT's format."""
+    """Train an adapter on your data and write it in PEFT's format."""
 
     base: Annotated[ModelOptions, tyro.conf.arg(name="")]
     adapter: Annotated[AdapterOptions, tyro.conf.arg(name="")]
@@ -184,8 +188,8 @@ ABOVE_ZERO = (
 )
 DESCRIBED = ("r", "lora_alpha", "lora_dropout", "target_modules")
 EXCLUSIVE = {
-    "adapter_config": DESCRIBED,
-    "adapter": (*DESCRIBED, "adapter_config"),
+    "adapter_config": ("peft", "peft_config", *DESCRIBED),
+    "adapter": ("peft", "peft_config", *DESCRIBED, "adapter_config"),
     "epochs": ("max_steps",),
 }
 

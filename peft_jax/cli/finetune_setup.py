@@ -1,21 +1,19 @@
-"""What `peft-jax finetune` makes of its options: model, data, optimizer, and the fingerprint of a run."""
+"""What `peft-jax finetune` makes of its options: base model, data, and the fingerprint of a run."""
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 import peft_jax as pj
-from peft_jax.cli.finetune_options import AdapterOptions, DataOptions, Finetune, ModelOptions, flag, settings
+from peft_jax.cli.finetune_adapter import is_json
+from peft_jax.cli.finetune_options import DataOptions, Finetune, ModelOptions, flag, settings
 from peft_jax.interop.checkpoint import find_checkpoint
-from peft_jax.methods.base import Method
-from peft_jax.models.llama import LlamaConfig
+from peft_jax.models.config import ModelConfig
 from peft_jax.train import Packed, Padded, encode, load_template, read_data
 from peft_jax.train.batches import Data
 from peft_jax.train.encode import Example
@@ -117,7 +115,7 @@ def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Ex
     return parts[0], parts[1]
 
 
-def check_fit(parts: Sequence[Data], config: LlamaConfig) -> None:
+def check_fit(parts: Sequence[Data], config: ModelConfig) -> None:
     """Raise ValueError for tokens that the model has no embedding or no position for."""
     largest = max(int(part[index]["input_ids"].max()) for part in parts for index in range(len(part)))
     if largest >= config.vocab_size:
@@ -140,55 +138,12 @@ def load_base(options: ModelOptions) -> Any:
     )
 
 
-def make_config(options: AdapterOptions) -> Method | None:
-    """Make the adapter's config from the options or from their file; None where an adapter is given.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a config of PEFT's that is supported.
-    """
-    if options.adapter is not None:
-        return None
-    if options.adapter_config is not None:
-        return _read_config(options.adapter_config)
-    targets = options.target_modules
-    return pj.LoraConfig(
-        r=8 if options.r is None else options.r,
-        lora_alpha=16 if options.lora_alpha is None else options.lora_alpha,
-        lora_dropout=options.lora_dropout or 0.0,
-        target_modules="all-linear" if targets == ("all-linear",) else None if targets is None else list(targets),
-        task_type="CAUSAL_LM",
-    )
-
-
-def _read_config(file: Path) -> Method:
-    rule = "Give a file like PEFT's adapter_config.json."
-    if not file.is_file():
-        raise FileNotFoundError(f"no adapter config at {file}. {rule}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"the adapter config {file} is not JSON: {error}. {rule}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"the adapter config {file} is not a JSON object. {rule}")
-    config = pj.PeftConfig.from_dict(fields)
-    if not isinstance(config, Method):
-        raise ValueError(f"adapters of the type {config.peft_type} cannot be trained by this command. {rule}")
-    return config.replace(inference_mode=False, base_model_name_or_path=None, peft_version=None)
-
-
-def attach(base: Any, config: Method | None, options: Finetune) -> Any:
-    """Attach a fresh adapter, or the one to start from."""
-    if config is None:
-        assert options.adapter.adapter is not None
-        return pj.PeftModel.from_pretrained(base, options.adapter.adapter, is_trainable=True)
-    return pj.get_peft_model(base, config, key=jax.random.key(options.training.seed))
-
-
 def fingerprint(options: Finetune) -> dict[str, Any]:
     """All that decides a run's numbers: its options, and the contents of the files they name."""
     found = settings(options)
     named = [options.data.data, options.data.prompt_template, options.adapter.adapter_config]
+    if not is_json(options.adapter.peft_config):
+        named.append(options.adapter.peft_config)
     if options.adapter.adapter is not None:
         named += [
             options.adapter.adapter / "adapter_model.safetensors",

@@ -14,8 +14,7 @@ from peft_jax.cli.servers import Verdict, verdicts
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import PICKLE_FILE, AdapterFolder, misfits, read_adapter, spell
 from peft_jax.interop.formats import PREFIX
-from peft_jax.models.llama import LlamaConfig
-from peft_jax.models.llama_keys import rows
+from peft_jax.models.families import family_of, read_architecture
 
 WIDTH, LABEL = 80, 12
 SHOWN = 3  # reasons that an adapter does not fit
@@ -55,10 +54,11 @@ def base_shapes(model: str) -> dict[str, tuple[int, ...]]:
         FileNotFoundError: If there is no such model.
         ValueError: If it is of an unsupported kind.
     """
-    config = LlamaConfig.from_hf(read_config(find_checkpoint(model, files=("config.json",))))
-    shapes = {key: row.tensor_shape for row in rows(config) for key in row.keys}
-    if config.tie_word_embeddings:
-        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    config = read_architecture(read_config(find_checkpoint(model, files=("config.json",))))
+    family = family_of(config)
+    shapes = {key: row.tensor_shape for row in family.rows(config) for key in row.keys}
+    for tied in family.tied_modules(config):
+        shapes[f"{tied}.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
 
 

@@ -156,8 +156,8 @@ class Adapted(Weight):
         roles = role_specs(self.layout, entries)
         stack = roles["stack"]
         params: dict[str, Any] = {}
-        for role in self.params:  # of a method's arrays an adapter may have some only
-            rest = (roles.get(axis, (None,)) for axis in self.method.axes[role])
+        for role in self.params:
+            rest = (roles.get(axis, (None,)) for axis in self.method.axes.get(role, ()))
             params[role] = PartitionSpec(*stack, *(entry for part in rest for entry in part))
         state = jax.tree.map(lambda _: PartitionSpec(*stack), self.state)
         base = self._base.specs(entries)

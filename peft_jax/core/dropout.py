@@ -34,8 +34,10 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
     """
 
     def switch_on(path: str, leaf: Adapted) -> Adapted:
-        rate = leaf.tag.config.dropout_rate
-        if not rate or leaf.layout.lookup or not (leaf.active and leaf.trainable):
+        rate, looked_up = leaf.tag.config.dropout_rate, leaf.layout.lookup
+        if not rate or not (leaf.active and leaf.trainable):
+            return leaf
+        if looked_up and not leaf.tag.config.dropout_in_lookups:
             return leaf
         names = stacked_names(module_path(path), leaf.layout, leaf.shape)
         keys = keys_from_names(key, names)

@@ -23,21 +23,21 @@ class Handle(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def task_type(self) -> str:
-        """PEFT's name for what the model does, e.g. ``"CAUSAL_LM"``."""
-
-    @property
-    @abc.abstractmethod
-    def input_module(self) -> str:
-        """Path of the embedding of input tokens."""
+    def task_type(self) -> str | None:
+        """PEFT's name for what the model does, e.g. ``"CAUSAL_LM"``; None if it has none."""
 
     @property
     @abc.abstractmethod
     def output_module(self) -> str | None:
         """Path of the output head, which ``all-linear`` leaves out."""
 
+    @property
     @abc.abstractmethod
-    def defaults(self, peft_type: str) -> Mapping[str, tuple[str, ...]]:
+    def input_module(self) -> str:
+        """Path of the input embedding."""
+
+    @abc.abstractmethod
+    def defaults(self, peft_type: str) -> Mapping[str, Any]:
         """PEFT's defaults for such a model, by field of the method's config."""
 
     @property

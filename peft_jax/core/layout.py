@@ -22,6 +22,7 @@ class Layout:
         index_after: One name per stacked axis: the layer's index follows this component in module paths, as in
             ``model.layers.3.self_attn.q_proj`` for ``("layers",)``.
         source: Who says so; counts for nothing but `peft_jax.explain`.
+        stored_in_out: Whether PyTorch stores the matrix as ``(in, out)``; None if ``fan_in_fan_out`` says.
         multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
 
     Example:
@@ -36,6 +37,7 @@ class Layout:
     lookup: bool = False
     index_after: tuple[str, ...] = ("layers",)
     source: str = dataclasses.field(default="told by layout=", compare=False, repr=False)
+    stored_in_out: bool | None = dataclasses.field(default=None, compare=False, repr=False)
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     @property

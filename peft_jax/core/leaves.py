@@ -97,9 +97,14 @@ def replace_leaves(params: Any, nodes: Mapping[int, Any]) -> Any:
     return jax.tree.unflatten(treedef, [nodes.get(position, leaf) for position, leaf in enumerate(leaves)])
 
 
+def is_float(leaf: Leaf) -> bool:
+    """Whether a leaf stands for floating-point numbers."""
+    return bool(jnp.issubdtype(getattr(leaf.value, "dtype", None) or bool, jnp.floating))
+
+
 def is_matrix(leaf: Leaf) -> bool:
     """Whether a leaf is seen as a matrix, or may be once its axes are told."""
-    if not jnp.issubdtype(getattr(leaf.value, "dtype", None) or bool, jnp.floating):
+    if not is_float(leaf):
         return False
     if leaf.layout is None:
         return getattr(leaf.value, "ndim", 0) > 1

@@ -95,9 +95,7 @@ def check_targets(
             one = name if isinstance(config.exclude_modules, str) else [name]
             if not any(names_module(one, module) for module in modules):
                 raise ValueError(nothing_hit(f"exclude_modules '{name}'", name, modules))
-    for name in config.modules_to_save or ():
-        if not any(owner.endswith(name) for module in every for owner in _owners(module)):
-            raise ValueError(nothing_hit(f"modules_to_save '{name}'", name, every))
+    check_saved(config, every)
     found = {layer_index(config, module) for module in hits}
     if missing := [index for index in _indices(config) if index not in found]:
         there = sorted({index for module in modules if (index := layer_index(config, module)) is not None})
@@ -106,6 +104,13 @@ def check_targets(
         if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in hits):
             raise ValueError(nothing_hit(f"Pattern '{pattern}' of rank_pattern or alpha_pattern", pattern, hits))
     return hits
+
+
+def check_saved(config: Targets, every: Sequence[str]) -> None:
+    """Raise ValueError if a name in ``modules_to_save`` hits no module of all those with any leaf."""
+    for name in config.modules_to_save or ():
+        if not any(owner.endswith(name) for module in every for owner in _owners(module)):
+            raise ValueError(nothing_hit(f"modules_to_save '{name}'", name, every))
 
 
 def _owners(module: str) -> list[str]:

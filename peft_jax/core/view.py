@@ -217,7 +217,7 @@ def through(
     if set(flat(want)) != set(result):
         return None
     how = _How(there, (*front, *others, *last), tuple(batched), role == "out", product, tuple(result), tuple(want))
-    return _use(x, view.weight, how)
+    return _use_weight(x, view.weight, how)
 
 
 class _How(NamedTuple):
@@ -232,8 +232,8 @@ class _How(NamedTuple):
     want: tuple[Axis, ...]
 
 
-@partial(jax.jit, static_argnames="how", inline=True)  # so that one of many like layers is traced, not each of them
-def _use(x: jax.Array, weight: Weight, how: _How) -> jax.Array:
+@partial(jax.jit, static_argnames="how")  # so that one of many like layers is traced, not each of them
+def _use_weight(x: jax.Array, weight: Weight, how: _How) -> jax.Array:
     use = partial(_product, product=how.product, transpose=how.transpose)
     y = _over_stack(use, how.batched)(arrange(x, how.there, how.met), weight)
     return arrange(y, how.result, how.want)
@@ -262,10 +262,15 @@ def _over_stack(use: Callable[..., jax.Array], batched: Sequence[bool]) -> Calla
     def mapped(x: jax.Array, weight: Weight) -> jax.Array:
         if weight.shape[weight.layout.stack[0]] == 1:
             return rest(x, weight.mapped(0, lambda array, axis: jnp.squeeze(array, axis), drop=True))
-        front = weight.mapped(0, lambda array, axis: jnp.moveaxis(array, axis, 0), drop=True)
+        front = weight.mapped(0, in_front, drop=True)
         return jax.vmap(rest, in_axes=(0 if batched[0] else None, 0))(x, front)
 
     return mapped
+
+
+def in_front(array: jax.Array, axis: int) -> jax.Array:
+    """The array with one axis before all others."""
+    return jnp.moveaxis(array, axis, 0) if axis else array
 
 
 def _whole(axis: int, size: int) -> Axis:

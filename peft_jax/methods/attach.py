@@ -1,6 +1,7 @@
 """Attach an adapter to a tree: which leaves, seen how, starting where."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -9,16 +10,17 @@ import numpy as np
 from peft_jax.adapt.axes import read_layouts
 from peft_jax.core.adapted import Adapted, Tag, adapters, tied
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float, is_matrix, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
 from peft_jax.core.weight import as_leaf, as_weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
 from peft_jax.methods.trainable_tokens import Tokens, tokens_by_module
-from peft_jax.methods.whole import Follower, Whole
+from peft_jax.methods.whole import REPLACED, Follower, Whole
 
 M = TypeVar("M", bound=Method)
+H = TypeVar("H", bound=Handle)
 EMBEDDING = "embed_tokens"  # where PEFT looks for input tokens in what is no model of transformers'
 TOKENS = "trainable_token_indices"
 FOLLOWS = "bias of its layer"  # the role of a bias that the adapter of its layer's matrix changes too
@@ -102,6 +104,11 @@ def apply_adapter(
         >>> params["query"]["kernel"].layout
         Layout(stack=(), inp=(0,), out=(1, 2), lookup=False, index_after=())
     """
+    if config.on_model:
+        raise ValueError(
+            f"{type(config).__name__} is for a model handle, whose forward pass knows what to do with a prompt. "
+            "Write pj.get_peft_model(model, config)."
+        )
     if isinstance(params, Handle):
         if fn is not None:
             raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
@@ -136,22 +143,43 @@ def _attached(
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
     linear = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
     config = expand_all_linear(config, linear, others=found)
-    modules = [*(name for leaf in found for name in leaf.names.flat if is_matrix(leaf)), *aliases]
-    patterns = {**config.rank_pattern, **config.alpha_pattern}
+    modules = [*(name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)), *aliases]
     every = sorted({name for leaf in found for name in leaf.names.flat})
-    targets = set(check_targets(config, modules, every, patterns))
+    targets = set(check_targets(config, modules, every, config.patterns))
 
-    nodes = {}
     tokens = tokens_by_module(config.trainable_token_indices, modules, embedding)
+
+    def begin(leaf: Leaf, hit: np.ndarray) -> Any:
+        return config.begin_on(as_weight(leaf.value, leaf.layout), leaf.names, hit, key)
+
+    return place(params, found, config, targets, adapter_name, begin, tokens)
+
+
+def place(
+    params: Any,
+    found: Sequence[Leaf],
+    config: Method,
+    targets: set[str],
+    adapter_name: str,
+    begin: Callable[[Leaf, np.ndarray], Any],
+    tokens: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Any:
+    """The tree of the leaves ``found`` with an adapter.
+
+    Its arrays at a target, and the base that they go on, ``begin(leaf, hit)`` gives; ``tokens`` are as in `choose`.
+    """
+    nodes = {}
     choices = list(choose(found, config, targets, tokens))
     biased = modules_with_followers(choices)
+    shared = config.shared(matrix_sizes(choices))
     for choice in choices:
         position, leaf, hit, role, _ = choice
         tagged, (arrays, state) = beside_target(config, choice)
         base = as_weight(leaf.value, leaf.layout)
         if role is None:
-            arrays, state, base = config.begin(base, leaf.names, hit, key)
+            arrays, state, base = begin(leaf, hit)
             state |= config.lone_state(leaf.names, hit, biased)
+            state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
         tag = Tag(adapter_name, tagged)
         adapted = Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
         nodes[position] = sharded_like_base(adapted)
@@ -161,6 +189,16 @@ def _attached(
 def modules_with_followers(choices: Sequence[Choice]) -> set[str]:
     """Names of the modules whose bias changes with their matrix."""
     return {str(name) for _, leaf, hit, role, _ in choices if role == FOLLOWS for name in leaf.names[hit]}
+
+
+def matrix_sizes(choices: Sequence[Choice]) -> list[tuple[int, int]]:
+    """``(in, out)`` of the targets' matrices."""
+    return [leaf.layout.sizes(leaf.value.shape) for _, leaf, _, role, _ in choices if role is None]
+
+
+def may_be_target(config: Method, leaf: Leaf) -> bool:
+    """Whether a leaf's module may be a target: for most methods, if the leaf is a matrix."""
+    return is_float(leaf) if config.replaces else is_matrix(leaf)
 
 
 def beside_target(config: Method, choice: Choice) -> tuple[Any, Any]:
@@ -178,7 +216,7 @@ def beside_target(config: Method, choice: Choice) -> tuple[Any, Any]:
     return whole, whole.init(as_weight(leaf.value, leaf.layout), hit)
 
 
-def untied_for(handle: Handle, config: Method, changes: Callable[[str], bool]) -> Handle:
+def untied_for(handle: H, config: Method, changes: Callable[[str], bool]) -> H:
     """The handle, with tied modules given leaves of their own if an adapter ``changes`` one of them alone.
 
     PEFT wraps one of the modules and leaves the other as it was; with one leaf for both, both would change. Where
@@ -205,17 +243,22 @@ def untied_for(handle: Handle, config: Method, changes: Callable[[str], bool]) -
     return handle.untied() if any(map(changes, handle.tied_modules)) else handle
 
 
+def completed(config: M, handle: Handle) -> M:
+    """The config with what the model knows: its name, its task, its defaults."""
+    defaults = {"target_modules": handle.input_module} if config.on_input else handle.defaults(config.peft_type)
+    return config.completed(defaults).replace(
+        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
+        task_type=config.task_type or handle.task_type,
+    )
+
+
 def _completed(config: M, handle: Handle, layout: Layouts) -> M:
-    """The config with what the model knows: its name, its task, its default targets, its linear modules."""
+    """The config with what the model knows, and its linear modules."""
     if config.fan_in_fan_out:
         raise ValueError(
             "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
         )
-    config = config.completed(handle.defaults(config.peft_type), handle.input_module)
-    return expand_all_linear(config, find_leaves(handle.params, layout), handle.output_module).replace(
-        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
-        task_type=config.task_type or handle.task_type,
-    )
+    return expand_all_linear(completed(config, handle), find_leaves(handle.params, layout), handle.output_module)
 
 
 def choose(
@@ -242,6 +285,9 @@ def choose(
                     f"Leaf '{leaf.path}' stacks layers of which {both[:3]} are targets and others are in "
                     "modules_to_save, which one leaf cannot be. Save all of its layers, or none."
                 )
+        elif config.replaces and is_float(leaf):
+            role = REPLACED
+            hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
         elif leaf.path.rsplit(".", 1)[-1] == "bias":
             role = "bias" if config.bias != "none" else FOLLOWS
             hit = np.vectorize(lambda name: _changes_bias(config, name, targets), otypes=[bool])(leaf.names)

@@ -20,7 +20,7 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
-from peft_jax.methods.fields import check_fields
+from peft_jax.methods.fields import check_fields, is_kind
 
 CONFIG_FILE = "adapter_config.json"
 Arrays = Mapping[str, jax.Array]
@@ -80,12 +80,14 @@ class PeftConfig:
         if not issubclass(target, cls):
             raise ValueError(f"{cls.__name__} cannot read a config of peft_type '{peft_type}'. Use PeftConfig.")
         target.check_file(given)
-        known = {field.name for field in dataclasses.fields(target)}
+        known = {field.name: field.type for field in dataclasses.fields(target)}
         # Fields of newer PEFT versions that are switched off say nothing; any other could change the numbers.
         unknown = {name: value for name, value in given.items() if name not in known and value not in (None, False, {})}
         if unknown:
             raise ValueError(f"{target.__name__} does not know {unknown}. Remove these fields if they change nothing.")
-        return target(**{name: value for name, value in given.items() if name in known})
+        # Null, in the files of some older versions, means the default of a field that has no other use for it.
+        has_value = {name: value is not None or is_kind(None, known.get(name)) for name, value in given.items()}
+        return target(**{name: value for name, value in given.items() if name in known and has_value[name]})
 
     @classmethod
     def check_file(cls, fields: Mapping[str, Any]) -> None:
@@ -123,6 +125,10 @@ class Method(PeftConfig):
 
     structural: ClassVar[tuple[str, ...]] = ()
     side_path: ClassVar[bool] = True
+    dropout_in_lookups: ClassVar[bool] = False  # whether dropout is for what lies on an embedding too
+    on_model: ClassVar[bool] = False  # whether the adapter goes on a model handle and changes no weight
+    on_input: ClassVar[bool] = False  # whether its default target is a model's input embedding
+    replaces: ClassVar[bool] = False  # whether it trains a copy of every leaf of a target, and has no arrays of its own
     bias_only: ClassVar[str] = ""  # the value of ``bias`` for those of adapted modules, if not the method's name
 
     # What the other rooms read of every method. Not dataclass fields here: PEFT's configs do not all have them, and a
@@ -160,13 +166,13 @@ class Method(PeftConfig):
         """Probability with which `peft_jax.with_dropout` zeroes an input of the adapter."""
         return 0.0
 
-    def completed(self, defaults: Mapping[str, Any], input_module: str) -> Self:
-        """The config with a model's defaults in place of the fields that are None.
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns of module paths in the config, each of which has to name a target."""
+        return (*self.rank_pattern, *self.alpha_pattern)
 
-        Args:
-            defaults: PEFT's for the model, by field.
-            input_module: Path of the model's input embedding.
-        """
+    def completed(self, defaults: Mapping[str, Any]) -> Self:
+        """The config with a model's defaults in place of the fields that are None."""
         return self.replace(**{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
@@ -210,7 +216,7 @@ class Method(PeftConfig):
             params[role] = jnp.reshape(jnp.stack(arrays), (*names.shape, *largest))
         return params, self.state(names, hit)
 
-    def begin(
+    def begin_on(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """`init`, and the base for the adapter; override where a start looks at the base's numbers, or changes them."""
@@ -218,11 +224,23 @@ class Method(PeftConfig):
         return params, state, base
 
     def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
-        """The base that `begin` gave, made again for an adapter that is read from a file."""
+        """The base that `begin_on` gave, made again for an adapter that is read from a file."""
         return base
 
     def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
         """More frozen arrays, given the names of all modules whose bias the adapter changes too."""
+        return {}
+
+    def shared_shapes(self, sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the frozen arrays that all layers share, given the sizes of their matrices; mostly none."""
+        return {}
+
+    def shared(self, sizes: Sequence[tuple[int, int]]) -> dict[str, jax.Array]:
+        """These arrays for a fresh adapter, float32."""
+        return {}
+
+    def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
+        """What a leaf's state has of them, stacked axes first."""
         return {}
 
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
@@ -248,6 +266,10 @@ class Method(PeftConfig):
     def saves_embeddings(self) -> bool:
         """Whether a file has the base weight of an adapted embedding or output head too."""
         return self.trainable_token_indices is None
+
+    def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
+        """The trained arrays as PEFT's file has them."""
+        return params
 
     def changes_bias(self, module: str) -> bool:
         """Whether the adapter of a module's matrix changes its bias, by `merge_bias`, too."""

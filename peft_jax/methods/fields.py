@@ -2,10 +2,14 @@
 
 import copy
 import dataclasses
+import inspect
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def unsupported(default: Any) -> Any:
@@ -36,6 +40,34 @@ def check_fields(config: Any, peft_type: str) -> None:
         check_tokens(ids, f"trainable_token_indices{f' of {name!r}' if name else ''}")
     if isinstance(config.modules_to_save, str):
         raise ValueError(f"modules_to_save is a list of names. Write [{config.modules_to_save!r}].")
+    for field in dataclasses.fields(config):
+        if not is_kind(value := getattr(config, field.name), field.type):
+            kind = inspect.formatannotation(field.type).replace("collections.abc.", "").replace("typing.", "")
+            raise ValueError(f"{type(config).__name__} has {field.name}={value!r}. Give it a value of: {kind}.")
+
+
+def is_kind(value: Any, annotation: Any) -> bool:
+    """Whether a value is what a config field's annotation says; whole numbers are floats, lists are sequences.
+
+    Example:
+        >>> is_kind(["q"], str | Sequence[str] | None), is_kind("8", int), is_kind(True, int)
+        (True, False, False)
+    """
+    origin, parts = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_kind(value, part) for part in parts)
+    if origin is Any:
+        return True
+    if origin in (int, float):
+        numbers = (int, np.integer) if origin is int else (int, float, np.integer, np.floating)
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    if origin in (list, tuple, Sequence):
+        inner = parts[:1] or (Any,)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_list and all(is_kind(item, inner[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(is_kind(item, parts[1]) for item in value.values())
+    return origin is None and value is None or isinstance(origin, type) and isinstance(value, origin)
 
 
 def check_rank(config: Any) -> None:

@@ -64,12 +64,12 @@ class IA3Config(Method):
                 f"feedforward_modules has {sorted(extra)}, not in target_modules. Name them in both or neither."
             )
 
-    def completed(self, defaults: Mapping[str, Any], input_module: str) -> Self:
+    def completed(self, defaults: Mapping[str, Any]) -> Self:
         """With the model's defaults, of which given targets leave those feed-forward modules that they name."""
         targets = self.target_modules
         if targets is not None and not isinstance(targets, str):
             defaults = {**defaults, "feedforward_modules": [m for m in defaults["feedforward_modules"] if m in targets]}
-        return super().completed(defaults, input_module)
+        return super().completed(defaults)
 
     def is_feedforward(self, module: str) -> bool:
         """Whether a module is scaled at its inputs.

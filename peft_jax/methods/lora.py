@@ -160,7 +160,7 @@ class LoraConfig(Ranked):
         tokens = self.alora_invocation_tokens
         return super().state(names, hit) | ({} if tokens is None else alora.invocation_state(tokens, names))
 
-    def begin(
+    def begin_on(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """`init`, or a start from the base, with the norms of its columns for DoRA."""

@@ -5,7 +5,7 @@ There is no paper; numbers follow PEFT 0.21.2.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ class TrainableTokensConfig(Method):
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {ROWS: ("tokens", "out"), COLUMNS: ("tokens", "in")}
 
+    on_input: ClassVar[bool] = True
+
     token_indices: Sequence[int] = ()
     target_modules: str | Sequence[str] | None = None
     init_weights: bool = True
@@ -55,10 +57,6 @@ class TrainableTokensConfig(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tokens(self.token_indices, "token_indices")
-
-    def completed(self, defaults: Mapping[str, Any], input_module: str) -> Self:
-        """The config for the input embedding where no target is given."""
-        return self if self.target_modules is not None else self.replace(target_modules=input_module)
 
     @property
     def keeps_ties(self) -> bool:
@@ -74,13 +72,13 @@ class TrainableTokensConfig(Method):
         """A vector for each token."""
         return tokens_shape(self.token_indices, module, n_in, n_out, lookup=lookup)
 
-    def begin(
+    def begin_on(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """The base's vectors, or random ones."""
         if self.init_weights:
             return *start_at_base(self.token_indices, base, names, hit), base
-        return super().begin(base, names, hit, key)
+        return super().begin_on(base, names, hit, key)
 
     def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Random vectors."""

@@ -13,6 +13,8 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method
 
+REPLACED = "ln_tuning_layers"  # the role of a copy that is the method itself, as LN_TUNING's
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:

@@ -10,18 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.models.llama_config import FULL, SLIDING, LlamaConfig
+from peft_jax.models.positions import KVCache, Prefix, causal_places, make_cache
+from peft_jax.prompts.base import Adaption
 
-
-class KVCache(NamedTuple):
-    """Keys and values of the positions seen so far.
-
-    keys and values are (layers, batch, max_len, kv_heads, head_dim), the keys after rotation. The first `index` (a
-    scalar int32) of the max_len slots are filled.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    index: jax.Array  # type: ignore[assignment]  # a field, not the method of tuples
+__all__ = ["Context", "KVCache", "attend", "attend_to", "init_cache", "inverse_frequencies", "make_context", "rotate"]
 
 
 class Context(NamedTuple):
@@ -44,8 +36,7 @@ def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: Any = jnp.f
         >>> init_cache(LlamaConfig(num_hidden_layers=2), batch=3, max_len=5).keys.shape
         (2, 3, 5, 32, 128)
     """
-    shape = (config.num_hidden_layers, batch, max_len, config.kv_heads, config.head_size)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    return make_cache(config.num_hidden_layers, batch, max_len, config.kv_heads, config.head_size, dtype)
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -71,61 +62,35 @@ def make_context(
     position_ids: jax.Array | None,
     cache: KVCache | None,
     segment_ids: jax.Array | None = None,
+    prefix: Prefix | None = None,
 ) -> Context:
     """Compute rotation and masks for embeddings x (batch, length, hidden).
 
     Positions default to slot numbers, as in transformers, whatever the attention mask. They turn queries and keys;
     what sees what depends on the slots, the mask and the segments. Several texts packed into one row are told apart by
-    segment_ids (batch, length): a text sees itself alone, and its positions count from 0.
+    segment_ids (batch, length): a text sees itself alone, and its positions count from 0. A prefix takes the first
+    slots, and is seen by all.
 
     Raises:
         ValueError: A shape does not fit the embeddings or the cache.
     """
-    batch, length, _ = x.shape
-    index: jax.Array | int = 0 if cache is None else cache.index
-    kv_len = length if cache is None else cache.keys.shape[2]
-    if kv_len < length:
-        raise ValueError(f"The cache has room for {kv_len} positions, got {length} new ones. Make a longer cache.")
-    slots = jnp.arange(length) + index
-    if segment_ids is not None and (cache is not None or segment_ids.shape != (batch, length)):
-        raise ValueError(f"segment_ids must be {(batch, length)}, without a cache, got {segment_ids.shape}.")
-    if position_ids is None and segment_ids is not None:
-        position_ids = segment_positions(segment_ids)
-    positions = slots[None] if position_ids is None else position_ids
-    if positions.shape not in ((1, length), (batch, length)):
-        raise ValueError(f"position_ids must be {(batch, length)}, like the inputs, got {positions.shape}.")
-    angles = positions.astype(jnp.float32)[:, :, None, None] * np.tile(inverse_frequencies(config), 2)[None, None, None]
-
-    query, key = slots[None, :, None], jnp.arange(kv_len)[None, None, :]
-    full = key <= query
-    if attention_mask is not None:
-        full &= _fit(attention_mask, batch, length, kv_len, cache is not None)[:, None, :]
-    if segment_ids is not None:
-        full &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    masks = {FULL: full}
+    places = causal_places(
+        *x.shape[:2],
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        cache=cache,
+        prefix=prefix,
+    )
+    positions = places.positions.astype(jnp.float32)[:, :, None, None]
+    angles = positions * np.tile(inverse_frequencies(config), 2)[None, None, None]
+    masks = {FULL: places.mask}
     if config.sliding_window is not None:
-        masks[SLIDING] = full & (key > query - config.sliding_window)
-    return Context(jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype), masks, index)
-
-
-def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Positions (batch, length) that count from 0 in each run of equal segment_ids (batch, length).
-
-    Example:
-        >>> segment_positions(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
-        [[0, 1, 2, 0, 1, 0]]
-    """
-    slots = jnp.arange(segment_ids.shape[1])[None]
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
-
-
-def _fit(mask: jax.Array, batch: int, length: int, kv_len: int, cached: bool) -> jax.Array:
-    """Widen a 0/1 mask (batch, n) to bool (batch, kv_len): slots of the cache that it does not reach are not seen."""
-    if mask.ndim != 2 or mask.shape[0] != batch or not length <= mask.shape[1] <= kv_len:
-        columns = f"{length} to {kv_len} (what the cache holds)" if cached else f"{length}, like the inputs"
-        raise ValueError(f"attention_mask must have {batch} rows and {columns} columns, got shape {mask.shape}.")
-    return jnp.pad(mask.astype(bool), ((0, 0), (0, kv_len - mask.shape[1])))
+        virtual = 0 if prefix is None else prefix[0].shape[2]
+        query = (jnp.arange(x.shape[1]) + places.index + virtual)[None, :, None]
+        key = jnp.arange(places.mask.shape[2])[None, None, :]
+        masks[SLIDING] = places.mask & (key > query - config.sliding_window)
+    return Context(jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype), masks, places.index)
 
 
 def rotate(x: jax.Array, context: Context) -> jax.Array:
@@ -147,3 +112,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(seen, weights, 0).astype(v.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape)
+
+
+def attend_to(adaption: Adaption, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """What q (batch, length, heads, head_dim) sees of a layer's adaption prompt, through its gate.
+
+    k and v (1, n, kv_heads, head_dim) are those of the prompt, which is seen whole from everywhere.
+    """
+    k, v = (jnp.broadcast_to(part.astype(q.dtype), (q.shape[0], *part.shape[1:])) for part in (k, v))
+    seen = attend(q, k, v, jnp.ones((1, q.shape[1], k.shape[1]), bool))
+    return seen * adaption.gates[0].astype(q.dtype)

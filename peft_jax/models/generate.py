@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.models.attention import KVCache
+from peft_jax.models.positions import KVCache
 from peft_jax.models.sampling import Sampling, choose, process
 
 CHUNK = 4  # tokens of a stream that are decoded before the host looks at them
@@ -35,17 +35,31 @@ class State(NamedTuple):
     key: jax.Array
 
 
+class CachedModel(Protocol):
+    """A model that reads inputs into a cache."""
+
+    @property
+    def slots(self) -> int:
+        """Slots of the cache that something takes before the inputs."""
+
+    def first(self, input_ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: KVCache) -> Any:
+        """Read inputs into an empty cache; the result has ``.logits`` and ``.cache``."""
+
+    def apply(self, input_ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: KVCache) -> Any:
+        """Read further inputs."""
+
+
 class Decoder(NamedTuple):
     """A model and the choices of a generation.
 
     Attributes:
-        apply: ``apply(input_ids, attention_mask=, position_ids=, cache=)``, with ``.logits`` and ``.cache``.
+        model: What reads the tokens.
         eos_token_ids: A row is done after one of these; later positions hold ``pad_token_id``.
         pad_token_id: See ``eos_token_ids``.
         sampling: How tokens are chosen.
     """
 
-    apply: Callable[..., Any]
+    model: CachedModel
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
     sampling: Sampling = Sampling()
@@ -56,7 +70,7 @@ class Decoder(NamedTuple):
         """Read left-padded prompts and choose the first token.
 
         Args:
-            cache: Empty, for at least ``length + max_new_tokens`` positions.
+            cache: Empty, for at least ``length + max_new_tokens`` positions beside the slots that the model takes.
             input_ids: (batch, length).
             attention_mask: (batch, length), 0 on the padding at the left.
             key: A JAX random key; greedy decoding ignores it.
@@ -66,7 +80,7 @@ class Decoder(NamedTuple):
         counts = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
         positions = jnp.maximum(counts - 1, 0)
         mask = jnp.pad(attention_mask.astype(jnp.int32), room)
-        out = self.apply(input_ids, attention_mask=mask, position_ids=positions, cache=cache)
+        out = self.model.first(input_ids, attention_mask=mask, position_ids=positions, cache=cache)
         tokens = jnp.pad(input_ids, room, constant_values=self.pad_token_id)
         done = jnp.zeros(len(tokens), bool)
         state = State(jnp.int32(0), tokens, mask, counts[:, -1] - 1, done, out.cache, key)
@@ -79,8 +93,8 @@ class Decoder(NamedTuple):
             return (state.count < count) & ~jnp.all(state.done)
 
         def step(state: State) -> State:
-            at = state.cache.index  # the slot of the last token, which the cache does not have yet
-            out = self.apply(
+            at = self._filled(state)  # the place of the last token, which the cache does not have yet
+            out = self.model.apply(
                 jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1),
                 attention_mask=state.mask,
                 position_ids=state.positions[:, None],
@@ -90,13 +104,17 @@ class Decoder(NamedTuple):
 
         return jax.lax.while_loop(wanted, step, state)
 
+    def _filled(self, state: State) -> jax.Array:
+        """How many tokens the cache has."""
+        return state.cache.index - self.model.slots
+
     def _add(self, state: State, logits: jax.Array) -> State:
         """Choose the next token of each row."""
         key, draw = jax.random.split(state.key)
         chosen = choose(process(logits, self.sampling, state.tokens, state.mask), self.sampling, draw)
         chosen = jnp.where(state.done, self.pad_token_id, chosen).astype(state.tokens.dtype)
         stops = jnp.any(chosen[:, None] == jnp.array(self.eos_token_ids, chosen.dtype)[None], axis=1)
-        at = state.cache.index
+        at = self._filled(state)
         return state._replace(
             count=state.count + 1,
             tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], at, axis=1),

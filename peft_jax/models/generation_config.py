@@ -15,6 +15,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "penalty_alpha": (0,),
     "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
     "min_length": (0,),
     "min_new_tokens": (0,),
     "max_time": (),

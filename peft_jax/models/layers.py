@@ -1,4 +1,4 @@
-"""The small layers that the Llama family is made of."""
+"""The small layers that the architectures are made of."""
 
 from __future__ import annotations
 
@@ -10,19 +10,33 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.models.llama_config import LlamaConfig
+from peft_jax.models.config import ModelConfig
 
 
 class Embed(nnx.Module):
-    """A table (vocab, hidden), looked up by id."""
+    """A table (count, hidden), looked up by id; the count is that of the vocabulary unless told."""
 
-    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, count: int | None = None) -> None:
         init = nnx.initializers.normal(config.initializer_range)
-        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        shape = (config.vocab_size if count is None else count, config.hidden_size)
+        self.embedding = nnx.Param(init(rngs.params(), shape, dtype))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Look up ids (batch, length)."""
         return jnp.take(self.embedding[...], ids, axis=0)
+
+    def either(self, ids: jax.Array | None, embeddings: jax.Array | None) -> jax.Array:
+        """The embeddings (batch, length, hidden) of ids (batch, length), or those given in their place.
+
+        Raises:
+            ValueError: None or both are given.
+        """
+        if embeddings is None and ids is not None:
+            return self(ids)
+        if embeddings is not None and ids is None:
+            return embeddings.astype(self.embedding.dtype)
+        found = "neither" if ids is None else "both"
+        raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
 
 
 class RMSNorm(nnx.Module):
@@ -39,7 +53,24 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * jnp.reshape(self.scale[...], (1,) * (x.ndim - 1) + (-1,))
 
 
-def linear_maker(config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation in float32, times a scale, plus a bias."""
+
+    def __init__(self, features: int, eps: float, dtype: Any) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis of x."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.reshape(p[...], (1,) * (x.ndim - 1) + (-1,)) for p in (self.scale, self.bias))
+        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def linear_maker(config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
     """Return `make(in_features, out_features, use_bias=...)` of linear layers initialised as the config says."""
     init = nnx.initializers.normal(config.initializer_range)
     return functools.partial(nnx.Linear, kernel_init=init, param_dtype=dtype, rngs=rngs)

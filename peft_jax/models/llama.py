@@ -10,33 +10,23 @@ The model is plain Flax and knows nothing of adapters or quantization. Its numbe
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.models.attention import Context, KVCache, attend, init_cache, make_context, rotate
+from peft_jax.models import pure
+from peft_jax.models.attention import Context, KVCache, attend, attend_to, init_cache, make_context, rotate
+from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
+from peft_jax.models.heads import DecoderHead
 from peft_jax.models.layers import Embed, RMSNorm, linear_maker
 from peft_jax.models.llama_config import ACTIVATIONS, FULL, SLIDING, LlamaConfig, RopeScaling
+from peft_jax.models.outputs import ModelOutput
+from peft_jax.models.positions import Beside, Buffers, Prefix, extend, filled, put_before
+from peft_jax.prompts.base import Adaption
 
-__all__ = ["CausalLMOutput", "KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params"]
-
-Buffers = tuple[jax.Array, jax.Array]
-
-
-class CausalLMOutput(NamedTuple):
-    """What a causal language model returns.
-
-    logits are (batch, length, vocab). hidden_states, if asked for, are (layers + 1, batch, length, hidden): the
-    embeddings, the output of each layer but the last, and the output of the final norm, as transformers lists them.
-    cache is the one passed in, with the new positions filled.
-    """
-
-    logits: jax.Array
-    hidden_states: jax.Array | None = None
-    cache: KVCache | None = None
+__all__ = ["KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params", "param_shapes"]
 
 
 class LlamaAttention(nnx.Module):
@@ -56,20 +46,40 @@ class LlamaAttention(nnx.Module):
             self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, context: Context, mask: jax.Array, layer: jax.Array, buffers: Buffers | None
+        self,
+        x: jax.Array,
+        context: Context,
+        mask: jax.Array,
+        layer: jax.Array,
+        beside: Beside,
+        buffers: Buffers | None,
     ) -> tuple[jax.Array, Buffers | None]:
-        """Attend within x (batch, length, hidden) and to this layer's part of the cache's buffers."""
+        """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         q, k, v = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context), rotate(k, context)
-        if buffers is not None:
-            start = (layer, 0, context.index, 0, 0)
-            buffers = (_write(buffers[0], k, start), _write(buffers[1], v, start))
-            k, v = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False).astype(x.dtype) for b in buffers)
-        return self.o_proj(attend(q, k, v, mask).reshape(batch, length, -1)), buffers
+        k, v, buffers = extend(buffers, k, v, layer, context.index)
+        seen = attend(q, *put_before(beside.prefix, k, v), mask)
+        if beside.adaption is None:
+            return self.o_proj(seen.reshape(batch, length, -1)), buffers
+        seen = seen + self._attend_to(beside.adaption, q)
+        return self.o_proj(seen.reshape(batch, length, -1)) + self._second_bias(beside.adaption, x), buffers
+
+    def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
+        """What q (batch, length, heads, head_dim) sees of an adaption prompt, through its gate."""
+        prompt = adaption.prompts.astype(q.dtype)[None]
+        heads = (1, prompt.shape[1], -1, self.head_dim)
+        return attend_to(adaption, q, self.k_proj(prompt).reshape(heads), self.v_proj(prompt).reshape(heads))
+
+    def _second_bias(self, adaption: Adaption, x: jax.Array) -> jax.Array:
+        """PEFT projects what is seen of an adaption prompt by itself, so that a bias is added once more."""
+        if not self.o_proj.use_bias:
+            return jnp.zeros((), x.dtype)
+        bias: jax.Array = self.o_proj(jnp.zeros((1, 1, self.o_proj.in_features), x.dtype))
+        return jnp.where(adaption.on, bias, 0)
 
 
 class LlamaMLP(nnx.Module):
@@ -97,10 +107,16 @@ class LlamaDecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, context: Context, mask: jax.Array, layer: jax.Array, buffers: Buffers | None
+        self,
+        x: jax.Array,
+        context: Context,
+        mask: jax.Array,
+        layer: jax.Array,
+        beside: Beside,
+        buffers: Buffers | None,
     ) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
-        out, buffers = self.self_attn(self.input_layernorm(x), context, mask, layer, buffers)
+        out, buffers = self.self_attn(self.input_layernorm(x), context, mask, layer, beside, buffers)
         x = x + out.astype(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), buffers
 
@@ -116,7 +132,7 @@ class LlamaModel(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, context: Context, buffers: Buffers | None, keep: bool, remat: bool
+        self, x: jax.Array, context: Context, beside: Beside, buffers: Buffers | None, keep: bool, remat: bool
     ) -> tuple[jax.Array, jax.Array | None, Buffers | None]:
         """Run all layers; keep asks for every layer's input as well, remat for recomputing layers in the backward."""
         graph, stacked = nnx.split(self.layers)
@@ -124,19 +140,21 @@ class LlamaModel(nnx.Module):
         slides = jnp.array([kind == SLIDING for kind in self.kinds])
 
         def body(carry: tuple[jax.Array, Buffers | None], inputs: Any) -> Any:
-            state, layer, slide = inputs
+            state, layer, slide, prompt = inputs
             one = context.masks[self.kinds[0]]
             mask = jnp.where(slide, context.masks[SLIDING], context.masks[FULL]) if mixed else one
-            return nnx.merge(graph, state)(carry[0], context, mask, layer, carry[1]), carry[0] if keep else None
+            out = nnx.merge(graph, state)(carry[0], context, mask, layer, prompt, carry[1])
+            return out, carry[0] if keep else None
 
         body = jax.checkpoint(body) if remat else body
-        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(len(self.kinds)), slides))
+        layers = (stacked, jnp.arange(len(self.kinds)), slides, beside)
+        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), layers)
         x = self.norm(x)
         return x, jnp.concatenate([inputs, x[None].astype(inputs.dtype)]) if keep else None, buffers
 
 
 class Llama(nnx.Module):
-    """A causal language model of the Llama family.
+    """A model of the Llama family with the head of its task.
 
     Example:
         >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
@@ -145,11 +163,12 @@ class Llama(nnx.Module):
         (1, 3, 16)
     """
 
+    backbone = "model"
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
         self.model = LlamaModel(config, dtype, rngs)
-        if not config.tie_word_embeddings:
-            self.lm_head = linear_maker(config, dtype, rngs)(config.hidden_size, config.vocab_size, use_bias=False)
+        HEAD.add(self, config, linear_maker(config, dtype, rngs))
 
     def __call__(
         self,
@@ -160,24 +179,22 @@ class Llama(nnx.Module):
         position_ids: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
+        prefix: Prefix | None = None,
+        adaption: Adaption | None = None,
         output_hidden_states: bool = False,
         remat: bool = False,
-    ) -> CausalLMOutput:
+    ) -> ModelOutput:
         """Compute logits; the arguments are those of `apply`."""
         table = self.model.embed_tokens
-        if inputs_embeds is None and input_ids is not None:
-            x = table(input_ids)
-        elif inputs_embeds is not None and input_ids is None:
-            x = inputs_embeds.astype(table.embedding.dtype)
-        else:
-            found = "neither" if input_ids is None else "both"
-            raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
-        context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids)
+        x = table.either(input_ids, inputs_embeds)
+        context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids, prefix)
         buffers = None if cache is None else (cache.keys, cache.values)
-        h, states, buffers = self.model(x, context, buffers, output_hidden_states, remat)
-        logits = h @ table.embedding[...].T if self.config.tie_word_embeddings else self.lm_head(h)
-        filled = None if buffers is None else KVCache(*buffers, jnp.asarray(context.index + x.shape[1]))
-        return CausalLMOutput(logits, states, filled)
+        h, states, buffers = self.model(x, context, Beside(prefix, adaption), buffers, output_hidden_states, remat)
+        output: ModelOutput = HEAD.run(self, self.config, h, input_ids, table.embedding)
+        return output._replace(hidden_states=states, cache=filled(buffers, context.index, x.shape[1]))
+
+
+HEAD = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
 
 
 def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -193,10 +210,9 @@ def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -
         >>> init_params(config, jax.random.key(0))["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
         (2, 8, 12)
     """
-    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key), dtype=dtype)))
+    return pure.init_params(Llama, config, key, dtype)
 
 
-@functools.lru_cache(maxsize=64)
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Map each parameter's dotted path to its shape, without making the parameters.
 
@@ -204,8 +220,7 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         >>> param_shapes(LlamaConfig())["model.norm.scale"]
         (4096,)
     """
-    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in _leaves(tree)}
+    return pure.param_shapes(Llama, config)
 
 
 def apply(
@@ -218,9 +233,11 @@ def apply(
     position_ids: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
+    prefix: Prefix | None = None,
+    adaption: Adaption | None = None,
     output_hidden_states: bool = False,
     remat: bool = False,
-) -> CausalLMOutput:
+) -> ModelOutput:
     """Run the model as a pure function of its parameters.
 
     Args:
@@ -234,6 +251,9 @@ def apply(
             one row: each sees itself alone, and its positions count from 0. Not with a cache.
         cache: Keys and values of earlier positions, as from `init_cache`. The caller sees to it that index + length
             does not exceed max_len (an index is an array, whose value a compiled program cannot check).
+        prefix: Keys and values that all positions see before those of the inputs, each (layers, batch or 1, n_virtual,
+            kv_heads, head_dim). Positions count on from n_virtual.
+        adaption: Gated prompts beside each layer's attention.
         output_hidden_states: Also return the hidden states.
         remat: Keep only each layer's input for the backward pass and compute the rest again.
 
@@ -250,39 +270,19 @@ def apply(
         >>> apply(config, params, jnp.array([[1, 2, 3]])).logits.shape
         (1, 3, 16)
     """
-    _check(config, params)
-    return nnx.merge(_graph(config), params)(
+    output: ModelOutput = pure.apply(
+        Llama,
+        config,
+        params,
         input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         position_ids=position_ids,
         segment_ids=segment_ids,
         cache=cache,
+        prefix=prefix,
+        adaption=adaption,
         output_hidden_states=output_hidden_states,
         remat=remat,
     )
-
-
-def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
-
-
-@functools.lru_cache(maxsize=64)
-def _graph(config: LlamaConfig) -> Any:
-    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
-
-
-def _check(config: LlamaConfig, params: Any) -> None:
-    want, have = param_shapes(config), {path: jnp.shape(leaf) for path, leaf in _leaves(params)}
-    if have != want:
-        missing, surplus = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-        wrong = [f"{p} is {have[p]}, not {want[p]}" for p in want if p in have and have[p] != want[p]]
-        raise ValueError(
-            f"params do not fit the config: missing {missing}, surplus {surplus}, wrong shapes {wrong}. "
-            "They should be like init_params(config, key); adapted or quantized leaves need peft_jax.adapt(apply)."
-        )
+    return output

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
+
+from peft_jax.models.config import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    SEQ_CLS,
+    TOKEN_CLS,
+    ModelConfig,
+    complete,
+    read_common,
+    write_common,
+)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +57,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(ModelConfig):
     """Architecture of a decoder of the Llama family: Llama 1 to 3, Mistral, Qwen2 and Qwen3.
 
     The fields are those of `transformers.LlamaConfig`, `MistralConfig`, `Qwen2Config` and `Qwen3Config`; what differs
@@ -59,7 +66,6 @@ class LlamaConfig:
     Attributes:
         num_key_value_heads: None means num_attention_heads.
         head_dim: None means hidden_size // num_attention_heads.
-        eos_token_id: One id, several ids, or None.
         attention_bias: Whether q_proj, k_proj and v_proj have a bias.
         attention_out_bias: Whether o_proj has one (None means as attention_bias; Qwen2: True and False).
         qk_norm: Whether queries and keys are normalised per head (Qwen3).
@@ -77,6 +83,16 @@ class LlamaConfig:
         8
     """
 
+    stems = MappingProxyType({"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"})
+    tasks = MappingProxyType(
+        {
+            CAUSAL_LM: "ForCausalLM",
+            SEQ_CLS: "ForSequenceClassification",
+            TOKEN_CLS: "ForTokenClassification",
+            FEATURE_EXTRACTION: "Model",
+        }
+    )
+
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -86,15 +102,11 @@ class LlamaConfig:
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
     model_type: str = "llama"
+    task_type: str = CAUSAL_LM
     attention_bias: bool = False
     attention_out_bias: bool | None = None
     mlp_bias: bool = False
@@ -108,8 +120,7 @@ class LlamaConfig:
         _default(self, "attention_out_bias", self.attention_bias)
         kind = FULL if self.sliding_window is None else SLIDING
         _default(self, "layer_types", (kind,) * self.num_hidden_layers)
-        if self.model_type not in ARCHITECTURES:
-            raise ValueError(f"model_type={self.model_type!r} is not supported. Supported: {', '.join(ARCHITECTURES)}.")
+        self.check()
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")
         if self.num_attention_heads % self.kv_heads:
@@ -156,33 +167,18 @@ class LlamaConfig:
             >>> LlamaConfig.from_hf({"model_type": "qwen3", "num_hidden_layers": 2}).qk_norm
             True
         """
-        raw = dict(hf) if isinstance(hf, Mapping) else hf.to_dict()
-        kind = raw.pop("model_type", None)
-        if kind not in ARCHITECTURES:
-            raise ValueError(f"model_type={kind!r} is not supported. Supported: {', '.join(ARCHITECTURES)}.")
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method")
-            raise ValueError(
-                f"The checkpoint is quantized (quantization_config with quant_method={method!r}), which is not "
-                "supported. Load the unquantized checkpoint, with load_in_8bit=True for int8 weights."
-            )
-        # Imported here: it takes seconds, and a model that was not read from a checkpoint does not need it.
-        from transformers import AutoConfig
-
-        full = AutoConfig.for_model(kind, **raw).to_dict()  # defaults and old spellings, as transformers reads them
+        full = complete(hf, cls.stems)
+        kind = full["model_type"]
         if full.get("is_causal") is False:
             raise ValueError("is_causal=False (attention in both directions) is not supported.")
         theta, scaling = _rope(full["rope_parameters"])
         same = {f.name for f in dataclasses.fields(cls)} - _TRANSLATED
         fields = {name: full[name] for name in same & full.keys()}
-        eos = full.get("eos_token_id")
         windowed = kind != "llama"  # transformers' Llama has no window, whatever its config says
         return cls(
-            **fields,
-            model_type=kind,
+            **{**fields, **read_common(cls, full)},
             rope_theta=theta,
             rope_scaling=scaling,
-            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             attention_bias=kind == "qwen2" or (kind != "mistral" and bool(full.get("attention_bias"))),
             attention_out_bias=kind not in ("qwen2", "mistral") and bool(full.get("attention_bias")),
             mlp_bias=kind == "llama" and bool(full.get("mlp_bias")),
@@ -206,22 +202,21 @@ class LlamaConfig:
         rope = dataclasses.asdict(self.rope_scaling)
         used = {"default": 1, "linear": 2, "llama3": 5}[self.rope_scaling.rope_type]
         hf["rope_parameters"] = {"rope_theta": self.rope_theta} | dict(list(rope.items())[:used])
-        hf["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        hf |= write_common(self)
         if self.model_type in ("qwen2", "qwen3"):
             hf["layer_types"] = list(self.kinds)
             hf["use_sliding_window"] = self.sliding_window is not None
         else:
             del hf["layer_types"]
-        hf["architectures"] = [ARCHITECTURES[self.model_type]]
         if LlamaConfig.from_hf(hf) != self:
             raise ValueError(
-                f"transformers' {ARCHITECTURES[self.model_type]} cannot express this configuration: {self}. "
+                f"transformers' {self.architecture} cannot express this configuration: {self}. "
                 "Choose the model_type whose biases, q/k norms and windows these are."
             )
         return hf
 
 
-_NOT_IN_HF = {"rope_theta", "rope_scaling", "attention_out_bias", "qk_norm"}
+_NOT_IN_HF = {"rope_theta", "rope_scaling", "attention_out_bias", "qk_norm", "task_type", "num_labels", "problem_type"}
 _TRANSLATED = _NOT_IN_HF | {
     "model_type",
     "eos_token_id",

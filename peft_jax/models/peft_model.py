@@ -2,8 +2,7 @@
 
 import dataclasses
 import os
-from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -15,14 +14,18 @@ from peft_jax.methods.alora import is_invoked, with_invocations
 from peft_jax.methods.attach import apply_adapter
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.methods.whole import config_of
-from peft_jax.models.auto import AutoModelForCausalLM
+from peft_jax.models.auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from peft_jax.models.causal_lm import CausalLM
+from peft_jax.models.model_handle import ModelHandle, register_handle
+from peft_jax.models.seq2seq_lm import Seq2SeqLM
+from peft_jax.prompts.attach import attach_prompt
+from peft_jax.prompts.base import PromptMethod
 
 
 def get_peft_model(
-    model: CausalLM, peft_config: Method, adapter_name: str = "default", *, key: jax.Array | None = None
-) -> "PeftModel":
-    """A new model with a fresh adapter; the old one is untouched and shares its arrays.
+    model: ModelHandle, peft_config: Method, adapter_name: str = "default", *, key: jax.Array | None = None
+) -> Any:
+    """A new model (a `PeftModel`) with a fresh adapter; the old one is untouched and shares its arrays.
 
     Args:
         model: A base model, or one with adapters.
@@ -41,28 +44,32 @@ def get_peft_model(
         >>> sorted(model.peft_config)
         ['default']
     """
+    if isinstance(peft_config, PromptMethod):
+        return PeftModel.of(attach_prompt(model, peft_config, key=key, adapter_name=adapter_name))
     return PeftModel.of(apply_adapter(model, peft_config, key=key, adapter_name=adapter_name))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "source", "remat"))
 @dataclasses.dataclass(frozen=True)
-class PeftModel(CausalLM):
-    """A causal language model with adapters; calls and generates like its base."""
+class PeftModel(ModelHandle):
+    """A model with adapters; it is called, and generates, like its base, whose task has a class of its own here."""
 
-    @classmethod
-    def of(cls, model: CausalLM) -> Self:
-        """A handle on the same parameters as ``model``."""
+    base: ClassVar[type[ModelHandle]]
+
+    @staticmethod
+    def of(model: ModelHandle) -> Any:
+        """A handle on the same parameters as ``model``, of the class for its task."""
+        (cls,) = {cls for cls in PEFT_MODELS if cls.base.task == model.task}
         return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
 
     @classmethod
     def from_pretrained(
         cls,
-        model: CausalLM,
+        model: ModelHandle,
         directory: str | os.PathLike[str],
         *,
         adapter_name: str = "default",
         is_trainable: bool = False,
-    ) -> Self:
+    ) -> Any:
         """The model with an adapter from PEFT's files (`peft_jax.interop.load_adapter`)."""
         return cls.of(load_adapter(model, directory, adapter_name=adapter_name, is_trainable=is_trainable))
 
@@ -87,28 +94,15 @@ class PeftModel(CausalLM):
             path = path_initial_model_for_weight_conversion
             save_adapter(self, directory, adapter_name=name, path_initial_model_for_weight_conversion=path)
 
-    def __call__(self, input_ids: Any = None, *args: Any, **options: Any) -> Any:
-        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
-        return super(PeftModel, self._invoked(input_ids)).__call__(input_ids, *args, **options)
-
-    def generate(self, input_ids: Any, *args: Any, **options: Any) -> jax.Array:
-        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
-        return super(PeftModel, self._invoked(input_ids)).generate(input_ids, *args, **options)
-
-    def _invoked(self, input_ids: Any) -> Self:
-        if input_ids is None or not is_invoked(self.params):
-            return self
-        return with_invocations(self, input_ids)
-
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line of trainable and all parameters."""
         print(trainable_parameters(self.params))
 
-    def merge_and_unload(self) -> CausalLM:
+    def merge_and_unload(self) -> Any:
         """The base model with its active adapters folded in, in dense arrays of the base's dtype."""
         return self.base_handle(merge(self.params))
 
-    def unload(self) -> CausalLM:
+    def unload(self) -> Any:
         """The base model, bit for bit; quantized where it was."""
         return self.base_handle(unload(self.params))
 
@@ -120,19 +114,51 @@ class PeftModel(CausalLM):
         """The model with no adapter active."""
         return self.replace(disable_adapter(self.params))
 
-    def base_handle(self, params: Any) -> CausalLM:
+    def base_handle(self, params: Any) -> Any:
         """A base model's handle on ``params``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return CausalLM(**{**fields, "params": params})
+        return self.base(**{**fields, "params": params})
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForCausalLM(PeftModel, CausalLM):
+    """A causal language model with adapters."""
+
+    base = CausalLM
+
+    def __call__(self, input_ids: Any = None, *args: Any, **options: Any) -> Any:
+        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
+        return super(PeftModelForCausalLM, self._invoked(input_ids)).__call__(input_ids, *args, **options)
+
+    def generate(self, input_ids: Any, *args: Any, **options: Any) -> jax.Array:
+        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
+        return super(PeftModelForCausalLM, self._invoked(input_ids)).generate(input_ids, *args, **options)
+
+    def _invoked(self, input_ids: Any) -> Self:
+        if input_ids is None or not is_invoked(self.params):
+            return self
+        return with_invocations(self, input_ids)
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForSeq2SeqLM(PeftModel, Seq2SeqLM):
+    """A sequence-to-sequence language model with adapters."""
+
+    base = Seq2SeqLM
+
+
+PEFT_MODELS: tuple[type[PeftModel], ...] = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
 
 
 class AutoPeftModelForCausalLM:
-    """Loads an adapter together with the base model that its config names."""
+    """Loads an adapter together with the causal language model that its config names."""
 
     @staticmethod
     def from_pretrained(
         directory: str | os.PathLike[str], *, is_trainable: bool = False, adapter_name: str = "default", **options: Any
-    ) -> PeftModel:
+    ) -> PeftModelForCausalLM:
         """The base model with the adapter.
 
         Args:
@@ -144,11 +170,32 @@ class AutoPeftModelForCausalLM:
         Raises:
             ValueError: if the config names no base model; also as `PeftModel.from_pretrained`.
         """
-        base = PeftConfig.from_pretrained(directory).base_model_name_or_path
-        if not base:
-            raise ValueError(
-                f"The adapter in '{directory}' names no base model. Load the base yourself and write "
-                "pj.PeftModel.from_pretrained(model, directory)."
-            )
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model = AutoModelForCausalLM.from_pretrained(_base_of(directory), **options)
         return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+class AutoPeftModelForSeq2SeqLM:
+    """Loads an adapter together with the sequence-to-sequence model that its config names."""
+
+    @staticmethod
+    def from_pretrained(
+        directory: str | os.PathLike[str], *, is_trainable: bool = False, adapter_name: str = "default", **options: Any
+    ) -> PeftModelForSeq2SeqLM:
+        """The base model with the adapter; arguments and errors are those of `AutoPeftModelForCausalLM`."""
+        model = AutoModelForSeq2SeqLM.from_pretrained(_base_of(directory), **options)
+        return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def _base_of(directory: str | os.PathLike[str]) -> str:
+    """Name or path of the base model that an adapter's config names.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"The adapter in '{directory}' names no base model. Load the base yourself and write "
+            "pj.PeftModel.from_pretrained(model, directory)."
+        )
+    return base

@@ -22,6 +22,8 @@ from peft_jax.train.records import Completion as Completion
 from peft_jax.train.records import Record as Record
 from peft_jax.train.records import read_data as read_data
 from peft_jax.train.records import read_records as read_records
+from peft_jax.train.schedule import finished as finished
+from peft_jax.train.schedule import init_optimizer as init_optimizer
 from peft_jax.train.step import StepMetrics as StepMetrics
 from peft_jax.train.step import evaluate as evaluate
 from peft_jax.train.step import make_evaluation_step as make_evaluation_step

@@ -16,13 +16,15 @@ class Batch(TypedDict):
     """Rows of one length, each field int32 of shape (batch, length).
 
     attention_mask is 0 on padding, labels are `IGNORE` where nothing is trained. Packed rows have segment_ids: the
-    number of each token's text, from 1 on, and 0 on padding.
+    number of each token's text, from 1 on, and 0 on padding. Where a prompt has several tasks, task_ids (batch,) names
+    each row's.
     """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     labels: np.ndarray
     segment_ids: NotRequired[np.ndarray]
+    task_ids: NotRequired[np.ndarray]
 
 
 class Data(Protocol):

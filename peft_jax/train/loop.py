@@ -9,6 +9,7 @@ import optax
 
 from peft_jax.core.partition import partition
 from peft_jax.train.batches import Batch
+from peft_jax.train.schedule import init_optimizer
 from peft_jax.train.step import StepMetrics, TrainingStep
 
 
@@ -18,7 +19,7 @@ class State(NamedTuple):
     Attributes:
         step: How many steps are done, which is also the place in the data.
         trainable: The trainable twin.
-        opt_state: The optimizer's state.
+        opt_state: The optimizer's state, and that of the method's schedule, if it has one.
         key: The run's random key; each step folds its number in.
     """
 
@@ -31,7 +32,7 @@ class State(NamedTuple):
 def start(params: Any, optimizer: optax.GradientTransformation, *, seed: int) -> tuple[State, Any]:
     """Split a tree or model handle with an adapter into the state of a run at step 0 and the frozen twin."""
     trainable, frozen = partition(params)
-    return State(0, trainable, optimizer.init(trainable), jax.random.key(seed)), frozen
+    return State(0, trainable, init_optimizer(optimizer, params), jax.random.key(seed)), frozen
 
 
 def train(
@@ -42,7 +43,8 @@ def train(
     Args:
         step: From `make_training_step`.
         state: From `start`, or an earlier state of this run. Its memory is taken over, so do not use it afterwards.
-        frozen: The frozen twin; ``peft_jax.combine(state.trainable, frozen)`` is the model.
+        frozen: The frozen twin; ``peft_jax.combine(state.trainable, frozen)`` is the model, and
+            ``peft_jax.train.finished(state.trainable, frozen, state.opt_state)`` the one to save.
         batches: From `training_batches`; item ``n`` is that of step ``n``.
         max_steps: The step at which to end.
 

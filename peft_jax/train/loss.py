@@ -7,7 +7,9 @@ import optax
 from peft_jax.train.encode import IGNORE
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cross entropy of each next token, summed in float32 over the tokens that have a label.
 
     The logits at one position predict the label at the next, as in `transformers`. Sum and count come apart so that
@@ -16,6 +18,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     Args:
         logits: (batch, length, vocabulary), any float type.
         labels: (batch, length), token ids and `IGNORE` (-100) where nothing is asked.
+        weights: (length,), what each label's loss is multiplied by; by default 1.
 
     Returns:
         The sum in nats, float32, and the number of target tokens, int32.
@@ -30,4 +33,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(asked, targets, 0)
     )
+    if weights is not None:
+        losses = losses * jnp.pad(weights[1:], (0, 1))[None]
     return jnp.sum(losses, where=asked), jnp.sum(asked, dtype=jnp.int32)

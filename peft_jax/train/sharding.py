@@ -26,10 +26,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (_INWARD + r"(\.base)*(\.q)?", P("tensor", "fsdp")),
     (_OUTWARD + r"(\.base)*\.scale", P("tensor")),  # of int8
     (_INWARD + r"(\.base)*\.scale", P("fsdp")),
-    (_OUTWARD + r".*\.params\.lora_A", P("fsdp", None)),
-    (_OUTWARD + r".*\.params\.lora_B", P(None, "tensor")),
-    (_INWARD + r".*\.params\.lora_A", P("tensor", None)),
-    (_INWARD + r".*\.params\.lora_B", P(None, "fsdp")),
+    (_OUTWARD + r".*\.lora_A", P("fsdp", None)),
+    (_OUTWARD + r".*\.lora_B", P(None, "tensor")),
+    (_INWARD + r".*\.lora_A", P("tensor", None)),
+    (_INWARD + r".*\.lora_B", P(None, "fsdp")),
     (r"embed_tokens\.embedding(\.base)*", P("tensor", "fsdp")),
     (r"lm_head\.kernel(\.base)*", P("fsdp", "tensor")),
 )

@@ -2,7 +2,8 @@
 
 Both take a pure ``apply(params, input_ids, attention_mask) -> logits``; for a model handle that is
 ``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, for a plain function over adapted leaves
-``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, by that name.
+``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, and for prompts of several tasks ``task_ids``,
+by these names. A prompt's virtual tokens may have logits in front of the others.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from peft_jax.core.dropout import with_dropout
-from peft_jax.core.partition import combine
+from peft_jax.core.partition import combine, partition
+from peft_jax.prompts.base import active_prompts, projected, with_virtual_labels
 from peft_jax.train.batches import Batch
 from peft_jax.train.loss import cross_entropy
+from peft_jax.train.schedule import advance, penalized, split_state
 
 Apply = Callable[..., jax.Array]
 
@@ -24,7 +27,7 @@ class StepMetrics(NamedTuple):
     """What a training step tells.
 
     Attributes:
-        loss: Mean over the batch's target tokens in nats, float32.
+        loss: Mean over the batch's target tokens in nats, float32; with the method's penalty, if it has one.
         grad_norm: Global norm of the gradient before clipping, float32.
         tokens: Number of the batch's tokens without padding, int32.
     """
@@ -53,7 +56,8 @@ def make_training_step(
 
     Args:
         apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary).
-        optimizer: Any optax transformation, initialised with the trainable twin.
+        optimizer: Any optax transformation, initialised with the trainable twin; for a method with a schedule, as
+            AdaLoRA, by `peft_jax.train.init_optimizer`, and the step runs the schedule.
         micro_batch_size: Rows that go through the model at once; the gradients of a batch's parts are summed in one
             scan. It divides the batch. By default the whole batch at once.
         out_shardings: How trainable, optimizer state and metrics lie on a mesh, as `jax.jit` takes it.
@@ -77,10 +81,12 @@ def make_training_step(
 
     def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, count: jax.Array) -> jax.Array:
         params = with_dropout(combine(trainable, frozen), key)
-        return cross_entropy(logits_of(apply, params, batch), jnp.asarray(batch["labels"]))[0] / count
+        return _loss_of(apply, params, batch)[0] / count
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
-        count = jnp.maximum(jnp.sum(jnp.asarray(batch["labels"])[:, 1:] >= 0), 1).astype(jnp.float32)
+        trainable = _put_back(trainable, frozen)
+        labels, _ = with_virtual_labels(frozen, jnp.asarray(batch["labels"]))
+        count = jnp.maximum(jnp.sum(labels[:, 1:] >= 0), 1).astype(jnp.float32)
         gradient_of = jax.value_and_grad(loss_share)
         rows = batch["input_ids"].shape[0]
         if micro_batch_size is None or micro_batch_size == rows:
@@ -95,11 +101,14 @@ def make_training_step(
             parts = jax.tree.map(lambda x: _in_parts(x, micro_batch_size), batch)
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
             (loss, gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(rows // micro_batch_size)))
+        loss, gradients = penalized(loss, gradients, trainable, frozen)
         tokens = jnp.sum(jnp.asarray(batch["attention_mask"]), dtype=jnp.int32)
+        opt_state, schedule = split_state(trainable, opt_state)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
             metrics = StepMetrics(loss, optax.tree.norm(gradients), tokens)
             updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-            return optax.apply_updates(trainable, updates), opt_state, metrics
+            trainable = optax.apply_updates(trainable, updates)
+        return *advance(trainable, gradients, opt_state, schedule), metrics
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
@@ -109,17 +118,30 @@ def _in_parts(x: jax.Array, size: int) -> jax.Array:
     return jnp.swapaxes(jnp.reshape(x, (size, x.shape[0] // size, *x.shape[1:])), 0, 1)
 
 
+def _put_back(trainable: Any, frozen: Any) -> Any:
+    """The trainable twin, with what a prompt trains put back to where it may be."""
+    if not active_prompts(frozen):
+        return trainable
+    return partition(projected(combine(trainable, frozen)))[0]
+
+
+def _loss_of(apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    labels, weights = with_virtual_labels(params, jnp.asarray(batch["labels"]))
+    return cross_entropy(logits_of(apply, params, batch), labels, weights)
+
+
 def logits_of(apply: Apply, params: Any, batch: Batch) -> jax.Array:
     """Logits (batch, length, vocabulary) of a batch, packed or not."""
-    packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
-    return apply(params, batch["input_ids"], batch["attention_mask"], **packed)
+    named: dict[str, Any] = dict(batch)
+    more = {name: named[name] for name in ("segment_ids", "task_ids") if name in named}
+    return apply(params, batch["input_ids"], batch["attention_mask"], **more)
 
 
 def make_evaluation_step(apply: Apply) -> EvaluationStep:
     """Build the compiled step ``(params, batch) -> (summed loss, number of target tokens)``, without dropout."""
 
     def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return cross_entropy(logits_of(apply, params, batch), jnp.asarray(batch["labels"]))
+        return _loss_of(apply, params, batch)
 
     return jax.jit(step)
 

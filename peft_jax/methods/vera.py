@@ -1,0 +1,131 @@
+"""VeRA: W' = W + A diag(d) B diag(b), with random matrices A and B that are frozen and shared by all layers.
+
+Kopiczko et al., 2023, https://arxiv.org/abs/2310.11454, equation 2. Numbers follow PEFT 0.21.2.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.dropout import dropout
+from peft_jax.core.product import Product
+from peft_jax.core.weight import Weight
+from peft_jax.methods.base import Arrays, Method, register
+from peft_jax.methods.fields import check_probability, check_rank
+
+
+@register("VERA")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeraConfig(Method):
+    """Trains two vectors a layer between random matrices; fields and defaults are PEFT's.
+
+    The matrices are as large as the largest adapted layer asks for, and each layer takes its part from their
+    beginning. In a file they stand once; in a tree each leaf has its part, once for each of its stacked layers.
+
+    Attributes:
+        r: Rank of the random matrices, at least 1.
+        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
+        projection_prng_key: Seed of the random matrices. PyTorch draws others from the same seed.
+        save_projection: Whether files hold the random matrices; only True, as no other program could draw them again.
+        vera_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
+        d_initial: Start of the vector between the matrices.
+        fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
+        bias: Which biases are trained: ``"none"``, ``"all"``, or ``"vera_only"`` (those of adapted modules).
+        modules_to_save: Modules trained whole, beside the adapter.
+        init_weights: True starts at no change; False at a random vector between the matrices and ones behind them.
+        layers_to_transform: Index or indices of the layers to adapt; None for all.
+        layers_pattern: Name of the list of layers, if it is not the first numbered one.
+
+    Raises:
+        ValueError: if a field has a value that is wrong; the message names it.
+
+    Example:
+        >>> params = {"q": {"kernel": jnp.ones((8, 3))}}
+        >>> params = pj.apply_adapter(params, VeraConfig(r=4, target_modules=["q"]))
+        >>> {role: array.shape for role, array in params["q"]["kernel"].params.items()}
+        {'vera_lambda_d': (4,), 'vera_lambda_b': (3,)}
+        >>> params["q"]["kernel"].state["vera_A"].shape
+        (8, 4)
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"vera_lambda_d": ("rank",), "vera_lambda_b": ("out",)}
+
+    r: int = 256
+    target_modules: str | Sequence[str] | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self)
+        check_probability(self, "vera_dropout")
+        if not self.save_projection:
+            raise ValueError(
+                "VeraConfig(save_projection=False) leaves the random matrices out of the file, and from "
+                "projection_prng_key PyTorch and JAX draw different ones. Save the adapter with save_projection=True."
+            )
+
+    @property
+    def dropout_rate(self) -> float:
+        """``vera_dropout``."""
+        return self.vera_dropout
+
+    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
+        """The two vectors."""
+        return {"vera_lambda_d": (self.r,), "vera_lambda_b": (n_out,)}
+
+    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+        """A small constant, and zeros; or random numbers, and ones."""
+        if role == "vera_lambda_d":
+            return jnp.full(shape, self.d_initial) if self.init_weights else jax.random.normal(key, shape)
+        return jnp.zeros(shape) if self.init_weights else jnp.ones(shape)
+
+    def shared_shapes(self, sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """The random matrices, as large as the largest layer."""
+        n_in, n_out = np.max(sizes, axis=0).tolist()
+        return {"vera_A": (n_in, self.r), "vera_B": (self.r, n_out)}
+
+    def shared(self, sizes: Sequence[tuple[int, int]]) -> dict[str, jax.Array]:
+        """Drawn as PyTorch's ``kaiming_uniform_`` draws them, from ``projection_prng_key``."""
+        keys = jax.random.split(jax.random.key(self.projection_prng_key))
+        shapes = self.shared_shapes(sizes).items()
+        return {
+            role: jax.random.uniform(key, shape, minval=-1.0) * (6 / shape[0]) ** 0.5
+            for key, (role, shape) in zip(keys, shapes, strict=True)
+        }
+
+    def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
+        """The beginnings of the random matrices, for each stacked layer."""
+        parts = {"vera_A": shared["vera_A"][: sizes[0]], "vera_B": shared["vera_B"][:, : sizes[1]]}
+        return {role: jnp.broadcast_to(jnp.asarray(part), (*stack, *part.shape)) for role, part in parts.items()}
+
+    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+        """``W + A diag(d) B diag(b)``, added in the adapter's precision."""
+        d, b = params["vera_lambda_d"], _outer(params, state)
+        change = ((state["vera_A"] * d[None]) @ state["vera_B"]) * b[None]
+        return (matrix.astype(d.dtype) + change).astype(matrix.dtype)
+
+    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+        """``x W + b ((d (dropout(x) A)) B)``; the low-rank path runs in the adapter's precision."""
+        y = base.apply(x, product)
+        inner = product.down(x if product.looks_up else dropout(x, state), state["vera_A"])
+        inner = product.scale(inner, params["vera_lambda_d"])
+        update = product.scale(product.up(inner, state["vera_B"]), _outer(params, state))
+        return (y.astype(update.dtype) + update).astype(y.dtype)
+
+
+def _outer(params: Arrays, state: Arrays) -> jax.Array:
+    """The vector behind the matrices, zero for layers that are not adapted."""
+    return jnp.where(state["hit"][..., None], params["vera_lambda_b"], 0)

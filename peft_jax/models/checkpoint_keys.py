@@ -1,0 +1,65 @@
+"""Which tensor of a checkpoint is which leaf of a model for this or another task: prefixes, ties, fresh heads."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from peft_jax.interop.checkpoint import Row
+from peft_jax.models.config import FEATURE_EXTRACTION, ModelConfig
+from peft_jax.models.family import LANGUAGE_MODELS, Family
+
+OLD_NAMES = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}  # of TensorFlow's BERTs
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]:
+    """Tensors under the keys that this model has for them, whether the checkpoint is of a bare model or has a head.
+
+    Example:
+        >>> from peft_jax.models.families import GPT2
+        >>> from peft_jax.models.gpt2 import GPT2Config
+        >>> list(fit_keys(GPT2, GPT2Config(), {"wte.weight": np.zeros((2, 2))}))
+        ['transformer.wte.weight']
+    """
+    found = {_new_name(key): tensor for key, tensor in tensors.items()}
+    prefix = f"{family.backbone}." if family.backbone else ""
+    has_prefix = any(key.startswith(prefix) for key in found)
+    if config.task_type == FEATURE_EXTRACTION:
+        return {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix) or not has_prefix}
+    if has_prefix:
+        return found
+    return {key if _is_head(family, key) else prefix + key: tensor for key, tensor in found.items()}
+
+
+def fresh_rows(family: Family, config: ModelConfig, rows: Sequence[Row], tensors: Tensors) -> list[Row]:
+    """The leaves that a checkpoint of another task has no tensor for, and that start at random instead.
+
+    They are those of heads and poolers; a language model's head is never one of them.
+    """
+    if config.task_type in LANGUAGE_MODELS:
+        return []
+    mine = [row for row in rows if _is_head(family, row.path) or _is_extra(family, row.path)]
+    return [row for row in mine if not any(key in tensors for key in row.keys)]
+
+
+def unused(family: Family) -> list[str]:
+    """Regexes of tensors that may be left over: buffers, and what other tasks have."""
+    return [*family.ignored, *(rf"{re.escape(name)}\..*" for name in _head_names(family)), *family.extras]
+
+
+def _new_name(key: str) -> str:
+    return next((key.removesuffix(old) + new for old, new in OLD_NAMES.items() if key.endswith(old)), key)
+
+
+def _head_names(family: Family) -> set[str]:
+    return {name.split(".")[0] for name in family.heads.values()}
+
+
+def _is_head(family: Family, path: str) -> bool:
+    return path.split(".")[0] in _head_names(family)
+
+
+def _is_extra(family: Family, path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in family.extras)

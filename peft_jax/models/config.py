@@ -1,0 +1,199 @@
+"""What the configurations of all architectures have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM = "CAUSAL_LM", "SEQ_2_SEQ_LM", "MASKED_LM"
+SEQ_CLS, TOKEN_CLS, QUESTION_ANS = "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"
+FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+# How the names of transformers' classes end, and PEFT's name for what they do (MASKED_LM is ours: PEFT has none).
+SUFFIXES = {
+    "ForCausalLM": CAUSAL_LM,
+    "LMHeadModel": CAUSAL_LM,
+    "ForConditionalGeneration": SEQ_2_SEQ_LM,
+    "ForMaskedLM": MASKED_LM,
+    "ForSequenceClassification": SEQ_CLS,
+    "ForTokenClassification": TOKEN_CLS,
+    "ForQuestionAnswering": QUESTION_ANS,
+    "Model": FEATURE_EXTRACTION,
+}
+LABELS = 2  # transformers' default
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a model and what it does; the fields have transformers' common names for them.
+
+    A subclass adds the fields of its architecture, and names its classes in transformers by two tables. Hashable,
+    hence usable as a static argument of `jax.jit`.
+
+    Attributes:
+        eos_token_id: One id, several ids, or None.
+        task_type: What the model does, one of the keys of ``tasks``: which head it has.
+        num_labels: Outputs of a classification head.
+        problem_type: Loss of a sequence classifier: "regression", "single_label_classification" or
+            "multi_label_classification"; None decides by the labels.
+        model_type: transformers' name of the architecture, one of the keys of ``stems``.
+    """
+
+    stems: ClassVar[Mapping[str, str]]  # how the names of transformers' classes begin, by model type
+    tasks: ClassVar[Mapping[str, str]]  # and how they end, by task; the first is meant where a config names none
+    spelled: ClassVar[Mapping[str, str]] = MappingProxyType({})  # our fields that have another name in config.json
+    fixed: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # its fields of which one value alone is supported
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    model_type: str
+    task_type: str
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    num_labels: int = LABELS
+    problem_type: str | None = None
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> Self:
+        """Read a Hugging Face config.
+
+        Args:
+            hf: The dict of a config.json (of any transformers version) or a transformers config object.
+
+        Raises:
+            ValueError: The config asks for something that would change the numbers and is not supported here.
+        """
+        full = complete(hf, cls.stems)
+        for name, only in cls.fixed.items():
+            if full.get(name, only) != only:
+                raise ValueError(f"{name}={full[name]!r} is not supported, only {only!r}.")
+        names = {field.name: cls.spelled.get(field.name, field.name) for field in dataclasses.fields(cls)}
+        values = {ours: full[theirs] for ours, theirs in names.items() if theirs in full}
+        return cls(**{**values, **read_common(cls, full)})
+
+    def to_hf(self) -> dict[str, Any]:
+        """Make the dict of a config.json that transformers (5 or newer) reads as this architecture."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        ours = ("task_type", "num_labels", "problem_type")
+        hf = {self.spelled.get(name, name): value for name, value in values.items() if name not in ours}
+        return hf | write_common(self)
+
+    @property
+    def architecture(self) -> str:
+        """Name of the class in transformers."""
+        return self.stems[self.model_type] + self.tasks[self.task_type]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of a layer."""
+        return self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def check(self) -> None:
+        """Raise ValueError if there is no such architecture with such a head."""
+        check_model_type(self.model_type, self.stems)
+        if self.task_type not in self.tasks:
+            raise ValueError(
+                f"A {self.model_type} model for {self.task_type} is not supported. Supported: {', '.join(self.tasks)}."
+            )
+
+
+def check_model_type(model_type: Any, known: Iterable[str]) -> str:
+    """The model type, or ValueError if it is not one of the known ones."""
+    if model_type not in known:
+        raise ValueError(f"model_type={model_type!r} is not supported. Supported: {', '.join(known)}.")
+    return str(model_type)
+
+
+def complete(hf: Any, known: Iterable[str]) -> dict[str, Any]:
+    """All fields of a Hugging Face config, defaults and old spellings as transformers reads them.
+
+    Args:
+        hf: The dict of a config.json (of any transformers version) or a transformers config object.
+        known: Model types that are supported.
+
+    Raises:
+        ValueError: if the model type is not one of these, or the checkpoint is quantized.
+    """
+    raw = as_dict(hf)
+    kind = raw.pop("model_type", None)
+    check_model_type(kind, known)
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise ValueError(
+            f"The checkpoint is quantized (quantization_config with quant_method={method!r}), which is not "
+            "supported. Load the unquantized checkpoint, with load_in_8bit=True for int8 weights."
+        )
+    # Imported here: it takes seconds, and a model that was not read from a checkpoint does not need it.
+    from transformers import AutoConfig
+
+    return {**AutoConfig.for_model(kind, **raw).to_dict(), "model_type": kind}
+
+
+def as_dict(hf: Any) -> dict[str, Any]:
+    """A Hugging Face config, dict or object, as a new dict."""
+    return dict(hf) if isinstance(hf, Mapping) else dict(hf.to_dict())
+
+
+def task_of(hf: Mapping[str, Any], tasks: Mapping[str, str]) -> str:
+    """What a checkpoint does by the first of its ``architectures``, or the first of ``tasks`` where that says none.
+
+    Example:
+        >>> task_of({"architectures": ["BertForTokenClassification"]}, {})
+        'TOKEN_CLS'
+    """
+    (name, *_) = hf.get("architectures") or [""]
+    said = next((task for suffix, task in SUFFIXES.items() if name.endswith(suffix)), None)
+    return said if said is not None and (said in tasks or not tasks) else next(iter(tasks))
+
+
+def read_common(cls: type[ModelConfig], full: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelConfig` that are not spelled alike in Hugging Face's configs, from all fields of one."""
+    eos = full.get("eos_token_id")
+    return {
+        "model_type": full["model_type"],
+        "task_type": task_of(full, cls.tasks),
+        "num_labels": len(full["id2label"]) if full.get("id2label") else LABELS,
+        "problem_type": full.get("problem_type"),
+        "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+    }
+
+
+def write_common(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_common`, as entries of a config.json."""
+    eos = config.eos_token_id
+    hf: dict[str, Any] = {
+        "model_type": config.model_type,
+        "architectures": [config.architecture],
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+    }
+    if config.num_labels != LABELS:
+        hf |= label_fields({i: f"LABEL_{i}" for i in range(config.num_labels)})
+    if config.problem_type is not None:
+        hf["problem_type"] = config.problem_type
+    return hf
+
+
+def label_fields(id2label: Mapping[int, str]) -> dict[str, Any]:
+    """The names of labels as entries of a config.json.
+
+    Example:
+        >>> label_fields({0: "no", 1: "yes"})
+        {'id2label': {'0': 'no', '1': 'yes'}, 'label2id': {'no': 0, 'yes': 1}}
+    """
+    return {
+        "id2label": {str(number): label for number, label in id2label.items()},
+        "label2id": {label: number for number, label in id2label.items()},
+    }

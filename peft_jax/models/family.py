@@ -1,0 +1,196 @@
+"""What the handles, checkpoints and commands need to know of an architecture: one record each."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.layout import Layout
+from peft_jax.core.weight import is_weight
+from peft_jax.interop.checkpoint import Row
+from peft_jax.interop.formats import TORCH_NAMES
+from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
+from peft_jax.prompts.base import without_prompts
+
+KNOWN = "known to the model"
+LANGUAGE_MODELS = (CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM)
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class EncoderDecoder(NamedTuple):
+    """The parts of an encoder-decoder's ``apply``, as generation needs them.
+
+    ``encode(config, params, input_ids, *, inputs_embeds, attention_mask)`` has ``.last_hidden_state``;
+    ``init_cache(config, params, encoded, max_len, *, attention_mask, cross_prefix)`` holds keys and values of the
+    encoder's output; ``decode(config, params, input_ids, *, attention_mask, cache)`` has ``.logits`` and ``.cache``.
+    """
+
+    encode: Callable[..., Any]
+    init_cache: Callable[..., Any]
+    decode: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Family:
+    """An architecture and its kin, by functions of a config of theirs.
+
+    Attributes:
+        config: The class of the configs, which names the model types and tasks.
+        init_params: ``init_params(config, key, dtype)``, a nested dict of arrays by Hugging Face module names.
+        param_shapes: ``param_shapes(config)``, shapes by dotted path.
+        apply: ``apply(config, params, input_ids, *, inputs_embeds, attention_mask, ..., output_hidden_states, remat)``,
+            a `peft_jax.models.outputs.ModelOutput`.
+        layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front.
+            Int8 loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
+        backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names
+            lack it. Empty if a model with a head has no such module either.
+        embedding: Path of the token embedding below the backbone.
+        heads: Path of the module beside the backbone that gives the output, by task; none for a bare model.
+        extras: Regexes of further leaves that only some tasks have, as a pooler's: a checkpoint of another task may
+            lack them, as it lacks the head, and then they start at random.
+        ignored: Regexes of tensors in checkpoints that no model has use for.
+        own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
+            checkpoint.
+        float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
+        init_cache: ``init_cache(config, batch, max_len, dtype)``, for decoders that generate.
+        encoder_decoder: What encoder-decoders have in its place.
+    """
+
+    config: type[ModelConfig]
+    init_params: Callable[..., dict[str, Any]]
+    param_shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    apply: Callable[..., Any]
+    layouts: Mapping[str, Layout]
+    backbone: str
+    embedding: str
+    heads: Mapping[str, str]
+    extras: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
+    float32: str = ""
+    init_cache: Callable[..., Any] | None = None
+    encoder_decoder: EncoderDecoder | None = None
+
+    def rows(self, config: ModelConfig) -> tuple[Row, ...]:
+        """One row for each leaf of ``init_params(config, ...)``."""
+        return (self.own_rows or rows_by_layout)(self, config)
+
+    def embedding_module(self, config: ModelConfig) -> str:
+        """Path of the token embedding."""
+        is_bare = config.task_type == FEATURE_EXTRACTION or not self.backbone
+        return self.embedding if is_bare else f"{self.backbone}.{self.embedding}"
+
+    def embedding_table(self, config: ModelConfig, params: Any) -> Any:
+        """The token embedding, ``(vocabulary, hidden)``."""
+        return leaf_at(params, f"{self.embedding_module(config)}.embedding")
+
+    def embed(self, config: ModelConfig, params: Any, ids: jax.Array) -> jax.Array:
+        """Embeddings (batch, length, hidden) of ids (batch, length)."""
+        return jnp.take(self.embedding_table(config, params), ids, axis=0)
+
+    def output_module(self, config: ModelConfig) -> str | None:
+        """Path of the module that gives the output; None for a bare model."""
+        return self.heads.get(config.task_type)
+
+    def tied_modules(self, config: ModelConfig) -> tuple[str, ...]:
+        """Embedding and output head, where they share a leaf."""
+        head = self.output_module(config)
+        tied = config.tie_word_embeddings and config.task_type in LANGUAGE_MODELS and head is not None
+        return (self.embedding_module(config), str(head)) if tied else ()
+
+    def untied(self, config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+        """Config and parameters with a leaf of its own for each of the `tied_modules`."""
+        if not (tied := self.tied_modules(config)):
+            return config, params
+        kernel = jnp.transpose(dense_table(self.embedding_table(config, params)))
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        return config, with_leaf(params, f"{tied[-1]}.kernel", kernel)
+
+    def settled(self, config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, Tensors]:
+        """Do as transformers 5 does where the config ties the head, and the checkpoint has one nevertheless."""
+        embedding, head = (f"{name}.weight" for name in self.tied_modules(config) or ("", ""))
+        if head not in tensors:
+            return config, tensors
+        if embedding in tensors and not np.array_equal(tensors[embedding], tensors[head]):
+            return dataclasses.replace(config, tie_word_embeddings=False), tensors
+        rest = {key: tensor for key, tensor in tensors.items() if key != head}
+        return config, {embedding: tensors[head], **rest}
+
+    def layouts_of(self, config: ModelConfig) -> Mapping[str, Layout]:
+        """The layouts that a leaf of this config has."""
+        used = {pattern for path in self.param_shapes(config) if (pattern := self._pattern(path)) is not None}
+        return {pattern: layout for pattern, layout in self.layouts.items() if pattern in used}
+
+    def layout(self, path: str) -> Layout | None:
+        """Axes of a leaf; None for one that follows the conventions."""
+        pattern = self._pattern(path)
+        return None if pattern is None else self.layouts[pattern]
+
+    def _pattern(self, path: str) -> str | None:
+        return next((pattern for pattern in self.layouts if re.fullmatch(pattern, path)), None)
+
+
+@functools.lru_cache(maxsize=64)
+def rows_by_layout(family: Family, config: ModelConfig) -> tuple[Row, ...]:
+    """Rows of leaves whose paths are the keys: stacked leaves by their layouts, kernels as the transpose.
+
+    Example:
+        >>> from peft_jax.models.families import LLAMA
+        >>> from peft_jax.models.llama import LlamaConfig
+        >>> rows = rows_by_layout(LLAMA, LlamaConfig(num_hidden_layers=2))
+        >>> next(row.keys[1] for row in rows if row.path == "model.layers.self_attn.q_proj.kernel")
+        'model.layers.1.self_attn.q_proj.weight'
+    """
+    rows = []
+    for path, shape in family.param_shapes(config).items():
+        *modules, name = path.split(".")
+        layout = family.layout(path)
+        if layout is not None and layout.stack:
+            modules.insert(modules.index(layout.index_after[0]) + 1, "{}")
+        transposed = name == "kernel" and not (layout is not None and layout.stored_in_out)
+        rows.append(Row(path, shape, ".".join([*modules, TORCH_NAMES[name]]), transposed))
+    return tuple(rows)
+
+
+def stacked_layouts(after: str, *, stored_in_out: bool = False) -> dict[str, Layout]:
+    """Layouts of kernels, biases and scales in layers stacked in front.
+
+    Args:
+        after: The name in their paths that a layer's index follows.
+        stored_in_out: Whether PyTorch stores the kernels as ``(in, out)``, as transformers' Conv1D.
+    """
+    layout = Layout(stack=(0,), inp=(1,), out=(2,), index_after=(after,), source=KNOWN)
+    return {
+        rf"(.*\.)?{after}\..*\.kernel": dataclasses.replace(layout, stored_in_out=stored_in_out),
+        rf"(.*\.)?{after}\..*\.(bias|scale)": dataclasses.replace(layout, inp=(), out=(1,)),
+        r".*\.kernel": Layout(stored_in_out=False, source=KNOWN),
+    }
+
+
+def dense_table(table: Any) -> jax.Array:
+    """An embedding as an array, with its adapters folded in but for prompts, which change no weight."""
+    table = without_prompts(table)
+    dense: jax.Array = table.dense() if is_weight(table) else table
+    return dense
+
+
+def leaf_at(tree: Any, path: str) -> Any:
+    """What stands at a dotted path of a nested dict."""
+    return functools.reduce(lambda node, name: node[name], path.split("."), tree)
+
+
+def with_leaf(tree: Mapping[str, Any], path: str, leaf: Any) -> dict[str, Any]:
+    """A nested dict with one more leaf, at a dotted path.
+
+    Example:
+        >>> with_leaf({"a": {"b": 1}}, "a.c", 2)
+        {'a': {'b': 1, 'c': 2}}
+    """
+    name, _, rest = path.partition(".")
+    return {**tree, name: with_leaf(tree.get(name, {}), rest, leaf) if rest else leaf}

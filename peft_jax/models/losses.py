@@ -1,0 +1,92 @@
+"""The losses that transformers' heads compute from labels, in float32; labels of -100 count for nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+IGNORED_LABEL = -100
+REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
+PROBLEMS = (REGRESSION, SINGLE, MULTI)
+
+
+@jax.jit
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Mean cross entropy over the labels.
+
+    Args:
+        logits: ``(..., n)``.
+        labels: Classes ``(...)``.
+        weights: What each label's loss is multiplied by, of the labels' last axis; by default 1.
+    """
+    counted = labels != IGNORED_LABEL
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(counted, labels, 0)
+    )
+    if weights is not None:
+        losses = losses * jnp.reshape(weights, (1,) * (losses.ndim - 1) + weights.shape)
+    return jnp.sum(losses, where=counted) / jnp.sum(counted, dtype=jnp.float32)
+
+
+def shifted_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Mean cross entropy of the logits ``(batch, length, n)`` at each position with the label at the next."""
+    return cross_entropy(logits[:, :-1], labels[:, 1:], None if weights is None else weights[1:])
+
+
+def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> jax.Array:
+    """The loss of a classifier or regressor of texts.
+
+    Args:
+        logits: ``(batch, n)``.
+        labels: Classes ``(batch,)``; numbers, as many as logits; or for several labels of one text 0/1 ``(batch, n)``.
+        problem: Which of these: "single_label_classification", "regression" or "multi_label_classification". None
+            decides as transformers does: regression for n of 1, else by whether labels are integers.
+
+    Raises:
+        ValueError: The labels' shape does not fit.
+    """
+    count = logits.shape[-1]
+    if problem is None:
+        is_integer = jnp.issubdtype(labels.dtype, jnp.integer)
+        problem = REGRESSION if count == 1 else SINGLE if is_integer else MULTI
+    if problem == SINGLE:
+        return cross_entropy(logits, _reshaped(labels, logits.shape[:1], problem))
+    wide = logits.astype(jnp.float32)
+    labels = _reshaped(labels, logits.shape, problem).astype(jnp.float32)
+    if problem == REGRESSION:
+        return jnp.mean((wide - labels) ** 2)
+    return jnp.mean(optax.losses.sigmoid_binary_cross_entropy(wide, labels))
+
+
+def span_loss(start_logits: jax.Array, end_logits: jax.Array, starts: jax.Array, ends: jax.Array) -> jax.Array:
+    """The loss of logits ``(batch, length)`` of a span's ends at ``(batch,)``; ends outside count for nothing."""
+
+    def loss(logits: jax.Array, positions: jax.Array) -> jax.Array:
+        length = logits.shape[1]
+        inside = jnp.clip(jnp.reshape(positions, (-1,)), 0, length)
+        return cross_entropy(logits, jnp.where(inside == length, IGNORED_LABEL, inside))
+
+    return (loss(start_logits, starts) + loss(end_logits, ends)) / 2
+
+
+def class_labels(labels: jax.Array | np.ndarray, count: int) -> jax.Array:
+    """Labels as an array; classes that are not on a device yet are checked, as one out of range gives NaN.
+
+    Raises:
+        ValueError: if a class is neither one of ``count`` nor -100.
+    """
+    if not isinstance(labels, jax.Array):
+        labels = np.asarray(labels)
+        seen = labels[labels != IGNORED_LABEL] if np.issubdtype(labels.dtype, np.integer) else labels[:0]
+        if seen.size and not (0 <= seen.min() and seen.max() < count):
+            raise ValueError(
+                f"labels are from {seen.min()} to {seen.max()}, but this model has classes 0 to {count - 1}. "
+                f"Load it with num_labels={int(seen.max()) + 1}, or write -100 where there is no label."
+            )
+    return jnp.asarray(labels)
+
+
+def _reshaped(labels: jax.Array, shape: tuple[int, ...], problem: str) -> jax.Array:
+    if labels.size != np.prod(shape):
+        raise ValueError(f"labels for {problem} must be {shape}, got {labels.shape}.")
+    return jnp.reshape(labels, shape)

@@ -1,0 +1,181 @@
+"""Where the inputs of a causal model stand, and what each of them may see."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.prompts.base import Adaption
+
+Prefix = tuple[jax.Array, jax.Array]
+Buffers = tuple[jax.Array, jax.Array]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far.
+
+    keys and values are (layers, batch, max_len, kv_heads, head_dim), the keys after rotation. The first `index` (a
+    scalar int32) of the max_len slots are filled.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # a field, not the method of tuples
+
+
+class Beside(NamedTuple):
+    """What a prompt puts beside the attention: in one layer, or with a leading axis of layers in all of them.
+
+    prefix is keys (after rotation) and values, each (batch or 1, n_virtual, kv_heads, head_dim), before those of the
+    inputs; adaption is a prompt that the layer attends to as well.
+    """
+
+    prefix: Prefix | None = None
+    adaption: Adaption | None = None
+
+
+class Places(NamedTuple):
+    """What the layers of one call of a causal model share.
+
+    Attributes:
+        positions: ``(batch or 1, length)``.
+        mask: What a query may see, bool ``(batch or 1, length, n_virtual + kv_len)``.
+        index: The slot of the cache that the first new position takes.
+    """
+
+    positions: jax.Array
+    mask: jax.Array
+    index: jax.Array | int  # type: ignore[assignment]  # a field, not the method of tuples
+
+
+def causal_places(
+    batch: int,
+    length: int,
+    *,
+    attention_mask: jax.Array | None = None,
+    position_ids: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    prefix: Prefix | None = None,
+) -> Places:
+    """Positions and mask of a causal model's inputs.
+
+    Positions default to slot numbers, as in transformers, whatever the attention mask; those of a prefix come first.
+    Several texts packed into one row are told apart by segment_ids (batch, length): a text sees itself alone, and its
+    positions count from 0. A prefix is seen by all.
+
+    Args:
+        batch: Rows of the inputs.
+        length: New positions.
+        attention_mask: 0/1 (batch, length), or with a cache (batch, index + length) up to (batch, max_len).
+        position_ids: (batch, length) or (1, length).
+        segment_ids: (batch, length), without a cache.
+        cache: Keys and values of earlier positions.
+        prefix: Keys and values (layers, batch or 1, n_virtual, kv_heads, head_dim) before all positions.
+
+    Raises:
+        ValueError: A shape does not fit.
+
+    Example:
+        >>> places = causal_places(1, 3, attention_mask=jnp.array([[0, 1, 1]]))
+        >>> places.mask[0].astype(int).tolist()
+        [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+    """
+    index: jax.Array | int = 0 if cache is None else cache.index
+    kv_len = length if cache is None else cache.keys.shape[2]
+    if kv_len < length:
+        raise ValueError(f"The cache has room for {kv_len} positions, got {length} new ones. Make a longer cache.")
+    if segment_ids is not None and (cache is not None or segment_ids.shape != (batch, length)):
+        raise ValueError(f"segment_ids must be {(batch, length)}, without a cache, got {segment_ids.shape}.")
+    slots = jnp.arange(length) + index
+    mask = jnp.arange(kv_len)[None, None, :] <= slots[None, :, None]
+    if attention_mask is not None:
+        mask &= seen_slots(attention_mask, batch, length, kv_len, cache is not None)[:, None, :]
+    if segment_ids is not None:
+        mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    virtual = 0 if prefix is None else prefix[0].shape[2]
+    if position_ids is None:
+        position_ids = virtual + (slots[None] if segment_ids is None else segment_positions(segment_ids))
+    check_positions(position_ids, batch, length)
+    return Places(position_ids, with_prefix(mask, prefix), index)
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions (batch, length) that count from 0 in each run of equal segment_ids (batch, length).
+
+    Example:
+        >>> segment_positions(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
+        [[0, 1, 2, 0, 1, 0]]
+    """
+    slots = jnp.arange(segment_ids.shape[1])[None]
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
+
+
+def check_positions(position_ids: jax.Array, batch: int, length: int) -> None:
+    """Raise ValueError unless there is one position for each input."""
+    if position_ids.shape not in ((1, length), (batch, length)):
+        raise ValueError(f"position_ids must be {(batch, length)}, like the inputs, got {position_ids.shape}.")
+
+
+def with_prefix(mask: jax.Array, prefix: Prefix | None) -> jax.Array:
+    """A mask (batch or 1, length, kv_len) with the positions of a prefix in front of kv_len, seen by all."""
+    if prefix is None:
+        return mask
+    return jnp.pad(mask, ((0, 0), (0, 0), (prefix[0].shape[2], 0)), constant_values=True)
+
+
+def put_before(prefix: Prefix | None, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One layer's keys and values (batch, kv_len, kv_heads, head_dim) with those of the prefix in front of them."""
+    if prefix is None:
+        return keys, values
+    shape = (keys.shape[0], *prefix[0].shape[1:])
+    first = (jnp.broadcast_to(array, shape).astype(keys.dtype) for array in prefix)
+    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(first, (keys, values), strict=True))
+    return k, v
+
+
+def seen_slots(mask: jax.Array, batch: int, length: int, kv_len: int, cached: bool) -> jax.Array:
+    """Widen a 0/1 mask (batch, n) to bool (batch, kv_len): slots of the cache that it does not reach are not seen."""
+    if mask.ndim != 2 or mask.shape[0] != batch or not length <= mask.shape[1] <= kv_len:
+        columns = f"{length} to {kv_len} (what the cache holds)" if cached else f"{length}, like the inputs"
+        raise ValueError(f"attention_mask must have {batch} rows and {columns} columns, got shape {mask.shape}.")
+    return jnp.pad(mask.astype(bool), ((0, 0), (0, kv_len - mask.shape[1])))
+
+
+def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
+    """An empty cache for max_len positions."""
+    shape = (layers, batch, max_len, kv_heads, head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+
+def prefilled(cache: Any, prefix: Prefix) -> Any:
+    """An empty cache with a prefix, (layers, batch or 1, n_virtual, kv_heads, head_dim), in its first slots."""
+    buffers = []
+    for buffer, part in zip((cache.keys, cache.values), prefix, strict=True):
+        first = jnp.broadcast_to(part, (part.shape[0], buffer.shape[1], *part.shape[2:])).astype(buffer.dtype)
+        buffers.append(jax.lax.dynamic_update_slice(buffer, first, (0,) * buffer.ndim))
+    return cache._replace(keys=buffers[0], values=buffers[1], index=cache.index + prefix[0].shape[2])
+
+
+def extend(
+    buffers: Buffers | None, k: jax.Array, v: jax.Array, layer: jax.Array, index: jax.Array | int
+) -> tuple[jax.Array, jax.Array, Buffers | None]:
+    """Put a layer's new keys and values into the cache's buffers, and take out all that it holds for the layer."""
+    if buffers is None:
+        return k, v, None
+    start = (layer, 0, index, 0, 0)
+    written = (_write(buffers[0], k, start), _write(buffers[1], v, start))
+    keys, values = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False).astype(k.dtype) for b in written)
+    return keys, values, written
+
+
+def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
+
+
+def filled(buffers: Buffers | None, index: jax.Array | int, length: int) -> KVCache | None:
+    """The cache whose buffers took length new positions from index on."""
+    return None if buffers is None else KVCache(*buffers, jnp.asarray(index + length))

@@ -1,0 +1,71 @@
+"""Flax modules as pure functions of a configuration and a tree of parameters.
+
+A module is made by ``module(config, rngs=, dtype=)``; ``module.backbone`` is the attribute that holds all of it but the
+head. A bare model (``FEATURE_EXTRACTION``) has the parameters of its backbone alone, whose names then lack that part.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peft_jax.models.config import FEATURE_EXTRACTION, ModelConfig
+
+Module = Callable[..., nnx.Module]
+
+
+def init_params(module: Any, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Make random parameters: a nested dict of arrays by the names of the module's attributes."""
+    tree: dict[str, Any] = nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key), dtype=dtype)))
+    return tree[module.backbone] if config.task_type == FEATURE_EXTRACTION else tree
+
+
+@functools.lru_cache(maxsize=64)
+def param_shapes(module: Any, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Map each parameter's dotted path to its shape, without making the parameters."""
+    tree = jax.eval_shape(lambda: init_params(module, config, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in _leaves(tree)}
+
+
+def apply(module: Any, config: ModelConfig, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the module with these parameters.
+
+    Raises:
+        ValueError: if they are not those of the config; also what the module raises.
+    """
+    return bind(module, config, params)(*args, **kwargs)
+
+
+def bind(module: Any, config: ModelConfig, params: Mapping[str, Any]) -> Any:
+    """The module with these parameters.
+
+    Raises:
+        ValueError: if they are not those of the config.
+    """
+    _check(module, config, params)
+    tree = {module.backbone: params} if config.task_type == FEATURE_EXTRACTION else params
+    return nnx.merge(_graph(module, config), tree)
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(module: Any, config: ModelConfig) -> Any:
+    return nnx.graphdef(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def _check(module: Any, config: ModelConfig, params: Any) -> None:
+    want, have = param_shapes(module, config), {path: jnp.shape(leaf) for path, leaf in _leaves(params)}
+    if have != want:
+        missing, surplus = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+        wrong = [f"{p} is {have[p]}, not {want[p]}" for p in want if p in have and have[p] != want[p]]
+        raise ValueError(
+            f"params do not fit the config: missing {missing}, surplus {surplus}, wrong shapes {wrong}. "
+            "They should be like init_params(config, key); adapted or quantized leaves need peft_jax.adapt(apply)."
+        )

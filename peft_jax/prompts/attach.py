@@ -1,0 +1,63 @@
+"""Put a fresh prompt on a model handle."""
+
+from typing import Any, TypeVar
+
+import jax
+
+from peft_jax.core.adapted import adapters
+from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import Leaf, find_leaves, is_matrix
+from peft_jax.core.targets import check_saved, is_saved_module
+from peft_jax.core.weight import as_weight
+from peft_jax.methods.attach import completed, place, untied_for
+from peft_jax.prompts.base import PromptMethod
+
+H = TypeVar("H", bound=Handle)
+
+
+def attach_prompt(handle: H, config: PromptMethod, *, key: jax.Array | None = None, adapter_name: str = "default") -> H:
+    """A new handle with a fresh prompt; `peft_jax.get_peft_model` calls it.
+
+    Args:
+        handle: A model, with or without adapters.
+        config: What the prompt is, and how it starts.
+        key: A JAX random key; None means ``jax.random.key(0)``.
+        adapter_name: Name of the adapter, new to the model.
+
+    Raises:
+        ValueError: if the config does not fit the model, or the name is taken.
+
+    Example:
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+        >>> model = attach_prompt(model, pj.PromptTuningConfig(num_virtual_tokens=4))
+        >>> len(model.params["model"]["embed_tokens"]["embedding"].params["prompt"])
+        4
+    """
+    if adapter_name in adapters(handle):
+        raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
+    config = completed(config, handle)
+    handle = untied_for(handle, config, lambda name: is_saved_module(config, name))
+    found = find_leaves(handle.params, handle.layouts())
+    check_saved(config, sorted({name for leaf in found for name in leaf.names.flat}))
+    base_key = jax.random.key(0) if key is None else key
+    targets = prompt_places(config, found, handle)
+
+    def begin(leaf: Leaf, hit: Any) -> Any:
+        base = as_weight(leaf.value, leaf.required_layout())
+        return *config.begin(base, leaf.names, hit, base_key), base
+
+    return handle.replace(place(handle.params, found, config, targets, adapter_name, begin))
+
+
+def prompt_places(config: PromptMethod, found: list[Leaf], handle: Handle) -> set[str]:
+    """The modules whose matrices carry a prompt's arrays.
+
+    Raises:
+        ValueError: if there are none, or one of them is trained whole.
+    """
+    modules = [str(name) for leaf in found if is_matrix(leaf) for name in leaf.names.flat]
+    places = config.places(modules, handle.input_module)
+    if both := [name for name in places if is_saved_module(config, name)]:
+        raise ValueError(f"modules_to_save names '{both[0]}', where the prompt's arrays lie. Leave it out.")
+    return set(places)

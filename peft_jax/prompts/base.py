@@ -1,0 +1,303 @@
+"""What a prompt method is: arrays of its own, and what they give a model beside its inputs.
+
+A prompt changes no weight. Its arrays lie in the tree as an adapted leaf's do (on the input embedding, or for adaption
+prompts on a matrix of the attention), so that partition, switching, saving and the rest work on them as on any
+adapter; a model handle takes them out of the tree in its forward pass (`take_prompt`) and hands on what they give.
+Config classes keep PEFT's class names, field names and defaults (PEFT 0.21.2).
+"""
+
+import abc
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.layout import Layout
+from peft_jax.core.product import Product
+from peft_jax.core.weight import MergeError, Weight
+from peft_jax.methods.base import Arrays, Method
+
+PROMPT = "prompt"  # the role of the virtual tokens' array
+IGNORED_LABEL = -100
+
+
+class Labels(NamedTuple):
+    """Labels (n,) of virtual tokens, and how much the loss of each counts (n,)."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+class Adaption(NamedTuple):
+    """Prompts on the side of each layer's attention.
+
+    prompts are (layers, length, hidden), gates (layers, 1), and on (layers,) tells which layers have one.
+    """
+
+    prompts: jax.Array
+    gates: jax.Array
+    on: jax.Array
+
+
+class Prompt(NamedTuple):
+    """What a prompt gives a model; one of the three.
+
+    tokens are embeddings (1 or batch, n, hidden) that stand before the inputs'. prefix is keys and values, each
+    (layers, 1, n, kv_heads, head_dim), that every position of every layer sees before its own.
+    """
+
+    tokens: jax.Array | None = None
+    prefix: tuple[jax.Array, jax.Array] | None = None
+    adaption: Adaption | None = None
+
+
+class PromptMethod(Method):
+    """A method that gives a model something beside its inputs; it goes on a model handle, not on a bare tree."""
+
+    on_model: ClassVar[bool] = True
+
+    @property
+    def trains_from_file(self) -> bool:
+        """Whether the file holds the trained arrays themselves, so that they can be trained on."""
+        return True
+
+    @abc.abstractmethod
+    def places(self, modules: Sequence[str], input_module: str) -> list[str]:
+        """Which modules' matrices carry the arrays, of all modules of a model and its input embedding.
+
+        Raises:
+            ValueError: if the model has none.
+        """
+
+    @abc.abstractmethod
+    def give(self, params: Arrays, state: Mapping[str, Any], task_ids: jax.Array | None) -> Prompt:
+        """What the arrays give the model; ``task_ids`` (batch,) only where a method has tasks."""
+
+    def project(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
+        """The trained arrays put back to where they may be."""
+        return params
+
+    def begin(
+        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """Trained and frozen arrays of a fresh prompt on ``base``, the input embedding."""
+        return self.init(base.layout, base.shape, names, hit, key)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many tokens stand before the inputs'."""
+        return 0
+
+    @property
+    def slots(self) -> int:
+        """How many slots of a cache it takes."""
+        return self.virtual_tokens
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks it has, of which each row of a batch names one; 0 if it knows none."""
+        return 0
+
+    def virtual_labels(self) -> Labels:
+        """What the loss asks of these tokens: nothing, unless a method says so."""
+        return Labels(np.full(self.virtual_tokens, IGNORED_LABEL), np.ones(self.virtual_tokens, np.float32))
+
+    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> NoReturn:
+        """Raise MergeError: a prompt is no change of a weight."""
+        raise MergeError(
+            f"A {self.peft_type} adapter has no merged form: it changes what a model is given, not its weights. "
+            "Keep it as an adapter (pj.interop.save_adapter), or take it off: pj.unload, pj.disable_adapter."
+        )
+
+    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> NoReturn:
+        """Raise MergeError: only a model handle knows what to do with a prompt."""
+        raise MergeError(
+            f"A {self.peft_type} adapter takes effect in a model handle's call, not in its tree of weights. "
+            "Call the model that pj.get_peft_model gives, or take the adapter off: pj.disable_adapter(params)."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptLearning(PromptMethod):
+    """Fields that PEFT's configs of prompt learning share.
+
+    Attributes:
+        num_virtual_tokens: How many virtual tokens there are.
+        token_dim: Their features; None takes the model's.
+        num_transformer_submodules: 2 if encoder and decoder have their own, else 1; None takes the model's.
+        num_attention_heads: None takes the model's.
+        num_layers: None takes the model's.
+        modules_to_save: Modules trained whole, beside the prompt.
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {PROMPT: ("tokens", "features")}
+    structural: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "num_transformer_submodules")
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
+            found = self.num_virtual_tokens
+            raise ValueError(f"{type(self).__name__} needs num_virtual_tokens of at least 1, got {found!r}.")
+
+    def completed(self, defaults: Mapping[str, Any]) -> Self:
+        """The config with the model's sizes.
+
+        Raises:
+            ValueError: if the config gives other sizes.
+        """
+        for name, value in defaults.items():
+            if name == "num_transformer_submodules" and getattr(self, name) in range(1, value + 1):
+                continue
+            if (given := getattr(self, name)) not in (None, value):
+                raise ValueError(
+                    f"{type(self).__name__}({name}={given}) does not fit this model, whose {name} is {value}. "
+                    f"Leave {name} out."
+                )
+        return super().completed(defaults)
+
+    @property
+    def total_tokens(self) -> int:
+        """Rows of the virtual tokens' array: those of all submodules."""
+        return self.virtual_tokens * (self.num_transformer_submodules or 1)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """``num_virtual_tokens``."""
+        return self.num_virtual_tokens or 0
+
+    def places(self, modules: Sequence[str], input_module: str) -> list[str]:
+        """The input embedding."""
+        return [input_module]
+
+    def init(
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """One array a role, float32; each role has its own random key, made from its name."""
+        n_in, n_out = layout.sizes(shape)
+        shapes = self.shapes(str(names), n_in, n_out, lookup=layout.lookup)
+        keys = {role: jax.random.fold_in(key, zlib.crc32(role.encode())) for role in shapes}
+        params = {role: self.start(role, shapes[role], keys[role], lookup=layout.lookup) for role in shapes}
+        return params, self.state(names, hit)
+
+    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
+        """The virtual tokens' array."""
+        return {PROMPT: (self.total_tokens, n_out)}
+
+    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+        """Normal numbers, as PyTorch's Embedding starts."""
+        return jax.random.normal(key, shape)
+
+    def give(self, params: Arrays, state: Mapping[str, Any], task_ids: jax.Array | None) -> Prompt:
+        """The virtual tokens, the same for every row; of an encoder-decoder's, those of the encoder, as in PEFT."""
+        return Prompt(tokens=self.saved(params, state)[PROMPT][None, : self.virtual_tokens])
+
+
+def take_prompt(params: Any, task_ids: jax.Array | None = None) -> tuple[Any, Prompt]:
+    """A tree or model handle without its prompts, and what the active one gives.
+
+    Args:
+        params: The tree.
+        task_ids: The task of each row ``(batch,)``, for prompts that have tasks.
+
+    Raises:
+        ValueError: if several prompts are active, or tasks are given to one that has none.
+    """
+    active = active_prompts(params)
+    rest = without_prompts(params)
+    if len(active) > 1:
+        names = [leaf.tag.name for leaf in active]
+        raise ValueError(f"Prompts {names} are active, and a model takes one. Choose: pj.set_adapter(model, NAME).")
+    if task_ids is not None and not any(leaf.tag.config.tasks for leaf in active):
+        raise ValueError("task_ids are for MULTITASK_PROMPT_TUNING, and no such adapter is active. Leave them out.")
+    if not active:
+        return rest, Prompt()
+    (leaf,) = active
+    return rest, leaf.tag.config.give(leaf.params, leaf.state, task_ids)
+
+
+def with_virtual_labels(params: Any, labels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Labels ``(batch, n + length)`` with those of virtual tokens in front, and weights of the losses or None.
+
+    Args:
+        params: A tree or model handle, whose prompt may have virtual tokens.
+        labels: ``(batch, length)``.
+
+    Example:
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+        >>> model = pj.get_peft_model(model, pj.PromptTuningConfig(num_virtual_tokens=2))
+        >>> with_virtual_labels(model, jnp.array([[5, 6]]))[0].tolist()
+        [[-100, -100, 5, 6]]
+    """
+    found = [leaf.tag.config.virtual_labels() for leaf in active_prompts(params) if leaf.tag.config.virtual_tokens]
+    if not found:
+        return labels, None
+    ids, weights = found[0]
+    rows, length = labels.shape
+    labels = jnp.concatenate([jnp.broadcast_to(jnp.asarray(ids, labels.dtype), (rows, len(ids))), labels], axis=1)
+    if (weights == 1).all():
+        return labels, None
+    return labels, jnp.concatenate([jnp.asarray(weights), jnp.ones(length, jnp.float32)])
+
+
+def projected(params: Any) -> Any:
+    """The tree with its prompts' trained arrays put back to where they may be, as a step of training begins."""
+
+    def put_back(_: str, leaf: Adapted) -> Adapted:
+        if not (leaf.active and isinstance(leaf.method, PromptMethod)):
+            return leaf
+        return dataclasses.replace(leaf, params=dict(leaf.method.project(leaf.params, leaf.state)))
+
+    return map_adapted(put_back, params)
+
+
+def task_array(params: Any, task_ids: Any) -> jax.Array | None:
+    """Each row's task as an array; those that are not on a device yet are checked, as one out of range gives NaN.
+
+    Raises:
+        ValueError: if there is no such task.
+    """
+    if task_ids is None or isinstance(task_ids, jax.Array):
+        return task_ids
+    ids = np.asarray(task_ids)
+    for leaf in active_prompts(params):
+        tasks = leaf.tag.config.tasks
+        if tasks and ids.size and not (ids.min() >= 0 and ids.max() < tasks):
+            found = f"from {ids.min()} to {ids.max()}"
+            raise ValueError(f"task_ids are {found}, but the prompt has the tasks 0 to {tasks - 1}. Name these.")
+    return jnp.asarray(ids)
+
+
+def without_prompts(params: Any) -> Any:
+    """A tree or model handle without its prompts."""
+    return map_adapted(lambda _, leaf: leaf.base if isinstance(leaf.method, PromptMethod) else leaf, params)
+
+
+def active_prompts(params: Any) -> list[Adapted]:
+    """The leaves with the arrays of active prompts."""
+    found: list[Adapted] = []
+
+    def note(_: str, leaf: Adapted) -> Adapted:
+        if leaf.active and isinstance(leaf.method, PromptMethod):
+            found.append(leaf)
+        return leaf
+
+    map_adapted(note, params)
+    return found
+
+
+def virtual_slots(params: Any) -> int:
+    """How many slots of a cache the active prompt of a tree or model handle takes."""
+    return sum(leaf.tag.config.slots for leaf in active_prompts(params))

@@ -1,0 +1,152 @@
+"""Adapters of T5 between PyTorch PEFT and us: the same logits, files and tokens in both directions."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from t5_pairs import SIZES, as_torch, lively_pair, pair
+
+import peft_jax as pj
+from peft_jax import interop
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+from test_peft_parity import assert_no_module_is_dead, clean, close, plain, tolerance  # noqa: E402
+
+__all__ = ["lively_pair", "pair"]
+RANDOM = np.random.default_rng(4)
+MASK = np.ones((2, 9), int)
+MASK[1, 6:] = 0
+INPUTS = {
+    "input_ids": RANDOM.integers(2, SIZES["vocab_size"], (2, 9)),
+    "attention_mask": MASK,
+    "decoder_input_ids": RANDOM.integers(2, SIZES["vocab_size"], (2, 7)),
+}
+ROWS = {
+    "defaults": {},
+    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["o"]},
+    "one layer": {"target_modules": ["k", "wo"], "layers_to_transform": [1], "rank_pattern": {"k": 2}},
+    "regex": {"target_modules": r"decoder.*EncDecAttention\.(q|o)"},
+    "embeddings": {"target_modules": ["embed_tokens", "v"]},
+    "output head": {"target_modules": ["lm_head", "wo"]},
+    "relative positions": {"target_modules": ["relative_attention_bias", "q"]},
+    "modules_to_save": {"target_modules": ["q"], "modules_to_save": ["final_layer_norm", "lm_head"]},
+    "IA3": {"config": "IA3Config"},
+    "OFT": {"config": "OFTConfig", "oft_block_size": 4},
+}
+PAIRS = [("v1.0", row) for row in ROWS] + [("v1.1", row) for row in ("defaults", "all-linear", "output head", "IA3")]
+pairs_and_rows = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
+
+
+def config_of(library, row):
+    """The config of a row, as PEFT's class or ours."""
+    options = {"config": "LoraConfig", **ROWS[row]}
+    name = options.pop("config")
+    options |= {"r": 4, "lora_alpha": 7} if name == "LoraConfig" else {}
+    return getattr(library, name)(task_type="SEQ_2_SEQ_LM", **options)
+
+
+def torch_base(ours):
+    """The PyTorch model that ours was read from."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM.from_pretrained(ours.name_or_path).eval()
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(**as_torch(INPUTS)).logits.numpy()
+
+
+@pairs_and_rows
+def test_pefts_adapter_gives_the_same_logits_file_and_merge(name, row, pair, tmp_path):
+    _, base = pair(name)
+    torch.manual_seed(2)
+    theirs = peft.get_peft_model(torch_base(base), config_of(peft, row)).eval()
+    assert type(theirs) is peft.PeftModelForSeq2SeqLM
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = torch_logits(theirs)
+    model = pj.PeftModel.from_pretrained(base, tmp_path / "theirs")
+    close(model(**INPUTS).logits, want)
+    assert np.abs(want - base(**INPUTS).logits).max() > 100 * tolerance(want), "the adapter is dead"
+    close(model.merge_and_unload()(**INPUTS).logits, want)
+    model.save_pretrained(tmp_path / "ours")
+    folders = [tmp_path / folder for folder in ("ours", "theirs")]
+    ours, file = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
+    for field in ours.keys() | file.keys():
+        assert plain(ours.get(field)) == plain(file.get(field)), field
+    ours, file = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert ours.keys() == file.keys()
+    for key in file:
+        assert ours[key].dtype == file[key].dtype and ours[key].tobytes() == file[key].tobytes(), key
+    if name == "v1.0":
+        assert_no_module_is_dead(base, model.peft_config["default"], file, want, INPUTS)
+
+
+@pairs_and_rows
+def test_our_adapter_gives_the_same_logits_in_peft(name, row, pair, tmp_path):
+    _, base = pair(name)
+    model = pj.get_peft_model(base, config_of(pj, row))
+    trainable, frozen = pj.partition(model)
+    leaves, treedef = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    model = clean(pj.combine(jax.tree.unflatten(treedef, leaves), frozen))
+    model.save_pretrained(tmp_path)
+    want = np.asarray(model(**INPUTS).logits)
+    fresh = peft.get_peft_model(torch_base(base), config_of(peft, row))
+    saved = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert peft.get_peft_model_state_dict(fresh).keys() == saved, "PEFT of itself has other keys"
+    loaded = peft.PeftModel.from_pretrained(torch_base(base), tmp_path)
+    close(torch_logits(loaded.eval()), want)
+    assert np.abs(want - model.unload()(**INPUTS).logits).max() > 100 * tolerance(want)
+
+
+def test_generation_with_an_adapter_gives_pefts_tokens(lively_pair, tmp_path):
+    _, base = lively_pair("v1.1")
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(torch_base(base), config_of(peft, "all-linear")).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        inputs = {name: INPUTS[name] for name in ("input_ids", "attention_mask")}
+        want = theirs.generate(**as_torch(inputs), max_new_tokens=12, do_sample=False).numpy()
+    theirs.save_pretrained(tmp_path)
+    model = pj.PeftModel.from_pretrained(base, tmp_path)
+    np.testing.assert_array_equal(model.generate(**inputs, max_new_tokens=12), want)
+    assert not np.array_equal(base.generate(**inputs, max_new_tokens=12), want)
+
+
+def test_an_adapter_on_int8_equals_its_merged_twin(lively_pair):
+    _, base = lively_pair("v1.0")
+    model = pj.get_peft_model(pj.quantize(base), pj.LoraConfig(init_lora_weights=False))
+    close(model(**INPUTS).logits, pj.merge(model)(**INPUTS).logits)
+    assert np.abs(model(**INPUTS).logits - model.unload()(**INPUTS).logits).max() > 1e-2
+
+
+def test_an_adapter_finds_its_base(lively_pair, tmp_path):
+    _, base = lively_pair("v1.0")
+    model = pj.get_peft_model(base, pj.LoraConfig(init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    again = pj.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again(**INPUTS).logits, model(**INPUTS).logits)
+    assert interop.get_peft_model_state_dict(again).keys() == interop.get_peft_model_state_dict(model).keys()
+
+
+def test_modules_that_share_the_embedding_get_their_own(lively_pair):
+    """A step that donates its leaves finds none twice, and what was one stays equal until it is trained."""
+    _, base = lively_pair("v1.0")
+    own = base.untied()
+    assert set(own.params) - set(base.params) == {"lm_head"} and own.untied().config == own.config
+    leaves = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(own.params)]
+    assert len(set(leaves)) == len(leaves)
+    close(own(**INPUTS).logits, base(**INPUTS).logits)
+    assert base.untied().tied_modules == ()

@@ -1,0 +1,126 @@
+"""Twenty steps of AdamW in PyTorch PEFT and here, from equal adapters on equal batches: equal losses and adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+import peft_jax as pj
+from peft_jax import train
+from peft_jax.cli.checkpoint import apply
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+STEPS, RATE = 20, 1e-3
+ROWS = {
+    "LORA": ("LoraConfig", {"r": 4, "lora_alpha": 8}),
+    "ADALORA": (
+        "AdaLoraConfig",
+        {"init_r": 4, "target_r": 2, "lora_alpha": 16, "total_step": 18, "tinit": 3, "tfinal": 5, "deltaT": 2},
+    ),
+}
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    """Three in turn, so that there is something to learn, with padding and with tokens that are not asked for."""
+    found = []
+    for n in range(STEPS):
+        draw = np.random.default_rng(n % 3)
+        ids = draw.integers(2, 60, (4, 10)).astype(np.int32)
+        mask = (np.arange(10) < draw.integers(6, 11, (4, 1))).astype(np.int32)
+        labels = np.where((mask == 1) & (np.arange(10) >= 2), ids, -100).astype(np.int32)
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=64, max_position_embeddings=32, initializer_range=0.2, **sizes)
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def train_theirs(base: Path, start: Path, end: Path) -> list[float]:
+    """Train an adapter in PEFT; what it updates after each step is told what AdaLoRA's documentation says."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    model = PeftModel.from_pretrained(model, start, is_trainable=True).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
+    losses = []
+    for number, batch in enumerate(batches(), 1):
+        loss = model(**{name: torch.tensor(array).long() for name, array in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(number)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.save_pretrained(end)
+    return losses
+
+
+def train_ours(base: Path, start: Path, end: Path) -> list[float]:
+    """Train the same one here."""
+    model = pj.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    model = pj.PeftModel.from_pretrained(model, start, is_trainable=True)
+    optimizer = optax.adamw(RATE, weight_decay=0.01)
+    state, frozen = train.start(model, optimizer, seed=0)
+    step, losses = train.make_training_step(apply, optimizer), []
+    for now, metrics in train.train(step, state, frozen, batches(), max_steps=STEPS):
+        losses.append(float(metrics.loss))
+        state = now
+    train.finished(state.trainable, frozen, state.opt_state).save_pretrained(end)
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT's, which a loaded AdaLoRA's ranknum draws
+@pytest.mark.parametrize("name", ROWS)
+def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path) -> None:
+    kind, options = ROWS[name]
+    config = getattr(pj, kind)(target_modules=TARGETS, task_type="CAUSAL_LM", **options)
+    model = pj.get_peft_model(pj.AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
+    trainable, frozen = pj.partition(model)
+    leaves, treedef = jax.tree.flatten(trainable)
+    draw = np.random.default_rng(1)
+    leaves = [leaf + 0.1 * draw.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    pj.combine(jax.tree.unflatten(treedef, leaves), frozen).save_pretrained(tmp_path / "start")
+
+    want = train_theirs(base, tmp_path / "start", tmp_path / "theirs")
+    got = train_ours(base, tmp_path / "start", tmp_path / "ours")
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
+    files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("start", "theirs", "ours")]
+    configs = [pj.PeftConfig.from_pretrained(tmp_path / folder) for folder in ("theirs", "ours")]
+    first, theirs, ours = files
+    assert ours.keys() == theirs.keys() == first.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_allclose(ours[key], tensor, rtol=0, atol=5e-5, err_msg=key)
+    moved = {
+        key: np.abs(tensor - kept(first[key], key, configs[0])).max() for key, tensor in theirs.items() if tensor.size
+    }
+    assert min(moved.values()) > 2e-3, "a tensor has not moved"
+    roles = {key.removesuffix(".weight").rsplit(".", 1)[-1] for key in moved}
+    for role in roles:
+        assert max(size for key, size in moved.items() if role in key) > 1e-2, f"{role} has hardly moved"
+    assert configs[0].rank_pattern == configs[1].rank_pattern
+    assert bool(configs[0].rank_pattern) == (name == "ADALORA")
+
+
+def kept(tensor: np.ndarray, key: str, config: Any) -> np.ndarray:
+    """A tensor of the start without the ranks that training took away."""
+    module, role = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+    pattern = (config.rank_pattern or {}).get(f"{module}.lora_E", slice(None))
+    return tensor[:, pattern] if role == "lora_B" else tensor[pattern]
