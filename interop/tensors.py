@@ -1,14 +1,13 @@
 """Adapters to and from PEFT's tensors in memory: keys, transposes, and which layers of a stack."""
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from peft_jax.interop.extras import at_the_ends, base_tensors, copied_biases, is_transposed, without_copies
 from peft_jax.interop.formats import (
-    EMBEDDING_MODULES,
     INSIDE,
     ONE,
     PREFIX,
@@ -25,7 +24,6 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
-from peft_jax.core.weight import as_weight
 from peft_jax.methods.attach import (
     FOLLOWS,
     Choice,
@@ -101,7 +99,10 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
         if role is None:
-            tensors |= _base_tensors(leaf, config, _at_the_ends(params, adapted))
+            tensors |= base_tensors(leaf, config, at_the_ends(params, adapted))
+        elif role == "modules_to_save":
+            copies = copied_biases(leaf, _hit(node), config, tensors, adapter_name)
+            tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
     for row in SHARED.get(config.peft_type, ()):
         tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors
@@ -139,7 +140,7 @@ def set_peft_model_state_dict(
         adapted = prompt_places(config, found, handle)
     else:
         adapted = _adapted_modules(found, config, tensors)
-    stored = _at_the_ends(handle, adapted)
+    stored = at_the_ends(handle, adapted)
     return handle.replace(_with_tensors(handle.params, found, config, tensors, adapter_name, adapted, stored))
 
 
@@ -179,9 +180,9 @@ def _with_tensors(
     bases: dict[str, np.ndarray] = {}
     for choice in choices:
         if choice.role is None:
-            bases |= _base_tensors(choice.leaf, config, stored)
+            bases |= base_tensors(choice.leaf, config, stored)
     common = _shared_entries(config, matrix_sizes(choices))
-    _check([*(entry for many in entries.values() for entry in many), *common], bases, tensors)
+    _check([*(entry for many in entries.values() for entry in many), *common], bases, without_copies(config, tensors))
     biased = modules_with_followers(choices)
     nodes = {}
     for choice in choices:
@@ -223,7 +224,7 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             prefix = PREFIXES.get(config.peft_type, PREFIX)
             key = f"{prefix}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
             order = tuple(range(len(shape)))
-            yield Entry(key, index, role, shape, order[::-1] if _is_transposed(leaf, config) else order)
+            yield Entry(key, index, role, shape, order[::-1] if is_transposed(leaf, config) else order)
 
 
 def _shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
@@ -252,7 +253,8 @@ def _adapted(
     choice: Choice, config: Method, entries: list[Entry], common: list[Entry], tensors: Tensors, adapter_name: str
 ) -> Adapted:
     _, leaf, hit, role = choice
-    dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in (*entries, *common)}
+    keys = [*(entry.key for entry in (*entries, *common)), *(tensors.keys() - without_copies(config, tensors).keys())]
+    dtypes = {key: str(tensors[key].dtype) for key in keys}
     tagged, (copies, state) = beside_target(config, leaf, hit, role)
     params = {name: np.array(copy) for name, copy in copies.items()}
     if role is None:
@@ -288,50 +290,6 @@ def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"The adapter does not fit this base: {shown}. Load it on the base that it was made for.")
-
-
-def _base_tensors(leaf: Leaf, config: Method, adapted: set[str]) -> dict[str, np.ndarray]:
-    """The base weight that PEFT stores beside an adapter on an embedding or an output head."""
-    if not _targets_embedding(config, adapted):
-        return {}
-    base = leaf.value
-    while is_adapted(base):
-        base = base.base
-    found = {}
-    for index in np.ndindex(leaf.names.shape):
-        name = str(leaf.names[index])
-        if name in adapted and _is_embedding(name):
-            matrix = np.asarray(leaf.layout.matrix(as_weight(base, leaf.layout).dense())[index])
-            matrix = matrix.T if _is_transposed(leaf, config) else matrix
-            found[f"{PREFIX}{name}.base_layer.weight"] = np.ascontiguousarray(matrix)
-    return found
-
-
-def _at_the_ends(params: Any, adapted: set[str]) -> set[str]:
-    """Those of the adapted modules that are a model's input embedding and output head; all of them for a bare tree.
-
-    T5's embed_tokens are neither for PEFT, which takes its ``shared`` for the input embedding.
-    """
-    return adapted & {params.input_module, params.output_module} if isinstance(params, Handle) else adapted
-
-
-def _targets_embedding(config: Method, adapted: Iterable[str]) -> bool:
-    """PEFT's rule (``save_embedding_layers="auto"``): a list names the module itself, or a regex matches it."""
-    targets = config.target_modules or ()
-    if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in adapted if _is_embedding(name))
-    return any(name in targets for name in EMBEDDING_MODULES)
-
-
-def _is_embedding(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in EMBEDDING_MODULES
-
-
-def _is_transposed(leaf: Leaf, config: Method) -> bool:
-    """Whether PyTorch stores the leaf as ``(out, in)``."""
-    known = leaf.layout.stored_in_out
-    in_out = config.fan_in_fan_out if known is None else known
-    return bool(leaf.layout.inp) and not leaf.layout.lookup and not in_out
 
 
 def _nested(leaf: Leaf, adapter_name: str) -> Iterator[Adapted]:
