@@ -224,5 +224,5 @@ def test_token_types_that_peft_drops_are_an_error(bases):
     model = attach_prompt(
         load(bases("bert", "QUESTION_ANS"), "QUESTION_ANS"), pj.PrefixTuningConfig(num_virtual_tokens=3)
     )
-    with pytest.raises(ValueError, match="token_type_ids= goes with no prompt for QUESTION_ANS"):
+    with pytest.raises(ValueError, match="token_type_ids= cannot be given beside a prompt for QUESTION_ANS"):
         model(IDS, MASK, token_type_ids=TYPES)
