@@ -30,6 +30,7 @@ from peft_jax.methods import LoraConfig as LoraConfig
 from peft_jax.methods import MissConfig as MissConfig
 from peft_jax.methods import OFTConfig as OFTConfig
 from peft_jax.methods import PeftConfig as PeftConfig
+from peft_jax.methods import TaskType as TaskType
 from peft_jax.methods import VeraConfig as VeraConfig
 from peft_jax.methods import apply_adapter as apply_adapter
 from peft_jax.methods import apply_lora as apply_lora

@@ -15,4 +15,5 @@ from peft_jax.methods.lokr import LoKrConfig as LoKrConfig
 from peft_jax.methods.lora import LoraConfig as LoraConfig
 from peft_jax.methods.miss import MissConfig as MissConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig
+from peft_jax.methods.task_type import TaskType as TaskType
 from peft_jax.methods.vera import VeraConfig as VeraConfig
