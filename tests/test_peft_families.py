@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from conformance import close, tolerance
 from safetensors.numpy import load_file
-from test_peft_parity import clean, close, module_of, plain, tolerance
+from test_peft_parity import clean, module_of, plain
 
 import peft_jax as pj
 from peft_jax import interop
@@ -111,6 +112,11 @@ PAIRS = {
 pairs = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 COPY = r"\.(original_module|modules_to_save)\."  # with bias="all" PEFT saves biases of saved modules three times
 SHIFTS = ("self.key",)  # its bias adds the same to all scores of a query, and so changes nothing
+
+
+def described(name, row):
+    family = FAMILIES[name]
+    return PAIRS[name, row].get("config", "LoraConfig"), f"{family.kind} {family.task}", row
 
 
 def without_copies(keys):
