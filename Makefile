@@ -4,6 +4,7 @@
 #   make test     the whole test suite; ARGS="..." is handed to pytest
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest)
 #   make lint     ruff and mypy
+#   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
 #
 # PYTHON=/path/to/python3 chooses the interpreter; otherwise the first Python >= 3.11 on the path is taken.
 # NEWEST=/path/to/python3 chooses that of test-newest; otherwise the newest >= 3.12 on the path or among pyenv's.
@@ -22,7 +23,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-newest lint types
+.PHONY: demo test test-newest lint types conformance
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -38,6 +39,11 @@ test-newest:
 	else \
 	    $(MAKE) --no-print-directory .venv-newest/test && .venv-newest/bin/python -m pytest --torch-free $(ARGS); \
 	fi
+
+conformance: .venv/test
+	$(BIN)/python -m pytest --conformance docs/conformance.md \
+	    tests/test_peft_parity.py tests/test_peft_families.py tests/test_t5_peft.py \
+	    tests/test_prompt_parity.py tests/test_prompt_families.py
 
 lint: .venv/test types
 	$(BIN)/ruff check

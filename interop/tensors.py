@@ -1,21 +1,27 @@
 """Adapters to and from PEFT's tensors in memory: keys, transposes, and which layers of a stack."""
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from peft_jax.interop.extras import (
+    at_the_ends,
+    base_tensors,
+    copied_biases,
+    is_transposed,
+    tied_copies,
+    without_copies,
+    without_tied_copies,
+)
 from peft_jax.interop.formats import (
-    EMBEDDING_MODULES,
     INSIDE,
     ONE,
     PREFIX,
     PREFIXES,
     ROWS,
     SHARED,
-    TIED,
     TOKEN_SUFFIX,
     TORCH_NAMES,
     Row,
@@ -107,7 +113,10 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
         if role is None:
-            tensors |= _base_tensors(leaf, config, _at_the_ends(params, adapted))
+            tensors |= base_tensors(leaf, config, at_the_ends(params, adapted))
+        elif role == "modules_to_save":
+            copies = copied_biases(leaf, _hit(node), config, tensors, adapter_name)
+            tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
     for row in SHARED.get(config.peft_type, ()):
         tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
@@ -140,16 +149,14 @@ def set_peft_model_state_dict(
     prefix = PREFIXES.get(config.peft_type, PREFIX)
     keys = [key for key in tensors if not key.endswith(f".{TOKEN_SUFFIX}")]
     handle = untied_for(params, config, lambda name: any(key.startswith(f"{prefix}{name}.") for key in keys))
-    copies = tied_copies(handle, config, tensors)
-    tensors = {key: tensor for key, tensor in tensors.items() if not _equal(tensor, copies.get(key))}
+    tensors = without_tied_copies(handle, config, tensors)
     found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})}, config.fan_in_fan_out)
     if isinstance(config, PromptMethod):
         config = _checked_prompt(config, handle)
         adapted = prompt_places(config, found, handle)
     else:
         adapted = _adapted_modules(found, config, tensors)
-    stored = _at_the_ends(handle, adapted)
-    embedding = handle.input_module
+    stored, embedding = at_the_ends(handle, adapted), handle.input_module
     return handle.replace(
         _with_tensors(handle.params, found, config, tensors, adapter_name, adapted, stored, embedding)
     )
@@ -194,9 +201,9 @@ def _with_tensors(
     bases: dict[str, np.ndarray] = {}
     for choice in choices:
         if choice.role is None:
-            bases |= _base_tensors(choice.leaf, config, stored)
+            bases |= base_tensors(choice.leaf, config, stored)
     common = _shared_entries(config, matrix_sizes(choices))
-    _check([*(entry for many in entries.values() for entry in many), *common], bases, tensors)
+    _check([*(entry for many in entries.values() for entry in many), *common], bases, without_copies(config, tensors))
     biased = modules_with_followers(choices)
     nodes = {}
     for choice in choices:
@@ -241,7 +248,7 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             prefix = PREFIXES.get(config.peft_type, PREFIX)
             key = f"{prefix}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
             order = tuple(range(len(shape)))
-            yield Entry(key, index, role, shape, order[::-1] if _is_transposed(leaf, config) else order)
+            yield Entry(key, index, role, shape, order[::-1] if is_transposed(leaf, config) else order)
 
 
 def _shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
@@ -270,7 +277,8 @@ def _adapted(
     choice: Choice, config: Method, entries: list[Entry], common: list[Entry], tensors: Tensors, adapter_name: str
 ) -> Adapted:
     _, leaf, hit, role, _ = choice
-    dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in (*entries, *common)}
+    keys = [*(entry.key for entry in (*entries, *common)), *(tensors.keys() - without_copies(config, tensors).keys())]
+    dtypes = {key: str(tensors[key].dtype) for key in keys}
     tagged, (copies, state) = beside_target(config, choice)
     params = {name: np.array(copy) for name, copy in copies.items()}
     base = as_weight(leaf.value, leaf.layout)
@@ -309,67 +317,6 @@ def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"The adapter does not fit this base: {shown}. Load it on the base that it was made for.")
-
-
-def _base_tensors(leaf: Leaf, config: Method, adapted: set[str]) -> dict[str, np.ndarray]:
-    """The base weight that PEFT stores beside an adapter on an embedding or an output head."""
-    if not config.saves_embeddings or not _targets_embedding(config, adapted):
-        return {}
-    base = leaf.value
-    while is_adapted(base):
-        base = base.base
-    found = {}
-    for index in np.ndindex(leaf.names.shape):
-        name = str(leaf.names[index])
-        if name in adapted and _is_embedding(name):
-            matrix = np.asarray(leaf.layout.matrix(as_weight(base, leaf.layout).dense())[index])
-            matrix = matrix.T if _is_transposed(leaf, config) else matrix
-            found[f"{PREFIX}{name}.base_layer.weight"] = np.ascontiguousarray(matrix)
-    return found
-
-
-def _at_the_ends(params: Any, adapted: set[str]) -> set[str]:
-    """Those of the adapted modules that are a model's input embedding and output head; all of them for a bare tree.
-
-    T5's embed_tokens are neither for PEFT, which takes its ``shared`` for the input embedding.
-    """
-    return adapted & {params.input_module, params.output_module} if isinstance(params, Handle) else adapted
-
-
-def tied_copies(handle: Handle, config: Method, tensors: Tensors) -> dict[str, np.ndarray]:
-    """What PEFT stores once more under the names of tied modules, where an adapter keeps them tied."""
-    copies = {}
-    owner, *others = handle.tied_modules if config.keeps_ties and handle.tied_modules else ("",)
-    for other in others:
-        for key, tensor in tensors.items():
-            end = key.removeprefix(f"{PREFIX}{owner}.")
-            if end not in (key, TOKEN_SUFFIX):
-                turned = tensor.T if end in TIED else tensor
-                copies[f"{PREFIX}{other}.{TIED.get(end, end)}"] = np.ascontiguousarray(turned)
-    return copies
-
-
-def _equal(tensor: np.ndarray, copy: np.ndarray | None) -> bool:
-    return copy is not None and np.array_equal(tensor, copy)
-
-
-def _targets_embedding(config: Method, adapted: Iterable[str]) -> bool:
-    """PEFT's rule (``save_embedding_layers="auto"``): a list names the module itself, or a regex matches it."""
-    targets = config.target_modules or ()
-    if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in adapted if _is_embedding(name))
-    return any(name in targets for name in EMBEDDING_MODULES)
-
-
-def _is_embedding(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in EMBEDDING_MODULES
-
-
-def _is_transposed(leaf: Leaf, config: Method) -> bool:
-    """Whether PyTorch stores the leaf as ``(out, in)``."""
-    known = leaf.layout.stored_in_out
-    in_out = config.fan_in_fan_out if known is None else known
-    return bool(leaf.layout.inp) and not leaf.layout.lookup and not in_out
 
 
 def _nested(leaf: Leaf, adapter_name: str) -> Iterator[Adapted]:

@@ -31,6 +31,7 @@ from peft_jax.methods import LoraConfig as LoraConfig
 from peft_jax.methods import MissConfig as MissConfig
 from peft_jax.methods import OFTConfig as OFTConfig
 from peft_jax.methods import PeftConfig as PeftConfig
+from peft_jax.methods import TaskType as TaskType
 from peft_jax.methods import TrainableTokensConfig as TrainableTokensConfig
 from peft_jax.methods import VeraConfig as VeraConfig
 from peft_jax.methods import add_weighted_adapter as add_weighted_adapter
@@ -47,8 +48,19 @@ from peft_jax.models import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
 from peft_jax.models import AutoModelForSequenceClassification as AutoModelForSequenceClassification
 from peft_jax.models import AutoModelForTokenClassification as AutoModelForTokenClassification
 from peft_jax.models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from peft_jax.models import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from peft_jax.models import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
 from peft_jax.models import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from peft_jax.models import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from peft_jax.models import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from peft_jax.models import PeftModel as PeftModel
+from peft_jax.models import PeftModelForCausalLM as PeftModelForCausalLM
+from peft_jax.models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from peft_jax.models import PeftModelForMaskedLM as PeftModelForMaskedLM
+from peft_jax.models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from peft_jax.models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from peft_jax.models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from peft_jax.models import PeftModelForTokenClassification as PeftModelForTokenClassification
 from peft_jax.models import get_peft_model as get_peft_model
 from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig
 from peft_jax.prompts import CPTConfig as CPTConfig

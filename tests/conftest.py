@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # meshes of 8 devices on one CPU
 
+import conformance
 import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
@@ -20,6 +21,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torch-free", action="store_true", help="skip the tests that import torch or peft")
+    parser.addoption("--conformance", type=Path, metavar="FILE", help="write how closely outputs agree with PEFT's")
 
 
 @contextlib.contextmanager
@@ -54,8 +56,25 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    conformance.seen.clear()
     with skipped_where_torch_is_missing(item.config):
-        return (yield)
+        result = yield
+    if (row := conformance.row_of(item)) is not None:
+        item.user_properties.append(("conformance", row))  # goes from a worker to who writes the table
+    return result
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        for name, row in report.user_properties:
+            if name == "conformance":
+                conformance.note(row)  # type: ignore[arg-type]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--conformance")
+    if file is not None and not hasattr(session.config, "workerinput"):
+        conformance.write(file)
 
 
 CORPUS = ["### Instruction:\nReverse the word.\n\n### Input:\nabc\n\n### Response:\ncba"] * 4

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import close, tolerance
 from peft_jax.interop import formats
-from peft_jax.interop.tensors import tied_copies
+from peft_jax.interop.extras import tied_copies
 from safetensors.numpy import load_file
 
 import peft_jax as pj
@@ -249,6 +250,10 @@ def bases(tmp_path_factory):
     return folders
 
 
+def described(family, row):
+    return ROWS[row].get("config", "LoraConfig"), family, row
+
+
 def torch_base(folder):
     from transformers import AutoModelForCausalLM
 
@@ -281,14 +286,6 @@ def torch_adapter(folder, row, save_to):
 def torch_logits(model):
     with torch.no_grad():
         return model(torch.tensor(IDS)).logits.numpy()
-
-
-def tolerance(logits):
-    return 1e-5 * max(1, np.abs(logits).max())
-
-
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance(want))
 
 
 def load(folder):

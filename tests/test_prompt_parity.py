@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conformance import close, tolerance
 from safetensors.numpy import load_file
 
 import peft_jax as pj
@@ -103,6 +104,10 @@ def load(folder):
     return pj.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
 
 
+def described(family, row):
+    return ROWS[row][0], family, row
+
+
 def config_of(library, row):
     """The config of a row, as PEFT's class or ours."""
     name, options = ROWS[row]
@@ -128,14 +133,6 @@ def torch_call(model, row, mask=None, labels=None):
     given = {"input_ids": IDS, "attention_mask": mask, "labels": labels, **tasks(row)}
     with torch.no_grad():
         return model(**{name: torch.tensor(array) for name, array in given.items() if array is not None})
-
-
-def tolerance(logits):
-    return 1e-5 * max(1, np.abs(logits).max())
-
-
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance(want))
 
 
 def same_calls(ours, theirs, row):

@@ -17,6 +17,7 @@ from peft_jax.models import LlamaConfig
 from peft_jax.models.llama import apply
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train import make_evaluation_step, make_training_step
+from peft_jax.train.sharding import make_mesh, place
 
 IDS = np.array([[5, 17, 2, 40], [8, 8, 50, 3]])
 SIZES = dict(
@@ -57,7 +58,8 @@ def perturbed(model, name):
         if not isinstance(leaf.method, PromptMethod) or leaf.tag.name != name:
             return leaf
         keys = jax.random.split(jax.random.key(0), len(leaf.params))
-        noise = {r: 0.3 * jax.random.normal(k, leaf.params[r].shape) for r, k in zip(leaf.params, keys, strict=True)}
+        roles = sorted(leaf.params)
+        noise = {r: 0.3 * jax.random.normal(k, leaf.params[r].shape) for r, k in zip(roles, keys, strict=True)}
         return dataclasses.replace(leaf, params={role: array + noise[role] for role, array in leaf.params.items()})
 
     return map_adapted(move, model)
@@ -152,6 +154,27 @@ def test_a_prompt_beside_lora_on_the_embedding_and_a_tied_head():
     expected = logits(prompted(prompt, pj.merge(with_lora)))
     close(logits(prompted(prompt, with_lora, "prompt")), expected)
     close(logits(pj.get_peft_model(prompted(prompt, plain, "prompt"), lora, "lora")), expected)
+
+
+@every_side
+def test_a_prompt_on_bfloat16_stays_float32(config):
+    base = pj.AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype="bfloat16")
+    model = prompted(config, base)
+    assert {leaf.dtype for leaf in jax.tree.leaves(pj.partition(model)[0])} == {jnp.dtype("float32")}
+    out = model(IDS).logits
+    assert out.dtype == jnp.bfloat16
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, model)
+    want = np.asarray(wide(IDS).logits)
+    assert np.abs(np.asarray(out, np.float32) - want).max() < 0.05 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", ["PROMPT_TUNING", "ADAPTION_PROMPT"])
+def test_a_prompt_on_a_mesh(name):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    on_mesh = prompted(CASES[name], place(llama(), mesh))
+    close(logits(on_mesh), logits(prompted(CASES[name])))
+    (spec, *_) = {leaf.sharding.spec for leaf in jax.tree.leaves(pj.partition(on_mesh)[0])}
+    assert set(spec) <= {None, "fsdp"}
 
 
 def test_several_prompts_take_turns():
@@ -406,3 +429,6 @@ def test_enums_are_strings():
     config = pj.PromptTuningConfig(num_virtual_tokens=2, prompt_tuning_init=pj.PromptTuningInit.SAMPLE_VOCAB)
     assert config.to_dict()["prompt_tuning_init"] == "SAMPLE_VOCAB" == config.prompt_tuning_init
     assert base.PeftConfig.from_dict(config.to_dict()) == config
+    assert (
+        pj.PrefixTuningConfig(num_virtual_tokens=2, task_type=pj.TaskType.SEQ_CLS).to_dict()["task_type"] == "SEQ_CLS"
+    )

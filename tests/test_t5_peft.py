@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from conformance import close, tolerance
 from safetensors.numpy import load_file
 from t5_pairs import SIZES, as_torch, lively_pair, pair
 
@@ -13,7 +14,7 @@ from peft_jax import interop
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-from test_peft_parity import assert_no_module_is_dead, clean, close, plain, tolerance  # noqa: E402
+from test_peft_parity import assert_no_module_is_dead, clean, plain  # noqa: E402
 
 __all__ = ["lively_pair", "pair"]
 RANDOM = np.random.default_rng(4)
@@ -39,6 +40,10 @@ ROWS = {
 PAIRS = [("v1.0", row) for row in ROWS] + [("v1.1", row) for row in ("defaults", "all-linear", "output head", "IA3")]
 pairs_and_rows = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
+
+
+def described(name, row):
+    return ROWS[row].get("config", "LoraConfig"), f"t5 {name} SEQ_2_SEQ_LM", row
 
 
 def config_of(library, row):

@@ -17,6 +17,7 @@ from peft_jax.cli.finetune_output import METRICS, Curves, export
 from peft_jax.cli.finetune_plan import Plan, check_mesh, count_steps, make_plan, surroundings
 from peft_jax.cli.run_folder import run_folder, stop_on_signal
 from peft_jax.core.summary import trainable_parameters
+from peft_jax.prompts.base import virtual_slots
 from peft_jax.train import State, finished, train
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog, TensorBoard
@@ -59,9 +60,9 @@ def finetune(options: Finetune) -> None:
         records = setup.load_records(options.data)
         base = setup.load_base(options.base)
         data = setup.make_data(records, load_tokenizer(options.base.model), options.data, options.training.seed)
-        setup.check_fit(data.parts, base.config)
-        fingerprint["tokens"] = data.digest
         model = attach(base, config, options, count_steps(options, data.training))
+        setup.check_fit(data.parts, base.config, virtual_slots(model))
+        fingerprint["tokens"] = data.digest
         summary = trainable_parameters(model)
         print(data.said, summary, sep="\n")
         plan, state, frozen = make_plan(options, model, data, mesh)

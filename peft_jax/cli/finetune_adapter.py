@@ -12,6 +12,7 @@ import peft_jax as pj
 from peft_jax.cli.finetune_options import DESCRIBED, AdapterOptions, Finetune, flag
 from peft_jax.methods.base import Method, PeftConfig, by_name
 from peft_jax.methods.scheduled import Scheduled
+from peft_jax.prompts.base import PromptMethod
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"LORA": {"r": 8, "lora_alpha": 16}}  # where they are not PEFT's
 
@@ -101,4 +102,20 @@ def attach(base: Any, config: PeftConfig | None, options: Finetune, max_steps: i
         raise ValueError(f"adapters of the type {config.peft_type} cannot be trained by this command. Take another.")
     if isinstance(config, Scheduled):
         config = config.for_run(max_steps)
+    if isinstance(config, PromptMethod):
+        _check_prompt(config, options)
     return pj.get_peft_model(base, config, key=jax.random.key(options.training.seed))
+
+
+def _check_prompt(config: PromptMethod, options: Finetune) -> None:
+    """Raise ValueError for prompts that this command's data is not for."""
+    if config.tasks:
+        raise ValueError(
+            f"{config.peft_type} is told each row's task, which data for this command does not name. Train it in "
+            "Python (batches with task_ids), or take PROMPT_TUNING."
+        )
+    if config.virtual_tokens and options.data.packing:
+        raise ValueError(
+            f"{config.peft_type} puts its tokens at the head of a row, where --packing has several texts. Leave "
+            "--packing out, or take PREFIX_TUNING."
+        )

@@ -115,19 +115,20 @@ def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Ex
     return parts[0], parts[1]
 
 
-def check_fit(parts: Sequence[Data], config: ModelConfig) -> None:
-    """Raise ValueError for tokens that the model has no embedding or no position for."""
+def check_fit(parts: Sequence[Data], config: ModelConfig, virtual: int = 0) -> None:
+    """Raise ValueError for tokens that the model has no embedding or, after so many virtual ones, no position for."""
     largest = max(int(part[index]["input_ids"].max()) for part in parts for index in range(len(part)))
     if largest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
             "Take tokenizer and weights from the same checkpoint."
         )
-    longest = max(part.lengths[-1] for part in parts)
-    if longest > config.max_position_embeddings:
+    longest, room = max(part.lengths[-1] for part in parts), config.max_position_embeddings
+    if longest + virtual > room:
+        after = f" after {virtual} virtual ones" if virtual else ""
         raise ValueError(
-            f"rows of {longest} tokens exceed the model's {config.max_position_embeddings} positions. "
-            f"Give --cutoff-len {config.max_position_embeddings} or less."
+            f"rows of {longest} tokens{after} exceed the model's {room} positions. "
+            f"Give --cutoff-len {room - virtual} or less."
         )
 
 

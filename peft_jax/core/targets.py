@@ -7,6 +7,13 @@ from typing import Protocol
 
 ALL_LINEAR = "all-linear"
 
+# Output heads that PEFT trains whole beside an adapter for a task; a model has one of them.
+SAVED_HEADS: Mapping[str | None, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 class Targets(Protocol):
     """The fields of a config that choose modules."""
@@ -16,6 +23,10 @@ class Targets(Protocol):
     modules_to_save: Sequence[str] | None
     layers_to_transform: int | Sequence[int] | None
     layers_pattern: str | Sequence[str] | None
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of what the adapter is for."""
 
 
 def is_target(config: Targets, module: str) -> bool:
@@ -50,7 +61,13 @@ def layer_index(config: Targets, module: str) -> int | None:
 
 def is_saved_module(config: Targets, module: str) -> bool:
     """Whether ``modules_to_save`` names the module or one that contains it (PEFT compares ends of strings)."""
-    return any(owner.endswith(name) for owner in _owners(module) for name in config.modules_to_save or ())
+    return saved_owner(config, module) is not None
+
+
+def saved_owner(config: Targets, module: str) -> str | None:
+    """The outermost module around this one, or itself, that ``modules_to_save`` names; None if there is none."""
+    owners = (owner for owner in _owners(module) for name in config.modules_to_save or () if owner.endswith(name))
+    return next(owners, None)
 
 
 def pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -109,7 +126,8 @@ def check_targets(
 def check_saved(config: Targets, every: Sequence[str]) -> None:
     """Raise ValueError if a name in ``modules_to_save`` hits no module of all those with any leaf."""
     for name in config.modules_to_save or ():
-        if not any(owner.endswith(name) for module in every for owner in _owners(module)):
+        is_hit = any(owner.endswith(name) for module in every for owner in _owners(module))
+        if not is_hit and name not in SAVED_HEADS.get(config.task_type, ()):
             raise ValueError(nothing_hit(f"modules_to_save '{name}'", name, every))
 
 

@@ -20,5 +20,6 @@ from peft_jax.methods.miss import MissConfig as MissConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig
 from peft_jax.methods.rows import with_adapter_rows as with_adapter_rows
 from peft_jax.methods.scale import scale_adapter as scale_adapter
+from peft_jax.methods.task_type import TaskType as TaskType
 from peft_jax.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from peft_jax.methods.vera import VeraConfig as VeraConfig

@@ -1,5 +1,6 @@
 """Attach an adapter to a tree: which leaves, seen how, starting where."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +13,7 @@ from peft_jax.core.adapted import Adapted, Tag, adapters, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float, is_matrix, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
-from peft_jax.core.targets import ALL_LINEAR, check_targets, is_saved_module, is_target
+from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, check_targets, is_saved_module, is_target
 from peft_jax.core.weight import as_leaf, as_weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora import LoraConfig
@@ -112,9 +113,10 @@ def apply_adapter(
     if isinstance(params, Handle):
         if fn is not None:
             raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
-        layout = {**params.layouts(), **(layout or {})}
-        config = _completed(config, params, layout)
+        config = completed(config, params)
         handle = untied_for(params, config, lambda name: is_target(config, name) or is_saved_module(config, name))
+        layout = {**handle.layouts(), **(layout or {})}
+        config = _spelled_out(config, handle, layout)
         tied, embedding = handle.tied_modules, handle.input_module
         tree = _attached(handle.params, config, key, adapter_name, layout, aliases=tied, embedding=embedding)
         return handle.replace(tree)
@@ -244,21 +246,46 @@ def untied_for(handle: H, config: Method, changes: Callable[[str], bool]) -> H:
 
 
 def completed(config: M, handle: Handle) -> M:
-    """The config with what the model knows: its name, its task, its defaults."""
+    """The config with what the model knows: its name, its task and the heads to train for it, its defaults."""
+    config = _with_saved_heads(config, config.task_type or handle.task_type)
     defaults = {"target_modules": handle.input_module} if config.on_input else handle.defaults(config.peft_type)
     return config.completed(defaults).replace(
-        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path,
-        task_type=config.task_type or handle.task_type,
+        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path
     )
 
 
-def _completed(config: M, handle: Handle, layout: Layouts) -> M:
-    """The config with what the model knows, and its linear modules."""
-    if config.fan_in_fan_out:
+def _with_saved_heads(config: M, task_type: str | None) -> M:
+    """The config for a task, with the heads in ``modules_to_save`` that PEFT trains there."""
+    config = config.replace(task_type=task_type)
+    if not any(field.name == "modules_to_save" for field in dataclasses.fields(config)):
+        return config
+    saved = config.modules_to_save or ()
+    heads = [name for name in SAVED_HEADS.get(task_type, ()) if name not in saved]
+    return config.replace(modules_to_save=[*saved, *heads]) if heads else config
+
+
+def _spelled_out(config: M, handle: Handle, layout: Layouts) -> M:
+    """The config with what the model's leaves say: its linear modules, and how PyTorch stores the targets."""
+    found = find_leaves(handle.params, layout)
+    return _with_storage(expand_all_linear(config, found, handle.output_module), found)
+
+
+def _with_storage(config: M, found: Sequence[Leaf]) -> M:
+    """The config with ``fan_in_fan_out`` as PEFT sets it: whether PyTorch stores the targets as ``(in, out)``.
+
+    Raises:
+        ValueError: if it is True, and the model has no such layers.
+    """
+    if not any(field.name == "fan_in_fan_out" for field in dataclasses.fields(config)):
+        return config
+    linear = [leaf for leaf in found if is_matrix(leaf) and leaf.layout is not None and not leaf.layout.lookup]
+    if config.fan_in_fan_out and not any(leaf.layout.stored_in_out for leaf in linear):
         raise ValueError(
             "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
         )
-    return expand_all_linear(completed(config, handle), find_leaves(handle.params, layout), handle.output_module)
+    targets = [leaf for leaf in linear if any(is_target(config, name) for name in leaf.names.flat)]
+    stored = bool(targets) and all(bool(leaf.layout.stored_in_out) for leaf in targets)
+    return config if stored == config.fan_in_fan_out else config.replace(fan_in_fan_out=stored)
 
 
 def choose(

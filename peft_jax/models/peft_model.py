@@ -12,10 +12,10 @@ from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.adapter import load_adapter, save_adapter
 from peft_jax.methods.alora import is_invoked, with_invocations
 from peft_jax.methods.attach import apply_adapter
-from peft_jax.methods.base import Method, PeftConfig
+from peft_jax.methods.base import Method
 from peft_jax.methods.whole import config_of
-from peft_jax.models.auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from peft_jax.models.causal_lm import CausalLM
+from peft_jax.models.encoders import FeatureExtractor, MaskedLM, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from peft_jax.models.model_handle import ModelHandle, register_handle
 from peft_jax.models.seq2seq_lm import Seq2SeqLM
 from peft_jax.prompts.attach import attach_prompt
@@ -149,53 +149,52 @@ class PeftModelForSeq2SeqLM(PeftModel, Seq2SeqLM):
     base = Seq2SeqLM
 
 
-PEFT_MODELS: tuple[type[PeftModel], ...] = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForSequenceClassification(PeftModel, SequenceClassifier):
+    """A classifier of texts with adapters."""
+
+    base = SequenceClassifier
 
 
-class AutoPeftModelForCausalLM:
-    """Loads an adapter together with the causal language model that its config names."""
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForTokenClassification(PeftModel, TokenClassifier):
+    """A classifier of tokens with adapters."""
 
-    @staticmethod
-    def from_pretrained(
-        directory: str | os.PathLike[str], *, is_trainable: bool = False, adapter_name: str = "default", **options: Any
-    ) -> PeftModelForCausalLM:
-        """The base model with the adapter.
-
-        Args:
-            directory: Folder of the adapter.
-            is_trainable: Whether it is to be trained on.
-            adapter_name: Name to give it.
-            **options: For `AutoModelForCausalLM.from_pretrained`, e.g. ``load_in_8bit=True``.
-
-        Raises:
-            ValueError: if the config names no base model; also as `PeftModel.from_pretrained`.
-        """
-        model = AutoModelForCausalLM.from_pretrained(_base_of(directory), **options)
-        return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+    base = TokenClassifier
 
 
-class AutoPeftModelForSeq2SeqLM:
-    """Loads an adapter together with the sequence-to-sequence model that its config names."""
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForQuestionAnswering(PeftModel, QuestionAnswerer):
+    """A model that finds spans with adapters."""
 
-    @staticmethod
-    def from_pretrained(
-        directory: str | os.PathLike[str], *, is_trainable: bool = False, adapter_name: str = "default", **options: Any
-    ) -> PeftModelForSeq2SeqLM:
-        """The base model with the adapter; arguments and errors are those of `AutoPeftModelForCausalLM`."""
-        model = AutoModelForSeq2SeqLM.from_pretrained(_base_of(directory), **options)
-        return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+    base = QuestionAnswerer
 
 
-def _base_of(directory: str | os.PathLike[str]) -> str:
-    """Name or path of the base model that an adapter's config names.
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForFeatureExtraction(PeftModel, FeatureExtractor):
+    """A bare model with adapters."""
 
-    Raises:
-        ValueError: if it names none.
-    """
-    base = PeftConfig.from_pretrained(directory).base_model_name_or_path
-    if not base:
-        raise ValueError(
-            f"The adapter in '{directory}' names no base model. Load the base yourself and write "
-            "pj.PeftModel.from_pretrained(model, directory)."
-        )
-    return base
+    base = FeatureExtractor
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForMaskedLM(PeftModel, MaskedLM):
+    """A masked language model with adapters."""
+
+    base = MaskedLM
+
+
+PEFT_MODELS: tuple[type[PeftModel], ...] = (
+    PeftModelForCausalLM,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftModelForQuestionAnswering,
+    PeftModelForFeatureExtraction,
+    PeftModelForMaskedLM,
+)

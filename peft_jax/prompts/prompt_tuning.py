@@ -46,7 +46,8 @@ class PromptTuningConfig(PromptLearning):
         >>> from peft_jax.cli.demo_data import MODEL
         >>> model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
         >>> config = PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="TEXT",
-        ...                             prompt_tuning_init_text="List the parameters.", tokenizer_name_or_path=MODEL)
+        ...                             prompt_tuning_init_text="List the parameters.",
+        ...                             tokenizer_name_or_path=str(MODEL))
         >>> model = pj.get_peft_model(model, config)
         >>> model(jnp.array([[1, 2, 3]])).logits.shape[:2]  # of the virtual tokens too
         (1, 7)

@@ -1,0 +1,118 @@
+"""What PEFT's files hold beside an adapter's own tensors: bases of embeddings, biases of saved modules again."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, TIED, TOKEN_SUFFIX
+
+from peft_jax.core.adapted import is_adapted
+from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import Leaf
+from peft_jax.core.targets import saved_owner
+from peft_jax.core.weight import as_weight
+from peft_jax.methods.base import Method
+
+COPIES = r"\.(original_module|modules_to_save)\.(.*\.)?bias"
+
+
+def at_the_ends(params: Any, adapted: set[str]) -> set[str]:
+    """Those of the adapted modules that are a model's input embedding and output head; names tell for a bare tree.
+
+    T5's embed_tokens are neither for PEFT, which takes its ``shared`` for the input embedding.
+    """
+    if isinstance(params, Handle):
+        return adapted & {params.input_module, params.output_module}
+    return set(filter(_is_embedding, adapted))
+
+
+def base_tensors(leaf: Leaf, config: Method, stored: set[str]) -> dict[str, np.ndarray]:
+    """The base weight that PEFT stores beside an adapter on the modules ``stored``, a model's embedding and head."""
+    if not config.saves_embeddings or not _targets_embedding(config, stored):
+        return {}
+    found = {}
+    for index in np.ndindex(leaf.names.shape):
+        name = str(leaf.names[index])
+        if name in stored:
+            matrix = _base(leaf)[index]
+            matrix = matrix.T if is_transposed(leaf, config) else matrix
+            found[f"{PREFIX}{name}.base_layer.weight"] = np.ascontiguousarray(matrix)
+    return found
+
+
+def tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What PEFT stores once more under the names of tied modules, where an adapter keeps them tied."""
+    copies = {}
+    owner, *others = handle.tied_modules if config.keeps_ties and handle.tied_modules else ("",)
+    for other in others:
+        for key, tensor in tensors.items():
+            end = key.removeprefix(f"{PREFIX}{owner}.")
+            if end not in (key, TOKEN_SUFFIX):
+                turned = tensor.T if end in TIED else tensor
+                copies[f"{PREFIX}{other}.{TIED.get(end, end)}"] = np.ascontiguousarray(turned)
+    return copies
+
+
+def without_tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a file without those of `tied_copies`, as far as they are copies."""
+    copies = tied_copies(handle, config, tensors)
+    return {
+        key: tensor for key, tensor in tensors.items() if key not in copies or not np.array_equal(tensor, copies[key])
+    }
+
+
+def copied_biases(
+    leaf: Leaf, hit: np.ndarray, config: Method, tensors: Mapping[str, np.ndarray], adapter_name: str
+) -> dict[str, np.ndarray]:
+    """The base's and the trained bias of a saved module, once more under the names of PEFT's wrapper.
+
+    With ``bias="all"`` PEFT stores whatever is called a bias. It has no use for these when it reads them (some are
+    keys that it does not expect), so they are written only where they were read.
+    """
+    if config.bias != "all" or leaf.path.rsplit(".", 1)[-1] != "bias":
+        return {}
+    found = {}
+    for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:
+        name = str(leaf.names[index])
+        owner = saved_owner(config, name)
+        if owner is not None:
+            rest = name.removeprefix(owner).removeprefix(".")
+            inside = f"{rest}.bias" if rest else "bias"
+            trained = tensors[f"{PREFIX}{name}.bias"]
+            found[f"{PREFIX}{owner}.original_module.{inside}"] = _base(leaf)[index]
+            found[f"{PREFIX}{owner}.modules_to_save.{adapter_name + '.' if rest else ''}{inside}"] = trained
+    return found
+
+
+def without_copies(config: Method, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The tensors of a file without those of `copied_biases`."""
+    if config.bias != "all" or not config.modules_to_save:
+        return tensors
+    return {key: tensor for key, tensor in tensors.items() if not re.search(COPIES, key)}
+
+
+def is_transposed(leaf: Leaf, config: Method) -> bool:
+    """Whether PyTorch stores the leaf as ``(out, in)``."""
+    known = leaf.layout.stored_in_out
+    in_out = config.fan_in_fan_out if known is None else known
+    return bool(leaf.layout.inp) and not leaf.layout.lookup and not in_out
+
+
+def _base(leaf: Leaf) -> np.ndarray:
+    base = leaf.value
+    while is_adapted(base):
+        base = base.base
+    return np.asarray(leaf.layout.matrix(as_weight(base, leaf.layout).dense()))
+
+
+def _targets_embedding(config: Method, adapted: Iterable[str]) -> bool:
+    """PEFT's rule (``save_embedding_layers="auto"``): a list names the module itself, or a regex matches it."""
+    targets = config.target_modules or ()
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in adapted if _is_embedding(name))
+    return any(name in targets for name in EMBEDDING_MODULES)
+
+
+def _is_embedding(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in EMBEDDING_MODULES

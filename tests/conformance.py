@@ -1,0 +1,69 @@
+"""How closely outputs agree with PyTorch PEFT's: the comparison, and the table that the tests which compare leave.
+
+`make conformance` writes the table to docs/conformance.md. A test belongs in it if its file has a function
+``described(**parameters)`` that gives the config class, the model and the option of a test by its parameters.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import peft_jax as pj
+
+TOLERANCE = 1e-5  # of the largest output, if that is above 1; all is float32
+HEAD = """# Conformance
+
+The largest difference between our outputs and those of PyTorch PEFT 0.21.2, over every adapter that the tests move
+between the two: its file made there and read here, saved again, merged; and made here and read there. It is relative to
+the largest output, or to 1 if that is smaller. All is float32. The tests allow 1e-5, and in each of them the adapter
+moves the outputs by at least 100 times that. Written by `make conformance`.
+
+| method | model | option | largest difference |
+|---|---|---|---|
+"""
+seen: list[float] = []  # differences in the test that runs
+table: dict[tuple[str, str, str], float] = {}
+
+Row = tuple[str, str, str, float]
+
+
+def tolerance(want: Any) -> float:
+    """How far outputs may be from these."""
+    return TOLERANCE * max(1, np.abs(want).max())
+
+
+def close(got: Any, want: Any) -> None:
+    """Assert that outputs agree, and note how closely."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    seen.append(float(np.abs(got - want).max() / max(1, np.abs(want).max())))
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance(want))
+
+
+def row_of(item: Any) -> Row | None:
+    """The row of a test that has run, if it belongs in the table."""
+    describe = getattr(item.module, "described", None)
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if not seen or describe is None or "row" not in params:
+        return None
+    return (*named(describe(**params)), max(seen))
+
+
+def named(described: tuple[str, str, str]) -> tuple[str, str, str]:
+    """PEFT's name of the method instead of its config class."""
+    config, model, option = described
+    return getattr(pj, config).peft_type, model, option
+
+
+def note(row: Row) -> None:
+    """Enter a row; of several tests of it the worst counts."""
+    *key, difference = row
+    table[tuple(key)] = max(difference, table.get(tuple(key), 0))  # type: ignore[index]
+
+
+def write(file: Path) -> None:
+    """Write the table."""
+    rows = (f"| {' | '.join(key)} | {difference:.0e} |" for key, difference in sorted(table.items()))
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(HEAD + "\n".join(rows) + "\n")

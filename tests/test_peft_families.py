@@ -1,0 +1,308 @@
+"""Adapters between PyTorch PEFT and us on other architectures and tasks: GPT-2, and BERT and RoBERTa as classifiers."""
+
+import dataclasses
+import json
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from conformance import close, tolerance
+from safetensors.numpy import load_file
+from test_peft_parity import clean, module_of, plain
+
+import peft_jax as pj
+from peft_jax import interop
+from peft_jax.models.defaults import method_defaults
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+# PEFT warns of Conv1D, of tied weights and of heads that are not there.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
+IDS = np.array([[5, 17, 2, 40, 9, 61, 33], [8, 8, 50, 3, 21, 77, 1]])
+MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
+ENCODER = dict(SIZES, intermediate_size=40, max_position_embeddings=64, num_labels=3)
+
+
+class Family(NamedTuple):
+    """A model type, what it does, and the names of its modules that take the place of others' in the rows."""
+
+    kind: str
+    task: str
+    head: str
+    options: dict
+    first: str  # an attention's projection
+    second: str
+    last: str  # of the feed-forward network
+    layers: str
+    norm: str
+    part: str  # a module in each layer
+    embedding: str
+
+
+GPT2 = Family(
+    "gpt2",
+    "CAUSAL_LM",
+    "CausalLM",
+    dict(SIZES, max_position_embeddings=64, pad_token_id=1, eos_token_id=None, num_labels=3),
+    *("c_attn", "attn.c_proj", "mlp.c_proj", "h", "ln_f", "mlp", "wte"),
+)
+NAMES = ("query", "value", "output.dense", "layer", "LayerNorm", "intermediate", "word_embeddings")
+FAMILIES = {
+    "gpt2": GPT2,
+    "gpt2-seq": GPT2._replace(task="SEQ_CLS", head="SequenceClassification"),
+    "bert-seq": Family("bert", "SEQ_CLS", "SequenceClassification", ENCODER, *NAMES),
+    "roberta-seq": Family("roberta", "SEQ_CLS", "SequenceClassification", ENCODER, *NAMES),
+    "roberta-token": Family("roberta", "TOKEN_CLS", "TokenClassification", ENCODER, *NAMES),
+    "bert-spans": Family("bert", "QUESTION_ANS", "QuestionAnswering", dict(ENCODER, num_labels=2), *NAMES),
+    "bert-features": Family("bert", "FEATURE_EXTRACTION", "", ENCODER, *NAMES),
+}
+
+
+def rows(f: Family) -> dict[str, dict]:
+    targets = [f.first, f.second, f.last]
+    return {
+        "default": {},
+        "plain": {"target_modules": targets},
+        "rslora": {"target_modules": targets, "use_rslora": True},
+        "patterns": {
+            "target_modules": targets,
+            "rank_pattern": {f.second: 2, rf"{f.layers}\.1\..*{f.first}": 6},
+            "alpha_pattern": {rf"{f.layers}\.0\..*{f.first}": 3, f.last: 11},
+        },
+        "layers_to_transform": {"target_modules": targets, "layers_to_transform": [0, 2], "layers_pattern": f.layers},
+        "modules_to_save": {"target_modules": [f.first], "modules_to_save": [f.norm]},
+        "a saved container": {
+            "target_modules": [f.first],
+            "modules_to_save": [f"{f.layers}.1.{f.part}", f.embedding],
+        },
+        "bias all": {"target_modules": [f.first, f.last], "bias": "all"},
+        "bias lora_only": {"target_modules": [f.second, f.last], "bias": "lora_only", "layers_to_transform": [1]},
+        "embedding": {"target_modules": [f.embedding, f.second]},
+        "all-linear": {"target_modules": "all-linear", "exclude_modules": [f.second]},
+        "regex": {"target_modules": rf".*{f.layers}\.[02]\..*{f.last}"},
+        "IA3": {"config": "IA3Config"},
+        "OFT": {"config": "OFTConfig", "oft_block_size": 8, "target_modules": targets},
+    }
+
+
+NOT_IN_PEFT = ("gpt2", "OFT")  # it takes no Conv1D
+# All rows on GPT-2 and BERT's classifier of texts; on the others what their heads meet. (With all-linear PEFT adapts a
+# classifier of tokens, which it then cannot save whole.)
+ONLY = {
+    "gpt2-seq": ["default"],
+    "roberta-seq": ["all-linear", "bias all"],
+    "roberta-token": ["plain", "patterns", "layers_to_transform", "a saved container", "bias all", "embedding", "IA3"],
+    "bert-spans": ["default"],
+    "bert-features": ["all-linear"],
+}
+GPT2_HEADS = {
+    "output head": {"target_modules": ["lm_head", "c_attn"]},
+    "both embeddings": {"target_modules": ["lm_head", "wte"]},
+}
+PAIRS = {
+    (name, row): options
+    for name, family in FAMILIES.items()
+    for row, options in (rows(family) | (GPT2_HEADS if name == "gpt2" else {})).items()
+    if row in ONLY.get(name, [row]) and (name, row) != NOT_IN_PEFT
+}
+pairs = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+COPY = r"\.(original_module|modules_to_save)\."  # with bias="all" PEFT saves biases of saved modules three times
+SHIFTS = ("self.key",)  # its bias adds the same to all scores of a query, and so changes nothing
+
+
+def described(name, row):
+    family = FAMILIES[name]
+    return PAIRS[name, row].get("config", "LoraConfig"), f"{family.kind} {family.task}", row
+
+
+def without_copies(keys):
+    return {key for key in keys if not re.search(COPY, key)}
+
+
+def torch_class(family):
+    import transformers
+
+    return getattr(transformers, f"AutoModelFor{family.head}" if family.head else "AutoModel")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    import transformers
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            torch.manual_seed(1)
+            family = FAMILIES[name]
+            config = transformers.AutoConfig.for_model(family.kind, **family.options)
+            model = torch_class(family).from_config(config)
+            with torch.no_grad():
+                for path, parameter in model.named_parameters():
+                    if path.endswith("bias") or "orm" in path or "ln_" in path:
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+            made[name] = tmp_path_factory.mktemp(name)
+            model.save_pretrained(made[name])
+        return made[name]
+
+    return get
+
+
+def torch_base(name, bases):
+    return torch_class(FAMILIES[name]).from_pretrained(bases(name), dtype=torch.float32).eval()
+
+
+def load(name, bases):
+    head = FAMILIES[name].head
+    return getattr(pj, f"AutoModelFor{head}" if head else "AutoModel").from_pretrained(bases(name), dtype="float32")
+
+
+def output(out):
+    """What a model gives, in one array."""
+    fields = ("start_logits", "end_logits") if hasattr(out, "start_logits") else ("logits",)
+    fields = ("last_hidden_state", "pooler_output") if hasattr(out, "last_hidden_state") else fields
+    arrays = [getattr(out, field) for field in fields]
+    return np.concatenate([np.asarray(a.detach() if hasattr(a, "detach") else a).ravel() for a in arrays])
+
+
+def torch_output(model):
+    with torch.no_grad():
+        return output(model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK)))
+
+
+def config_of(library, name, row):
+    options = {"config": "LoraConfig", **PAIRS[name, row]}
+    kind = options.pop("config")
+    options |= {"r": 4, "lora_alpha": 7} if kind == "LoraConfig" else {}
+    return getattr(library, kind)(task_type=FAMILIES[name].task, **options)
+
+
+@pairs
+def test_pefts_adapter_gives_the_same_outputs_file_and_merge(name, row, bases, tmp_path):
+    torch.manual_seed(2)
+    theirs = peft.get_peft_model(torch_base(name, bases), config_of(peft, name, row)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = torch_output(theirs)
+    base = load(name, bases)
+    model = pj.PeftModel.from_pretrained(base, tmp_path / "theirs")
+    assert type(model).__name__ == f"PeftModelFor{FAMILIES[name].head or 'FeatureExtraction'}"
+    close(output(model(IDS, MASK)), want)
+    assert np.abs(want - output(base(IDS, MASK))).max() > 100 * tolerance(want), "the adapter is dead"
+    close(output(model.merge_and_unload()(IDS, MASK)), want)
+    close(output(model.unload()(IDS, MASK)), output(base(IDS, MASK)))
+    model.save_pretrained(tmp_path / "ours")
+    folders = [tmp_path / folder for folder in ("ours", "theirs")]
+    ours, file = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
+    for field in ours.keys() | file.keys():
+        assert plain(ours.get(field)) == plain(file.get(field)), field
+    ours, file = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert ours.keys() == file.keys()
+    for key in file:
+        assert ours[key].dtype == file[key].dtype and ours[key].tobytes() == file[key].tobytes(), key
+    assert_no_module_is_dead(base, model.peft_config["default"], file, want)
+    fresh = pj.get_peft_model(base, config_of(pj, name, row))
+    same_config(fresh.peft_config["default"].to_dict(), json.loads((folders[1] / "adapter_config.json").read_text()))
+    assert interop.get_peft_model_state_dict(fresh).keys() == without_copies(file)
+
+
+def same_config(ours, theirs):
+    """A fresh adapter's config is PEFT's, but for names of targets that PEFT spells out in other words."""
+    for field in ours.keys() - {"inference_mode", "peft_version", "target_modules"}:
+        assert plain(ours[field]) == plain(theirs.get(field)), field
+
+
+def assert_no_module_is_dead(base, config, tensors, want):
+    """Zeroing the adapter of any one module moves the outputs by 100 times the tolerance."""
+    own = interop.get_peft_model_state_dict
+    fresh = own(interop.set_peft_model_state_dict(base, config, tensors))
+    start = own(pj.get_peft_model(base, dataclasses.replace(config, inference_mode=False)))
+    modules = {module_of(key) for key in without_copies(fresh) if not key.endswith("base_layer.weight")}
+    for module in modules:
+        if module.endswith(SHIFTS):
+            continue
+        without = {key: start.get(key, array) if key.startswith(module) else array for key, array in fresh.items()}
+        changed = output(interop.set_peft_model_state_dict(base, config, without)(IDS, MASK))
+        assert np.abs(changed - want).max() > 100 * tolerance(want), f"{module} is dead"
+
+
+@pairs
+def test_our_adapter_gives_the_same_outputs_in_peft(name, row, bases, tmp_path):
+    model = pj.get_peft_model(load(name, bases), config_of(pj, name, row))
+    trainable, frozen = pj.partition(model)
+    leaves, treedef = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    model = clean(pj.combine(jax.tree.unflatten(treedef, leaves), frozen))
+    model.save_pretrained(tmp_path)
+    want = output(model(IDS, MASK))
+    assert np.abs(want - output(model.unload()(IDS, MASK))).max() > 100 * tolerance(want)
+    theirs = peft.get_peft_model(torch_base(name, bases), peft.PeftConfig.from_pretrained(tmp_path))
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(theirs, load_peft_weights(tmp_path))
+    assert result.unexpected_keys == []
+    saved = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert without_copies(peft.get_peft_model_state_dict(theirs)) == saved, "a key is missing"
+    close(torch_output(theirs.eval()), want)
+    close(torch_output(peft.PeftModel.from_pretrained(torch_base(name, bases), tmp_path).eval()), want)
+
+
+@pytest.mark.parametrize("method", ["Lora", "IA3", "AdaLora", "VBLoRA", "LNTuning", "Beft", "FourierFT", "OFT"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "xlm-roberta", "t5"])
+def test_default_targets_are_those_of_pefts_tables(kind, method):
+    from peft.utils import constants
+
+    config = getattr(peft, f"{method}Config")
+    peft_type = config().peft_type.value if method != "AdaLora" else "ADALORA"
+    ours = method_defaults(peft_type, kind)
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{peft_type.replace('LN_', 'LN')}_TARGET_MODULES_MAPPING")
+    assert list(ours.get("target_modules", [])) == list(table.get(kind, []))
+    if peft_type == "IA3":
+        table = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+        assert list(ours.get("feedforward_modules", [])) == table.get(kind, [])
+
+
+def test_a_model_without_default_targets_asks_for_them():
+    config = pj.models.RobertaConfig(
+        model_type="xlm-roberta",
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    with pytest.raises(ValueError, match="target_modules is not given. Name some of"):
+        pj.get_peft_model(pj.AutoModel.from_config(config), pj.IA3Config())
+
+
+def test_fan_in_fan_out_is_for_gpt2(bases):
+    with pytest.raises(ValueError, match="fan_in_fan_out=True is for layers stored"):
+        pj.get_peft_model(load("bert-seq", bases), pj.LoraConfig(fan_in_fan_out=True))
+    model = pj.get_peft_model(load("gpt2", bases), pj.LoraConfig(fan_in_fan_out=True))
+    assert model.peft_config["default"].fan_in_fan_out
+
+
+def test_heads_are_trained_whole_for_their_task_alone(bases):
+    base = load("roberta-token", bases)
+    assert pj.get_peft_model(base, pj.LoraConfig()).peft_config["default"].modules_to_save == ("classifier", "score")
+    other = pj.get_peft_model(base, pj.LoraConfig(task_type="FEATURE_EXTRACTION")).peft_config["default"]
+    assert other.modules_to_save is None and other.task_type == "FEATURE_EXTRACTION"
+    with pytest.raises(ValueError, match="modules_to_save 'scores' hits none"):
+        pj.get_peft_model(base, pj.LoraConfig(modules_to_save=["scores"]))
+
+
+def test_an_adapter_finds_its_base_and_its_head(bases, tmp_path):
+    base = pj.AutoModelForSequenceClassification.from_pretrained(bases("bert-seq"))
+    model = pj.get_peft_model(base, pj.LoraConfig(init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    again = pj.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
+    assert float(again(IDS, labels=np.array([1, 2])).loss) > 0
