@@ -211,3 +211,29 @@ def test_more_positions_than_there_are(pair):
 def test_config_survives_json():
     config = GPT2Config.from_hf({"model_type": "gpt2", **SIZES, "resid_pdrop": 0.3})
     assert config.resid_pdrop == 0.3 and GPT2Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_inspect_says_whether_an_adapter_fits(pair, tmp_path, capsys):
+    from peft_jax.cli.inspect import Inspect, inspect
+
+    _, ours, folder = pair()
+    pj.get_peft_model(ours, pj.LoraConfig(target_modules=["c_attn", "c_fc"])).save_pretrained(tmp_path)
+    inspect(Inspect(adapter=tmp_path, model=str(folder)))
+    assert "yes, by" in capsys.readouterr().out
+
+
+def test_matrices_of_all_layers_are_laid_out_over_a_mesh():
+    from jax.sharding import PartitionSpec
+
+    from peft_jax.models.bert import param_shapes as bert_shapes
+    from peft_jax.models.bert_config import BertConfig
+    from peft_jax.train.sharding import make_mesh, spec
+
+    mesh = make_mesh({"fsdp": 2, "tensor": 2})
+    for shapes in (gpt2.param_shapes(GPT2Config()), bert_shapes(BertConfig())):
+        stacked = {path: shape for path, shape in shapes.items() if path.endswith("kernel") and len(shape) == 3}
+        assert len(stacked) in (4, 6)
+        for path, shape in stacked.items():
+            assert spec(f"params.{path}", shape, mesh) in [
+                PartitionSpec(None, *axes) for axes in (("fsdp", "tensor"), ("tensor", "fsdp"))
+            ], path

@@ -321,7 +321,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "config of nothing": (_write("plain/adapter_config.json", "{}"), ["plain"], "names no peft_type"),
     "config of odd values": (lambda folder: change(folder / "plain", r="8"), ["plain"], "has r='8'. Save"),
     "no base": (lambda folder: None, ["plain", "--model", "./none"], "No folder './none'"),
-    "another base": (lambda folder: _grow(folder, model_type="gpt2"), ["plain", "--model", "model"], "'gpt2'"),
+    "another base": (lambda folder: _grow(folder, model_type="mamba"), ["plain", "--model", "model"], "'mamba'"),
 }
 
 

@@ -14,7 +14,7 @@ class ModelOptions:
     """The base model."""
 
     model: str
-    """Folder (or hub id) of a Hugging Face checkpoint of the Llama family."""
+    """Folder (or hub id) of a Hugging Face checkpoint: Llama, Mistral, Qwen2, Qwen3 or GPT-2."""
     load_in_8bit: bool = False
     """Keep the frozen weights in int8."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -14,6 +14,7 @@ from peft_jax.cli.servers import Verdict, verdicts
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import PICKLE_FILE, AdapterFolder, misfits, read_adapter, spell
 from peft_jax.interop.formats import PREFIX
+from peft_jax.models.config import ModelConfig
 from peft_jax.models.families import family_of, read_architecture
 
 WIDTH, LABEL = 80, 12
@@ -40,23 +41,37 @@ def inspect(options: Inspect) -> None:
         OSError: If a file or folder is missing.
     """
     adapter = read_adapter(options.adapter)
-    reasons = None if options.model is None else misfits(adapter, base_shapes(options.model))
+    reasons = None
+    if options.model is not None:
+        config = base_config(options.model, adapter.config.get("task_type"))
+        reasons = misfits(adapter, base_shapes(config))
     if options.json:
         print(json.dumps(as_json(adapter, options.model, reasons), indent=2))
     else:
         print("\n".join(as_text(adapter, options.model, reasons)))
 
 
-def base_shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of a base model by its key, told from its config.json.
+def base_config(model: str, task_type: str | None) -> ModelConfig:
+    """The config of a base model, for the task that an adapter is for if it can do that.
 
     Raises:
         FileNotFoundError: If there is no such model.
         ValueError: If it is of an unsupported kind.
     """
     config = read_architecture(read_config(find_checkpoint(model, files=("config.json",))))
+    if task_type is None or task_type not in config.tasks:
+        return config
+    return dataclasses.replace(config, task_type=task_type)
+
+
+def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a base model by its key; a matrix as ``(out, in)``, however it is stored."""
     family = family_of(config)
-    shapes = {key: row.tensor_shape for row in family.rows(config) for key in row.keys}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for row in family.rows(config):
+        shape = row.tensor_shape
+        is_kernel = row.path.endswith(".kernel") and not row.transposed
+        shapes |= dict.fromkeys(row.keys, shape[::-1] if is_kernel else shape)
     for tied in family.tied_modules(config):
         shapes[f"{tied}.weight"] = (config.vocab_size, config.hidden_size)
     return shapes

@@ -20,7 +20,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 # By the end of an array's path: the mesh axes of its last dimensions. What is not here lies whole on every device.
-_OUTWARD, _INWARD = r"(q|k|v|gate|up)_proj\.kernel", r"(o|down)_proj\.kernel"
+_OUTWARD = r"((q|k|v|gate|up)_proj|c_attn|c_fc|self\.(query|key|value)|intermediate\.dense)\.kernel"
+_INWARD = r"((o|down)_proj|c_proj|output\.dense)\.kernel"
 RULES: tuple[tuple[str, P], ...] = (
     (_OUTWARD + r"(\.base)*(\.q)?", P("fsdp", "tensor")),
     (_INWARD + r"(\.base)*(\.q)?", P("tensor", "fsdp")),
@@ -30,7 +31,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (_OUTWARD + r".*\.lora_B", P(None, "tensor")),
     (_INWARD + r".*\.lora_A", P("tensor", None)),
     (_INWARD + r".*\.lora_B", P(None, "fsdp")),
-    (r"embed_tokens\.embedding(\.base)*", P("tensor", "fsdp")),
+    (r"(embed_tokens|wte|word_embeddings)\.embedding(\.base)*", P("tensor", "fsdp")),
     (r"lm_head\.kernel(\.base)*", P("fsdp", "tensor")),
 )
 
