@@ -97,9 +97,9 @@ def test_draws_follow_the_models_probabilities_and_the_key(lively_pair):
     assert set(drawn.tolist()) <= set(top[1].tolist())
     for token, chance in zip(top[1], chances, strict=True):
         assert abs((drawn == int(token)).mean() - chance) < 5 * (chance * (1 - chance) / 4000) ** 0.5 + 1e-9
-    again = [ours.generate(ids[:20], key=jax.random.key(seed), **options) for seed in (1, 1, 2)]
-    np.testing.assert_array_equal(again[0], again[1])
-    assert not np.array_equal(again[0], again[2])
+    again = [ours.generate(ids, key=jax.random.key(seed), **options) for seed in (1, 2)]
+    np.testing.assert_array_equal(again[0][:, 1], drawn)
+    assert not np.array_equal(again[0], again[1])
 
 
 def test_a_stream_has_the_same_tokens(lively_pair):
@@ -143,6 +143,15 @@ def equations(jaxpr):
             yield from equations(eqn.params["jaxpr"].jaxpr)
         else:
             yield eqn
+
+
+def test_half_precision_generates_what_it_computes(lively_pair):
+    model = lively_pair("v1.1")[1]
+    model = pj.AutoModelForSeq2SeqLM.from_pretrained(model.name_or_path, dtype="float16")
+    tokens = model.generate(**padded(LEFT), max_new_tokens=6)
+    logits = np.asarray(model(**padded(LEFT), decoder_input_ids=tokens[:, :-1]).logits.astype(jnp.float32))
+    chosen = np.take_along_axis(logits, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    assert (chosen >= logits.max(axis=-1) - 2e-3 * np.abs(logits).max()).all()
 
 
 def test_int8_generates_what_its_dense_twin_does(lively_pair):

@@ -29,15 +29,13 @@ ROWS = {
     "defaults": {},
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["o"]},
     "one layer": {"target_modules": ["k", "wo"], "layers_to_transform": [1], "rank_pattern": {"k": 2}},
-    "regex": {"target_modules": r"decoder.*EncDecAttention\.(q|o)"},
     "embeddings": {"target_modules": ["embed_tokens", "v"]},
     "output head": {"target_modules": ["lm_head", "wo"]},
     "relative positions": {"target_modules": ["relative_attention_bias", "q"]},
     "modules_to_save": {"target_modules": ["q"], "modules_to_save": ["final_layer_norm", "lm_head"]},
     "IA3": {"config": "IA3Config"},
-    "OFT": {"config": "OFTConfig", "oft_block_size": 4},
 }
-PAIRS = [("v1.0", row) for row in ROWS] + [("v1.1", row) for row in ("defaults", "all-linear", "output head", "IA3")]
+PAIRS = [("v1.0", row) for row in ROWS] + [("v1.1", row) for row in ("all-linear", "output head")]
 pairs_and_rows = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
 
