@@ -94,7 +94,7 @@ def bases(tmp_path_factory):
             model = getattr(transformers, TASKS[task][0]).from_config(config)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
+                    parameter.add_((0.2 if family == "t5" else 0.05) * torch.randn_like(parameter))
             made[family, task] = tmp_path_factory.mktemp(f"{family}-{task}")
             model.save_pretrained(made[family, task])
         return made[family, task]
@@ -196,22 +196,30 @@ def test_our_prompt_gives_the_same_outputs_in_peft(family, task, row, bases, tmp
     same_outputs(model, theirs, inputs_of(family, task, row))
 
 
-@pytest.mark.parametrize("row", ["prefix", "prompt", "multitask", "adaption"])
-def test_gpt2_generates_pefts_tokens(row, bases, tmp_path):
-    folder = bases("gpt2", "CAUSAL_LM")
-    name, options = PROMPTS[row]
+GENERATED = [("gpt2", row) for row in ("prefix", "prompt", "multitask", "adaption")] + [
+    ("t5", "prefix"),
+    ("t5", "prompt"),
+]
+
+
+@pytest.mark.parametrize(("family", "row"), GENERATED, ids=["-".join(case) for case in GENERATED])
+def test_generation_gives_pefts_tokens(family, row, bases, tmp_path):
+    task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
+    folder, (name, options) = bases(family, task), PROMPTS[row]
     torch.manual_seed(3)
-    theirs = peft.get_peft_model(torch_base(folder, "CAUSAL_LM"), getattr(peft, name)(task_type="CAUSAL_LM", **options))
+    theirs = peft.get_peft_model(torch_base(folder, task), getattr(peft, name)(task_type=task, **options)).eval()
     with torch.no_grad():
-        for parameter in theirs.eval().parameters():
+        for parameter in theirs.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+                parameter.add_(torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path)
     given = {"input_ids": IDS[:, ::-1].copy(), "attention_mask": MASK[:, ::-1].copy()}
-    given |= {"task_ids": np.array([2, 0])} if row == "multitask" else {}
-    want = theirs.generate(**as_torch(given), max_new_tokens=12, do_sample=False, eos_token_id=None).numpy()
-    model = pj.PeftModel.from_pretrained(load(folder, "CAUSAL_LM"), tmp_path)
-    np.testing.assert_array_equal(model.generate(**given, max_new_tokens=12, eos_token_id=[]), want)
+    told = {"task_ids": np.array([2, 0])} if row == "multitask" else {}
+    want = theirs.generate(**as_torch(given | told), max_new_tokens=12, do_sample=False, eos_token_id=None).numpy()
+    base = load(folder, task)
+    model = pj.PeftModel.from_pretrained(base, tmp_path)
+    np.testing.assert_array_equal(model.generate(**given, **told, max_new_tokens=12, eos_token_id=[]), want)
+    assert (np.asarray(base.generate(**given, max_new_tokens=12, eos_token_id=[])) != want).any()
 
 
 def test_labels_of_tokens_leave_virtual_tokens_out(bases):
