@@ -60,6 +60,28 @@ def test_each_method_trains_by_its_name(name: str) -> None:
     assert found[-1] < found[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--peft", "MULTITASK_PROMPT_TUNING"], "MULTITASK_PROMPT_TUNING is told each row's task"),
+        (["--peft", "P_TUNING", "--packing"], "P_TUNING puts its tokens at the head of a row, where --packing has"),
+    ],
+)
+def test_prompts_that_the_data_is_not_for_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = ["--peft-config", '{"num_virtual_tokens": 4}']
+    assert main([*WORDS, "--max-steps", "3", "--output", "out", *options, *fields]) == 2
+    assert message in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_virtual_tokens_take_positions(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "--max-steps", "3", "--output", "out", "--peft", "PREFIX_TUNING", "--peft-config"]
+    assert main([*words, '{"num_virtual_tokens": 240}']) == 2
+    said = capsys.readouterr().err
+    assert "after 240 virtual ones exceed the model's 256 positions. Give --cutoff-len 16 or less." in said
+
+
 def results(folder: str) -> dict[str, bytes]:
     """What a run writes, without its checkpoints, which hold the time of day."""
     files = [file for file in Path(folder).rglob("*") if file.is_file() and "checkpoints" not in file.parts]
