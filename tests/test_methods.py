@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import peft_jax as pj
+from peft_jax.core.precision import in_base_dtype
 from peft_jax.core.product import MATMUL, Lookup
 from peft_jax.core.weight import Dense
 from peft_jax.methods import base
@@ -149,3 +150,20 @@ def test_works_on_an_int8_base(config):
     x = normal(1, 5, 12)
     close(leaf.apply(x), x @ leaf.dense())
     assert leaf.base.q.dtype == jnp.int8
+
+
+@changes_matrix
+def test_an_adapter_may_have_its_bases_precision(config):
+    kernel = normal(0, 12, 8).astype(jnp.bfloat16)
+    full = pj.apply_adapter({"dense": {"kernel": kernel}}, config)["dense"]["kernel"]
+    assert {array.dtype for array in full.params.values()} == {jnp.dtype("float32")}
+    full = dataclasses.replace(full, params={**full.params, **perturbed(full.params)})
+    half = in_base_dtype({"dense": {"kernel": full}})["dense"]["kernel"]
+    assert {array.dtype for array in half.params.values()} == {kernel.dtype}
+    x = normal(1, 5, 12).astype(kernel.dtype)
+    for got, want in ((half.apply(x), full.apply(x)), (half.dense(), full.dense())):
+        assert got.dtype == want.dtype == kernel.dtype
+        got, want = (np.asarray(y, np.float32) for y in (got, want))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2**-5 * np.abs(want).max())  # bfloat16 has 8 digits
+    gradient = jax.grad(lambda params: jnp.sum(dataclasses.replace(half, params=params).apply(x)))(half.params)
+    assert all(np.isfinite(np.asarray(array, np.float32)).all() for array in gradient.values())

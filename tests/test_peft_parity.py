@@ -410,6 +410,35 @@ def test_stored_element_types_come_back(bases, tmp_path):
     }
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize(("row", "size"), [("rslora", 0.1), ("ADALORA", 0.3), ("BOFT by number", 0.1)])
+def test_an_adapters_element_type_is_pefts_on_a_bfloat16_base(row, size, autocast, bases, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(peft, row)
+    config.bias, config.modules_to_save = "none", None
+    base = AutoModelForCausalLM.from_pretrained(bases["llama"], dtype=torch.bfloat16).eval()
+    theirs = peft.get_peft_model(base, config, autocast_adapter_dtype=autocast)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn_like(parameter))
+        want = theirs(torch.tensor(IDS)).logits.float().numpy()
+    theirs.save_pretrained(tmp_path)
+    kinds = {key: tensor.dtype for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    assert set(map(str, kinds.values())) == {"float32" if autocast else "bfloat16"}
+    base = pj.AutoModelForCausalLM.from_pretrained(bases["llama"], dtype="bfloat16")
+    model = pj.PeftModel.from_pretrained(base, tmp_path, is_trainable=True, autocast_adapter_dtype=autocast)
+    fresh = pj.get_peft_model(base, model.peft_config["default"], autocast_adapter_dtype=autocast)
+    for ours in (model, fresh):
+        assert {key: tensor.dtype for key, tensor in pj.get_peft_model_state_dict(ours).items()} == kinds
+        assert {leaf.dtype for leaf in jax.tree.leaves(pj.partition(ours)[0])} == set(kinds.values())
+    got, alone = (np.asarray(m(IDS).logits, np.float32) for m in (model, base))
+    # Bfloat16 has 8 binary digits, and sums in another order lose some of them: a fraction of what the adapter does.
+    assert np.linalg.norm(got - want) < 0.2 * np.linalg.norm(want - alone)
+    assert np.linalg.norm(want - alone) > 0.1 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -186,12 +186,12 @@ class AdaLoraConfig(Scheduled):
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """``W + s A diag(E) B``, added in the adapter's precision."""
         a, e, b = _factors(params)
-        return (matrix.astype(a.dtype) + ((a * e) @ b) * state["scaling"]).astype(matrix.dtype)
+        return (matrix.astype(a.dtype) + ((a * e) @ b) * state["scaling"].astype(a.dtype)).astype(matrix.dtype)
 
     def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """``x W + (dropout(x) A diag(E) s) B``; the low-rank path runs in the adapter's precision."""
         y, (a, e, b) = base.apply(x, product), _factors(params)
-        scaled = a * (e * jnp.expand_dims(state["scaling"], (-2, -1)))
+        scaled = a * (e * jnp.expand_dims(state["scaling"].astype(a.dtype), (-2, -1)))
         update = product.up(product.down(x if product.looks_up else dropout(x, state), scaled), b)
         return (y.astype(update.dtype) + update).astype(y.dtype)
 

@@ -125,10 +125,10 @@ class BOFTConfig(Method):
 
     def _rotations(self, params: Arrays, state: Arrays) -> jax.Array:
         """``(factors, blocks, size, size)`` by Cayley's map, the identity for layers that are not adapted."""
-        blocks = jnp.where(state["hit"], params["boft_R"], 0)
+        blocks = jnp.where(state["hit"], params["boft_R"], 0).astype(jnp.float32)  # in which equations are solved
         skew = 0.5 * (blocks - jnp.swapaxes(blocks, -1, -2))
         one = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape)
-        rotations = jnp.linalg.solve(one + skew, one - skew)
+        rotations = jnp.linalg.solve(one + skew, one - skew).astype(params["boft_R"].dtype)
         if "dropout" not in state:
             return rotations
         factors, number = rotations.shape[:2]
@@ -136,7 +136,7 @@ class BOFTConfig(Method):
         is_still = jax.random.permutation(order, number) < int(self.boft_dropout * number)
         is_chosen = jnp.arange(factors) == jax.random.randint(factor, (), 0, factors)
         still = is_chosen[:, None, None, None] & is_still[None, :, None, None]
-        return jnp.where(still, one, rotations)
+        return jnp.where(still, one.astype(rotations.dtype), rotations)
 
 
 def _rotate(x: jax.Array, rotations: jax.Array, levels: Sequence[int]) -> jax.Array:

@@ -104,7 +104,8 @@ class HiraConfig(Ranked):
         if "dropout" not in state:
             return apply_merged(self, params, state, base, x, product)
         y = base.apply(x, product)
-        change = state["scaling"][..., None, None] * _change(params, base.layout.matrix(base.dense()))
+        change = _change(params, base.layout.matrix(base.dense()))
+        change = state["scaling"][..., None, None].astype(change.dtype) * change
         update = product.full(dropout(x, state).astype(change.dtype), change)
         return (y.astype(update.dtype) + update).astype(y.dtype)
 

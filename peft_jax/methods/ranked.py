@@ -41,4 +41,4 @@ class Ranked(Method):
 
 def add(matrix: jax.Array, change: jax.Array, state: Mapping[str, Any]) -> jax.Array:
     """``matrix + scale * change``, added in the precision of the change."""
-    return (matrix.astype(change.dtype) + state["scaling"] * change).astype(matrix.dtype)
+    return (matrix.astype(change.dtype) + state["scaling"].astype(change.dtype) * change).astype(matrix.dtype)

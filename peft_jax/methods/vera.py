@@ -114,16 +114,23 @@ class VeraConfig(Method):
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """``W + A diag(d) B diag(b)``, added in the adapter's precision."""
         d, b = params["vera_lambda_d"], _outer(params, state)
-        change = ((state["vera_A"] * d[None]) @ state["vera_B"]) * b[None]
+        random_a, random_b = _random(params, state)
+        change = ((random_a * d[None]) @ random_b) * b[None]
         return (matrix.astype(d.dtype) + change).astype(matrix.dtype)
 
     def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """``x W + b ((d (dropout(x) A)) B)``; the low-rank path runs in the adapter's precision."""
-        y = base.apply(x, product)
-        inner = product.down(x if product.looks_up else dropout(x, state), state["vera_A"])
+        y, (random_a, random_b) = base.apply(x, product), _random(params, state)
+        inner = product.down(x if product.looks_up else dropout(x, state), random_a)
         inner = product.scale(inner, params["vera_lambda_d"])
-        update = product.scale(product.up(inner, state["vera_B"]), _outer(params, state))
+        update = product.scale(product.up(inner, random_b), _outer(params, state))
         return (y.astype(update.dtype) + update).astype(y.dtype)
+
+
+def _random(params: Arrays, state: Arrays) -> tuple[jax.Array, jax.Array]:
+    """The random matrices in the precision of the vectors."""
+    kind = params["vera_lambda_d"].dtype
+    return state["vera_A"].astype(kind), state["vera_B"].astype(kind)
 
 
 def _outer(params: Arrays, state: Arrays) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 
 from peft_jax.core.adapted import adapters
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
+from peft_jax.core.precision import in_base_dtype
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.adapter import load_adapter, save_adapter
 from peft_jax.methods.alora import is_invoked, with_invocations
@@ -23,7 +24,12 @@ from peft_jax.prompts.base import PromptMethod
 
 
 def get_peft_model(
-    model: ModelHandle, peft_config: Method, adapter_name: str = "default", *, key: jax.Array | None = None
+    model: ModelHandle,
+    peft_config: Method,
+    adapter_name: str = "default",
+    *,
+    key: jax.Array | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> Any:
     """A new model (a `PeftModel`) with a fresh adapter; the old one is untouched and shares its arrays.
 
@@ -32,6 +38,7 @@ def get_peft_model(
         peft_config: What to attach, and where. ``"all-linear"`` leaves the output head out, as in PEFT.
         adapter_name: Name of the adapter.
         key: Random key of its start; None means ``jax.random.key(0)``.
+        autocast_adapter_dtype: Whether the adapter is float32 on a base of half precision; else it is as the base.
 
     Raises:
         ValueError: as `peft_jax.apply_adapter`.
@@ -45,8 +52,10 @@ def get_peft_model(
         ['default']
     """
     if isinstance(peft_config, PromptMethod):
-        return PeftModel.of(attach_prompt(model, peft_config, key=key, adapter_name=adapter_name))
-    return PeftModel.of(apply_adapter(model, peft_config, key=key, adapter_name=adapter_name))
+        adapted = attach_prompt(model, peft_config, key=key, adapter_name=adapter_name)
+    else:
+        adapted = apply_adapter(model, peft_config, key=key, adapter_name=adapter_name)
+    return PeftModel.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +78,23 @@ class PeftModel(ModelHandle):
         *,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> Any:
-        """The model with an adapter from PEFT's files (`peft_jax.interop.load_adapter`)."""
-        return cls.of(load_adapter(model, directory, adapter_name=adapter_name, is_trainable=is_trainable))
+        """The model with an adapter from PEFT's files (`peft_jax.interop.load_adapter`).
+
+        Args:
+            model: The base model, or one with other adapters.
+            directory: Folder of the adapter.
+            adapter_name: Name to give it.
+            is_trainable: Whether it is to be trained on.
+            autocast_adapter_dtype: Whether it is float32 on a base of half precision; else it is as the base.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if the file does not fit this base, or is not supported.
+        """
+        adapted = load_adapter(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+        return cls.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 
     @property
     def peft_config(self) -> dict[str, Method]:
