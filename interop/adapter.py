@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import shutil
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from peft_jax.interop.conversion import without_start
@@ -28,6 +28,7 @@ def save_adapter(
     *,
     adapter_name: str = "default",
     path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
     """Write an adapter as PEFT writes it, so that PyTorch PEFT computes the same from it.
 
@@ -41,6 +42,7 @@ def save_adapter(
         path_initial_model_for_weight_conversion: Folder of the same adapter as it was saved before training. A LoRA
             whose start took a part out of the base is then saved as one that goes on the base as it was, of twice
             the rank.
+        save_embedding_layers: As in `get_peft_model_state_dict`.
 
     Raises:
         ValueError: if there is no such adapter, or it cannot be converted.
@@ -54,7 +56,7 @@ def save_adapter(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     config = adapter_config(params.params if isinstance(params, Handle) else params, adapter_name)
-    tensors = get_peft_model_state_dict(params, adapter_name)
+    tensors = get_peft_model_state_dict(params, adapter_name, save_embedding_layers=save_embedding_layers)
     if path_initial_model_for_weight_conversion is not None:
         initial = _read(pathlib.Path(path_initial_model_for_weight_conversion) / WEIGHTS_FILE)
         config, tensors = without_start(config, tensors, initial)

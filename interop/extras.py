@@ -29,15 +29,13 @@ def at_the_ends(params: Any, adapted: set[str]) -> set[str]:
 
 def base_tensors(leaf: Leaf, config: Method, stored: set[str]) -> dict[str, np.ndarray]:
     """The base weight that PEFT stores beside an adapter on the modules ``stored``, a model's embedding and head."""
-    if not config.saves_embeddings or not _targets_embedding(config, stored):
+    if not config.saves_embeddings or not targets_embedding(config, stored):
         return {}
     found = {}
     for index in np.ndindex(leaf.names.shape):
         name = str(leaf.names[index])
         if name in stored:
-            matrix = _base(leaf)[index]
-            matrix = matrix.T if is_transposed(leaf, config) else matrix
-            found[f"{PREFIX}{name}.base_layer.weight"] = np.ascontiguousarray(matrix)
+            found[f"{PREFIX}{name}.base_layer.weight"] = base_matrix(leaf, index, config)
     return found
 
 
@@ -99,6 +97,12 @@ def is_transposed(leaf: Leaf, config: Method) -> bool:
     return bool(leaf.layout.inp) and not leaf.layout.lookup and not in_out
 
 
+def base_matrix(leaf: Leaf, index: tuple[int, ...], config: Method) -> np.ndarray:
+    """A layer's weight without adapters, as PyTorch has it."""
+    matrix = _base(leaf)[index]
+    return np.ascontiguousarray(matrix.T if is_transposed(leaf, config) else matrix)
+
+
 def _base(leaf: Leaf) -> np.ndarray:
     base = leaf.value
     while is_adapted(base):
@@ -106,7 +110,7 @@ def _base(leaf: Leaf) -> np.ndarray:
     return np.asarray(leaf.layout.matrix(as_weight(base, leaf.layout).dense()))
 
 
-def _targets_embedding(config: Method, adapted: Iterable[str]) -> bool:
+def targets_embedding(config: Method, adapted: Iterable[str]) -> bool:
     """PEFT's rule (``save_embedding_layers="auto"``): a list names the module itself, or a regex matches it."""
     targets = config.target_modules or ()
     if isinstance(targets, str):

@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from peft_jax.interop.embeddings import whole_embeddings, without_embeddings
 from peft_jax.interop.extras import (
     at_the_ends,
     base_tensors,
     copied_biases,
     is_transposed,
+    targets_embedding,
     tied_copies,
     without_copies,
     without_tied_copies,
@@ -83,12 +85,16 @@ class Entry(NamedTuple):
         return np.transpose(tensor.reshape([self.shape[axis] for axis in axes]), np.argsort(axes))
 
 
-def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dict[str, np.ndarray]:
+def get_peft_model_state_dict(
+    params: Any, adapter_name: str = "default", *, save_embedding_layers: bool | Literal["auto"] = "auto"
+) -> dict[str, np.ndarray]:
     """The tensors of an adapter under PEFT's keys.
 
     Args:
         params: A tree or model handle with the adapter.
         adapter_name: Which adapter.
+        save_embedding_layers: Whether the base's embedding and output head are among them: ``"auto"`` those that are
+            targets; True those, or both if neither is one; False none.
 
     Raises:
         ValueError: if there is no such adapter.
@@ -112,11 +118,13 @@ def get_peft_model_state_dict(params: Any, adapter_name: str = "default") -> dic
             array = np.asarray(arrays[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
-        if role is None:
+        if role is None and save_embedding_layers:
             tensors |= base_tensors(leaf, config, at_the_ends(params, adapted))
         elif role == "modules_to_save":
             copies = copied_biases(leaf, _hit(node), config, tensors, adapter_name)
             tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
+    if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
+        tensors |= whole_embeddings(params, config)
     for row in SHARED.get(config.peft_type, ()):
         tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
@@ -140,6 +148,7 @@ def set_peft_model_state_dict(
     tree = params.params if isinstance(params, Handle) else params
     if adapter_name in adapters(tree):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
+    tensors = without_embeddings(params, config, tensors, layout)
     if not isinstance(params, Handle):
         if config.on_model:
             raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
@@ -301,9 +310,8 @@ def _adapted(
 def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
     """Raise ValueError unless the tensors are those that the base asks for."""
     shapes = {entry.key: entry.tensor_shape for entry in entries}
-    expected = shapes.keys() | bases.keys()
-    problems = [f"{key} is missing" for key in sorted(expected - tensors.keys())]
-    problems += [f"{key} is left over" for key in sorted(tensors.keys() - expected)]
+    problems = [f"{key} is missing" for key in sorted(shapes.keys() - tensors.keys())]
+    problems += [f"{key} is left over" for key in sorted(tensors.keys() - shapes.keys() - bases.keys())]
     problems += [
         f"{key} has shape {tensors[key].shape}, not {shape}"
         for key, shape in shapes.items()

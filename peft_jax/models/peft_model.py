@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 
@@ -106,16 +106,24 @@ class PeftModel(ModelHandle):
         directory: str | os.PathLike[str],
         *,
         path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
     ) -> None:
         """Write every adapter in PEFT's format: ``default`` into the folder, others into folders of their names.
 
         Args:
-            directory: Folder to write to.
+            directory: Folder to write to; made if need be.
             path_initial_model_for_weight_conversion: As in `peft_jax.interop.save_adapter`.
+            save_embedding_layers: Whether the base's embedding and output head are written too: ``"auto"`` those that
+                are targets; True those, or both if neither is one; False none.
         """
         for name in self.peft_config:
-            path = path_initial_model_for_weight_conversion
-            save_adapter(self, directory, adapter_name=name, path_initial_model_for_weight_conversion=path)
+            save_adapter(
+                self,
+                directory,
+                adapter_name=name,
+                path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
+                save_embedding_layers=save_embedding_layers,
+            )
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line of trainable and all parameters."""
