@@ -367,7 +367,7 @@ def index_only(weight_map):
         (without("config.json"), FileNotFoundError, "No config.json in .* Save the checkpoint with save_pretrained"),
         (overwrite("config.json", "{"), ValueError, "config.json' is not JSON .* again"),
         (overwrite("config.json", "[]"), ValueError, "config.json' is not a JSON object but list"),
-        (overwrite("config.json", '{"model_type": "bert"}'), ValueError, "model_type='bert' is not supported"),
+        (overwrite("config.json", '{"model_type": "mamba"}'), ValueError, "model_type='mamba' is not supported"),
         (without("model.safetensors"), FileNotFoundError, "No model.safetensors and no model.safetensors.index.json"),
         (pickled, FileNotFoundError, "Found pytorch_model.bin: load it in PyTorch and save it anew"),
         (cut, ValueError, "model.safetensors' is damaged or cut off .* Copy or save the checkpoint again"),
