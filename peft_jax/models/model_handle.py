@@ -23,7 +23,8 @@ from peft_jax.models.families import family_of
 from peft_jax.models.family import Family
 from peft_jax.models.outputs import ModelOutput
 from peft_jax.models.prompted import apply_prompted
-from peft_jax.prompts.base import Prompt, PromptLearning, take_prompt
+from peft_jax.prompts.base import Prompt, take_prompt
+from peft_jax.prompts.learning import PromptLearning
 
 # For the dataclasses of handles: parameters are the leaves, all else is static.
 register_handle = partial(

@@ -13,7 +13,8 @@ import numpy as np
 
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
-from peft_jax.prompts.base import IGNORED_LABEL, PROMPT, Labels, PromptLearning
+from peft_jax.prompts.base import IGNORED_LABEL, PROMPT, Labels
+from peft_jax.prompts.learning import PromptLearning
 from peft_jax.prompts.prompt_tuning import rows_of
 
 DELTA, TABLE = "delta", "table"

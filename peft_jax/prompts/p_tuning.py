@@ -12,8 +12,9 @@ import jax
 
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability
-from peft_jax.prompts.base import PROMPT, PromptLearning
+from peft_jax.prompts.base import PROMPT
 from peft_jax.prompts.dense import linear, linear_shapes, started
+from peft_jax.prompts.learning import PromptLearning
 from peft_jax.prompts.lstm import lstm, lstm_shapes
 
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.methods.base import Arrays, register
-from peft_jax.prompts.base import PROMPT, Prompt, PromptLearning
+from peft_jax.prompts.base import PROMPT, Prompt
 from peft_jax.prompts.dense import linear, linear_shapes, started
+from peft_jax.prompts.learning import PromptLearning
 
 
 @register("PREFIX_TUNING")

@@ -14,7 +14,8 @@ import numpy as np
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.weight import Weight, as_weight
 from peft_jax.methods.base import register
-from peft_jax.prompts.base import PROMPT, PromptLearning
+from peft_jax.prompts.base import PROMPT
+from peft_jax.prompts.learning import PromptLearning
 
 
 class PromptTuningInit(enum.StrEnum):
