@@ -102,6 +102,7 @@ def test_a_file_without_tensors_of_its_method_is_refused(tmp_path: Any) -> None:
 
 NEEDED: dict[str, dict[str, Any]] = {  # what PEFT's config does not ask for and cannot do without
     "ADALORA": {"total_step": 10},
+    "TRAINABLE_TOKENS": {"token_indices": [1]},
     "ADAPTION_PROMPT": {"adapter_len": 2, "adapter_layers": 1},
     "CPT": {"task_type": "CAUSAL_LM", "cpt_token_ids": [3], "cpt_mask": [1], "cpt_tokens_type_mask": [4]},
     **dict.fromkeys(

@@ -27,6 +27,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "LOKR": {"r": 4},
     "MISS": {"r": 4},
     "VERA": {"r": 32, "d_initial": 1.0},
+    "TRAINABLE_TOKENS": {"token_indices": list(range(2, 60))},
     "PREFIX_TUNING": {"num_virtual_tokens": 4},
     "PROMPT_TUNING": {"num_virtual_tokens": 4},
     "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},

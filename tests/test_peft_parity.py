@@ -460,23 +460,23 @@ def test_files_that_do_not_fit_are_listed_and_nothing_is_loaded(edit, message, b
 
 
 @pytest.mark.parametrize("save", [True, False])
-@pytest.mark.parametrize("row", ["plain", "embedding"])
+@pytest.mark.parametrize("adapter", ["plain", "embedding"])
 @families
-def test_base_embeddings_are_saved_where_peft_saves_them(family, row, save, bases, tmp_path):
-    theirs = torch_adapter(bases[family], row, tmp_path / "auto")
+def test_base_embeddings_are_saved_where_peft_saves_them(family, adapter, save, bases, tmp_path):
+    theirs = torch_adapter(bases[family], adapter, tmp_path / "auto")
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=save)
     base = load(bases[family])
     model = pj.PeftModel.from_pretrained(base, tmp_path / "theirs")
     model.save_pretrained(tmp_path / "ours", save_embedding_layers=save)
     ours, file, auto = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs", "auto"))
     assert ours.keys() == file.keys()
-    assert (file.keys() == auto.keys()) == (save == (row == "embedding"))
+    assert (file.keys() == auto.keys()) == (save == (adapter == "embedding"))
     for key in file:
         assert ours[key].tobytes() == file[key].tobytes(), key
     close(model(IDS).logits, torch_logits(theirs))
     own = interop.get_peft_model_state_dict(pj.PeftModel.from_pretrained(base, tmp_path / "auto"))
     assert own.keys() == auto.keys()
-    if save and row == "plain":
+    if save and adapter == "plain":
         with pytest.raises(ValueError, match="of shape .* differs from this base's of shape"):
             pj.PeftModel.from_pretrained(load(bases[{"llama": "qwen2", "qwen2": "llama"}[family]]), tmp_path / "theirs")
 
