@@ -101,7 +101,7 @@ def test_our_adapter_gives_the_same_logits_in_peft(name, row, pair, tmp_path):
     leaves, treedef = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    model = clean(pj.combine(jax.tree.unflatten(treedef, leaves), frozen))
+    model = clean(base, pj.combine(jax.tree.unflatten(treedef, leaves), frozen))
     model.save_pretrained(tmp_path)
     want = np.asarray(model(**INPUTS).logits)
     fresh = peft.get_peft_model(torch_base(base), config_of(peft, row))
