@@ -240,7 +240,7 @@ def test_our_adapter_gives_the_same_outputs_in_peft(name, row, bases, tmp_path):
     leaves, treedef = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    model = clean(pj.combine(jax.tree.unflatten(treedef, leaves), frozen))
+    model = clean(load(name, bases), pj.combine(jax.tree.unflatten(treedef, leaves), frozen))
     model.save_pretrained(tmp_path)
     want = output(model(IDS, MASK))
     assert np.abs(want - output(model.unload()(IDS, MASK))).max() > 100 * tolerance(want)
