@@ -119,3 +119,28 @@ def test_masks_and_labels_of_the_whole_tree_are_an_error(make, standard):
 def test_each_place_says_what_not_to_train(file):
     text = " ".join((EXAMPLES.parent / file).read_text().replace("\n# ", " ").split())
     assert re.search("over the whole (tree|model)", text, re.I) and "pj.partition" in text
+
+
+def run_example(name, monkeypatch, capsys, *options):
+    """What an example prints with these options."""
+    pytest.importorskip("torch")  # once is enough, and the newest JAX's turn is for what differs there
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("sys.argv", [name, *options])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint in")  # has no head for classes
+def test_a_frozen_bert_learns_classes_with_lora_and_with_a_prefix(standard, monkeypatch, capsys):
+    options = "--pretraining-steps 20 --steps 80 --classes 3 --length 24".split()
+    text = run_example("classify_docstrings", monkeypatch, capsys, *options)
+    accuracy = dict(re.findall(r"^(\S.*?) +accuracy ([\d.]+)", text, re.MULTILINE))
+    assert list(accuracy) == ["untuned", "LoRA", "P-tuning v2"]
+    assert float(accuracy["LoRA"]) > float(accuracy["untuned"]) < float(accuracy["P-tuning v2"])
+
+
+def test_a_frozen_t5_learns_from_a_prompt_what_it_is_asked(standard, monkeypatch, capsys):
+    options = "--pretraining-steps 60 --steps 60 --longest 16".split()
+    text = run_example("prompt_tune_t5", monkeypatch, capsys, *options)
+    (before, after) = map(float, re.findall(r"held-out loss ([\d.]+)", text))
+    assert after < before
