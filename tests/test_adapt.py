@@ -166,3 +166,12 @@ def test_scopes_of_the_users_program_stay_in_the_compiled_one():
             return x @ w
 
     assert "attention" in jax.jit(pj.adapt(fn)).lower(make((8, 8)), X).as_text(debug_info=True)
+
+
+def test_without_jit_there_is_no_call():
+    w = make((8, 8))
+    with jax.disable_jit():
+        traced = jax.make_jaxpr(pj.adapt(jnp.matmul))(X, w)
+        y = pj.adapt(jnp.matmul)(X, w)
+    assert not any("jaxpr" in eqn.params for eqn in traced.eqns)
+    np.testing.assert_allclose(y, X @ w.dense(), rtol=0, atol=1e-5)

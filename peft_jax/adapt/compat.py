@@ -69,10 +69,11 @@ def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 def run(program: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
     """Run a jaxpr: inside of a program that is being traced as one call in it, else equation by equation.
 
-    That JAX does not go through the equations again makes tracing cheap. Those with effects it has to see.
+    That JAX does not go through the equations again makes tracing cheap. Those with effects it has to see, and under
+    ``jax.disable_jit`` there are no calls.
     """
     traced = isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer)  # what takes no operand tells; it is dead code
-    if program.effects or not traced:
+    if program.effects or not traced or jax.config.jax_disable_jit:
         return core.jaxpr_as_fun(program)(*inputs)
     (call,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
     params = {**call.params, "jaxpr": program, "name": "adapted"}
