@@ -73,7 +73,7 @@ def run(program: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
     ``jax.disable_jit`` there are no calls.
     """
     traced = isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer)  # what takes no operand tells; it is dead code
-    if program.effects or not traced or jax.config.jax_disable_jit:
+    if program.effects or not traced or jax.config.values["jax_disable_jit"]:
         return core.jaxpr_as_fun(program)(*inputs)
     (call,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
     params = {**call.params, "jaxpr": program, "name": "adapted"}
