@@ -77,6 +77,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         conformance.write(file)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go() -> Iterator[None]:
+    """Each compiled program takes memory maps, of which a process may have some 65,000: thousands of programs crash."""
+    yield
+    jax.clear_caches()
+
+
 CORPUS = ["### Instruction:\nReverse the word.\n\n### Input:\nabc\n\n### Response:\ncba"] * 4
 
 
