@@ -36,19 +36,18 @@ from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods.attach import (
-    EMBEDDING,
+from peft_jax.methods.attach import EMBEDDING, beside_target
+from peft_jax.methods.base import Method
+from peft_jax.methods.choose import (
     FOLLOWS,
     TOKENS,
     Choice,
-    beside_target,
     choose,
     matrix_sizes,
     may_be_target,
     modules_with_followers,
-    untied_for,
 )
-from peft_jax.methods.base import Method
+from peft_jax.methods.complete import untied_for
 from peft_jax.methods.trainable_tokens import tokens_by_module, tokens_shape
 from peft_jax.methods.whole import Part, config_of
 from peft_jax.prompts.attach import prompt_places

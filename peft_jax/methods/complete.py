@@ -1,0 +1,104 @@
+"""What a model tells a config: names, task, defaults, linear modules; and what the config asks of the model."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix
+from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_target
+from peft_jax.methods.base import Method
+from peft_jax.methods.trainable_tokens import tokens_by_module
+
+M = TypeVar("M", bound=Method)
+H = TypeVar("H", bound=Handle)
+
+
+def completed(config: M, handle: Handle) -> M:
+    """The config with what the model knows: its name, its task and the heads to train for it, its defaults."""
+    config = _with_saved_heads(config, config.task_type or handle.task_type)
+    defaults = {"target_modules": handle.input_module} if config.on_input else handle.defaults(config.peft_type)
+    return config.completed(defaults).replace(
+        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path
+    )
+
+
+def _with_saved_heads(config: M, task_type: str | None) -> M:
+    """The config for a task, with the heads in ``modules_to_save`` that PEFT trains there."""
+    config = config.replace(task_type=task_type)
+    if not any(field.name == "modules_to_save" for field in dataclasses.fields(config)):
+        return config
+    saved = config.modules_to_save or ()
+    heads = [name for name in SAVED_HEADS.get(task_type, ()) if name not in saved]
+    return config.replace(modules_to_save=[*saved, *heads]) if heads else config
+
+
+def spelled_out(config: M, handle: Handle, layout: Layouts) -> M:
+    """The config with what the model's leaves say: its linear modules, and how PyTorch stores the targets."""
+    found = find_leaves(handle.params, layout)
+    return _with_storage(expand_all_linear(config, found, handle.output_module), found)
+
+
+def _with_storage(config: M, found: Sequence[Leaf]) -> M:
+    """The config with ``fan_in_fan_out`` as PEFT sets it: whether PyTorch stores the targets as ``(in, out)``.
+
+    Raises:
+        ValueError: if it is True, and the model has no such layers.
+    """
+    if not any(field.name == "fan_in_fan_out" for field in dataclasses.fields(config)):
+        return config
+    linear = [leaf for leaf in found if is_matrix(leaf) and leaf.layout is not None and not leaf.layout.lookup]
+    if config.fan_in_fan_out and not any(leaf.layout.stored_in_out for leaf in linear):
+        raise ValueError(
+            "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
+        )
+    targets = [leaf for leaf in linear if any(is_target(config, name) for name in leaf.names.flat)]
+    stored = bool(targets) and all(bool(leaf.layout.stored_in_out) for leaf in targets)
+    return config if stored == config.fan_in_fan_out else config.replace(fan_in_fan_out=stored)
+
+
+def untied_for(handle: H, config: Method, changes: Callable[[str], bool]) -> H:
+    """The handle, with tied modules given leaves of their own if an adapter ``changes`` one of them alone.
+
+    PEFT wraps one of the modules and leaves the other as it was; with one leaf for both, both would change. Where
+    the method keeps ties and changes the module that has the leaf, that is meant.
+    """
+    owner, *others = handle.tied_modules or ("",)
+    if not others:
+        return handle
+    tokens = tokens_by_module(config.trainable_token_indices, handle.tied_modules, handle.input_module, strict=False)
+    if apart := [other for other in others if tokens.get(other, ()) not in ((), tokens.get(owner))]:
+        if config.ensure_weight_tying and owner in tokens:
+            raise ValueError(
+                f"ensure_weight_tying=True, and trainable_token_indices names other tokens of '{apart[0]}' than of "
+                f"'{owner}', to which it is tied. Name the same tokens, or ensure_weight_tying=False."
+            )
+        return handle.untied()
+    if owner in tokens and any(map(changes, others)):
+        raise ValueError(
+            f"Tokens of '{owner}' are trained in '{others[0]}' too, which is tied to it and is to be adapted "
+            "otherwise. Leave one of them out."
+        )
+    if config.keeps_ties and changes(owner):
+        return handle
+    return handle.untied() if any(map(changes, handle.tied_modules)) else handle
+
+
+def expand_all_linear(
+    config: M, found: Sequence[Leaf], output: str | None = None, others: Sequence[Leaf] | None = None
+) -> M:
+    """The config with ``"all-linear"`` spelled out: all matmul weights but the excluded and the ``output`` head.
+
+    Their names are shortened to their ends, unless one of the ``others`` ends in the same way.
+    """
+    targets = config.target_modules
+    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+        return config
+    matmuls = [leaf for leaf in found if is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)]
+    every = [name for leaf in matmuls for name in leaf.names.flat if name != output]
+    named = config.replace(target_modules=every)
+    linear = sorted(name for name in every if is_target(named, name))
+    rest = {name for leaf in others or found for name in leaf.names.flat} - set(linear)
+    ends = {name.rsplit(".", 1)[-1] for name in linear}
+    clash = any(name.rsplit(".", 1)[-1] in ends for name in rest)
+    return config.replace(target_modules=linear if clash else sorted(ends))
