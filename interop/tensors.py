@@ -147,6 +147,8 @@ def set_peft_model_state_dict(
     tree = params.params if isinstance(params, Handle) else params
     if adapter_name in adapters(tree):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
+    if isinstance(params, Handle):
+        tensors = without_tied_copies(params, config, tensors)
     tensors = without_embeddings(params, config, tensors, layout)
     if not isinstance(params, Handle):
         if config.on_model:
@@ -157,7 +159,6 @@ def set_peft_model_state_dict(
     prefix = PREFIXES.get(config.peft_type, PREFIX)
     keys = [key for key in tensors if not key.endswith(f".{TOKEN_SUFFIX}")]
     handle = untied_for(params, config, lambda name: any(key.startswith(f"{prefix}{name}.") for key in keys))
-    tensors = without_tied_copies(handle, config, tensors)
     found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})}, config.fan_in_fan_out)
     if isinstance(config, PromptMethod):
         config = _checked_prompt(config, handle)

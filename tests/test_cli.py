@@ -204,7 +204,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "a folder without tokenizer": (_remove("model/tokenizer.json"), finetune(), "Put tokenizer.json"),
     "a damaged tokenizer": (_write("model/tokenizer.json", "{"), finetune(), "Put tokenizer.json"),
     "a config that is not JSON": (_write("model/config.json", "{"), finetune(), "config.json"),
-    "another architecture": (_write("model/config.json", '{"model_type": "gpt2"}'), finetune(), "gpt2"),
+    "another architecture": (_write("model/config.json", '{"model_type": "mamba"}'), finetune(), "mamba"),
     "truncated safetensors": (_truncate, finetune(), "model.safetensors"),
     "no such data": (_nothing, finetune(data="none.json"), "no data file at none.json"),
     "data that is a folder": (_nothing, finetune(data="model"), "no data file at model"),
