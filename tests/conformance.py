@@ -4,10 +4,12 @@
 ``described(**parameters)`` that gives the config class, the model and the option of a test by its parameters.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 import peft_jax as pj
 
@@ -39,6 +41,23 @@ def close(got: Any, want: Any) -> None:
     assert got.shape == want.shape
     seen.append(float(np.abs(got - want).max() / max(1, np.abs(want).max())))
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance(want))
+
+
+def plain(value: Any) -> Any:
+    """A field of a config, sets and absent fields made comparable."""
+    return sorted(value) if isinstance(value, list) else value
+
+
+def same_files(ours: Path, theirs: Path) -> dict[str, np.ndarray]:
+    """Assert that two folders hold the same adapter, in every field, key and byte; its tensors."""
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, theirs)]
+    for field in configs[0].keys() | configs[1].keys():
+        assert plain(configs[0].get(field)) == plain(configs[1].get(field)), field
+    got, want = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+    assert got.keys() == want.keys()
+    for key in want:
+        assert got[key].dtype == want[key].dtype and got[key].tobytes() == want[key].tobytes(), key
+    return want
 
 
 def row_of(item: Any) -> Row | None:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from conformance import close, tolerance
+from conformance import close, plain, same_files, tolerance
 from safetensors.numpy import load_file
-from test_peft_parity import clean, module_of, plain
+from test_peft_parity import clean, module_of
 
 import peft_jax as pj
 from peft_jax import interop
@@ -199,17 +199,12 @@ def test_pefts_adapter_gives_the_same_outputs_file_and_merge(name, row, bases, t
     close(output(model.merge_and_unload()(IDS, MASK)), want)
     close(output(model.unload()(IDS, MASK)), output(base(IDS, MASK)))
     model.save_pretrained(tmp_path / "ours")
-    folders = [tmp_path / folder for folder in ("ours", "theirs")]
-    ours, file = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
-    for field in ours.keys() | file.keys():
-        assert plain(ours.get(field)) == plain(file.get(field)), field
-    ours, file = (load_file(folder / "adapter_model.safetensors") for folder in folders)
-    assert ours.keys() == file.keys()
-    for key in file:
-        assert ours[key].dtype == file[key].dtype and ours[key].tobytes() == file[key].tobytes(), key
+    file = same_files(tmp_path / "ours", tmp_path / "theirs")
     assert_no_module_is_dead(base, model.peft_config["default"], file, want)
     fresh = pj.get_peft_model(base, config_of(pj, name, row))
-    same_config(fresh.peft_config["default"].to_dict(), json.loads((folders[1] / "adapter_config.json").read_text()))
+    same_config(
+        fresh.peft_config["default"].to_dict(), json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    )
     assert interop.get_peft_model_state_dict(fresh).keys() == without_copies(file)
 
 

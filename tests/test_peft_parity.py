@@ -1,14 +1,13 @@
 """Adapters between PyTorch PEFT and us: the same logits, files and tokens in both directions."""
 
 import dataclasses
-import json
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conformance import close, tolerance
+from conformance import close, same_files, tolerance
 from peft_jax.interop import formats
 from peft_jax.interop.extras import tied_copies
 from safetensors.numpy import load_file
@@ -309,20 +308,8 @@ def test_pefts_adapter_gives_the_same_logits_file_and_merge(family, row, bases, 
         close(model.unload()(IDS).logits, base(IDS).logits)
     # Ours saved again is PEFT's file in every key and byte.
     model.save_pretrained(tmp_path / "ours")
-    folders = [tmp_path / name for name in ("ours", "theirs")]
-    ours, file = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
-    for field in ours.keys() | file.keys():
-        assert plain(ours.get(field)) == plain(file.get(field)), field
-    ours, file = (load_file(folder / "adapter_model.safetensors") for folder in folders)
-    assert ours.keys() == file.keys()
-    for key in file:
-        assert ours[key].dtype == file[key].dtype and ours[key].tobytes() == file[key].tobytes(), key
+    file = same_files(tmp_path / "ours", tmp_path / "theirs")
     assert_no_module_is_dead(base, model.peft_config["default"], file, want)
-
-
-def plain(value):
-    """A field of a config, sets and absent fields made comparable."""
-    return sorted(value) if isinstance(value, list) else value
 
 
 def assert_no_module_is_dead(base, config, tensors, want, inputs={"input_ids": IDS}):  # noqa: B006

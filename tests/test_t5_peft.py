@@ -1,11 +1,9 @@
 """Adapters of T5 between PyTorch PEFT and us: the same logits, files and tokens in both directions."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
-from conformance import close, tolerance
+from conformance import close, same_files, tolerance
 from safetensors.numpy import load_file
 from t5_pairs import SIZES, as_torch, lively_pair, pair
 
@@ -14,7 +12,7 @@ from peft_jax import interop
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-from test_peft_parity import assert_no_module_is_dead, clean, plain  # noqa: E402
+from test_peft_parity import assert_no_module_is_dead, clean  # noqa: E402
 
 __all__ = ["lively_pair", "pair"]
 RANDOM = np.random.default_rng(4)
@@ -81,14 +79,7 @@ def test_pefts_adapter_gives_the_same_logits_file_and_merge(name, row, pair, tmp
     assert np.abs(want - base(**INPUTS).logits).max() > 100 * tolerance(want), "the adapter is dead"
     close(model.merge_and_unload()(**INPUTS).logits, want)
     model.save_pretrained(tmp_path / "ours")
-    folders = [tmp_path / folder for folder in ("ours", "theirs")]
-    ours, file = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
-    for field in ours.keys() | file.keys():
-        assert plain(ours.get(field)) == plain(file.get(field)), field
-    ours, file = (load_file(folder / "adapter_model.safetensors") for folder in folders)
-    assert ours.keys() == file.keys()
-    for key in file:
-        assert ours[key].dtype == file[key].dtype and ours[key].tobytes() == file[key].tobytes(), key
+    file = same_files(tmp_path / "ours", tmp_path / "theirs")
     if name == "v1.0":
         assert_no_module_is_dead(base, model.peft_config["default"], file, want, INPUTS)
 
