@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,8 +58,10 @@ def test_no_torch_no_peft(file: Path) -> None:
 def test_every_room_is_packaged() -> None:
     rooms = {module_name(file)[1] for file in FILES if file.name == "__init__.py" and len(module_name(file)) > 1}
     assert rooms <= set(ROOMS)
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     for room in rooms:
         assert importlib.util.find_spec(f"peft_jax.{room}") is not None
+        assert f"peft_jax.{room}" in listed, "an editable installation finds it, a wheel would not"
     assert (ROOT / "peft_jax" / "py.typed").exists()
 
 
