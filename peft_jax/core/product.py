@@ -45,11 +45,11 @@ class Product:
         if self.out_sharding is not None:
             spec = jax.typeof(x).sharding.spec
             inner = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec[:-1], None))
-        return jnp.matmul(x.astype(a.dtype), a, precision=self.precision, out_sharding=inner)
+        return _in_rows(lambda x: jnp.matmul(x, a, precision=self.precision, out_sharding=inner), x.astype(a.dtype))
 
     def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
         """What `down` gave, times the second factor, ``(rank, out)``."""
-        return jnp.matmul(h, b, precision=self.precision, out_sharding=self.out_sharding)
+        return _in_rows(lambda h: jnp.matmul(h, b, precision=self.precision, out_sharding=self.out_sharding), h)
 
     def scale(self, y: jax.Array, scale: jax.Array) -> jax.Array:
         """A result times a factor for each output, ``(out,)``."""
@@ -151,3 +151,16 @@ class Convolution(Product):
 
 
 MATMUL = Product()
+
+
+def _in_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """A product with ``x`` of shape ``(..., in)`` as one matrix of rows, where there is one device.
+
+    The gradient of a factor sums over all axes but the last. XLA's CPU backend copies an operand with several of them
+    into another order first, which takes longer than the product. Over several devices the axes stay apart, because
+    more than one of them may be sharded.
+    """
+    if x.ndim < 3 or jax.device_count() > 1:
+        return product(x)
+    y = product(x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -21,6 +21,7 @@ from peft_jax.models.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.llama_config import ACTIVATIONS
 from peft_jax.models.outputs import ModelOutput
 from peft_jax.models.positions import Prefix, check_positions, put_before, seen_slots, with_prefix
+from peft_jax.models.remat import kept, rematerialized
 
 
 class BertEmbeddings(nnx.Module):
@@ -49,8 +50,8 @@ class BertSelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None) -> jax.Array:
         """Attend within x (batch, length, hidden) and to this layer's prefix."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (linear(x).reshape(heads) for linear in (self.query, self.key, self.value))
-        return attend(q, *put_before(prefix, k, v), mask).reshape(x.shape)
+        q, k, v = (kept(linear(x)).reshape(heads) for linear in (self.query, self.key, self.value))
+        return kept(attend(q, *put_before(prefix, k, v), mask)).reshape(x.shape)
 
 
 class BertOutput(nnx.Module):
@@ -62,7 +63,7 @@ class BertOutput(nnx.Module):
 
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
         """Map x (batch, length, in) and add it to the residual (batch, length, hidden), whose dtype is kept."""
-        return self.LayerNorm(self.dense(x).astype(residual.dtype) + residual)
+        return self.LayerNorm(kept(self.dense(x).astype(residual.dtype) + residual))
 
 
 class BertAttention(nnx.Module):
@@ -86,7 +87,7 @@ class BertIntermediate(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (batch, length, hidden)."""
-        return ACTIVATIONS[self.act](self.dense(x))
+        return ACTIVATIONS[self.act](kept(self.dense(x)))
 
 
 class BertLayer(nnx.Module):
@@ -120,7 +121,7 @@ class BertEncoder(nnx.Module):
             state, before = inputs
             return nnx.merge(graph, state)(x, mask, before), x if keep else None
 
-        x, inputs = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, prefix))
+        x, inputs = jax.lax.scan(rematerialized(body, whole=remat), x, (stacked, prefix))
         return x, jnp.concatenate([inputs, x[None]]) if keep else None
 
 

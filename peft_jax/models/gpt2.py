@@ -34,6 +34,7 @@ from peft_jax.models.positions import (
     make_cache,
     put_before,
 )
+from peft_jax.models.remat import kept, rematerialized
 from peft_jax.prompts.base import Adaption
 
 
@@ -130,12 +131,12 @@ class GPT2Attention(nnx.Module):
             q = q / (layer + 1).astype(q.dtype)
         k, v, buffers = extend(buffers, k, v, layer, places.index)
         k, v = put_before(beside.prefix, k, v)
-        out = self.c_proj(attend(q, k, v, places.mask).reshape(batch, length, -1))
+        out = self.c_proj(kept(attend(q, k, v, places.mask)).reshape(batch, length, -1))
         return out if adapted is None else out + adapted.reshape(out.shape).astype(out.dtype), buffers
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values (batch, length, heads, head_dim) of x (batch, length, hidden)."""
-        q, k, v = (a.reshape(*x.shape[:2], -1, self.head_dim) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+        q, k, v = (a.reshape(*x.shape[:2], -1, self.head_dim) for a in jnp.split(kept(self.c_attn(x)), 3, axis=-1))
         return q, k, v
 
     def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
@@ -155,7 +156,7 @@ class GPT2MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (batch, length, hidden)."""
-        return self.c_proj(ACTIVATIONS[self.act](self.c_fc(x)))
+        return self.c_proj(ACTIVATIONS[self.act](kept(self.c_fc(x))))
 
 
 class GPT2Block(nnx.Module):
@@ -172,7 +173,7 @@ class GPT2Block(nnx.Module):
     ) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         out, buffers = self.attn(self.ln_1(x), places, layer, beside, buffers)
-        x = x + out.astype(x.dtype)
+        x = kept(x + out.astype(x.dtype))
         return x + self.mlp(self.ln_2(x)).astype(x.dtype), buffers
 
 
@@ -202,7 +203,7 @@ class GPT2Model(nnx.Module):
             state, layer, prompt = inputs
             return nnx.merge(graph, state)(carry[0], places, layer, prompt, carry[1]), carry[0] if keep else None
 
-        body = jax.checkpoint(body) if remat else body
+        body = rematerialized(body, whole=remat)
         count = jax.tree.leaves(stacked)[0].shape[0]
         (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(count), beside))
         x = self.ln_f(x)

@@ -24,6 +24,7 @@ from peft_jax.models.layers import Embed, RMSNorm, linear_maker
 from peft_jax.models.llama_config import ACTIVATIONS, FULL, SLIDING, LlamaConfig, RopeScaling
 from peft_jax.models.outputs import ModelOutput
 from peft_jax.models.positions import Beside, Buffers, Prefix, extend, filled, put_before
+from peft_jax.models.remat import kept, rematerialized
 from peft_jax.prompts.base import Adaption
 
 __all__ = ["KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params", "param_shapes"]
@@ -57,12 +58,12 @@ class LlamaAttention(nnx.Module):
         """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
-        q, k, v = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
+        q, k, v = (kept(project(x)).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context), rotate(k, context)
         k, v, buffers = extend(buffers, k, v, layer, context.index)
-        seen = attend(q, *put_before(beside.prefix, k, v), mask)
+        seen = kept(attend(q, *put_before(beside.prefix, k, v), mask))
         if beside.adaption is None:
             return self.o_proj(seen.reshape(batch, length, -1)), buffers
         seen = seen + self._attend_to(beside.adaption, q)
@@ -94,7 +95,8 @@ class LlamaMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (batch, length, hidden)."""
-        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+        gate, up = kept(self.gate_proj(x)), kept(self.up_proj(x))
+        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up)
 
 
 class LlamaDecoderLayer(nnx.Module):
@@ -117,7 +119,7 @@ class LlamaDecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         out, buffers = self.self_attn(self.input_layernorm(x), context, mask, layer, beside, buffers)
-        x = x + out.astype(x.dtype)
+        x = kept(x + out.astype(x.dtype))
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), buffers
 
 
@@ -146,7 +148,7 @@ class LlamaModel(nnx.Module):
             out = nnx.merge(graph, state)(carry[0], context, mask, layer, prompt, carry[1])
             return out, carry[0] if keep else None
 
-        body = jax.checkpoint(body) if remat else body
+        body = rematerialized(body, whole=remat)
         layers = (stacked, jnp.arange(len(self.kinds)), slides, beside)
         (x, buffers), inputs = jax.lax.scan(body, (x, buffers), layers)
         x = self.norm(x)
