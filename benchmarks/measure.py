@@ -1,0 +1,225 @@
+"""How the benchmarks time, weigh and record: contenders in turn in one run, ratios between them, one JSON file each."""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+
+BUILD = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "peft", "transformers", "bitsandbytes", "numpy")
+PAUSE = 0.02  # seconds between contenders, in which the threads of the last one go to sleep
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way of doing the work.
+
+    Attributes:
+        name: What the table calls it.
+        run: Does the work once, and returns when it is done.
+        facts: What else is known of it, for its row of the record.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class NotRun(Exception):
+    """Why a contender cannot run here; the record says so in its row."""
+
+
+def require_pytorch(instead: str) -> None:
+    """Raise SystemExit if PyTorch or PEFT is missing; ``instead`` says how to do without."""
+    missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"{Path(sys.argv[0]).name} compares with PyTorch PEFT, but {' and '.join(missing)} cannot be imported. "
+            f"Install them: pip install -e '.[bench]'. {instead}"
+        )
+
+
+def interleave(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each contender's runs, taken in turn; one more round before warms up and is left out.
+
+    Python's garbage collector is off meanwhile, as in ``timeit``: its long runs would fall to one of them by chance.
+    """
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for turn in range(repeats + 1):
+        for contender in contenders:
+            gc.collect()
+            time.sleep(PAUSE)
+            with collector_off():
+                start = time.perf_counter()
+                contender.run()
+                seconds = time.perf_counter() - start
+            if turn:
+                times[contender.name].append(seconds)
+    return times
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """No garbage collection inside."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and the seconds that it takes."""
+    start = time.perf_counter()
+    found = run()
+    return found, time.perf_counter() - start
+
+
+def row(contender: Contender, seconds: Sequence[float], tokens: int | None = None) -> dict[str, Any]:
+    """A contender's row of a record, with tokens per second if its runs handle so many."""
+    median = statistics.median(seconds)
+    times = {"seconds": list(seconds), "median": median, "fastest": min(seconds), "slowest": max(seconds)}
+    speed = {} if tokens is None else {"tokens_per_second": tokens / median}
+    return {"name": contender.name, **times, **speed, **contender.facts}
+
+
+def ratio(what: str, above: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """How two rows' times compare: of medians, of the fastest runs, and of the runs of each turn, at both ends."""
+    turns = [a / b for a, b in zip(above["seconds"], below["seconds"], strict=True)]
+    return {
+        "what": what,
+        "above": above["name"],
+        "below": below["name"],
+        "median": above["median"] / below["median"],
+        "fastest": above["fastest"] / below["fastest"],
+        "lowest": min(turns),
+        "highest": max(turns),
+    }
+
+
+def plain_ratio(what: str, above: str, below: str, value: float) -> dict[str, Any]:
+    """A ratio of two figures that have no spread, such as bytes."""
+    return {"what": what, "above": above, "below": below, "median": value}
+
+
+def memory(build: Callable[[], Contender], device_peak: Callable[[], int | None]) -> dict[str, int | None]:
+    """What this process, which has imported what it needs and done nothing else, takes to build and run a contender.
+
+    Bytes beside what the imports take: at the peak of a run once it has warmed up, and at the peak of all, with reading
+    the checkpoint, tracing and compiling. None where the system does not tell.
+    """
+    imported = status("VmRSS")
+    contender = build()
+    contender.run()
+    contender.run()
+    whole = status("VmHWM")
+    give_back()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    contender.run()
+    steady = status("VmHWM")
+    if imported is None or whole is None or steady is None:
+        return {"host_bytes": None, "host_peak_bytes": None, "device_peak_bytes": device_peak()}
+    found = {"host_bytes": steady - imported, "host_peak_bytes": whole - imported}
+    return {**found, "device_peak_bytes": device_peak()}
+
+
+def give_back() -> None:
+    """Return to the system what is free."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
+
+
+def status(field: str) -> int | None:
+    """A field of Linux's account of this process, in bytes; None on other systems."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+
+
+def alone(name: str) -> dict[str, Any]:
+    """What this program prints as its last line when it is started anew with ``--alone NAME``, read as JSON."""
+    command = [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:], "--alone", name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, accelerator, versions and date."""
+    import jax  # not at the top: a contender of PyTorch is weighed without it
+
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_record(folder: Path, name: str, settings: Any, rows: Sequence[Any], ratios: Sequence[Any]) -> Path:
+    """Write what a program found, as ``NAME.json``."""
+    told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
+    told.pop("alone", None)
+    record = {"program": name, "settings": told, "machine": machine(), "rows": list(rows), "ratios": list(ratios)}
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = "-".join(str(told[part]) for part in ("size", "dtype") if part in told)
+    file = folder / f"{name}-{shape}.json"
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def show(rows: Sequence[Mapping[str, Any]], ratios: Sequence[Mapping[str, Any]]) -> None:
+    """Print a record's rows and ratios."""
+    for one in rows:
+        if "not_run" in one:
+            print(f"{one['name']:28} not run: {one['not_run']}")
+            continue
+        parts = []
+        if "median" in one:
+            parts.append(f"{1e3 * one['median']:10.1f} ms ({1e3 * one['fastest']:.1f} to {1e3 * one['slowest']:.1f})")
+        if "tokens_per_second" in one:
+            parts.append(f"{one['tokens_per_second']:10,.0f} tokens/s")
+        parts += [
+            f"{key.removesuffix('_bytes')} {value / 2**20:,.0f} MiB"
+            for key, value in one.items()
+            if key.endswith("_bytes") and value is not None
+        ]
+        print(f"{one['name']:28}" + "  ".join(parts))
+    for one in ratios:
+        print(f"{one['what']}: {one['median']:.3f}", end="")
+        print(
+            "  (fastest {fastest:.3f}, turns {lowest:.3f} to {highest:.3f})".format(**one) if "fastest" in one else ""
+        )

@@ -1,0 +1,107 @@
+"""The side of the benchmarks that is JAX and peft_jax: what they build of it."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measure import Contender, timed
+from shapes import SHAPES, Dtype, Size, checkpoint_folder
+
+import peft_jax as pj
+from peft_jax.cli.checkpoint import apply
+from peft_jax.models import LlamaConfig
+from peft_jax.train import make_optimizer, make_training_step, start
+
+
+def random_checkpoint(build: Path, size: Size, dtype: Dtype, layers: int | None = None) -> Path:
+    """Write a checkpoint of a shape with random weights, if it is not there yet; return its folder."""
+    folder = checkpoint_folder(build, size, dtype, layers)
+    if not folder.exists():
+        shape = {**SHAPES[size], **({} if layers is None else {"num_hidden_layers": layers})}
+        model = pj.AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            model.save_pretrained(Path(temporary) / "whole")
+            (Path(temporary) / "whole").rename(folder)
+    return folder
+
+
+def load(checkpoint: Path, *, load_in_8bit: bool = False, remat: bool = False) -> Any:
+    """The base model, in the checkpoint's dtype."""
+    return pj.AutoModelForCausalLM.from_pretrained(checkpoint, load_in_8bit=load_in_8bit, remat=remat)
+
+
+def batch_of(ids: np.ndarray) -> dict[str, jax.Array]:
+    """A batch without padding, every token of which is learned."""
+    return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.ones_like(ids), "labels": jnp.asarray(ids)}
+
+
+def training_step(name: str, model: Any, config: Any, ids: np.ndarray) -> Contender:
+    """The step of `peft-jax finetune`: loss, gradient, clipping and AdamW in one compiled program."""
+    optimizer = make_optimizer(1e-4, 1000)
+    state, frozen = start(pj.get_peft_model(model, config), optimizer, seed=0)
+    batch = batch_of(ids)
+    step = make_training_step(apply, optimizer)
+    (compiled, seconds) = timed(
+        lambda: step.lower(state.trainable, state.opt_state, frozen, batch, state.key).compile()
+    )
+    current = [state.trainable, state.opt_state]
+    losses: list[float] = []
+
+    def run() -> None:
+        *current[:], metrics = compiled(*current, frozen, batch, state.key)
+        losses.append(float(metrics.loss))
+
+    _, first = timed(run)
+    analysis = compiled.memory_analysis()
+    facts = {"first_step_seconds": seconds + first, "loss": losses[0], **_compiler_bytes(analysis)}
+    return Contender(name, run, facts)
+
+
+def lora(rank: int) -> Any:
+    """LoRA on all linear layers."""
+    return pj.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
+def norms() -> Any:
+    """Trains a norm of each layer: the gradient goes the way of an adapter's, and costs no product of its own."""
+    return pj.LNTuningConfig(target_modules=["input_layernorm"])
+
+
+def weight_products(name: str, model: Any, tokens: int) -> Contender:
+    """The products with frozen weights of a training step and nothing else: forward, and gradient of the inputs."""
+    params = model.params["model"]
+    kernels = [leaf for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 3]
+    head = model.params["lm_head"]["kernel"] if "lm_head" in model.params else params["embed_tokens"]["embedding"].T
+    widths = {kernel.shape[-2] for kernel in (*kernels, head)}
+    inputs = {width: jax.random.normal(jax.random.key(0), (tokens, width), head.dtype) for width in widths}
+
+    def both(kernel: jax.Array, inputs: Mapping[int, jax.Array]) -> jax.Array:
+        y = jax.lax.optimization_barrier(inputs[kernel.shape[0]] @ kernel)
+        return jnp.max(y @ kernel.T)
+
+    @jax.jit
+    def products(kernels: list[jax.Array], head: jax.Array, inputs: dict[int, jax.Array]) -> Any:
+        layers = jax.lax.scan(lambda _, layer: (None, [both(kernel, inputs) for kernel in layer]), None, kernels)[1]
+        return layers, both(head, inputs)
+
+    return Contender(name, lambda: jax.block_until_ready(products(kernels, head, inputs)))
+
+
+def device_peak() -> int | None:
+    """The most bytes that were in use on the accelerator; None for a CPU."""
+    stats = jax.devices()[0].memory_stats() or {}
+    found: int | None = stats.get("peak_bytes_in_use")
+    return found
+
+
+def _compiler_bytes(analysis: Any) -> dict[str, int]:
+    fields = [field for field in ("argument", "output", "temp", "alias") if hasattr(analysis, f"{field}_size_in_bytes")]
+    found = {field: getattr(analysis, f"{field}_size_in_bytes") for field in fields}
+    total = found.get("argument", 0) + found.get("output", 0) + found.get("temp", 0) - found.get("alias", 0)
+    return {"xla_bytes": total, "xla_temporary_bytes": found.get("temp", 0)}

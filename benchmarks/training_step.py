@@ -1,0 +1,161 @@
+"""A training step of LoRA on all linear layers of a Llama: peft_jax beside PyTorch PEFT, and beside the limit.
+
+    python benchmarks/training_step.py --size 30m
+    python benchmarks/training_step.py --size 8b --dtype bfloat16 --batch 8 --length 1024     # on a GPU or TPU
+
+Both sides read one random checkpoint and train on one batch, in turn in one process; their first losses have to agree.
+Peak memory is taken of each contender in a process of its own. The limit is the time of the products with frozen
+weights alone (forward and gradient of the inputs), measured in the same turns, whichever side does them faster.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import tyro
+from measure import Contender, NotRun
+from shapes import Dtype, Size, checkpoint_folder, read_shape, weight_flops
+
+OURS = ("ours", "ours-bare", "ours-remat")
+THEIRS = ("peft", "peft-compiled", "peft-checkpointing")
+LIMITS = ("products-jax", "products-torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The work, and who does it.
+
+    Attributes:
+        size: The Llama's shape.
+        dtype: Of the base; adapters are float32.
+        batch: Rows.
+        length: Tokens of a row.
+        rank: Of the adapters.
+        repeats: Turns that are timed.
+        contenders: Who is timed. ours-bare trains norms, so that its step has no products of adapters; ours-remat and
+            peft-checkpointing recompute the layers in the backward pass; products-* are the limit's.
+        memory: Whether each one's peak memory is taken too, in a process of its own.
+        build: Folder of checkpoints and records.
+        alone: Build and weigh this contender alone, and print its memory.
+    """
+
+    size: Size = "30m"
+    dtype: Dtype = "float32"
+    batch: int = 4
+    length: int = 256
+    rank: int = 16
+    repeats: int = 5
+    contenders: tuple[str, ...] = (*OURS, *THEIRS, *LIMITS)
+    memory: bool = True
+    build: Path = measure.BUILD
+    alone: str | None = None
+
+
+def build(name: str, settings: Settings) -> Contender:
+    """Make a contender ready to run.
+
+    Raises:
+        NotRun: If it cannot run here.
+    """
+    checkpoint = checkpoint_folder(settings.build, settings.size, settings.dtype)
+    shape = read_shape(checkpoint)
+    ids = np.random.default_rng(0).integers(0, shape["vocab_size"], (settings.batch, settings.length), dtype=np.int32)
+    if name in OURS or name == "products-jax":
+        import ours  # not at the top: neither side is to be weighed with the other's libraries
+
+        model = ours.load(checkpoint, remat=name == "ours-remat")
+        if name == "products-jax":
+            return ours.weight_products(name, model, ids.size)
+        return ours.training_step(name, model, ours.norms() if name == "ours-bare" else ours.lora(settings.rank), ids)
+    import theirs
+
+    model = theirs.load(checkpoint)
+    if name == "products-torch":
+        return theirs.weight_products(name, model, ids.size)
+    options = {"compiled": name == "peft-compiled", "checkpointing": name == "peft-checkpointing"}
+    return theirs.training_step(name, model, theirs.lora(settings.rank), ids, **options)
+
+
+def weigh(name: str, settings: Settings) -> dict[str, Any]:
+    """The memory of a contender, in this process."""
+    if name in OURS:
+        import ours as side
+    else:
+        import theirs as side
+    return measure.memory(lambda: build(name, settings), side.device_peak)
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ratios that the rows allow."""
+    asked = [
+        ("speed, times PEFT", "peft", "ours"),
+        ("speed, times PEFT compiled", "peft-compiled", "ours"),
+        ("speed with recomputing, times PEFT checkpointing", "peft-checkpointing", "ours-remat"),
+        ("step, times that without the adapters' products", "ours", "ours-bare"),
+    ]
+    limits = [rows[name] for name in LIMITS if "median" in rows.get(name, {})]
+    if limits:
+        fastest = min(limits, key=lambda one: one["median"])["name"]
+        asked += [(f"share of the limit, {name}", fastest, name) for name in (*OURS[:1], *THEIRS[:2])]
+    found = [
+        measure.ratio(what, rows[above], rows[below])
+        for what, above, below in asked
+        if "median" in rows.get(above, {}) and "median" in rows.get(below, {})
+    ]
+    for above, below in (("ours", "peft"), ("ours", "peft-checkpointing"), ("ours-remat", "peft-checkpointing")):
+        for kind in ("host_bytes", "device_peak_bytes"):
+            sizes = rows.get(above, {}).get(kind), rows.get(below, {}).get(kind)
+            if all(sizes):
+                value = sizes[0] / sizes[1]
+                found.append(measure.plain_ratio(f"{kind[:-6]} memory, {above} over {below}", above, below, value))
+    return found
+
+
+def check_losses(rows: dict[str, dict[str, Any]], dtype: Dtype) -> None:
+    """Raise RuntimeError unless all contenders start from the same loss, which says that they do the same work."""
+    losses = {name: row["loss"] for name, row in rows.items() if "loss" in row}
+    if losses and max(losses.values()) - min(losses.values()) > (1e-4 if dtype == "float32" else 2e-2):
+        raise RuntimeError(f"the contenders do not do the same work: their first losses are {losses}.")
+
+
+def main(settings: Settings) -> None:
+    """Time the contenders, print what was found and write the record."""
+    known = (*OURS, *THEIRS, *LIMITS)
+    if unknown := [name for name in settings.contenders if name not in known]:
+        raise SystemExit(f"no contender is named {', '.join(unknown)}. Take some of {', '.join(known)}.")
+    if any(name in THEIRS or name == "products-torch" for name in settings.contenders):
+        measure.require_pytorch(f"Or do without: --contenders {' '.join(OURS)} products-jax")
+    if settings.alone is not None:
+        print(json.dumps(weigh(settings.alone, settings)))
+        return
+    import ours
+
+    checkpoint = ours.random_checkpoint(settings.build, settings.size, settings.dtype)
+    contenders, rows = [], {}
+    for name in settings.contenders:
+        try:
+            contenders.append(build(name, settings))
+        except NotRun as reason:
+            rows[name] = {"name": name, "not_run": str(reason)}
+    times = measure.interleave(contenders, settings.repeats)
+    tokens = settings.batch * settings.length
+    for contender in contenders:
+        rows[contender.name] = measure.row(contender, times[contender.name], tokens)
+        if contender.name in LIMITS:
+            flops = weight_flops(read_shape(checkpoint), tokens)
+            rows[contender.name]["flops_per_second"] = flops / rows[contender.name]["median"]
+        elif settings.memory:
+            rows[contender.name].update(measure.alone(contender.name))
+    check_losses(rows, settings.dtype)
+    ratios = compare(rows)
+    measure.show(list(rows.values()), ratios)
+    print(
+        f"Wrote {measure.write_record(settings.build / 'records', 'training_step', settings, rows.values(), ratios)}."
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
