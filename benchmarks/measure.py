@@ -92,6 +92,48 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
+def contend(
+    names: Sequence[str], build: Callable[[str], Contender], repeats: int, tokens: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Build contenders by name, time them in turn, and return each one's row; ``tokens`` is what a run handles."""
+    contenders, rows = [], {}
+    for name in names:
+        try:
+            contenders.append(build(name))
+        except NotRun as reason:
+            rows[name] = {"name": name, "not_run": str(reason)}
+    times = interleave(contenders, repeats)
+    for contender in contenders:
+        rows[contender.name] = row(contender, times[contender.name], tokens)
+    return {name: rows[name] for name in names}
+
+
+def ratios(asked: Sequence[tuple[str, str, str]], rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The ratios ``(what, above, below)`` of those rows that were timed."""
+
+    def was_timed(name: str) -> bool:
+        return "median" in rows.get(name, {})
+
+    return [ratio(what, rows[a], rows[b]) for what, a, b in asked if was_timed(a) and was_timed(b)]
+
+
+def memory_ratios(asked: Sequence[tuple[str, str, str]], rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The ratios ``(field, above, below)`` of the bytes that were taken of both."""
+    found = []
+    for field, above, below in asked:
+        sizes = rows.get(above, {}).get(field), rows.get(below, {}).get(field)
+        if sizes[0] and sizes[1]:
+            what = f"{field.removesuffix('_bytes').replace('_', ' ')} memory, {above} over {below}"
+            found.append({"what": what, "above": above, "below": below, "median": sizes[0] / sizes[1]})
+    return found
+
+
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise SystemExit if a contender is unknown."""
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"no contender is named {', '.join(unknown)}. Take some of {', '.join(known)}.")
+
+
 def row(contender: Contender, seconds: Sequence[float], tokens: int | None = None) -> dict[str, Any]:
     """A contender's row of a record, with tokens per second if its runs handle so many."""
     median = statistics.median(seconds)
@@ -112,11 +154,6 @@ def ratio(what: str, above: Mapping[str, Any], below: Mapping[str, Any]) -> dict
         "lowest": min(turns),
         "highest": max(turns),
     }
-
-
-def plain_ratio(what: str, above: str, below: str, value: float) -> dict[str, Any]:
-    """A ratio of two figures that have no spread, such as bytes."""
-    return {"what": what, "above": above, "below": below, "median": value}
 
 
 def memory(build: Callable[[], Contender], device_peak: Callable[[], int | None]) -> dict[str, int | None]:
@@ -189,11 +226,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def finish(program: str, settings: Any, rows: Mapping[str, Any], ratios: Sequence[Any]) -> None:
+    """Print what a program found and write its record."""
+    show(list(rows.values()), ratios)
+    file = write_record(settings.build / "records", program, settings, list(rows.values()), ratios)
+    print(f"Wrote {file}.")
+
+
 def write_record(folder: Path, name: str, settings: Any, rows: Sequence[Any], ratios: Sequence[Any]) -> Path:
-    """Write what a program found, as ``NAME.json``."""
+    """Write a record, as JSON named after the program, the size and the dtype."""
     told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
     told.pop("alone", None)
-    record = {"program": name, "settings": told, "machine": machine(), "rows": list(rows), "ratios": list(ratios)}
+    record = {"program": name, "settings": told, "machine": machine(), "rows": rows, "ratios": ratios}
     folder.mkdir(parents=True, exist_ok=True)
     shape = "-".join(str(told[part]) for part in ("size", "dtype") if part in told)
     file = folder / f"{name}-{shape}.json"

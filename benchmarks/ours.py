@@ -1,8 +1,7 @@
 """The side of the benchmarks that is JAX and peft_jax: what they build of it."""
 
-import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,37 @@ def training_step(name: str, model: Any, config: Any, ids: np.ndarray) -> Conten
     return Contender(name, run, facts)
 
 
-def lora(rank: int) -> Any:
+def random_adapter(checkpoint: Path, rank: int, folder: Path) -> None:
+    """Write an adapter that changes the model, if it is not there yet."""
+    if not folder.exists():
+        pj.get_peft_model(load(checkpoint), lora(rank, init_lora_weights=False)).save_pretrained(folder)
+
+
+def with_adapter(model: Any, folder: Path, *, merged: bool = False) -> Any:
+    """The model with an adapter from a folder."""
+    model = pj.PeftModel.from_pretrained(model, folder)
+    return model.merge_and_unload() if merged else model
+
+
+def with_adapters(model: Any, rank: int, count: int) -> Any:
+    """The model with random adapters named ``a0``, ``a1`` and so on."""
+    for number in range(count):
+        config = lora(rank, init_lora_weights=False)
+        model = pj.get_peft_model(model, config, f"a{number}", key=jax.random.key(number))
+    return model
+
+
+def generator(model: Any, ids: np.ndarray, adapters: Sequence[str] | None = None) -> Callable[[int], Any]:
+    """``(new tokens) -> ids``, greedy; each row with its adapter if they are named."""
+    model = model if adapters is None else pj.with_adapter_rows(model, adapters)
+    prompts = jnp.asarray(ids)
+    mask = jnp.ones_like(prompts)
+    return lambda count: jax.block_until_ready(model.generate(prompts, mask, max_new_tokens=count, do_sample=False))
+
+
+def lora(rank: int, **options: Any) -> Any:
     """LoRA on all linear layers."""
-    return pj.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return pj.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", **options)
 
 
 def norms() -> Any:

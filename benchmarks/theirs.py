@@ -1,7 +1,9 @@
 """The side of the benchmarks that is PyTorch, transformers and PEFT: what they build of it."""
 
+import importlib.util
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers
 from measure import Contender, NotRun, timed
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and PEFT's, of each other
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,9 +26,53 @@ def load(checkpoint: Path, **options: Any) -> Any:
     return model if options.get("quantization_config") else model.to(DEVICE)
 
 
-def lora(rank: int) -> Any:
+def load_in_8bit(checkpoint: Path) -> Any:
+    """The base model on bitsandbytes' int8.
+
+    Raises:
+        NotRun: If there is no bitsandbytes that runs here.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise NotRun("bitsandbytes cannot be imported; pip install bitsandbytes")
+    try:
+        return load(checkpoint, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True))
+    except Exception as error:  # of many kinds: no kernel for this processor, no CUDA library
+        raise NotRun(f"bitsandbytes fails here: {_reason(error)}") from error
+
+
+def lora(rank: int, **options: Any) -> Any:
     """LoRA on all linear layers."""
-    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    fixed = {"lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(r=rank, **fixed, **options)
+
+
+def with_adapter(model: Any, folder: Path, *, merged: bool = False) -> Any:
+    """The model with an adapter from a folder."""
+    model = peft.PeftModel.from_pretrained(model, folder)
+    return model.merge_and_unload() if merged else model
+
+
+def with_adapters(model: Any, rank: int, count: int) -> Any:
+    """The model with random adapters named ``a0``, ``a1`` and so on."""
+    model = peft.get_peft_model(model, lora(rank, init_lora_weights=False), "a0")
+    for number in range(1, count):
+        model.add_adapter(f"a{number}", lora(rank, init_lora_weights=False))
+    return model
+
+
+def generator(model: Any, ids: np.ndarray, adapters: Sequence[str] | None = None) -> Callable[[int], Any]:
+    """``(new tokens) -> ids``, greedy; each row with its adapter if they are named."""
+    prompts = torch.tensor(ids, dtype=torch.long, device=DEVICE)
+    given = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0}
+    rows = {} if adapters is None else {"adapter_names": list(adapters)}
+    model.eval()
+
+    @torch.no_grad()
+    def run(count: int) -> np.ndarray:
+        found: np.ndarray = model.generate(**given, **rows, max_new_tokens=count).cpu().numpy()
+        return found
+
+    return run
 
 
 def finish() -> None:
@@ -89,5 +136,10 @@ def _first(run: Callable[[], None]) -> float:
     try:
         return timed(run)[1]
     except Exception as error:  # of many kinds: no compiler, an unsupported operation
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise NotRun(f"torch.compile fails here: {type(error).__name__}: {reason[:200]}") from error
+        raise NotRun(f"torch.compile fails here: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -16,7 +16,7 @@ from typing import Any
 import measure
 import numpy as np
 import tyro
-from measure import Contender, NotRun
+from measure import Contender
 from shapes import Dtype, Size, checkpoint_folder, read_shape, weight_flops
 
 OURS = ("ours", "ours-bare", "ours-remat")
@@ -96,22 +96,12 @@ def compare(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         ("speed with recomputing, times PEFT checkpointing", "peft-checkpointing", "ours-remat"),
         ("step, times that without the adapters' products", "ours", "ours-bare"),
     ]
-    limits = [rows[name] for name in LIMITS if "median" in rows.get(name, {})]
-    if limits:
+    if limits := [rows[name] for name in LIMITS if "median" in rows.get(name, {})]:
         fastest = min(limits, key=lambda one: one["median"])["name"]
         asked += [(f"share of the limit, {name}", fastest, name) for name in (*OURS[:1], *THEIRS[:2])]
-    found = [
-        measure.ratio(what, rows[above], rows[below])
-        for what, above, below in asked
-        if "median" in rows.get(above, {}) and "median" in rows.get(below, {})
-    ]
-    for above, below in (("ours", "peft"), ("ours", "peft-checkpointing"), ("ours-remat", "peft-checkpointing")):
-        for kind in ("host_bytes", "device_peak_bytes"):
-            sizes = rows.get(above, {}).get(kind), rows.get(below, {}).get(kind)
-            if all(sizes):
-                value = sizes[0] / sizes[1]
-                found.append(measure.plain_ratio(f"{kind[:-6]} memory, {above} over {below}", above, below, value))
-    return found
+    pairs = (("ours", "peft"), ("ours", "peft-checkpointing"), ("ours-remat", "peft-checkpointing"))
+    sizes = [(field, above, below) for above, below in pairs for field in ("host_bytes", "device_peak_bytes")]
+    return measure.ratios(asked, rows) + measure.memory_ratios(sizes, rows)
 
 
 def check_losses(rows: dict[str, dict[str, Any]], dtype: Dtype) -> None:
@@ -123,9 +113,7 @@ def check_losses(rows: dict[str, dict[str, Any]], dtype: Dtype) -> None:
 
 def main(settings: Settings) -> None:
     """Time the contenders, print what was found and write the record."""
-    known = (*OURS, *THEIRS, *LIMITS)
-    if unknown := [name for name in settings.contenders if name not in known]:
-        raise SystemExit(f"no contender is named {', '.join(unknown)}. Take some of {', '.join(known)}.")
+    measure.check_names(settings.contenders, (*OURS, *THEIRS, *LIMITS))
     if any(name in THEIRS or name == "products-torch" for name in settings.contenders):
         measure.require_pytorch(f"Or do without: --contenders {' '.join(OURS)} products-jax")
     if settings.alone is not None:
@@ -134,27 +122,15 @@ def main(settings: Settings) -> None:
     import ours
 
     checkpoint = ours.random_checkpoint(settings.build, settings.size, settings.dtype)
-    contenders, rows = [], {}
-    for name in settings.contenders:
-        try:
-            contenders.append(build(name, settings))
-        except NotRun as reason:
-            rows[name] = {"name": name, "not_run": str(reason)}
-    times = measure.interleave(contenders, settings.repeats)
     tokens = settings.batch * settings.length
-    for contender in contenders:
-        rows[contender.name] = measure.row(contender, times[contender.name], tokens)
-        if contender.name in LIMITS:
-            flops = weight_flops(read_shape(checkpoint), tokens)
-            rows[contender.name]["flops_per_second"] = flops / rows[contender.name]["median"]
-        elif settings.memory:
-            rows[contender.name].update(measure.alone(contender.name))
+    rows = measure.contend(settings.contenders, lambda name: build(name, settings), settings.repeats, tokens)
+    for name, row in rows.items():
+        if name in LIMITS:
+            row["flops_per_second"] = weight_flops(read_shape(checkpoint), tokens) / row["median"]
+        elif settings.memory and "median" in row:
+            row.update(measure.alone(name))
     check_losses(rows, settings.dtype)
-    ratios = compare(rows)
-    measure.show(list(rows.values()), ratios)
-    print(
-        f"Wrote {measure.write_record(settings.build / 'records', 'training_step', settings, rows.values(), ratios)}."
-    )
+    measure.finish("training_step", settings, rows, compare(rows))
 
 
 if __name__ == "__main__":
