@@ -4,8 +4,9 @@
     python benchmarks/int8_base.py --size 8b --dtype bfloat16 --batch 8 --length 512           # on a GPU or TPU
 
 peft_jax with `load_in_8bit` against itself without, and against PEFT on bitsandbytes where that runs. Both sides read
-one random checkpoint, in turn in one process; peak memory is taken of each contender in a process of its own. Embeddings
-and output head stay dense on both sides. That the backward pass keeps no dense copy is what int8_residuals.py shows.
+one random checkpoint, in turn in one process; peak memory is taken of each contender in a process of its own. The
+embedding and the output head stay dense on both sides. That no dense copy is kept for the backward pass is what
+int8_residuals.py shows.
 """
 
 import dataclasses
@@ -71,15 +72,15 @@ def build(name: str, settings: Settings) -> Contender:
         int8 = name.endswith("int8")
         model = ours.load(checkpoint, load_in_8bit=int8, remat=settings.remat and name in STEPS)
         if name in STEPS:
-            return ours.training_step(name, model, ours.lora(settings.rank), ids)
+            return ours.training_step(name, ours.attach(model, ours.lora(settings.rank)), ids)
         generate = ours.generator(ours.with_adapters(model, settings.rank, 1), ids)
     else:
         import theirs
 
         model = theirs.load_in_8bit(checkpoint)
         if name in STEPS:
-            config = theirs.lora(settings.rank)
-            return theirs.training_step(name, model, config, ids, checkpointing=settings.remat)
+            adapted = theirs.attach(model, theirs.lora(settings.rank))
+            return theirs.training_step(name, adapted, ids, checkpointing=settings.remat)
         generate = theirs.generator(theirs.with_adapters(model, settings.rank, 1), ids)
     return Contender(name, lambda: generate(settings.new))
 
@@ -90,7 +91,7 @@ def weigh(name: str, settings: Settings) -> dict[str, Any]:
         import theirs as side
     else:
         import ours as side
-    return measure.memory(lambda: build(name, settings), side.device_peak)
+    return measure.memory(lambda: build(name, settings), side)
 
 
 def main(settings: Settings) -> None:

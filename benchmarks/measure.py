@@ -156,12 +156,13 @@ def ratio(what: str, above: Mapping[str, Any], below: Mapping[str, Any]) -> dict
     }
 
 
-def memory(build: Callable[[], Contender], device_peak: Callable[[], int | None]) -> dict[str, int | None]:
-    """What this process, which has imported what it needs and done nothing else, takes to build and run a contender.
+def memory(build: Callable[[], Contender], side: Any) -> dict[str, int | None]:
+    """What this process, which has imported ``side`` and done nothing else, takes to build and run a contender.
 
-    Bytes beside what the imports take: at the peak of a run once it has warmed up, and at the peak of all, with reading
-    the checkpoint, tracing and compiling. None where the system does not tell.
+    Bytes beside what the imports and an idle device take: at the peak of a run once it has warmed up, and at the peak
+    of all, with reading the checkpoint, tracing and compiling. None where the system does not tell.
     """
+    side.wake()
     imported = status("VmRSS")
     contender = build()
     contender.run()
@@ -173,9 +174,9 @@ def memory(build: Callable[[], Contender], device_peak: Callable[[], int | None]
     contender.run()
     steady = status("VmHWM")
     if imported is None or whole is None or steady is None:
-        return {"host_bytes": None, "host_peak_bytes": None, "device_peak_bytes": device_peak()}
+        return {"host_bytes": None, "host_peak_bytes": None, "device_peak_bytes": side.device_peak()}
     found = {"host_bytes": steady - imported, "host_peak_bytes": whole - imported}
-    return {**found, "device_peak_bytes": device_peak()}
+    return {**found, "device_peak_bytes": side.device_peak()}
 
 
 def give_back() -> None:

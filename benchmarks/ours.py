@@ -40,15 +40,34 @@ def batch_of(ids: np.ndarray) -> dict[str, jax.Array]:
     return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.ones_like(ids), "labels": jnp.asarray(ids)}
 
 
-def training_step(name: str, model: Any, config: Any, ids: np.ndarray) -> Contender:
-    """The step of `peft-jax finetune`: loss, gradient, clipping and AdamW in one compiled program."""
+def random_model(shape: Mapping[str, Any], dtype: Dtype) -> Any:
+    """A base model of a shape with random weights."""
+    return jax.block_until_ready(pj.AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype))
+
+
+def attach(model: Any, config: Any) -> Any:
+    """The model with a fresh adapter."""
+    return jax.block_until_ready(pj.get_peft_model(model, config))
+
+
+def attach_and_detach(model: Any, config: Any) -> None:
+    """Attach a fresh adapter; as the old model stays as it is, there is nothing to take out."""
+    attach(model, config)
+
+
+def read_and_detach(model: Any, folder: Path) -> None:
+    """Attach an adapter from its files."""
+    jax.block_until_ready(pj.PeftModel.from_pretrained(model, folder))
+
+
+def training_step(name: str, model: Any, ids: np.ndarray) -> Contender:
+    """The step of `peft-jax finetune` on an adapted model: loss, gradient, clipping and AdamW in one program."""
     optimizer = make_optimizer(1e-4, 1000)
-    state, frozen = start(pj.get_peft_model(model, config), optimizer, seed=0)
+    state, frozen = start(model, optimizer, seed=0)
     batch = batch_of(ids)
     step = make_training_step(apply, optimizer)
-    (compiled, seconds) = timed(
-        lambda: step.lower(state.trainable, state.opt_state, frozen, batch, state.key).compile()
-    )
+    lowered, trace = timed(lambda: step.lower(state.trainable, state.opt_state, frozen, batch, state.key))
+    compiled, compilation = timed(lowered.compile)
     current = [state.trainable, state.opt_state]
     losses: list[float] = []
 
@@ -57,9 +76,15 @@ def training_step(name: str, model: Any, config: Any, ids: np.ndarray) -> Conten
         losses.append(float(metrics.loss))
 
     _, first = timed(run)
-    analysis = compiled.memory_analysis()
-    facts = {"first_step_seconds": seconds + first, "loss": losses[0], **_compiler_bytes(analysis)}
-    return Contender(name, run, facts)
+    parts = {"trace_seconds": trace, "compile_seconds": compilation, "first_step_seconds": trace + compilation + first}
+    return Contender(name, run, {**parts, "loss": losses[0], **_compiler_bytes(compiled.memory_analysis())})
+
+
+def first_step(model: Any, config: Any, ids: np.ndarray) -> dict[str, float]:
+    """Attach an adapter and take a training step, from nothing compiled; return the seconds of its parts."""
+    jax.clear_caches()
+    facts = training_step("first step", attach(model, config), ids).facts
+    return {part: facts[f"{part}_seconds"] for part in ("trace", "compile")}
 
 
 def random_adapter(checkpoint: Path, rank: int, folder: Path) -> None:
@@ -118,6 +143,11 @@ def weight_products(name: str, model: Any, tokens: int) -> Contender:
         return layers, both(head, inputs)
 
     return Contender(name, lambda: jax.block_until_ready(products(kernels, head, inputs)))
+
+
+def wake() -> None:
+    """Make the device ready, by a first program."""
+    jax.block_until_ready(jnp.zeros(1) + 1)
 
 
 def device_peak() -> int | None:

@@ -81,13 +81,40 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
+def random_model(shape: dict[str, Any], dtype: str) -> Any:
+    """A base model of a shape with random weights."""
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(DEVICE, getattr(torch, dtype))
+
+
+def attach(model: Any, config: Any) -> Any:
+    """The model with a fresh adapter."""
+    return peft.get_peft_model(model, config)
+
+
+def attach_and_detach(model: Any, config: Any) -> None:
+    """Attach a fresh adapter; as PEFT changes the model in place, take it out again."""
+    attach(model, config).unload()
+
+
+def read_and_detach(model: Any, folder: Path) -> None:
+    """Attach an adapter from its files, and take it out again."""
+    peft.PeftModel.from_pretrained(model, folder).unload()
+
+
+def first_step(model: Any, config: Any, ids: np.ndarray) -> dict[str, float]:
+    """Attach an adapter and take a training step, eagerly; no parts of it are told."""
+    model = attach(model, config)
+    training_step("first step", model, ids)
+    model.unload()
+    return {}
+
+
 def training_step(
-    name: str, model: Any, config: Any, ids: np.ndarray, *, compiled: bool = False, checkpointing: bool = False
+    name: str, model: Any, ids: np.ndarray, *, compiled: bool = False, checkpointing: bool = False
 ) -> Contender:
-    """A step as the Trainer takes it: loss, gradient, clipping and fused AdamW."""
+    """A step of an adapted model as the Trainer takes it: loss, gradient, clipping and fused AdamW."""
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = peft.get_peft_model(model, config)
     model.train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
@@ -124,6 +151,12 @@ def weight_products(name: str, model: Any, tokens: int) -> Contender:
         finish()
 
     return Contender(name, run)
+
+
+def wake() -> None:
+    """Make the device ready, by a first operation."""
+    torch.zeros(1, device=DEVICE).add(1)
+    finish()
 
 
 def device_peak() -> int | None:

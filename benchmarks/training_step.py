@@ -69,14 +69,15 @@ def build(name: str, settings: Settings) -> Contender:
         model = ours.load(checkpoint, remat=name == "ours-remat")
         if name == "products-jax":
             return ours.weight_products(name, model, ids.size)
-        return ours.training_step(name, model, ours.norms() if name == "ours-bare" else ours.lora(settings.rank), ids)
+        config = ours.norms() if name == "ours-bare" else ours.lora(settings.rank)
+        return ours.training_step(name, ours.attach(model, config), ids)
     import theirs
 
     model = theirs.load(checkpoint)
     if name == "products-torch":
         return theirs.weight_products(name, model, ids.size)
     options = {"compiled": name == "peft-compiled", "checkpointing": name == "peft-checkpointing"}
-    return theirs.training_step(name, model, theirs.lora(settings.rank), ids, **options)
+    return theirs.training_step(name, theirs.attach(model, theirs.lora(settings.rank)), ids, **options)
 
 
 def weigh(name: str, settings: Settings) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def weigh(name: str, settings: Settings) -> dict[str, Any]:
         import ours as side
     else:
         import theirs as side
-    return measure.memory(lambda: build(name, settings), side.device_peak)
+    return measure.memory(lambda: build(name, settings), side)
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,175 @@
+"""Start-up: imports, reading a checkpoint, adapter files, and the first training step as depth grows; PEFT beside.
+
+    python benchmarks/startup.py --size 30m
+    python benchmarks/startup.py --size 1b --dtype bfloat16 --depths 4 16
+
+The first step is timed from the loaded base to the end of the step: attach LoRA, trace, compile, run; nothing compiled
+before is kept. peft_jax's models scan over their layers, so that its compiler sees one layer whatever the depth (what
+layers cost that are not in a scan, adapt_overhead.py prints). PEFT's first step is eager and compiles nothing.
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import tyro
+from measure import Contender
+from shapes import SHAPES, Dtype, Size, checkpoint_folder
+
+SIDES = ("ours", "peft")
+IMPORTS = {
+    "ours": "import peft_jax",
+    "peft": "from peft import LoraConfig, get_peft_model; from transformers import LlamaForCausalLM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The work, and who does it.
+
+    Attributes:
+        size: The Llama's shape.
+        dtype: Of the base; adapters are float32.
+        depths: Layers of the models whose first step is timed; the other sizes are those of the shape.
+        batch: Rows of the first step.
+        length: Tokens of such a row.
+        rank: Of the adapters.
+        repeats: Turns that are timed.
+        contenders: Whose runs are timed.
+        memory: Whether the peak memory of reading the checkpoint is taken too, in processes of their own.
+        build: Folder of checkpoints and records.
+        alone: Read the checkpoint on this side alone, and print its memory.
+    """
+
+    size: Size = "30m"
+    dtype: Dtype = "float32"
+    depths: tuple[int, ...] = (4, 16, 64)
+    batch: int = 1
+    length: int = 32
+    rank: int = 16
+    repeats: int = 2
+    contenders: tuple[str, ...] = SIDES
+    memory: bool = True
+    build: Path = measure.BUILD
+    alone: str | None = None
+
+
+def load_side(name: str) -> Any:
+    """The module that does a contender's work."""
+    if name == "ours":
+        import ours as side
+    else:
+        import theirs as side
+    return side
+
+
+def imported(name: str) -> Contender:
+    """Starts Python and imports what training with LoRA needs."""
+    command = [sys.executable, "-c", IMPORTS[name]]
+    return Contender(f"import: {name}", lambda: subprocess.run(command, check=True, capture_output=True))
+
+
+def files(name: str, settings: Settings) -> list[Contender]:
+    """Reads the checkpoint, attaches an adapter, writes it and reads it."""
+    side = load_side(name)
+    checkpoint = checkpoint_folder(settings.build, settings.size, settings.dtype)
+    folder = settings.build / "adapters" / f"startup-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    bases = [side.load(checkpoint) for _ in range(2)]
+    attached = side.attach(bases[0], side.lora(settings.rank))
+    work: dict[str, Callable[[], Any]] = {
+        "read the checkpoint": lambda: side.load(checkpoint),
+        "attach LoRA": lambda: side.attach_and_detach(bases[1], side.lora(settings.rank)),
+        "write the adapter": lambda: attached.save_pretrained(folder),
+        "read the adapter": lambda: side.read_and_detach(bases[1], folder),
+    }
+    work["write the adapter"]()
+    return [Contender(f"{what}: {name}", run) for what, run in work.items()]
+
+
+def first_steps(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Rows of the first step at each depth, with its parts, in turn."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for depth in settings.depths:
+        shape = {**SHAPES[settings.size], "num_hidden_layers": depth}
+        ids = rng.integers(0, shape["vocab_size"], (settings.batch, settings.length), dtype=np.int32)
+        parts: dict[str, list[dict[str, float]]] = {name: [] for name in settings.contenders}
+
+        contenders = [stepping(name, shape, settings, ids, parts[name]) for name in parts]
+        times = measure.interleave(contenders, settings.repeats)
+        found |= {one.name: measure.row(one, times[one.name]) for one in contenders}
+        for name, seconds in parts.items():
+            for part in seconds[0]:
+                one = f"{part}, {depth} layers: {name}"
+                found[one] = measure.row(Contender(one, lambda: None), [turn[part] for turn in seconds[1:]])
+    return found
+
+
+def stepping(name: str, shape: dict[str, Any], settings: Settings, ids: np.ndarray, parts: list[Any]) -> Contender:
+    """Takes the first step of a fresh run, and adds the seconds of its parts to ``parts``."""
+    side = load_side(name)
+    base = side.random_model(shape, settings.dtype)
+    return Contender(
+        f"first step, {shape['num_hidden_layers']} layers: {name}",
+        lambda: parts.append(side.first_step(base, side.lora(settings.rank), ids)),
+    )
+
+
+def weigh(name: str, settings: Settings) -> dict[str, Any]:
+    """What reading the checkpoint takes at its peak, and what it leaves, in bytes beside the imports and an idle device."""
+    side = load_side(name)
+    side.wake()
+    imported = measure.status("VmRSS")
+    model = side.load(checkpoint_folder(settings.build, settings.size, settings.dtype))
+    peak, after = measure.status("VmHWM"), measure.status("VmRSS")
+    del model
+    if imported is None or peak is None or after is None:
+        return {"host_peak_bytes": None, "host_bytes": None}
+    return {"host_peak_bytes": peak - imported, "host_bytes": after - imported}
+
+
+def compare(rows: dict[str, dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+    """The ratios that the rows allow."""
+    kinds = ["import", "read the checkpoint", "attach LoRA", "write the adapter", "read the adapter"]
+    kinds += [f"first step, {depth} layers" for depth in settings.depths]
+    asked = [(f"{kind}, time over PEFT's", f"{kind}: ours", f"{kind}: peft") for kind in kinds]
+    few, many = min(settings.depths), max(settings.depths)
+    for part in ("trace", "compile", "first step"):
+        over = f"{part}, {many} layers over {few}"
+        asked += [(f"{over}, {name}", *(f"{part}, {n} layers: {name}" for n in (many, few))) for name in SIDES]
+    sizes = [("host_peak_bytes", "read the checkpoint: ours", "read the checkpoint: peft")]
+    return measure.ratios(asked, rows) + measure.memory_ratios(sizes, rows)
+
+
+def main(settings: Settings) -> None:
+    """Time the contenders, print what was found and write the record."""
+    measure.check_names(settings.contenders, SIDES)
+    if min(settings.depths) < 1:
+        raise SystemExit(f"--depths {min(settings.depths)} is no number of layers. Give 1 or more.")
+    if "peft" in settings.contenders:
+        measure.require_pytorch("Or do without: --contenders ours")
+    if settings.alone is not None:
+        print(json.dumps(weigh(settings.alone, settings)))
+        return
+    checkpoint = load_side("ours").random_checkpoint(settings.build, settings.size, settings.dtype)
+    sides = [[imported(name), *files(name, settings)] for name in settings.contenders]
+    contenders = [side[place] for place in range(len(sides[0])) for side in sides]
+    times = measure.interleave(contenders, settings.repeats)
+    rows = {one.name: measure.row(one, times[one.name]) for one in contenders}
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    for name in settings.contenders if settings.memory else ():
+        rows[f"read the checkpoint: {name}"] |= {"file_bytes": weights, **measure.alone(name)}
+    rows |= first_steps(settings)
+    measure.finish("startup", settings, rows, compare(rows, settings))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
