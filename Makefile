@@ -4,6 +4,8 @@
 #   make test     the whole test suite; ARGS="..." is handed to pytest
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest)
 #   make lint     ruff and mypy
+#   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
+#                 docs/benchmarks.md and the README's figures
 #   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
 #
 # PYTHON=/path/to/python3 chooses the interpreter; otherwise the first Python >= 3.11 on the path is taken.
@@ -23,7 +25,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-newest lint types conformance
+.PHONY: demo test test-newest lint types conformance bench
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -39,6 +41,15 @@ test-newest:
 	else \
 	    $(MAKE) --no-print-directory .venv-newest/test && .venv-newest/bin/python -m pytest --torch-free $(ARGS); \
 	fi
+
+bench: .venv/bench
+	@rm -rf build/benchmarks/records
+	$(BIN)/python benchmarks/training_step.py --size 30m
+	$(BIN)/python benchmarks/training_step.py --size 125m --batch 2 --repeats 3 --no-memory
+	$(BIN)/python benchmarks/int8_base.py --size 125m --dtype bfloat16 --repeats 3
+	$(BIN)/python benchmarks/generation.py --size 30m
+	$(BIN)/python benchmarks/startup.py --size 30m
+	$(BIN)/python benchmarks/report.py
 
 conformance: .venv/test
 	$(BIN)/python -m pytest --conformance docs/conformance.md \
@@ -63,6 +74,11 @@ types: .venv/test
 .venv/test: pyproject.toml | .venv/bin/pip
 	@echo "Installing the runtime and test dependencies into .venv (once; takes a few minutes) ..."
 	@$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch .venv/runtime $@
+
+.venv/bench: pyproject.toml | .venv/bin/pip
+	@echo "Installing the runtime dependencies and PyTorch PEFT into .venv (once; takes a few minutes) ..."
+	@$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	@touch .venv/runtime $@
 
 .venv-newest/test: pyproject.toml

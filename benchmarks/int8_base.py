@@ -121,8 +121,8 @@ def main(settings: Settings) -> None:
     asked = [
         ("step speed, times dense", "dense", "int8"),
         ("step speed, times PEFT on bitsandbytes", "peft-int8", "int8"),
-        ("generation speed, times dense", "decode-dense", "decode-int8"),
-        ("generation speed, times PEFT on bitsandbytes", "decode-peft-int8", "decode-int8"),
+        ("decode speed, times dense", "decode-dense", "decode-int8"),
+        ("decode speed, times PEFT on bitsandbytes", "decode-peft-int8", "decode-int8"),
     ]
     fields = ("host_bytes", "device_peak_bytes", "xla_bytes")
     sizes = [(field, "int8", other) for other in ("dense", "peft-int8") for field in fields]

@@ -124,7 +124,7 @@ def stepping(name: str, shape: dict[str, Any], settings: Settings, ids: np.ndarr
 
 
 def weigh(name: str, settings: Settings) -> dict[str, Any]:
-    """What reading the checkpoint takes at its peak, and what it leaves, in bytes beside the imports and an idle device."""
+    """What reading the checkpoint takes at its peak, and what it leaves, in bytes beside imports and an idle device."""
     side = load_side(name)
     side.wake()
     imported = measure.status("VmRSS")
