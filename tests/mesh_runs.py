@@ -2,8 +2,8 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_runs.py FOLDER MESH ...
 
-FOLDER holds a model and data.json, a MESH is like data=8. Printed as JSON: of each run of 20 steps the losses, and how
-its arrays lay.
+FOLDER holds a model and data.json, a MESH is like data=8. Each mesh has a few steps with an int8 and with a float base,
+the last one 20 steps with an int8 base too. Printed as JSON: of each run the losses, and how its arrays lay.
 """
 
 import json
@@ -34,40 +34,43 @@ from peft_jax.train import (
     training_batches,
 )
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.sharding import PlacedBatches, make_mesh, parse_mesh, place, place_batch, shardings
+from peft_jax.train.sharding import PlacedBatches, make_mesh, parse_mesh, place, place_batch, place_state, shardings
 
-STEPS, HALF = 20, 10
+STEPS, HALF, FEW = 20, 10, 3
 
 
-def trainer(mesh: Any) -> Callable[..., dict[str, Any]]:
+def trainer(mesh: Any, *, load_in_8bit: bool) -> Callable[..., dict[str, Any]]:
     """A function that trains on a mesh (None for one device): from a checkpoint's folder, or from the start."""
-    model = pj.AutoModelForCausalLM.from_pretrained("model", load_in_8bit=True)
+    model = pj.AutoModelForCausalLM.from_pretrained("model", load_in_8bit=load_in_8bit)
     config = pj.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
     model = pj.get_peft_model(model, config, key=jax.random.key(1))
     data = Padded(encode(read_data("data.json"), load_tokenizer("model"), cutoff_len=64).examples)
     batches, optimizer = training_batches(data, 16, seed=0), make_optimizer(0.01, STEPS)
-    first, frozen = start(model, optimizer, seed=0)
     layout = None
-    if mesh is not None:
+    if mesh is None:
+        first, frozen = start(model, optimizer, seed=0)
+    else:
         batches = PlacedBatches(batches, mesh)
-        first, frozen = State(0, *place(tuple(first[1:]), mesh)), place(frozen, mesh)
-        layout = (*shardings((first.trainable, first.opt_state), mesh), None)
+        first, frozen = start(place(model, mesh), optimizer, seed=0)
+        first = place_state(first, mesh)
+        layout = (*shardings((first.trainable, first.opt_state)), None)
     step = make_training_step(apply, optimizer, micro_batch_size=8, out_shardings=layout)
     evaluation = make_evaluation_step(apply)
 
-    def run(*, save: str = "", load: str = "") -> dict[str, Any]:
+    def run(*, steps: int = STEPS, save: str = "", load: str = "") -> dict[str, Any]:
         state, losses = State(0, *jax.tree.map(jnp.copy, tuple(first[1:]))), []
         if load:
             state, notes = Checkpoints(Path(load), keep=1).restore(first)
             losses = notes["losses"]
         before = parts((state.trainable, state.opt_state, frozen))
-        for state, metrics in train(step, state, frozen, batches, max_steps=STEPS):  # noqa: B020
+        for state, metrics in train(step, state, frozen, batches, max_steps=steps):  # noqa: B020
             losses.append(float(metrics.loss))
             if save and state.step == HALF:
                 Checkpoints(Path(save), keep=1).save(state, {"losses": losses})
         held_out = evaluation_batches(data, 8)
         placed = held_out if mesh is None else (place_batch(batch, mesh) for batch in held_out)
-        losses.append(evaluate(evaluation, pj.combine(state.trainable, frozen), placed))
+        if steps == STEPS:
+            losses.append(evaluate(evaluation, pj.combine(state.trainable, frozen), placed))
         kept = before == parts((state.trainable, state.opt_state, frozen))
         return {"losses": losses, "parts": before, "kept": kept, "compiled": step._cache_size()}
 
@@ -83,9 +86,12 @@ def parts(tree: Any) -> dict[str, int]:
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    one, many = trainer(None), {text: trainer(make_mesh(parse_mesh(text))) for text in sys.argv[2:]}
-    last = sys.argv[-1]
-    found = {"one": one(save="from-1"), **{text: run(save=f"from-{text}") for text, run in many.items()}}
-    found["many to one"] = one(load=f"from-{last}")
-    found["one to many"] = many[last](load="from-1")
+    meshes: dict[str, Any] = {"one": None, **{text: make_mesh(parse_mesh(text)) for text in sys.argv[2:]}}
+    last, found = sys.argv[-1], {}
+    for kind in ("float", "int8"):
+        run = {text: trainer(mesh, load_in_8bit=kind == "int8") for text, mesh in meshes.items()}
+        found |= {f"{kind} {text}": run[text](steps=FEW) for text in meshes}
+    found |= {text: run[text](save=f"from-{text}") for text in ("one", last)}
+    found["many to one"] = run["one"](load=f"from-{last}")
+    found["one to many"] = run[last](load="from-one")
     print(json.dumps(found))

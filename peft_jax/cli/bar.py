@@ -11,7 +11,7 @@ WIDTH = 77  # of 80 columns, so that the terminal's ^C does not break the line
 FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 
 
-def progress(run: Iterable[Any], steps: int, *, done: int = 0) -> Any:
+def progress(run: Iterable[Any], steps: int, *, done: int = 0, shown: bool = True) -> Any:
     """Wrap a run in a bar on stderr, that is gone when the run ends; a log gets one a minute."""
     watched = sys.stderr.isatty()
     return tqdm(
@@ -23,6 +23,7 @@ def progress(run: Iterable[Any], steps: int, *, done: int = 0) -> Any:
         bar_format=FORMAT,
         leave=not watched,
         mininterval=0.1 if watched else 60,
+        disable=not shown,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from peft_jax.cli import finetune_setup as setup
 from peft_jax.cli.bar import Speed, progress
@@ -15,10 +16,11 @@ from peft_jax.cli.finetune_options import Finetune as Finetune
 from peft_jax.cli.finetune_options import check, settings
 from peft_jax.cli.finetune_output import METRICS, Curves, export
 from peft_jax.cli.finetune_plan import Plan, check_mesh, count_steps, make_plan, surroundings
+from peft_jax.cli.processes import all_or_none, check_processes, in_any, is_first, joined
 from peft_jax.cli.run_folder import run_folder, stop_on_signal
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.prompts.base import virtual_slots
-from peft_jax.train import State, finished, train
+from peft_jax.train import State, train
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog, TensorBoard
 from peft_jax.train.sharding import make_mesh, parse_mesh
@@ -48,13 +50,20 @@ def finetune(options: Finetune) -> None:
         KeyboardInterrupt: After Ctrl-C, with what was saved.
     """
     check(options)
-    mesh = make_mesh(parse_mesh(options.training.mesh)) if options.training.mesh else None
-    check_mesh(options, mesh)
-    folder, resume = options.run.output, options.run.resume
-    checkpoints = Checkpoints(folder / "checkpoints", keep=options.run.save_total_limit)
-    with run_folder(folder, resume=resume, saved=lambda: checkpoints.latest):
+    with joined(options.processes):
+        mesh = make_mesh(parse_mesh(options.training.mesh)) if options.training.mesh else None
+        check_processes(mesh)
+        check_mesh(options, mesh)
+        checkpoints = Checkpoints(options.run.output / "checkpoints", keep=options.run.save_total_limit)
+        with run_folder(options.run.output, resume=options.run.resume, saved=lambda: checkpoints.latest):
+            _run(options, mesh, checkpoints)
+
+
+def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None:
+    folder = options.run.output
+    with all_or_none():
         fingerprint = setup.fingerprint(options)
-        if resume:
+        if options.run.resume:
             setup.refuse_others(checkpoints.notes()["settings"], fingerprint)
         config = make_config(options.adapter)
         records = setup.load_records(options.data)
@@ -63,12 +72,14 @@ def finetune(options: Finetune) -> None:
         model = attach(base, config, options, count_steps(options, data.training))
         setup.check_fit(data.parts, base.config, virtual_slots(model))
         fingerprint["tokens"] = data.digest
-        summary = trainable_parameters(model)
-        print(data.said, summary, sep="\n")
-        plan, state, frozen = make_plan(options, model, data, mesh)
-        state, best = _train(options, plan, state, frozen, checkpoints, fingerprint)
-        curves = export(finished(state.trainable, frozen, state.opt_state), folder, settings(options), summary)
-    _say(folder, curves, best, plan.max_steps)
+    summary = trainable_parameters(model)
+    print(data.said, summary, sep="\n")
+    plan, state, frozen = make_plan(options, model, data, mesh)
+    state, best = _train(options, plan, state, frozen, checkpoints, fingerprint)
+    model = plan.finished(state, frozen)
+    if is_first():
+        curves = export(model, folder, settings(options), summary)
+        _say(folder, curves, best, plan.max_steps)
 
 
 def _train(
@@ -89,10 +100,10 @@ def _train(
     last = plan.max_steps if best.since < patience else state.step
     steps = train(plan.step, state, frozen, plan.batches, max_steps=last)
     with (
-        MetricsLog(run.output / METRICS, size) as log,
-        TensorBoard(run.output / "tensorboard", state.step, on=run.tensorboard) as board,
+        MetricsLog(run.output / METRICS, size, on=is_first()) as log,
+        TensorBoard(run.output / "tensorboard", state.step, on=run.tensorboard and is_first()) as board,
         stop_on_signal() as stop,
-        progress(steps, plan.max_steps, done=state.step) as bar,
+        progress(steps, plan.max_steps, done=state.step, shown=is_first()) as bar,
     ):
         speed = Speed()
         for state, metrics in bar:
@@ -106,13 +117,16 @@ def _train(
                 log.write(row)
                 board.write(row)
                 if best.note(row["eval_loss"], number):
-                    finished(state.trainable, frozen, state.opt_state).save_pretrained(run.output / "best")
+                    model = plan.finished(state, frozen)
+                    if is_first():
+                        model.save_pretrained(run.output / "best")
+            stopped = in_any(stop.requested)
             end = number == plan.max_steps or best.since >= patience
-            if end or stop.requested or number % run.save_steps == 0:
+            if end or stopped or number % run.save_steps == 0:
                 notes = {"settings": fingerprint, "surroundings": surroundings(), "metrics_bytes": log.size}
                 checkpoints.save(state, {**notes, "best": dataclasses.asdict(best)})
             speed.skip()
-            if stop.requested and not end:
+            if stopped and not end:
                 raise KeyboardInterrupt
             if end:
                 break

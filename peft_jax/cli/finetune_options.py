@@ -95,6 +95,23 @@ class TrainingOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """Several processes that train together, by the arguments of jax.distributed.initialize."""
+
+    coordinator_address: str | None = None
+    """Address and port of process 0, such as 10.0.0.1:1234; in the environment JAX_COORDINATOR_ADDRESS."""
+    num_processes: int | None = None
+    """How many processes there are; in the environment JAX_NUM_PROCESSES."""
+    process_id: int | None = None
+    """Number of this process, from 0 on; in the environment JAX_PROCESS_ID."""
+    distributed: bool = False
+    """Join the others by the environment alone: by these variables, or by what Slurm, Open MPI, Kubernetes or a TPU pod
+    tells."""
+    initialization_timeout: int = 300
+    """Seconds to wait for the others."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RunOptions:
     """What is written, and when."""
 
@@ -122,11 +139,15 @@ class Finetune:
     adapter: Annotated[AdapterOptions, tyro.conf.arg(name="")]
     data: Annotated[DataOptions, tyro.conf.arg(name="")]
     training: Annotated[TrainingOptions, tyro.conf.arg(name="")]
+    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")]
     run: Annotated[RunOptions, tyro.conf.arg(name="")]
 
 
 # Options that change nothing in the numbers of a run, so that it may go on with others.
-FREE = ("output", "resume", "tensorboard", "save_total_limit", "mesh")
+FREE = (
+    *("output", "resume", "tensorboard", "save_total_limit", "mesh"),
+    *("coordinator_address", "num_processes", "process_id", "distributed", "initialization_timeout"),
+)
 
 
 def each(options: Finetune) -> Iterator[tuple[str, Any]]:
@@ -185,6 +206,7 @@ def check(options: Finetune) -> None:
 ABOVE_ZERO = (
     *("epochs", "max_steps", "batch_size", "micro_batch_size", "cutoff_len", "learning_rate"),
     *("eval_steps", "early_stopping", "save_steps", "save_total_limit"),
+    *("num_processes", "initialization_timeout"),
 )
 DESCRIBED = ("r", "lora_alpha", "lora_dropout", "target_modules")
 EXCLUSIVE = {

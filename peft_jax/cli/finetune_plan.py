@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peft_jax.cli.checkpoint import apply
 from peft_jax.cli.finetune_options import Finetune
@@ -18,6 +18,7 @@ from peft_jax.train import (
     StepMetrics,
     evaluate,
     evaluation_batches,
+    finished,
     make_evaluation_step,
     make_optimizer,
     make_schedule,
@@ -28,7 +29,7 @@ from peft_jax.train import (
 )
 from peft_jax.train.batches import Data
 from peft_jax.train.optimizer import Schedule, default_warmup
-from peft_jax.train.sharding import PlacedBatches, place, place_batch, shardings
+from peft_jax.train.sharding import PlacedBatches, place, place_batch, place_state, shardings, with_whole_adapters
 from peft_jax.train.step import EvaluationStep, TrainingStep
 
 
@@ -82,6 +83,11 @@ class Plan:
         placed = batches if self.mesh is None else (place_batch(batch, self.mesh) for batch in batches)
         return evaluate(self.evaluation_step, combine(state.trainable, frozen), placed)
 
+    def finished(self, state: State, frozen: Any) -> Any:
+        """The model to save, whose adapter this process holds whole."""
+        model = finished(state.trainable, frozen, state.opt_state)
+        return model if self.mesh is None else with_whole_adapters(model, self.mesh)
+
 
 def make_plan(options: Finetune, model: Any, data: Examples, mesh: Mesh | None) -> tuple[Plan, State, Any]:
     """Build the steps, and split the model into the state at step 0 and the frozen twin."""
@@ -93,12 +99,14 @@ def make_plan(options: Finetune, model: Any, data: Examples, mesh: Mesh | None) 
         rate, optimizer=training.optimizer, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm
     )
     batches = training_batches(data.training, training.batch_size, seed=training.seed)
-    state, frozen = start(model, optimizer, seed=training.seed)
     layout = None
-    if mesh is not None:
+    if mesh is None:
+        state, frozen = start(model, optimizer, seed=training.seed)
+    else:
         batches = PlacedBatches(batches, mesh)
-        state, frozen = State(0, *place(tuple(state[1:]), mesh)), place(frozen, mesh)
-        layout = (*shardings((state.trainable, state.opt_state), mesh), None)
+        state, frozen = start(place(model, mesh), optimizer, seed=training.seed)
+        state = place_state(state, mesh)
+        layout = (*shardings((state.trainable, state.opt_state)), NamedSharding(mesh, PartitionSpec()))
     step = make_training_step(apply, optimizer, micro_batch_size=training.micro_batch_size, out_shardings=layout)
     rows = training.micro_batch_size or training.batch_size
     parts = (max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)

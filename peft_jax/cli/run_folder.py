@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from peft_jax.cli.bar import WIDTH
 from peft_jax.cli.folder import refuse_used, unwritable
+from peft_jax.cli.processes import is_first, wait_for_all
 
 HOW = "Give the same command with --resume to go on"
 
@@ -21,6 +22,8 @@ HOW = "Give the same command with --resume to go on"
 @contextmanager
 def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -> Iterator[None]:
     """Make the folder of a new run, or check that of one that goes on; tidy up if the block raises.
+
+    Of several processes all check, and the first one makes and tidies up.
 
     Args:
         output: The folder.
@@ -33,7 +36,8 @@ def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -
         OSError: If the folder cannot be written to, or what the block raised, with what was saved.
     """
     _check(output, resume, saved)
-    made = [parent for parent in (output, *output.parents) if not parent.exists()]
+    made = [parent for parent in (output, *output.parents) if not parent.exists()] if is_first() else []
+    wait_for_all("the folder is checked")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,7 +50,8 @@ def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -
     except BaseException as error:
         step = saved()
         if step is None:
-            _remove(output, made)
+            if is_first():
+                _remove(output, made)
             raise
         told = f"The run is saved up to step {step}. {HOW}."
         if isinstance(error, KeyboardInterrupt):

@@ -1,12 +1,26 @@
-"""An adapter lies on the devices as its base does."""
+"""How arrays get onto the devices, and where an adapter lies: as its base does."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.weight import MergeError
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Lay an array out; where processes share a mesh, each has the whole array and gives its devices their parts."""
+    if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return jax.device_put(array, sharding)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        key = put(jax.random.key_data(array), NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None)))
+        return jax.random.wrap_key_data(key, impl=jax.random.key_impl(array))
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def sharded_like_base(leaf: Adapted) -> Adapted:
@@ -22,7 +36,7 @@ def sharded_like_base(leaf: Adapted) -> Adapted:
         return leaf
     if is_traced and not sharding.mesh.are_all_axes_explicit:
         return leaf
-    place = jax.sharding.reshard if is_traced else jax.device_put
+    place = jax.sharding.reshard if is_traced else put
     spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
     try:
         specs = leaf.specs(spec)

@@ -15,6 +15,7 @@ class MetricsLog:
     Args:
         file: The file.
         size: Bytes to keep of it: 0 for a new run, and where a checkpoint says that it was for one that goes on.
+        on: False to write nothing, as in all processes of a run but the first.
 
     Raises:
         ValueError: If the file is shorter than that.
@@ -28,7 +29,10 @@ class MetricsLog:
         [{'step': 1, 'loss': 2.5}]
     """
 
-    def __init__(self, file: Path, size: int = 0) -> None:
+    def __init__(self, file: Path, size: int = 0, *, on: bool = True) -> None:
+        self._stream = None
+        if not on:
+            return
         found = file.stat().st_size if file.exists() else 0
         if found < size:
             raise ValueError(
@@ -40,18 +44,20 @@ class MetricsLog:
     @property
     def size(self) -> int:
         """Bytes written so far."""
-        return os.fstat(self._stream.fileno()).st_size
+        return os.fstat(self._stream.fileno()).st_size if self._stream else 0
 
     def write(self, row: Row) -> None:
         """Append a row; it is in the file when this returns."""
-        self._stream.write(json.dumps(row).encode() + b"\n")
-        self._stream.flush()
+        if self._stream:
+            self._stream.write(json.dumps(row).encode() + b"\n")
+            self._stream.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        if self._stream:
+            self._stream.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -1,38 +1,40 @@
 """Many devices: a mesh with the axes data, fsdp and tensor, and one table that says how each array lies on it.
 
 ``data`` and ``fsdp`` split the rows of a batch. ``fsdp`` and ``tensor`` split weights, adapters and the optimizer's
-moments, so that each device holds a part; XLA puts in the communication.
+moments, so that each device holds a part; XLA puts in the communication. Devices may be those of several processes:
+each makes the same arrays, and keeps the parts of its own devices.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from peft_jax.core.adapted import Adapted, map_adapted, tied
 from peft_jax.core.paths import dotted
+from peft_jax.core.sharding import put
+from peft_jax.core.weight import is_weight
 from peft_jax.train.batches import Batch
+from peft_jax.train.loop import State
 
+T = TypeVar("T")
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
 
-# By the end of an array's path: the mesh axes of its last dimensions. What is not here lies whole on every device.
-_OUTWARD = r"((q|k|v|gate|up)_proj|c_attn|c_fc|self\.(query|key|value)|intermediate\.dense)\.kernel"
-_INWARD = r"((o|down)_proj|c_proj|output\.dense)\.kernel"
+# The table: by the end of a path, the mesh axes of an array's last dimensions. What is not here lies whole everywhere.
+# Quantized weights and adapters lie as the weight that they stand for, or are on: the axes that they share with it are
+# split as its are, and a rank never is. The optimizer's moments lie as what they are of.
+BATCH = P(("data", "fsdp"))  # the rows
 RULES: tuple[tuple[str, P], ...] = (
-    (_OUTWARD + r"(\.base)*(\.q)?", P("fsdp", "tensor")),
-    (_INWARD + r"(\.base)*(\.q)?", P("tensor", "fsdp")),
-    (_OUTWARD + r"(\.base)*\.scale", P("tensor")),  # of int8
-    (_INWARD + r"(\.base)*\.scale", P("fsdp")),
-    (_OUTWARD + r".*\.lora_A", P("fsdp", None)),
-    (_OUTWARD + r".*\.lora_B", P(None, "tensor")),
-    (_INWARD + r".*\.lora_A", P("tensor", None)),
-    (_INWARD + r".*\.lora_B", P(None, "fsdp")),
-    (r"(embed_tokens|wte|word_embeddings)\.embedding(\.base)*", P("tensor", "fsdp")),
-    (r"lm_head\.kernel(\.base)*", P("fsdp", "tensor")),
+    (r"((q|k|v|gate|up)_proj|c_attn|c_fc|self\.(query|key|value)|intermediate\.dense)\.kernel", P("fsdp", "tensor")),
+    (r"((Self|EncDec)Attention\.(q|k|v)|DenseReluDense\.(wi|wi_0|wi_1))\.kernel", P("fsdp", "tensor")),
+    (r"((o|down)_proj|c_proj|output\.dense|Attention\.o|DenseReluDense\.wo)\.kernel", P("tensor", "fsdp")),
+    (r"(embed_tokens|wte|word_embeddings|shared)\.embedding", P("tensor", "fsdp")),
+    (r"lm_head\.kernel", P("fsdp", "tensor")),
 )
 
 
@@ -74,30 +76,83 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
-    """How an array lies on a mesh: by the first rule for its path; an axis that does not divide is left out.
+    """How a weight lies on a mesh: by the first rule for its path; an axis that does not divide is left out.
 
     Example:
-        >>> tuple(spec("params.model.layers.mlp.up_proj.kernel", (2, 6, 8), make_mesh({})))
+        >>> tuple(spec("model.layers.mlp.up_proj.kernel", (2, 6, 8), make_mesh({})))
         (None, 'fsdp', 'tensor')
     """
     for pattern, rule in RULES:
-        if re.search(pattern + "$", path):
-            axes = (*(None,) * (len(shape) - len(rule)), *rule)
-            fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(axes, shape, strict=True)]
-            return P(*(axis if fit else None for axis, fit in zip(axes, fits, strict=True)))
+        if re.search(rf"(^|\.){pattern}$", path):
+            return _dividing(P(*(None,) * (len(shape) - len(rule)), *rule), shape, mesh)
     return P()
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The tree with a sharding in place of every array."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec(dotted(path), np.shape(leaf), mesh)), tree
-    )
+def _dividing(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
+    fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False)]
+    return P(*(axis if fit else None for axis, fit in zip(spec, fits, strict=True)))
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Lay a tree (a model handle, a state's twins) out on a mesh."""
-    return jax.device_put(tree, shardings(tree, mesh))
+def layout(tree: T, mesh: Mesh) -> T:
+    """How a tree or model handle lies on a mesh: a `NamedSharding` in place of every array.
+
+    Example:
+        >>> import jax.numpy as jnp, peft_jax as pj
+        >>> params = pj.apply_lora({"q_proj": {"kernel": jnp.ones((4, 4))}}, pj.LoraConfig(target_modules=["q_proj"]))
+        >>> tuple(layout(params, make_mesh({}))["q_proj"]["kernel"].params["lora_B"].spec)
+        (None, 'tensor')
+    """
+
+    def lie(key_path: Any, leaf: Any) -> Any:
+        found = spec(dotted(key_path), leaf.shape, mesh)
+        if not is_weight(leaf):
+            return NamedSharding(mesh, found)
+        specs = leaf.specs((*found, *(None,) * (leaf.ndim - len(found))))
+        return jax.tree.map(lambda array, part: NamedSharding(mesh, _dividing(part, array.shape, mesh)), leaf, specs)
+
+    return jax.tree_util.tree_map_with_path(lie, tree, is_leaf=is_weight)
+
+
+def place(tree: T, mesh: Mesh) -> T:
+    """Lay a tree or model handle out on a mesh; what `peft_jax.train.start` makes of it lies there too.
+
+    An adapter may be on it, or be attached afterwards: it lies in the same way.
+    """
+    return tied(jax.tree.map(put, tree, layout(tree, mesh)))
+
+
+def place_state(state: State, mesh: Mesh) -> State:
+    """Give each device what of a run's state does not come from arrays on the mesh: counters, schedules, keys."""
+
+    def there(array: Any) -> jax.Array:
+        sharding = getattr(array, "sharding", None)
+        on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+        return array if on_mesh else put(array, NamedSharding(mesh, P()))
+
+    return State(state.step, *jax.tree.map(there, tuple(state[1:])))
+
+
+def shardings(tree: T) -> T:
+    """How arrays lie: the sharding of each in its place, as `jax.jit` takes it."""
+    return jax.tree.map(lambda array: array.sharding, tree)
+
+
+def with_whole_adapters(model: T, mesh: Mesh) -> T:
+    """The model with the arrays of its adapters whole on a device of this process; all processes call this at once."""
+    arrays: dict[tuple[str, str], Any] = {}
+
+    def take(path: str, leaf: Adapted) -> Adapted:
+        arrays[path, leaf.tag.name] = leaf.params, leaf.state
+        return leaf
+
+    def give(path: str, leaf: Adapted) -> Adapted:
+        params, state = found[path, leaf.tag.name]
+        return dataclasses.replace(leaf, params=params, state=state)
+
+    map_adapted(take, model)
+    gathered = jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, P()))(arrays)
+    found = jax.tree.map(lambda array: array.addressable_data(0), gathered)
+    return tied(map_adapted(give, model))
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Any:
@@ -106,7 +161,7 @@ def place_batch(batch: Batch, mesh: Mesh) -> Any:
     Raises:
         ValueError: If they do not divide.
     """
-    return jax.device_put(dict(batch), NamedSharding(mesh, BATCH))
+    return {name: put(array, NamedSharding(mesh, BATCH)) for name, array in batch.items()}
 
 
 class PlacedBatches(Sequence[Any]):

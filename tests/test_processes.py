@@ -1,0 +1,162 @@
+"""Two processes that train together on one machine, and what one process makes of their checkpoints."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from peft_jax.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(24)]
+WORDS = (
+    "finetune --model model --data data.json --load-in-8bit --packing --cutoff-len 64 --max-steps 6 --batch-size 8 "
+    "--micro-batch-size 4 --val-size 4 --eval-steps 2 --save-steps 3 --learning-rate 0.01 --lora-dropout 0.1"
+).split()
+MESH = "fsdp=2,tensor=2"  # the first axis goes across the processes
+LAST, MIDDLE = "6", "3"  # checkpoints
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+def together(words: Sequence[Sequence[str]], *, by_flags: bool = True) -> list[tuple[int, str, str]]:
+    """Start a process of two devices for each list of words; their exit codes and what they print."""
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    address, runs = f"localhost:{free_port()}", []
+    for number, own in enumerate(words):
+        told = {"coordinator-address": address, "num-processes": str(len(words)), "process-id": str(number)}
+        flags = [word for name, value in told.items() for word in (f"--{name}", value)] if by_flags else []
+        named = {} if by_flags else {f"JAX_{name.upper().replace('-', '_')}": value for name, value in told.items()}
+        command = [sys.executable, "-c", "from peft_jax.cli.main import run; run()", *own, *flags]
+        env = {**os.environ, **settings, **named, "JAX_PLATFORMS": "cpu"}
+        runs.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    said = [run.communicate(timeout=120) for run in runs]
+    out = ["\n".join(line for line in text.splitlines() if "[Gloo]" not in line) for text, _ in said]
+    return [(run.returncode, text, errors) for run, text, (_, errors) in zip(runs, out, said, strict=True)]
+
+
+def stopped_halfway(source: str, target: str) -> None:
+    """Copy a run as it was after the checkpoint in the middle."""
+    shutil.copytree(source, target)
+    shutil.rmtree(Path(target, "checkpoints", LAST))
+
+
+@pytest.fixture(scope="module")
+def folder(quick_compiler: None, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run ``one`` of one process, one ``two`` of two, and both halves of them swapped."""
+    folder = tmp_path_factory.mktemp("processes")
+    shutil.copytree(tiny_llama, folder / "model")
+    (folder / "data.json").write_text(json.dumps(RECORDS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*WORDS, "--output", "one"]) == 0
+        words = [*WORDS, "--output", "two", "--mesh", MESH]
+        (first, second) = together([words, words])
+        assert first[0] == second[0] == 0, (first, second)
+        assert "Wrote the adapter" in first[1] and not second[1]
+        stopped_halfway("two", "two-one")
+        assert main([*WORDS, "--output", "two-one", "--resume"]) == 0
+        stopped_halfway("one", "one-two")
+        words = [*WORDS, "--output", "one-two", "--resume", "--mesh", MESH]
+        (first, second) = together([words, words], by_flags=False)
+        assert first[0] == second[0] == 0, (first, second)
+        assert f"Resuming at step {MIDDLE} of {LAST}." in first[1] and not second[1]
+    return folder
+
+
+def results(run: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """The tensors of both adapters that a run writes, and its metrics."""
+    files = [run / name / "adapter_model.safetensors" for name in ("", "best")]
+    tensors = {f"{n} {name}": array for n, file in enumerate(files) for name, array in load_file(file).items()}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return tensors, rows
+
+
+@pytest.mark.parametrize("run", ["two", "two-one", "one-two"])
+def test_two_processes_end_in_the_numbers_of_one(folder: Path, run: str) -> None:
+    wanted, wanted_rows = results(folder / "one")
+    found, rows = results(folder / run)
+    assert len(found) == 2 * 2 * 4 and found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5)
+        assert "lora_B" not in name or np.abs(array).max() > 1e-2
+    assert len(rows) == len(wanted_rows) == 6 + 3
+    for row, other in zip(rows, wanted_rows, strict=True):
+        assert row.keys() == other.keys()
+        np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=1e-5)
+
+
+def test_the_folder_of_a_run_is_that_of_one_process(folder: Path) -> None:
+    def files(run: str) -> set[str]:
+        found = {str(file.relative_to(folder / run)) for file in (folder / run).rglob("*") if file.is_file()}
+        return {name for name in found if not name.startswith("checkpoints")}
+
+    assert files("one") == files("two") == files("one-two")
+    assert {file.name for file in (folder / "two" / "checkpoints").iterdir()} == {MIDDLE, LAST}
+
+
+def test_one_process_that_cannot_start_stops_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr("peft_jax.cli.processes.in_any", lambda said: True)
+    assert main([*WORDS, "--output", "new"]) == 2
+    assert "peft-jax: error: another process of the run cannot start. See what it says." in capsys.readouterr().err
+    assert main([*WORDS, "--output", "new", "--data", "none.json"]) == 2
+    assert "peft-jax: error: no data file at none.json" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+HERE = ["--coordinator-address", "localhost:1", "--num-processes", "2", "--process-id", "1"]
+WRONG: dict[str, tuple[dict[str, str], list[str], str]] = {
+    "no coordinator": ({}, HERE[2:], "--coordinator-address is missing. Processes find each other by flags"),
+    "no number": ({}, HERE[:2], "--num-processes and --process-id are missing"),
+    "half an environment": ({"JAX_PROCESS_ID": "1"}, [], "--coordinator-address and --num-processes are missing"),
+    "a word for a number": ({"JAX_NUM_PROCESSES": "two"}, [], "JAX_NUM_PROCESSES is 'two'. Give a whole number"),
+    "no port": ({}, [*HERE, "--coordinator-address", "localhost"], "Give address and port, such as 10.0.0.1:1234"),
+    "a number too high": ({}, [*HERE, "--process-id", "2"], "--process-id is 2 of 2 processes. Give 0 to 1"),
+    "no processes": ({}, [*HERE, "--num-processes", "0"], "--num-processes is 0. Give a number above 0"),
+    "nobody there": ({}, [*HERE, "--initialization-timeout", "1"], "no process 0 answers at localhost:1 within 1 s"),
+    "no cluster": ({}, ["--distributed"], "cannot be joined at what the environment tells"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_joined_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    variables, words, said = WRONG[case]
+    monkeypatch.chdir(folder)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    capfd.readouterr()
+    assert main([*WORDS, "--output", "new", *words]) == 2
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("peft-jax: error: ") and said in errors[0], errors
+    assert not (folder / "new").exists()
+
+
+def test_devices_that_are_left_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_jax.cli.processes import check_processes
+    from peft_jax.train.sharding import make_mesh
+
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    check_processes(make_mesh({"data": 8}))
+    with pytest.raises(ValueError, match="2 processes have 8 devices, but the mesh has 4. Give a mesh of all, such as"):
+        check_processes(make_mesh({"data": 4}))
+    with pytest.raises(ValueError, match="8 devices, but no --mesh was given. Give a mesh of all, such as --mesh data"):
+        check_processes(None)
