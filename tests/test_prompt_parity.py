@@ -267,8 +267,9 @@ def with_arrays(model, arrays):
     """The model with other trained arrays in its prompt."""
 
     def change(_, leaf):
-        assert leaf.params.keys() <= arrays.keys() and all(leaf.params[r].shape == arrays[r].shape for r in leaf.params)
-        leaf.params.update({role: jnp.asarray(arrays[role]) for role in leaf.params})
+        own = leaf.params.keys() - {"modules_to_save"}
+        assert own <= arrays.keys() and all(leaf.params[role].shape == arrays[role].shape for role in own)
+        leaf.params.update({role: jnp.asarray(arrays[role]) for role in own})
         return leaf
 
     return map_adapted(change, jax.tree.map(lambda leaf: leaf, model))
@@ -277,9 +278,13 @@ def with_arrays(model, arrays):
 TRAINED = [row for row in ROWS if row not in ("prefix with saved modules", "prompt", "prefix with projection")]
 
 
-@pytest.mark.parametrize("row", [*TRAINED, "prefix with projection"])
+TYPES = {"input_type_mask": np.array([[1, 2, 4, 5, 8, 0], [2, 4, 4, 3, 4, 7]])}  # other outputs in each row
+
+
+@pytest.mark.parametrize("row", [*TRAINED, "prefix with projection", "CPT of typed inputs"])
 def test_training_is_pefts(row, bases):
     """20 steps of AdamW from the same arrays, on padded batches whose virtual tokens have no labels."""
+    row, types = (row.removesuffix(" of typed inputs"), TYPES if row.endswith("inputs") else {})
     theirs = torch_prompt(bases["llama"], row)
     start = {role: array.copy() for role, array in torch_arrays(theirs).items()}
     model = with_arrays(pj.get_peft_model(load(bases["llama"]), config_of(pj, row)), start)
@@ -287,7 +292,7 @@ def test_training_is_pefts(row, bases):
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
     want = []
     for _ in range(20):
-        given = {"input_ids": IDS, "attention_mask": RIGHT, "labels": labels, **tasks(row)}
+        given = {"input_ids": IDS, "attention_mask": RIGHT, "labels": labels, **tasks(row), **types}
         loss = theirs.train()(**{name: torch.tensor(array) for name, array in given.items()}).loss
         optimizer.zero_grad()
         loss.backward()
@@ -300,7 +305,9 @@ def test_training_is_pefts(row, bases):
     )
     trainable, frozen = pj.partition(model)
     state, got = tx.init(trainable), []
-    batch = {"input_ids": IDS, "attention_mask": RIGHT, "labels": labels, **tasks(row)}
+    batch = {"input_ids": IDS, "attention_mask": RIGHT, "labels": labels, **tasks(row), **types}
+    untyped = model(IDS, RIGHT, labels=labels, **tasks(row)).loss
+    assert (abs(want[0] - untyped) > 1e-2) == bool(types)
     for number in range(20):
         trainable, state, metrics = step(trainable, state, frozen, batch, jax.random.key(number))
         got.append(float(metrics.loss))

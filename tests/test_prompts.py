@@ -392,6 +392,19 @@ WRONG_USES = {
         lambda model: prompted(CASES["MULTITASK_PROMPT_TUNING"], model).generate(IDS, task_ids=[-1, 0]),
         "task_ids are from -1 to 0",
     ),
+    "types without CPT": (
+        lambda model: prompted(CASES["PROMPT_TUNING"], model)(IDS, labels=IDS, input_type_mask=IDS),
+        "input_type_mask is for CPT, and the adapter is PROMPT_TUNING",
+    ),
+    "types without a prompt": (lambda model: model(IDS, labels=IDS, input_type_mask=IDS), "no such adapter is active"),
+    "types without labels": (
+        lambda model: prompted(CASES["CPT"], model)(IDS, input_type_mask=IDS),
+        "input_type_mask says which labels count, and none are given",
+    ),
+    "types of other tokens": (
+        lambda model: prompted(CASES["CPT"], model)(IDS, labels=IDS, input_type_mask=IDS[:1]),
+        "input_type_mask must be (2, 4), like labels, got (1, 4)",
+    ),
     "task without tasks": (with_task_but_no_tasks, "task_ids are for MULTITASK_PROMPT_TUNING"),
     "context out of range": (
         lambda model: pj.get_peft_model(model, pj.CPTConfig(cpt_token_ids=[96])),

@@ -57,6 +57,7 @@ class CausalLM(ModelHandle):
         inputs_embeds: jax.Array | None = None,
         labels: jax.Array | np.ndarray | None = None,
         task_ids: jax.Array | np.ndarray | None = None,
+        input_type_mask: jax.Array | np.ndarray | None = None,
         output_hidden_states: bool = False,
     ) -> CausalLMOutput:
         """Logits at all positions, compiled once per shape.
@@ -74,6 +75,7 @@ class CausalLM(ModelHandle):
             labels: Token ids ``(batch, length)`` for the loss; -100 counts for nothing. Logits at a position are
                 compared with the label at the next, so labels are the ``input_ids``, masked.
             task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            input_type_mask: What each token is ``(batch, length)``, for the loss of CPT; see `CPTConfig`.
             output_hidden_states: Whether to return the hidden states.
         """
         out = self.run(
@@ -85,7 +87,10 @@ class CausalLM(ModelHandle):
             segment_ids=segment_ids,
             task_ids=task_array(self.params, task_ids),
         )
-        asked = None if labels is None else with_virtual_labels(self.params, jnp.asarray(labels))
+        types = None if input_type_mask is None else jnp.asarray(input_type_mask)
+        if types is not None and labels is None:
+            raise ValueError("input_type_mask says which labels count, and none are given. Give labels too.")
+        asked = None if labels is None else with_virtual_labels(self.params, jnp.asarray(labels), types)
         loss = None if asked is None else shifted_cross_entropy(out.logits, *asked)
         return CausalLMOutput(out.logits, loss, out.hidden_states)
 

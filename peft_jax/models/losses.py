@@ -17,20 +17,20 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
     Args:
         logits: ``(..., n)``.
         labels: Classes ``(...)``.
-        weights: What each label's loss is multiplied by, of the labels' last axis; by default 1.
+        weights: What each label's loss is multiplied by ``(...)``; by default 1.
     """
     counted = labels != IGNORED_LABEL
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(counted, labels, 0)
     )
     if weights is not None:
-        losses = losses * jnp.reshape(weights, (1,) * (losses.ndim - 1) + weights.shape)
+        losses = losses * weights
     return jnp.sum(losses, where=counted) / jnp.sum(counted, dtype=jnp.float32)
 
 
 def shifted_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean cross entropy of the logits ``(batch, length, n)`` at each position with the label at the next."""
-    return cross_entropy(logits[:, :-1], labels[:, 1:], None if weights is None else weights[1:])
+    return cross_entropy(logits[:, :-1], labels[:, 1:], None if weights is None else weights[:, 1:])
 
 
 def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> jax.Array:

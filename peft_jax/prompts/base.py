@@ -24,13 +24,6 @@ PROMPT = "prompt"  # the role of the virtual tokens' array
 IGNORED_LABEL = -100
 
 
-class Labels(NamedTuple):
-    """Labels (n,) of virtual tokens, and how much the loss of each counts (n,)."""
-
-    ids: np.ndarray
-    weights: np.ndarray
-
-
 class Adaption(NamedTuple):
     """Prompts on the side of each layer's attention.
 
@@ -101,9 +94,22 @@ class PromptMethod(Method):
         """How many tasks it has, of which each row of a batch names one; 0 if it knows none."""
         return 0
 
-    def virtual_labels(self) -> Labels:
-        """What the loss asks of these tokens: nothing, unless a method says so."""
-        return Labels(np.full(self.virtual_tokens, IGNORED_LABEL), np.ones(self.virtual_tokens, np.float32))
+    def labelled(self, labels: jax.Array, input_types: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """What the loss asks of virtual tokens and inputs: nothing of the former, unless a method says so.
+
+        Args:
+            labels: Those of the inputs ``(batch, length)``.
+            input_types: The types of the inputs ``(batch, length)``, for a method that knows types.
+
+        Returns:
+            Labels ``(batch, n + length)``, and how much the loss of each counts; None for all alike.
+
+        Raises:
+            ValueError: if types are given to a method that knows none.
+        """
+        if input_types is not None:
+            raise ValueError(f"input_type_mask is for CPT, and the adapter is {self.peft_type}. Leave it out.")
+        return jnp.pad(labels, ((0, 0), (self.virtual_tokens, 0)), constant_values=IGNORED_LABEL), None
 
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> NoReturn:
         """Raise MergeError: a prompt is no change of a weight."""
@@ -143,12 +149,18 @@ def take_prompt(params: Any, task_ids: jax.Array | None = None) -> tuple[Any, Pr
     return rest, leaf.tag.config.give(leaf.params, leaf.state, task_ids)
 
 
-def with_virtual_labels(params: Any, labels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def with_virtual_labels(
+    params: Any, labels: jax.Array, input_type_mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
     """Labels ``(batch, n + length)`` with those of virtual tokens in front, and weights of the losses or None.
 
     Args:
         params: A tree or model handle, whose prompt may have virtual tokens.
         labels: ``(batch, length)``.
+        input_type_mask: What each token of the inputs is ``(batch, length)``, for CPT; see `CPTConfig`.
+
+    Raises:
+        ValueError: if types are given where there is no CPT, or of another shape than labels.
 
     Example:
         >>> from peft_jax.cli.demo_data import MODEL
@@ -157,15 +169,12 @@ def with_virtual_labels(params: Any, labels: jax.Array) -> tuple[jax.Array, jax.
         >>> with_virtual_labels(model, jnp.array([[5, 6]]))[0].tolist()
         [[-100, -100, 5, 6]]
     """
-    found = [leaf.tag.config.virtual_labels() for leaf in active_prompts(params) if leaf.tag.config.virtual_tokens]
-    if not found:
-        return labels, None
-    ids, weights = found[0]
-    rows, length = labels.shape
-    labels = jnp.concatenate([jnp.broadcast_to(jnp.asarray(ids, labels.dtype), (rows, len(ids))), labels], axis=1)
-    if (weights == 1).all():
-        return labels, None
-    return labels, jnp.concatenate([jnp.asarray(weights), jnp.ones(length, jnp.float32)])
+    if input_type_mask is not None and input_type_mask.shape != labels.shape:
+        raise ValueError(f"input_type_mask must be {labels.shape}, like labels, got {input_type_mask.shape}.")
+    found = [leaf.tag.config for leaf in active_prompts(params) if leaf.tag.config.virtual_tokens]
+    if not found and input_type_mask is not None:
+        raise ValueError("input_type_mask is for CPT, and no such adapter is active. Leave it out.")
+    return found[0].labelled(labels, input_type_mask) if found else (labels, None)
 
 
 def projected(params: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
-from peft_jax.prompts.base import IGNORED_LABEL, PROMPT, Labels
+from peft_jax.prompts.base import IGNORED_LABEL, PROMPT
 from peft_jax.prompts.learning import PromptLearning
 from peft_jax.prompts.prompt_tuning import rows_of
 
@@ -39,6 +39,10 @@ class CPTConfig(PromptLearning):
         opt_projection_epsilon: How far an input moves, times ``sqrt(token_dim / 2048)``.
         opt_projection_format_epsilon: How far a template does.
         tokenizer_name_or_path: For the record.
+
+    Calls with labels, and batches of training, take ``input_type_mask``: what each token of the inputs is, counted
+    anew from 1 as in the context; only outputs have a loss. Without it all inputs are one output, so that the labels
+    alone say what has a loss.
 
     ``num_virtual_tokens`` is the context's length. The other fields are those of `PromptLearning`.
 
@@ -143,17 +147,31 @@ class CPTConfig(PromptLearning):
         still = jax.lax.stop_gradient(self._projected(delta)) - jax.lax.stop_gradient(moves)
         return {PROMPT: state[TABLE] + (moves + still)}
 
-    def virtual_labels(self) -> Labels:
-        """Those of the context's outputs, with their weights."""
-        types, ids = self._types, np.asarray(self.cpt_token_ids)
-        if types.max() % 4:
+    def labelled(self, labels: jax.Array, input_types: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Those of outputs, of the context's and of the inputs'; with ``"decay"`` earlier examples weigh less."""
+        last = int(self._types.max())
+        if input_types is None and last % 4:
             raise ValueError(
-                f"The largest of cpt_tokens_type_mask is {types.max()}, so that no token of the inputs has a loss. "
+                f"The largest of cpt_tokens_type_mask is {last}, so that no token of the inputs has a loss. "
                 "Make it a multiple of 4: the number of the last example's output."
             )
+        own = jnp.full(labels.shape, 4) if input_types is None else jnp.asarray(input_types)
+        ids, types = (jnp.asarray(array, jnp.int32) for array in (self.cpt_token_ids, self._types))
+        types = _before(types, jnp.where(own > 0, own + last, own).astype(jnp.int32))
         asked = (types > 0) & (types % 4 == 0)
-        weights = np.ones(len(ids), np.float32)
-        if self.opt_weighted_loss_type == "decay":
-            for back, number in enumerate(np.unique(types[1:][asked[1:]])[::-1], 1):
-                weights[types == number] = self.opt_loss_decay_factor**back
-        return Labels(np.where(asked, ids, IGNORED_LABEL), weights)
+        labels = jnp.where(asked, _before(ids.astype(labels.dtype), labels), IGNORED_LABEL)
+        if self.opt_weighted_loss_type == "none":
+            return labels, None
+        return labels, self.opt_loss_decay_factor ** jax.vmap(_later)(jnp.where(asked, types, 0))
+
+
+def _before(own: jax.Array, rows: jax.Array) -> jax.Array:
+    """``own`` (n,) in front of each of the rows (batch, length)."""
+    return jnp.concatenate([jnp.broadcast_to(own, (len(rows), len(own))), rows], axis=1)
+
+
+def _later(types: jax.Array) -> jax.Array:
+    """How many larger types there are for each of a row's, float32; the row's first has no loss and counts as none."""
+    known = jnp.sort(types.at[0].set(0))
+    distinct = jnp.cumsum(jnp.diff(known, prepend=0) > 0)
+    return (distinct[-1] - distinct[jnp.searchsorted(known, types)]).astype(jnp.float32)

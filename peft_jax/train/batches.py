@@ -17,7 +17,8 @@ class Batch(TypedDict):
 
     attention_mask is 0 on padding, labels are `IGNORE` where nothing is trained. Packed rows have segment_ids: the
     number of each token's text, from 1 on, and 0 on padding. Where a prompt has several tasks, task_ids (batch,) names
-    each row's.
+    each row's; where it knows types of tokens, input_type_mask names each token's. Of classes of texts labels are
+    (batch,); of an encoder-decoder they are the decoder's, (batch, its length), and so are decoder_input_ids.
     """
 
     input_ids: np.ndarray
@@ -25,6 +26,8 @@ class Batch(TypedDict):
     labels: np.ndarray
     segment_ids: NotRequired[np.ndarray]
     task_ids: NotRequired[np.ndarray]
+    input_type_mask: NotRequired[np.ndarray]
+    decoder_input_ids: NotRequired[np.ndarray]
 
 
 class Data(Protocol):

@@ -1,4 +1,4 @@
-"""Cross entropy of the next token."""
+"""Cross entropy of tokens or classes, as sums that add up over batches."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from peft_jax.train.encode import IGNORE
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None, *, next_token: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Cross entropy of each next token, summed in float32 over the tokens that have a label.
 
@@ -18,7 +18,9 @@ def cross_entropy(
     Args:
         logits: (batch, length, vocabulary), any float type.
         labels: (batch, length), token ids and `IGNORE` (-100) where nothing is asked.
-        weights: (length,), what each label's loss is multiplied by; by default 1.
+        weights: (batch, length), what each label's loss is multiplied by; by default 1.
+        next_token: False where logits predict the label at their own place, as those of classifiers of texts, whose
+            logits are (batch, classes) and labels (batch,), or of tokens, and of encoder-decoders.
 
     Returns:
         The sum in nats, float32, and the number of target tokens, int32.
@@ -28,11 +30,11 @@ def cross_entropy(
         >>> int(count), round(float(total / count), 4)  # log(4)
         (2, 1.3863)
     """
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE) if next_token else labels
     asked = targets != IGNORE
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(asked, targets, 0)
     )
     if weights is not None:
-        losses = losses * jnp.pad(weights[1:], (0, 1))[None]
+        losses = losses * (jnp.pad(weights[:, 1:], ((0, 0), (0, 1))) if next_token else weights)
     return jnp.sum(losses, where=asked), jnp.sum(asked, dtype=jnp.int32)

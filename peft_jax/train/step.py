@@ -2,8 +2,9 @@
 
 Both take a pure ``apply(params, input_ids, attention_mask) -> logits``; for a model handle that is
 ``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, for a plain function over adapted leaves
-``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, and for prompts of several tasks ``task_ids``,
-by these names. A prompt's virtual tokens may have logits in front of the others.
+``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, for prompts of several tasks ``task_ids``, and
+for encoder-decoders ``decoder_input_ids``, by these names. A prompt's virtual tokens may have logits in front of the
+others.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from peft_jax.train.loss import cross_entropy
 from peft_jax.train.schedule import advance, penalized, split_state
 
 Apply = Callable[..., jax.Array]
+HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids")  # what apply takes of a batch that has it
 
 
 class StepMetrics(NamedTuple):
@@ -45,6 +47,7 @@ def make_training_step(
     apply: Apply,
     optimizer: optax.GradientTransformation,
     *,
+    next_token: bool = True,
     micro_batch_size: int | None = None,
     out_shardings: Any = None,
 ) -> TrainingStep:
@@ -58,6 +61,8 @@ def make_training_step(
         apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary).
         optimizer: Any optax transformation, initialised with the trainable twin; for a method with a schedule, as
             AdaLoRA, by `peft_jax.train.init_optimizer`, and the step runs the schedule.
+        next_token: Whether logits predict the label at the next position, as a causal language model's do; False for
+            classifiers of texts or tokens and for encoder-decoders. See `cross_entropy`.
         micro_batch_size: Rows that go through the model at once; the gradients of a batch's parts are summed in one
             scan. It divides the batch. By default the whole batch at once.
         out_shardings: How trainable, optimizer state and metrics lie on a mesh, as `jax.jit` takes it.
@@ -81,12 +86,11 @@ def make_training_step(
 
     def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, count: jax.Array) -> jax.Array:
         params = with_dropout(combine(trainable, frozen), key)
-        return _loss_of(apply, params, batch)[0] / count
+        return _loss_of(apply, params, batch, next_token)[0] / count
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
         trainable = _put_back(trainable, frozen)
-        labels, _ = with_virtual_labels(frozen, jnp.asarray(batch["labels"]))
-        count = jnp.maximum(jnp.sum(labels[:, 1:] >= 0), 1).astype(jnp.float32)
+        count = jnp.maximum(_targets(frozen, batch, next_token), 1).astype(jnp.float32)
         gradient_of = jax.value_and_grad(loss_share)
         rows = batch["input_ids"].shape[0]
         if micro_batch_size is None or micro_batch_size == rows:
@@ -125,23 +129,44 @@ def _put_back(trainable: Any, frozen: Any) -> Any:
     return partition(projected(combine(trainable, frozen)))[0]
 
 
-def _loss_of(apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    labels, weights = with_virtual_labels(params, jnp.asarray(batch["labels"]))
-    return cross_entropy(logits_of(apply, params, batch), labels, weights)
+def _labels_of(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    types = batch.get("input_type_mask")
+    return with_virtual_labels(params, jnp.asarray(batch["labels"]), None if types is None else jnp.asarray(types))
+
+
+def _targets(params: Any, batch: Batch, next_token: bool) -> jax.Array:
+    """How many labels a batch has that count."""
+    labels = _labels_of(params, batch)[0][:, 1:] if next_token else jnp.asarray(batch["labels"])
+    return jnp.sum(labels >= 0)
+
+
+def _loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:
+    logits = logits_of(apply, params, batch)
+    if next_token:
+        return cross_entropy(logits, *_labels_of(params, batch))
+    labels = jnp.asarray(batch["labels"])
+    if labels.ndim == 2 and labels.shape != logits.shape[:-1]:  # virtual tokens have logits too
+        labels, _ = with_virtual_labels(params, labels)
+    return cross_entropy(logits, labels, next_token=False)
 
 
 def logits_of(apply: Apply, params: Any, batch: Batch) -> jax.Array:
-    """Logits (batch, length, vocabulary) of a batch, packed or not."""
+    """What a model gives for a batch, packed or not: logits (batch, length, vocabulary), or of classes."""
     named: dict[str, Any] = dict(batch)
-    more = {name: named[name] for name in ("segment_ids", "task_ids") if name in named}
+    more = {name: named[name] for name in HANDED_ON if name in named}
     return apply(params, batch["input_ids"], batch["attention_mask"], **more)
 
 
-def make_evaluation_step(apply: Apply) -> EvaluationStep:
-    """Build the compiled step ``(params, batch) -> (summed loss, number of target tokens)``, without dropout."""
+def make_evaluation_step(apply: Apply, *, next_token: bool = True) -> EvaluationStep:
+    """Build the compiled step ``(params, batch) -> (summed loss, number of targets)``, without dropout.
+
+    Args:
+        apply: As `make_training_step` takes it.
+        next_token: As there.
+    """
 
     def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return _loss_of(apply, params, batch)
+        return _loss_of(apply, params, batch, next_token)
 
     return jax.jit(step)
 
