@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conformance import close, plain, same_files, tolerance
+from peft_jax.interop.extras import tied_copies
 from safetensors.numpy import load_file
 from test_peft_parity import clean, module_of
 
@@ -85,13 +86,29 @@ def rows(f: Family) -> dict[str, dict]:
         "all-linear": {"target_modules": "all-linear", "exclude_modules": [f.second]},
         "regex": {"target_modules": rf".*{f.layers}\.[02]\..*{f.last}"},
         "IA3": {"config": "IA3Config"},
+        "ADALORA": {"config": "AdaLoraConfig", "init_r": 3, "target_r": 2, "total_step": 9, "target_modules": targets},
+        "BEFT": {"config": "BeftConfig", "target_modules": targets},
+        "BOFT": {"config": "BOFTConfig", "target_modules": targets, "bias": "boft_only"},
+        "HIRA": {"config": "HiraConfig", "r": 4, "target_modules": [f.embedding, *targets]},
+        "HRA": {"config": "HRAConfig", "r": 4, "target_modules": targets},
+        "LN_TUNING": {"config": "LNTuningConfig", "target_modules": [f.norm]},
+        "LOHA": {"config": "LoHaConfig", "r": 4, "alpha": 7, "target_modules": targets},
+        "LOKR": {"config": "LoKrConfig", "r": 2, "alpha": 3, "target_modules": targets},
+        "MISS": {"config": "MissConfig", "r": 6, "target_modules": targets},
         "OFT": {"config": "OFTConfig", "oft_block_size": 8, "target_modules": targets},
+        "TRAINABLE_TOKENS": {
+            "config": "TrainableTokensConfig",
+            "token_indices": [5, 17],
+            "target_modules": [f.embedding],
+        },
+        "VERA": {"config": "VeraConfig", "r": 24, "target_modules": targets, "bias": "vera_only"},
     }
 
 
-NOT_IN_PEFT = ("gpt2", "OFT")  # it takes no Conv1D
-# All rows on GPT-2 and BERT's classifier of texts; on the others what their heads meet. (With all-linear PEFT adapts a
-# classifier of tokens, which it then cannot save whole.)
+NOT_ON_CONV1D = ("BEFT", "BOFT", "HRA", "LOHA", "LOKR", "MISS", "OFT")
+# All rows on GPT-2; on BERT's classifier of texts all methods, and LoRA where layers or heads of others matter; on the
+# others what their heads meet. (With all-linear PEFT adapts a classifier of tokens, which it then cannot save whole.)
+FOR_DECODERS = ("plain", "rslora", "patterns", "layers_to_transform", "regex")
 ONLY = {
     "gpt2-seq": ["default"],
     "roberta-seq": ["all-linear", "bias all"],
@@ -107,7 +124,8 @@ PAIRS = {
     (name, row): options
     for name, family in FAMILIES.items()
     for row, options in (rows(family) | (GPT2_HEADS if name == "gpt2" else {})).items()
-    if row in ONLY.get(name, [row]) and (name, row) != NOT_IN_PEFT
+    if row in ONLY.get(name, [row]) and (name, row) not in [("bert-seq", other) for other in FOR_DECODERS]
+    if family.kind != "gpt2" or row not in NOT_ON_CONV1D
 }
 pairs = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 COPY = r"\.(original_module|modules_to_save)\."  # with bias="all" PEFT saves biases of saved modules three times
@@ -127,6 +145,12 @@ def torch_class(family):
     import transformers
 
     return getattr(transformers, f"AutoModelFor{family.head}" if family.head else "AutoModel")
+
+
+@pytest.fixture(autouse=True)
+def no_cuda_extension(monkeypatch):
+    """BOFT in PEFT would try to compile one for every layer."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +243,9 @@ def assert_no_module_is_dead(base, config, tensors, want):
     own = interop.get_peft_model_state_dict
     fresh = own(interop.set_peft_model_state_dict(base, config, tensors))
     start = own(pj.get_peft_model(base, dataclasses.replace(config, inference_mode=False)))
-    modules = {module_of(key) for key in without_copies(fresh) if not key.endswith("base_layer.weight")}
+    fresh = {key: array for key, array in fresh.items() if key not in tied_copies(base, config, fresh)}
+    shared = ("base_layer.weight", "vera_A", "vera_B")
+    modules = {module_of(key) for key in without_copies(fresh) if not key.endswith(shared)}
     for module in modules:
         if module.endswith(SHIFTS):
             continue
@@ -276,6 +302,16 @@ def test_a_model_without_default_targets_asks_for_them():
     )
     with pytest.raises(ValueError, match="target_modules is not given. Name some of"):
         pj.get_peft_model(pj.AutoModel.from_config(config), pj.IA3Config())
+
+
+@pytest.mark.parametrize("row", NOT_ON_CONV1D)
+def test_what_peft_has_not_for_conv1d_is_refused(row, bases):
+    options = dict(rows(GPT2)[row], task_type="CAUSAL_LM")
+    kind = options.pop("config")
+    with pytest.raises((TypeError, NotImplementedError, ValueError), match="Conv1D.* is not supported|not supported"):
+        peft.get_peft_model(torch_base("gpt2", bases), getattr(peft, kind)(**options))
+    with pytest.raises(ValueError, match=f"{row} takes no 'transformer.h.0..*': PyTorch stores it as .*Conv1D"):
+        pj.get_peft_model(load("gpt2", bases), getattr(pj, kind)(**options))
 
 
 def test_fan_in_fan_out_is_for_gpt2(bases):

@@ -128,6 +128,8 @@ class Method(PeftConfig):
     dropout_in_lookups: ClassVar[bool] = False  # whether dropout is for what lies on an embedding too
     on_model: ClassVar[bool] = False  # whether the adapter goes on a model handle and changes no weight
     on_input: ClassVar[bool] = False  # whether its default target is a model's input embedding
+    takes_conv1d: ClassVar[bool] = True  # whether PEFT has it for layers that PyTorch stores as (in, out)
+    notes_storage: ClassVar[bool] = True  # whether PEFT sets fan_in_fan_out by what it finds, if there is the field
     replaces: ClassVar[bool] = False  # whether it trains a copy of every leaf of a target, and has no arrays of its own
     bias_only: ClassVar[str] = ""  # the value of ``bias`` for those of adapted modules, if not the method's name
 

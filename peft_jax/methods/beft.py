@@ -41,6 +41,7 @@ class BeftConfig(Method):
         (3,)
     """
 
+    takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"beft_bias": ("out",)}
 
     target_modules: str | Sequence[str] | None = None

@@ -50,6 +50,7 @@ class BOFTConfig(Method):
         (2, 4, 2, 2)
     """
 
+    takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "boft_R": ("factors", "blocks", "row", "column"),
         "boft_s": ("out",),

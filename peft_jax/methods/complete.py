@@ -43,16 +43,24 @@ def _with_storage(config: M, found: Sequence[Leaf]) -> M:
     """The config with ``fan_in_fan_out`` as PEFT sets it: whether PyTorch stores the targets as ``(in, out)``.
 
     Raises:
-        ValueError: if it is True, and the model has no such layers.
+        ValueError: if it is True, and the model has no such layers; or a target is one, and PEFT does not take them.
     """
+    linear = [leaf for leaf in found if is_matrix(leaf) and leaf.layout is not None and not leaf.layout.lookup]
+    targets = [leaf for leaf in linear if any(is_target(config, name) for name in leaf.names.flat)]
+    if not config.takes_conv1d and (refused := [leaf for leaf in targets if leaf.layout.stored_in_out]):
+        name = next(name for name in refused[0].names.flat if is_target(config, name))
+        raise ValueError(
+            f"{config.peft_type} takes no '{name}': PyTorch stores it as transformers' Conv1D, for which PEFT has no "
+            f"{config.peft_type}, so that the adapter could not be read there. Use LORA, or leave it out."
+        )
     if not any(field.name == "fan_in_fan_out" for field in dataclasses.fields(config)):
         return config
-    linear = [leaf for leaf in found if is_matrix(leaf) and leaf.layout is not None and not leaf.layout.lookup]
     if config.fan_in_fan_out and not any(leaf.layout.stored_in_out for leaf in linear):
         raise ValueError(
             "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
         )
-    targets = [leaf for leaf in linear if any(is_target(config, name) for name in leaf.names.flat)]
+    if not config.notes_storage:
+        return config
     stored = bool(targets) and all(bool(leaf.layout.stored_in_out) for leaf in targets)
     return config if stored == config.fan_in_fan_out else config.replace(fan_in_fan_out=stored)
 

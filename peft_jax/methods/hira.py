@@ -48,6 +48,7 @@ class HiraConfig(Ranked):
         (2, 6)
     """
 
+    notes_storage: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"hira_A": ("in", "rank"), "hira_B": ("rank", "out")}
 
     r: int = 32

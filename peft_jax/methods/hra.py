@@ -45,6 +45,7 @@ class HRAConfig(Method):
         (8, 2)
     """
 
+    takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"hra_u": ("in", "rank")}
     structural: ClassVar[tuple[str, ...]] = ("apply_GS",)
 

@@ -46,6 +46,7 @@ class LoHaConfig(Ranked):
         {'hada_w1_a': (6, 2), 'hada_w1_b': (2, 8), 'hada_w2_a': (6, 2), 'hada_w2_b': (2, 8)}
     """
 
+    takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "hada_w1_a": ("out", "rank"),
         "hada_w1_b": ("rank", "in"),

@@ -51,6 +51,7 @@ class LoKrConfig(Ranked):
         {'lokr_w1': (6, 8), 'lokr_w2_a': (6, 2), 'lokr_w2_b': (2, 8)}
     """
 
+    takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "lokr_w1": ("out_1", "in_1"),
         "lokr_w1_a": ("out_1", "rank"),

@@ -47,6 +47,7 @@ class MissConfig(Method):
         (2, 6)
     """
 
+    takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "miss_block": ("rank", "out"),
         "miss_mini": ("rank", "part"),

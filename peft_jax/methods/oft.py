@@ -55,6 +55,7 @@ class OFTConfig(Method):
         (2, 6)
     """
 
+    takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "oft_R": ("blocks", "pairs"),
         "oft_embedding_R": ("blocks", "pairs"),
