@@ -73,6 +73,7 @@ CASES = [
     ("t5", "SEQ_2_SEQ_LM", "prefix"),
     ("t5", "SEQ_2_SEQ_LM", "prompt"),
     ("t5", "SEQ_2_SEQ_LM", "p-tuning"),
+    ("t5", "SEQ_2_SEQ_LM", "multitask"),
 ]
 every_case = pytest.mark.parametrize(("family", "task", "row"), CASES, ids=["-".join(case) for case in CASES])
 FIELDS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
@@ -199,6 +200,7 @@ def test_our_prompt_gives_the_same_outputs_in_peft(family, task, row, bases, tmp
 GENERATED = [("gpt2", row) for row in ("prefix", "prompt", "multitask", "adaption")] + [
     ("t5", "prefix"),
     ("t5", "prompt"),
+    ("t5", "multitask"),
 ]
 
 

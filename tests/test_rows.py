@@ -24,9 +24,18 @@ CONFIGS = {
     "LOKR": pj.LoKrConfig(r=2, target_modules=["down"]),
     "HIRA": pj.HiraConfig(r=2, target_modules=TARGETS),
     "MISS": pj.MissConfig(r=4, target_modules=TARGETS),
-    "saved": pj.LoraConfig(r=2, target_modules=["up"], modules_to_save=["down"]),
+    "BOFT": pj.BOFTConfig(target_modules=TARGETS),
+    "VERA": pj.VeraConfig(r=6, d_initial=1.0, target_modules=TARGETS),
+    "ADALORA": pj.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=TARGETS),
+    "BEFT": pj.BeftConfig(target_modules=TARGETS),
+    "LN_TUNING": pj.LNTuningConfig(target_modules=["norm"]),
+    "saved": pj.LoraConfig(r=2, target_modules=["up"], modules_to_save=["down", "norm"]),
+    "biases": pj.LoraConfig(r=2, target_modules=["up"], bias="all"),
 }
-LAYOUT = {r".*kernel": pj.Layout((0,), (1,), (2,))}
+LAYOUT = {
+    r".*kernel": pj.Layout((0,), (1,), (2,)),
+    r".*(bias|scale)": pj.Layout((0,), (), (1,)),
+}
 IDS = jnp.array([[1, 3, 0], [3, 2, 1], [0, 0, 5], [4, 1, 2], [3, 3, 3]])
 
 
@@ -39,17 +48,19 @@ def close(got, want, tolerance=1e-5):
 
 
 def base(bits=None):
-    kernels = {"up": {"kernel": 0.3 * normal(0, 2, 8, 12)}, "down": {"kernel": 0.3 * normal(1, 2, 12, 8)}}
+    up = {"kernel": 0.3 * normal(0, 2, 8, 12), "bias": 0.5 * normal(3, 2, 12)}
+    kernels = {"up": up, "down": {"kernel": 0.3 * normal(1, 2, 12, 8)}, "norm": {"scale": 1 + 0.3 * normal(4, 2, 8)}}
     tree = {"embed": {"embedding": normal(2, 6, 8)}, "layers": kernels}
     return pj.quantize(tree, target_modules=TARGETS, layout=LAYOUT) if bits else tree
 
 
 def model(params, ids):
-    """A scanned model with a tied head: lookups, products and products with a transpose."""
+    """A scanned model with a tied head: lookups, products and products with a transpose, a bias and a scale."""
     table = params["embed"]["embedding"]
 
     def layer(h, kernels):
-        return h + jax.nn.tanh(h @ kernels["up"]["kernel"]) @ kernels["down"]["kernel"], None
+        inner = (h * kernels["norm"]["scale"][None, None]) @ kernels["up"]["kernel"]
+        return h + jax.nn.tanh(inner + kernels["up"]["bias"][None, None]) @ kernels["down"]["kernel"], None
 
     h, _ = jax.lax.scan(layer, jnp.take(table, ids, axis=0), params["layers"])
     return h @ table.T
@@ -155,6 +166,29 @@ def test_rows_of_a_model_are_pefts(tiny_llama, tmp_path):
         np.testing.assert_array_equal(tokens[i], one.generate(ids[i : i + 1], max_new_tokens=4)[0])
 
 
+def test_rows_of_a_model_have_norms_and_biases_of_their_own():
+    config = pj.models.BertConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_labels=3
+    )
+    params = pj.AutoModelForSequenceClassification.from_config(config)
+    configs = {
+        "norms": pj.LNTuningConfig(target_modules=["LayerNorm"]),
+        "biases": pj.IA3Config(),
+        "more": pj.BeftConfig(),
+    }
+    for name, method in configs.items():
+        params = pj.get_peft_model(params, method, adapter_name=name)
+        trainable, frozen = pj.partition(params)
+        params = pj.combine(jax.tree.map(lambda leaf: leaf + normal(5, *leaf.shape), trainable), frozen)
+    names = ["more", "norms", "__base__", "biases", "norms"]
+    ids = np.arange(20).reshape(5, 4)
+    got = pj.with_adapter_rows(params, names)(ids).logits
+    for i, name in enumerate(names):
+        one = params.disable_adapter() if name == "__base__" else params.set_adapter(name)
+        close(got[i], one(ids[i : i + 1]).logits[0])
+    assert np.abs(got - params.disable_adapter()(ids).logits).max(axis=1)[[0, 1, 3, 4]].min() > 1e-2
+
+
 def test_what_cannot_differ_by_row_is_named():
     params = with_adapters(base(), ["LORA"])
     rows = pj.with_adapter_rows(params, ["LORA"] * 5)
@@ -170,8 +204,10 @@ def test_what_cannot_differ_by_row_is_named():
         pj.get_peft_model_state_dict(rows)
     biased = {"up": {"kernel": normal(0, 4, 4), "bias": jnp.zeros(4)}}
     biased = pj.apply_adapter(biased, pj.IA3Config(target_modules=["up"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="'default' changes the vector 'up.bias', and only matrices can differ"):
-        pj.with_adapter_rows(biased, ["default"])
+    biased = pj.with_adapter_rows(biased, ["default"] * 4)
+    for use in (lambda params: jnp.exp(params["up"]["bias"]), lambda params: params["up"]["bias"] + jnp.ones(4)):
+        with pytest.raises(ValueError, match="Its rows have adapters of their own .* add or multiply rows by a vector"):
+            pj.adapt(use)(biased)
     assert not jax.tree.leaves(pj.partition(rows)[0])
 
 

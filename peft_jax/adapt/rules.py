@@ -122,6 +122,18 @@ def _used(eqn: Any, view: View, y: jax.Array | None) -> Outputs:
     return [y.astype(eqn.outvars[0].aval.dtype)]
 
 
+def elementwise(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
+    """A vector that each row has its own of; others are merged."""
+    shape = eqn.outvars[0].aval.shape
+    own = [value.by_row(shape) if is_view(value) else None for value in values]
+    if all(one is None for one in own):
+        return None
+    for value, one in zip(values, own, strict=True):
+        if one is not None:
+            value.done(eqn, merged=False)
+    return compat.bind(eqn, [merged(v, eqn) if one is None else one for v, one in zip(values, own, strict=True)])
+
+
 # ---- Moves: the same weight, seen otherwise
 
 
@@ -333,6 +345,7 @@ RULES: dict[str, Rule] = {
     "ragged_dot_general": ragged_dot,
     "gather": gather,
     "conv_general_dilated": convolution,
+    **dict.fromkeys(("add", "sub", "mul", "div"), elementwise),
     "transpose": transpose,
     "reshape": reshape,
     "squeeze": squeeze,

@@ -80,6 +80,19 @@ class View:
         array = jnp.broadcast_to(array, (*(atom.size for atom in added), *array.shape)) if added else array
         return arrange(array, [*added, *have], self.axes)
 
+    def by_row(self, shape: Sequence[int]) -> jax.Array | None:
+        """The array, with rows of their own along its first axis, for an operand of what has this shape.
+
+        None if the weight is one for all rows, or the first axis is not that of the rows.
+        """
+        rows = self.weight.by_row()
+        if rows is None or not self.axes or shape[:1] != rows.shape[:1] or any(a.axis >= 0 for a in self.axes[0]):
+            return None
+        batch, have = Atom(FREE, 0, len(rows)), self.digits(range(self.weight.ndim))
+        added = [atom for atom in flat(self.axes[1:]) if atom.axis == BROADCAST]
+        array = jnp.broadcast_to(rows, (*(atom.size for atom in added), *rows.shape)) if added else rows
+        return arrange(array, [*added, batch, *have], [(batch,), *self.axes[1:]])
+
     def done(self, eqn: Any, *, merged: bool) -> None:
         """Tell who watches."""
         if self.watch is not None:

@@ -58,6 +58,10 @@ class Weight(abc.ABC):
     def dense(self) -> jax.Array:
         """The dense array, of ``shape`` and ``dtype``."""
 
+    def by_row(self) -> jax.Array | None:
+        """The dense arrays of each row of a batch ``(batch, *shape)``, of a vector that rows have their own of."""
+        return None
+
     @abc.abstractmethod
     def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
         """``product.full(x, matrix)``. No stacked axes, save for the groups of a grouped product."""

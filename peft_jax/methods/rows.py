@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
-from peft_jax.core.paths import dotted
 from peft_jax.core.product import MATMUL, Lookup, Product
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight
 from peft_jax.methods.lora import LoraConfig
@@ -27,16 +26,17 @@ def with_adapter_rows(params: T, names: Sequence[str]) -> T:
     """The tree, or handle, whose products use one adapter for each row of a batch: PEFT's ``adapter_names=``.
 
     A row's numbers are those of running it alone with `pj.set_adapter`. All products must have the batch as the first
-    axis of their inputs. LoRA's factors are gathered by row; with other methods each product is computed once for each
-    adapter. It is for inference: the adapters are no longer trained, merged or saved. Other names in the same number,
-    of the same adapters, compile nothing.
+    axis of their inputs, and so must what is added to a vector (a bias) or multiplied by one (a norm's scale). LoRA's
+    factors are gathered by row; with other methods each product is computed once for each adapter. It is for inference:
+    the adapters are no longer trained, merged or saved. Other names in the same number, of the same adapters, compile
+    nothing.
 
     Args:
         params: A tree or model handle with the adapters; which of them are active does not matter.
         names: The adapter of each row; ``"__base__"`` for none.
 
     Raises:
-        ValueError: if there is no such adapter, or one of them changes a vector, which is no product's.
+        ValueError: if there is no such adapter.
 
     Example:
         >>> import peft_jax as pj
@@ -56,7 +56,7 @@ def with_adapter_rows(params: T, names: Sequence[str]) -> T:
         raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}, and '{BASE}' for none.")
     used = [name for name in known if name in names]
 
-    def by_row(key_path: Any, node: Any) -> Any:
+    def by_row(node: Any) -> Any:
         found = {}
         base = node
         while is_adapted(base):
@@ -65,11 +65,6 @@ def with_adapter_rows(params: T, names: Sequence[str]) -> T:
         nodes = [found[name] for name in used if name in found]
         if not nodes:
             return base
-        if not node.layout.inp:
-            raise ValueError(
-                f"Adapter '{nodes[0].tag.name}' changes the vector '{dotted(key_path)}', and only matrices can differ "
-                "by row. Run its rows by themselves, with pj.set_adapter."
-            )
         places = {one.tag.name: place for place, one in enumerate(nodes, 1)}
         rows = np.array([places.get(name, 0) for name in names], np.int32)
         stack = node.layout.stack_shape(node.shape)
@@ -82,7 +77,7 @@ def with_adapter_rows(params: T, names: Sequence[str]) -> T:
             tuple(one.tag for one in nodes),
         )
 
-    return jax.tree_util.tree_map_with_path(by_row, params, is_leaf=is_adapted)
+    return jax.tree.map(by_row, params, is_leaf=is_adapted)
 
 
 @partial(
@@ -130,9 +125,17 @@ class Rows(Weight):
     def dense(self) -> jax.Array:
         """Not there."""
         raise MergeError(
-            "Its rows have adapters of their own (pj.with_adapter_rows), which one array cannot hold. Use the weight "
-            "in a product, or run each adapter's rows by themselves."
+            "Its rows have adapters of their own (pj.with_adapter_rows), which one array cannot hold. Use a matrix in "
+            "products, add or multiply rows by a vector, or run each adapter's rows by themselves."
         )
+
+    def by_row(self) -> jax.Array | None:
+        """What each row has of a vector, ``(batch, *shape)``."""
+        if self.layout.inp or self.rows.ndim > 1:
+            return None
+        own = zip(self.params, self.states, self.tags, strict=True)
+        every = [Adapted(self.base, params, state, self.layout, tag).dense() for params, state, tag in own]
+        return jnp.stack([self._base.dense(), *every])[self.rows]
 
     def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
         """The product, each row with its adapter."""

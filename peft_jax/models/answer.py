@@ -19,12 +19,13 @@ from peft_jax.prompts.base import Prompt, take_prompt
 
 
 class Question(NamedTuple):
-    """What the encoder is given, or has given, with its mask."""
+    """What the encoder is given, or has given, with its mask, and each row's task for a prompt that has several."""
 
     input_ids: jax.Array | None = None
     inputs_embeds: jax.Array | None = None
     encoder_outputs: jax.Array | None = None
     attention_mask: Any = None
+    task_ids: jax.Array | None = None
 
     @property
     def given(self) -> jax.Array:
@@ -106,7 +107,7 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
     encode, fill, decode = (adapt(partial(part, config)) for part in family.encoder_decoder)
 
     def decoder(given: tuple[Any, Question]) -> Decoder:
-        params, prompt = take_prompt(given[0])
+        params, prompt = take_prompt(given[0], given[1].task_ids)
 
         def apply(ids: jax.Array, *, position_ids: jax.Array, **arrays: Any) -> Any:
             return decode(params, ids, **arrays)  # positions are the cache's slots
@@ -115,7 +116,7 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
         return Decoder(model, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
 
     def cache(given: tuple[Any, Question], batch: int, positions: int) -> Any:
-        params, prompt = take_prompt(given[0])
+        params, prompt = take_prompt(given[0], given[1].task_ids)
         encoded, mask = given[1].encoder_outputs, given[1].attention_mask
         if encoded is None:
             arrays = {"inputs_embeds": given[1].inputs_embeds, "attention_mask": mask}

@@ -59,6 +59,8 @@ def apply_prompted(
         given["attention_mask"] = seen_before(given["attention_mask"], count)
     if "token_type_ids" in given:
         given["token_type_ids"] = jnp.pad(given["token_type_ids"], ((0, 0), (count, 0)))
+    if prompt.decoder_tokens is not None:
+        given = _in_decoder(prompt.decoder_tokens, embed, given)
     embeds = given.pop("inputs_embeds", None)
     if embeds is None and input_ids is not None:
         embeds = embed(input_ids)
@@ -66,6 +68,19 @@ def apply_prompted(
         found = "neither" if input_ids is None else "both"
         raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
     return apply(None, inputs_embeds=after_tokens(prompt.tokens, embeds), **given)
+
+
+def _in_decoder(tokens: jax.Array, embed: Callable[[jax.Array], jax.Array], given: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a call with virtual tokens before the decoder's inputs."""
+    ids, embeds = given.pop("decoder_input_ids", None), given.pop("decoder_inputs_embeds", None)
+    if (ids is None) == (embeds is None):
+        found = "neither" if ids is None else "both"
+        raise ValueError(
+            f"A call needs decoder_input_ids, decoder_inputs_embeds or labels, got {found} of the first two."
+        )
+    if "decoder_attention_mask" in given:
+        given["decoder_attention_mask"] = seen_before(given["decoder_attention_mask"], tokens.shape[1])
+    return given | {"decoder_inputs_embeds": after_tokens(tokens, embed(ids) if embeds is None else embeds)}
 
 
 def after_tokens(tokens: jax.Array, embeds: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from peft_jax.models.config import SEQ_2_SEQ_LM
 from peft_jax.models.generate import Streamer
 from peft_jax.models.losses import IGNORED_LABEL, cross_entropy
 from peft_jax.models.model_handle import ModelHandle, register_handle, token_ids
+from peft_jax.prompts.base import task_array, with_virtual_labels
 
 
 class Seq2SeqLMOutput(NamedTuple):
@@ -60,6 +61,7 @@ class Seq2SeqLM(ModelHandle):
         encoder_outputs: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
         decoder_inputs_embeds: jax.Array | None = None,
+        task_ids: jax.Array | np.ndarray | None = None,
         output_hidden_states: bool = False,
     ) -> Seq2SeqLMOutput:
         """Logits at all of the decoder's positions, compiled once per shape.
@@ -77,6 +79,7 @@ class Seq2SeqLM(ModelHandle):
                 former call, instead of ``input_ids``.
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             decoder_inputs_embeds: Embeddings ``(batch, decoder's length, hidden)`` instead of ``decoder_input_ids``.
+            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             output_hidden_states: Whether to return the hidden states.
 
         Raises:
@@ -95,8 +98,12 @@ class Seq2SeqLM(ModelHandle):
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             decoder_inputs_embeds=decoder_inputs_embeds,
+            task_ids=task_array(self.params, task_ids),
         )
-        loss = None if labels is None else cross_entropy(out.logits, jnp.asarray(labels))
+        asked = None if labels is None else jnp.asarray(labels)
+        if asked is not None and asked.shape != out.logits.shape[:2]:  # virtual tokens of the decoder have logits too
+            asked, _ = with_virtual_labels(self.params, asked)
+        loss = None if asked is None else cross_entropy(out.logits, asked)
         states = out.decoder_hidden_states, out.encoder_last_hidden_state, out.encoder_hidden_states
         return Seq2SeqLMOutput(out.logits, loss, *states)
 
@@ -134,6 +141,7 @@ class Seq2SeqLM(ModelHandle):
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         key: jax.Array | None = None,
+        task_ids: jax.Array | np.ndarray | None = None,
         generation_config: Mapping[str, Any] | None = None,
         streamer: Streamer | None = None,
     ) -> jax.Array:
@@ -159,6 +167,7 @@ class Seq2SeqLM(ModelHandle):
             eos_token_id: What ends a row; also several.
             pad_token_id: What follows; unless told otherwise, the first ``eos_token_id``.
             key: Random key for drawing; None means ``jax.random.key(0)``.
+            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             generation_config: In place of the contents of generation_config.json; ``{}`` leaves that file aside.
             streamer: Is given what the answers begin with, then each token as it comes.
 
@@ -182,7 +191,8 @@ class Seq2SeqLM(ModelHandle):
         }
         ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
         begun = None if decoder_input_ids is None else token_ids(decoder_input_ids, self.config.vocab_size)
-        question = Question(ids, inputs_embeds, encoder_outputs, attention_mask)
+        tasks = task_array(self.params, task_ids)
+        question = Question(ids, inputs_embeds, encoder_outputs, attention_mask, tasks)
         found = self.generation_config if generation_config is None else generation_config
         start = (begun, decoder_attention_mask)
         return answer(self.config, self.params, question, start, asked, found, key, streamer)

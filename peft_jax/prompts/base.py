@@ -38,13 +38,15 @@ class Adaption(NamedTuple):
 class Prompt(NamedTuple):
     """What a prompt gives a model; one of the three.
 
-    tokens are embeddings (1 or batch, n, hidden) that stand before the inputs'. prefix is keys and values, each
+    tokens are embeddings (1 or batch, n, hidden) that stand before the inputs', and decoder_tokens those before the
+    inputs of the decoder, where a prompt has tokens for both. prefix is keys and values, each
     (layers, 1, n, kv_heads, head_dim), that every position of every layer sees before its own.
     """
 
     tokens: jax.Array | None = None
     prefix: tuple[jax.Array, jax.Array] | None = None
     adaption: Adaption | None = None
+    decoder_tokens: jax.Array | None = None
 
 
 class PromptMethod(Method):

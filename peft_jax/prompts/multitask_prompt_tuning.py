@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import pathlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,11 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         num_ranks: Rank of each task's matrix.
         num_tasks: How many tasks there are.
 
-    Calls of the model take ``task_ids``, one a row. The other fields are those of `PromptTuningConfig`.
+    Calls of the model take ``task_ids``, one a row. With ``num_transformer_submodules=2``, which PEFT chooses for an
+    encoder-decoder, a call puts embeddings before those of the decoder's inputs too, which have logits then; generation
+    leaves these out, as in PEFT, so that 1 trains what is generated with.
+
+    The other fields are those of `PromptTuningConfig`.
 
     Raises:
         ValueError: if a field has a value that is wrong; the message names it.
@@ -104,12 +108,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     @property
     def _from_file(self) -> bool:
         return self._takes_task or self.prompt_tuning_init == "ONLY_SOURCE_SHARED"
-
-    def completed(self, defaults: Mapping[str, Any]) -> Self:
-        """With the model's sizes."""
-        if defaults["num_transformer_submodules"] == 2:
-            raise ValueError("MULTITASK_PROMPT_TUNING is not supported for encoder-decoders. Use PROMPT_TUNING.")
-        return super().completed(defaults)
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The shared prompt, and the columns and rows of each task."""
@@ -173,4 +171,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         if task_ids.ndim != 1 or not jnp.issubdtype(task_ids.dtype, jnp.integer):
             raise ValueError(f"task_ids are whole numbers (batch,), got {task_ids.dtype} of shape {task_ids.shape}.")
         cols, rows = (jnp.take(params[role], task_ids, axis=0) for role in (COLS, ROWS))
-        return Prompt(tokens=params[PROMPT][None] * (cols @ rows))
+        tokens, count = params[PROMPT][None] * (cols @ rows), self.virtual_tokens
+        if self.num_transformer_submodules != 2:
+            return Prompt(tokens=tokens)
+        return Prompt(tokens=tokens[:, :count], decoder_tokens=tokens[:, count:])
