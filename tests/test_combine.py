@@ -242,5 +242,59 @@ def test_adapters_that_are_no_sums_are_refused(config):
     params = with_adapters(tree(), {"a": {"target_modules": ["embed"]}}) if "embed" in config.target_modules else tree()
     layout = {r".*kernel": LAYOUT[r".*kernel"]}
     params = pj.apply_adapter(params, config, adapter_name="b", layout=layout)
-    with pytest.raises(ValueError, match="is more than what is added to a weight|is for LoRA, and 'b' is HIRA"):
+    with pytest.raises(
+        ValueError, match="is more than what is added to a weight|is for LoRA, or IA3 alone, and 'b' is HIRA"
+    ):
         pj.add_weighted_adapter(params, ["b"], [1.0], "new")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ia3_is_combined_as_in_peft(tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(vocab_size=32, n_embd=8, n_layer=2, n_head=2, n_positions=16, initializer_range=0.3)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(tmp_path / "base")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    targets = {"a": ["c_attn", "mlp.c_proj"], "b": ["c_attn", "attn.c_proj"]}
+    for name, modules in targets.items():
+        feedforward = [module for module in modules if module == "mlp.c_proj"]
+        config = peft.IA3Config(target_modules=modules, feedforward_modules=feedforward, init_ia3_weights=False)
+        theirs = theirs if isinstance(theirs, peft.PeftModel) else peft.get_peft_model(theirs, config, name)
+        if name not in theirs.peft_config:
+            theirs.add_adapter(name, config)
+    theirs.base_model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new")
+    theirs.save_pretrained(tmp_path)
+    ours = pj.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for name in targets:
+        ours = pj.PeftModel.from_pretrained(ours, tmp_path / name, adapter_name=name)
+    ours = pj.add_weighted_adapter(ours, ["a", "b"], [0.7, -0.4], "new")
+    got = pj.get_peft_model_state_dict(ours, adapter_name="new")
+    theirs.set_adapter("new")
+    state = peft.get_peft_model_state_dict(theirs, adapter_name="new")
+    assert got.keys() == state.keys() and len(got) == 6
+    for key, tensor in state.items():
+        np.testing.assert_allclose(got[key], tensor.detach().numpy(), rtol=1e-6, atol=1e-6)
+    ids = np.arange(6)[None]
+    with torch.no_grad():
+        close(ours.set_adapter("new")(ids).logits, theirs(torch.tensor(ids)).logits.numpy())
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        ({"feedforward_modules": ["up"]}, {}, "'layers.up.kernel' is scaled at its inputs by some of"),
+        ({}, {"combination_type": "svd"}, "IA3's vectors are added up"),
+        ({}, {"density": 0.5}, "IA3's vectors are added up"),
+        ({"modules_to_save": ["down"]}, {}, r"Adapters \['b'\] have modules_to_save"),
+        ({"target_modules": ".*up", "feedforward_modules": []}, {}, "target_modules is a regex in some"),
+    ],
+)
+def test_ia3_that_cannot_be_combined_is_named(other, options, message):
+    params = {"layers": {name: {"kernel": normal(n, 8, 8)} for n, name in enumerate(("up", "down"))}}
+    plain = {"target_modules": ["up"], "feedforward_modules": []}
+    for name, fields in (("a", plain), ("b", plain | other)):
+        params = pj.apply_adapter(params, pj.IA3Config(**fields), adapter_name=name)
+    with pytest.raises(ValueError, match=message):
+        pj.add_weighted_adapter(params, ["a", "b"], [1.0, 1.0], "new", **options)

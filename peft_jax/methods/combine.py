@@ -1,4 +1,4 @@
-"""Make one LoRA of several on the same base, as PEFT's ``add_weighted_adapter``, with the scales where PEFT errs."""
+"""Make one adapter of several on the same base, as PEFT's ``add_weighted_adapter``, with the scales where PEFT errs."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -11,6 +11,8 @@ from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.paths import dotted, keys_from_names, module_path, stacked_names
 from peft_jax.core.sharding import sharded_like_base
+from peft_jax.methods.combine_ia3 import weighted_ia3
+from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora import BIAS, UNBIASED, LoraConfig
 from peft_jax.methods.lora_from_base import changes_base
 from peft_jax.methods.task_vectors import PRUNED, combine
@@ -59,7 +61,7 @@ def add_weighted_adapter(
     adapter_names: Sequence[str],
     weights: Sequence[float],
     new_name: str,
-    combination_type: str = "svd",
+    combination_type: str | None = None,
     *,
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
@@ -69,20 +71,21 @@ def add_weighted_adapter(
     majority_sign_method: str = "total",
     key: jax.Array | None = None,
 ) -> T:
-    """A new tree with one more LoRA, made of others; `pj.set_adapter` switches to it.
+    """A new tree with one more LoRA, or IA3, made of others; `pj.set_adapter` switches to it.
 
     ``"cat"`` gives the weighted sum of the adapters exactly, with the sum of their ranks. ``"svd"`` gives the nearest
     to it of a smaller rank. ``"linear"`` adds the factors each by itself, which is near to it as far as they are
     alike. The others prune first: ``"magnitude_prune"`` the smallest elements, ``"dare_..."`` any, with the rest
     scaled up; ``"ties"`` and ``"dare_ties"`` then take the mean of what agrees in sign with the majority;
-    ``"..._svd"`` does it with the products of the factors. The new adapter has scale 1 and starts inactive.
+    ``"..._svd"`` does it with the products of the factors. The new adapter has scale 1 and starts inactive. IA3's
+    vectors are added up (``"linear"``); as in PEFT an adapter that leaves a module out adds nothing there.
 
     Args:
         params: A tree or model handle with the adapters.
         adapter_names: Which; of one alone the way is ``"linear"``, as in PEFT.
         weights: A factor for each, negative ones too.
         new_name: Name of the new adapter.
-        combination_type: How.
+        combination_type: How; None is ``"svd"``, and ``"linear"`` for IA3.
         svd_rank: Rank of the new adapter for ``"..._svd"``; None for the largest of the others'.
         svd_clamp: Quantile of the elements of the new factors beyond which they are cut off.
         svd_full_matrices: Whether the decomposition is made in full; what counts of it is the same.
@@ -105,7 +108,16 @@ def add_weighted_adapter(
         (4, 4)
     """
     tree = params.params if isinstance(params, Handle) else params
-    way = "linear" if len(adapter_names) == 1 else combination_type
+    known = {name: config_of(config) for name, config in adapters(tree).items()}
+    if adapter_names and all(isinstance(known.get(name), IA3Config) for name in adapter_names):
+        _check_names(known, adapter_names, weights, new_name)
+        given = (svd_rank, svd_clamp, svd_driver, density, key)
+        if combination_type not in (None, "linear") or any(option is not None for option in given):
+            raise ValueError("IA3's vectors are added up. Write combination_type='linear' or nothing, and no options.")
+        weighted = dict(zip(adapter_names, weights, strict=True))
+        new = weighted_ia3(tree, weighted, [known[name] for name in adapter_names], new_name)
+        return params.replace(new) if isinstance(params, Handle) else new
+    way = "linear" if len(adapter_names) == 1 else combination_type or "svd"
     how = How(way, 1.0 if density is None else density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
     configs = _checked(tree, adapter_names, weights, new_name, how, density)
     ranks = [max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r for config in configs]
@@ -259,12 +271,7 @@ def _checked(
 ) -> list[LoraConfig]:
     """The configs of the adapters, once it is certain that they can be combined."""
     known = {name: config_of(config) for name, config in adapters(tree).items()}
-    if missing := [name for name in names if name not in known]:
-        raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}.")
-    if not names or len(set(names)) != len(names) or len(weights) != len(names):
-        raise ValueError(f"Give adapters, each once, and a weight for each, got {list(names)} and {list(weights)}.")
-    if new_name in known:
-        raise ValueError(f"Adapter name '{new_name}' is taken. Choose another, or pj.delete_adapter it first.")
+    _check_names(known, names, weights, new_name)
     if how.way not in WAYS:
         raise ValueError(f"combination_type='{how.way}' is not known. Write one of {', '.join(WAYS)}.")
     if how.way.removesuffix("_svd") in PRUNED and (density is None or not 0 < density <= 1):
@@ -277,7 +284,7 @@ def _checked(
     for name in names:
         config = known[name]
         if not isinstance(config, LoraConfig):
-            raise ValueError(f"add_weighted_adapter is for LoRA, and '{name}' is {config.peft_type}.")
+            raise ValueError(f"add_weighted_adapter is for LoRA, or IA3 alone, and '{name}' is {config.peft_type}.")
         wrong = {
             "use_dora": config.use_dora,
             "alora_invocation_tokens": config.alora_invocation_tokens,
@@ -293,3 +300,13 @@ def _checked(
             )
         configs.append(config)
     return configs
+
+
+def _check_names(known: Mapping[str, Any], names: Sequence[str], weights: Sequence[float], new_name: str) -> None:
+    """Raise ValueError unless these adapters are there, each has a weight, and the new name is free."""
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}.")
+    if not names or len(set(names)) != len(names) or len(weights) != len(names):
+        raise ValueError(f"Give adapters, each once, and a weight for each, got {list(names)} and {list(weights)}.")
+    if new_name in known:
+        raise ValueError(f"Adapter name '{new_name}' is taken. Choose another, or pj.delete_adapter it first.")
