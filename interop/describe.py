@@ -16,6 +16,8 @@ from peft_jax.core.targets import is_target, pattern_value
 from peft_jax.methods.base import CONFIG_FILE
 
 PICKLE_FILE = "adapter_model.bin"
+PROMPT_KEY = "prompt_embeddings"
+KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")  # whose virtual tokens are those, not embeddings
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 
@@ -141,8 +143,19 @@ class AdapterFolder:
         return sum(tensor.size for key, tensor in (self.tensors or {}).items() if key not in frozen)
 
     @property
+    def prompt(self) -> tuple[int, int] | None:
+        """Rows and features of a prompt's virtual tokens; None of an adapter that has none."""
+        tensor = (self.tensors or {}).get(PROMPT_KEY)
+        return None if tensor is None or len(tensor.shape) != 2 else (tensor.shape[0], tensor.shape[1])
+
+    @property
     def judged(self) -> str | None:
-        """By what `misfits` can judge: names and shapes for LoRA, names where the method has keys in the layers."""
+        """By what `misfits` can judge: names and shapes for LoRA, names where the method has keys in the layers.
+
+        A prompt is judged by `prompt_misfits`.
+        """
+        if self.prompt is not None:
+            return "the shape of its prompt"
         if self.tensors is None or not any(key.startswith(PREFIX) for key in self.tensors):
             return None
         return "names and shapes" if self.peft_type == "LORA" else "names"
@@ -152,6 +165,10 @@ class AdapterFolder:
         if self.tensors is None:
             return []
         found = [] if self.tensors else [f"{WEIGHTS_FILE} holds no tensors"]
+        if self.prompt is not None and (tokens := self.config.get("num_virtual_tokens")):
+            wanted = tokens * (self.config.get("num_transformer_submodules") or 1)
+            if self.prompt[0] not in (tokens, wanted):
+                found.append(f"{PROMPT_KEY} has {self.prompt[0]} rows, but {CONFIG_FILE} says {wanted}")
         if self.peft_type != "LORA" or self.reshaped:
             return found
         for module, shapes in self.lora_shapes.items():
@@ -245,6 +262,24 @@ def misfits(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> li
         if not key.endswith(tuple(LORA_ENDS)):
             found += _whole_misfit(key.removeprefix(PREFIX).replace(".base_layer.", "."), tensor.shape, shapes)
     return list(dict.fromkeys(found)) + _missing(adapter, shapes)
+
+
+def prompt_misfits(adapter: AdapterFolder, sizes: Mapping[str, Any]) -> list[str]:
+    """Why a prompt does not fit a base model, as far as its shape tells.
+
+    Args:
+        adapter: The adapter; one that is no prompt has nothing to tell here.
+        sizes: ``token_dim`` and ``num_layers`` of the base, as PEFT counts them for the method.
+    """
+    if adapter.prompt is None:
+        return []
+    width, features, layers = adapter.prompt[1], sizes["token_dim"], sizes["num_layers"]
+    if adapter.peft_type not in KEYS_AND_VALUES:
+        return [] if width == features else [f"its virtual tokens have {width} features, not {features}"]
+    if width == 2 * layers * features:
+        return []
+    told = f"keys and values of {layers} layers with {features} features are {2 * layers * features} numbers a token"
+    return [f"{told}, and it has {width}"]
 
 
 def _whole_misfit(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

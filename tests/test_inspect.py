@@ -32,6 +32,7 @@ CONFIGS: dict[str, Any] = {
     "vera": peft.VeraConfig(r=8, target_modules=["q_proj"]),
     "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=5),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=5),
     "oft": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4),
 }
 
@@ -93,8 +94,8 @@ def test_what_is_told_is_what_is_there(name: str, told: Callable[..., str], adap
     assert found["config"]["base_model_name_or_path"] == "my-llama" and found["problems"] == []
     assert found["fit"] == {
         "model": "model",
-        "fits": None if name == "prompt" else True,
-        "judged_by": {"prompt": None}.get(
+        "fits": True,
+        "judged_by": dict.fromkeys(("prompt", "prefix"), "the shape of its prompt").get(
             name, "names and shapes" if isinstance(CONFIGS[name], peft.LoraConfig) else "names"
         ),
         "reasons": [],
@@ -200,6 +201,8 @@ MISFITS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "more layers": ("plain", {"num_hidden_layers": 3}, ["has nothing for model.layers.2.self_attn.q_proj, which"]),
     "more tokens": ("embedding", {"vocab_size": 300}, ["embed_tokens.lora_embedding_A is for 288 features, not 300"]),
     "another head": ("whole", {"vocab_size": 300}, ["lm_head.weight is 288 x 32, not 300 x 32"]),
+    "wider for a prompt": ("prompt", {"hidden_size": 64}, ["its virtual tokens have 32 features, not 64"]),
+    "more layers for a prefix": ("prefix", {"num_hidden_layers": 3}, ["keys and values of 3 layers with 16 features"]),
     "fewer layers for IA3": ("ia3", {"num_hidden_layers": 1}, ["it has no matrix model.layers.1.mlp.down_proj"]),
 }
 
@@ -214,6 +217,15 @@ def test_why_an_adapter_does_not_fit(case: str, told: Callable[..., str], workpl
         assert any(reason in one for one in fit["reasons"]), fit["reasons"]
     shown = told(name, "--model", "model")
     assert "Fits        model: no, " in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_prompt_says_what_it_is(told: Callable[..., str], workplace: Path) -> None:
+    assert "Prompt      5 virtual tokens, each an embedding of 32 features" in told("prompt")
+    shown = told("prefix", "--model", "model")
+    assert "Prompt      5 virtual tokens, each keys and values of 64 numbers in 2 layers" in shown
+    assert "Fits        model: yes, by the shape of its prompt" in shown
+    change(workplace / "prompt", num_virtual_tokens=4)
+    assert "prompt_embeddings has 5 rows, but adapter_config.json says 4" in " ".join(told("prompt").split())
 
 
 def test_a_head_fits_a_model_that_ties_it(told: Callable[..., str], workplace: Path) -> None:

@@ -12,9 +12,18 @@ from tyro.conf import Positional
 
 from peft_jax.cli.servers import Verdict, verdicts
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
-from peft_jax.interop.describe import PICKLE_FILE, AdapterFolder, misfits, read_adapter, spell
+from peft_jax.interop.describe import (
+    KEYS_AND_VALUES,
+    PICKLE_FILE,
+    AdapterFolder,
+    misfits,
+    prompt_misfits,
+    read_adapter,
+    spell,
+)
 from peft_jax.interop.formats import PREFIX
 from peft_jax.models.config import ModelConfig
+from peft_jax.models.defaults import prompt_sizes
 from peft_jax.models.families import family_of, read_architecture
 
 WIDTH, LABEL = 80, 12
@@ -44,7 +53,8 @@ def inspect(options: Inspect) -> None:
     reasons = None
     if options.model is not None:
         config = base_config(options.model, adapter.config.get("task_type"))
-        reasons = misfits(adapter, base_shapes(config))
+        kind = "PREFIX_TUNING" if adapter.peft_type in KEYS_AND_VALUES else adapter.peft_type
+        reasons = misfits(adapter, base_shapes(config)) + prompt_misfits(adapter, prompt_sizes(kind, config))
     if options.json:
         print(json.dumps(as_json(adapter, options.model, reasons), indent=2))
     else:
@@ -112,7 +122,7 @@ def as_text(adapter: AdapterFolder, model: str | None, reasons: list[str] | None
         yield from _labelled("Damaged", _some(problems))
     if reasons is not None:
         wrong = problems + reasons
-        told = f"yes, by {adapter.judged}" if adapter.judged else "its tensors do not tell"
+        told = f"yes, by {adapter.judged}" if adapter.judged else "nothing is known of its tensors"
         yield from _labelled("Fits", f"{model}: " + (f"no, {_some(wrong)}" if wrong else told))
     yield "Taken by"
     for verdict in verdicts(adapter):
@@ -131,6 +141,8 @@ def _facts(adapter: AdapterFolder) -> Iterator[tuple[str, str]]:
         yield "Scale", f"{_values(scalings)} (alpha {config.get('lora_alpha', 8):g})"
     elif "r" in config:
         yield "Rank", f"{config['r']}, by {'its config' if adapter.tensors else 'its config alone'}"
+    if adapter.prompt is not None:
+        yield "Prompt", _prompt(adapter, adapter.prompt)
     if targets := config.get("target_modules"):
         count = f" ({len(adapter.ranks)} modules)" if adapter.ranks else ""
         yield "Targets", (targets if isinstance(targets, str) else ", ".join(sorted(targets))) + count
@@ -144,6 +156,18 @@ def _facts(adapter: AdapterFolder) -> Iterator[tuple[str, str]]:
     size = sum(tensor.nbytes for tensor in adapter.tensors.values())
     yield "Trained", f"{adapter.trained:,} parameters"
     yield "Tensors", f"{len(adapter.tensors)} in {_bytes(size)}"
+
+
+def _prompt(adapter: AdapterFolder, shape: tuple[int, int]) -> str:
+    """The virtual tokens of a prompt, and what each is."""
+    rows, width = shape
+    tokens, layers = adapter.config.get("num_virtual_tokens") or rows, adapter.config.get("num_layers")
+    each = f"an embedding of {width} features"
+    if adapter.peft_type in KEYS_AND_VALUES:
+        each = f"keys and values of {width} numbers" + (f" in {layers} layers" if layers else "")
+    more = f", {rows // tokens} rows each" if rows > tokens else ""
+    tasks = adapter.config.get("num_tasks") if adapter.peft_type == "MULTITASK_PROMPT_TUNING" else None
+    return f"{tokens} virtual tokens{more}, each {each}" + (f", for {tasks} tasks" if tasks else "")
 
 
 def _method(config: dict[str, Any]) -> str:
