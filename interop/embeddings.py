@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 from peft_jax.interop.extras import base_matrix
-from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, TORCH_NAMES
+from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX
 
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, find_leaves
+from peft_jax.core.paths import TORCH_NAMES
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
 

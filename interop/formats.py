@@ -8,18 +8,19 @@ PEFT_VERSION = "0.21.2"  # the version whose format and defaults we follow
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")  # PEFT stores the base weight of these beside their adapter
 
 
-ONE = "1"
+ONE, EXPERTS = "1", "experts"
 
 
 class Row(NamedTuple):
     """One array of a method: ours, the tensor's name after the module path, and the tensor's axes.
 
-    They are ours (``axes`` of the method's class) in the file's order; `ONE` is an axis of length 1 that we have not.
+    They are ours (``axes`` of the method's class) in the file's order; `ONE` is an axis of length 1 that we have not,
+    and a tuple is several of ours in one.
     """
 
     role: str
     suffix: str
-    axes: tuple[str, ...]
+    axes: tuple[str | tuple[str, ...], ...]
 
 
 # By method, and by whether the leaf is looked up. A module has those of the tensors whose arrays its adapter has.
@@ -106,6 +107,15 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
     },
 }
 
+# Of the experts of a parameter, which share their tensors.
+FUSED: dict[str, tuple[Row, ...]] = {
+    "LORA": (
+        Row("lora_A", "lora_A.weight", ((EXPERTS, "rank"), "in")),
+        Row("lora_B", "lora_B.weight", ("out", ("rank", EXPERTS))),
+    ),
+}
+INNER = ".base_layer"  # between a module and the adapter of a parameter of it, for each that lies around that
+
 TOKEN_SUFFIX = "token_adapter.trainable_tokens_delta"  # of tokens that are trained beside another method
 
 # The tensors of an adapted embedding under the name of the head that is tied to it, where they are turned.
@@ -157,6 +167,3 @@ def tensor_key(peft_type: str, module: str, suffix: str) -> str:
 
 # What stands between the path of a module and PyTorch's name of a leaf that is trained whole, by its role.
 INSIDE = {"bias": ".base_layer", "ln_tuning_layers": ".ln_tuning_layers", "modules_to_save": ""}
-
-# PyTorch's name of a leaf.
-TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "weight": "weight", "bias": "bias"}

@@ -1,6 +1,7 @@
 """Adapters to and from PEFT's tensors in memory: keys, transposes, and which layers of a stack."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,9 @@ from peft_jax.interop.extras import (
     without_tied_copies,
 )
 from peft_jax.interop.formats import (
+    EXPERTS,
+    FUSED,
+    INNER,
     INSIDE,
     ONE,
     PREFIX,
@@ -25,7 +29,6 @@ from peft_jax.interop.formats import (
     ROWS,
     SHARED,
     TOKEN_SUFFIX,
-    TORCH_NAMES,
     Row,
     tensor_key,
 )
@@ -33,6 +36,7 @@ from peft_jax.interop.formats import (
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
+from peft_jax.core.paths import TORCH_NAMES
 from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_leaf, as_weight
@@ -48,39 +52,50 @@ from peft_jax.methods.choose import (
     modules_with_followers,
 )
 from peft_jax.methods.complete import untied_for
+from peft_jax.methods.parameters import depth, is_parameter, with_parameters
 from peft_jax.methods.trainable_tokens import tokens_by_module, tokens_shape
 from peft_jax.methods.whole import Part, config_of
 from peft_jax.prompts.attach import prompt_places
 from peft_jax.prompts.base import PromptMethod
 
 Tensors = Mapping[str, np.ndarray]
+ORDERED = (
+    " Its target_parameters of one module have to be listed in the order in which that declares them, and inp= of "
+    "their layout= has to be the axis that PEFT takes for the inputs."
+)
 
 
 class Entry(NamedTuple):
     """One tensor of a file: its key, and whose it is: ``layer`` of our array ``role``, ``shape`` unpadded.
 
-    ``order`` has our axes in the file's order, and None for an axis of length 1 that we have not.
+    A slice in ``layer`` takes all experts of a parameter, which are the first axis of ``shape`` then. ``order`` has for
+    each of the file's axes those of ours that it is made of: mostly one, none if we have not its length of 1.
     """
 
     key: str
-    layer: tuple[int, ...]
+    layer: tuple[int | slice, ...]
     role: str
     shape: tuple[int, ...]
-    order: tuple[int | None, ...]
+    order: tuple[tuple[int, ...], ...]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
-        return tuple(1 if axis is None else self.shape[axis] for axis in self.order)
+        return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.order)
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """The unpadded part of the array of `layer`."""
+        return tuple(map(slice, self.shape))
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """Our array, without padding, as the file has it."""
-        turned = np.transpose(array, [axis for axis in self.order if axis is not None])
+        turned = np.transpose(array, [axis for axes in self.order for axis in axes])
         return np.ascontiguousarray(turned.reshape(self.tensor_shape))
 
     def from_file(self, tensor: np.ndarray) -> np.ndarray:
         """The inverse of `to_file`."""
-        axes = [axis for axis in self.order if axis is not None]
+        axes = [axis for axes in self.order for axis in axes]
         return np.transpose(tensor.reshape([self.shape[axis] for axis in axes]), np.argsort(axes))
 
 
@@ -106,7 +121,11 @@ def get_peft_model_state_dict(
     """
     tree = params.params if isinstance(params, Handle) else params
     config = adapter_config(tree, adapter_name).replace(inference_mode=True)
-    nodes = [(leaf, node) for leaf in find_leaves(tree, None) for node in _nested(leaf, adapter_name)]
+    nodes = [
+        (leaf, node)
+        for leaf in with_parameters(find_leaves(tree, None), config)
+        for node in _nested(leaf, adapter_name)
+    ]
     adapted = {name for leaf, node in nodes if not isinstance(node.tag.config, Part) for name in _hits(leaf, node)}
     tensors: dict[str, np.ndarray] = {}
     for leaf, node in nodes:
@@ -114,7 +133,7 @@ def get_peft_model_state_dict(
         arrays = config.saved(node.params, node.state) if role is None else node.params
         tokens = getattr(node.tag.config, "tokens", ())
         for entry in _entries(Choice(0, leaf, _hit(node), role, tokens), config, adapted):
-            array = np.asarray(arrays[entry.role][entry.layer])[tuple(map(slice, entry.shape))]
+            array = np.asarray(arrays[entry.role][entry.layer])[entry.place]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
         if role is None and save_embedding_layers:
@@ -153,13 +172,14 @@ def set_peft_model_state_dict(
     if not isinstance(params, Handle):
         if config.on_model:
             raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
-        found = find_leaves(tree, layout, config.fan_in_fan_out)
+        found = with_parameters(find_leaves(tree, layout, config.fan_in_fan_out), config)
         adapted = _adapted_modules(found, config, tensors)
         return _with_tensors(tree, found, config, tensors, adapter_name, adapted, adapted, EMBEDDING)
     prefix = PREFIXES.get(config.peft_type, PREFIX)
     keys = [key for key in tensors if not key.endswith(f".{TOKEN_SUFFIX}")]
     handle = untied_for(params, config, lambda name: any(key.startswith(f"{prefix}{name}.") for key in keys))
     found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})}, config.fan_in_fan_out)
+    found = with_parameters(found, config)
     if isinstance(config, PromptMethod):
         config = _checked_prompt(config, handle)
         adapted = prompt_places(config, found, handle)
@@ -186,7 +206,7 @@ def _adapted_modules(found: list[Leaf], config: Method, tensors: Tensors) -> set
     names = {name for leaf in found if may_be_target(config, leaf) for name in leaf.names.flat}
     suffixes = {row.suffix for rows in ROWS[config.peft_type].values() for row in rows}
     in_file = (name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes))
-    return {*in_file, *(name for name in names if is_target(config, name))}
+    return {*in_file, *(name for name in names if is_target(config, name) or is_parameter(config, name))}
 
 
 def _with_tensors(
@@ -212,7 +232,8 @@ def _with_tensors(
         if choice.role is None:
             bases |= base_tensors(choice.leaf, config, stored)
     common = _shared_entries(config, matrix_sizes(choices))
-    _check([*(entry for many in entries.values() for entry in many), *common], bases, without_copies(config, tensors))
+    wanted = [*(entry for many in entries.values() for entry in many), *common]
+    _check(wanted, bases, without_copies(config, tensors), ORDERED if config.target_parameters else "")
     biased = modules_with_followers(choices)
     nodes = {}
     for choice in choices:
@@ -240,30 +261,53 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
     n_in, n_out = leaf.layout.sizes(leaf.value.shape)
     for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:
         name = leaf.names[index]
-        if role is None:
+        if role is None and is_parameter(config, name):
+            if not any(index[i] for i in leaf.layout.unnamed):
+                yield from _parameter_entries(choice, config, adapted, index)
+        elif role is None:
             shapes = config.shapes(name, n_in, n_out, lookup=leaf.layout.lookup)
             for row in _rows(config, leaf):
                 if row.role in shapes:
-                    ours = config.axes[row.role]
-                    order = tuple(None if axis == ONE else ours.index(axis) for axis in row.axes)
+                    order = _order(row, config.axes[row.role])
                     key = tensor_key(config.peft_type, name, row.suffix)
                     yield Entry(key, index, row.role, shapes[row.role], order)
         elif role == TOKENS:
             ((array, shape),) = tokens_shape(tokens, name, n_in, n_out, lookup=leaf.layout.lookup).items()
-            yield Entry(f"{PREFIX}{name}.{TOKEN_SUFFIX}", index, array, shape, (0, 1))
+            yield Entry(f"{PREFIX}{name}.{TOKEN_SUFFIX}", index, array, shape, ((0,), (1,)))
         elif role != FOLLOWS:
-            inside = INSIDE[role] if role != "bias" or name in adapted else ""
+            inside = INSIDE[role] if role != "bias" or {name, f"{name}.weight"} & adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
             prefix = PREFIXES.get(config.peft_type, PREFIX)
             key = f"{prefix}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
-            order = tuple(range(len(shape)))
+            order = tuple((axis,) for axis in range(len(shape)))
             yield Entry(key, index, role, shape, order[::-1] if is_transposed(leaf, config) else order)
+
+
+def _parameter_entries(choice: Choice, config: Method, adapted: set[str], index: tuple[int, ...]) -> Iterator[Entry]:
+    """Those of a parameter, all of whose experts are in one tensor."""
+    leaf, name = choice.leaf, str(choice.leaf.names[index])
+    unnamed = leaf.layout.unnamed
+    layer = tuple(slice(None) if i in unnamed else n for i, n in enumerate(index))
+    experts = tuple(choice.hit.shape[i] for i in unnamed)
+    module = name.rpartition(".")[0] + INNER * depth(config, name, adapted)
+    shapes = config.shapes(name, *leaf.layout.sizes(leaf.value.shape), lookup=False)
+    for row in FUSED[config.peft_type] if unnamed else _rows(config, leaf):
+        if row.role in shapes:
+            ours = ((EXPERTS,) if unnamed else ()) + config.axes[row.role]
+            key = tensor_key(config.peft_type, module, row.suffix)
+            yield Entry(key, layer, row.role, (*experts, *shapes[row.role]), _order(row, ours))
+
+
+def _order(row: Row, ours: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Which of our axes make each axis of the tensor."""
+    parts = ((axis,) if isinstance(axis, str) else axis for axis in row.axes)
+    return tuple(tuple(ours.index(one) for one in axes if one != ONE) for axes in parts)
 
 
 def _shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
     """The tensors that a file has once for all layers."""
     shapes = config.shared_shapes(sizes)
-    return [Entry(row.suffix, (), row.role, shapes[row.role], (1, 0)) for row in SHARED.get(config.peft_type, ())]
+    return [Entry(row.suffix, (), row.role, shapes[row.role], ((1,), (0,))) for row in SHARED.get(config.peft_type, ())]
 
 
 def _shared_tensor(row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
@@ -297,17 +341,17 @@ def _adapted(
         state = config.state(leaf.names, hit) | config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
         for name in {entry.role: None for entry in entries}:
             largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)
+            largest = largest[len(leaf.layout.unnamed) :]
             params[name] = np.zeros((*hit.shape, *largest), np.float32)
     for entry in entries:
-        place: Any = (*entry.layer, *(slice(size) for size in entry.shape))
-        params[entry.role][place] = entry.from_file(tensors[entry.key])
+        params[entry.role][entry.layer][entry.place] = entry.from_file(tensors[entry.key])
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
     tag = Tag(adapter_name, tagged, dtypes)
     trainable = not config.inference_mode
     return sharded_like_base(Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=trainable))
 
 
-def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
+def _check(entries: list[Entry], bases: Tensors, tensors: Tensors, hint: str) -> None:
     """Raise ValueError unless the tensors are those that the base asks for."""
     shapes = {entry.key: entry.tensor_shape for entry in entries}
     problems = [f"{key} is missing" for key in sorted(shapes.keys() - tensors.keys())]
@@ -324,7 +368,9 @@ def _check(entries: list[Entry], bases: Tensors, tensors: Tensors) -> None:
     ]
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"The adapter does not fit this base: {shown}. Load it on the base that it was made for.")
+        raise ValueError(
+            f"The adapter does not fit this base: {shown}. Load it on the base that it was made for.{hint}"
+        )
 
 
 def _nested(leaf: Leaf, adapter_name: str) -> Iterator[Adapted]:

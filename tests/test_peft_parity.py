@@ -83,6 +83,13 @@ ROWS = {
         "ensure_weight_tying": True,
     },
     "aLoRA": {"target_modules": ["q_proj", "o_proj", "lm_head"], "alora_invocation_tokens": [2, 40]},
+    "target_parameters": {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["q_proj.weight", "layers.1.mlp.down_proj.weight"],
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj\.weight": 6},
+        "alpha_pattern": {"down_proj.weight": 3},
+        "bias": "lora_only",
+    },
     "lora_bias": {"target_modules": ["q_proj", "o_proj", "up_proj"], "lora_bias": True},
     "IA3": {"config": "IA3Config", "modules_to_save": ["norm"]},
     "OFT": {"config": "OFTConfig", "target_modules": TARGETS, "bias": "oft_only", "modules_to_save": ["norm"]},

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from peft_jax.adapt.interpreter import evaluate, trace
-from peft_jax.core.layout import Ambiguous, Layout, conventional_layout
+from peft_jax.core.layout import READ, Ambiguous, Layout, conventional_layout
 from peft_jax.core.paths import dotted
 from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.view import Atom, View
@@ -166,7 +166,6 @@ def _view(value: Any, watches: Any) -> Any:
 
 def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layout | Ambiguous:
     """The one layout that all uses agree with."""
-    source = "read off the program"
     uses = [use for use in uses if use.inp and use.out]
     if not uses:  # axes of length 1 leave no trace in a product
         return convention or Ambiguous("its axes of length 1 do not tell what they are")
@@ -186,7 +185,7 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
         first = next(use for use in uses if use.inp == convention.inp)
     after = _index_after(path, len(first.stack))
     multiplied = len(rows) < len(uses)
-    return Layout(first.stack, first.inp, first.out, bool(rows), after, source, multiplied=multiplied)
+    return Layout(first.stack, first.inp, first.out, bool(rows), after, READ, multiplied=multiplied)
 
 
 def _words(use: Use) -> str:

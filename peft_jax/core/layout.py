@@ -20,7 +20,8 @@ class Layout:
         out: Output axes of the matrix, in the order in which they are flattened.
         lookup: True for an embedding, whose rows are looked up by index.
         index_after: One name per stacked axis: the layer's index follows this component in module paths, as in
-            ``model.layers.3.self_attn.q_proj`` for ``("layers",)``.
+            ``model.layers.3.self_attn.q_proj`` for ``("layers",)``. None for the experts of one parameter, which
+            have no names of their own (``target_parameters`` of a config).
         source: Who says so; counts for nothing but `peft_jax.explain`.
         stored_in_out: Whether PyTorch stores the matrix as ``(in, out)``; None if ``fan_in_fan_out`` says.
         multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
@@ -35,7 +36,7 @@ class Layout:
     inp: tuple[int, ...] = (0,)
     out: tuple[int, ...] = (1,)
     lookup: bool = False
-    index_after: tuple[str, ...] = ("layers",)
+    index_after: tuple[str | None, ...] = ("layers",)
     source: str = dataclasses.field(default="told by layout=", compare=False, repr=False)
     stored_in_out: bool | None = dataclasses.field(default=None, compare=False, repr=False)
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
@@ -44,6 +45,11 @@ class Layout:
     def is_linear(self) -> bool:
         """Whether the leaf is the weight of a product, not of lookups alone."""
         return not self.lookup or self.multiplied
+
+    @property
+    def unnamed(self) -> tuple[int, ...]:
+        """Which of the stacked axes, counted from 0, have no part in names: experts of one parameter."""
+        return tuple(i for i, after in enumerate(self.index_after[: len(self.stack)]) if after is None)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -60,7 +66,7 @@ class Layout:
         if len(self.stack) > len(self.index_after):
             raise ValueError(
                 f"Leaf '{path}' has {len(self.stack)} stacked axes but index_after={self.index_after}. "
-                "Give one path component per stacked axis."
+                "Give one path component per stacked axis, or None for the experts of one parameter."
             )
 
     def stack_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -106,6 +112,7 @@ class Ambiguous:
     found: tuple[str, ...] = ()
 
 
+READ = "read off the program"  # the source of a layout that knows axes, but not what stacked ones are called
 LEAF_NAMES = ("kernel", "weight", "embedding", "bias", "scale")
 
 

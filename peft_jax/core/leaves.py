@@ -1,5 +1,6 @@
 """The leaves of a tree with their layouts and the names of the layers that they stand for."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -71,6 +72,8 @@ def find_leaves(
         for pattern, given in (layouts or {}).items():
             if re.fullmatch(pattern, path):
                 given.check(shape, path)
+                if is_weight(value) and value.layout.unnamed:  # adapted as target_parameters, without experts' names
+                    given = dataclasses.replace(given, index_after=value.layout.index_after)
                 if is_weight(value) and given != layout:
                     raise ValueError(
                         f"Leaf '{path}' is quantized or adapted already, with the axes of {layout}. "

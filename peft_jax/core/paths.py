@@ -1,5 +1,6 @@
 """Names of leaves: key paths as dotted strings, module paths, and random keys made from names."""
 
+import collections
 import itertools
 import zlib
 from typing import Any
@@ -8,6 +9,9 @@ import jax
 import numpy as np
 
 from peft_jax.core.layout import LEAF_NAMES, Layout
+
+# PyTorch's name of a leaf.
+TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "weight": "weight", "bias": "bias"}
 
 
 def dotted(key_path: tuple[Any, ...]) -> str:
@@ -55,10 +59,12 @@ def stacked_names(path: str, layout: Layout, shape: tuple[int, ...]) -> np.ndarr
     for index in itertools.product(*map(range, stack)):
         parts = path.split(".")
         for after, i in zip(layout.index_after, index, strict=False):
+            if after is None:
+                continue
             if after not in parts:
                 raise ValueError(
                     f"Stacked leaf '{path}' has no path component '{after}' after which its layer index would stand. "
-                    f"Write Layout(..., index_after=(NAME,)) with one of {parts}."
+                    f"Write Layout(..., index_after=(NAME,)) with one of {parts}, or None for a parameter's experts."
                 )
             parts.insert(parts.index(after) + 1, str(i))
         names[index] = ".".join(parts)
@@ -66,8 +72,16 @@ def stacked_names(path: str, layout: Layout, shape: tuple[int, ...]) -> np.ndarr
 
 
 def keys_from_names(key: jax.Array, names: np.ndarray) -> jax.Array:
-    """One random key per name, independent of which other names there are; same shape as ``names``."""
-    codes = np.vectorize(lambda name: zlib.crc32(name.encode()), otypes=[np.uint32])(names)
+    """One random key per name, independent of which other names there are; same shape as ``names``.
+
+    Layers of one name, the experts of a parameter, have unlike keys by their number.
+    """
+    seen = collections.Counter[str]()
+    codes = np.empty(names.shape, np.uint32)
+    for index in np.ndindex(names.shape):
+        name = str(names[index])
+        codes[index] = zlib.crc32((f"{name}.{seen[name]}" if seen[name] else name).encode())
+        seen[name] += 1
     fold = jax.random.fold_in
     for _ in range(codes.ndim):
         fold = jax.vmap(fold, in_axes=(None, 0))

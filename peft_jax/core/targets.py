@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 ALL_LINEAR = "all-linear"
@@ -79,7 +79,11 @@ def pattern_value(patterns: Mapping[str, float], module: str, default: float) ->
 
 
 def check_targets(
-    config: Targets, modules: Sequence[str], every: Sequence[str], patterns: Iterable[str] = ()
+    config: Targets,
+    modules: Sequence[str],
+    every: Sequence[str],
+    patterns: Iterable[str] = (),
+    parameters: Collection[str] = (),
 ) -> list[str]:
     """The modules that a config means, once it is certain that every part of it means at least one.
 
@@ -88,13 +92,14 @@ def check_targets(
         modules: Paths of all modules with a matrix.
         every: Paths of all modules with any leaf, which ``modules_to_save`` may name.
         patterns: Keys of ``rank_pattern`` and the like.
+        parameters: Names of the weights that are targets by themselves.
 
     Raises:
         ValueError: if a target, excluded name, saved module, layer index or pattern hits nothing.
     """
     hits = [module for module in modules if is_target(config, module)]
     targets = config.target_modules
-    if not targets and not config.modules_to_save:
+    if not targets and not config.modules_to_save and not parameters:
         raise ValueError(f"target_modules is not given. Name some of {sorted(_ends(modules))}, or 'all-linear'.")
     if isinstance(targets, str):
         if not hits:
@@ -104,7 +109,7 @@ def check_targets(
         for target in targets or ():
             if not any(names_module([target], module) for module in modules):
                 raise ValueError(nothing_hit(f"Target module '{target}'", target, modules))
-        if targets and not hits and not config.modules_to_save:
+        if targets and not hits and not config.modules_to_save and not parameters:
             raise ValueError(f"Every module that {list(targets)} names is excluded. Exclude less, or target more.")
     if config.exclude_modules:
         excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
@@ -118,8 +123,9 @@ def check_targets(
         there = sorted({index for module in modules if (index := layer_index(config, module)) is not None})
         raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {there}.")
     for pattern in patterns:
-        if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in hits):
-            raise ValueError(nothing_hit(f"Pattern '{pattern}' of rank_pattern or alpha_pattern", pattern, hits))
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*hits, *parameters)):
+            what = f"Pattern '{pattern}' of rank_pattern or alpha_pattern"
+            raise ValueError(nothing_hit(what, pattern, [*hits, *parameters]))
     return hits
 
 

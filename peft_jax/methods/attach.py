@@ -26,6 +26,7 @@ from peft_jax.methods.choose import (
 )
 from peft_jax.methods.complete import completed, expand_all_linear, spelled_out, untied_for
 from peft_jax.methods.lora import LoraConfig
+from peft_jax.methods.parameters import is_parameter, parameters_of, with_parameters
 from peft_jax.methods.trainable_tokens import Tokens, tokens_by_module
 from peft_jax.methods.whole import Follower, Whole
 
@@ -137,9 +138,12 @@ def _attached(
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
     linear = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
     config = expand_all_linear(config, linear, others=found)
-    modules = [*(name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)), *aliases]
     every = sorted({name for leaf in found for name in leaf.names.flat})
-    targets = set(check_targets(config, modules, every, config.patterns))
+    found = with_parameters(found, config)
+    parameters = parameters_of(found, config)
+    modules = [name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)]
+    modules = [*(name for name in modules if not is_parameter(config, name)), *aliases]
+    targets = {*check_targets(config, modules, every, config.patterns, parameters), *parameters}
 
     tokens = tokens_by_module(config.trainable_token_indices, modules, embedding)
 

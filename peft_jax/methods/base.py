@@ -146,6 +146,7 @@ class Method(PeftConfig):
     fan_in_fan_out: bool = False
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     ensure_weight_tying: bool = False
+    target_parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, self.peft_type)

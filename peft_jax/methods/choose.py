@@ -8,6 +8,7 @@ import numpy as np
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
+from peft_jax.methods.parameters import is_parameter
 from peft_jax.methods.whole import REPLACED
 
 TOKENS = "trainable_token_indices"
@@ -68,13 +69,18 @@ def choose(
         if own:
             role, hit = TOKENS, np.vectorize(lambda name: name in tokens, otypes=[bool])(leaf.names)
         if hit.any():
-            leaf.required_layout()
+            layout = leaf.required_layout()
+            if layout.unnamed and not is_parameter(config, str(leaf.names.flat[0])):
+                raise ValueError(
+                    f"Leaf '{leaf.path}' of shape {leaf.value.shape} stacks experts without names of their own. Name "
+                    "it in target_parameters."
+                )
             yield Choice(position, leaf, hit, role, own)
 
 
 def _changes_bias(config: Method, module: str, targets: set[str]) -> bool:
     if config.bias != "none":
-        return config.bias == "all" or module in targets
+        return config.bias == "all" or module in targets or f"{module}.weight" in targets
     return module in targets and config.changes_bias(module)
 
 

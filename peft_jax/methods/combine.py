@@ -290,6 +290,7 @@ def _checked(
             "alora_invocation_tokens": config.alora_invocation_tokens,
             "modules_to_save": config.modules_to_save,
             "trainable_token_indices": config.trainable_token_indices,
+            "target_parameters": config.target_parameters,
             "bias": config.bias if config.bias != "none" else None,
             "init_lora_weights": config.init_lora_weights if changes_base(config.init_lora_weights) else None,
         }

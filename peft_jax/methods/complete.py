@@ -8,6 +8,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix
 from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_target
 from peft_jax.methods.base import Method
+from peft_jax.methods.parameters import names_parameter
 from peft_jax.methods.trainable_tokens import tokens_by_module
 
 M = TypeVar("M", bound=Method)
@@ -103,6 +104,7 @@ def expand_all_linear(
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return config
     matmuls = [leaf for leaf in found if is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)]
+    matmuls = [leaf for leaf in matmuls if not names_parameter(config, leaf)]
     every = [name for leaf in matmuls for name in leaf.names.flat if name != output]
     named = config.replace(target_modules=every)
     linear = sorted(name for name in every if is_target(named, name))

@@ -20,7 +20,7 @@ from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods import alora, dora, lora_from_base, lora_start
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
-from peft_jax.methods.lora_options import LoftQConfig, check_invocation, check_start
+from peft_jax.methods.lora_options import LoftQConfig, check_invocation, check_parameters, check_start
 from peft_jax.methods.ranked import Ranked
 
 BIAS = "lora_bias"
@@ -57,6 +57,9 @@ class LoraConfig(Ranked):
         alpha_pattern: Alpha by pattern of module paths, where it differs from ``lora_alpha``.
         use_dora: Train the norms of the weight's columns apart from their directions (DoRA).
         lora_bias: Train a bias beside B, which counts ``s`` times.
+        target_parameters: Names of weights themselves, which are adapted expert by expert where they are fused
+            (``(experts, out, in)``), beside ``target_modules`` or without (``[]``). Several of one module are listed in
+            the order in which PyTorch's module declares them, since PEFT's file counts on it.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
 
     Every other field of PEFT's ``LoraConfig`` is known, and refused away from its default.
@@ -108,7 +111,7 @@ class LoraConfig(Ranked):
     qalora_group_size: int = unsupported(16)
     layer_replication: list[tuple[int, int]] | None = unsupported(None)
     lora_bias: bool = False
-    target_parameters: list[str] | None = unsupported(None)
+    target_parameters: Sequence[str] | None = None
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
@@ -116,6 +119,7 @@ class LoraConfig(Ranked):
         check_probability(self, "lora_dropout")
         check_start(self)
         check_invocation(self)
+        check_parameters(self)
         if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
             raise ValueError(
                 f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="

@@ -50,6 +50,25 @@ def check_invocation(config: Any) -> None:
         raise ValueError("alora_invocation_tokens do not go with use_dora=True. Leave one of them.")
 
 
+def check_parameters(config: Any) -> None:
+    """Raise ValueError if a LoRA config has ``target_parameters`` and what PEFT has for modules alone."""
+    if isinstance(config.target_parameters, str):
+        raise ValueError(f"target_parameters is a list of names. Write [{config.target_parameters!r}].")
+    if not config.target_parameters:
+        return
+    alone = {
+        "lora_dropout": config.lora_dropout,
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "lora_bias": config.lora_bias,
+        "use_dora": config.use_dora,
+        "alora_invocation_tokens": config.alora_invocation_tokens,
+    }
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        alone["init_lora_weights"] = config.init_lora_weights
+    if given := {field: value for field, value in alone.items() if value}:
+        raise ValueError(f"target_parameters do not go with {given}, which are for modules. Leave one of them.")
+
+
 def _from_fields(cls: type, fields: Any, name: str) -> Any:
     if not fields:
         raise ValueError(f"{name} is not given. Write {name}={cls.__name__}(...).")

@@ -1,5 +1,6 @@
 """How LoRA's factors start where the base's numbers do not matter: zeros and draws, as PEFT's reset_lora_parameters."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -28,7 +29,7 @@ def drawn(
     n_in, n_out = layout.sizes(shape)
     width = int(ranks.max())
     used = jnp.asarray(np.arange(width) < ranks[..., None])
-    a, b = _draws(init, n_in, n_out, width, layout.lookup)
+    a, b = _draws(init, n_in, n_out, width, layout.lookup, math.prod(names.shape[i] for i in layout.unnamed))
     return {
         "lora_A": jnp.where(used[..., None, :], _of_each_layer(a, names, ranks, key, 0), 0),
         "lora_B": jnp.where(used[..., :, None], _of_each_layer(b, names, ranks, key, 1), 0),
@@ -49,13 +50,13 @@ def _of_each_layer(draw: Draw, names: np.ndarray, ranks: np.ndarray, key: jax.Ar
     return draw(keys_from_names(jax.random.fold_in(key, number), names), jnp.asarray(ranks))
 
 
-def _draws(init: bool | str, n_in: int, n_out: int, width: int, lookup: bool) -> tuple[Draw, Draw]:
+def _draws(init: bool | str, n_in: int, n_out: int, width: int, lookup: bool, experts: int) -> tuple[Draw, Draw]:
     shape_a, shape_b = (n_in, width), (width, n_out)
     if lookup:
         return (_normal(shape_a) if init is False else _zeros(shape_a)), _normal(shape_b)
     if init == "gaussian":
         return lambda key, rank: _normal(shape_a)(key, rank) / jnp.float32(jnp.maximum(rank, 1)), _zeros(shape_b)
-    return _uniform(shape_a, n_in), _uniform(shape_b, None) if init is False else _zeros(shape_b)
+    return _uniform(shape_a, n_in), _uniform(shape_b, None, experts) if init is False else _zeros(shape_b)
 
 
 def _zeros(shape: tuple[int, ...]) -> Draw:
@@ -66,8 +67,8 @@ def _normal(shape: tuple[int, ...]) -> Draw:
     return lambda key, rank: jax.random.normal(key, shape)
 
 
-def _uniform(shape: tuple[int, ...], fan_in: int | None) -> Draw:
-    """As PyTorch's Linear, within 1 / sqrt(fan_in); the rank is that of what B takes."""
+def _uniform(shape: tuple[int, ...], fan_in: int | None, experts: int = 1) -> Draw:
+    """As PyTorch's Linear, within 1 / sqrt(fan_in); the rank is that of what B takes, for all experts together."""
     return lambda key, rank: (
-        jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(jnp.float32(fan_in or jnp.maximum(rank, 1)))
+        jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(jnp.float32(fan_in or experts * jnp.maximum(rank, 1)))
     )

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.layout import Layout
+from peft_jax.core.paths import TORCH_NAMES
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
-from peft_jax.interop.formats import TORCH_NAMES
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
 from peft_jax.prompts.base import without_prompts
 
@@ -152,7 +152,7 @@ def rows_by_layout(family: Family, config: ModelConfig) -> tuple[Row, ...]:
         *modules, name = path.split(".")
         layout = family.layout(path)
         if layout is not None and layout.stack:
-            modules.insert(modules.index(layout.index_after[0]) + 1, "{}")
+            modules.insert(modules.index(str(layout.index_after[0])) + 1, "{}")
         transposed = name == "kernel" and not (layout is not None and layout.stored_in_out)
         rows.append(Row(path, shape, ".".join([*modules, TORCH_NAMES[name]]), transposed))
     return tuple(rows)

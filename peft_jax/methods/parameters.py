@@ -1,0 +1,149 @@
+"""``target_parameters``: weights named themselves, not by their module, as the fused experts of a mixture have to be.
+
+PEFT 0.21.2 (``lora.ParamWrapper``) trains one LoRA for each expert of such a weight, and keeps them in one tensor;
+where it adapts several weights of one module, each lies around the one that the module declares before it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from peft_jax.core.adapted import is_adapted
+from peft_jax.core.layout import LEAF_NAMES, READ, Layout
+from peft_jax.core.leaves import Leaf, is_matrix
+from peft_jax.core.paths import TORCH_NAMES, module_path, stacked_names
+from peft_jax.core.targets import is_saved_module, is_target, names_module, nothing_hit
+from peft_jax.core.weight import is_weight
+from peft_jax.methods.base import Method
+
+DECLARED = ("gate_up_proj", "up_proj", "down_proj")  # the order in which the experts of transformers declare theirs
+
+
+def with_parameters(found: Sequence[Leaf], config: Method) -> list[Leaf]:
+    """The leaves, with PyTorch's names of parameters for those that ``target_parameters`` names.
+
+    The last stacked axis of such a leaf, unless it is one of layers, is that of the experts, which have no names.
+
+    Raises:
+        ValueError: if a name hits nothing, or a leaf that cannot be adapted in this way.
+    """
+    if not config.target_parameters:
+        return list(found)
+    leaves = [_as_parameter(leaf, config) if names_parameter(config, leaf) else leaf for leaf in found]
+    every = [name for leaf in found for name in parameter_names(leaf).flat]
+    for target in config.target_parameters:
+        if not any(names_module([target], name) for name in every):
+            raise ValueError(nothing_hit(f"Target parameter '{target}'", target, every))
+    owners = {name.rpartition(".")[0] for name in parameters_of(leaves, config)}
+    inside = [name for leaf in leaves for name in leaf.names.flat if not is_parameter(config, name)]
+    for name in inside:
+        if is_target(config, name) and any(name.startswith(f"{owner}.") for owner in owners):
+            raise ValueError(
+                f"'{name}' is a target and lies in a module one of whose own weights is in target_parameters, which "
+                "no file of PEFT's can hold. Leave one of them."
+            )
+    return leaves
+
+
+def parameter_names(leaf: Leaf) -> np.ndarray:
+    """What PyTorch calls the parameters that a leaf stands for, of the leaf's stacked shape."""
+    module, last = module_path(leaf.path), leaf.path.rpartition(".")[2]
+    shape = getattr(leaf.value, "shape", ())
+    names = np.array(module, dtype=object) if leaf.layout is None else stacked_names(module, _of_experts(leaf), shape)
+    return np.asarray(names + f".{TORCH_NAMES[last]}" if last in LEAF_NAMES else names, dtype=object)
+
+
+def names_parameter(config: Method, leaf: Leaf) -> bool:
+    """Whether ``target_parameters`` names a leaf."""
+    return any(is_parameter(config, name) for name in parameter_names(leaf).flat)
+
+
+def is_parameter(config: Method, name: str) -> bool:
+    """Whether ``target_parameters`` names a parameter: it is one of them, or ends in one."""
+    return bool(config.target_parameters) and names_module(config.target_parameters or (), name)
+
+
+def parameters_of(leaves: Sequence[Leaf], config: Method) -> set[str]:
+    """The names of the adapted parameters, given the leaves of `with_parameters`."""
+    return {str(name) for leaf in leaves for name in leaf.names.flat if is_parameter(config, name)}
+
+
+def depth(config: Method, parameter: str, adapted: set[str]) -> int:
+    """How many adapters of parameters of the same module lie around that of this one."""
+    owner, _, own = parameter.rpartition(".")
+    others = [name.rpartition(".")[2] for name in adapted if is_parameter(config, name)]
+    others = [last for last in others if f"{owner}.{last}" in adapted]
+    known = all(name in DECLARED for name in others)
+    targets = config.target_parameters or ()
+
+    def position(last: str) -> int:
+        named = (i for i, target in enumerate(targets) if names_module([target], f"{owner}.{last}"))
+        return DECLARED.index(last) if known else next(named)
+
+    return sum(position(last) > position(own) for last in set(others))
+
+
+def _as_parameter(leaf: Leaf, config: Method) -> Leaf:
+    """The leaf under its parameters' names."""
+    names = parameter_names(leaf)
+    first = str(names.flat[0])
+    if module := next((str(name) for name in leaf.names.flat if is_target(config, name)), None):
+        raise ValueError(
+            f"'{first}' is named in target_parameters, and '{module}' is one of target_modules. Name it in one of "
+            "them; target_modules=[] means no modules."
+        )
+    if saved := next((name for name in names.flat if is_saved_module(config, name)), None):
+        raise ValueError(f"'{saved}' is named in target_parameters and trained whole by modules_to_save. Choose one.")
+    if not is_matrix(leaf) or leaf.layout is not None and leaf.layout.lookup:
+        raise ValueError(
+            f"target_parameters names '{first}' of shape {leaf.value.shape}, which is no weight of a product. "
+            "Name weights (in, out), or of experts; embeddings are target_modules."
+        )
+    if leaf.layout is None:
+        return leaf._replace(names=names)
+    layout = _of_experts(leaf)
+    if len(layout.unnamed) > 1 or len(layout.inp) != 1 or len(layout.out) != 1:
+        raise ValueError(
+            f"target_parameters names '{first}' of shape {leaf.value.shape}, whose axes are stack={layout.stack}, "
+            f"inp={layout.inp}, out={layout.out}. PEFT has one input axis, one output axis and at most one of experts. "
+            "Write layout={...: pj.Layout(stack=..., inp=..., out=..., index_after=...)}, with None in index_after for "
+            "the experts and names for stacked layers."
+        )
+    if layout.stored_in_out and not layout.unnamed:
+        raise ValueError(
+            f"'{first}' is stored as (in, out) by PyTorch, where PEFT would turn its adapter around. Name its "
+            "module in target_modules instead."
+        )
+    value = leaf.value
+    if is_weight(value) and layout.stack != leaf.layout.stack:
+        raise ValueError(
+            f"'{first}' is quantized or adapted as one matrix of all its experts. Give {layout} to the call that made "
+            "it so."
+        )
+    if is_adapted(value) and layout.index_after != leaf.layout.index_after:
+        raise ValueError(
+            f"'{first}' has adapters by the names of its experts already. Name them in target_modules again, or "
+            "attach target_parameters first."
+        )
+    return leaf._replace(value=value.relaid(layout) if is_weight(value) else value, layout=layout, names=names)
+
+
+def _of_experts(leaf: Leaf) -> Layout:
+    """The leaf's layout without the experts in names.
+
+    A program that multiplies all experts by the same inputs says that theirs is an output axis: for PEFT it is not.
+    """
+    layout, parts = leaf.layout, leaf.path.split(".")
+    after: list[str | None] = []
+    for name in layout.index_after[: len(layout.stack)]:
+        numbered = name in parts and "".join(parts[parts.index(name) + 1 :][:1]).isdigit()
+        layers = name in parts and not numbered and name not in after and (name == "layers" or layout.source != READ)
+        after.append(name if layers else None)
+    layout = dataclasses.replace(layout, index_after=tuple(after))
+    features = sorted((*layout.inp, *layout.out))
+    if layout.source != READ or layout.unnamed or len(features) != 3:
+        return layout
+    inp, out = ([axis for axis in axes if axis != features[0]] for axes in (layout.inp, layout.out))
+    stack = (*layout.stack, features[0])
+    return dataclasses.replace(layout, stack=stack, inp=tuple(inp), out=tuple(out), index_after=(*after, None))
