@@ -359,3 +359,13 @@ def test_fields_that_contradict_each_other_are_errors(fields, message):
 def test_a_config_without_a_hugging_face_class_is_not_written():
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot express"):
         dataclasses.replace(SMALL, qk_norm=True).to_hf()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_logits_of_the_last_positions_alone(keep, pair):
+    _, config, params = pair("biases")
+    whole = ours(config, params, input_ids=IDS, attention_mask=MASK).logits
+    program = jax.jit(partial(llama.apply, config, logits_to_keep=keep))
+    last = program(params, input_ids=jnp.asarray(IDS), attention_mask=jnp.asarray(MASK)).logits
+    assert last.shape[1] == keep
+    close(last, whole[:, -keep:])

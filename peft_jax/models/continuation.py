@@ -97,7 +97,7 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
 
     def decoder(params: Any) -> Decoder:
         rest, prompt = take_prompt(*params)
-        apply = partial(adapt(partial(family.apply, config)), rest)
+        apply = partial(adapt(partial(family.apply, config, logits_to_keep=1)), rest)
         model = Cached(apply, partial(adapt(partial(family.embed, config)), rest), prompt)
         return Decoder(model, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
 

@@ -184,6 +184,7 @@ class Llama(nnx.Module):
         prefix: Prefix | None = None,
         adaption: Adaption | None = None,
         output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
         remat: bool = False,
     ) -> ModelOutput:
         """Compute logits; the arguments are those of `apply`."""
@@ -192,7 +193,7 @@ class Llama(nnx.Module):
         context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids, prefix)
         buffers = None if cache is None else (cache.keys, cache.values)
         h, states, buffers = self.model(x, context, Beside(prefix, adaption), buffers, output_hidden_states, remat)
-        output: ModelOutput = HEAD.run(self, self.config, h, input_ids, table.embedding)
+        output: ModelOutput = HEAD.run(self, self.config, h[:, -logits_to_keep:], input_ids, table.embedding)
         return output._replace(hidden_states=states, cache=filled(buffers, context.index, x.shape[1]))
 
 
@@ -238,6 +239,7 @@ def apply(
     prefix: Prefix | None = None,
     adaption: Adaption | None = None,
     output_hidden_states: bool = False,
+    logits_to_keep: int = 0,
     remat: bool = False,
 ) -> ModelOutput:
     """Run the model as a pure function of its parameters.
@@ -257,10 +259,11 @@ def apply(
             kv_heads, head_dim). Positions count on from n_virtual.
         adaption: Gated prompts beside each layer's attention.
         output_hidden_states: Also return the hidden states.
+        logits_to_keep: Compute the logits at so many last positions only; 0 for all.
         remat: Keep only each layer's input for the backward pass and compute the rest again.
 
     Returns:
-        Logits at every position, and hidden states and the filled cache where asked for.
+        Logits at every position asked for, and hidden states and the filled cache where asked for.
 
     Raises:
         ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
@@ -285,6 +288,7 @@ def apply(
         prefix=prefix,
         adaption=adaption,
         output_hidden_states=output_hidden_states,
+        logits_to_keep=logits_to_keep,
         remat=remat,
     )
     return output
