@@ -46,8 +46,9 @@ bench: .venv/bench
 	@rm -rf build/benchmarks/records
 	$(BIN)/python benchmarks/training_step.py --size 30m
 	$(BIN)/python benchmarks/training_step.py --size 125m --batch 2 --repeats 3 --no-memory
-	$(BIN)/python benchmarks/int8_base.py --size 125m --dtype bfloat16 --repeats 3
-	$(BIN)/python benchmarks/generation.py --size 30m
+	$(BIN)/python benchmarks/int8_base.py --size 30m --repeats 3
+	$(BIN)/python benchmarks/int8_base.py --size 125m --repeats 3 --contenders dense int8 decode-dense decode-int8
+	$(BIN)/python benchmarks/generation.py --size 30m --prompt 32 --new 9
 	$(BIN)/python benchmarks/startup.py --size 30m
 	$(BIN)/python benchmarks/report.py
 

@@ -72,6 +72,8 @@ def interleave(contenders: Sequence[Contender], repeats: int) -> dict[str, list[
                 seconds = time.perf_counter() - start
             if turn:
                 times[contender.name].append(seconds)
+            said = f"turn {turn} of {repeats}" if turn else "warming up"
+            print(f"{said}: {contender.name} {seconds:.3f} s", file=sys.stderr)
     return times
 
 
