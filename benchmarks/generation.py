@@ -15,6 +15,7 @@ from typing import Any
 
 import measure
 import numpy as np
+import recording
 import tyro
 from measure import Contender
 from shapes import Dtype, Size, checkpoint_folder
@@ -148,7 +149,7 @@ def main(settings: Settings) -> None:
         )
         for name in settings.contenders
     ]
-    measure.finish("generation", settings, rows, measure.ratios(asked, rows))
+    recording.finish("generation", settings, rows, measure.ratios(asked, rows))
 
 
 if __name__ == "__main__":

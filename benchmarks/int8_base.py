@@ -16,6 +16,7 @@ from typing import Any
 
 import measure
 import numpy as np
+import recording
 import tyro
 from measure import Contender
 from shapes import Dtype, Size, checkpoint_folder, read_shape
@@ -126,7 +127,7 @@ def main(settings: Settings) -> None:
     ]
     fields = ("host_bytes", "device_peak_bytes", "xla_bytes")
     sizes = [(field, "int8", other) for other in ("dense", "peft-int8") for field in fields]
-    measure.finish("int8_base", settings, rows, measure.ratios(asked, rows) + measure.memory_ratios(sizes, rows))
+    recording.finish("int8_base", settings, rows, measure.ratios(asked, rows) + measure.memory_ratios(sizes, rows))
 
 
 if __name__ == "__main__":

@@ -148,9 +148,7 @@ HEADS = {"tokens_per_second": "tokens/s", "flops_per_second": "GFLOP/s"}
 
 def section(record: Record) -> list[str]:
     """A record's part of the page."""
-    told = ", ".join(
-        f"{key} {value}" for key, value in record["settings"].items() if key not in ("build", "contenders")
-    )
+    told = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if key != "contenders")
     known = ("name", "seconds", "median", "fastest", "slowest", "not_run")
     fields = [field for row in record["rows"] for field in row if field not in known]
     fields = [field for field in dict.fromkeys(fields) if any(row.get(field) is not None for row in record["rows"])]

@@ -19,6 +19,7 @@ from typing import Any
 
 import measure
 import numpy as np
+import recording
 import tyro
 from measure import Contender
 from shapes import SHAPES, Dtype, Size, checkpoint_folder
@@ -168,7 +169,7 @@ def main(settings: Settings) -> None:
     for name in settings.contenders if settings.memory else ():
         rows[f"read the checkpoint: {name}"] |= {"file_bytes": weights, **measure.alone(name)}
     rows |= first_steps(settings)
-    measure.finish("startup", settings, rows, compare(rows, settings))
+    recording.finish("startup", settings, rows, compare(rows, settings))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 import measure
 import numpy as np
+import recording
 import tyro
 from measure import Contender
 from shapes import Dtype, Size, checkpoint_folder, read_shape, weight_flops
@@ -131,7 +132,7 @@ def main(settings: Settings) -> None:
         elif settings.memory and "median" in row:
             row.update(measure.alone(name))
     check_losses(rows, settings.dtype)
-    measure.finish("training_step", settings, rows, compare(rows))
+    recording.finish("training_step", settings, rows, compare(rows))
 
 
 if __name__ == "__main__":
