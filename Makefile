@@ -7,6 +7,7 @@
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's figures
 #   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
+#   make lowering        write docs/lowering.md: memory and operations of steps compiled for TPUs and the H100 (in .venv-aot)
 #
 # PYTHON=/path/to/python3 chooses the interpreter; otherwise the first Python >= 3.11 on the path is taken.
 # NEWEST=/path/to/python3 chooses that of test-newest; otherwise the newest >= 3.12 on the path or among pyenv's.
@@ -25,7 +26,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-newest lint types conformance bench
+.PHONY: demo test test-newest lint types conformance bench lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -94,3 +95,18 @@ types: .venv/test
 	done; \
 	echo "make: no Python >= 3.11 with venv among: $(or $(PYTHON),$(CANDIDATES))." \
 	     "Install one (on Debian with its python3-venv), or name it: make test PYTHON=/path/to/python3" >&2; exit 1
+
+# Programs for accelerators that are not here; on two CPU cores a case takes a minute to five.
+# For the H100 only the compiler and the assembler are installed, not the CUDA libraries that a GPU would need.
+lowering: .venv-aot/ready
+	.venv-aot/bin/python benchmarks/lowering.py $(ARGS)
+
+.venv-aot/ready: pyproject.toml
+	@if [ -z "$(NEWEST)" ]; then echo "make lowering: needs Python >= 3.12. Name one: NEWEST=/path/to/python3"; exit 1; fi
+	@echo "Installing JAX with the TPU's compiler into .venv-aot (once) ..."
+	@[ -x .venv-aot/bin/pip ] || $(NEWEST) -m venv .venv-aot
+	@.venv-aot/bin/python -m pip install --quiet --editable ".[aot]"
+	@version=$$(.venv-aot/bin/python -c "import jax; print(jax.__version__)"); \
+	    .venv-aot/bin/python -m pip install --quiet --no-deps jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version \
+	    nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12
+	@touch $@

@@ -98,6 +98,7 @@ def test_there_is_a_test_for_every_option() -> None:
     here = Path(__file__).read_text() + Path(__file__).with_name("test_cli.py").read_text()
     here += Path(__file__).with_name("test_finetune_methods.py").read_text().replace("-", "_")
     here += Path(__file__).with_name("test_resume.py").read_text().replace("--", "").replace("-", "_")
+    here += Path(__file__).with_name("test_processes.py").read_text().replace("-", "_")
     options = parse(words())
     assert isinstance(options, finetune_module.Finetune)
     assert [name for name, _ in each(options) if here.count(name) < 1] == []

@@ -6,6 +6,7 @@ each makes the same arrays, and keeps the parts of its own devices.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -28,12 +29,14 @@ AXES = ("data", "fsdp", "tensor")
 # The table: by the end of a path, the mesh axes of an array's last dimensions. What is not here lies whole everywhere.
 # Quantized weights and adapters lie as the weight that they stand for, or are on: the axes that they share with it are
 # split as its are, and a rank never is. The optimizer's moments lie as what they are of.
+# Of embeddings only the rows are split: with split features, what is looked up has them too, and XLA then has every
+# device compute all rows of a batch.
 BATCH = P(("data", "fsdp"))  # the rows
 RULES: tuple[tuple[str, P], ...] = (
     (r"((q|k|v|gate|up)_proj|c_attn|c_fc|self\.(query|key|value)|intermediate\.dense)\.kernel", P("fsdp", "tensor")),
     (r"((Self|EncDec)Attention\.(q|k|v)|DenseReluDense\.(wi|wi_0|wi_1))\.kernel", P("fsdp", "tensor")),
     (r"((o|down)_proj|c_proj|output\.dense|Attention\.o|DenseReluDense\.wo)\.kernel", P("tensor", "fsdp")),
-    (r"(embed_tokens|wte|word_embeddings|shared)\.embedding", P("tensor", "fsdp")),
+    (r"(embed_tokens|wte|word_embeddings|shared)\.embedding", P(("tensor", "fsdp"), None)),
     (r"lm_head\.kernel", P("fsdp", "tensor")),
 )
 
@@ -89,7 +92,10 @@ def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
 
 
 def _dividing(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False)]
+    named = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+    fits = [
+        size % math.prod(mesh.shape[name] for name in names) == 0 for size, names in zip(shape, named, strict=False)
+    ]
     return P(*(axis if fit else None for axis, fit in zip(spec, fits, strict=True)))
 
 

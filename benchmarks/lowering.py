@@ -1,0 +1,255 @@
+"""Train and decode steps compiled for accelerators that are not here: what the compiler says of memory and operations.
+
+    make lowering                                        # all cases, into docs/lowering.json and docs/lowering.md
+    python benchmarks/lowering.py --only 70b             # some of them; the records of the others stay
+
+Needs Python 3.12 and ``pip install ".[aot]"`` (for the H100 also what the Makefile installs), but no accelerator and no
+weights: models are trees of shapes. LoRA has r=16 on all linear layers, and each layer is recomputed in the backward
+pass. Each program is checked: no product has a frozen weight's shape (its gradient would), and with an int8 base no
+buffer between fusions is a weight in float.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from lowering_checks import dequantized, frozen_gradients, multiplications
+from lowering_table import table
+
+import peft_jax as pj
+from peft_jax.cli.checkpoint import apply
+from peft_jax.core.partition import partition
+from peft_jax.models import LlamaConfig, llama
+from peft_jax.models.positions import KVCache
+from peft_jax.train import cross_entropy, init_optimizer, make_optimizer, make_training_step
+from peft_jax.train.sharding import BATCH, layout, make_mesh, parse_mesh, shardings
+
+RECORDS = Path(__file__).parents[1] / "docs" / "lowering.json"
+SIZES = {  # hidden, feed-forward, layers, heads, size of a head, tied embeddings: Llama 3.2 1B, 3.1 8B and 70B
+    "1b": (2048, 8192, 16, 32, 64, True),
+    "8b": (4096, 14336, 32, 32, 128, False),
+    "70b": (8192, 28672, 80, 64, 128, False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program to compile.
+
+    Attributes:
+        size: Of the model.
+        base: Element type of the frozen weights.
+        work: "train" or "decode".
+        chip: A topology as the compiler's package names it.
+        mesh: How it is used.
+        rows: Of a batch, or of a cache.
+        length: Tokens of a row, or slots of the cache.
+        micro: Rows that go through the model at once.
+    """
+
+    size: str
+    base: str
+    work: str
+    chip: str
+    mesh: str
+    rows: int
+    length: int
+    micro: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the case is called in the records."""
+        return f"{self.size} {self.base} {self.work} {self.chip} {self.mesh} {self.rows}x{self.length}/{self.micro}"
+
+
+CASES = (
+    Case("70b", "int8", "train", "v5e:4x4", "fsdp=4,tensor=4", 16, 1152, 4),
+    Case("1b", "int8", "train", "v5e:1x1", "data=1", 2, 1152, 2),
+    Case("1b", "bfloat16", "train", "v5e:1x1", "data=1", 2, 1152, 2),
+    Case("8b", "int8", "decode", "v5e:1x1", "data=1", 4, 2304),
+    Case("8b", "int8", "train", "v6e:1x1", "data=1", 1, 1152, 1),
+    Case("8b", "bfloat16", "train", "v6e:1x1", "data=1", 1, 1152, 1),
+    Case("1b", "int8", "decode", "v6e:1x1", "data=1", 8, 2304),
+    Case("8b", "int8", "train", "v5e:2x2", "fsdp=4", 4, 1152, 4),
+    Case("70b", "int8", "decode", "v5e:4x4", "tensor=16", 8, 2304),
+    Case("8b", "int8", "train", "h100", "data=1", 2, 1152, 2),
+    Case("8b", "bfloat16", "train", "h100", "data=1", 2, 1152, 2),
+    Case("8b", "int8", "decode", "h100", "data=1", 8, 2304),
+)
+
+
+def model_of(case: Case, *, adapter: bool = True) -> Any:
+    """The model as shapes."""
+    hidden, wide, layers, heads, head, tied = SIZES[case.size]
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=head,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+    )
+
+    def make() -> Any:
+        model = pj.AutoModelForCausalLM.from_config(config, dtype="bfloat16", remat=True)
+        model = pj.quantize(model) if case.base == "int8" else model
+        lora = pj.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+        return pj.get_peft_model(model, lora) if adapter else model
+
+    return jax.eval_shape(make)
+
+
+def on(where: Any, tree: Any) -> Any:
+    """Shapes that lie as told: by a tree of shardings, or all by one."""
+    where = jax.tree.map(lambda _: where, tree) if isinstance(where, NamedSharding) else where
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
+def training(case: Case, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The training step and the shapes of its arguments."""
+    everywhere = NamedSharding(mesh, P())
+    model = model_of(case)
+    model = on(layout(model, mesh), model)
+    trainable, frozen = partition(model)
+    optimizer = make_optimizer(3e-4, 1000)
+    state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, weight: on(weight.sharding, moment),
+        jax.eval_shape(lambda model: init_optimizer(optimizer, model), model),
+        trainable,
+        transform_non_params=lambda array: on(everywhere, array),
+    )
+    ids = jax.ShapeDtypeStruct((case.rows, case.length), jnp.int32, sharding=NamedSharding(mesh, BATCH))
+    batch = dict.fromkeys(("input_ids", "attention_mask", "labels"), ids)
+    out = (*shardings((trainable, state)), everywhere)
+    step = make_training_step(apply, optimizer, micro_batch_size=case.micro, out_shardings=out)
+    return step, (trainable, state, frozen, batch, on(everywhere, jax.eval_shape(lambda: jax.random.key(0))))
+
+
+def decoding(case: Case, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The step that reads a token of each row and finds the next, and the shapes of its arguments."""
+    model = model_of(case)
+    config = model.config
+    shape = (config.num_hidden_layers, case.rows, case.length, config.num_key_value_heads, config.head_size)
+    heads = "tensor" if config.num_key_value_heads % mesh.shape["tensor"] == 0 else None
+    slots = None if heads else "tensor"
+    there = NamedSharding(mesh, P(None, ("data", "fsdp"), slots, heads))
+    buffer = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=there)
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    ids = jax.ShapeDtypeStruct((case.rows, 1), jnp.int32, sharding=NamedSharding(mesh, BATCH))
+
+    def step(params: Any, cache: KVCache, ids: Any) -> Any:
+        out = pj.adapt(lambda params: llama.apply(config, params, ids, cache=cache))(params)
+        return jnp.argmax(out.logits[:, -1], axis=-1), out.cache
+
+    params = on(layout(model, mesh), model).params
+    return jax.jit(step, donate_argnums=1), (params, KVCache(buffer, buffer, index), ids)
+
+
+def without_adapters(case: Case) -> Any:
+    """The program of the same step with the adapters removed: the loss and its gradient down to the embeddings."""
+    model = model_of(case, adapter=False)
+    rows, hidden = case.micro, model.config.hidden_size
+    ids = jax.ShapeDtypeStruct((rows, case.length), jnp.int32)
+
+    def loss(embeds: Any, model: Any, ids: Any) -> Any:
+        total, count = cross_entropy(model(inputs_embeds=embeds, attention_mask=ids).logits, ids)
+        return total / jnp.maximum(count, 1)
+
+    embeds = jax.ShapeDtypeStruct((rows, case.length, hidden), jnp.bfloat16)
+    return jax.make_jaxpr(jax.value_and_grad(loss))(embeds, model, ids)
+
+
+def described(chip: str) -> Any:
+    """The devices of a machine that is not here."""
+    from jax.experimental import topologies  # loads the compilers
+
+    if chip != "h100":
+        return topologies.get_topology_desc(platform="tpu", topology_name=chip).devices
+    import nvidia  # of nvidia-cuda-nvcc-cu12, whose assembler the compiler calls
+
+    folders = [str(folder) for root in nvidia.__path__ for folder in Path(root).glob("*/bin")]
+    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *folders])
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"  # which would run kernels
+    target = Path(__file__).with_name("h100.textproto").read_text()
+    found = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=target)
+    return found.devices
+
+
+def lowered(case: Case) -> dict[str, Any]:
+    """Compile a case, check it, and return what the compiler says.
+
+    Raises:
+        AssertionError: If a dequantized weight or a frozen weight's gradient is in the program.
+    """
+    mesh = make_mesh(parse_mesh(case.mesh), described(case.chip))
+    step, args = (training if case.work == "train" else decoding)(case, mesh)
+    program = jax.make_jaxpr(step)(*args)
+    weights = jax.tree.leaves(model_of(case, adapter=False).params["model"]["layers"])
+    matrices = {leaf.shape[1:] for leaf in weights if len(leaf.shape) == 3}
+    assert not (found := frozen_gradients(program, matrices)), f"gradients of frozen weights: {found}"
+    operations, removed = multiplications(program), None
+    if case.work == "train":
+        removed = multiplications(without_adapters(case)) * (case.rows // case.micro)
+    begin = time.perf_counter()
+    compiled = step.lower(*args).compile()
+    seconds = time.perf_counter() - begin
+    if case.base == "int8":
+        assert not (found := dequantized(compiled.as_text(), matrices, mesh)), f"dequantized weights: {found}"
+    memory = compiled.memory_analysis()
+    parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output", "alias")}
+    return {
+        **dataclasses.asdict(case),
+        **parts,
+        "per_chip": parts["argument"] + parts["temp"] + parts["output"] - parts["alias"],
+        "operations": operations,
+        "operations_without_adapters": removed,
+        "compiler_flops": compiled.cost_analysis().get("flops"),
+        "compile_seconds": seconds,
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which cases."""
+
+    only: str = ""
+    """A part of their names, such as 70b or decode; all by default."""
+
+
+def main(options: Options) -> None:
+    """Compile the cases, and write the records after each."""
+    for case in CASES:
+        if options.only not in case.name:
+            continue
+        record = lowered(case)
+        found = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+        found[case.name] = record
+        records = {known.name: found[known.name] for known in CASES if known.name in found}
+        RECORDS.write_text(json.dumps(records, indent=1) + "\n")
+        RECORDS.with_suffix(".md").write_text(table(list(records.values())))
+        print(f"{case.name}: {record['per_chip'] / 2**30:.2f} GiB a chip", flush=True)
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    # What libtpu asks for on a machine without a TPU.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    main(tyro.cli(Options))

@@ -1,0 +1,64 @@
+"""What is read off programs: their multiplications, gradients of frozen weights, weights in float."""
+
+import math
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+Shapes = Collection[tuple[int, ...]]
+
+
+def products(program: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Every product in a jaxpr and the jaxprs in it, and how often it runs (once in loops of unknown length)."""
+    program = getattr(program, "jaxpr", program)
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation, times
+        often = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
+                    yield from products(part, often)
+
+
+def multiplications(program: Any) -> int:
+    """Floating-point operations of all products, two for each multiplication."""
+    total = 0
+    for equation, times in products(program):
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        total += 2 * inner * math.prod(equation.outvars[0].aval.shape) * times
+    return total
+
+
+def frozen_gradients(program: Any, matrices: Shapes) -> set[tuple[int, ...]]:
+    """Shapes of products that are those of a matrix, one way or the other: a weight's gradient is such a product."""
+    both = {*matrices, *(shape[::-1] for shape in matrices)}
+    return {equation.outvars[0].aval.shape for equation, _ in products(program)} & both
+
+
+def dequantized(text: str, matrices: Shapes, mesh: Any) -> set[str]:
+    """Buffers between the fusions of a compiled program that are a matrix in float, whole or in a device's parts."""
+    parts = {1, *mesh.shape.values(), mesh.size}
+    wanted = set()
+    for rows, columns in matrices:
+        for one in parts:
+            for other in parts:
+                wanted |= {(rows // one, columns // other), (columns // other, rows // one)}
+    found = set()
+    for line in _between_fusions(text):
+        for kind, sizes in re.findall(r"\b(bf16|f16|f32)\[([\d,]+)\]", line.split(" = ", 1)[1].split("(%")[0]):
+            shape = tuple(int(size) for size in sizes.split(",") if int(size) != 1)
+            if shape in wanted or (len(shape) == 3 and shape[1:] in wanted and math.prod(shape) > 2**28):
+                found.add(f"{kind}[{sizes}]")
+    return found
+
+
+def _between_fusions(text: str) -> Iterator[str]:
+    """The instructions that are not in a fused computation."""
+    inside = False
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            inside = "fused" in line.split("(")[0]
+        elif " = " in line and not inside:
+            yield line

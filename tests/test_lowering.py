@@ -1,0 +1,68 @@
+"""What the benchmark of programs for accelerators that are not here reads off programs."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import peft_jax as pj
+from peft_jax.train.sharding import make_mesh
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from lowering_checks import dequantized, frozen_gradients, multiplications  # noqa: E402
+from lowering_table import table  # noqa: E402
+
+MATRIX = (8, 24)
+X = jax.ShapeDtypeStruct((5, 8), jnp.float32)
+
+
+def test_operations_are_those_of_all_products_as_often_as_they_run() -> None:
+    def layers(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None)), x, w)[0].sum()
+
+    w = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)
+    assert multiplications(jax.make_jaxpr(layers)(X, w)) == 3 * 2 * 5 * 8 * 8
+    assert multiplications(jax.make_jaxpr(jax.grad(layers))(X, w)) == 3 * 3 * 2 * 5 * 8 * 8  # and again, and backward
+
+
+def test_the_gradient_of_a_frozen_weight_is_seen_and_that_of_an_adapter_is_not() -> None:
+    params = {"up": {"kernel": jnp.ones(MATRIX)}}
+    fn = pj.adapt(lambda params, x: jnp.sum((x @ params["up"]["kernel"]) ** 2))
+    trainable, frozen = pj.partition(pj.apply_lora(params, pj.LoraConfig(r=2, target_modules=["up"])))
+    ours = jax.make_jaxpr(jax.grad(lambda trainable, x: fn(pj.combine(trainable, frozen), x)))(trainable, X)
+    assert not frozen_gradients(ours, {MATRIX})
+    whole = jax.make_jaxpr(jax.grad(fn))(params, X)
+    assert frozen_gradients(whole, {MATRIX}) & {MATRIX, MATRIX[::-1]}
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_dequantized_weight_is_seen(keeps: bool) -> None:
+    params = pj.quantize({"up": {"kernel": jax.random.normal(jax.random.key(0), MATRIX)}})
+
+    def run(params: Any, x: jax.Array) -> Any:
+        dense = pj.merge(params)["up"]["kernel"]
+        return (x @ dense, dense) if keeps else x * dense.sum()
+
+    text = jax.jit(run).lower(params, X).compile().as_text()
+    assert dequantized(text, {MATRIX}, make_mesh({})) == ({"f32[8,24]"} if keeps else set())
+
+
+def test_the_table_says_what_is_met() -> None:
+    record = {
+        "size": "70b",
+        "work": "train",
+        "chip": "v5e:4x4",
+        "mesh": "fsdp=16",
+        "rows": 16,
+        "length": 9,
+        "micro": 16,
+    }
+    record |= {"argument": 2**30, "temp": 2**30, "operations": 103, "operations_without_adapters": 100}
+    record |= {"compile_seconds": 1.0}
+    text = table([record | {"base": "int8", "per_chip": 17 * 2**30}, record | {"base": "bfloat16", "per_chip": 2**35}])
+    assert "fits 16 chips of 16 GiB: **not met**, 17.00 GiB a chip" in text
+    assert "under 0.6 of bf16's (70b, v5e:4x4): **met**, 0.53" in text
+    assert "without adapters (70b, int8, v5e:4x4): **met**, 1.030" in text
