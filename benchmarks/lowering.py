@@ -216,7 +216,7 @@ def lowered(case: Case) -> dict[str, Any]:
         "per_chip": parts["argument"] + parts["temp"] + parts["output"] - parts["alias"],
         "operations": operations,
         "operations_without_adapters": removed,
-        "compiler_flops": compiled.cost_analysis().get("flops"),
+        "compiler_flops": (compiled.cost_analysis() or {}).get("flops"),  # of a described GPU there are none
         "compile_seconds": seconds,
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),

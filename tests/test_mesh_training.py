@@ -74,7 +74,10 @@ def test_rules_are_taken_by_the_end_of_the_path() -> None:
         "model.layers.input_layernorm.scale": P(),
     }.items():
         assert spec(path, (2, 8, 8), mesh) == wanted
-    assert {axis for _, rule in RULES for axis in rule if axis} < set(AXES)
+    assert spec("model.embed_tokens.embedding", (8, 8), mesh) == P(("tensor", "fsdp"), None)
+    assert spec("encoder.block.layer_0.SelfAttention.o.kernel", (8, 8), mesh) == P("tensor", "fsdp")
+    named = [(axis,) if isinstance(axis, str) else axis or () for _, rule in RULES for axis in rule]
+    assert {name for names in named for name in names} < set(AXES)
 
 
 @pytest.mark.parametrize("text", ["data", "data=x", "model=2", "data=2;fsdp=2", ""])

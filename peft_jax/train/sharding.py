@@ -35,7 +35,7 @@ BATCH = P(("data", "fsdp"))  # the rows
 RULES: tuple[tuple[str, P], ...] = (
     (r"((q|k|v|gate|up)_proj|c_attn|c_fc|self\.(query|key|value)|intermediate\.dense)\.kernel", P("fsdp", "tensor")),
     (r"((Self|EncDec)Attention\.(q|k|v)|DenseReluDense\.(wi|wi_0|wi_1))\.kernel", P("fsdp", "tensor")),
-    (r"((o|down)_proj|c_proj|output\.dense|Attention\.o|DenseReluDense\.wo)\.kernel", P("tensor", "fsdp")),
+    (r"((o|down)_proj|c_proj|output\.dense|(Self|EncDec)Attention\.o|DenseReluDense\.wo)\.kernel", P("tensor", "fsdp")),
     (r"(embed_tokens|wte|word_embeddings|shared)\.embedding", P(("tensor", "fsdp"), None)),
     (r"lm_head\.kernel", P("fsdp", "tensor")),
 )
