@@ -8,11 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.train.sharding import AXES, RULES, make_mesh, parse_mesh, spec
+import peft_jax as pj
+from peft_jax import train
+from peft_jax.cli.checkpoint import apply
+from peft_jax.models import LlamaConfig
+from peft_jax.train.sharding import AXES, RULES, PlacedBatches, make_mesh, parse_mesh, place, shardings, spec
 
 MESH = "data=2,fsdp=2,tensor=2"
 ALONG_ONE_AXIS = ("data=8", "fsdp=8", "tensor=8")
@@ -91,3 +97,48 @@ def test_sizes_that_do_not_fit_the_devices() -> None:
         make_mesh({"data": 3, "tensor": 5})
     with pytest.raises(ValueError, match="has no axis rows"):
         make_mesh({"rows": 1})
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_adalora_on_eight_devices_is_that_of_one() -> None:
+    """All its arrays, its choices of ranks and its penalty, step by step."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    schedule = {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 3, "deltaT": 2, "lora_alpha": 16}
+    adapter = pj.AdaLoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **schedule)
+    ids = np.random.default_rng(0).integers(0, 64, (10, 16, 6)).astype(np.int32)
+    batches: Any = [{"input_ids": one, "attention_mask": np.ones_like(one), "labels": one} for one in ids]
+    # Adam's first step is g / (|g| + eps): with its eps of 1e-8 an element whose gradient is rounding alone would move
+    # by up to the learning rate, another way on other devices, as their sums are in another order.
+    optimizer = optax.adamw(0.02, eps=1e-5)
+
+    def run(mesh: Any) -> tuple[Any, list[Any], list[float]]:
+        model = pj.get_peft_model(pj.AutoModelForCausalLM.from_config(config), adapter, key=jax.random.key(1))
+        state, frozen = train.start(model, optimizer, seed=0)
+        layout, placed = None, batches
+        if mesh is not None:
+            placed = PlacedBatches(batches, mesh)
+            state, frozen = train.State(0, *place(tuple(state[1:]), mesh)), place(frozen, mesh)
+            layout = (*shardings((state.trainable, state.opt_state), mesh), None)
+        step = train.make_training_step(apply, optimizer, out_shardings=layout)
+        arrays, losses = [], []
+        for state, metrics in train.train(step, state, frozen, placed, max_steps=10):  # noqa: B020
+            arrays.append(jax.device_get(state.trainable))
+            losses.append(float(metrics.loss))
+        model = train.finished(state.trainable, frozen, state.opt_state)
+        return model.peft_config["default"].rank_pattern, arrays, losses
+
+    pattern, arrays, losses = run(None)
+    assert pattern and not all(map(all, pattern.values()))
+    other, found, told = run(make_mesh(parse_mesh(MESH)))
+    assert other == pattern
+    np.testing.assert_allclose(told, losses, rtol=1e-5)
+    for one, two in zip(arrays, found, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-5), one, two)
