@@ -3,8 +3,9 @@
     python tests/killed_runs.py FOLDER [SEED ...]
 
 FOLDER holds a model and data.json. Runs go into FOLDER/whole (not killed), FOLDER/chosen (killed and resumed at every
-moment below in turn), and FOLDER/random-<SEED>, killed at some time after its first checkpoint. Exit codes are printed
-as JSON. All children are forked from this process, which has imported everything and touched no device.
+moment below in turn), and FOLDER/random-<SEED>, killed at some time after its first checkpoint; FOLDER/whole-prompt and
+FOLDER/prompt (killed once) train a prompt instead of a LoRA. Exit codes are printed as JSON. All children are forked
+from this process, which has imported everything and touched no device.
 """
 
 import json
@@ -29,8 +30,10 @@ from peft_jax.train.metrics import MetricsLog
 
 OPTIONS = (
     "finetune --model model --data data.json --max-steps 14 --batch-size 4 --micro-batch-size 2 --val-size 4 "
-    "--eval-steps 2 --save-steps 3 --lora-dropout 0.1 --learning-rate 0.01"
+    "--eval-steps 2 --save-steps 3 --learning-rate 0.01"
 ).split()
+LORA = ("--lora-dropout", "0.1")
+PROMPT = ("--peft", "P_TUNING", "--peft-config", '{"num_virtual_tokens": 4, "encoder_hidden_size": 8}')
 
 
 def kill() -> None:
@@ -129,7 +132,9 @@ def in_plot(output: str) -> None:
 MOMENTS = (in_save, amid_files, after_rename, in_metrics, in_evaluation, in_best, in_plot, in_export)
 
 
-def fork(output: str, *words: str, prepare: Callable[[str], None] = lambda output: None) -> int:
+def fork(
+    output: str, *words: str, adapter: tuple[str, ...] = LORA, prepare: Callable[[str], None] = lambda output: None
+) -> int:
     """Start a run in a child process; what it says goes to a file."""
     if child := os.fork():
         return child
@@ -139,7 +144,7 @@ def fork(output: str, *words: str, prepare: Callable[[str], None] = lambda outpu
     code = 1
     try:
         prepare(output)
-        code = main([*OPTIONS, "--output", output, *words])
+        code = main([*OPTIONS, *adapter, "--output", output, *words])
     finally:
         os._exit(code)
 
@@ -167,6 +172,9 @@ def everything(seeds: list[int]) -> dict[str, Any]:
         words = () if moment is MOMENTS[0] else ("--resume",)
         codes[moment.__name__] = wait(fork("chosen", *words, prepare=moment))
     codes["chosen"] = wait(fork("chosen", "--resume"))
+    codes["whole-prompt"] = wait(fork("whole-prompt", adapter=PROMPT))
+    killed = wait(fork("prompt", adapter=PROMPT, prepare=in_save))
+    codes["prompt"] = [killed, wait(fork("prompt", "--resume", adapter=PROMPT))]
     return codes | {f"random-{seed}": at_random(seed, 1.5) for seed in seeds}
 
 

@@ -58,13 +58,19 @@ def killed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_a_run_killed_at_every_bad_moment_ends_in_the_same_bits(killed: tuple[Path, dict[str, Any]]) -> None:
     folder, codes = killed
     assert codes.pop("whole") == codes.pop("chosen") == 0
-    assert codes.pop("random-1") == [-signal.SIGKILL, 0]
+    assert codes.pop("random-1") == codes.pop("prompt") == [-signal.SIGKILL, 0] and codes.pop("whole-prompt") == 0
     assert set(codes.values()) == {-signal.SIGKILL} and len(codes) == 8
     whole = results(folder / "whole")
     wanted = {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "README.md"}
     assert whole.keys() == wanted | {"best/adapter_model.safetensors", "best/adapter_config.json"}
     assert results(folder / "chosen") == whole
     assert sorted(file.name for file in (folder / "chosen" / "checkpoints").iterdir()) == ["12", "14"]
+
+
+def test_a_killed_run_of_a_prompt_ends_in_the_same_bits(killed: tuple[Path, dict[str, Any]]) -> None:
+    whole = results(killed[0] / "whole-prompt")
+    assert json.loads(whole["adapter_config.json"])["peft_type"] == "P_TUNING"
+    assert results(killed[0] / "prompt") == whole
 
 
 def test_a_run_killed_at_a_random_moment_ends_in_the_same_bits(killed: tuple[Path, dict[str, Any]]) -> None:
