@@ -109,13 +109,14 @@ def add_weighted_adapter(
     """
     tree = params.params if isinstance(params, Handle) else params
     known = {name: config_of(config) for name, config in adapters(tree).items()}
-    if adapter_names and all(isinstance(known.get(name), IA3Config) for name in adapter_names):
+    vectors = [config for name in adapter_names if isinstance(config := known.get(name), IA3Config)]
+    if vectors and len(vectors) == len(adapter_names):
         _check_names(known, adapter_names, weights, new_name)
         given = (svd_rank, svd_clamp, svd_driver, density, key)
         if combination_type not in (None, "linear") or any(option is not None for option in given):
             raise ValueError("IA3's vectors are added up. Write combination_type='linear' or nothing, and no options.")
         weighted = dict(zip(adapter_names, weights, strict=True))
-        new = weighted_ia3(tree, weighted, [known[name] for name in adapter_names], new_name)
+        new = weighted_ia3(tree, weighted, vectors, new_name)
         return params.replace(new) if isinstance(params, Handle) else new
     way = "linear" if len(adapter_names) == 1 else combination_type or "svd"
     how = How(way, 1.0 if density is None else density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
