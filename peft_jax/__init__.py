@@ -20,6 +20,8 @@ from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_d
 from peft_jax.methods import AdaLoraConfig as AdaLoraConfig
 from peft_jax.methods import BeftConfig as BeftConfig
 from peft_jax.methods import BOFTConfig as BOFTConfig
+from peft_jax.methods import CordaConfig as CordaConfig
+from peft_jax.methods import EvaConfig as EvaConfig
 from peft_jax.methods import HiraConfig as HiraConfig
 from peft_jax.methods import HRAConfig as HRAConfig
 from peft_jax.methods import IA3Config as IA3Config
@@ -28,6 +30,7 @@ from peft_jax.methods import LoftQConfig as LoftQConfig
 from peft_jax.methods import LoHaConfig as LoHaConfig
 from peft_jax.methods import LoKrConfig as LoKrConfig
 from peft_jax.methods import LoraConfig as LoraConfig
+from peft_jax.methods import LoraGAConfig as LoraGAConfig
 from peft_jax.methods import MissConfig as MissConfig
 from peft_jax.methods import OFTConfig as OFTConfig
 from peft_jax.methods import PeftConfig as PeftConfig
@@ -37,6 +40,7 @@ from peft_jax.methods import VeraConfig as VeraConfig
 from peft_jax.methods import add_weighted_adapter as add_weighted_adapter
 from peft_jax.methods import apply_adapter as apply_adapter
 from peft_jax.methods import apply_lora as apply_lora
+from peft_jax.methods import apply_lora_from_data as apply_lora_from_data
 from peft_jax.methods import scale_adapter as scale_adapter
 from peft_jax.methods import with_adapter_rows as with_adapter_rows
 from peft_jax.methods import with_invocations as with_invocations

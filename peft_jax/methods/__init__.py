@@ -15,7 +15,11 @@ from peft_jax.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from peft_jax.methods.loha import LoHaConfig as LoHaConfig
 from peft_jax.methods.lokr import LoKrConfig as LoKrConfig
 from peft_jax.methods.lora import LoraConfig as LoraConfig
+from peft_jax.methods.lora_from_data import apply_lora_from_data as apply_lora_from_data
+from peft_jax.methods.lora_options import CordaConfig as CordaConfig
+from peft_jax.methods.lora_options import EvaConfig as EvaConfig
 from peft_jax.methods.lora_options import LoftQConfig as LoftQConfig
+from peft_jax.methods.lora_options import LoraGAConfig as LoraGAConfig
 from peft_jax.methods.miss import MissConfig as MissConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig
 from peft_jax.methods.rows import with_adapter_rows as with_adapter_rows

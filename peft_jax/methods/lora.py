@@ -20,7 +20,16 @@ from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods import alora, dora, lora_from_base, lora_start
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
-from peft_jax.methods.lora_options import LoftQConfig, check_invocation, check_parameters, check_start
+from peft_jax.methods.lora_options import (
+    FROM_DATA,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    check_invocation,
+    check_parameters,
+    check_start,
+)
 from peft_jax.methods.ranked import Ranked
 
 BIAS = "lora_bias"
@@ -44,13 +53,18 @@ class LoraConfig(Ranked):
         init_lora_weights: True (A as PyTorch's Linear, B zero), False (both random), ``"gaussian"`` (A normal, B
             zero), ``"orthogonal"`` (a product of zero), or one that takes a part out of the base, which the adapter
             then is: ``"pissa"`` and ``"pissa_niter_N"`` (the largest singular values), ``"olora"`` (columns of a QR),
-            ``"loftq"`` (what rounding leaves). Embeddings start as with True.
+            ``"loftq"`` (what rounding leaves). Embeddings start as with True. Of data, by
+            `peft_jax.apply_lora_from_data`: ``"eva"``, ``"corda"`` and ``"lora_ga"``; the file of an adapter that
+            started with one of the last two goes on the base that the start left.
         trainable_token_indices: Ids of tokens that are trained beside the matrices, in the model's input embedding
             (``embed_tokens`` of a bare tree), or by the name of an embedding or head. A head that is tied to the
             embedding is changed with it.
         ensure_weight_tying: An adapter of an embedding, or its saved copy, is that of a tied head too.
         alora_invocation_tokens: Ids of an invocation; the adapter counts from its last one in a sequence on (aLoRA).
         loftq_config: Options of LoftQ, a `LoftQConfig`.
+        eva_config: Options of EVA, an `EvaConfig`.
+        corda_config: Options of CorDA, a `CordaConfig`.
+        lora_ga_config: Options of LoRA-GA, a `LoraGAConfig`.
         layers_to_transform: Index or indices of the layers to adapt; None for all.
         layers_pattern: Name of the list of layers, if it is not the first numbered one.
         rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
@@ -97,9 +111,9 @@ class LoraConfig(Ranked):
     megatron_core: str | None = unsupported("megatron.core")
     trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
     loftq_config: LoftQConfig | dict[str, int] = dataclasses.field(default_factory=dict)
-    eva_config: dict[str, Any] | None = unsupported(None)
-    corda_config: dict[str, Any] | None = unsupported(None)
-    lora_ga_config: dict[str, Any] | None = unsupported(None)
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
     velora_config: dict[str, Any] | None = unsupported(None)
     monteclora_config: dict[str, Any] | None = unsupported(None)
     arrow_config: dict[str, Any] | None = unsupported(None)
@@ -154,6 +168,8 @@ class LoraConfig(Ranked):
             if getattr(self, field) and layout.lookup:
                 raise ValueError(f"{field} is not for embeddings, as '{names.flat[0]}' is. Target other modules.")
         init, ranks = self.init_lora_weights, self.ranks(names, hit)
+        if init in FROM_DATA:
+            raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
         params = lora_start.drawn(init, layout, shape, names, ranks, key)
         if self.lora_bias:
             params[BIAS] = lora_start.drawn_bias(init, layout.sizes(shape)[1], names, ranks, key)
@@ -191,7 +207,9 @@ class LoraConfig(Ranked):
 
     def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
         """The base without what the factors started at, as PEFT takes it out again."""
-        if not lora_from_base.changes_base(self.init_lora_weights) or base.layout.lookup:
+        if lora_from_base.starter(self) is None or not lora_from_base.changes_base(self.init_lora_weights):
+            return base  # a start that looked at data cannot be made again: the base is the one that it left
+        if base.layout.lookup:
             return base
         return lora_from_base.begin(self, base, names, hit, jax.random.key(0))[1]
 

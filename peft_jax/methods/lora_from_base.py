@@ -7,7 +7,7 @@ follow PEFT 0.21.2, but that LoftQ's factors stand for the same matrix whatever 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,19 +48,26 @@ def starter(config: Any) -> Starter | None:
 
 def changes_base(init: bool | str) -> bool:
     """Whether a start changes the base in a way that an adapter's file does not tell."""
-    return isinstance(init, str) and init.startswith(("pissa", "olora", "loftq"))
+    return isinstance(init, str) and init.startswith(("pissa", "olora", "loftq", "corda", "lora_ga"))
 
 
 def begin(
-    config: Any, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    config: Any,
+    base: Weight,
+    names: np.ndarray,
+    hit: np.ndarray,
+    key: jax.Array,
+    starters: Sequence[Starter] | None = None,
 ) -> tuple[dict[str, jax.Array], Weight]:
     """Factors of each stacked layer, padded with zeros to the largest rank, and the base that they go on.
+
+    ``starters`` are those of the layers, where they do not start alike.
 
     Raises:
         ValueError: if the base is not one that the start takes, or a rank does not suit it.
     """
-    start, layout, dense = starter(config), base.layout, _dense(config, base, str(names.flat[0]))
-    assert start is not None
+    layout, dense = base.layout, _dense(config, base, str(names.flat[0]))
+    starts: Sequence[Starter | None] = starters or [starter(config)] * names.size
     stack, (n_in, n_out) = names.shape, layout.sizes(base.shape)
     matrices = jnp.reshape(layout.matrix(dense), (-1, n_in, n_out))
     keys = jnp.reshape(keys_from_names(key, names), (-1,))
@@ -77,6 +84,8 @@ def begin(
                 f"init_lora_weights={config.init_lora_weights!r} starts at r directions of '{name}', which has "
                 f"{min(n_in, n_out)}, not {rank}. Choose a smaller r."
             )
+        start = starts[i]
+        assert start is not None
         made = start(matrices[i].astype(jnp.float32), rank, config.scaling(name), keys[i])
         a, b = jnp.pad(made.a, ((0, 0), (0, width - rank))), jnp.pad(made.b, ((0, width - rank), (0, 0)))
         layers.append(Start(a, b, made.matrix))
@@ -110,16 +119,16 @@ def _dense(config: Any, base: Weight, name: str) -> jax.Array:
 
 
 def _pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array, passes: int | None) -> Start:
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False) if passes is None else _fast_svd(matrix, rank, passes, key)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False) if passes is None else fast_svd(matrix, rank, passes, key)
     root = jnp.sqrt(s[:rank] / scale)
     a, b = u[:, :rank] * root[None], root[:, None] * vt[:rank]
     return Start(a, b, matrix - scale * a @ b)
 
 
-def _fast_svd(matrix: jax.Array, rank: int, passes: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest singular values, from a random subspace that the matrix was applied to some times."""
+def fast_svd(matrix: jax.Array, rank: int, passes: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest singular values and vectors, from a random subspace of ``rank`` that the matrix was applied to."""
     if matrix.shape[0] < matrix.shape[1]:
-        u, s, vt = _fast_svd(matrix.T, rank, passes, key)
+        u, s, vt = fast_svd(matrix.T, rank, passes, key)
         return vt.T, s, u.T
     basis, _ = jnp.linalg.qr(matrix @ jax.random.normal(key, (matrix.shape[1], rank)))
     for _ in range(passes):

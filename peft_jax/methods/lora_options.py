@@ -4,7 +4,8 @@ import dataclasses
 import re
 from typing import Any
 
-STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq")
+FROM_DATA = ("eva", "corda", "lora_ga")
+STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", *FROM_DATA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,77 @@ class LoftQConfig:
             raise ValueError(f"LoftQ takes loftq_bits=4 or 8, and loftq_iter of at least 1, got {self}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaConfig:
+    """How EVA finds components and shares out ranks.
+
+    Attributes:
+        rho: A layer's rank is at most ``rho * r``; at least 1.
+        tau: Cosine between a component before and after a batch from which on it counts as found, in [0, 1].
+        use_label_mask: Whether tokens whose label is ``label_mask_value`` are left out.
+        label_mask_value: That label.
+        whiten: Divide components by the roots of their singular values.
+        adjust_scaling_factors: Scale alphas with the ranks, so that all scales stay as they were.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rho < 1 or not 0 <= self.tau <= 1:
+            raise ValueError(f"EVA takes rho of at least 1 and tau in [0, 1], got {self}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CordaConfig:
+    """Which directions CorDA takes.
+
+    Attributes:
+        corda_method: ``"ipm"``, those that the inputs use most, or ``"kpm"``, least, which keeps what the model knows.
+        cache_file: PEFT's, of decompositions; not supported here.
+        covariance_file: PEFT's, of covariances; not supported here.
+        verbose: PEFT's; changes nothing here.
+        use_float16_for_covariance: PEFT's; not supported here, covariances are float32.
+        prune_temporary_fields: PEFT's; changes nothing here, where nothing is left behind.
+    """
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: str = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+    def __post_init__(self) -> None:
+        if self.corda_method not in ("ipm", "kpm"):
+            raise ValueError(f"corda_method is 'ipm' or 'kpm', got {self.corda_method!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraGAConfig:
+    """Which directions of the gradient LoRA-GA takes for A and B.
+
+    Attributes:
+        direction: ``"ArB2r"`` (A the first r, B the second), ``"A2rBr"`` (the other way), ``"ArBr"`` (in turns) or
+            ``"random"``.
+        scale: ``"stable"``, ``"weight_svd"``, ``"gd_scale"`` or ``"unit"``.
+        stable_gamma: What ``"stable"`` divides by the root of.
+    """
+
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    stable_gamma: int = 16
+
+    def __post_init__(self) -> None:
+        directions, scales = ("ArBr", "A2rBr", "ArB2r", "random"), ("stable", "weight_svd", "gd_scale", "unit")
+        if self.direction not in directions or self.scale not in scales:
+            raise ValueError(f"LoRA-GA's direction is one of {directions} and its scale one of {scales}, got {self}.")
+
+
 def check_start(config: Any) -> None:
     """Make the options of a LoRA config's start dictionaries, and raise ValueError if they do not go with it."""
     init = config.init_lora_weights
@@ -37,6 +109,18 @@ def check_start(config: Any) -> None:
         given = config.loftq_config
         options = given if isinstance(given, LoftQConfig) else _from_fields(LoftQConfig, given, "loftq_config")
         object.__setattr__(config, "loftq_config", dataclasses.asdict(options))
+    cls: type[EvaConfig | CordaConfig | LoraGAConfig]
+    for start, cls in zip(FROM_DATA, (EvaConfig, CordaConfig, LoraGAConfig), strict=True):
+        name = f"{start}_config"
+        given = getattr(config, name)
+        if given is None and init == start and cls is not LoraGAConfig:
+            given = cls()
+        if given is None:
+            continue
+        if init not in (start, True):  # True is what a converted adapter's file says, beside these options
+            raise ValueError(f"{name} goes with init_lora_weights={start!r}, got {init!r}. Leave one of them.")
+        chosen = given if isinstance(given, cls) else _from_fields(cls, given, name)
+        object.__setattr__(config, name, dataclasses.asdict(chosen))
 
 
 def check_invocation(config: Any) -> None:

@@ -1,0 +1,425 @@
+"""LoRA whose start looks at data: EVA at inputs of layers, CorDA at their covariance, LoRA-GA at gradients.
+
+CorDA: Yang et al., 2024, https://arxiv.org/abs/2406.05223, equations 1 to 5; LoRA-GA: Wang et al., 2024,
+https://arxiv.org/abs/2407.05000, equations 12 and 14; EVA is in `peft_jax.methods.eva`. Numbers follow PEFT 0.21.2.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.adapt import adapt
+from peft_jax.core.adapted import Adapted, Tag, adapters, map_adapted
+from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import Layouts
+from peft_jax.core.targets import pattern_value
+from peft_jax.core.weight import as_leaf, as_weight
+from peft_jax.methods import dora, eva, lora_from_base
+from peft_jax.methods.attach import apply_adapter
+from peft_jax.methods.lora import LoraConfig
+from peft_jax.methods.lora_from_base import Start, Starter
+from peft_jax.methods.lora_options import FROM_DATA, CordaConfig, EvaConfig, LoraGAConfig
+from peft_jax.methods.observe import Gradients, Inputs, layers_of, observer, observing
+from peft_jax.methods.whole import Part, config_of
+
+T = TypeVar("T")
+MOST = 1000  # batches after which EVA's components have to have been found
+Sums = dict[str, jax.Array]
+
+
+def apply_lora_from_data(
+    params: T,
+    config: LoraConfig,
+    batches: Iterable[Any],
+    *,
+    fn: Callable[[Any, Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
+    key: jax.Array | None = None,
+    adapter_name: str = "default",
+    layout: Layouts | None = None,
+) -> T:
+    """`peft_jax.apply_lora` for ``init_lora_weights`` that look at data: ``"eva"``, ``"corda"`` and ``"lora_ga"``.
+
+    ``"eva"`` takes the principal components of each target's inputs for A, and gives more rank to targets whose inputs
+    they explain better: the adapter's config has the ranks, and targets that are left without one are none. It goes
+    through the batches again and again until the components settle. ``"corda"`` and ``"lora_ga"`` go through them
+    once, and take what the adapter starts at out of the base: the function is what it was, and
+    ``path_initial_model_for_weight_conversion`` of `peft_jax.interop.save_adapter` makes the adapter one that goes on
+    the base as it was.
+
+    Args:
+        params: Any pytree of arrays, or a model handle.
+        config: What to attach, with its ``eva_config``, ``corda_config`` or ``lora_ga_config``.
+        batches: What to run; for a handle dictionaries of its arguments.
+        fn: The function that uses the leaves, as ``fn(params, batch)``, which need not know of adapters. For
+            ``"lora_ga"`` it gives the loss. None, for a handle, is ``model(**batch)``.
+        mask: Which tokens of a batch count for ``"eva"``, as an array of the inputs' shape without their last axis.
+            None is PEFT's rule where batches are dictionaries with ``input_ids``: those that ``attention_mask`` and
+            ``labels`` do not leave out; else all.
+        key: As in `peft_jax.apply_adapter`, like the rest.
+        adapter_name: Name of the adapter.
+        layout: Axes of leaves; those that are not told are read off ``fn`` on the first batch.
+
+    Raises:
+        ValueError: as `peft_jax.apply_adapter`; if there is no batch, a target is used in no product, or components do
+            not settle.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> params = {"up": {"kernel": jnp.eye(4)}}
+        >>> def model(params, x):
+        ...     return x @ params["up"]["kernel"]
+        >>> config = pj.LoraConfig(r=2, target_modules=["up"], init_lora_weights="corda")
+        >>> batches = [jax.random.normal(jax.random.key(i), (16, 4)) for i in range(3)]
+        >>> adapted = pj.apply_lora_from_data(params, config, batches, fn=model)
+        >>> bool(jnp.allclose(pj.merge(adapted)["up"]["kernel"], jnp.eye(4), atol=1e-5))
+        True
+    """
+    start = config.init_lora_weights
+    if start not in FROM_DATA:
+        raise ValueError(
+            f"init_lora_weights={start!r} does not look at data. Write pj.apply_lora, or one of {', '.join(FROM_DATA)}."
+        )
+    if fn is None and not isinstance(params, Handle):
+        raise ValueError("A tree has to be run by somebody. Give fn=, a function of the tree and a batch.")
+    batches = batches if isinstance(batches, (list, tuple)) else list(batches)
+    if not batches:
+        raise ValueError("There are no batches to look at. Give at least one.")
+    run = adapt(fn) if fn is not None else lambda model, batch: model(**batch)
+    reads = fn if not isinstance(params, Handle) else None
+    args = () if reads is None else (batches[0],)
+
+    def attach(params: Any, config: LoraConfig) -> Any:
+        return apply_adapter(params, config, key=key, adapter_name=adapter_name, layout=layout, fn=reads, args=args)
+
+    plain = config.replace(init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None)
+    adapted = attach(params, plain)
+    if start == "eva":
+        ranked, components = _eva(adapted, config, batches, run, mask, adapter_name)
+        started = _with_components(attach(params, ranked), config, components, adapter_name)
+    elif start == "corda":
+        sums = _covariances(adapted, config, batches, run, adapter_name)
+        started = _taken_out(adapted, config, sums, key, adapter_name)
+    else:
+        sums = _gradients(adapted, config, batches, run, adapter_name)
+        started = _taken_out(adapted, config, sums, key, adapter_name)
+    result: T = started
+    return result
+
+
+def _observed(adapted: Any, adapter_name: str, method: Inputs | Gradients) -> Any:
+    if isinstance(adapted, Handle):
+        return adapted.replace(observing(adapted.params, adapter_name, method))
+    return observing(adapted, adapter_name, method)
+
+
+def _outputs(run: Callable[[Any, Any], Any], tree: Any, batch: Any) -> jax.Array:
+    """A number that all of a function's results have a part in."""
+    leaves = [leaf for leaf in jax.tree.leaves(run(tree, batch)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves), jnp.float32(0))
+
+
+def _loss(run: Callable[[Any, Any], Any], tree: Any, batch: Any) -> jax.Array:
+    result = run(tree, batch)
+    loss: Any = getattr(result, "loss", result)
+    if getattr(loss, "shape", None) != ():
+        raise ValueError("init_lora_weights='lora_ga' asks for a loss. Give fn= that returns one number, or labels.")
+    return jnp.asarray(loss, jnp.float32)
+
+
+def _targets(adapted: Any, adapter_name: str) -> dict[str, Adapted]:
+    """The leaves with an adapter's matrices, by path; of embeddings there is nothing to see."""
+    found: dict[str, Adapted] = {}
+
+    def note(path: str, leaf: Adapted) -> Adapted:
+        if leaf.tag.name == adapter_name and not isinstance(leaf.tag.config, Part) and not leaf.layout.lookup:
+            found[path] = leaf
+        return leaf
+
+    map_adapted(note, adapted.params if isinstance(adapted, Handle) else adapted)
+    return found
+
+
+def _covariances(adapted: Any, config: LoraConfig, batches: Any, run: Any, adapter_name: str) -> Sums:
+    options = CordaConfig(**(config.corda_config or {}))  # type: ignore[arg-type]
+    if kept := {
+        name: value
+        for name in ("cache_file", "covariance_file", "use_float16_for_covariance")
+        if (value := getattr(options, name))
+    }:
+        raise ValueError(f"corda_config with {kept} is not supported. Leave it out; the covariances are made anew.")
+    observe = observer(_observed(adapted, adapter_name, Inputs(corda_moment)), partial(_outputs, run))
+    sums: Sums = {}
+    for batch in batches:
+        for path, one in observe(batch, None).items():
+            sums[path] = sums[path] + one if path in sums else one
+    return {path: total[..., :-1, :-1] / total[..., -1:, -1:] for path, total in sums.items() if _used(path, total)}
+
+
+def corda_moment(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Second moments of the inputs of one product, scaled by the largest; the last row counts the products."""
+    x = x / jnp.abs(jnp.max(x))
+    return jnp.pad(jnp.matmul(x.T, x, precision="highest"), ((0, 1), (0, 1))).at[-1, -1].set(1)
+
+
+def _used(path: str, total: jax.Array) -> bool:
+    if not bool(jnp.all(total[..., -1, -1] > 0)):
+        raise ValueError(
+            f"'{path}' meets no inputs in a product, so that there is nothing to start from. Leave it out."
+        )
+    return True
+
+
+def _gradients(adapted: Any, config: LoraConfig, batches: Any, run: Any, adapter_name: str) -> Sums:
+    if config.lora_ga_config is None:
+        raise ValueError("lora_ga_config is not given. Write lora_ga_config=LoraGAConfig().")
+    for path, leaf in _targets(adapted, adapter_name).items():
+        if not isinstance(leaf.base, jax.Array):
+            raise ValueError(
+                f"init_lora_weights='lora_ga' is for float weights, and '{path}' is none. Attach it first."
+            )
+    observe = observer(_observed(adapted, adapter_name, Gradients()), partial(_loss, run))
+    sums: Sums = {}
+    for batch in batches:
+        for path, one in observe(batch, None).items():
+            sums[path] = sums[path] + one if path in sums else one
+    return {path: total / len(batches) for path, total in sums.items()}
+
+
+def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | None, adapter_name: str) -> Any:
+    """The adapter started at what was seen, on what that leaves of the base."""
+    key = jax.random.key(0) if key is None else key
+
+    def begin(path: str, leaf: Adapted) -> Adapted:
+        if leaf.tag.name != adapter_name:
+            return leaf
+        tag = retagged(leaf.tag, config)
+        if path not in sums or isinstance(leaf.tag.config, Part):
+            return dataclasses.replace(leaf, tag=tag)
+        names, hit = layers_of(path, leaf)
+        base = as_weight(leaf.base, leaf.layout)
+        seen = jnp.reshape(sums[path], (-1, *sums[path].shape[-2:]))
+        starters = [_starter(config, one, bool(leaf.layout.stored_in_out)) for one in seen]
+        params, base = lora_from_base.begin(config, base, names, hit, key, starters)
+        if config.use_dora:
+            params[dora.MAGNITUDE] = dora.start(params, leaf.state, base)
+        return dataclasses.replace(leaf, base=as_leaf(base), params=params, tag=tag)
+
+    return _changed(adapted, begin)
+
+
+def _changed(adapted: Any, change: Callable[[str, Adapted], Any]) -> Any:
+    if isinstance(adapted, Handle):
+        return adapted.replace(map_adapted(change, adapted.params))
+    return map_adapted(change, adapted)
+
+
+def retagged(tag: Tag, start: LoraConfig) -> Tag:
+    """The tag with the start of a config, whose other fields the model has completed."""
+    fields = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config")
+    config = config_of(tag.config).replace(**{name: getattr(start, name) for name in fields})
+    whole = dataclasses.replace(tag.config, config=config) if isinstance(tag.config, Part) else config
+    return dataclasses.replace(tag, config=whole)
+
+
+def _starter(config: LoraConfig, seen: jax.Array, stored_in_out: bool) -> Starter:
+    if config.init_lora_weights == "corda":
+        method = CordaConfig(**(config.corda_config or {})).corda_method  # type: ignore[arg-type]
+        return lambda matrix, rank, scale, key: corda(matrix, seen, rank, scale, method)
+    options = LoraGAConfig(**(config.lora_ga_config or {}))  # type: ignore[arg-type]
+    return lambda matrix, rank, scale, key: lora_ga(matrix, seen, rank, scale, options, key, stored_in_out)
+
+
+def corda(matrix: jax.Array, covariance: jax.Array, rank: int, scale: float, method: str) -> Start:
+    """CorDA's start: directions of the matrix as its inputs weigh them, the largest ("ipm") or smallest ("kpm").
+
+    Args:
+        matrix: ``(in, out)``.
+        covariance: Of its inputs, ``(in, in)``.
+        rank: How many directions.
+        scale: The adapter's.
+        method: ``"ipm"`` or ``"kpm"``.
+    """
+    eye, damp = jnp.eye(len(covariance)), 0.01
+    while True:
+        damped = covariance + eye * jnp.mean(jnp.diagonal(covariance)) * damp
+        inverse = jnp.linalg.inv(damped)
+        error = float(jnp.linalg.norm(damped @ inverse - eye))
+        if error < 0.05:
+            break
+        if not np.isfinite(error) or damp > 1e6:
+            raise ValueError("CorDA's covariances have no inverse: inputs are zero or not finite. Check the batches.")
+        damp *= 2
+    u, s, vt = jnp.linalg.svd(matrix.T @ damped, full_matrices=False)
+    chosen = slice(None, rank) if method == "ipm" else slice(len(s) - rank, None)
+    root = jnp.sqrt(s[chosen] / scale)
+    a, b = (vt[chosen] @ inverse).T * root[None], (u[:, chosen] * root[None]).T
+    return Start(a, b, matrix - scale * a @ b)
+
+
+def lora_ga(
+    matrix: jax.Array,
+    gradient: jax.Array,
+    rank: int,
+    scale: float,
+    options: LoraGAConfig,
+    key: jax.Array,
+    stored_in_out: bool = False,
+) -> Start:
+    """LoRA-GA's start: the directions of the gradient, so that the first step is near that of full fine-tuning.
+
+    Args:
+        matrix: ``(in, out)``.
+        gradient: Of the loss by the matrix.
+        rank: How many directions for each factor.
+        scale: The adapter's.
+        options: Which of the ``2 * rank`` largest directions A and B take, and how they are scaled.
+        key: For ``direction="random"``, and for the decomposition.
+        stored_in_out: Whether PyTorch stores the matrix so; PEFT's "stable" counts its first axis.
+    """
+    if 2 * rank > min(matrix.shape):
+        raise ValueError(
+            f"init_lora_weights='lora_ga' takes 2 * r = {2 * rank} directions of a weight that has "
+            f"{min(matrix.shape)}. Choose a smaller r."
+        )
+    of_svd, of_choice = jax.random.split(key)
+    u, s, vt = lora_from_base.fast_svd(gradient.T, min(4 * rank, *matrix.shape), 4, of_svd)
+    both = {
+        "ArBr": (np.arange(1, 2 * rank, 2), np.arange(0, 2 * rank, 2)),
+        "A2rBr": (np.arange(rank, 2 * rank), np.arange(rank)),
+        "ArB2r": (np.arange(rank), np.arange(rank, 2 * rank)),
+    }
+    if options.direction == "random":
+        of_a = of_b = jax.random.permutation(of_choice, 2 * rank)[:rank]
+    else:
+        of_a, of_b = both[options.direction]  # type: ignore[assignment]
+    a, b = vt[of_a].T, (u[:, of_b] * s[of_b][None]).T
+    if options.scale == "stable":
+        b = b * (matrix.shape[0 if stored_in_out else 1] ** 0.25 / options.stable_gamma**0.5)
+    elif options.scale == "weight_svd":
+        largest = jnp.linalg.svd(matrix, compute_uv=False)[0]
+        b = jnp.where(s[of_b][0] > 0, b * largest / s[of_b][0], b)
+    elif options.scale == "gd_scale":
+        a, b = a / scale, b / scale
+    return Start(a, b, matrix - scale * a @ b)
+
+
+def language_mask(config: EvaConfig) -> Callable[[Any], Any]:
+    """PEFT's rule of which tokens count, for batches that are dictionaries with ``input_ids``; None for all."""
+
+    def mask(batch: Any) -> Any:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            return None
+        counts = jnp.asarray(batch.get("attention_mask", jnp.ones_like(batch["input_ids"]))) > 0
+        if config.use_label_mask and "labels" in batch:
+            counts = counts & (jnp.asarray(batch["labels"]) != config.label_mask_value)
+        return counts.astype(jnp.float32)
+
+    return mask
+
+
+def _eva(
+    adapted: Any, config: LoraConfig, batches: Any, run: Any, mask: Any, adapter_name: str
+) -> tuple[LoraConfig, Sums]:
+    """The config with EVA's ranks, and A of each layer by name."""
+    options = EvaConfig(**(config.eva_config or {}))  # type: ignore[arg-type]
+    mask = language_mask(options) if mask is None else mask
+    observe = observer(_observed(adapted, adapter_name, Inputs(eva.moment)), partial(_outputs, run))
+    leaves = _targets(adapted, adapter_name)
+
+    def look(batch: Any) -> Sums:
+        found: Sums = {}
+        for path, total in jax.device_get(observe(batch, mask(batch))).items():
+            names, hit = layers_of(path, leaves[path])
+            found |= {str(names[i]): total[i] for i in np.ndindex(hit.shape) if hit[i]}
+        return found
+
+    moments = look(batches[0])
+    for name, total in moments.items():
+        _used(name, total)
+    search = _search(moments, config, options)
+    for number, batch in enumerate(itertools.cycle(batches)):
+        if search.is_done:
+            break
+        if number == MOST:
+            raise ValueError(
+                f"EVA's components still move after {MOST} batches. Give larger ones, or a lower tau or r."
+            )
+        search.take(moments if number == 0 else look(batch))
+    tree = adapted.params if isinstance(adapted, Handle) else adapted
+    completed = config_of(adapters(tree)[adapter_name])
+    assert isinstance(completed, LoraConfig)
+    ranked = _ranked(completed, config, options, search, _lookups(tree, adapter_name))
+    return ranked, {name: search.start(name, options.whiten) for name in moments}
+
+
+def _lookups(tree: Any, adapter_name: str) -> list[str]:
+    """Names of the adapted embeddings."""
+    found: list[str] = []
+
+    def note(path: str, leaf: Adapted) -> Adapted:
+        if leaf.tag.name == adapter_name and not isinstance(leaf.tag.config, Part) and leaf.layout.lookup:
+            names, hit = layers_of(path, leaf)
+            found.extend(map(str, names[hit].flat))
+        return leaf
+
+    map_adapted(note, tree)
+    return found
+
+
+def _search(moments: Sums, config: LoraConfig, options: EvaConfig) -> eva.Search:
+    counts, first, twins = {}, dict[bytes, str](), {}
+    for name, total in moments.items():
+        counts[name] = round(config.rank(name) * options.rho)
+        same = first.setdefault(np.asarray(total).tobytes(), name)
+        if same != name:
+            twins[name] = same
+    for name, same in twins.items():
+        counts[same] = max(counts[same], counts[name])
+    counts |= {name: counts[same] for name, same in twins.items()}
+    for name, count in counts.items():
+        if count > len(moments[name]) - 1:
+            raise ValueError(
+                f"EVA looks for r * rho = {count} components of the inputs of '{name}', which are "
+                f"{len(moments[name]) - 1}. Choose a smaller r or rho."
+            )
+    return eva.Search(counts, options.tau, twins, sum(config.rank(name) for name in moments))
+
+
+def _ranked(
+    completed: LoraConfig, config: LoraConfig, options: EvaConfig, search: eva.Search, others: list[str]
+) -> LoraConfig:
+    """The config with the ranks that were found, and scales for them; ``others`` are targets that were not seen."""
+    ranks, alphas = {}, {}
+    for name in (*search.ranks, *others):
+        before, alpha = config.rank(name), pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        ranks[name] = search.ranks.get(name, before)
+        alphas[name] = alpha * ranks[name] / before if options.adjust_scaling_factors else alpha
+    return completed.replace(
+        target_modules=sorted(name for name, rank in ranks.items() if rank),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank not in (0, config.r)},
+        alpha_pattern={name: alphas[name] for name in ranks if ranks[name] and alphas[name] != config.lora_alpha},
+    )
+
+
+def _with_components(adapted: Any, config: LoraConfig, components: Sums, adapter_name: str) -> Any:
+    def start(path: str, leaf: Adapted) -> Adapted:
+        if leaf.tag.name != adapter_name:
+            return leaf
+        tag = retagged(leaf.tag, config)
+        if isinstance(leaf.tag.config, Part) or leaf.layout.lookup:
+            return dataclasses.replace(leaf, tag=tag)
+        (names, hit), a = layers_of(path, leaf), jnp.zeros_like(leaf.params["lora_A"])
+        for index in np.ndindex(hit.shape):
+            if hit[index]:
+                one = components[str(names[index])]
+                a = a.at[(*index, slice(None), slice(one.shape[1]))].set(one)
+        return dataclasses.replace(leaf, params={**leaf.params, "lora_A": a}, tag=tag)
+
+    return _changed(adapted, start)
