@@ -346,6 +346,7 @@ def _adapted(
     for entry in entries:
         params[entry.role][entry.layer][entry.place] = entry.from_file(tensors[entry.key])
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
+    state |= {name: arrays.pop(name) for name in (config.frozen if role is None else ())}
     tag = Tag(adapter_name, tagged, dtypes)
     trainable = not config.inference_mode
     return sharded_like_base(Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=trainable))

@@ -98,6 +98,24 @@ def test_olora_on_an_int8_base_leaves_an_int8_base():
     assert np.abs(leaf.base.dense() - before).max() > 0.1
 
 
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (3, 12, 8)])
+def test_mica_trains_a_alone_in_the_directions_that_the_weight_uses_least(shape):
+    leaf = started("mica", normal(0, *shape))
+    close(leaf.dense(), leaf.base)
+    assert leaf.params.keys() == {"lora_A"} and not leaf.params["lora_A"].any()
+    params = {"dense": leaf}
+    trainable, frozen = pj.partition(params)
+    slope = jax.grad(lambda t: jnp.sum(pj.merge(pj.combine(t, frozen))["dense"] ** 3))(trainable)
+    assert all(np.abs(array).max() > 1e-3 for array in jax.tree.leaves(slope)) and len(jax.tree.leaves(slope)) == 1
+    assert pj.summary(params).splitlines()[-1].split()[2] == str(4 * int(np.prod(shape[:-1])))
+    for kernel, b in zip(
+        leaf.base.reshape(-1, *shape[-2:]), leaf.state["lora_B"].reshape(-1, 4, shape[-1]), strict=True
+    ):
+        close(b @ b.T, np.eye(4))
+        smallest = np.sort(np.linalg.svd(kernel, compute_uv=False))[:4][::-1]
+        np.testing.assert_allclose(np.linalg.norm(kernel @ b.T, axis=0), smallest, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_loftq_finds_grid_and_factors_as_pefts_algorithm(bits, rounds):

@@ -69,6 +69,7 @@ ROWS = {
         "use_dora": True,
         "rank_pattern": FULL,
     },
+    "mica": {"target_modules": ["embed_tokens", *TARGETS], "init_lora_weights": "mica", "rank_pattern": {"v_proj": 2}},
     "orthogonal": {"target_modules": TARGETS, "init_lora_weights": "orthogonal"},
     "LoRA and tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 17, 3]},
     "LoRA and tokens of two modules": {

@@ -270,6 +270,11 @@ class Method(PeftConfig):
         """Whether a file has the base weight of an adapted embedding or output head too."""
         return self.trainable_token_indices is None
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Arrays of a file that are not trained: their roles in ``axes``; they are in the state."""
+        return ()
+
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
         """The trained arrays as PEFT's file has them."""
         return params

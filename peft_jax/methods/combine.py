@@ -293,7 +293,9 @@ def _checked(
             "trainable_token_indices": config.trainable_token_indices,
             "target_parameters": config.target_parameters,
             "bias": config.bias if config.bias != "none" else None,
-            "init_lora_weights": config.init_lora_weights if changes_base(config.init_lora_weights) else None,
+            "init_lora_weights": config.init_lora_weights
+            if changes_base(config.init_lora_weights) or config.frozen
+            else None,
         }
         if set_fields := {field: value for field, value in wrong.items() if value}:
             raise ValueError(

@@ -53,7 +53,8 @@ class LoraConfig(Ranked):
         init_lora_weights: True (A as PyTorch's Linear, B zero), False (both random), ``"gaussian"`` (A normal, B
             zero), ``"orthogonal"`` (a product of zero), or one that takes a part out of the base, which the adapter
             then is: ``"pissa"`` and ``"pissa_niter_N"`` (the largest singular values), ``"olora"`` (columns of a QR),
-            ``"loftq"`` (what rounding leaves). Embeddings start as with True. Of data, by
+            ``"loftq"`` (what rounding leaves). ``"mica"``: B at the directions of the smallest singular values, and not
+            trained, and A zero. Embeddings start as with True, but for ``"mica"``. Of data, by
             `peft_jax.apply_lora_from_data`: ``"eva"``, ``"corda"`` and ``"lora_ga"``; the file of an adapter that
             started with one of the last two goes on the base that the start left.
         trainable_token_indices: Ids of tokens that are trained beside the matrices, in the model's input embedding
@@ -189,8 +190,9 @@ class LoraConfig(Ranked):
             raise ValueError(
                 f"init_lora_weights='loftq' is not for embeddings, as '{names.flat[0]}' is. Target others."
             )
-        if lora_from_base.starter(self) is not None and not base.layout.lookup:
+        if lora_from_base.starter(self) is not None and (self.frozen or not base.layout.lookup):
             params, base = lora_from_base.begin(self, base, names, hit, key)
+        state |= {role: params.pop(role) for role in self.frozen}
         if self.use_dora:
             params[dora.MAGNITUDE] = dora.start(params, state, base)
         return params, state, base
@@ -198,8 +200,20 @@ class LoraConfig(Ranked):
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
         """``rank * (in + out)`` of each stacked layer, and ``out`` for each vector."""
-        rank, n_out = np.asarray(state["rank"]), params["lora_B"].shape[-1]
-        return rank * (params["lora_A"].shape[-2] + n_out) + (rank > 0) * n_out * (len(params) - 2)
+        rank, n_in = np.asarray(state["rank"]), params["lora_A"].shape[-2]
+        if "lora_B" not in params:
+            return rank * n_in
+        n_out = params["lora_B"].shape[-1]
+        return rank * (n_in + n_out) + (rank > 0) * n_out * (len(params) - 2)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """With ``"mica"`` B."""
+        return ("lora_B",) if self.init_lora_weights == "mica" else ()
+
+    def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
+        """Both factors, trained or not."""
+        return {**params, **{role: state[role] for role in self.frozen}}
 
     def changes_bias(self, module: str) -> bool:
         """With ``lora_bias``, that of all tokens."""
@@ -238,7 +252,7 @@ class LoraConfig(Ranked):
             )
         if dora.MAGNITUDE in params:
             return dora.merge(params, state, matrix)
-        a, b = params["lora_A"], params["lora_B"]
+        a, b = params["lora_A"], _second(params, state)
         return (matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ b).astype(matrix.dtype)
 
     def apply(
@@ -253,9 +267,15 @@ class LoraConfig(Ranked):
             a = a * scaling[..., None, None]
         inner = product.down(x if product.looks_up else dropout(x, state), a)
         inner = inner if scaling.ndim else inner * scaling  # not A: backward would keep a scaled copy of it
-        update = product.up(inner, params["lora_B"])
+        update = product.up(inner, _second(params, state))
         if UNBIASED in state:
             update = update + product.scale(jnp.ones_like(update), scaling[..., None] * params[BIAS])
         if alora.TOKENS in state:
             update = alora.masked(update, state)
         return (y.astype(update.dtype) + update).astype(y.dtype)
+
+
+def _second(params: Arrays, state: Mapping[str, Any]) -> jax.Array:
+    """B, which is frozen where only A is trained."""
+    b: jax.Array = params["lora_B"] if "lora_B" in params else state["lora_B"]
+    return b

@@ -2,7 +2,8 @@
 
 PiSSA: Meng et al., 2024, https://arxiv.org/abs/2404.02948, equations 2 to 5, and its fast form by Halko et al., 2011,
 algorithm 5.1; OLoRA: Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775; LoftQ: Li et al., 2023,
-https://arxiv.org/abs/2310.08659, algorithm 1; orthogonal: https://datta0.github.io/posts/rethink-lora-init. Numbers
+https://arxiv.org/abs/2310.08659, algorithm 1; orthogonal: https://datta0.github.io/posts/rethink-lora-init; MiCA:
+https://arxiv.org/abs/2604.01694. Numbers
 follow PEFT 0.21.2, but that LoftQ's factors stand for the same matrix whatever their scale.
 """
 
@@ -43,7 +44,7 @@ def starter(config: Any) -> Starter | None:
     if init == "loftq":
         bits, rounds = config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"]
         return lambda matrix, rank, scale, key: _loftq(matrix, rank, scale, bits, rounds)
-    return {"olora": _olora, "orthogonal": _orthogonal}.get(init)
+    return {"olora": _olora, "orthogonal": _orthogonal, "mica": _mica}.get(init)
 
 
 def changes_base(init: bool | str) -> bool:
@@ -153,6 +154,12 @@ def _orthogonal(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> S
     q, _ = jnp.linalg.qr(jax.random.normal(of_q, (rank, rank)))
     a = jax.random.normal(of_a, (n_in, half)) @ q[0::2] / 10
     return Start(a, q[1::2].T @ jax.random.normal(of_b, (half, n_out)) / 10)
+
+
+def _mica(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Start:
+    """B at the outputs' directions with the smallest singular values, A at zero."""
+    _, _, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return Start(jnp.zeros((len(matrix), rank)), vt[len(vt) - rank :])
 
 
 def _loftq(matrix: jax.Array, rank: int, scale: float, bits: int, rounds: int) -> Start:

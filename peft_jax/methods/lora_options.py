@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 FROM_DATA = ("eva", "corda", "lora_ga")
-STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", *FROM_DATA)
+STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "mica", *FROM_DATA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,10 @@ def check_start(config: Any) -> None:
     if not isinstance(init, bool) and init not in STARTS and not re.fullmatch(r"pissa_niter_\d+", str(init)):
         raise ValueError(
             f"init_lora_weights={init!r} is not supported. Write True, False or one of {', '.join(STARTS)}."
+        )
+    if init == "mica" and (config.use_dora or config.alora_invocation_tokens):
+        raise ValueError(
+            "init_lora_weights='mica' goes without use_dora and alora_invocation_tokens. Leave one of them."
         )
     if config.loftq_config and init != "loftq":
         raise ValueError(f"loftq_config goes with init_lora_weights='loftq', got {init!r}. Leave one of them.")
