@@ -114,6 +114,16 @@ FUSED: dict[str, tuple[Row, ...]] = {
         Row("lora_B", "lora_B.weight", ("out", ("rank", EXPERTS))),
     ),
 }
+# Of kernels of convolutions, whose positions have axes of their own in the file, of length 1 where they do not count.
+TAPS, ONES = "taps", "1..."
+CONVOLUTIONS: dict[str, tuple[Row, ...]] = {
+    "LORA": (
+        Row("lora_A", "lora_A.weight", ("rank", "in", TAPS)),
+        Row("lora_B", "lora_B.weight", ("out", "rank", ONES)),
+        Row("lora_bias", "lora_B.bias", ("out",)),
+        Row("lora_magnitude_vector", "lora_magnitude_vector", (ONE, "out", ONES)),
+    ),
+}
 INNER = ".base_layer"  # between a module and the adapter of a parameter of it, for each that lies around that
 
 TOKEN_SUFFIX = "token_adapter.trainable_tokens_delta"  # of tokens that are trained beside another method

@@ -19,15 +19,18 @@ from peft_jax.interop.extras import (
     without_tied_copies,
 )
 from peft_jax.interop.formats import (
+    CONVOLUTIONS,
     EXPERTS,
     FUSED,
     INNER,
     INSIDE,
     ONE,
+    ONES,
     PREFIX,
     PREFIXES,
     ROWS,
     SHARED,
+    TAPS,
     TOKEN_SUFFIX,
     Row,
     tensor_key,
@@ -77,11 +80,17 @@ class Entry(NamedTuple):
     role: str
     shape: tuple[int, ...]
     order: tuple[tuple[int, ...], ...]
+    split: tuple[int, ...] = ()  # the shape with a convolution's input axes apart, if that is what ``order`` counts
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The shape whose axes ``order`` counts."""
+        return self.split or self.shape
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
-        return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.order)
+        return tuple(math.prod(self.parts[axis] for axis in axes) for axes in self.order)
 
     @property
     def place(self) -> tuple[slice, ...]:
@@ -90,13 +99,14 @@ class Entry(NamedTuple):
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """Our array, without padding, as the file has it."""
-        turned = np.transpose(array, [axis for axes in self.order for axis in axes])
+        turned = np.transpose(array.reshape(self.parts), [axis for axes in self.order for axis in axes])
         return np.ascontiguousarray(turned.reshape(self.tensor_shape))
 
     def from_file(self, tensor: np.ndarray) -> np.ndarray:
         """The inverse of `to_file`."""
         axes = [axis for axes in self.order for axis in axes]
-        return np.transpose(tensor.reshape([self.shape[axis] for axis in axes]), np.argsort(axes))
+        turned = np.transpose(tensor.reshape([self.parts[axis] for axis in axes]), np.argsort(axes))
+        return turned.reshape(self.shape)
 
 
 def get_peft_model_state_dict(
@@ -268,9 +278,12 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             shapes = config.shapes(name, n_in, n_out, lookup=leaf.layout.lookup)
             for row in _rows(config, leaf):
                 if row.role in shapes:
-                    order = _order(row, config.axes[row.role])
                     key = tensor_key(config.peft_type, name, row.suffix)
-                    yield Entry(key, index, row.role, shapes[row.role], order)
+                    ours, shape = config.axes[row.role], shapes[row.role]
+                    if leaf.layout.taps and config.peft_type in CONVOLUTIONS:
+                        yield Entry(key, index, row.role, shape, *_convolution(leaf, row, ours, shape))
+                    else:
+                        yield Entry(key, index, row.role, shape, _order(row, ours))
         elif role == TOKENS:
             ((array, shape),) = tokens_shape(tokens, name, n_in, n_out, lookup=leaf.layout.lookup).items()
             yield Entry(f"{PREFIX}{name}.{TOKEN_SUFFIX}", index, array, shape, ((0,), (1,)))
@@ -280,6 +293,10 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             prefix = PREFIXES.get(config.peft_type, PREFIX)
             key = f"{prefix}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
             order = tuple((axis,) for axis in range(len(shape)))
+            if leaf.layout.taps:
+                row = Row(role, "", ("out", "in", TAPS))
+                yield Entry(key, index, role, shape, *_convolution(leaf, row, ("in", "out"), shape))
+                continue
             yield Entry(key, index, role, shape, order[::-1] if is_transposed(leaf, config) else order)
 
 
@@ -304,6 +321,30 @@ def _order(row: Row, ours: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(ours.index(one) for one in axes if one != ONE) for axes in parts)
 
 
+def _convolution(
+    leaf: Leaf, row: Row, ours: tuple[str, ...], shape: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """``order`` and ``split`` of an array of a convolution's kernel, ``shape`` by axes ``ours``."""
+    layout, first = leaf.layout, ours.index("in") if "in" in ours else len(ours)
+    sizes = [leaf.value.shape[axis] for axis in layout.inp]
+    split = (*shape[:first], *(sizes if "in" in ours else ()), *shape[first + 1 :])
+    more = len(sizes) - 1 if "in" in ours else 0
+    channels = tuple(first + i for i, axis in enumerate(layout.inp) if axis not in layout.taps)
+    taps = [(first + layout.inp.index(axis),) for axis in layout.taps]
+    order: list[tuple[int, ...]] = []
+    for axis in row.axes:
+        if axis == "in":
+            order.append(channels)
+        elif axis in (TAPS, ONES):
+            order += taps if axis == TAPS else [()] * len(taps)
+        elif axis == ONE:
+            order.append(())
+        else:
+            at = ours.index(str(axis))
+            order.append((at + more if at > first else at,))
+    return tuple(order), split
+
+
 def _shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
     """The tensors that a file has once for all layers."""
     shapes = config.shared_shapes(sizes)
@@ -320,6 +361,8 @@ def _shared_tensor(row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
 
 def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:
     rows = ROWS[config.peft_type]
+    if leaf.layout.taps and config.peft_type in CONVOLUTIONS:
+        return CONVOLUTIONS[config.peft_type]
     if leaf.layout.lookup not in rows:
         kind = "embedding" if leaf.layout.lookup else "matrix that is not looked up"
         raise ValueError(f"PEFT has no {config.peft_type} for an {kind}, as '{leaf.path}' is. Target other modules.")

@@ -107,6 +107,18 @@ class _Note:
     """Collects the products of one leaf."""
 
     uses: list[Use]
+    kernels: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+
+    def taps(self, view: View, axes: Sequence[int]) -> None:
+        probe = view.weight
+        assert isinstance(probe, Probe)
+        ones = [axis for axis in range(len(probe.labels)) if probe.shape[axis] == 1]  # any of these is as good
+        found = []
+        for i in axes:
+            at = view.axes[i][0].axis if view.axes[i] else i if i in ones else ones[0]
+            ones = [axis for axis in ones if axis != at]
+            found.append(probe.labels[at])
+        self.kernels.add(tuple(found))
 
     def product(self, view: View, contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> None:
         assert isinstance(view.weight, Probe)
@@ -154,7 +166,9 @@ def read_layouts(
     for path, leaf in found:
         if (name := dotted(path)) in notes and notes[name].uses:
             convention = conventional_layout(name, leaf.shape, fan_in_fan_out)
-            read[name] = _settled(name, notes[name].uses, convention)
+            settled = _settled(name, notes[name].uses, convention)
+            (taps,) = notes[name].kernels if len(notes[name].kernels) == 1 else ((),)
+            read[name] = _with_taps(settled, taps) if isinstance(settled, Layout) else settled
     return read
 
 
@@ -186,6 +200,14 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
     after = _index_after(path, len(first.stack))
     multiplied = len(rows) < len(uses)
     return Layout(first.stack, first.inp, first.out, bool(rows), after, READ, multiplied=multiplied)
+
+
+def _with_taps(layout: Layout, taps: tuple[int, ...]) -> Layout:
+    """The layout with positions in a kernel, those of length 1 too, among the inputs."""
+    if not set(taps) <= {*layout.inp, *layout.out}:
+        return layout
+    inp, out = tuple(sorted({*layout.inp, *taps})), tuple(axis for axis in layout.out if axis not in taps)
+    return dataclasses.replace(layout, inp=inp, out=out, taps=taps) if out else layout
 
 
 def _words(use: Use) -> str:

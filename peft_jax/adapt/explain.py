@@ -136,6 +136,9 @@ class _Note:
     uses: list[Use]
     place: str | None = None
 
+    def taps(self, *_: Any) -> None:
+        pass
+
     def product(self, *_: Any) -> None:
         pass
 

@@ -94,6 +94,8 @@ def _looks_up(p: Any, row: int) -> bool:
 def convolution(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A convolution whose kernel is the weight."""
     p, (x, view) = eqn.params, values
+    if is_view(view) and view.watch is not None:
+        view.watch.taps(view, p["dimension_numbers"].rhs_spec[2:])
     (out, *rest), channels = p["dimension_numbers"].rhs_spec, p["dimension_numbers"].out_spec[1]
     if is_view(x) or not is_view(view) or view.role(rest) != "in" or view.weight.layout.stack:
         return None

@@ -25,6 +25,8 @@ class Layout:
         source: Who says so; counts for nothing but `peft_jax.explain`.
         stored_in_out: Whether PyTorch stores the matrix as ``(in, out)``; None if ``fan_in_fan_out`` says.
         multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
+        taps: Those of the input axes that are positions in the kernel of a convolution, in PyTorch's order. Files of
+            adapters have axes of their own for them.
 
     Example:
         >>> heads = Layout(stack=(0,), inp=(1,), out=(2, 3))   # (layer, embed, head, feature)
@@ -40,6 +42,7 @@ class Layout:
     source: str = dataclasses.field(default="told by layout=", compare=False, repr=False)
     stored_in_out: bool | None = dataclasses.field(default=None, compare=False, repr=False)
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
+    taps: tuple[int, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
     def is_linear(self) -> bool:
@@ -63,6 +66,8 @@ class Layout:
                 f"{self} names axes {sorted(self.order)} for leaf '{path}' of shape {shape}. "
                 f"Name each of the axes 0 to {len(shape) - 1} once, as in Layout(stack=(0,), inp=(1,), out=(2,))."
             )
+        if not set(self.taps) <= set(self.inp):
+            raise ValueError(f"{self} names taps of leaf '{path}' that are no input axes. Name them in inp= too.")
         if len(self.stack) > len(self.index_after):
             raise ValueError(
                 f"Leaf '{path}' has {len(self.stack)} stacked axes but index_after={self.index_after}. "
@@ -96,8 +101,8 @@ class Layout:
             return tuple(axis - (axis > gone) for axis in axes if axis != gone)
 
         index_after = self.index_after[:position] + self.index_after[position + 1 :]
-        stack, inp, out = left(self.stack), left(self.inp), left(self.out)
-        return dataclasses.replace(self, stack=stack, inp=inp, out=out, index_after=index_after)
+        axes = {name: left(getattr(self, name)) for name in ("stack", "inp", "out", "taps")}
+        return dataclasses.replace(self, index_after=index_after, **axes)  # type: ignore[arg-type]
 
 
 def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
