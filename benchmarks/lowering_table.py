@@ -2,16 +2,23 @@
 
 from typing import Any
 
+Record = dict[str, Any]
 GIB = 2**30
+SAME = ("size", "chip", "mesh", "rows", "length", "micro")  # of a pair
 ROOM = {"v5e": 16, "v6e": 32, "h100": 79}  # GiB of a chip
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def table(records: list[Record]) -> str:
     """Markdown of the records."""
     rows = [_row(record) for record in records]
+    answers = [*fits(records), *int8_share(records), *operations_share(records)]
+    lines = [
+        f"- {one['target']} ({one['at']}): **{'met' if one['met'] else 'not met'}**, {one['value']:.3f}."
+        for one in answers
+    ]
     head = "| model | base | step | chips | mesh | batch | a chip, GiB | of | arguments | temporaries | "
     head += "TFLOP | without adapters | compiled in s |"
-    return "\n".join([INTRODUCTION, *_answers(records), "", head, "|---" * 13 + "|", *rows, ""])
+    return "\n".join([INTRODUCTION, *lines, "", head, "|---" * 13 + "|", *rows, ""])
 
 
 INTRODUCTION = """# Compiled ahead of time
@@ -26,7 +33,7 @@ its gradient would have, and with an int8 base that no buffer between fusions is
 """
 
 
-def _row(record: dict[str, Any]) -> str:
+def _row(record: Record) -> str:
     gib = {name: record[name] / GIB for name in ("per_chip", "argument", "temp")}
     ratio = "-"
     if removed := record["operations_without_adapters"]:
@@ -34,36 +41,50 @@ def _row(record: dict[str, Any]) -> str:
     batch = f"{record['rows']} x {record['length']}" + (f" / {record['micro']}" if record["micro"] else "")
     cells = [
         *(record["size"], record["base"], record["work"], record["chip"], record["mesh"], batch),
-        *(f"{gib['per_chip']:.2f}", ROOM[record["chip"].split(":")[0]], f"{gib['argument']:.2f}", f"{gib['temp']:.2f}"),
+        *(f"{gib['per_chip']:.2f}", room(record), f"{gib['argument']:.2f}", f"{gib['temp']:.2f}"),
         *(f"{record['operations'] / 1e12:.2f}", ratio, f"{record['compile_seconds']:.0f}"),
     ]
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _answers(records: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for record in records:
-        if (record["size"], record["base"], record["work"]) == ("70b", "int8", "train"):
-            used, room = record["per_chip"] / GIB, ROOM[record["chip"].split(":")[0]]
-            met = "met" if used <= room else "not met"
-            lines.append(f"- 70B with int8 LoRA fits 16 chips of {room} GiB: **{met}**, {used:.2f} GiB a chip.")
-    trained = {tuple(r[n] for n in SAME) + (r["base"],): r["per_chip"] for r in records if r["work"] == "train"}
-    for key, used in trained.items():
-        other = trained.get((*key[:-1], "bfloat16"))
-        if key[-1] == "int8" and other:
-            met = "met" if used < 0.6 * other else "not met"
-            lines.append(
-                f"- int8 training memory under 0.6 of bf16's ({key[0]}, {key[1]}): **{met}**, {used / other:.2f}."
-            )
-    for record in records:
-        if removed := record["operations_without_adapters"]:
-            ratio = record["operations"] / removed
-            met = "met" if ratio < 1.1 else "not met"
-            lines.append(
-                f"- Operations of a LoRA step within 10 % of those without adapters ({record['size']}, "
-                f"{record['base']}, {record['chip']}): **{met}**, {ratio:.3f}."
-            )
-    return lines
+def fits(records: list[Record]) -> list[Record]:
+    """Whether training 70B on int8 fits its chips: GiB of each."""
+    return [
+        answer(f"70B with int8 LoRA fits 16 chips of {room(record)} GiB", record, used := record["per_chip"] / GIB)
+        | {"met": used <= room(record)}
+        for record in records
+        if (record["size"], record["base"], record["work"]) == ("70b", "int8", "train")
+    ]
 
 
-SAME = ("size", "chip", "mesh", "rows", "length", "micro")
+def int8_share(records: list[Record]) -> list[Record]:
+    """Memory of training on int8 over that on bfloat16, of pairs that are else the same."""
+    trained = {(*(r[name] for name in SAME), r["base"]): r for r in records if r["work"] == "train"}
+    pairs = [(one, trained.get((*key[:-1], "bfloat16"))) for key, one in trained.items() if key[-1] == "int8"]
+    return [
+        answer("int8 training memory under 0.6 of bf16's", one, share := one["per_chip"] / other["per_chip"])
+        | {"met": share < 0.6}
+        for one, other in pairs
+        if other
+    ]
+
+
+def operations_share(records: list[Record]) -> list[Record]:
+    """Operations of a training step over those without adapters."""
+    return [
+        answer("operations of a LoRA step within 10 % of those without adapters", record, share := one / without)
+        | {"met": share < 1.1}
+        for record in records
+        for one, without in [(record["operations"], record["operations_without_adapters"])]
+        if without
+    ]
+
+
+def answer(target: str, record: Record, value: float) -> Record:
+    """What a compiled program says of a target."""
+    return {"target": target, "at": f"{record['size']}, {record['base']}, {record['chip']}", "value": value}
+
+
+def room(record: Record) -> int:
+    """GiB of a chip."""
+    return ROOM[record["chip"].split(":")[0]]

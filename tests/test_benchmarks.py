@@ -148,6 +148,10 @@ def test_report(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- end of benchmarks -->\nafter\n")
     folders = ["--records", str(tmp_path / "records"), "--docs", str(tmp_path / "docs"), "--readme", str(readme)]
+    (tmp_path / "docs").mkdir()
+    compiled = {"size": "70b", "base": "int8", "work": "train", "chip": "v5e:4x4", "per_chip": 17 * 2**30}
+    compiled |= {"mesh": "fsdp=16", "rows": 16, "length": 9, "micro": 16}
+    (tmp_path / "docs" / "lowering.json").write_text(json.dumps({"one": compiled}))
     done = run("report", *folders)
     assert done.returncode == 0, done.stderr
     page, summary = (tmp_path / "docs" / "benchmarks.md").read_text(), readme.read_text()
@@ -156,6 +160,7 @@ def test_report(tmp_path: Path) -> None:
         assert "| CPU: training step at least 1.0× PEFT's speed | met | 1.25 | training step, 30m, float32 |" in text
         assert "| **not met** | 1.50 | training step" in text
         assert "| GPU: training step at least 1.5× PEFT eager | not measured |" in text
+        assert "16 chips of 16 GiB | **not met** | 17.00 | 70b, int8, v5e:4x4 |" in text
         assert "No GPU or TPU was at hand" in text
     assert "| ours | 1,000.0 | 1,000.0 to 1,000.0 | 3 |" in page and "not run: no compiler" in page
     assert summary.startswith("before\n<!-- benchmarks -->\nOn c, 2 cores") and "old" not in summary

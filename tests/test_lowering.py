@@ -63,6 +63,6 @@ def test_the_table_says_what_is_met() -> None:
     record |= {"argument": 2**30, "temp": 2**30, "operations": 103, "operations_without_adapters": 100}
     record |= {"compile_seconds": 1.0}
     text = table([record | {"base": "int8", "per_chip": 17 * 2**30}, record | {"base": "bfloat16", "per_chip": 2**35}])
-    assert "fits 16 chips of 16 GiB: **not met**, 17.00 GiB a chip" in text
-    assert "under 0.6 of bf16's (70b, v5e:4x4): **met**, 0.53" in text
+    assert "fits 16 chips of 16 GiB (70b, int8, v5e:4x4): **not met**, 17.000." in text
+    assert "under 0.6 of bf16's (70b, int8, v5e:4x4): **met**, 0.53" in text
     assert "without adapters (70b, int8, v5e:4x4): **met**, 1.030" in text
