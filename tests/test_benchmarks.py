@@ -52,7 +52,7 @@ def test_a_program_runs_and_records(program: str, tmp_path: Path) -> None:
     assert {"cpu", "cores", "device", "python", "versions", "date"} == set(record["machine"])
     assert {row["name"] for row in record["rows"]} == ROWS[program]
     timed = [row for row in record["rows"] if "not_run" not in row]
-    assert len(timed) > len(ROWS[program]) // 2
+    assert {row["name"] for row in timed} >= ROWS[program] - {"peft-int8", "peft-compiled"}  # need more than the tests
     for row in timed:
         assert len(row["seconds"]) == 1 and row["median"] == row["fastest"] == row["slowest"] == row["seconds"][0] > 0
         assert row["name"] in done.stdout

@@ -88,8 +88,10 @@ def theirs_of(row, folder, batches):
     import torch
 
     # PEFT's CorDA takes its dataclass from attrs, of which it does not say that it needs it.
-    sys.modules.setdefault("attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
-    from peft.tuners.lora.corda import preprocess_corda
+    with pytest.MonkeyPatch.context() as patch:
+        if "attr" not in sys.modules:
+            patch.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
+        from peft.tuners.lora.corda import preprocess_corda
     from peft.tuners.lora.loraga import preprocess_loraga
     from transformers import AutoModelForCausalLM
 

@@ -121,12 +121,12 @@ def test_adalora_on_eight_devices_is_that_of_one() -> None:
 
     def run(mesh: Any) -> tuple[Any, list[Any], list[float]]:
         model = pj.get_peft_model(pj.AutoModelForCausalLM.from_config(config), adapter, key=jax.random.key(1))
-        state, frozen = train.start(model, optimizer, seed=0)
+        state, frozen = train.start(model if mesh is None else place(model, mesh), optimizer, seed=0)
         layout, placed = None, batches
         if mesh is not None:
             placed = PlacedBatches(batches, mesh)
-            state, frozen = train.State(0, *place(tuple(state[1:]), mesh)), place(frozen, mesh)
-            layout = (*shardings((state.trainable, state.opt_state), mesh), None)
+            state = place_state(state, mesh)
+            layout = (*shardings((state.trainable, state.opt_state)), None)
         step = train.make_training_step(apply, optimizer, out_shardings=layout)
         arrays, losses = [], []
         for state, metrics in train.train(step, state, frozen, placed, max_steps=10):  # noqa: B020
