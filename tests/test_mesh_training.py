@@ -18,7 +18,17 @@ import peft_jax as pj
 from peft_jax import train
 from peft_jax.cli.checkpoint import apply
 from peft_jax.models import LlamaConfig
-from peft_jax.train.sharding import AXES, RULES, PlacedBatches, make_mesh, parse_mesh, place, shardings, spec
+from peft_jax.train.sharding import (
+    AXES,
+    RULES,
+    PlacedBatches,
+    make_mesh,
+    parse_mesh,
+    place,
+    place_state,
+    shardings,
+    spec,
+)
 
 MESH = "data=2,fsdp=2,tensor=2"
 ALONG_ONE_AXIS = ("data=8", "fsdp=8", "tensor=8")
