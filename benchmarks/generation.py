@@ -17,8 +17,8 @@ import measure
 import numpy as np
 import recording
 import tyro
-from measure import Contender
-from shapes import Dtype, Size, checkpoint_folder
+from measure import Contender, load_side
+from shapes import Dtype, Size, checkpoint_folder, read_shape, token_ids
 
 SIDES = ("ours", "peft")
 KINDS = ("unmerged", "merged")
@@ -55,15 +55,6 @@ class Settings:
     build: Path = measure.BUILD
 
 
-def load_side(name: str) -> Any:
-    """The module that does a contender's work."""
-    if name == "ours":
-        import ours as side
-    else:
-        import theirs as side
-    return side
-
-
 def check(settings: Settings) -> None:
     """Raise SystemExit for settings that cannot be."""
     measure.check_names(settings.contenders, SIDES)
@@ -75,12 +66,12 @@ def check(settings: Settings) -> None:
         measure.require_pytorch("Or do without: --contenders ours")
 
 
-def generators(settings: Settings, vocabulary: int) -> dict[str, Any]:
+def generators(settings: Settings) -> dict[str, Any]:
     """What generates ``(new tokens) -> ids``, by kind and side: ``unmerged: ours`` and so on."""
     checkpoint = checkpoint_folder(settings.build, settings.size, settings.dtype)
     folder = settings.build / "adapters" / f"{settings.size}-{settings.dtype}-{settings.rank}"
     load_side("ours").random_adapter(checkpoint, settings.rank, folder)
-    ids = np.random.default_rng(0).integers(0, vocabulary, (settings.rows, settings.prompt), dtype=np.int32)
+    ids = token_ids(read_shape(checkpoint), settings.rows, settings.prompt)
     found = {}
     for kind in KINDS:
         for name in settings.contenders:
@@ -125,9 +116,8 @@ def split(times: dict[str, list[float]], settings: Settings) -> dict[str, dict[s
 def main(settings: Settings) -> None:
     """Time the contenders, print what was found and write the record."""
     check(settings)
-    ours = load_side("ours")
-    shape = ours.load(ours.random_checkpoint(settings.build, settings.size, settings.dtype)).config
-    generate = generators(settings, shape.vocab_size)
+    load_side("ours").random_checkpoint(settings.build, settings.size, settings.dtype)
+    generate = generators(settings)
     check_tokens(generate, settings)
     contenders = [
         Contender(f"{name} {part}", lambda run=run, count=count: run(count))

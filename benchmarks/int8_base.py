@@ -12,14 +12,12 @@ int8_residuals.py shows.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import measure
-import numpy as np
 import recording
 import tyro
-from measure import Contender
-from shapes import Dtype, Size, checkpoint_folder, read_shape
+from measure import Contender, load_side
+from shapes import Dtype, Size, checkpoint_folder, read_shape, token_ids
 
 STEPS = ("dense", "int8", "peft-int8")
 DECODING = ("decode-dense", "decode-int8", "decode-peft-int8")
@@ -65,34 +63,17 @@ def build(name: str, settings: Settings) -> Contender:
         NotRun: If it cannot run here.
     """
     checkpoint = checkpoint_folder(settings.build, settings.size, settings.dtype)
-    vocabulary = read_shape(checkpoint)["vocab_size"]
-    ids = np.random.default_rng(0).integers(0, vocabulary, (settings.batch, settings.length), dtype=np.int32)
-    if "peft" not in name:
-        import ours  # not at the top: neither side is to be weighed with the other's libraries
-
-        int8 = name.endswith("int8")
-        model = ours.load(checkpoint, load_in_8bit=int8, remat=settings.remat and name in STEPS)
-        if name in STEPS:
-            return ours.training_step(name, ours.attach(model, ours.lora(settings.rank)), ids)
-        generate = ours.generator(ours.with_adapters(model, settings.rank, 1), ids)
+    ids = token_ids(read_shape(checkpoint), settings.batch, settings.length)
+    side, peft = load_side(name), "peft" in name
+    if peft:
+        model = side.load_in_8bit(checkpoint)
     else:
-        import theirs
-
-        model = theirs.load_in_8bit(checkpoint)
-        if name in STEPS:
-            adapted = theirs.attach(model, theirs.lora(settings.rank))
-            return theirs.training_step(name, adapted, ids, checkpointing=settings.remat)
-        generate = theirs.generator(theirs.with_adapters(model, settings.rank, 1), ids)
+        model = side.load(checkpoint, load_in_8bit="int8" in name, remat=settings.remat and name in STEPS)
+    if name in STEPS:
+        options = {"checkpointing": settings.remat} if peft else {}  # ours is loaded with it
+        return side.training_step(name, side.attach(model, side.lora(settings.rank)), ids, **options)
+    generate = side.generator(side.with_adapters(model, settings.rank, 1), ids)
     return Contender(name, lambda: generate(settings.new))
-
-
-def weigh(name: str, settings: Settings) -> dict[str, Any]:
-    """The memory of a contender, in this process."""
-    if "peft" in name:
-        import theirs as side
-    else:
-        import ours as side
-    return measure.memory(lambda: build(name, settings), side)
 
 
 def main(settings: Settings) -> None:
@@ -101,11 +82,10 @@ def main(settings: Settings) -> None:
     if any("peft" in name for name in settings.contenders):
         measure.require_pytorch("Or do without: --contenders dense int8 decode-dense decode-int8")
     if settings.alone is not None:
-        print(json.dumps(weigh(settings.alone, settings)))
+        found = measure.memory(lambda: build(settings.alone, settings), load_side(settings.alone))
+        print(json.dumps(found))
         return
-    import ours
-
-    ours.random_checkpoint(settings.build, settings.size, settings.dtype)
+    load_side("ours").random_checkpoint(settings.build, settings.size, settings.dtype)
     steps, generations = (
         measure.contend(
             [name for name in settings.contenders if name in kind],

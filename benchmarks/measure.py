@@ -42,6 +42,18 @@ class NotRun(Exception):
     """Why a contender cannot run here; the record says so in its row."""
 
 
+def load_side(name: str) -> Any:
+    """The module that does a contender's work: `theirs` if its name says PEFT or PyTorch, else `ours`.
+
+    It is imported only now, as neither side is to be weighed with the other's libraries.
+    """
+    if "peft" in name or "torch" in name:
+        import theirs as side
+    else:
+        import ours as side
+    return side
+
+
 def require_pytorch(instead: str) -> None:
     """Raise SystemExit if PyTorch or PEFT is missing; ``instead`` says how to do without."""
     missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
@@ -173,7 +185,7 @@ def memory(build: Callable[[], Contender], side: Any) -> dict[str, int | None]:
     steady = status("VmHWM")
     if imported is None or whole is None or steady is None:
         return {"host_bytes": None, "host_peak_bytes": None, "device_peak_bytes": side.device_peak()}
-    found = {"host_bytes": steady - imported, "host_peak_bytes": whole - imported}
+    found = {"host_bytes": steady - imported, "host_peak_bytes": max(whole, steady) - imported}
     return {**found, "device_peak_bytes": side.device_peak()}
 
 

@@ -17,12 +17,11 @@ from peft_jax.models import LlamaConfig
 from peft_jax.train import make_optimizer, make_training_step, start
 
 
-def random_checkpoint(build: Path, size: Size, dtype: Dtype, layers: int | None = None) -> Path:
+def random_checkpoint(build: Path, size: Size, dtype: Dtype) -> Path:
     """Write a checkpoint of a shape with random weights, if it is not there yet; return its folder."""
-    folder = checkpoint_folder(build, size, dtype, layers)
+    folder = checkpoint_folder(build, size, dtype)
     if not folder.exists():
-        shape = {**SHAPES[size], **({} if layers is None else {"num_hidden_layers": layers})}
-        model = pj.AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
+        model = random_model(SHAPES[size], dtype)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             model.save_pretrained(Path(temporary) / "whole")

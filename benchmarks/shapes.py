@@ -1,8 +1,11 @@
 """Llama shapes by name, and where their random checkpoints lie. Imports neither JAX nor PyTorch."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 Size = Literal["tiny", "30m", "125m", "1b", "3b", "8b"]
 Dtype = Literal["float32", "bfloat16"]
@@ -62,16 +65,20 @@ SHAPES: dict[Size, dict[str, Any]] = {
 }
 
 
-def checkpoint_folder(build: Path, size: Size, dtype: Dtype, layers: int | None = None) -> Path:
+def checkpoint_folder(build: Path, size: Size, dtype: Dtype) -> Path:
     """Where the random checkpoint of a shape lies."""
-    depth = "" if layers is None else f"-{layers}-layers"
-    return build / "checkpoints" / f"llama-{size}{depth}-{dtype}"
+    return build / "checkpoints" / f"llama-{size}-{dtype}"
 
 
 def read_shape(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's config.json."""
     found: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     return found
+
+
+def token_ids(shape: Mapping[str, Any], rows: int, length: int) -> np.ndarray:
+    """Random tokens ``(rows, length)``, int32, the same on every call."""
+    return np.random.default_rng(0).integers(0, shape["vocab_size"], (rows, length), dtype=np.int32)
 
 
 def weight_flops(shape: dict[str, Any], tokens: int) -> int:

@@ -21,8 +21,8 @@ import measure
 import numpy as np
 import recording
 import tyro
-from measure import Contender
-from shapes import SHAPES, Dtype, Size, checkpoint_folder
+from measure import Contender, load_side
+from shapes import SHAPES, Dtype, Size, checkpoint_folder, token_ids
 
 SIDES = ("ours", "peft")
 IMPORTS = {
@@ -62,15 +62,6 @@ class Settings:
     alone: str | None = None
 
 
-def load_side(name: str) -> Any:
-    """The module that does a contender's work."""
-    if name == "ours":
-        import ours as side
-    else:
-        import theirs as side
-    return side
-
-
 def imported(name: str) -> Contender:
     """Starts Python and imports what training with LoRA needs."""
     command = [sys.executable, "-c", IMPORTS[name]]
@@ -97,11 +88,10 @@ def files(name: str, settings: Settings) -> list[Contender]:
 
 def first_steps(settings: Settings) -> dict[str, dict[str, Any]]:
     """Rows of the first step at each depth, with its parts, in turn."""
-    rng = np.random.default_rng(0)
     found = {}
     for depth in settings.depths:
         shape = {**SHAPES[settings.size], "num_hidden_layers": depth}
-        ids = rng.integers(0, shape["vocab_size"], (settings.batch, settings.length), dtype=np.int32)
+        ids = token_ids(shape, settings.batch, settings.length)
         parts: dict[str, list[dict[str, float]]] = {name: [] for name in settings.contenders}
 
         contenders = [stepping(name, shape, settings, ids, parts[name]) for name in parts]

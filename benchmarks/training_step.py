@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import measure
-import numpy as np
 import recording
 import tyro
-from measure import Contender
-from shapes import Dtype, Size, checkpoint_folder, read_shape, weight_flops
+from measure import Contender, load_side
+from shapes import Dtype, Size, checkpoint_folder, read_shape, token_ids, weight_flops
 
 OURS = ("ours", "ours-bare", "ours-remat")
 THEIRS = ("peft", "peft-compiled", "peft-checkpointing")
@@ -62,32 +61,14 @@ def build(name: str, settings: Settings) -> Contender:
         NotRun: If it cannot run here.
     """
     checkpoint = checkpoint_folder(settings.build, settings.size, settings.dtype)
-    shape = read_shape(checkpoint)
-    ids = np.random.default_rng(0).integers(0, shape["vocab_size"], (settings.batch, settings.length), dtype=np.int32)
-    if name in OURS or name == "products-jax":
-        import ours  # not at the top: neither side is to be weighed with the other's libraries
-
-        model = ours.load(checkpoint, remat=name == "ours-remat")
-        if name == "products-jax":
-            return ours.weight_products(name, model, ids.size)
-        config = ours.norms() if name == "ours-bare" else ours.lora(settings.rank)
-        return ours.training_step(name, ours.attach(model, config), ids)
-    import theirs
-
-    model = theirs.load(checkpoint)
-    if name == "products-torch":
-        return theirs.weight_products(name, model, ids.size)
-    options = {"compiled": name == "peft-compiled", "checkpointing": name == "peft-checkpointing"}
-    return theirs.training_step(name, theirs.attach(model, theirs.lora(settings.rank)), ids, **options)
-
-
-def weigh(name: str, settings: Settings) -> dict[str, Any]:
-    """The memory of a contender, in this process."""
-    if name in OURS:
-        import ours as side
-    else:
-        import theirs as side
-    return measure.memory(lambda: build(name, settings), side)
+    ids = token_ids(read_shape(checkpoint), settings.batch, settings.length)
+    side = load_side(name)
+    model = side.load(checkpoint, remat=True) if name == "ours-remat" else side.load(checkpoint)
+    if name in LIMITS:
+        return side.weight_products(name, model, ids.size)
+    config = side.norms() if name == "ours-bare" else side.lora(settings.rank)
+    theirs = {"compiled": name == "peft-compiled", "checkpointing": name == "peft-checkpointing"}
+    return side.training_step(name, side.attach(model, config), ids, **(theirs if name in THEIRS else {}))
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -119,11 +100,10 @@ def main(settings: Settings) -> None:
     if any(name in THEIRS or name == "products-torch" for name in settings.contenders):
         measure.require_pytorch(f"Or do without: --contenders {' '.join(OURS)} products-jax")
     if settings.alone is not None:
-        print(json.dumps(weigh(settings.alone, settings)))
+        found = measure.memory(lambda: build(settings.alone, settings), load_side(settings.alone))
+        print(json.dumps(found))
         return
-    import ours
-
-    checkpoint = ours.random_checkpoint(settings.build, settings.size, settings.dtype)
+    checkpoint = load_side("ours").random_checkpoint(settings.build, settings.size, settings.dtype)
     tokens = settings.batch * settings.length
     rows = measure.contend(settings.contenders, lambda name: build(name, settings), settings.repeats, tokens)
     for name, row in rows.items():

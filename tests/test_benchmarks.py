@@ -52,7 +52,9 @@ def test_a_program_runs_and_records(program: str, tmp_path: Path) -> None:
     assert {"cpu", "cores", "device", "python", "versions", "date"} == set(record["machine"])
     assert {row["name"] for row in record["rows"]} == ROWS[program]
     timed = [row for row in record["rows"] if "not_run" not in row]
-    assert len(timed) >= len(ROWS[program]) // 2  # a peer may be missing, or a time too short for its difference
+    for row in record["rows"]:
+        told = ("bitsandbytes",) if row["name"] == "peft-int8" else ("too short",) if "decode" in row["name"] else ()
+        assert "median" in row or any(row["not_run"].startswith(reason) for reason in told)
     for row in timed:
         assert len(row["seconds"]) == 1 and row["median"] == row["fastest"] == row["slowest"] == row["seconds"][0] > 0
         assert row["name"] in done.stdout
@@ -76,7 +78,7 @@ def test_memory_is_taken_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = run("training_step", *small)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(next((tmp_path / "records").iterdir()).read_text())["rows"]
-    assert row["host_peak_bytes"] is None or min(row["host_peak_bytes"], row["host_bytes"]) > 0  # weighed apart
+    assert row["host_peak_bytes"] is None or row["host_peak_bytes"] >= row["host_bytes"] > 0
     assert row["device_peak_bytes"] is None or row["device_peak_bytes"] > 0
 
 
