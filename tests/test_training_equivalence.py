@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from peft_training import train_in_peft
 from safetensors.numpy import load_file
 
 import peft_jax as pj
@@ -51,24 +52,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_theirs(base: Path, start: Path, end: Path) -> list[float]:
-    """Train an adapter in PEFT; what it updates after each step is told what AdaLoRA's documentation says."""
+    """Train an adapter in PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    model = PeftModel.from_pretrained(model, start, is_trainable=True).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
-    losses = []
-    for number, batch in enumerate(batches(), 1):
-        loss = model(**{name: torch.tensor(array).long() for name, array in batch.items()}).loss
-        loss.backward()
-        optimizer.step()
-        if hasattr(model.base_model, "update_and_allocate"):
-            model.base_model.update_and_allocate(number)
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    model = PeftModel.from_pretrained(model, start, is_trainable=True)
+    losses = train_in_peft(model, batches(), RATE)
     model.save_pretrained(end)
     return losses
 

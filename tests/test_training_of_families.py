@@ -18,6 +18,7 @@ from peft_jax import train
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+from peft_training import train_in_peft  # noqa: E402
 from test_prompt_parity import torch_arrays, with_arrays  # noqa: E402
 from test_training_equivalence import kept  # noqa: E402
 
@@ -97,22 +98,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def train_theirs(model: Any, family: str) -> list[float]:
-    """Train an adapter in PEFT; AdaLoRA's as its documentation says."""
-    parameters = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
-    losses = []
-    for number, batch in enumerate(batches(family), 1):
-        loss = model(**{name: torch.tensor(array).long() for name, array in batch.items()}).loss
-        loss.backward()
-        optimizer.step()
-        if hasattr(model.base_model, "update_and_allocate"):
-            model.base_model.update_and_allocate(number)
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def apply(model: Any, ids: jax.Array, mask: jax.Array, **more: Any) -> jax.Array:
     logits: jax.Array = model(ids, attention_mask=mask, **more).logits
     return logits
@@ -155,7 +140,7 @@ def test_twenty_steps_are_those_of_peft(family: str, method: str, bases: Any, tm
     else:
         ours = pj.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
 
-    want = train_theirs(theirs, family)
+    want = train_in_peft(theirs, batches(family), RATE)
     got, ours = train_ours(ours, family)
     np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
     theirs.save_pretrained(tmp_path / "theirs")

@@ -1,7 +1,6 @@
 """LoRA whose start looks at data: EVA at inputs of layers, CorDA at their covariance, LoRA-GA at gradients.
 
-CorDA: Yang et al., 2024, https://arxiv.org/abs/2406.05223, equations 1 to 5; LoRA-GA: Wang et al., 2024,
-https://arxiv.org/abs/2407.05000, equations 12 and 14; EVA is in `peft_jax.methods.eva`. Numbers follow PEFT 0.21.2.
+What is seen is collected here; what each makes of it is in `peft_jax.methods.eva`, `corda` and `lora_ga`.
 """
 
 import dataclasses
@@ -20,12 +19,12 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods import dora, eva, lora_from_base
+from peft_jax.methods import corda, dora, eva, lora_from_base, lora_ga
 from peft_jax.methods.attach import apply_adapter
 from peft_jax.methods.lora import LoraConfig
-from peft_jax.methods.lora_from_base import Start, Starter
+from peft_jax.methods.lora_from_base import Starter
 from peft_jax.methods.lora_options import FROM_DATA, CordaConfig, EvaConfig, LoraGAConfig
-from peft_jax.methods.observe import Gradients, Inputs, layers_of, observer, observing
+from peft_jax.methods.observe import Gradients, Inputs, changed, layers_of, observer, observing
 from peft_jax.methods.whole import Part, config_of
 
 T = TypeVar("T")
@@ -113,12 +112,6 @@ def apply_lora_from_data(
     return result
 
 
-def _observed(adapted: Any, adapter_name: str, method: Inputs | Gradients) -> Any:
-    if isinstance(adapted, Handle):
-        return adapted.replace(observing(adapted.params, adapter_name, method))
-    return observing(adapted, adapter_name, method)
-
-
 def _outputs(run: Callable[[Any, Any], Any], tree: Any, batch: Any) -> jax.Array:
     """A number that all of a function's results have a part in."""
     leaves = [leaf for leaf in jax.tree.leaves(run(tree, batch)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -154,26 +147,26 @@ def _covariances(adapted: Any, config: LoraConfig, batches: Any, run: Any, adapt
         if (value := getattr(options, name))
     }:
         raise ValueError(f"corda_config with {kept} is not supported. Leave it out; the covariances are made anew.")
-    observe = observer(_observed(adapted, adapter_name, Inputs(corda_moment)), partial(_outputs, run))
+    observe = observer(observing(adapted, adapter_name, Inputs(corda.moment)), partial(_outputs, run))
+    sums = _summed(observe, batches)
+    for path, total in sums.items():
+        _check_used(path, total)
+    return {path: total[..., :-1, :-1] / total[..., -1:, -1:] for path, total in sums.items()}
+
+
+def _summed(observe: Callable[[Any, Any], Sums], batches: Iterable[Any]) -> Sums:
     sums: Sums = {}
     for batch in batches:
         for path, one in observe(batch, None).items():
             sums[path] = sums[path] + one if path in sums else one
-    return {path: total[..., :-1, :-1] / total[..., -1:, -1:] for path, total in sums.items() if _used(path, total)}
+    return sums
 
 
-def corda_moment(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Second moments of the inputs of one product, scaled by the largest; the last row counts the products."""
-    x = x / jnp.abs(jnp.max(x))
-    return jnp.pad(jnp.matmul(x.T, x, precision="highest"), ((0, 1), (0, 1))).at[-1, -1].set(1)
-
-
-def _used(path: str, total: jax.Array) -> bool:
+def _check_used(path: str, total: jax.Array) -> None:
     if not bool(jnp.all(total[..., -1, -1] > 0)):
         raise ValueError(
             f"'{path}' meets no inputs in a product, so that there is nothing to start from. Leave it out."
         )
-    return True
 
 
 def _gradients(adapted: Any, config: LoraConfig, batches: Any, run: Any, adapter_name: str) -> Sums:
@@ -184,12 +177,8 @@ def _gradients(adapted: Any, config: LoraConfig, batches: Any, run: Any, adapter
             raise ValueError(
                 f"init_lora_weights='lora_ga' is for float weights, and '{path}' is none. Attach it first."
             )
-    observe = observer(_observed(adapted, adapter_name, Gradients()), partial(_loss, run))
-    sums: Sums = {}
-    for batch in batches:
-        for path, one in observe(batch, None).items():
-            sums[path] = sums[path] + one if path in sums else one
-    return {path: total / len(batches) for path, total in sums.items()}
+    observe = observer(observing(adapted, adapter_name, Gradients()), partial(_loss, run))
+    return {path: total / len(batches) for path, total in _summed(observe, batches).items()}
 
 
 def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | None, adapter_name: str) -> Any:
@@ -211,13 +200,7 @@ def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | No
             params[dora.MAGNITUDE] = dora.start(params, leaf.state, base)
         return dataclasses.replace(leaf, base=as_leaf(base), params=params, tag=tag)
 
-    return _changed(adapted, begin)
-
-
-def _changed(adapted: Any, change: Callable[[str, Adapted], Any]) -> Any:
-    if isinstance(adapted, Handle):
-        return adapted.replace(map_adapted(change, adapted.params))
-    return map_adapted(change, adapted)
+    return changed(begin, adapted)
 
 
 def retagged(tag: Tag, start: LoraConfig) -> Tag:
@@ -231,83 +214,9 @@ def retagged(tag: Tag, start: LoraConfig) -> Tag:
 def _starter(config: LoraConfig, seen: jax.Array, stored_in_out: bool) -> Starter:
     if config.init_lora_weights == "corda":
         method = CordaConfig(**(config.corda_config or {})).corda_method  # type: ignore[arg-type]
-        return lambda matrix, rank, scale, key: corda(matrix, seen, rank, scale, method)
+        return lambda matrix, rank, scale, key: corda.start(matrix, seen, rank, scale, method)
     options = LoraGAConfig(**(config.lora_ga_config or {}))  # type: ignore[arg-type]
-    return lambda matrix, rank, scale, key: lora_ga(matrix, seen, rank, scale, options, key, stored_in_out)
-
-
-def corda(matrix: jax.Array, covariance: jax.Array, rank: int, scale: float, method: str) -> Start:
-    """CorDA's start: directions of the matrix as its inputs weigh them, the largest ("ipm") or smallest ("kpm").
-
-    Args:
-        matrix: ``(in, out)``.
-        covariance: Of its inputs, ``(in, in)``.
-        rank: How many directions.
-        scale: The adapter's.
-        method: ``"ipm"`` or ``"kpm"``.
-    """
-    eye, damp = jnp.eye(len(covariance)), 0.01
-    while True:
-        damped = covariance + eye * jnp.mean(jnp.diagonal(covariance)) * damp
-        inverse = jnp.linalg.inv(damped)
-        error = float(jnp.linalg.norm(damped @ inverse - eye))
-        if error < 0.05:
-            break
-        if not np.isfinite(error) or damp > 1e6:
-            raise ValueError("CorDA's covariances have no inverse: inputs are zero or not finite. Check the batches.")
-        damp *= 2
-    u, s, vt = jnp.linalg.svd(matrix.T @ damped, full_matrices=False)
-    chosen = slice(None, rank) if method == "ipm" else slice(len(s) - rank, None)
-    root = jnp.sqrt(s[chosen] / scale)
-    a, b = (vt[chosen] @ inverse).T * root[None], (u[:, chosen] * root[None]).T
-    return Start(a, b, matrix - scale * a @ b)
-
-
-def lora_ga(
-    matrix: jax.Array,
-    gradient: jax.Array,
-    rank: int,
-    scale: float,
-    options: LoraGAConfig,
-    key: jax.Array,
-    stored_in_out: bool = False,
-) -> Start:
-    """LoRA-GA's start: the directions of the gradient, so that the first step is near that of full fine-tuning.
-
-    Args:
-        matrix: ``(in, out)``.
-        gradient: Of the loss by the matrix.
-        rank: How many directions for each factor.
-        scale: The adapter's.
-        options: Which of the ``2 * rank`` largest directions A and B take, and how they are scaled.
-        key: For ``direction="random"``, and for the decomposition.
-        stored_in_out: Whether PyTorch stores the matrix so; PEFT's "stable" counts its first axis.
-    """
-    if 2 * rank > min(matrix.shape):
-        raise ValueError(
-            f"init_lora_weights='lora_ga' takes 2 * r = {2 * rank} directions of a weight that has "
-            f"{min(matrix.shape)}. Choose a smaller r."
-        )
-    of_svd, of_choice = jax.random.split(key)
-    u, s, vt = lora_from_base.fast_svd(gradient.T, min(4 * rank, *matrix.shape), 4, of_svd)
-    both = {
-        "ArBr": (np.arange(1, 2 * rank, 2), np.arange(0, 2 * rank, 2)),
-        "A2rBr": (np.arange(rank, 2 * rank), np.arange(rank)),
-        "ArB2r": (np.arange(rank), np.arange(rank, 2 * rank)),
-    }
-    if options.direction == "random":
-        of_a = of_b = jax.random.permutation(of_choice, 2 * rank)[:rank]
-    else:
-        of_a, of_b = both[options.direction]  # type: ignore[assignment]
-    a, b = vt[of_a].T, (u[:, of_b] * s[of_b][None]).T
-    if options.scale == "stable":
-        b = b * (matrix.shape[0 if stored_in_out else 1] ** 0.25 / options.stable_gamma**0.5)
-    elif options.scale == "weight_svd":
-        largest = jnp.linalg.svd(matrix, compute_uv=False)[0]
-        b = jnp.where(s[of_b][0] > 0, b * largest / s[of_b][0], b)
-    elif options.scale == "gd_scale":
-        a, b = a / scale, b / scale
-    return Start(a, b, matrix - scale * a @ b)
+    return lambda matrix, rank, scale, key: lora_ga.start(matrix, seen, rank, scale, options, key, stored_in_out)
 
 
 def language_mask(config: EvaConfig) -> Callable[[Any], Any]:
@@ -330,7 +239,7 @@ def _eva(
     """The config with EVA's ranks, and A of each layer by name."""
     options = EvaConfig(**(config.eva_config or {}))  # type: ignore[arg-type]
     mask = language_mask(options) if mask is None else mask
-    observe = observer(_observed(adapted, adapter_name, Inputs(eva.moment)), partial(_outputs, run))
+    observe = observer(observing(adapted, adapter_name, Inputs(eva.moment)), partial(_outputs, run))
     leaves = _targets(adapted, adapter_name)
 
     def look(batch: Any) -> Sums:
@@ -342,7 +251,7 @@ def _eva(
 
     moments = look(batches[0])
     for name, total in moments.items():
-        _used(name, total)
+        _check_used(name, total)
     search = _search(moments, config, options)
     for number, batch in enumerate(itertools.cycle(batches)):
         if search.is_done:
@@ -422,4 +331,4 @@ def _with_components(adapted: Any, config: LoraConfig, components: Sums, adapter
                 a = a.at[(*index, slice(None), slice(one.shape[1]))].set(one)
         return dataclasses.replace(leaf, params={**leaf.params, "lora_A": a}, tag=tag)
 
-    return _changed(adapted, start)
+    return changed(start, adapted)

@@ -104,6 +104,13 @@ def _noted_backward(moment: Moment, kept: Any, cotangent: jax.Array) -> Any:
 _noted.defvjp(_noted_forward, _noted_backward)
 
 
+def changed(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
+    """`map_adapted` over a tree or the parameters of a model handle, in which paths begin alike."""
+    if isinstance(tree, Handle):
+        return tree.replace(map_adapted(change, tree.params))
+    return map_adapted(change, tree)
+
+
 def observing(adapted: Any, adapter_name: str, method: Inputs | Gradients) -> Any:
     """The tree with arrays of zeros where it has the matrices of an adapter; nothing else in it is trained."""
 
@@ -116,7 +123,7 @@ def observing(adapted: Any, adapter_name: str, method: Inputs | Gradients) -> An
         zeros = jnp.zeros((*stack, *method.zeros(*leaf.layout.sizes(leaf.shape))))
         return dataclasses.replace(leaf, params={"sum": zeros}, state={}, tag=Tag(adapter_name, method))
 
-    return map_adapted(put, adapted)
+    return changed(put, adapted)
 
 
 def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], dict[str, jax.Array]]:
@@ -126,7 +133,7 @@ def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[An
     @jax.jit
     def sums(trainable: Any, frozen: Any, batch: Any, mask: Any) -> Any:
         def run(trainable: Any) -> jax.Array:
-            return scalar(_changed(_masked(mask), combine(trainable, frozen)), batch)
+            return scalar(changed(_masked(mask), combine(trainable, frozen)), batch)
 
         return jax.grad(run)(trainable)
 
@@ -138,16 +145,10 @@ def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[An
                 found[path] = leaf.params["sum"]
             return leaf
 
-        _changed(note, sums(trainable, frozen, batch, mask))
+        changed(note, sums(trainable, frozen, batch, mask))
         return found
 
     return observe
-
-
-def _changed(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
-    if isinstance(tree, Handle):
-        return tree.replace(map_adapted(change, tree.params))
-    return map_adapted(change, tree)
 
 
 def _masked(mask: Any) -> Callable[[str, Adapted], Adapted]:

@@ -1,0 +1,22 @@
+"""Training in PEFT, as its documentation says, for tests that train the same here."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def train_in_peft(model: Any, batches: Iterable[Mapping[str, Any]], rate: float) -> list[float]:
+    """A step of AdamW on each batch; what a method updates after a step is told. Returns the losses."""
+    import torch
+
+    parameters = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    losses = []
+    for number, batch in enumerate(batches, 1):
+        loss = model(**{name: torch.tensor(array).long() for name, array in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(number)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
