@@ -13,7 +13,7 @@ import transformers
 from flax import nnx
 
 from peft_jax.models import llama
-from peft_jax.models.attention import inverse_frequencies
+from peft_jax.models.attention import BLOCKS, LEAST, attend, inverse_frequencies
 from peft_jax.models.checkpoint import load_model
 from peft_jax.models.llama_config import LlamaConfig, RopeScaling
 
@@ -228,6 +228,30 @@ def test_gradients_are_those_of_torch(name, pair, tmp_path):
             close(got / np.abs(got).max(), want[f"model.layers.{layer}.{module}.weight"].grad / np.abs(got).max())
     got = gradient["embed_tokens"]["embedding"]
     close(got / np.abs(got).max(), want["model.embed_tokens.weight"].grad / np.abs(got).max())
+
+
+@pytest.mark.parametrize("length, virtual", [(LEAST * BLOCKS + 3, 0), (2 * LEAST, 5)])
+def test_causal_attention_in_blocks_is_attention(length, virtual):
+    """Values and gradients, with padding, so that the first queries see nothing but the virtual positions."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, length, 4, 8), *[(2, length + virtual, 2, 8)] * 2, (2, length, 4, 8)]
+    q, k, v, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    place = jnp.arange(length + virtual)[None, None]
+    mask = place <= jnp.arange(length)[None, :, None] + virtual
+    mask &= (place < virtual) | (place >= virtual + jnp.array([0, 7])[:, None, None])
+
+    def weighted(q, k, v, causal):
+        out = attend(q, k, v, mask, causal=causal)
+        return jnp.sum(out * cotangent), out
+
+    of = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True), static_argnames="causal")
+    want = of(q, k, v, causal=False)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max())),
+        of(q, k, v, causal=True),
+        want,
+    )
+    assert np.all(np.asarray(want[0][1])[1, :7] == 0) == (virtual == 0)
 
 
 def test_bfloat16_is_as_near_to_float32_as_in_torch(pair, tmp_path):

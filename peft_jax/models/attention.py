@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -11,9 +12,13 @@ import numpy as np
 
 from peft_jax.models.llama_config import FULL, SLIDING, LlamaConfig
 from peft_jax.models.positions import KVCache, Prefix, causal_places, make_cache
+from peft_jax.models.remat import kept
 from peft_jax.prompts.base import Adaption
 
 __all__ = ["Context", "KVCache", "attend", "attend_to", "init_cache", "inverse_frequencies", "make_context", "rotate"]
+
+UNSEEN = float(np.finfo(np.float32).min) / 2  # what is added to a score that counts for nothing
+BLOCKS, LEAST = 4, 64  # blocks that the queries of a causal attention go in at most, and queries in each at least
 
 
 class Context(NamedTuple):
@@ -99,25 +104,57 @@ def rotate(x: jax.Array, context: Context) -> jax.Array:
     return x * context.cos + jnp.concatenate([-right, left], axis=-1) * context.sin
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: bool = False) -> jax.Array:
     """Attend from q (batch, length, heads, head_dim) to k and v (batch, kv_len, kv_heads, head_dim).
 
     The softmax is in float32. A query that may see nothing (mask all False, as on the left of a left-padded row) gets
     zeros, as from PyTorch's scaled_dot_product_attention.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: What a query may see, bool (batch or 1, length, kv_len).
+        causal: The mask lets no query see beyond its own place, where the last query stands at the last key. Then
+            queries go in blocks, each of which leaves out the keys behind it.
     """
     batch, length, heads, size = q.shape
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     grouped = q.reshape(batch, length, k.shape[1], -1, size).transpose(0, 2, 3, 1, 4)  # the heads of each kv head
-    rows = grouped.reshape(batch, k.shape[1], -1, size)
-    scores = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32) * size**-0.5
-    seen = jnp.tile(mask[:, None], (1, 1, heads // k.shape[1], 1))
-    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    count = min(BLOCKS, max(1, length // LEAST)) if causal else 1
+    edges = [length * i // count for i in range(count + 1)]
+    blocks = []
+    for start, stop in itertools.pairwise(edges):
+        rows, seen = grouped[:, :, :, start:stop], k.shape[2] - length + stop
+        blocks.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], mask[:, start:stop, :seen]))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attend from q (batch, kv_heads, group, length, head_dim) to k and v (batch, kv_heads, kv_len, head_dim)."""
+    rows = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    scores = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    # Added, as a choice between two would be made again in the backward pass; a maximum above it makes exp give 0.
+    scores = scores + jnp.tile(jnp.where(mask, 0, UNSEEN)[:, None], (1, 1, q.shape[2], 1))
+    top = kept(jnp.maximum(jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True), UNSEEN / 2))
+    weights = jnp.exp(scores - top)
+    total = kept(weights.sum(axis=-1, keepdims=True))
     # Divided by their sum after the product with v: fewer divisions, and no sum over scores in the backward pass.
-    weights = jnp.where(seen, jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))), 0)
-    total = weights.sum(axis=-1, keepdims=True)
     out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = (out / jnp.where(total == 0, 1, total)).astype(v.dtype)
-    return out.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return _quotient(out, jnp.where(total == 0, 1, total)).astype(v.dtype).reshape(q.shape)
+
+
+@jax.custom_jvp
+def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A / b, whose derivative takes the quotient itself: backward need not make a again, which is a product."""
+    return a / b
+
+
+@_quotient.defjvp
+def _quotient_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
+    (a, b), (da, db) = primals, tangents
+    quotient = kept(a / b)
+    return quotient, (da - quotient * db) / b
 
 
 def attend_to(adaption: Adaption, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -51,7 +51,7 @@ class BertSelfAttention(nnx.Module):
         """Attend within x (batch, length, hidden) and to this layer's prefix."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (kept(linear(x)).reshape(heads) for linear in (self.query, self.key, self.value))
-        return kept(attend(q, *put_before(prefix, k, v), mask)).reshape(x.shape)
+        return attend(q, *put_before(prefix, k, v), mask).reshape(x.shape)
 
 
 class BertOutput(nnx.Module):

@@ -131,7 +131,8 @@ class GPT2Attention(nnx.Module):
             q = q / (layer + 1).astype(q.dtype)
         k, v, buffers = extend(buffers, k, v, layer, places.index)
         k, v = put_before(beside.prefix, k, v)
-        out = self.c_proj(kept(attend(q, k, v, places.mask)).reshape(batch, length, -1))
+        seen = attend(q, k, v, places.mask, causal=buffers is None)
+        out = self.c_proj(seen.reshape(batch, length, -1))
         return out if adapted is None else out + adapted.reshape(out.shape).astype(out.dtype), buffers
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -63,7 +63,7 @@ class LlamaAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context), rotate(k, context)
         k, v, buffers = extend(buffers, k, v, layer, context.index)
-        seen = kept(attend(q, *put_before(beside.prefix, k, v), mask))
+        seen = attend(q, *put_before(beside.prefix, k, v), mask, causal=buffers is None)
         if beside.adaption is None:
             return self.o_proj(seen.reshape(batch, length, -1)), buffers
         seen = seen + self._attend_to(beside.adaption, q)
