@@ -160,6 +160,34 @@ def calls_in(jaxpr):
     return call.params["jaxpr"].jaxpr.eqns
 
 
+@pytest.mark.parametrize("dropout, products", [(0.0, 8), (0.5, 10)])
+def test_products_of_one_input_begin_together(dropout, products):
+    """Four bases, three second factors, and one product with the first factors of all three.
+
+    With dropout each of them has inputs of its own, and a product of its own.
+    """
+    tree = {name: {"kernel": normal(i, 8, 4 + i)} for i, name in enumerate("qkvw")}
+    config = pj.LoraConfig(
+        r=2, rank_pattern={"k": 3}, target_modules=["q", "k", "v"], lora_dropout=dropout, init_lora_weights=False
+    )
+    params = pj.apply_lora(tree, config)
+    params = pj.with_dropout(params, jax.random.key(0)) if dropout else params
+
+    def fn(params, x):
+        return [jnp.sin(x @ params[name]["kernel"]) for name in "qkvw"]
+
+    text = jax.jit(pj.adapt(fn)).lower(params, X).as_text()
+    assert text.count("stablehlo.dot_general") == products
+    trainable, frozen = pj.partition(params)
+    each = {name: pj.adapt(lambda params, x, name=name: jnp.sin(x @ params[name]["kernel"])) for name in "qkvw"}
+    ways = pj.adapt(fn), lambda params, x: [one(params, x) for one in each.values()]
+    got, want = (
+        jax.value_and_grad(lambda t, x, way=way: sum(map(jnp.sum, way(pj.combine(t, frozen), x))), (0, 1))(trainable, X)
+        for way in ways
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, want)
+
+
 def test_scopes_of_the_users_program_stay_in_the_compiled_one():
     def fn(w, x):
         with jax.named_scope("attention"):

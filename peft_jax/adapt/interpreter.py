@@ -6,13 +6,14 @@ costs speed and never correctness.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import RULES, merged
+from peft_jax.adapt.siblings import begin_together
 from peft_jax.adapt.splice import splice
 from peft_jax.core.view import View
 from peft_jax.core.weight import as_sliced, is_weight
@@ -88,8 +89,12 @@ def trace(fn: Callable[..., Any], leaves: list[Any], treedef: Any, *, keep: bool
 
 def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     """The outputs of a closed jaxpr on arrays and views of weights; an output may be such a view."""
-    program, inputs, structure = splice(compat.closed(jaxpr), args, _equation)
+    program, inputs, structure = splice(compat.closed(jaxpr), args, _equations)
     return list(jax.tree.unflatten(structure, compat.run(program, inputs)))
+
+
+def _equations(eqns: Sequence[Any], values: list[Any]) -> list[Any]:
+    return begin_together(_equation, eqns, values) if len(eqns) > 1 else _equation(eqns[0], values)
 
 
 def _equation(eqn: Any, values: list[Any]) -> list[Any]:

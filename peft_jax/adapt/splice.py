@@ -1,7 +1,7 @@
 """Rewrite a jaxpr some of whose variables are weights: each stands for the variables of its arrays.
 
-Equations without a weight are kept as they are. One with a weight gives way to those that its rule traces to; of many
-like it one is traced.
+Equations without a weight are kept as they are. One with a weight gives way to those that its rule traces to, and so do
+several products of one input with weights, at the place of the first; of many like it one is traced.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,14 @@ import jax
 from jax.extend import core
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.siblings import siblings
 from peft_jax.core.view import is_view
 
 LEAF: Any = jax.tree.structure(0)
 
-Run = Callable[[Any, list[Any]], list[Any]]  # an equation on values of its operands, views of weights among them
+# Equations on values of their operands, views of weights among them: of one all of its own; of several, which are
+# products of one input, that input and the other operand of each.
+Run = Callable[[Sequence[Any], list[Any]], list[Any]]
 
 
 class Stand(NamedTuple):
@@ -37,7 +40,7 @@ def splice(jaxpr: core.ClosedJaxpr, args: Sequence[Any], run: Run) -> tuple[core
     Args:
         jaxpr: What is to be run.
         args: Arrays, and views of weights.
-        run: What an equation does that has a view among its operands.
+        run: What an equation does that has a view among its operands, or several together.
 
     Returns:
         A jaxpr of arrays alone, without constants; its inputs; the structure of its outputs, views among them.
@@ -54,17 +57,28 @@ def splice(jaxpr: core.ClosedJaxpr, args: Sequence[Any], run: Run) -> tuple[core
             inputs += zip(atoms, leaves, strict=True)
 
     eqns, traced = [], dict[Any, Any]()
-    for eqn in jaxpr.jaxpr.eqns:
+    mates, gone = siblings(jaxpr.jaxpr.eqns), set[int]()
+    for place, eqn in enumerate(jaxpr.jaxpr.eqns):
+        if place in gone:
+            continue
         operands = [_stand(atom, stands) for atom in eqn.invars]
         if all(operand.structure == LEAF for operand in operands):
             atoms = [atom for operand in operands for atom in operand.atoms]
             eqns.append(eqn if atoms == eqn.invars else eqn.replace(invars=atoms))
             continue
-        program, structures = _traced(eqn, operands, run, traced)
+        same = [eqn]
+        for other in mates.get(place, ()):
+            weight = stands.get(jaxpr.jaxpr.eqns[other].invars[1])
+            if weight is not None and operands[0].structure == LEAF and not (weight.watched or operands[1].watched):
+                same.append(jaxpr.jaxpr.eqns[other])
+                operands.append(weight)
+                gone.add(other)
+        program, structures = _traced(same, operands, run, traced)
         new, outputs, consts = _renamed(program, eqn, operands)
         eqns += new
         inputs += consts
-        for variable, structure in zip(eqn.outvars, structures, strict=True):
+        outvars = [variable for one in same for variable in one.outvars]
+        for variable, structure in zip(outvars, structures, strict=True):
             stands[variable] = Stand(tuple(outputs[: structure.num_leaves]), structure)
             del outputs[: structure.num_leaves]
 
@@ -79,28 +93,29 @@ def _stand(atom: Any, stands: Mapping[Any, Stand]) -> Stand:
     return own if compat.is_literal(atom) else stands.get(atom, own)
 
 
-def _traced(eqn: Any, operands: Sequence[Stand], run: Run, traced: dict[Any, Any]) -> tuple[Any, list[Any]]:
-    """What an equation on weights traces to, and the structures of its outputs."""
+def _traced(eqns: Sequence[Any], operands: Sequence[Stand], run: Run, traced: dict[Any, Any]) -> tuple[Any, list[Any]]:
+    """What equations on weights trace to, and the structures of their outputs."""
+    eqn = eqns[0]
     atoms = [atom for operand in operands for atom in operand.atoms]
     literals = tuple((i, atom.val) for i, atom in enumerate(atoms) if compat.is_literal(atom))
     structures = tuple(operand.structure for operand in operands)
     key = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, literals, tuple(atom.aval for atom in atoms), structures)
     if compat.is_hashable(key) and not any(operand.watched for operand in operands):
         if key not in traced:
-            traced[key] = _trace(eqn, atoms, literals, structures, run)
+            traced[key] = _trace(eqns, atoms, literals, structures, run)
         return traced[key]
-    return _trace(eqn, atoms, literals, structures, run)
+    return _trace(eqns, atoms, literals, structures, run)
 
 
 def _trace(
-    eqn: Any, atoms: Sequence[Any], literals: Sequence[tuple[int, Any]], structures: Sequence[Any], run: Run
+    eqns: Sequence[Any], atoms: Sequence[Any], literals: Sequence[tuple[int, Any]], structures: Sequence[Any], run: Run
 ) -> tuple[Any, list[Any]]:
     known = dict(literals)
 
     def rule(arrays: list[Any]) -> list[Any]:
         rest = iter(arrays)
         leaves = [known[i] if i in known else next(rest) for i in range(len(atoms))]
-        return run(eqn, list(jax.tree.unflatten(jax.tree_util.treedef_tuple(structures), leaves)))
+        return run(eqns, list(jax.tree.unflatten(jax.tree_util.treedef_tuple(structures), leaves)))
 
     types = [atom.aval for i, atom in enumerate(atoms) if i not in known]
     program, shapes = jax.make_jaxpr(rule, return_shape=True)(types)

@@ -25,6 +25,10 @@ class Method(Protocol):
         """Whether `apply` is cheaper than merging."""
 
     @property
+    def first(self) -> str | None:
+        """Role of the trained matrix that the inputs are multiplied by first."""
+
+    @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Axes of the trained arrays after the stacked ones, by role."""
 
@@ -135,6 +139,12 @@ class Adapted(Weight):
         if not self.active:
             return self._base.apply(x, product)
         return self.method.apply(self.params, self.state, self._base, x, product)
+
+    def first_factors(self) -> list[jax.Array]:
+        """The method's, unless dropout changes its inputs, and the base's."""
+        role = self.method.first if self.active and "dropout" not in self.state else None
+        own = [self.params[role]] if role in self.params else []
+        return [*own, *self._base.first_factors()]
 
     def astype(self, dtype: jnp.dtype) -> "Adapted":
         """The leaf with its base converted; the adapter keeps its precision."""

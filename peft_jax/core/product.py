@@ -60,6 +60,24 @@ class Product:
         return dataclasses.replace(self, **changes)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Begun(Product):
+    """A product of ``x`` whose first halves are there already.
+
+    Attributes:
+        x: What they are products of.
+        halves: First factors, and what `down` gives for them.
+    """
+
+    x: Any = None
+    halves: tuple[tuple[jax.Array, jax.Array], ...] = ()
+
+    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """What is there, if it is for this very ``x`` (dropout makes another one of it) and factor."""
+        found = next((half for factor, half in self.halves if x is self.x and a is factor), None)
+        return super().down(x, a) if found is None else found
+
+
 @dataclasses.dataclass(frozen=True)
 class Lookup(Product):
     """Rows of the matrix at indices ``x``, whose last axis is no input: gives ``(*x.shape, out)``."""

@@ -66,6 +66,10 @@ class Weight(abc.ABC):
     def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
         """``product.full(x, matrix)``. No stacked axes, save for the groups of a grouped product."""
 
+    def first_factors(self) -> list[jax.Array]:
+        """The matrices ``(in, rank)`` that `apply` hands to ``product.down`` with the inputs as they are."""
+        return []
+
     @abc.abstractmethod
     def astype(self, dtype: jnp.dtype) -> "Weight":
         """The weight in another element type."""

@@ -93,6 +93,7 @@ class LoraConfig(Ranked):
         BIAS: ("out",),
         dora.MAGNITUDE: ("out",),
     }
+    first: ClassVar[str | None] = "lora_A"
 
     r: int = 8
     target_modules: str | Sequence[str] | None = None

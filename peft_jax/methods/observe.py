@@ -31,6 +31,7 @@ class Inputs:
 
     moment: Moment
     side_path: ClassVar[bool] = True
+    first: ClassVar[str | None] = None
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"sum": ("in", "in")}
 
     def structure(self) -> tuple[Any, ...]:
@@ -65,6 +66,7 @@ class Gradients:
     """Sums the gradients of a weight's matrix, ``(in, out)``."""
 
     side_path: ClassVar[bool] = True
+    first: ClassVar[str | None] = None
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"sum": ("in", "out")}
 
     def structure(self) -> tuple[Any, ...]:
