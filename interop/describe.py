@@ -36,7 +36,7 @@ LORA_ENDS = {
     ".lora_embedding_B": LoraEnd(1, 0, 1),
 }
 
-RESHAPING = ("target_parameters", "use_qalora", "use_bdlora", "layer_replication")  # fields that change their shapes
+RESHAPING = ("target_parameters", "use_qalora", "use_bdlora")  # fields that change their shapes
 # What the fields that are read here have to be, whatever the method.
 KINDS: dict[str, tuple[type, ...]] = {
     "peft_type": (str,),
@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "modules_to_save": (list,),
     "layers_to_transform": (int, list),
     "layers_pattern": (str, list),
+    "layer_replication": (list,),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
     "bias": (str,),

@@ -54,7 +54,7 @@ from peft_jax.methods.choose import (
     may_be_target,
     modules_with_followers,
 )
-from peft_jax.methods.complete import untied_for
+from peft_jax.methods.complete import untied_for, with_replicas
 from peft_jax.methods.parameters import depth, is_parameter, with_parameters
 from peft_jax.methods.trainable_tokens import tokens_by_module, tokens_shape
 from peft_jax.methods.whole import Part, config_of
@@ -173,6 +173,7 @@ def set_peft_model_state_dict(
     Raises:
         ValueError: if keys are missing or left over or shapes are wrong, all of which are listed.
     """
+    params = with_replicas(params, config)
     tree = params.params if isinstance(params, Handle) else params
     if adapter_name in adapters(tree):
         raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")

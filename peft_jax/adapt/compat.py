@@ -131,7 +131,7 @@ def dense_type(weight: Weight) -> Any:
     stored = weight.array
     if isinstance(stored, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-    return jax.typeof(stored).update(dtype=weight.dtype, weak_type=False)
+    return jax.typeof(stored).update(shape=weight.shape, dtype=weight.dtype, weak_type=False)
 
 
 def jit_again(run: Callable[..., Any], eqn: core.JaxprEqn, donated: tuple[bool, ...]) -> Callable[..., Any]:

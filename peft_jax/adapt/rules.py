@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
 from peft_jax.core.product import Convolution, Grouped, Lookup, Product
+from peft_jax.core.repeated import with_bases, without_bases
 from peft_jax.core.view import BROADCAST, Atom, Axis, View, arrange, free, in_front, is_view, length, through
 from peft_jax.core.weight import MergeError, varying_over
 
@@ -266,14 +267,15 @@ def checkpoint(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
 
 
 def scan(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
-    """Stacked weights are sliced layer by layer; weights that every step sees are closed over."""
+    """Stacked weights are sliced layer by layer; what every step sees, repeated layers too, is closed over."""
     parts = compat.scan_parts(eqn)
     start = parts.num_consts + parts.num_carry
     consts, init = values[: parts.num_consts], [merged(value, eqn) for value in values[parts.num_consts : start]]
-    xs = [_in_front(value, eqn) for value in values[start:]]
+    xs, bases = without_bases([_in_front(value, eqn) for value in values[start:]])
 
     def body(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = [merged(value, eqn) for value in evaluate(parts.body, *consts, *carry, *sliced)]
+        layers = with_bases(sliced, bases)
+        out = [merged(value, eqn) for value in evaluate(parts.body, *consts, *carry, *layers)]
         return out[: parts.num_carry], out[parts.num_carry :]
 
     carry, ys = jax.lax.scan(body, init, xs, length=parts.length, reverse=parts.reverse, unroll=parts.unroll)

@@ -22,6 +22,7 @@ from peft_jax.interop.describe import (
     spell,
 )
 from peft_jax.interop.formats import PREFIX
+from peft_jax.methods.lora_options import layer_order
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.defaults import prompt_sizes
 from peft_jax.models.families import family_of, read_architecture
@@ -53,6 +54,8 @@ def inspect(options: Inspect) -> None:
     reasons = None
     if options.model is not None:
         config = base_config(options.model, adapter.config.get("task_type"))
+        if ranges := adapter.config.get("layer_replication"):
+            config = family_of(config).with_layers(config, layer_order(ranges))
         kind = "PREFIX_TUNING" if adapter.peft_type in KEYS_AND_VALUES else adapter.peft_type
         reasons = misfits(adapter, base_shapes(config)) + prompt_misfits(adapter, prompt_sizes(kind, config))
     if options.json:

@@ -1,7 +1,7 @@
 """What the rooms below the models need to know of a model handle."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from peft_jax.core.layout import Layout
@@ -52,6 +52,14 @@ class Handle(abc.ABC):
     @abc.abstractmethod
     def untied(self) -> Self:
         """The same model with a leaf of its own for each tied module."""
+
+    @abc.abstractmethod
+    def replicated(self, order: Sequence[int]) -> Self:
+        """The same model whose layers are those of ``order``, with the weights that they had.
+
+        Raises:
+            ValueError: if it has no such layer, or PEFT replicates none of such a model.
+        """
 
     @abc.abstractmethod
     def replace(self, params: Any) -> Self:

@@ -94,10 +94,10 @@ def trainable_labels(trainable: Any) -> Any:
 def count_parameters(params: Any) -> tuple[int, int]:
     """Numbers of trained and of all elements, padding of smaller ranks and unadapted layers not counted.
 
-    A tied or replaced weight counts as often as it is stored, as PEFT counts it.
+    A tied, repeated or replaced weight counts as often as it is stored, as PEFT counts it.
     """
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_weight) if hasattr(leaf, "shape")]
-    trained, total = 0, sum(sizes)
+    leaves = [leaf.array if is_weight(leaf) else leaf for leaf in jax.tree.leaves(params, is_leaf=is_weight)]
+    trained, total = 0, sum(math.prod(leaf.shape) for leaf in leaves if hasattr(leaf, "shape"))
 
     def add(_: str, leaf: Adapted) -> Adapted:
         nonlocal trained, total

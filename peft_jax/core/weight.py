@@ -52,7 +52,7 @@ class Weight(abc.ABC):
     @property
     @abc.abstractmethod
     def array(self) -> jax.Array:
-        """The stored array that has the dense array's shape and place on the devices."""
+        """The stored array that has the dense array's axes and place on the devices."""
 
     @abc.abstractmethod
     def dense(self) -> jax.Array:

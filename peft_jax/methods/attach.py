@@ -24,7 +24,7 @@ from peft_jax.methods.choose import (
     may_be_target,
     modules_with_followers,
 )
-from peft_jax.methods.complete import completed, expand_all_linear, spelled_out, untied_for
+from peft_jax.methods.complete import completed, expand_all_linear, spelled_out, untied_for, with_replicas
 from peft_jax.methods.lora import LoraConfig
 from peft_jax.methods.parameters import is_parameter, parameters_of, with_parameters
 from peft_jax.methods.trainable_tokens import Tokens, tokens_by_module
@@ -103,6 +103,7 @@ def apply_adapter(
             f"{type(config).__name__} is for a model handle, whose forward pass knows what to do with a prompt. "
             "Write pj.get_peft_model(model, config)."
         )
+    params = with_replicas(params, config)
     if isinstance(params, Handle):
         if fn is not None:
             raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")

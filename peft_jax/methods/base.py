@@ -148,6 +148,7 @@ class Method(PeftConfig):
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     ensure_weight_tying: bool = False
     target_parameters: Sequence[str] | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, self.peft_type)
@@ -325,7 +326,7 @@ def by_name(peft_type: str) -> type[PeftConfig]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def names() -> list[str]:

@@ -4,15 +4,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix
 from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_target
 from peft_jax.methods.base import Method
+from peft_jax.methods.lora_options import layer_order
 from peft_jax.methods.parameters import names_parameter
 from peft_jax.methods.trainable_tokens import tokens_by_module
 
 M = TypeVar("M", bound=Method)
 H = TypeVar("H", bound=Handle)
+T = TypeVar("T")
 
 
 def completed(config: M, handle: Handle) -> M:
@@ -64,6 +67,24 @@ def _with_storage(config: M, found: Sequence[Leaf]) -> M:
         return config
     stored = bool(targets) and all(bool(leaf.layout.stored_in_out) for leaf in targets)
     return config if stored == config.fan_in_fan_out else config.replace(fan_in_fan_out=stored)
+
+
+def with_replicas(params: T, config: Method) -> T:
+    """The model handle whose layers are those that ``layer_replication`` asks for.
+
+    Raises:
+        ValueError: if it has adapters already, or no such layers; or if it is no handle, but a tree.
+    """
+    if not config.layer_replication:
+        return params
+    if not isinstance(params, Handle):
+        raise ValueError("layer_replication is for a model handle, which knows its layers. Give the handle.")
+    if found := sorted(adapters(params.params)):
+        raise ValueError(
+            f"layer_replication makes other layers of the base, on which there are adapters already: {found}. Attach "
+            "the adapter with it first, and the others to its layers, without it."
+        )
+    return params.replicated(layer_order(config.layer_replication))
 
 
 def untied_for(handle: H, config: Method, changes: Callable[[str], bool]) -> H:

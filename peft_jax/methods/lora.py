@@ -28,6 +28,7 @@ from peft_jax.methods.lora_options import (
     LoraGAConfig,
     check_invocation,
     check_parameters,
+    check_replication,
     check_start,
 )
 from peft_jax.methods.ranked import Ranked
@@ -75,6 +76,9 @@ class LoraConfig(Ranked):
         target_parameters: Names of weights themselves, which are adapted expert by expert where they are fused
             (``(experts, out, in)``), beside ``target_modules`` or without (``[]``). Several of one module are listed in
             the order in which PyTorch's module declares them, since PEFT's file counts on it.
+        layer_replication: Ranges ``[start, end)`` of layers, which in this order are the layers of the model that is
+            adapted: each with an adapter of its own, on weights that are shared. For handles of models like Llama and
+            of BERT; targets are numbered in the new order. Merged, each layer has its own weights.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
 
     Every other field of PEFT's ``LoraConfig`` is known, and refused away from its default.
@@ -125,7 +129,7 @@ class LoraConfig(Ranked):
     alora_invocation_tokens: Sequence[int] | None = None
     use_qalora: bool = unsupported(False)
     qalora_group_size: int = unsupported(16)
-    layer_replication: list[tuple[int, int]] | None = unsupported(None)
+    layer_replication: Sequence[Sequence[int]] | None = None
     lora_bias: bool = False
     target_parameters: Sequence[str] | None = None
     ensure_weight_tying: bool = False
@@ -136,6 +140,7 @@ class LoraConfig(Ranked):
         check_start(self)
         check_invocation(self)
         check_parameters(self)
+        check_replication(self)
         if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
             raise ValueError(
                 f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="

@@ -2,7 +2,10 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from peft_jax.methods.lora_from_base import changes_base
 
 FROM_DATA = ("eva", "corda", "lora_ga")
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "mica", *FROM_DATA)
@@ -164,3 +167,34 @@ def _from_fields(cls: type, fields: Any, name: str) -> Any:
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"{name} does not know {unknown}. It has {known}.")
     return cls(**fields)
+
+
+def layer_order(ranges: Iterable[Sequence[int]]) -> list[int]:
+    """Which of a model's layers stands where, by the ranges of ``layer_replication``.
+
+    Example:
+        >>> layer_order([[0, 3], [1, 4]])
+        [0, 1, 2, 1, 2, 3]
+    """
+    return [layer for start, end in ranges for layer in range(start, end)]
+
+
+def check_replication(config: Any) -> None:
+    """Make the ranges of ``layer_replication`` tuples; raise ValueError for what changes the shared weights."""
+    if not config.layer_replication:
+        return
+    ranges = tuple(tuple(one) for one in config.layer_replication)
+    if not all(len(one) == 2 and 0 <= one[0] < one[1] for one in ranges):
+        raise ValueError(f"layer_replication is a list of ranges [start, end) with 0 <= start < end, got {ranges}.")
+    object.__setattr__(config, "layer_replication", ranges)
+    shared: dict[str, Any] = {"bias": config.bias} if config.bias != "none" else {}
+    if config.target_parameters:
+        shared["target_parameters"] = config.target_parameters
+    init = config.init_lora_weights
+    if changes_base(init):
+        shared["init_lora_weights"] = init
+    if shared:
+        raise ValueError(
+            f"layer_replication does not go with {shared}, which change weights that replicated layers share. Leave "
+            "one of them."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -100,6 +100,10 @@ class ModelConfig:
     def head_size(self) -> int:
         """Features of a head."""
         return self.hidden_size // self.num_attention_heads
+
+    def with_layers(self, order: Sequence[int]) -> Self:
+        """The architecture whose layers are those of ``order``."""
+        return dataclasses.replace(self, num_hidden_layers=len(order))
 
     def check(self) -> None:
         """Raise ValueError if there is no such architecture with such a head."""

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peft_jax.models import bert, bert_config, bert_heads, gpt2, llama, t5_apply
-from peft_jax.models.config import MASKED_LM, SEQ_2_SEQ_LM, ModelConfig, as_dict, check_model_type
+from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig, as_dict, check_model_type
 from peft_jax.models.family import EncoderDecoder, Family, stacked_layouts
 from peft_jax.models.t5_config import T5Config
 from peft_jax.models.t5_keys import HEAD, SHARED, T5Family
@@ -21,6 +21,7 @@ LLAMA = Family(
     embedding="embed_tokens",
     heads=llama.HEAD.names,
     ignored=(r".*\.rotary_emb\.inv_freq",),  # in old checkpoints; computed from the config instead
+    replicable=tuple(llama.LlamaConfig.tasks),
     init_cache=llama.init_cache,
 )
 
@@ -49,6 +50,7 @@ BERT = Family(
     extras=(r"(bert\.)?pooler\..*",),
     ignored=(r"(.*\.)?embeddings\.position_ids",),
     own_rows=bert_heads.rows,
+    replicable=tuple(bert_config.BertConfig.tasks),
 )
 
 ROBERTA = dataclasses.replace(
@@ -57,6 +59,7 @@ ROBERTA = dataclasses.replace(
     backbone="roberta",
     heads={MASKED_LM: "lm_head.decoder", **bert_heads.CLASSIFIERS},
     extras=(r"(roberta\.)?pooler\..*",),
+    replicable=(FEATURE_EXTRACTION,),
 )
 
 T5 = T5Family(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.layout import Layout
-from peft_jax.core.paths import TORCH_NAMES
+from peft_jax.core.paths import TORCH_NAMES, dotted
+from peft_jax.core.repeated import Repeated
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
@@ -58,6 +59,7 @@ class Family:
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
         float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
+        replicable: Tasks of the models whose layers PEFT replicates.
         init_cache: ``init_cache(config, batch, max_len, dtype)``, for decoders that generate.
         encoder_decoder: What encoder-decoders have in its place.
     """
@@ -74,6 +76,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     float32: str = ""
+    replicable: Collection[str] = ()
     init_cache: Callable[..., Any] | None = None
     encoder_decoder: EncoderDecoder | None = None
 
@@ -111,6 +114,37 @@ class Family:
         kernel = jnp.transpose(dense_table(self.embedding_table(config, params)))
         config = dataclasses.replace(config, tie_word_embeddings=False)
         return config, with_leaf(params, f"{tied[-1]}.kernel", kernel)
+
+    def with_layers(self, config: ModelConfig, order: Sequence[int]) -> ModelConfig:
+        """The config of the model whose layers are those of ``order``.
+
+        Raises:
+            ValueError: if there is no such layer, or PEFT replicates none of such a model.
+        """
+        if config.task_type not in self.replicable:
+            raise ValueError(
+                "layer_replication is for models like Llama and for BERT, as PEFT has it, and this is "
+                f"{config.architecture}. Leave it out."
+            )
+        if max(order) >= config.num_hidden_layers:
+            raise ValueError(
+                f"layer_replication names layer {max(order)}, and the model has layers 0 to "
+                f"{config.num_hidden_layers - 1}. The end of a range is not in it."
+            )
+        return config.with_layers(order)
+
+    def replicated(self, config: ModelConfig, params: Any, order: Sequence[int]) -> tuple[ModelConfig, Any]:
+        """Config and parameters of the same model, whose layers share the weights that there are.
+
+        Raises:
+            ValueError: as `with_layers`.
+        """
+
+        def repeat(key_path: Any, leaf: Any) -> Any:
+            layout = self.layout(dotted(key_path))
+            return leaf if layout is None or not layout.stack else Repeated.of(leaf, order, layout)
+
+        return self.with_layers(config, order), jax.tree_util.tree_map_with_path(repeat, params, is_leaf=is_weight)
 
     def settled(self, config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, Tensors]:
         """Do as transformers 5 does where the config ties the head, and the checkpoint has one nevertheless."""

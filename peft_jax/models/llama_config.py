@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -152,6 +152,11 @@ class LlamaConfig(ModelConfig):
     def kinds(self) -> tuple[str, ...]:
         """layer_types, never None."""
         return self.layer_types or ()
+
+    def with_layers(self, order: Sequence[int]) -> LlamaConfig:
+        """The architecture whose layers, and their kinds, are those of ``order``."""
+        kinds = tuple(self.kinds[layer] for layer in order)
+        return dataclasses.replace(self, num_hidden_layers=len(order), layer_types=kinds)
 
     @classmethod
     def from_hf(cls, hf: Any) -> LlamaConfig:

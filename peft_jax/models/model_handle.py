@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -87,13 +87,13 @@ class ModelHandle(Handle):
             max_shard_size: Bytes of one weights file at most.
 
         Raises:
-            ValueError: if a leaf is quantized or adapted.
+            ValueError: if a leaf is quantized, adapted or a repeated layer.
         """
         weights = [leaf for leaf in jax.tree.leaves(self.params, is_leaf=is_weight) if is_weight(leaf)]
         if weights:
             raise ValueError(
-                f"{len(weights)} leaves are quantized or adapted ({type(weights[0]).__name__}), which a Hugging Face "
-                "checkpoint does not hold. Save pj.merge(model), or the adapter alone."
+                f"{len(weights)} leaves are quantized, adapted or repeated ({type(weights[0]).__name__}), which a "
+                "Hugging Face checkpoint does not hold. Save pj.merge(model), or the adapter alone."
             )
         save_model(
             self.params,
@@ -105,9 +105,9 @@ class ModelHandle(Handle):
         )
 
     def num_parameters(self) -> int:
-        """Elements of all parameters, of quantized ones as of dense ones."""
+        """Elements of all parameters, of quantized ones as of dense ones; repeated layers count once."""
         leaves = jax.tree.leaves(self.params, is_leaf=is_weight)
-        return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+        return sum(int(np.prod((leaf.array if is_weight(leaf) else leaf).shape)) for leaf in leaves)
 
     @property
     def family(self) -> Family:
@@ -157,6 +157,11 @@ class ModelHandle(Handle):
     def untied(self) -> Self:
         """The same model with a leaf of its own for each of the `tied_modules`."""
         config, params = self.family.untied(self.config, self.params)
+        return dataclasses.replace(self, config=config, params=params)
+
+    def replicated(self, order: Sequence[int]) -> Self:
+        """The same model whose layers are those of ``order``, with the weights that they had."""
+        config, params = self.family.replicated(self.config, self.params, order)
         return dataclasses.replace(self, config=config, params=params)
 
     def replace(self, params: Any) -> Self:

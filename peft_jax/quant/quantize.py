@@ -10,6 +10,7 @@ from peft_jax.adapt.axes import read_layouts
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
+from peft_jax.core.repeated import is_repeated
 from peft_jax.core.targets import names_module, nothing_hit
 from peft_jax.core.weight import is_weight
 from peft_jax.quant.int8 import Int8, quantize_array
@@ -88,7 +89,7 @@ def _is_whole_target(leaf: Leaf, targets: str | Sequence[str]) -> bool:
 
 
 def _quantized(leaf: Leaf, node: Any) -> Any:
-    if is_adapted(node):
+    if is_adapted(node) or is_repeated(node):
         return dataclasses.replace(node, base=_quantized(leaf, node.base))
     if isinstance(node, Int8):
         return node
