@@ -153,7 +153,7 @@ def get_peft_model_state_dict(
             tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
         tensors |= whole_embeddings(params, config)
-    for row in SHARED.get(config.peft_type, ()):
+    for row in SHARED.get(config.peft_type, ()) if config.saves_shared else ():
         tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
 
@@ -242,13 +242,17 @@ def _with_tensors(
     for choice in choices:
         if choice.role is None:
             bases |= base_tensors(choice.leaf, config, stored)
-    common = _shared_entries(config, matrix_sizes(choices))
+    sizes = matrix_sizes(choices)
+    common = _shared_entries(config, sizes)
     wanted = [*(entry for many in entries.values() for entry in many), *common]
     _check(wanted, bases, without_copies(config, tensors), ORDERED if config.target_parameters else "")
     biased = modules_with_followers(choices)
+    shared = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in common}
+    shared = shared or config.shared(sizes)
     nodes = {}
     for choice in choices:
-        node = _adapted(choice, config, entries[choice.position], common, tensors, adapter_name)
+        keys = [entry.key for entry in (*entries[choice.position], *common)]
+        node = _adapted(choice, config, entries[choice.position], keys, shared, tensors, adapter_name)
         more = config.lone_state(choice.leaf.names, choice.hit, biased) if choice.role is None else {}
         nodes[choice.position] = dataclasses.replace(node, state={**node.state, **more})
     return tied(replace_leaves(params, nodes))
@@ -348,6 +352,8 @@ def _convolution(
 
 def _shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
     """The tensors that a file has once for all layers."""
+    if not config.saves_shared:
+        return []
     shapes = config.shared_shapes(sizes)
     return [Entry(row.suffix, (), row.role, shapes[row.role], ((1,), (0,))) for row in SHARED.get(config.peft_type, ())]
 
@@ -371,17 +377,23 @@ def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:
 
 
 def _adapted(
-    choice: Choice, config: Method, entries: list[Entry], common: list[Entry], tensors: Tensors, adapter_name: str
+    choice: Choice,
+    config: Method,
+    entries: list[Entry],
+    keys: list[str],
+    shared: Mapping[str, Any],
+    tensors: Tensors,
+    adapter_name: str,
 ) -> Adapted:
+    """A leaf with an adapter of these ``entries``, and its parts of what all layers have ``shared``."""
     _, leaf, hit, role, _ = choice
-    keys = [*(entry.key for entry in (*entries, *common)), *(tensors.keys() - without_copies(config, tensors).keys())]
+    keys = [*keys, *(tensors.keys() - without_copies(config, tensors).keys())]
     dtypes = {key: str(tensors[key].dtype) for key in keys}
     tagged, (copies, state) = beside_target(config, choice)
     params = {name: np.array(copy) for name, copy in copies.items()}
     base = as_weight(leaf.value, leaf.layout)
     if role is None:
         base = config.rebased(base, leaf.names, hit)
-        shared = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in common}
         state = config.state(leaf.names, hit) | config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
         for name in {entry.role: None for entry in entries}:
             largest = np.max([entry.shape for entry in entries if entry.role == name], axis=0)

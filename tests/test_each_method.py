@@ -387,16 +387,26 @@ def test_vera_layers_share_their_random_matrices():
     assert not np.allclose(other["a"]["kernel"].state["vera_A"], states[0]["vera_A"])
 
 
-def test_vera_without_its_random_matrices_is_refused(dense):
-    said = "PyTorch and JAX draw different ones. Save the adapter with save_projection=True"
-    fields = pj.VeraConfig(r=3, target_modules=["dense"]).to_dict()
-    with pytest.raises(ValueError, match=said):
-        pj.PeftConfig.from_dict({**fields, "save_projection": False})
-    params = pj.apply_adapter(dense, pj.PeftConfig.from_dict(fields))
-    tensors = pj.get_peft_model_state_dict(params)
-    del tensors["base_model.vera_A"]
+@pytest.mark.parametrize("seed", [0, 2**32 + 7])
+def test_vera_draws_the_random_matrices_of_pytorch(seed):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(37, 5), "b": torch.nn.Linear(3, 41)})
+    options = dict(r=19, target_modules=["a", "b"], projection_prng_key=seed)
+    theirs = peft.get_peft_model_state_dict(peft.get_peft_model(layers, peft.VeraConfig(**options)))
+    tree = {"a": {"kernel": jnp.ones((37, 5))}, "b": {"kernel": jnp.ones((3, 41))}}
+    ours = pj.get_peft_model_state_dict(pj.apply_adapter(tree, pj.VeraConfig(**options)))
+    for key in ("base_model.vera_A", "base_model.vera_B"):
+        np.testing.assert_array_equal(ours[key], theirs[key].numpy())
+
+
+def test_vera_files_have_the_random_matrices_or_their_seed(dense):
+    fields = pj.VeraConfig(r=3, target_modules=["dense"])
+    tensors = pj.get_peft_model_state_dict(pj.apply_adapter(dense, fields))
+    short = {key: tensor for key, tensor in tensors.items() if key != "base_model.vera_A"}
     with pytest.raises(ValueError, match="base_model.vera_A is missing"):
-        pj.set_peft_model_state_dict(dense, pj.PeftConfig.from_dict(fields), tensors)
+        pj.set_peft_model_state_dict(dense, fields, short)
+    with pytest.raises(ValueError, match="base_model.vera_A is left over"):
+        pj.set_peft_model_state_dict(dense, fields.replace(save_projection=False), tensors)
 
 
 @pytest.mark.parametrize(("init", "size"), [(False, 4 * 8), ("mini", 4 * 2), ("bat", 2 * 4 * 4)])

@@ -150,6 +150,7 @@ ROWS = {
         "r": 16,
         "d_initial": 0.3,
         "projection_prng_key": 5,
+        "save_projection": False,
         "target_modules": ["up_proj"],
         "layers_to_transform": [1, 2],
         "modules_to_save": ["norm"],

@@ -244,6 +244,11 @@ class Method(PeftConfig):
         """These arrays for a fresh adapter, float32."""
         return {}
 
+    @property
+    def saves_shared(self) -> bool:
+        """Whether a file has these arrays; if not, they are made again as those of a fresh adapter."""
+        return True
+
     def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
         """What a leaf's state has of them, stacked axes first."""
         return {}

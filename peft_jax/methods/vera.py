@@ -4,6 +4,7 @@ Kopiczko et al., 2023, https://arxiv.org/abs/2310.11454, equation 2. Numbers fol
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -29,8 +30,8 @@ class VeraConfig(Method):
     Attributes:
         r: Rank of the random matrices, at least 1.
         target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        projection_prng_key: Seed of the random matrices. PyTorch draws others from the same seed.
-        save_projection: Whether files hold the random matrices; only True, as no other program could draw them again.
+        projection_prng_key: Seed of the random matrices, which are those that PyTorch draws from it.
+        save_projection: Whether files hold the random matrices; without them they are drawn again from the seed.
         vera_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
         d_initial: Start of the vector between the matrices.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
@@ -71,11 +72,11 @@ class VeraConfig(Method):
         super().__post_init__()
         check_rank(self)
         check_probability(self, "vera_dropout")
-        if not self.save_projection:
-            raise ValueError(
-                "VeraConfig(save_projection=False) leaves the random matrices out of the file, and from "
-                "projection_prng_key PyTorch and JAX draw different ones. Save the adapter with save_projection=True."
-            )
+
+    @property
+    def saves_shared(self) -> bool:
+        """``save_projection``."""
+        return self.save_projection
 
     @property
     def dropout_rate(self) -> float:
@@ -98,13 +99,10 @@ class VeraConfig(Method):
         return {"vera_A": (n_in, self.r), "vera_B": (self.r, n_out)}
 
     def shared(self, sizes: Sequence[tuple[int, int]]) -> dict[str, jax.Array]:
-        """Drawn as PyTorch's ``kaiming_uniform_`` draws them, from ``projection_prng_key``."""
-        keys = jax.random.split(jax.random.key(self.projection_prng_key))
-        shapes = self.shared_shapes(sizes).items()
-        return {
-            role: jax.random.uniform(key, shape, minval=-1.0) * (6 / shape[0]) ** 0.5
-            for key, (role, shape) in zip(keys, shapes, strict=True)
-        }
+        """Drawn as PyTorch's ``kaiming_uniform_`` draws them one after the other, from ``projection_prng_key``."""
+        generator = np.random.RandomState(self.projection_prng_key % 2**32)
+        shapes = self.shared_shapes(sizes)
+        return {role: jnp.asarray(_kaiming(generator, (out, fan_in)).T) for role, (fan_in, out) in shapes.items()}
 
     def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
         """The beginnings of the random matrices, for each stacked layer."""
@@ -125,6 +123,16 @@ class VeraConfig(Method):
         inner = product.scale(inner, params["vera_lambda_d"])
         update = product.scale(product.up(inner, random_b), _outer(params, state))
         return (y.astype(update.dtype) + update).astype(y.dtype)
+
+
+def _kaiming(generator: np.random.RandomState, shape: tuple[int, int]) -> np.ndarray:
+    """What PyTorch's CPU generator of the same seed, which is the same Mersenne Twister, draws for ``(out, in)``.
+
+    Of 32 random bits it takes the lower 24; the product and the sum are rounded once, as by a fused instruction.
+    """
+    bound = np.float32(math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1])))
+    bits = generator.randint(0, 2**32, size=shape, dtype=np.uint32) % 2**24
+    return (bits * 2.0**-24 * np.float64(bound + bound) - np.float64(bound)).astype(np.float32)
 
 
 def _random(params: Arrays, state: Arrays) -> tuple[jax.Array, jax.Array]:
