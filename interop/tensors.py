@@ -55,7 +55,7 @@ from peft_jax.methods.choose import (
     modules_with_followers,
 )
 from peft_jax.methods.complete import untied_for, with_replicas
-from peft_jax.methods.parameters import depth, is_parameter, with_parameters
+from peft_jax.methods.parameters import check_apart, depth, is_parameter, with_parameters
 from peft_jax.methods.trainable_tokens import tokens_by_module, tokens_shape
 from peft_jax.methods.whole import Part, config_of
 from peft_jax.prompts.attach import prompt_places
@@ -136,7 +136,9 @@ def get_peft_model_state_dict(
         for leaf in with_parameters(find_leaves(tree, None), config)
         for node in _nested(leaf, adapter_name)
     ]
-    adapted = {name for leaf, node in nodes if not isinstance(node.tag.config, Part) for name in _hits(leaf, node)}
+    matrices = [(leaf, node) for leaf, node in nodes if not isinstance(node.tag.config, Part)]
+    check_apart([leaf for leaf, _ in matrices], config)
+    adapted = {name for leaf, node in matrices for name in _hits(leaf, node)}
     tensors: dict[str, np.ndarray] = {}
     for leaf, node in nodes:
         role = node.tag.config.role if isinstance(node.tag.config, Part) else None
@@ -237,6 +239,7 @@ def _with_tensors(
     names = [name for leaf in found for name in leaf.names.flat]
     tokens = tokens_by_module(config.trainable_token_indices, names, embedding, strict=False)
     choices = list(choose(found, config, adapted, tokens))
+    check_apart([choice.leaf for choice in choices if choice.role is None], config)
     entries = {choice.position: list(_entries(choice, config, adapted)) for choice in choices}
     bases: dict[str, np.ndarray] = {}
     for choice in choices:
@@ -247,8 +250,8 @@ def _with_tensors(
     wanted = [*(entry for many in entries.values() for entry in many), *common]
     _check(wanted, bases, without_copies(config, tensors), ORDERED if config.target_parameters else "")
     biased = modules_with_followers(choices)
-    shared = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in common}
-    shared = shared or config.shared(sizes)
+    in_file = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in common}
+    shared = in_file if config.saves_shared else config.shared(sizes)
     nodes = {}
     for choice in choices:
         keys = [entry.key for entry in (*entries[choice.position], *common)]

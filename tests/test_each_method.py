@@ -184,11 +184,18 @@ def test_boft_is_pefts_with_its_extension(size, factors, monkeypatch):
     assert np.abs(want - layer(tree, x)).max() > 0.1
 
 
-def test_boft_dropout_stills_blocks_of_one_factor():
+@pytest.mark.parametrize(
+    "config",
+    [
+        pj.BOFTConfig(boft_block_size=2, boft_dropout=0.5, init_weights=False, target_modules=["dense"]),
+        pj.OFTConfig(oft_block_size=2, module_dropout=0.5, init_weights=False, target_modules=["dense"]),
+    ],
+    ids=["BOFT", "OFT"],
+)
+def test_dropout_stills_half_of_the_blocks(config):
     tree = {"dense": {"kernel": jnp.eye(8)}}
-    config = pj.BOFTConfig(boft_block_size=2, boft_dropout=0.5, init_weights=False, target_modules=["dense"])
     params = pj.apply_adapter(tree, config)
-    scale = params["dense"]["kernel"].params["boft_s"]
+    scale = params["dense"]["kernel"].params.get("boft_s", jnp.ones(8))
     stills = set()
     for seed in range(8):
         dropped = pj.with_dropout(params, jax.random.key(seed))["dense"]["kernel"]
@@ -258,6 +265,49 @@ def test_hira_drops_the_inputs_of_the_change_only(dense):
     assert spread.min() > 0.01
     # The mean of 4000 rows is within five standard errors.
     assert (np.abs((noisy - clean).mean(0)) < 5 * spread / 4000**0.5).all()
+
+
+OUTPUTS_DROPPED = {
+    "LOHA": ("LoHaConfig", {"r": 3}),
+    "LOKR": ("LoKrConfig", {"r": 2}),
+    "LOKR rescaled": ("LoKrConfig", {"r": 2, "rank_dropout_scale": True}),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS_DROPPED)
+def test_dropped_outputs_are_pefts(name, monkeypatch):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    config, options = OUTPUTS_DROPPED[name]
+    options = {"rank_dropout": 0.5, "target_modules": ["dense"], "init_weights": False, **options}
+    model = torch.nn.ModuleDict({"dense": torch.nn.Linear(6, 8)})
+    theirs = peft.get_peft_model(model, getattr(peft, config)(**options)).train()
+    dense = theirs.base_model.model["dense"]
+    weight, bias = (x.detach().numpy() for x in (dense.base_layer.weight, dense.base_layer.bias))
+    tree = {"dense": {"kernel": jnp.array(weight.T), "bias": jnp.array(bias)}}
+    tensors = {key: tensor.numpy() for key, tensor in peft.get_peft_model_state_dict(theirs).items()}
+    params = pj.set_peft_model_state_dict(tree, getattr(pj, config)(**options), tensors)
+    dropped, x = pj.with_dropout(params, jax.random.key(3)), normal(0, 5, 6)
+    got, base = np.asarray(pj.adapt(layer)(dropped, x)), np.asarray(layer(tree, x))
+    kept = np.abs(got - base).max(0) > 0
+    assert 1 < kept.sum() < 8
+    # What PEFT draws is above 0.5 where we kept an output.
+    monkeypatch.setattr(torch, "rand", lambda n: torch.ones(1) if n == 1 else torch.tensor(kept, dtype=torch.float32))
+    close(got, dense(torch.tensor(np.array(x))).detach().numpy())
+    full = np.asarray(pj.adapt(layer)(params, x))
+    factor = 1 if name == "LOKR" else 8 / kept.sum()
+    close(got, np.where(kept, base + factor * (full - base), base))
+
+
+@pytest.mark.parametrize(("config", "options"), OUTPUTS_DROPPED.values(), ids=OUTPUTS_DROPPED)
+def test_a_dropped_module_is_the_base_as_often_as_it_is_said(config, options, dense):
+    options = {"target_modules": ["dense"], "init_weights": False, "module_dropout": 0.25, **options}
+    params, x = pj.apply_adapter(dense, getattr(pj, config)(**options)), jnp.ones((1, 6))
+    whole, base = (pj.adapt(layer)(tree, x) for tree in (params, dense))
+    draw = jax.jit(lambda key: pj.adapt(layer)(pj.with_dropout(params, key), x))
+    drawn = np.asarray(jax.lax.map(draw, jax.random.split(jax.random.key(0), 800)))
+    is_base, is_whole = (np.abs(drawn - np.asarray(one)).max((1, 2)) < 1e-6 for one in (base, whole))
+    assert (is_base ^ is_whole).all()
+    assert abs(is_base.mean() - 0.25) < 5 * (0.25 * 0.75 / 800) ** 0.5  # five standard errors
 
 
 @pytest.mark.parametrize("both", [False, True])

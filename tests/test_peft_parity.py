@@ -100,6 +100,13 @@ ROWS = {
     "lora_bias": {"target_modules": ["q_proj", "o_proj", "up_proj"], "lora_bias": True},
     "IA3": {"config": "IA3Config", "modules_to_save": ["norm"]},
     "OFT": {"config": "OFTConfig", "target_modules": TARGETS, "bias": "oft_only", "modules_to_save": ["norm"]},
+    "OFT constrained": {
+        "config": "OFTConfig",
+        "oft_block_size": 8,
+        "target_modules": ["embed_tokens", "k_proj"],
+        "coft": True,
+        "eps": 3.0,  # so that some of the blocks are out of their balls, and some in
+    },
     "OFT by number": {
         "config": "OFTConfig",
         "r": 4,

@@ -216,6 +216,20 @@ def test_experts_stored_as_in_out(kind, tmp_path):
         interop.load_adapter(base, tmp_path / "theirs", layout={".*": wrong})
 
 
+def test_parameters_that_a_file_cannot_tell_apart_are_named():
+    tree = {"block": {"first": jnp.ones((2, 4, 4)), "second": jnp.ones((2, 4, 4))}}
+    layout = {".*": pj.Layout((0,), (1,), (2,), index_after=(None,))}
+    config = pj.LoraConfig(r=2, target_modules=[], target_parameters=["second", "first"])
+    params = pj.apply_lora(tree, config, layout=layout)
+    with pytest.raises(ValueError, match="'block.first' and 'block.second', two of one shape in one module"):
+        interop.get_peft_model_state_dict(params)
+    told = config.replace(rank_pattern={"first": 3})
+    tensors = interop.get_peft_model_state_dict(pj.apply_lora(tree, told, layout=layout))
+    assert len(tensors) == 4
+    with pytest.raises(ValueError, match="two of one shape in one module"):
+        interop.set_peft_model_state_dict(tree, config, tensors, layout=layout)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_experts_start_apart_and_train_on_the_side_path(stacked):
     layers = [shaped(), shaped(10)]

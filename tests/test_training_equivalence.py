@@ -22,6 +22,8 @@ ROWS = {
         "AdaLoraConfig",
         {"init_r": 4, "target_r": 2, "lora_alpha": 16, "total_step": 18, "tinit": 3, "tfinal": 5, "deltaT": 2},
     ),
+    # Of the blocks of 8 angles some start out of their ball.
+    "COFT": ("OFTConfig", {"oft_block_size": 8, "coft": True, "eps": 1.25}),
 }
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

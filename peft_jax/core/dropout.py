@@ -1,4 +1,4 @@
-"""Dropout on the inputs of adapters: its keys are part of the tree, so that it is a pure change of it."""
+"""Dropout in adapters: its keys are part of the tree, so that it is a pure change of it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
 
     Only active adapters that are trained change, and of these the ones with a dropout rate above 0. Lookups of
     embeddings are never dropped, as in PEFT. Each layer has its own key, made from its name. In a product with a
-    weight's transpose the outputs of the low-rank path are dropped, which are its inputs in the product itself.
+    weight's transpose the outputs of the low-rank path are dropped, which are its inputs in the product itself. LoHa
+    and LoKr drop parts of the change itself (`drop_change`).
 
     Args:
         params: Any tree or model handle.
@@ -34,15 +35,15 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
     """
 
     def switch_on(path: str, leaf: Adapted) -> Adapted:
-        rate, looked_up = leaf.tag.config.dropout_rate, leaf.layout.lookup
-        if not rate or not (leaf.active and leaf.trainable):
+        rates = {name: rate for name, rate in leaf.tag.config.dropout_rates.items() if rate}
+        if not rates or not (leaf.active and leaf.trainable):
             return leaf
-        if looked_up and not leaf.tag.config.dropout_in_lookups:
+        if leaf.layout.lookup and not leaf.tag.config.dropout_in_lookups:
             return leaf
         names = stacked_names(module_path(path), leaf.layout, leaf.shape)
         keys = keys_from_names(key, names)
-        rates = np.full(names.shape, rate, np.float32)
-        return dataclasses.replace(leaf, state={**leaf.state, "dropout": {"key": keys, "rate": jnp.asarray(rates)}})
+        arrays = {name: jnp.asarray(np.full(names.shape, rate, np.float32)) for name, rate in rates.items()}
+        return dataclasses.replace(leaf, state={**leaf.state, "dropout": {"key": keys, **arrays}})
 
     return map_adapted(switch_on, params)
 
@@ -56,3 +57,23 @@ def dropout(x: jax.Array, state: Mapping[str, Any]) -> jax.Array:
     keep = 1 - rate
     kept = jax.random.bernoulli(key, keep, x.shape)
     return jnp.where(kept, x / keep.astype(x.dtype), 0)
+
+
+def drop_change(change: jax.Array, state: Mapping[str, Any], *, rescale: bool) -> jax.Array:
+    """The change ``(in, out)`` of one layer's matrix, with outputs or all of it dropped if dropout is switched on.
+
+    Args:
+        change: What is added to the matrix.
+        state: The adapter's, in whose ``"dropout"`` are probabilities: ``"outputs"`` of each of them, ``"module"``.
+        rescale: Whether the outputs that are left count more, by the share of them. (Of none left PEFT makes NaN.)
+    """
+    if "dropout" not in state:
+        return change
+    rates, (outputs, module) = state["dropout"], jax.random.split(state["dropout"]["key"])
+    if "outputs" in rates:
+        kept = jax.random.bernoulli(outputs, 1 - rates["outputs"], change.shape[-1:]).astype(change.dtype)
+        kept = kept / jnp.maximum(jnp.mean(kept), 1 / kept.size) if rescale else kept
+        change = change * kept[None]
+    if "module" in rates:
+        change = jnp.where(jax.random.bernoulli(module, 1 - rates["module"]), change, 0)
+    return change

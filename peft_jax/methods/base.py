@@ -156,10 +156,10 @@ class Method(PeftConfig):
     def structure(self) -> tuple[Any, ...]:
         """What two configs share exactly if their adapters run in the same compiled program.
 
-        The dropout rate counts in training only, so that adapters to serve can be swapped whatever theirs was.
+        Dropout counts in training only, so that adapters to serve can be swapped whatever theirs was.
         """
-        rate = 0.0 if self.inference_mode else self.dropout_rate
-        return (type(self), rate, *(getattr(self, name) for name in self.structural))
+        rates = () if self.inference_mode else tuple(self.dropout_rates.values())
+        return (type(self), rates, *(getattr(self, name) for name in self.structural))
 
     @property
     def label(self) -> str:
@@ -170,6 +170,11 @@ class Method(PeftConfig):
     def dropout_rate(self) -> float:
         """Probability with which `peft_jax.with_dropout` zeroes an input of the adapter."""
         return 0.0
+
+    @property
+    def dropout_rates(self) -> Mapping[str, float]:
+        """The probabilities of all that it drops, by name; ``"rate"`` is `dropout_rate`."""
+        return {"rate": self.dropout_rate}
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -266,6 +271,10 @@ class Method(PeftConfig):
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """The adapted matrix, same shape and dtype as ``matrix``: ``(in, out)``, or ``(out,)`` for a vector."""
         raise NotImplementedError
+
+    def project(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
+        """The trained arrays, stacked axes first, put back to where they may be."""
+        return params
 
     @property
     def keeps_ties(self) -> bool:

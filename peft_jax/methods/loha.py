@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.dropout import drop_change
 from peft_jax.core.targets import pattern_value
 from peft_jax.methods.base import Arrays, register
-from peft_jax.methods.fields import kaiming, unsupported
+from peft_jax.methods.fields import check_probability, kaiming, unsupported
 from peft_jax.methods.ranked import Ranked, add
 
 
@@ -29,6 +30,8 @@ class LoHaConfig(Ranked):
         alpha: Numerator of the scale ``alpha / r``.
         target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
         exclude_modules: Names, or one regex, of modules to leave out.
+        rank_dropout: Probability of dropping an output of the change in training, in [0, 1); the others count more.
+        module_dropout: Probability of dropping the whole change of a layer in training, in [0, 1).
         init_weights: True starts at no change; False at a random one.
         layers_to_transform: Index or indices of the layers to adapt; None for all.
         layers_pattern: Name of the list of layers, if it is not the first numbered one.
@@ -58,8 +61,8 @@ class LoHaConfig(Ranked):
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     r: int = 8
     alpha: float = 8
-    rank_dropout: float = unsupported(0.0)
-    module_dropout: float = unsupported(0.0)
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
     use_effective_conv2d: bool = unsupported(False)
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
@@ -67,6 +70,16 @@ class LoHaConfig(Ranked):
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_probability(self, "rank_dropout")
+        check_probability(self, "module_dropout")
+
+    @property
+    def dropout_rates(self) -> Mapping[str, float]:
+        """Of outputs of the change, and of all of it."""
+        return {"outputs": self.rank_dropout, "module": self.module_dropout}
 
     def scaling(self, module: str) -> float:
         """Scale of the adapter of a module."""
@@ -89,4 +102,4 @@ class LoHaConfig(Ranked):
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """``W + s (B1 A1) ⊙ (B2 A2)``."""
         change = (params["hada_w1_a"] @ params["hada_w1_b"]) * (params["hada_w2_a"] @ params["hada_w2_b"])
-        return add(matrix, change.T, state)
+        return add(matrix, drop_change(change.T, state, rescale=True), state)

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.dropout import drop_change
 from peft_jax.core.targets import pattern_value
 from peft_jax.methods.base import Arrays, register
-from peft_jax.methods.fields import kaiming, unsupported
+from peft_jax.methods.fields import check_probability, kaiming, unsupported
 from peft_jax.methods.ranked import Ranked, add
 
 FACTORS = ("lokr_w1", "lokr_w2")
@@ -34,7 +35,10 @@ class LoKrConfig(Ranked):
         decompose_factor: Sides of the first factor, where it divides those of the weight; -1 for near square roots.
         target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
         exclude_modules: Names, or one regex, of modules to leave out.
+        rank_dropout: Probability of dropping an output of the change in training, in [0, 1).
+        module_dropout: Probability of dropping the whole change of a layer in training, in [0, 1).
         init_weights: True starts with W1 zero, ``"lycoris"`` with W2 zero; False at a random change.
+        rank_dropout_scale: Whether the outputs that ``rank_dropout`` leaves count more, by the share of them.
         layers_to_transform: Index or indices of the layers to adapt; None for all.
         layers_pattern: Name of the list of layers, if it is not the first numbered one.
         modules_to_save: Modules trained whole, beside the adapter.
@@ -52,6 +56,7 @@ class LoKrConfig(Ranked):
     """
 
     takes_conv1d: ClassVar[bool] = False
+    structural: ClassVar[tuple[str, ...]] = ("rank_dropout_scale",)
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "lokr_w1": ("out_1", "in_1"),
         "lokr_w1_a": ("out_1", "rank"),
@@ -65,12 +70,12 @@ class LoKrConfig(Ranked):
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     r: int = 8
     alpha: float = 8
-    rank_dropout: float = unsupported(0.0)
-    module_dropout: float = unsupported(0.0)
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
     use_effective_conv2d: bool = unsupported(False)
     decompose_both: bool = False
     decompose_factor: int = -1
-    rank_dropout_scale: bool = unsupported(False)
+    rank_dropout_scale: bool = False
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     init_weights: bool | str = True
@@ -80,10 +85,17 @@ class LoKrConfig(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_probability(self, "rank_dropout")
+        check_probability(self, "module_dropout")
         if self.init_weights not in (True, False, "lycoris"):
             raise ValueError(f"init_weights is True, False or 'lycoris', got {self.init_weights!r}.")
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise ValueError(f"decompose_factor is -1 or at least 1, got {self.decompose_factor}.")
+
+    @property
+    def dropout_rates(self) -> Mapping[str, float]:
+        """Of outputs of the change, and of all of it."""
+        return {"outputs": self.rank_dropout, "module": self.module_dropout}
 
     def scaling(self, module: str) -> float:
         """Scale of the adapter of a module."""
@@ -120,7 +132,8 @@ class LoKrConfig(Ranked):
 
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """``W + s (W1 ⊗ W2)``."""
-        return add(matrix, jnp.kron(*(_factor(role, params, state) for role in FACTORS)).T, state)
+        change = jnp.kron(*(_factor(role, params, state) for role in FACTORS)).T
+        return add(matrix, drop_change(change, state, rescale=self.rank_dropout_scale), state)
 
 
 def factorization(dimension: int, factor: int) -> tuple[int, int]:

@@ -75,7 +75,8 @@ class LoraConfig(Ranked):
         lora_bias: Train a bias beside B, which counts ``s`` times.
         target_parameters: Names of weights themselves, which are adapted expert by expert where they are fused
             (``(experts, out, in)``), beside ``target_modules`` or without (``[]``). Several of one module are listed in
-            the order in which PyTorch's module declares them, since PEFT's file counts on it.
+            the order in which PyTorch's module declares them, since PEFT's file counts on it; of one shape they cannot
+            be told apart there, but for transformers' experts, whose order is known.
         layer_replication: Ranges ``[start, end)`` of layers, which in this order are the layers of the model that is
             adapted: each with an adapter of its own, on weights that are shared. For handles of models like Llama and
             of BERT; targets are numbered in the new order. Merged, each layer has its own weights.

@@ -18,7 +18,7 @@ from peft_jax.core.adapted import apply_merged
 from peft_jax.core.product import Lookup, Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
-from peft_jax.methods.fields import unsupported
+from peft_jax.methods.fields import check_probability
 
 
 @register("OFT")
@@ -30,6 +30,8 @@ class OFTConfig(Method):
         r: Number of blocks; 0 to give their size instead.
         oft_block_size: Size of the blocks; 0 to give their number instead. As in PEFT, the nearest divisor of the
             layer's size is taken.
+        module_dropout: In training, the share of blocks, chosen at random, that do not rotate; a block that is shared
+            rotates always. It is the rule that PEFT has, and forgets to use.
         target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"oft_only"`` (those of adapted modules).
@@ -38,15 +40,16 @@ class OFTConfig(Method):
         layers_to_transform: Index or indices of the layers to adapt; None for all.
         layers_pattern: Name of the list of layers, if it is not the first numbered one.
         modules_to_save: Modules trained whole, beside the adapter.
+        coft: Whether rotations are constrained (COFT): the angles of each block count as put back into a ball, where
+            each step of training starts.
+        eps: With ``coft``, the largest norm of a block's Q, times the square root of the number of blocks.
         block_share: Whether all blocks of a layer are the same.
         use_cayley_neumann: True for the series, which is a rotation up to its error; False for Cayley's map itself,
             whose angles, as in PEFT, have the opposite sign.
         num_cayley_neumann_terms: Number of terms of the series.
 
-    Every other field of PEFT's ``OFTConfig`` is known, and refused away from its default.
-
     Raises:
-        ValueError: if a field has a value that is wrong or not supported; the message names it.
+        ValueError: if a field has a value that is wrong; the message names it.
 
     Example:
         >>> params = {"q": {"kernel": jnp.ones((8, 3))}}
@@ -60,11 +63,11 @@ class OFTConfig(Method):
         "oft_R": ("blocks", "pairs"),
         "oft_embedding_R": ("blocks", "pairs"),
     }
-    structural: ClassVar[tuple[str, ...]] = ("use_cayley_neumann", "num_cayley_neumann_terms")
+    structural: ClassVar[tuple[str, ...]] = ("use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps")
 
     r: int = 0
     oft_block_size: int = 32
-    module_dropout: float = unsupported(0.0)
+    module_dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
     fan_in_fan_out: bool = False
     bias: str = "none"
@@ -73,8 +76,8 @@ class OFTConfig(Method):
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
-    coft: bool = unsupported(False)
-    eps: float = unsupported(6e-5)
+    coft: bool = False
+    eps: float = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
@@ -87,8 +90,16 @@ class OFTConfig(Method):
                 f"{self.oft_block_size}. Set one of them to 0 and the other above."
             )
 
+        check_probability(self, "module_dropout")
+        if self.eps <= 0:
+            raise ValueError(f"eps is above 0, got {self.eps}.")
         if self.num_cayley_neumann_terms < 1:
             raise ValueError(f"num_cayley_neumann_terms is at least 1, got {self.num_cayley_neumann_terms}.")
+
+    @property
+    def dropout_rate(self) -> float:
+        """``module_dropout``."""
+        return self.module_dropout
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The angles of each block's pairs of axes."""
@@ -116,6 +127,18 @@ class OFTConfig(Method):
                 "Train it anew."
             )
 
+    def project(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
+        """With ``coft`` the angles in their balls."""
+        return {role: self._in_ball(angles) for role, angles in params.items()}
+
+    def _in_ball(self, angles: jax.Array) -> jax.Array:
+        """Angles ``(..., blocks, pairs)`` whose Q have norms of at most ``eps`` / sqrt(blocks)."""
+        if not self.coft:
+            return angles
+        radius = self.eps / angles.shape[-2] ** 0.5
+        norm = jnp.sqrt(2 * jnp.sum(angles**2, axis=-1, keepdims=True))  # each angle is in Q twice
+        return jnp.where(norm <= radius, angles, angles * (radius / jnp.maximum(norm, radius)))
+
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """``R W``, or ``W R`` for an embedding, in the adapter's precision."""
         rotation = self._rotation(params, state)
@@ -137,8 +160,14 @@ class OFTConfig(Method):
         return apply_merged(self, params, state, base, x, product)
 
     def _rotation(self, params: Arrays, state: Arrays) -> jax.Array:
-        """``(blocks, block, block)``, the identity for layers that are not adapted."""
-        (angles,) = params.values()
+        """``(blocks, block, block)``, the identity for layers that are not adapted and blocks that are dropped."""
+        (given,) = params.values()
+        angles, blocks = self._in_ball(given), len(given)
+        if self.coft:  # PEFT puts the angles there before it uses them, so that the gradient is that of those
+            angles = jax.lax.stop_gradient(angles) + (given - jax.lax.stop_gradient(given))
+        if "dropout" in state and blocks > 1:
+            order = jax.random.permutation(state["dropout"]["key"], blocks)
+            angles = jnp.where((order < int(self.module_dropout * blocks))[:, None], 0, angles)
         skew = _skew(jnp.where(state["hit"][..., None, None], angles, 0))
         one = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape)
         if not self.use_cayley_neumann:

@@ -5,7 +5,9 @@ where it adapts several weights of one module, each lies around the one that the
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from peft_jax.core.adapted import is_adapted
 from peft_jax.core.layout import LEAF_NAMES, READ, Layout
 from peft_jax.core.leaves import Leaf, is_matrix
 from peft_jax.core.paths import TORCH_NAMES, module_path, stacked_names
-from peft_jax.core.targets import is_saved_module, is_target, names_module, nothing_hit
+from peft_jax.core.targets import is_saved_module, is_target, names_module, nothing_hit, pattern_value
 from peft_jax.core.weight import is_weight
 from peft_jax.methods.base import Method
 
@@ -82,6 +84,27 @@ def depth(config: Method, parameter: str, adapted: set[str]) -> int:
         return DECLARED.index(last) if known else next(named)
 
     return sum(position(last) > position(own) for last in set(others))
+
+
+def check_apart(leaves: Sequence[Leaf], config: Method) -> None:
+    """Raise ValueError if a file would not tell two parameters of one module apart, given `with_parameters`' leaves.
+
+    PEFT's keys count on the order in which the module declares them. Where we do not know it, and cannot see by shapes
+    that it is another one, each would be given the other's adapter.
+    """
+    seen: dict[tuple[Any, ...], str] = {}
+    for leaf in leaves:
+        for name in sorted({str(name) for name in leaf.names.flat if is_parameter(config, str(name))}):
+            owner, _, own = name.rpartition(".")
+            experts = math.prod(leaf.value.shape[leaf.layout.stack[i]] for i in leaf.layout.unnamed)
+            kind = (owner, *leaf.layout.sizes(leaf.value.shape), experts, pattern_value(config.rank_pattern, name, 0))
+            other = seen.setdefault(kind, name)
+            if other != name and not {own, other.rpartition(".")[2]} <= {*DECLARED}:
+                raise ValueError(
+                    f"target_parameters names '{other}' and '{name}', two of one shape in one module. PEFT's files "
+                    "tell them apart by the order alone in which PyTorch's module declares them, which is not known. "
+                    "Give each an adapter of its own, or ranks that differ (rank_pattern)."
+                )
 
 
 def _as_parameter(leaf: Leaf, config: Method) -> Leaf:

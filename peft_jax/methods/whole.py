@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -23,7 +24,7 @@ class Part:
     config: Method
     role: str
     side_path: ClassVar[bool] = False
-    dropout_rate: ClassVar[float] = 0.0
+    dropout_rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     @property
     def label(self) -> str:

@@ -7,7 +7,6 @@ Config classes keep PEFT's class names, field names and defaults (PEFT 0.21.2).
 """
 
 import abc
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -70,10 +69,6 @@ class PromptMethod(Method):
     @abc.abstractmethod
     def give(self, params: Arrays, state: Mapping[str, Any], task_ids: jax.Array | None) -> Prompt:
         """What the arrays give the model; ``task_ids`` (batch,) only where a method has tasks."""
-
-    def project(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
-        """The trained arrays put back to where they may be."""
-        return params
 
     def begin(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
@@ -177,17 +172,6 @@ def with_virtual_labels(
     if not found and input_type_mask is not None:
         raise ValueError("input_type_mask is for CPT, and no such adapter is active. Leave it out.")
     return found[0].labelled(labels, input_type_mask) if found else (labels, None)
-
-
-def projected(params: Any) -> Any:
-    """The tree with its prompts' trained arrays put back to where they may be, as a step of training begins."""
-
-    def put_back(_: str, leaf: Adapted) -> Adapted:
-        if not (leaf.active and isinstance(leaf.method, PromptMethod)):
-            return leaf
-        return dataclasses.replace(leaf, params=dict(leaf.method.project(leaf.params, leaf.state)))
-
-    return map_adapted(put_back, params)
 
 
 def task_array(params: Any, task_ids: Any) -> jax.Array | None:

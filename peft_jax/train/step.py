@@ -16,7 +16,8 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine, partition
-from peft_jax.prompts.base import active_prompts, projected, with_virtual_labels
+from peft_jax.methods.project import projected
+from peft_jax.prompts.base import with_virtual_labels
 from peft_jax.train.batches import Batch
 from peft_jax.train.loss import cross_entropy
 from peft_jax.train.schedule import advance, penalized, split_state
@@ -89,7 +90,7 @@ def make_training_step(
         return _loss_of(apply, params, batch, next_token)[0] / count
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
-        trainable = _put_back(trainable, frozen)
+        trainable, _ = partition(projected(combine(trainable, frozen)))
         count = jnp.maximum(_targets(frozen, batch, next_token), 1).astype(jnp.float32)
         gradient_of = jax.value_and_grad(loss_share)
         rows = batch["input_ids"].shape[0]
@@ -120,13 +121,6 @@ def make_training_step(
 def _in_parts(x: jax.Array, size: int) -> jax.Array:
     """(batch, ...) as (parts, size, ...), rows dealt out in turn, so that a batch split over devices stays so."""
     return jnp.swapaxes(jnp.reshape(x, (size, x.shape[0] // size, *x.shape[1:])), 0, 1)
-
-
-def _put_back(trainable: Any, frozen: Any) -> Any:
-    """The trainable twin, with what a prompt trains put back to where it may be."""
-    if not active_prompts(frozen):
-        return trainable
-    return partition(projected(combine(trainable, frozen)))[0]
 
 
 def _labels_of(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
