@@ -13,7 +13,6 @@ from peft_jax import train
 from peft_jax.methods import rank_allocator
 from peft_jax.methods.scheduled import scheduled_leaves
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 STACKED = {r"layers\.up\.kernel": pj.Layout((0,), (1,), (2,))}
 OPTIONS = {
     "init_r": 4,

@@ -48,6 +48,7 @@ def test_nested_adapters_add_up_and_switch():
         pj.set_adapter(both, "c")
 
 
+@pytest.mark.usefixtures("optimizing_compiler")
 def test_flops_and_memory_equal_hand_written_lora():
     w, a, b = normal(0, 6, 64, 64), normal(1, 6, 64, 4), normal(2, 6, 4, 64)
     x = normal(3, 32, 64)
@@ -75,6 +76,7 @@ def test_flops_and_memory_equal_hand_written_lora():
     assert memory[0] <= memory[1] * 1.01 and memory[2] > 1.2 * memory[0]
 
 
+@pytest.mark.usefixtures("optimizing_compiler")
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_decoder_costs_what_lora_by_hand_costs(scanned):
     """On the decoder of benchmarks/adapt_overhead.py, of which this is the part that no clock decides."""

@@ -165,6 +165,7 @@ BY_HAND = {
 }
 
 
+@pytest.mark.usefixtures("optimizing_compiler")
 @pytest.mark.parametrize("name", BY_HAND)
 def test_compiles_to_the_operations_of_lora_written_by_hand(name):
     fn, hand, shape, x, layout = BY_HAND[name]

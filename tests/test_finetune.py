@@ -50,9 +50,7 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def plain(
-    quick_compiler: None, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, np.ndarray]]:
+def plain(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """A folder with a model and data, and what the short run writes without any change."""
     folder = tmp_path_factory.mktemp("plain")
     shutil.copytree(tiny_llama, folder / "model")

@@ -17,7 +17,6 @@ from peft_jax.cli.main import main
 from peft_jax.methods import base
 from peft_jax.train.metrics import MetricsLog
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(8)]
 WORDS = "finetune --model model --data data.json --batch-size 4 --learning-rate 0.02 --cutoff-len 64".split()
 FIELDS: dict[str, dict[str, Any]] = {

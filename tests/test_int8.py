@@ -94,6 +94,7 @@ def backward_memory(matmul):
     return program.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("optimizing_compiler")
 def test_no_dequantized_copy_is_kept_for_backward_and_the_check_can_fail():
     dense_stack = LAYERS * DIM * DIM * 4
     ours = backward_memory(lambda weight, x: weight.apply(x))

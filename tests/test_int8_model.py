@@ -99,6 +99,7 @@ def gradient_memory(apply):
     return program.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("optimizing_compiler")
 def test_no_dequantized_copy_is_kept_for_backward_and_the_check_can_fail():
     model = pj.quantize(pj.AutoModelForCausalLM.from_config(CONFIG))
     dense = sum(leaf.q.size * 4 for leaf in int8_leaves(model.params))

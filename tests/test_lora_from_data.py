@@ -43,7 +43,6 @@ COMMON = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "down_
 CLASSES = {"eva_config": "EvaConfig", "corda_config": "CordaConfig", "lora_ga_config": "LoraGAConfig"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # PEFT's, of options and of hooks that are not called
-    pytest.mark.usefixtures("quick_compiler"),
 ]
 
 

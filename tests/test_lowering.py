@@ -38,6 +38,7 @@ def test_the_gradient_of_a_frozen_weight_is_seen_and_that_of_an_adapter_is_not()
     assert frozen_gradients(whole, {MATRIX}) & {MATRIX, MATRIX[::-1]}
 
 
+@pytest.mark.usefixtures("optimizing_compiler")
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_dequantized_weight_is_seen(keeps: bool) -> None:
     params = pj.quantize({"up": {"kernel": jax.random.normal(jax.random.key(0), MATRIX)}})

@@ -109,7 +109,6 @@ def test_sizes_that_do_not_fit_the_devices() -> None:
         make_mesh({"rows": 1})
 
 
-@pytest.mark.usefixtures("quick_compiler")
 def test_adalora_on_eight_devices_is_that_of_one() -> None:
     """All its arrays, its choices of ranks and its penalty, step by step."""
     config = LlamaConfig(

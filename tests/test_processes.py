@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 
 from peft_jax.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(24)]
 WORDS = (
     "finetune --model model --data data.json --load-in-8bit --packing --cutoff-len 64 --max-steps 6 --batch-size 8 "
@@ -55,7 +54,7 @@ def stopped_halfway(source: str, target: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(quick_compiler: None, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run ``one`` of one process, one ``two`` of two, and both halves of them swapped."""
     folder = tmp_path_factory.mktemp("processes")
     shutil.copytree(tiny_llama, folder / "model")

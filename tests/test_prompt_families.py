@@ -77,7 +77,7 @@ CASES = [
 ]
 every_case = pytest.mark.parametrize(("family", "task", "row"), CASES, ids=["-".join(case) for case in CASES])
 FIELDS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ ROWS = {
 PAIRS = [("llama", row) for row in ROWS]
 PAIRS += [("mistral", "prefix"), ("mistral", "adaption"), ("qwen2", "p-tuning")]
 pairs = pytest.mark.parametrize(("family", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,6 @@ CASES = {
 SIDES = ("PREFIX_TUNING", "PROMPT_TUNING", "ADAPTION_PROMPT")  # one for each thing that a prompt gives a model
 every_side = pytest.mark.parametrize("config", [CASES[name] for name in SIDES], ids=SIDES)
 every_prompt = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def tasks(config):

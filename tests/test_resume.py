@@ -22,7 +22,6 @@ from peft_jax.models.causal_lm import CausalLM
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(22)]
 WORDS = "finetune --model model --data data.json --max-steps 4 --batch-size 4 --output out".split()
 
@@ -106,7 +105,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(
 
 
 @pytest.fixture(scope="module")
-def finished(quick_compiler: None, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data, and a run in ``out``."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(tiny_llama, folder / "model")

@@ -65,6 +65,7 @@ def loss_of(fn, frozen):
     return lambda trainable, x: jnp.mean(fn(pj.combine(trainable, frozen), x) ** 2)
 
 
+@pytest.mark.usefixtures("optimizing_compiler")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_no_frozen_weight_is_gathered_and_the_numbers_are_those_of_one_device(kind):
     mesh = mesh_of(kind)
@@ -96,6 +97,7 @@ def gathered(text):
     return {shape for shape in shapes if np.prod([int(n) for n in shape.split(",") if n]) >= 16 * 32 // 8}
 
 
+@pytest.mark.usefixtures("optimizing_compiler")
 def test_the_measure_sees_a_weight_that_is_gathered():
     mesh = mesh_of(AxisType.Auto)
     w = jax.device_put(normal(0, 16, 32), NamedSharding(mesh, P(None, "tensor")))

@@ -39,7 +39,7 @@ INPUTS = {
     "decoder_attention_mask": DECODER_MASK,
 }
 
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def theirs(model, **inputs):

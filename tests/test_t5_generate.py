@@ -17,7 +17,7 @@ IDS = np.random.default_rng(1).integers(3, SIZES["vocab_size"], (3, 7))
 LEFT, RIGHT = np.ones_like(IDS), np.ones_like(IDS)
 LEFT[1, :3] = LEFT[2, :1] = 0
 RIGHT[1, 4:] = RIGHT[2, 6:] = 0
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def theirs(model, inputs, **options):

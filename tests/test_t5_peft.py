@@ -56,7 +56,7 @@ ROWS = {
 }
 PAIRS = [("v1.0", row) for row in ROWS] + [("v1.1", row) for row in ("all-linear", "output head")]
 pairs_and_rows = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True)

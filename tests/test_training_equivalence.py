@@ -14,7 +14,6 @@ import peft_jax as pj
 from peft_jax import train
 from peft_jax.cli.checkpoint import apply
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 STEPS, RATE = 20, 1e-3
 ROWS = {
     "LORA": ("LoraConfig", {"r": 4, "lora_alpha": 8}),

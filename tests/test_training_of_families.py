@@ -22,7 +22,7 @@ from peft_training import train_in_peft  # noqa: E402
 from test_prompt_parity import torch_arrays, with_arrays  # noqa: E402
 from test_training_equivalence import kept  # noqa: E402
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS, RATE, ROWS = 20, 1e-3, 4
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 24}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
