@@ -409,7 +409,7 @@ def test_eval_batches(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) 
         shapes.extend(batch["input_ids"].shape[0] for batch in batches)
         return 1.0
 
-    monkeypatch.setattr("peft_jax.cli.evaluate.evaluate", watch)
+    monkeypatch.setattr("peft_jax.cli.task.evaluate", watch)
     run("eval", "--model", "model", "--data", "data.json", "--batch-size", "3")
     run("eval", "--model", "model", "--data", "data.json")
     assert shapes == [3, 3, 3, 8]

@@ -123,8 +123,8 @@ def test_epochs_count_steps_and_the_last_batch_may_be_small(capsys: pytest.Captu
 def test_remat_and_mesh_reach_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def stop(options: Any, model: Any, data: Any, mesh: Any) -> Any:
-        plan, state, frozen = make_plan(options, model, data, mesh)
+    def stop(options: Any, task: Any, model: Any, data: Any, mesh: Any) -> Any:
+        plan, state, frozen = make_plan(options, task, model, data, mesh)
         program = jax.make_jaxpr(plan.step)(state.trainable, state.opt_state, frozen, plan.batches[0], state.key)
         seen.append((str(program).count("policy=None"), mesh and dict(mesh.shape)))
         raise KeyboardInterrupt
@@ -202,7 +202,7 @@ def test_other_formats_train(
 
 def test_early_stopping_keeps_the_best(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 0.5}
-    monkeypatch.setattr(Plan, "validation_loss", lambda self, state, frozen: losses[state.step])
+    monkeypatch.setattr(Plan, "validation", lambda self, state, frozen: {"eval_loss": losses[state.step]})
     final = run(max_steps=10, val_size=3, eval_steps=2, early_stopping=2, save_steps=3, save_total_limit=3)
     assert [(row["step"], row["eval_loss"]) for row in metrics() if "eval_loss" in row] == list(losses.items())[:4]
     assert sorted(file.name for file in Path("out/checkpoints").iterdir()) == ["3", "6", "8"]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import peft_jax as pj
 from peft_jax.cli.checkpoint import load_tokenizer
+from peft_jax.cli.task import Task, read_labels, refuse_random, task_of_adapter
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.interop.describe import read_adapter_config
 
@@ -26,16 +27,29 @@ class ModelOptions:
     """Element type of the base's weights; by default the checkpoint's own."""
 
 
-def load_model(options: ModelOptions) -> Any:
+def load_model(options: ModelOptions, task: Task) -> Any:
     """The base model, with the adapter if there is one.
 
     Raises:
-        ValueError: If no base is named, or the adapter does not fit it.
+        ValueError: If no base is named, the adapter does not fit it, or a part of it would be random.
         OSError: If a file or folder is missing.
     """
     name, _ = find_base(options.model, options.adapter)
-    base = pj.AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype, load_in_8bit=options.load_in_8bit)
-    return base if options.adapter is None else pj.PeftModel.from_pretrained(base, options.adapter)
+    model = task.read(name, read_labels(options.adapter), dtype=options.dtype, load_in_8bit=options.load_in_8bit)
+    if options.adapter is not None:
+        model = pj.PeftModel.from_pretrained(model, options.adapter)
+    refuse_random(model)
+    return model
+
+
+def find_task(model: str | None, adapter: Path | None) -> Task:
+    """The task of the adapter, or of the model alone.
+
+    Raises:
+        ValueError: If no base is named, or the commands are not for its task.
+        FileNotFoundError: If it is not there.
+    """
+    return task_of_adapter(str(find_base(model, adapter)[1]), adapter)
 
 
 def find_base(model: str | None, adapter: Path | None) -> tuple[str, Path]:

@@ -6,11 +6,9 @@ import jax
 from transformers import AutoTokenizer
 
 
-def apply(
-    model: Any, input_ids: jax.Array, attention_mask: jax.Array, segment_ids: jax.Array | None = None
-) -> jax.Array:
-    """Logits (batch, length, vocabulary) of a model handle, as the steps of `peft_jax.train` take it."""
-    return model(input_ids, attention_mask=attention_mask, segment_ids=segment_ids).logits
+def apply(model: Any, input_ids: jax.Array, attention_mask: jax.Array, **more: jax.Array) -> jax.Array:
+    """Logits of a model handle, as the steps of `peft_jax.train` take it; ``more`` is what they hand on of a batch."""
+    return model(input_ids, attention_mask=attention_mask, **more).logits
 
 
 def load_tokenizer(model: str) -> Any:

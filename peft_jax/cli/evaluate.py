@@ -1,4 +1,4 @@
-"""`peft-jax eval`: loss and perplexity of a model on a file, with or without an adapter."""
+"""`peft-jax eval`: loss and perplexity of a model on a file, or accuracy, with or without an adapter."""
 
 import dataclasses
 import json
@@ -6,18 +6,19 @@ import math
 
 import numpy as np
 
-from peft_jax.cli.adapted import ModelOptions, find_tokenizer, load_model
+from peft_jax.cli.adapted import ModelOptions, find_task, find_tokenizer, load_model
 from peft_jax.cli.bar import progress
-from peft_jax.cli.checkpoint import apply
 from peft_jax.cli.finetune_options import DataOptions
-from peft_jax.cli.finetune_setup import check_fit, load_records
-from peft_jax.train import Padded, encode, evaluate, evaluation_batches, load_template, make_evaluation_step
+from peft_jax.cli.finetune_setup import check_fit, load_records, padded
+from peft_jax.cli.task import Layout
+from peft_jax.prompts.base import prompt_tasks, virtual_slots
+from peft_jax.train import evaluation_batches, load_template
 from peft_jax.train.encode import IGNORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(ModelOptions):
-    """Loss and perplexity of a model on the answers in a file."""
+    """Loss and perplexity of a model on the answers in a file; loss and accuracy of a classifier of texts."""
 
     data: str
     """JSON or JSONL file (or hub id of a dataset) of any kind that finetune takes."""
@@ -28,7 +29,7 @@ class Eval(ModelOptions):
     cutoff_len: int = 256
     """Longest example in tokens; longer ones are left out and counted."""
     json: bool = False
-    """Print a JSON object: loss, perplexity, target_tokens, examples, too_long."""
+    """Print a JSON object: loss, perplexity, target_tokens, examples, too_long; of classes accuracy, and no tokens."""
 
 
 def evaluate_model(options: Eval) -> None:
@@ -41,22 +42,31 @@ def evaluate_model(options: Eval) -> None:
     for name in ("batch_size", "cutoff_len"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Give a number above 0.")
+    task = find_task(options.model, options.adapter)
     records = load_records(DataOptions(data=options.data, prompt_template=options.prompt_template))
+    task.check(records)
     template, tokenizer = load_template(options.prompt_template), find_tokenizer(options.model, options.adapter)
-    examples, too_long = encode(records, tokenizer, cutoff_len=options.cutoff_len, template=template)
-    data = Padded(examples, options.cutoff_len)
-    model = load_model(options)
-    check_fit([data], model.config)
+    model = load_model(options, task)
+    layout = Layout(options.cutoff_len, template, tasks=prompt_tasks(model))
+    examples, too_long = task.encode(records, tokenizer, model, layout)
+    data = padded(task, examples, options.cutoff_len, model)
+    check_fit([data], model.config, virtual_slots(model))
     batches = list(evaluation_batches(data, options.batch_size))
     with progress(batches, len(batches)) as bar:
-        loss = evaluate(make_evaluation_step(apply), model, bar)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+        found = task.evaluate(task.make_evaluation_step(), model, bar)
+    if not task.has_classes:
+        found["perplexity"] = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
     targets = sum(int(np.sum(example.labels != IGNORE)) for example in examples)
     if options.json:
-        found = {"loss": loss, "perplexity": perplexity, "target_tokens": targets}
-        print(json.dumps({**found, "examples": len(data), "too_long": too_long}))
+        counts = {"examples": len(data), "too_long": too_long}
+        print(json.dumps({**found, **({} if task.has_classes else {"target_tokens": targets}), **counts}))
         return
     left_out = f", {too_long} longer than {options.cutoff_len} left out" if too_long else ""
+    if task.has_classes:
+        print(f"Data        {len(data)} texts{left_out}")
+        print(f"Loss        {found['loss']:.4f} nats a text")
+        print(f"Accuracy    {found['accuracy']:.4f}")
+        return
     print(f"Data        {len(data)} examples, {targets} tokens of answers{left_out}")
-    print(f"Loss        {loss:.4f} nats a token")
-    print(f"Perplexity  {perplexity:.4g}")
+    print(f"Loss        {found['loss']:.4f} nats a token")
+    print(f"Perplexity  {found['perplexity']:.4g}")

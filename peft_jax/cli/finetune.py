@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from peft_jax.cli import finetune_setup as setup
 from peft_jax.cli.bar import Speed, progress
 from peft_jax.cli.checkpoint import load_tokenizer
-from peft_jax.cli.finetune_adapter import attach, make_config
+from peft_jax.cli.finetune_adapter import attach, choose_task, make_config
 from peft_jax.cli.finetune_options import Finetune as Finetune
 from peft_jax.cli.finetune_options import check, settings
-from peft_jax.cli.finetune_output import METRICS, Curves, export
+from peft_jax.cli.finetune_output import METRICS, Curves, export, save
 from peft_jax.cli.finetune_plan import Plan, check_mesh, count_steps, make_plan, surroundings
 from peft_jax.cli.processes import all_or_none, check_processes, in_any, is_first, joined
 from peft_jax.cli.run_folder import run_folder, stop_on_signal
@@ -66,19 +66,23 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         if options.run.resume:
             setup.refuse_others(checkpoints.notes()["settings"], fingerprint)
         config = make_config(options.adapter)
+        task = choose_task(options, config)
+        config = config.replace(task_type=task.name)
         records = setup.load_records(options.data)
-        base = setup.load_base(options.base)
-        data = setup.make_data(records, load_tokenizer(options.base.model), options.data, options.training.seed)
-        model = attach(base, config, options, count_steps(options, data.training))
+        task.check(records)
+        base = setup.load_base(options.base, task, records, options.adapter.adapter)
+        tokenizer, tasks = load_tokenizer(options.base.model), getattr(config, "tasks", 0)
+        data = setup.make_data(task, records, tokenizer, base, options.data, options.training.seed, tasks)
+        model = attach(base, config, options, count_steps(options, data.training), data.training)
         setup.check_fit(data.parts, base.config, virtual_slots(model))
         fingerprint["tokens"] = data.digest
     summary = trainable_parameters(model)
     print(data.said, summary, sep="\n")
-    plan, state, frozen = make_plan(options, model, data, mesh)
+    plan, state, frozen = make_plan(options, task, model, data, mesh)
     state, best = _train(options, plan, state, frozen, checkpoints, fingerprint)
     model = plan.finished(state, frozen)
     if is_first():
-        curves = export(model, folder, settings(options), summary)
+        curves = export(model, task, folder, settings(options), summary)
         _say(folder, curves, best, plan.max_steps)
 
 
@@ -113,13 +117,13 @@ def _train(
             board.write({**row, "tokens_per_second": per_second})
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {per_second:,.0f} tokens/s", refresh=False)
             if plan.is_evaluated(number):
-                row = {"step": number, "eval_loss": plan.validation_loss(state, frozen)}
+                row = {"step": number, **plan.validation(state, frozen)}
                 log.write(row)
                 board.write(row)
                 if best.note(row["eval_loss"], number):
                     model = plan.finished(state, frozen)
                     if is_first():
-                        model.save_pretrained(run.output / "best")
+                        save(model, plan.task, run.output / "best", run.output)
             stopped = in_any(stop.requested)
             end = number == plan.max_steps or best.since >= patience
             if end or stopped or number % run.save_steps == 0:
@@ -143,4 +147,6 @@ def _say(folder: Path, curves: Curves, best: Best, max_steps: int) -> None:
     if "validation" in curves:
         final = curves["validation"][-1][1]
         print(f"Validation loss {final:.3f}, at its best {best.loss:.3f} (step {best.step}, in best/).")
+    if "accuracy" in curves:
+        print(f"Validation accuracy {curves['accuracy'][-1][1]:.3f}.")
     print(f"Wrote the adapter, loss.png and README.md to {folder}.")

@@ -10,22 +10,27 @@ import jax
 
 import peft_jax as pj
 from peft_jax.cli.finetune_options import DESCRIBED, AdapterOptions, Finetune, flag
+from peft_jax.cli.finetune_start import resumed, started
+from peft_jax.cli.task import Task, fresh_modules, refuse_random, task_of
+from peft_jax.core.targets import SAVED_HEADS
 from peft_jax.methods.base import Method, PeftConfig, by_name
+from peft_jax.methods.lora_options import FROM_DATA
 from peft_jax.methods.scheduled import Scheduled
 from peft_jax.prompts.base import PromptMethod
+from peft_jax.train.batches import Data
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"LORA": {"r": 8, "lora_alpha": 16}}  # where they are not PEFT's
 
 
-def make_config(options: AdapterOptions) -> PeftConfig | None:
-    """Make the adapter's config from the options or from their file; None where an adapter is given.
+def make_config(options: AdapterOptions) -> PeftConfig:
+    """Make the adapter's config from the options or from their file; that of the adapter where one is given.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the method or a field is unknown, given twice, or has a value that is wrong.
     """
     if options.adapter is not None:
-        return None
+        return PeftConfig.from_pretrained(options.adapter)
     if options.adapter_config is not None:
         return _read_config(options.adapter_config)
     kind = by_name((options.peft or "LORA").upper())
@@ -41,7 +46,7 @@ def make_config(options: AdapterOptions) -> PeftConfig | None:
     known = {field.name for field in dataclasses.fields(kind)} - OWN
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"--peft-config has {', '.join(unknown)}, which {kind.peft_type} has not. {_fields_of(kind)}")
-    return kind(**{**DEFAULTS.get(kind.peft_type, {}), **typed, **given}, task_type="CAUSAL_LM")
+    return kind(**{**DEFAULTS.get(kind.peft_type, {}), **typed, **given})
 
 
 OWN = {field.name for field in dataclasses.fields(PeftConfig)}  # fields that the command sets itself
@@ -93,10 +98,32 @@ def _read_object(file: Path, missing: str, called: str, rule: str) -> dict[str, 
     return fields
 
 
-def attach(base: Any, config: PeftConfig | None, options: Finetune, max_steps: int) -> Any:
-    """Attach a fresh adapter for a run of so many steps, or the one to start from."""
-    if config is None:
-        assert options.adapter.adapter is not None
+def choose_task(options: Finetune, config: PeftConfig) -> Task:
+    """The task of a run: of the option, of the adapter's config, or of the checkpoint.
+
+    Raises:
+        ValueError: If the option and the config contradict each other, the checkpoint is not for the task, or an
+            option is for other tasks.
+    """
+    said = options.base.task
+    if said is not None and config.task_type not in (None, said):
+        raise ValueError(f"--task {said}, but the adapter's config has the task_type {config.task_type}. Drop --task.")
+    task = task_of(options.base.model, said or config.task_type)
+    for name in ("packing", "train_on_inputs"):
+        if getattr(options.data, name) and not task.next_token:
+            raise ValueError(f"{flag(name)} is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")
+    return task
+
+
+def attach(base: Any, config: PeftConfig, options: Finetune, max_steps: int, data: Data) -> Any:
+    """Attach a fresh adapter for a run of so many steps, or the one to start from; data is what it trains on."""
+    model = _attached(base, config, options, max_steps, data)
+    refuse_random(model)
+    return model
+
+
+def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, data: Data) -> Any:
+    if options.adapter.adapter is not None:
         return pj.PeftModel.from_pretrained(base, options.adapter.adapter, is_trainable=True)
     if not isinstance(config, Method):
         raise ValueError(f"adapters of the type {config.peft_type} cannot be trained by this command. Take another.")
@@ -104,16 +131,35 @@ def attach(base: Any, config: PeftConfig | None, options: Finetune, max_steps: i
         config = config.for_run(max_steps)
     if isinstance(config, PromptMethod):
         _check_prompt(config, options)
+    config = with_fresh_modules(config, base)
+    looks_at_data = isinstance(config, pj.LoraConfig) and config.init_lora_weights in FROM_DATA
+    if looks_at_data and options.run.resume:
+        return resumed(base, options.run.output)
+    if looks_at_data:
+        return started(base, config, options, data)  # type: ignore[arg-type]
+    if options.adapter.start_batches is not None:
+        raise ValueError(
+            f"--start-batches is for a LoRA with init_lora_weights {', '.join(FROM_DATA)} in --peft-config. Leave it "
+            "out."
+        )
     return pj.get_peft_model(base, config, key=jax.random.key(options.training.seed))
+
+
+def with_fresh_modules(config: Method, base: Any) -> Method:
+    """The config with what the checkpoint lacks, beside the head that PEFT trains anyway, in ``modules_to_save``.
+
+    PEFT leaves a pooler that starts at random as it is, and out of the file, which then fits no base.
+    """
+    heads = SAVED_HEADS.get(config.task_type, ())
+    rest = [name for name in fresh_modules(base) if not any(part in heads for part in name.split("."))]
+    if not rest or not hasattr(config, "modules_to_save"):
+        return config
+    print(f"The checkpoint has no {', '.join(rest)}: trained whole, beside the adapter.")
+    return config.replace(modules_to_save=[*(config.modules_to_save or ()), *rest])
 
 
 def _check_prompt(config: PromptMethod, options: Finetune) -> None:
     """Raise ValueError for prompts that this command's data is not for."""
-    if config.tasks:
-        raise ValueError(
-            f"{config.peft_type} is told each row's task, which data for this command does not name. Train it in "
-            "Python (batches with task_ids), or take PROMPT_TUNING."
-        )
     if config.virtual_tokens and options.data.packing:
         raise ValueError(
             f"{config.peft_type} puts its tokens at the head of a row, where --packing has several texts. Leave "

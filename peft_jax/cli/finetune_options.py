@@ -14,7 +14,10 @@ class ModelOptions:
     """The base model."""
 
     model: str
-    """Folder (or hub id) of a Hugging Face checkpoint: Llama, Mistral, Qwen2, Qwen3 or GPT-2."""
+    """Folder (or hub id) of a Hugging Face checkpoint: Llama, Mistral, Qwen2, Qwen3, GPT-2, T5, BERT or RoBERTa."""
+    task: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None = None
+    """What to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to tell texts'
+    classes, with a fresh head where the checkpoint has none; by default what the adapter or the checkpoint is for."""
     load_in_8bit: bool = False
     """Keep the frozen weights in int8."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -43,6 +46,8 @@ class AdapterOptions:
     """A file in the format of PEFT's adapter_config.json, method included, instead of the options above."""
     adapter: Path | None = None
     """Folder of an adapter to train on, instead of a fresh one."""
+    start_batches: int | None = None
+    """Batches of the data that a LoRA looks at whose init_lora_weights is eva, corda or lora_ga (8 by default)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,8 @@ class DataOptions:
 
     data: str
     """JSON or JSONL file (or hub id of a dataset) of records with instruction, input and output, or with prompt and
-    completion, or with messages."""
+    completion, or with messages; for SEQ_CLS with text (and text_pair) and label. Where a prompt has several tasks,
+    with task_id too."""
     prompt_template: str = "short"
     """For instruction data: short, alpaca, or a JSON file in alpaca-lora's format."""
     train_on_inputs: bool = False
@@ -116,7 +122,8 @@ class RunOptions:
     """What is written, and when."""
 
     output: Path
-    """Folder to create: adapter, best/ by validation loss, checkpoints/, metrics.jsonl, loss.png, README.md."""
+    """Folder to create: adapter, best/ by validation loss, checkpoints/, metrics.jsonl, loss.png, README.md, and of
+    classes labels.json."""
     eval_steps: int | None = None
     """Steps between evaluations; by default once an epoch. The last step is always evaluated."""
     early_stopping: int | None = None
@@ -205,13 +212,13 @@ def check(options: Finetune) -> None:
 
 ABOVE_ZERO = (
     *("epochs", "max_steps", "batch_size", "micro_batch_size", "cutoff_len", "learning_rate"),
-    *("eval_steps", "early_stopping", "save_steps", "save_total_limit"),
+    *("eval_steps", "early_stopping", "save_steps", "save_total_limit", "start_batches"),
     *("num_processes", "initialization_timeout"),
 )
 DESCRIBED = ("r", "lora_alpha", "lora_dropout", "target_modules")
 EXCLUSIVE = {
     "adapter_config": ("peft", "peft_config", *DESCRIBED),
-    "adapter": ("peft", "peft_config", *DESCRIBED, "adapter_config"),
+    "adapter": ("peft", "peft_config", *DESCRIBED, "adapter_config", "start_batches"),
     "epochs": ("max_steps",),
 }
 

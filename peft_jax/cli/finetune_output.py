@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.cli.finetune_options import DESCRIBED, flag
+from peft_jax.cli.finetune_start import initial
+from peft_jax.cli.task import Task, write_labels
 from peft_jax.train import plot_losses
 from peft_jax.train.metrics import read_metrics
 
@@ -13,24 +15,33 @@ METRICS = "metrics.jsonl"
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def export(model: Any, folder: Path, settings: Mapping[str, Any], trainable: str) -> Curves:
+def export(model: Any, task: Task, folder: Path, settings: Mapping[str, Any], trainable: str) -> Curves:
     """Write the adapter in PEFT's format, loss.png and README.md; each file appears whole or not at all.
 
     Returns:
-        The loss curves.
+        The curves: of the loss, and of the accuracy on rows kept apart.
     """
     rows = read_metrics(folder / METRICS)
     curves = {
         "training": [(row["step"], row["loss"]) for row in rows if "loss" in row],
         "validation": [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
+        "accuracy": [(row["step"], row["eval_accuracy"]) for row in rows if "eval_accuracy" in row],
     }
     curves = {name: points for name, points in curves.items() if points}
+    losses = {name: points for name, points in curves.items() if name != "accuracy"}
     title = f"{Path(settings['model']).name} on {Path(settings['data']).name}"
-    _whole(folder / "loss.png", lambda file: plot_losses(file, curves, title=title))
-    card = model_card(model, settings, curves, trainable)
+    _whole(folder / "loss.png", lambda file: plot_losses(file, losses, title=title))
+    card = model_card(model, task, settings, curves, trainable)
     _whole(folder / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
-    model.save_pretrained(folder)
+    save(model, task, folder, folder)
     return curves
+
+
+def save(model: Any, task: Task, folder: Path, run: Path) -> None:
+    """Write a run's adapter as one that goes on the base as it was, and the names of its classes."""
+    model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial(model, run))
+    if task.has_classes:
+        write_labels(model, folder)
 
 
 def _whole(file: Path, write: Callable[[Path], Any]) -> None:
@@ -42,7 +53,7 @@ def _whole(file: Path, write: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def model_card(model: Any, settings: Mapping[str, Any], curves: Curves, trainable: str) -> str:
+def model_card(model: Any, task: Task, settings: Mapping[str, Any], curves: Curves, trainable: str) -> str:
     """Write the README.md of an adapter, with the header that the Hugging Face hub reads."""
     base = settings["model"]
     results = [f"| last training loss | {curves['training'][-1][1]:.4f} (step {curves['training'][-1][0]}) |"]
@@ -52,16 +63,20 @@ def model_card(model: Any, settings: Mapping[str, Any], curves: Curves, trainabl
             f"| last validation loss | {curves['validation'][-1][1]:.4f} (step {curves['validation'][-1][0]}) |",
             f"| best validation loss | {best:.4f} (step {step}, in `best/`) |",
         ]
+    if "accuracy" in curves:
+        step, accuracy = curves["accuracy"][-1]
+        results.append(f"| last validation accuracy | {accuracy:.4f} (step {step}) |")
     config = next(iter(model.peft_config.values()))
     given = {**settings, **{name: getattr(config, name, None) for name in DESCRIBED}}
     typed = [f"| `{flag(name)}` | {_typed(value)} |" for name, value in given.items() if value is not None]
+    classes = f", num_labels={model.config.num_labels}" if task.has_classes else ""
     lines = [
-        *("---", f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation"),
+        *("---", f"base_model: {base}", "library_name: peft", f"pipeline_tag: {task.pipeline}"),
         *("tags:", f"- base_model:adapter:{base}", f"- {config.peft_type.lower()}", "- peft_jax", "---", ""),
         *(f"# {config.peft_type} adapter for {Path(base).name}", ""),
         *(f"Trained with `peft-jax finetune` on `{settings['data']}`, in the format of Hugging Face PEFT:", ""),
-        *("```python", "from peft import AutoPeftModelForCausalLM", ""),
-        *('model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")', "```", ""),
+        *("```python", f"from peft import {task.auto_peft}", ""),
+        *(f'model = {task.auto_peft}.from_pretrained("path/to/this/folder"{classes})', "```", ""),
         *("![Loss curve](loss.png)", "", trainable, ""),
         *("| result | |", "|---|---|", *results, ""),
         *("| setting | |", "|---|---|", *typed, ""),

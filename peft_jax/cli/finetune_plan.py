@@ -11,15 +11,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from peft_jax.cli.checkpoint import apply
 from peft_jax.cli.finetune_options import Finetune
 from peft_jax.cli.finetune_setup import Examples
+from peft_jax.cli.task import Task
 from peft_jax.core.partition import combine
 from peft_jax.train import (
     Batch,
     State,
     StepMetrics,
-    evaluate,
     evaluation_batches,
     finished,
-    make_evaluation_step,
     make_optimizer,
     make_schedule,
     make_training_step,
@@ -30,7 +29,7 @@ from peft_jax.train import (
 from peft_jax.train.batches import Data
 from peft_jax.train.optimizer import Schedule, default_warmup
 from peft_jax.train.sharding import PlacedBatches, place, place_batch, place_state, shardings, with_whole_adapters
-from peft_jax.train.step import EvaluationStep, TrainingStep
+from peft_jax.train.step import TrainingStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +37,29 @@ class Plan:
     """What a run does.
 
     Attributes:
+        task: What is trained.
         max_steps: Steps in all.
         epoch: Steps of an epoch.
         eval_steps: Steps between evaluations.
         rate: The learning rate by step.
         batches: Item ``n`` is the batch of step ``n``.
-        validation: Rows kept apart, or None.
+        validation_data: Rows kept apart, or None.
         rows: How many of them go through the model at once.
         step: The compiled training step.
         evaluation_step: The compiled evaluation step.
         mesh: Where all of it lies; None for one device.
     """
 
+    task: Task
     max_steps: int
     epoch: int
     eval_steps: int
     rate: Schedule
     batches: Sequence[Batch]
-    validation: Data | None
+    validation_data: Data | None
     rows: int
     step: TrainingStep
-    evaluation_step: EvaluationStep
+    evaluation_step: Any
     mesh: Mesh | None
 
     def row(self, state: State, metrics: StepMetrics) -> dict[str, float | int]:
@@ -74,14 +75,15 @@ class Plan:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the validation loss is due after a step."""
-        return self.validation is not None and (step % self.eval_steps == 0 or step == self.max_steps)
+        return self.validation_data is not None and (step % self.eval_steps == 0 or step == self.max_steps)
 
-    def validation_loss(self, state: State, frozen: Any) -> float:
-        """Mean loss over the rows kept apart, in nats per target token."""
-        assert self.validation is not None
-        batches = evaluation_batches(self.validation, self.rows)
+    def validation(self, state: State, frozen: Any) -> dict[str, float]:
+        """What the rows kept apart tell, for the metrics: ``eval_loss`` in nats per label, of classes the accuracy."""
+        assert self.validation_data is not None
+        batches = evaluation_batches(self.validation_data, self.rows)
         placed = batches if self.mesh is None else (place_batch(batch, self.mesh) for batch in batches)
-        return evaluate(self.evaluation_step, combine(state.trainable, frozen), placed)
+        found = self.task.evaluate(self.evaluation_step, combine(state.trainable, frozen), placed)
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def finished(self, state: State, frozen: Any) -> Any:
         """The model to save, whose adapter this process holds whole."""
@@ -89,7 +91,7 @@ class Plan:
         return model if self.mesh is None else with_whole_adapters(model, self.mesh)
 
 
-def make_plan(options: Finetune, model: Any, data: Examples, mesh: Mesh | None) -> tuple[Plan, State, Any]:
+def make_plan(options: Finetune, task: Task, model: Any, data: Examples, mesh: Mesh | None) -> tuple[Plan, State, Any]:
     """Build the steps, and split the model into the state at step 0 and the frozen twin."""
     training = options.training
     max_steps, epoch = count_steps(options, data.training), steps_per_epoch(data.training, training.batch_size)
@@ -107,10 +109,11 @@ def make_plan(options: Finetune, model: Any, data: Examples, mesh: Mesh | None) 
         state, frozen = start(place(model, mesh), optimizer, seed=training.seed)
         state = place_state(state, mesh)
         layout = (*shardings((state.trainable, state.opt_state)), NamedSharding(mesh, PartitionSpec()))
-    step = make_training_step(apply, optimizer, micro_batch_size=training.micro_batch_size, out_shardings=layout)
+    size = training.micro_batch_size
+    step = make_training_step(apply, optimizer, next_token=task.next_token, micro_batch_size=size, out_shardings=layout)
     rows = training.micro_batch_size or training.batch_size
-    parts = (max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
-    return Plan(*parts, step, make_evaluation_step(apply), mesh), state, frozen
+    parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
+    return Plan(*parts, step, task.make_evaluation_step(), mesh), state, frozen
 
 
 def count_steps(options: Finetune, data: Data) -> int:

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-import peft_jax as pj
 from peft_jax.cli.finetune_adapter import is_json
 from peft_jax.cli.finetune_options import DataOptions, Finetune, ModelOptions, flag, settings
+from peft_jax.cli.task import Layout, Task, classes_of_data, read_labels
 from peft_jax.interop.checkpoint import find_checkpoint
-from peft_jax.models.config import ModelConfig
-from peft_jax.train import Packed, Padded, encode, load_template, read_data
+from peft_jax.train import Packed, Padded, load_template, read_data
 from peft_jax.train.batches import Data
 from peft_jax.train.encode import Example
 from peft_jax.train.records import AnyRecord, Record, to_records
@@ -72,34 +71,48 @@ def _from_hub(name: str) -> list[AnyRecord]:
     return to_records(rows, name)
 
 
-def make_data(records: Sequence[AnyRecord], tokenizer: Any, options: DataOptions, seed: int) -> Examples:
+def make_data(
+    task: Task, records: Sequence[AnyRecord], tokenizer: Any, base: Any, options: DataOptions, seed: int, tasks: int
+) -> Examples:
     """Tokenize, split and lay out.
+
+    Args:
+        task: What is trained.
+        records: The records.
+        tokenizer: The checkpoint's tokenizer.
+        base: The model.
+        options: How they are laid out.
+        seed: Seed of the split.
+        tasks: How many tasks the prompt has, if it has any.
 
     Raises:
         ValueError: If nothing fits, or nothing is left to train on.
     """
-    examples, too_long = encode(
-        records,
-        tokenizer,
-        cutoff_len=options.cutoff_len,
-        template=load_template(options.prompt_template),
-        train_on_inputs=options.train_on_inputs,
-    )
+    template = load_template(options.prompt_template)
+    layout = Layout(options.cutoff_len, template, options.train_on_inputs, tasks)
+    examples, too_long = task.encode(records, tokenizer, base, layout)
     training, validation = _split(examples, options.val_size, seed)
 
     def lay_out(part: Sequence[Example]) -> Data:
-        return Packed(part, options.cutoff_len) if options.packing else Padded(part, options.cutoff_len)
+        return Packed(part, options.cutoff_len) if options.packing else padded(task, part, options.cutoff_len, base)
 
     data = lay_out(training)
     kept = f", {len(validation)} of them for validation" if validation else ""
     left = f"{too_long} longer than {options.cutoff_len} tokens left out." if too_long else "None was too long."
-    layout = f"Packed into {len(data)} rows of" if options.packing else "Padded to"
+    layout_said = f"Packed into {len(data)} rows of" if options.packing else "Padded to"
     lengths = " or ".join(map(str, data.lengths))
-    said = f"{len(examples)} examples{kept}. {left}\n{layout} {lengths} tokens."
+    said = f"{len(examples)} examples{kept}. {left}\n{layout_said} {lengths} tokens."
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())
+        for name in sorted(example.more):
+            digest.update(example.more[name].tobytes())
     return Examples(data, lay_out(validation) if validation else None, said, digest.hexdigest())
+
+
+def padded(task: Task, examples: Sequence[Example], longest: int, model: Any) -> Padded:
+    """Examples one a row; where there is no end of text to be told by the mask alone, padding has the model's id."""
+    return Padded(examples, longest, 0 if task.next_token else model.config.pad_token_id or 0)
 
 
 def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -115,7 +128,7 @@ def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Ex
     return parts[0], parts[1]
 
 
-def check_fit(parts: Sequence[Data], config: ModelConfig, virtual: int = 0) -> None:
+def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
     """Raise ValueError for tokens that the model has no embedding or, after so many virtual ones, no position for."""
     largest = max(int(part[index]["input_ids"].max()) for part in parts for index in range(len(part)))
     if largest >= config.vocab_size:
@@ -123,7 +136,7 @@ def check_fit(parts: Sequence[Data], config: ModelConfig, virtual: int = 0) -> N
             f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
             "Take tokenizer and weights from the same checkpoint."
         )
-    longest, room = max(part.lengths[-1] for part in parts), config.max_position_embeddings
+    longest, room = max(part.lengths[-1] for part in parts), config.room
     if longest + virtual > room:
         after = f" after {virtual} virtual ones" if virtual else ""
         raise ValueError(
@@ -132,11 +145,13 @@ def check_fit(parts: Sequence[Data], config: ModelConfig, virtual: int = 0) -> N
         )
 
 
-def load_base(options: ModelOptions) -> Any:
-    """Read the base model."""
-    return pj.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=options.dtype, load_in_8bit=options.load_in_8bit, remat=options.remat
-    )
+def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], adapter: Path | None) -> Any:
+    """Read the base model; a classifier with the classes of the adapter that it is trained on, or of the records."""
+    names = None
+    if task.has_classes:
+        names = read_labels(adapter) or classes_of_data(options.model, records)
+    told = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "remat": options.remat}
+    return task.read(options.model, names, **told)
 
 
 def fingerprint(options: Finetune) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from tyro.conf import Positional, UseAppendAction
 
-from peft_jax.cli.adapted import ModelOptions, find_tokenizer, load_model
+from peft_jax.cli.adapted import ModelOptions, find_task, find_tokenizer, load_model
 from peft_jax.cli.printer import Printer, text_of
 from peft_jax.cli.prompts import Prompt, encode, pad, read_prompts, standard_input
 from peft_jax.models.generation_config import Generation, resolve
 from peft_jax.models.sampling import DRAWING
+from peft_jax.prompts.base import prompt_tasks
 from peft_jax.train.batches import rounded_up
 
 NEW_TOKENS = 256  # where nobody says how many
@@ -22,7 +23,7 @@ NEW_TOKENS = 256  # where nobody says how many
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(ModelOptions):
-    """Continue prompts; what is not given here is as the checkpoint's generation_config.json says."""
+    """Continue or answer prompts; what is not given here is as the checkpoint's generation_config.json says."""
 
     prompts: Positional[tuple[str, ...]] = ()
     """The prompts; without any, and without --file, the lines of standard input."""
@@ -52,6 +53,8 @@ class Generate(ModelOptions):
     """A token that ends an answer, beside the model's own; may be given several times."""
     ignore_generation_config: bool = False
     """Leave generation_config.json aside."""
+    task_id: int | None = None
+    """The task of the prompts, by its number, for an adapter that is a prompt of several tasks."""
     batch_size: int = 8
     """Prompts that are continued at a time."""
     seed: int = 0
@@ -69,22 +72,31 @@ def generate(options: Generate) -> None:
     """
     check(options)
     prompts = read_prompts(options.prompts, options.file, standard_input())
+    task = find_task(options.model, options.adapter)
+    if task.has_classes:
+        raise ValueError(
+            f"{options.adapter or options.model} tells classes of texts, and writes none. Give it to peft-jax eval, "
+            "which tells how often it is right."
+        )
     tokenizer = find_tokenizer(options.model, options.adapter)
-    encoded = [encode(prompt, options.prompt_template, tokenizer) for prompt in prompts]
+    encoded = [encode(prompt, options.prompt_template, tokenizer, goes_on=task.next_token) for prompt in prompts]
     if not all(encoded):
         raise ValueError(
             f"prompt {encoded.index([]) + 1} has no tokens. Leave it out, or give --prompt-template short."
         )
     ends = [stop_token(text, tokenizer) for text in options.stop_token]
-    model = load_model(options)
+    model = load_model(options, task)
+    tasks = task_ids(options.task_id, prompt_tasks(model), min(options.batch_size, len(prompts)))
     found = {} if options.ignore_generation_config else model.generation_config
-    wanted = settle(options, found, model.config, max(map(len, encoded)), ends or None)
+    begun = max(map(len, encoded)) if task.next_token else 1  # an encoder-decoder's answer begins with a start token
+    wanted = settle(options, found, model.config, begun, ends or None)
     asked = {
         **wanted.sampling._asdict(),
         "top_k": wanted.sampling.top_k or 0,
         "max_new_tokens": wanted.max_new_tokens,
         "eos_token_id": wanted.eos_token_ids,
         "generation_config": {},
+        **tasks,
     }
     if not wanted.sampling.do_sample:
         asked |= dict.fromkeys(DRAWING)
@@ -93,7 +105,8 @@ def generate(options: Generate) -> None:
         key = jax.random.fold_in(jax.random.key(options.seed), 0)
         model.generate(ids, mask, key=key, streamer=Printer(tokenizer), **asked)
         return
-    for number, (prompt, answer) in enumerate(zip(prompts, answers(options, model, encoded, asked), strict=True), 1):
+    said = answers(options, model, encoded, asked, goes_on=task.next_token)
+    for number, (prompt, answer) in enumerate(zip(prompts, said, strict=True), 1):
         text = text_of(answer, tokenizer)
         if options.json:
             reason = "stop" if answer and answer[-1] in wanted.eos_token_ids else "length"
@@ -155,18 +168,37 @@ def settle(
 
 
 def answers(
-    options: Generate, model: Any, encoded: Sequence[list[int]], asked: Mapping[str, Any]
+    options: Generate, model: Any, encoded: Sequence[list[int]], asked: Mapping[str, Any], *, goes_on: bool
 ) -> Iterator[list[int]]:
-    """The new tokens of each prompt, up to the one that ends it; all batches have one shape, hence one program."""
+    """The new tokens of each prompt, up to the one that ends it; all batches have one shape, hence one program.
+
+    They stand behind the prompt where the model goes on with it, else behind a start token.
+    """
     rows, length = min(options.batch_size, len(encoded)), rounded_up(max(map(len, encoded)))
     for number, start in enumerate(range(0, len(encoded), rows)):
         batch = encoded[start : start + rows]
         ids, mask = pad(batch, rows, length)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         whole = np.asarray(model.generate(ids, mask, key=key, **asked))
-        for row in whole[: len(batch), length:].tolist():
+        for row in whole[: len(batch), length if goes_on else 1 :].tolist():
             end = next((place for place, token in enumerate(row, 1) if token in asked["eos_token_id"]), len(row))
             yield row[:end]
+
+
+def task_ids(asked: int | None, tasks: int, rows: int) -> dict[str, np.ndarray]:
+    """The task of each row, for a prompt that has several; nothing for another adapter.
+
+    Raises:
+        ValueError: If the prompt's task is not named, or one is named that there is not.
+    """
+    if not tasks and asked is None:
+        return {}
+    if not tasks:
+        raise ValueError(f"--task-id is {asked}, but no adapter has a prompt of several tasks. Leave it out.")
+    if asked is None or not 0 <= asked < tasks:
+        said = "not given" if asked is None else str(asked)
+        raise ValueError(f"--task-id is {said}, and the prompt has {tasks} tasks. Give 0 to {tasks - 1}.")
+    return {"task_ids": np.full(rows, asked, np.int32)}
 
 
 def stop_token(text: str, tokenizer: Any) -> int:

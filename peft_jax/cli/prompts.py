@@ -107,13 +107,18 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> str:
         raise ValueError(f"the chat template refuses the messages ({error}). Give --prompt-template raw.") from error
 
 
-def encode(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt: with what the tokenizer puts in front of a text, without what it puts behind."""
+def encode(prompt: Prompt, template: str, tokenizer: Any, *, goes_on: bool = True) -> list[int]:
+    """Token ids of a prompt: with what the tokenizer puts in front of a text, without what it puts behind.
+
+    Where the answer does not go on behind the prompt, as that of an encoder-decoder, with that too.
+    """
     text, whole = render(prompt, template, tokenizer)
     ids = list(tokenizer(text, add_special_tokens=not whole, verbose=False)["input_ids"])
     if ids[1:] and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brings one along too
         ids = ids[1:]
-    if ids and not whole and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+    if not goes_on or whole or not ids:
+        return ids
+    if ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         ids.pop()
     return ids
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.models.causal_lm import CausalLM
-from peft_jax.models.checkpoint import load_model, read_generation_config
+from peft_jax.models.checkpoint import read_generation_config, read_model
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.encoders import FeatureExtractor, MaskedLM, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from peft_jax.models.families import family_of
@@ -89,11 +89,11 @@ class AutoHandle:
         cls, name_or_path: Path, remat: bool, id2label: Mapping[int, str] | None = None, **options: Any
     ) -> ModelHandle:
         folder = find_checkpoint(name_or_path)
-        config, params = load_model(folder, task_type=cls.handle.task, **options)
+        config, params, fresh = read_model(folder, task_type=cls.handle.task, **options)
         told = read_config(folder).get("id2label") or {}
         if id2label is None and len(told) == config.num_labels:
             id2label = {int(number): label for number, label in told.items()}
-        source = Source(os.fspath(name_or_path), read_generation_config(folder), id2label or {})
+        source = Source(os.fspath(name_or_path), read_generation_config(folder), id2label or {}, fresh)
         handle: ModelHandle = cls.handle(params, config, source, remat)
         return handle
 

@@ -104,6 +104,11 @@ class RobertaConfig(BertConfig):
             raise ValueError("pad_token_id=None is not supported: this model counts positions from it. Write its id.")
 
     @property
+    def room(self) -> int:
+        """How many tokens a text may have, the first of which stands after the position of padding."""
+        return self.max_position_embeddings - (self.pad_token_id or 0) - 1
+
+    @property
     def has_pooler(self) -> bool:
         """Whether the first token's output goes through a pooler; the classifier has layers of its own instead."""
         return self.task_type == FEATURE_EXTRACTION

@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,28 @@ from peft_jax.quant import quantize_array
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(
+class Loaded(NamedTuple):
+    """A checkpoint as it was read: architecture, parameters, and paths of the leaves that it lacked."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+    fresh: tuple[str, ...]
+
+
+def load_model(name_or_path: str | os.PathLike[str], **options: Any) -> tuple[ModelConfig, dict[str, Any]]:
+    """Architecture and parameters of a checkpoint; options and errors are those of `read_model`."""
+    return read_model(name_or_path, **options)[:2]
+
+
+def read_model(
     name_or_path: str | os.PathLike[str],
     *,
     dtype: Any = None,
     load_in_8bit: bool = False,
     key: jax.Array | None = None,
     **changes: Any,
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Read architecture and parameters of a checkpoint.
+) -> Loaded:
+    """Read architecture and parameters of a checkpoint, and say which of them it lacks, which start at random.
 
     Args:
         name_or_path: A folder, or an id on the Hugging Face hub.
@@ -60,8 +73,8 @@ def load_model(
     fresh = fresh_rows(family, config, rows, fitted)
     convert = _converter(family, jnp.dtype(dtype), load_in_8bit)
     params = load_params(fitted, [row for row in rows if row not in fresh], convert, ignored=unused(family))
+    paths = tuple(row.path for row in fresh)
     if fresh:
-        paths = tuple(row.path for row in fresh)
         warnings.warn(
             f"The checkpoint in '{name_or_path}' has no {', '.join(paths)}: they start at random. Train them, or "
             "load an adapter that holds them.",
@@ -70,7 +83,7 @@ def load_model(
         started = _start(config, paths, jnp.dtype(dtype), jax.random.key(0) if key is None else key)
         for path, leaf in started.items():
             params = with_leaf(params, path, leaf)
-    return config, params
+    return Loaded(config, params, paths)
 
 
 def _start(config: ModelConfig, paths: tuple[str, ...], dtype: jnp.dtype, key: jax.Array) -> dict[str, jax.Array]:

@@ -92,6 +92,11 @@ class ModelConfig:
         return self.stems[self.model_type] + self.tasks[self.task_type]
 
     @property
+    def room(self) -> int:
+        """How many tokens a text may have."""
+        return self.max_position_embeddings
+
+    @property
     def kv_heads(self) -> int:
         """Key and value heads of a layer."""
         return self.num_attention_heads

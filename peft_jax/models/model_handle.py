@@ -40,11 +40,13 @@ class Source:
         name_or_path: Folder or hub id.
         generation_config: Contents of its generation_config.json.
         id2label: Names of a classifier's labels, where it has any.
+        fresh: Paths of the leaves that the checkpoint lacks, and that started at random.
     """
 
     name_or_path: str | None = None
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     id2label: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Source)

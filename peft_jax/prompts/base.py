@@ -212,3 +212,8 @@ def active_prompts(params: Any) -> list[Adapted]:
 def virtual_slots(params: Any) -> int:
     """How many slots of a cache the active prompt of a tree or model handle takes."""
     return sum(leaf.tag.config.slots for leaf in active_prompts(params))
+
+
+def prompt_tasks(params: Any) -> int:
+    """How many tasks the active prompt of a tree or model handle has; 0 if it knows none."""
+    return sum(leaf.tag.config.tasks for leaf in active_prompts(params))

@@ -1,11 +1,16 @@
 """Pure pieces of a training run: data, loss, steps, loop and the loss curve."""
 
+from peft_jax.train.answers import encode_answers as encode_answers
 from peft_jax.train.batches import Batch as Batch
 from peft_jax.train.batches import Packed as Packed
 from peft_jax.train.batches import Padded as Padded
 from peft_jax.train.batches import evaluation_batches as evaluation_batches
 from peft_jax.train.batches import steps_per_epoch as steps_per_epoch
 from peft_jax.train.batches import training_batches as training_batches
+from peft_jax.train.classes import class_names as class_names
+from peft_jax.train.classes import encode_texts as encode_texts
+from peft_jax.train.classes import make_scoring_step as make_scoring_step
+from peft_jax.train.classes import score as score
 from peft_jax.train.data import Tokens as Tokens
 from peft_jax.train.data import tokenize as tokenize
 from peft_jax.train.data import tokenize_prompts as tokenize_prompts
@@ -19,6 +24,7 @@ from peft_jax.train.optimizer import make_schedule as make_schedule
 from peft_jax.train.plot import plot_losses as plot_losses
 from peft_jax.train.records import Chat as Chat
 from peft_jax.train.records import Completion as Completion
+from peft_jax.train.records import Labelled as Labelled
 from peft_jax.train.records import Record as Record
 from peft_jax.train.records import read_data as read_data
 from peft_jax.train.records import read_records as read_records

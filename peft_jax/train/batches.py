@@ -13,12 +13,13 @@ SHORTEST = 32
 
 
 class Batch(TypedDict):
-    """Rows of one length, each field int32 of shape (batch, length).
+    """Rows, each field int32 of shape (batch, length).
 
     attention_mask is 0 on padding, labels are `IGNORE` where nothing is trained. Packed rows have segment_ids: the
     number of each token's text, from 1 on, and 0 on padding. Where a prompt has several tasks, task_ids (batch,) names
     each row's; where it knows types of tokens, input_type_mask names each token's. Of classes of texts labels are
-    (batch,); of an encoder-decoder they are the decoder's, (batch, its length), and so are decoder_input_ids.
+    (batch,), and token_type_ids tell two texts of one row apart; of an encoder-decoder labels are the decoder's,
+    (batch, its length), and so are decoder_input_ids.
     """
 
     input_ids: np.ndarray
@@ -28,6 +29,7 @@ class Batch(TypedDict):
     task_ids: NotRequired[np.ndarray]
     input_type_mask: NotRequired[np.ndarray]
     decoder_input_ids: NotRequired[np.ndarray]
+    token_type_ids: NotRequired[np.ndarray]
 
 
 class Data(Protocol):
@@ -36,6 +38,10 @@ class Data(Protocol):
     @property
     def lengths(self) -> Sequence[int]:
         """Ascending; the last one holds every row."""
+
+    @property
+    def pad(self) -> int:
+        """The token id that fills rows up."""
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -50,6 +56,7 @@ class Padded:
     Args:
         examples: From `peft_jax.train.encode`.
         longest: The largest length; by default that of the longest example, rounded up to a multiple of 32.
+        pad: The token id that fills rows up, for models that tell padding by it.
 
     Example:
         >>> example = Example(np.array([5, 6, 7]), np.array([-100, 6, 7]))
@@ -57,9 +64,9 @@ class Padded:
         (32,)
     """
 
-    def __init__(self, examples: Sequence[Example], longest: int | None = None) -> None:
-        self.examples = examples
-        found = max(len(example.input_ids) for example in examples)
+    def __init__(self, examples: Sequence[Example], longest: int | None = None, pad: int = 0) -> None:
+        self.examples, self.pad = examples, pad
+        found = max(example.length for example in examples)
         self.lengths = fixed_lengths(min(rounded_up(found), longest or rounded_up(found)))
 
     def __len__(self) -> int:
@@ -68,8 +75,8 @@ class Padded:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Return an example's fields."""
-        ids, labels = self.examples[index]
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": labels}
+        ids, labels, more = self.examples[index]
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": labels, **more}
 
 
 class Packed:
@@ -86,6 +93,8 @@ class Packed:
         >>> [row["segment_ids"].tolist() for row in Packed([example] * 3, 8)]
         [[1, 1, 1, 2, 2, 2], [1, 1, 1]]
     """
+
+    pad = 0
 
     def __init__(self, examples: Sequence[Example], length: int) -> None:
         self.lengths = (length,)
@@ -129,15 +138,16 @@ def fixed_lengths(longest: int) -> tuple[int, ...]:
     return (*(SHORTEST << power for power in powers), longest)
 
 
-def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int]) -> Batch:
-    """Stack rows, padded to the shortest of the lengths that holds them; missing rows have no label."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    length = next(length for length in lengths if length >= longest)
-    fill = {"labels": IGNORE}
-    batch = {name: np.full((batch_size, length), fill.get(name, 0), np.int32) for name in rows[0]}
-    for number, row in enumerate(rows):
-        for name, values in row.items():
-            batch[name][number, : len(values)] = values
+def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int], pad: int = 0) -> Batch:
+    """Stack rows, each field padded to the shortest of the lengths that holds it; missing rows have no label."""
+    fill = {"labels": IGNORE, "input_ids": pad, "decoder_input_ids": pad}
+    batch = {}
+    for name, first in rows[0].items():
+        longest = max(np.size(row[name]) for row in rows)
+        shape = (next(length for length in lengths if length >= longest),) if np.ndim(first) else ()
+        batch[name] = np.full((batch_size, *shape), fill.get(name, 0), np.int32)
+        for number, row in enumerate(rows):
+            batch[name][(number, slice(len(row[name]))) if shape else number] = row[name]
     return Batch(**batch)  # type: ignore[typeddict-item]
 
 
@@ -146,10 +156,10 @@ def training_batches(data: Data, batch_size: int, *, seed: int) -> Sequence[Batc
 
     Every epoch is shuffled anew and holds every row once; its last batch is filled up with rows that have no label.
     """
-    lengths = data.lengths
+    lengths, pad = data.lengths, data.pad
 
     def stack(rows: Sequence[Any]) -> Batch:
-        return collate(rows, batch_size, lengths)
+        return collate(rows, batch_size, lengths, pad)
 
     shuffled = grain.MapDataset.source(data).seed(seed).shuffle()
     return shuffled.batch(batch_size, drop_remainder=False, batch_fn=stack).repeat()
@@ -164,4 +174,4 @@ def evaluation_batches(data: Data, batch_size: int) -> Iterator[Batch]:
     """Yield every row once, in order; the last batch is filled up with rows that have no label."""
     for start in range(0, len(data), batch_size):
         rows = [data[index] for index in range(start, min(start + batch_size, len(data)))]
-        yield collate(rows, batch_size, data.lengths)
+        yield collate(rows, batch_size, data.lengths, data.pad)

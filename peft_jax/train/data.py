@@ -42,6 +42,11 @@ class Tokens:
         """The one length, for the batches."""
         return (self.length,)
 
+    @property
+    def pad(self) -> int:
+        """The token id of rows that a batch lacks."""
+        return 0
+
     def __len__(self) -> int:
         """Count the examples."""
         return len(self.input_ids)

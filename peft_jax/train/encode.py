@@ -6,11 +6,12 @@ twice; every text ends with a trained end mark.
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from peft_jax.train.records import AnyRecord, Chat, Record
+from peft_jax.train.records import AnyRecord, Asked, Chat, Labelled, Record
 from peft_jax.train.template import TEMPLATES, PromptTemplate
 
 IGNORE = -100
@@ -26,10 +27,23 @@ class Tokenizer(Protocol):
 
 
 class Example(NamedTuple):
-    """One text: token ids, and the same where they are trained and `IGNORE` elsewhere; both int32 (length,)."""
+    """One row of a batch to be, all int32.
+
+    Attributes:
+        input_ids: Token ids (length,).
+        labels: Of a causal model the same where they are trained and `IGNORE` elsewhere; of an encoder-decoder the
+            answer's token ids (its length,); of a classifier of texts the class ().
+        more: The batch's further fields by name, as ``decoder_input_ids``.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    more: Mapping[str, np.ndarray] = MappingProxyType({})
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer one of inputs and labels."""
+        return max(self.input_ids.size, self.labels.size)
 
 
 class Encoded(NamedTuple):
@@ -46,8 +60,9 @@ def encode(
     cutoff_len: int,
     template: PromptTemplate = TEMPLATES["short"],
     train_on_inputs: bool = False,
+    tasks: int = 0,
 ) -> Encoded:
-    """Tokenize records.
+    """Tokenize records for a causal language model.
 
     Of alpaca's fields and of a prompt with its completion, the answer and the end-of-sequence token are trained, and a
     token that straddles prompt and answer too. Of a chat, the assistant's turns are trained, to the mark that ends
@@ -59,13 +74,14 @@ def encode(
         cutoff_len: Examples of more tokens are left out and counted.
         template: Lays out alpaca's fields.
         train_on_inputs: Train all tokens instead.
+        tasks: How many tasks a prompt has, of which each record names one; 0 where records need to name none.
 
     Returns:
         The examples in the order of the records.
 
     Raises:
         ValueError: If the tokenizer has no end-of-sequence token or no chat template where one is needed, the template
-            cannot lay out a chat, or no example fits.
+            cannot lay out a chat, a record names no task where it has to, or no example fits.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -76,31 +92,68 @@ def encode(
         >>> tokenizer.decode(example.labels[example.labels != IGNORE])
         ' 3<|eos|>'
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token, so no answer could end. Name one in tokenizer_config.json.")
-    encoded = []
+    check_eos(tokenizer)
+    examples = []
     for number, record in enumerate(records, 1):
         if isinstance(record, Chat):
             ids, trained = _chat(record, tokenizer, f"chat {number}")
+        elif isinstance(record, Labelled):
+            raise ValueError(f"record {number} has a label, and a language model learns to write. Give other data.")
         else:
             laid_out = template(record) if isinstance(record, Record) else record
             ids, start = encode_completion(laid_out.prompt, laid_out.completion, tokenizer)
             trained = [position >= start for position in range(len(ids))]
-        encoded.append((ids, [True] * len(ids) if train_on_inputs else trained))
-    examples = [_example(ids, trained) for ids, trained in encoded if len(ids) <= cutoff_len]
-    if not examples:
-        shortest = min((len(ids) for ids, _ in encoded), default=0)
-        raise ValueError(
-            f"none of {len(records)} examples fits into {cutoff_len} tokens. Raise cutoff_len to {shortest} or more."
-        )
-    return Encoded(examples, len(records) - len(examples))
+        if train_on_inputs:
+            trained = [True] * len(ids)
+        examples.append(_example(ids, trained, task_field(record, number, tasks)))
+    return kept(examples, cutoff_len)
 
 
-def _example(ids: Sequence[int], trained: Sequence[bool]) -> Example:
+def _example(ids: Sequence[int], trained: Sequence[bool], more: Mapping[str, np.ndarray]) -> Example:
     input_ids = np.asarray(ids, np.int32)
     labels = np.where(np.asarray(trained, bool), input_ids, IGNORE).astype(np.int32)
     labels[:1] = IGNORE  # nothing predicts the first token
-    return Example(input_ids, labels)
+    return Example(input_ids, labels, more)
+
+
+def check_eos(tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the tokenizer has no token that ends an answer."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, so no answer could end. Name one in tokenizer_config.json.")
+
+
+def kept(examples: Sequence[Example], cutoff_len: int) -> Encoded:
+    """The examples that are not too long.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    fitting = [example for example in examples if example.length <= cutoff_len]
+    if not fitting:
+        shortest = min((example.length for example in examples), default=0)
+        raise ValueError(
+            f"none of {len(examples)} examples fits into {cutoff_len} tokens. Raise cutoff_len to {shortest} or more."
+        )
+    return Encoded(fitting, len(examples) - len(fitting))
+
+
+def task_field(record: Asked, number: int, tasks: int) -> dict[str, np.ndarray]:
+    """A row's ``task_ids`` for a prompt of so many tasks; nothing where it has none.
+
+    Raises:
+        ValueError: If the record names none of them.
+
+    Example:
+        >>> task_field(Asked(task_id=1), 1, tasks=2)
+        {'task_ids': array(1, dtype=int32)}
+    """
+    if not tasks:
+        return {}
+    found = record.task_id
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < tasks:
+        said = "no task_id" if found is None else f"the task_id {found!r}"
+        raise ValueError(f"record {number} has {said}, and the prompt has {tasks} tasks. Give 0 to {tasks - 1}.")
+    return {"task_ids": np.asarray(found, np.int32)}
 
 
 def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[list[int], int]:

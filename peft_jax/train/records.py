@@ -1,6 +1,6 @@
-"""Training data as people have it: files of alpaca records, of prompts with completions, or of chats.
+"""Training data as people have it: files of alpaca records, of prompts with completions, of chats, of labelled texts.
 
-A file holds one of the three formats. It is a JSON list of objects, or JSONL, one object a line.
+A file holds one of the four formats. It is a JSON list of objects, or JSONL, one object a line.
 """
 
 import dataclasses
@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any
 
 FIELDS = "instruction, input and output"
-FORMATS = "instruction and output (and perhaps input), or prompt and completion, or messages"
+FORMATS = "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What records of all formats may say.
+
+    Attributes:
+        task_id: The number of the record's task, for prompts that have several; as the file has it.
+    """
+
+    task_id: Any = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class Record(Asked):
     """One instruction and its answer, with alpaca's field names.
 
     Attributes:
@@ -47,7 +58,7 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
+class Completion(Asked):
     """A prompt and what follows it, as they are: nothing is put between them.
 
     Attributes:
@@ -60,7 +71,7 @@ class Completion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat:
+class Chat(Asked):
     """A conversation, to be laid out by the tokenizer's chat template.
 
     Attributes:
@@ -70,11 +81,26 @@ class Chat:
     messages: tuple[Mapping[str, Any], ...]
 
 
-AnyRecord = Record | Completion | Chat
+@dataclasses.dataclass(frozen=True)
+class Labelled(Asked):
+    """A text, or two, and its class.
+
+    Attributes:
+        text: The text.
+        label: Its class, by name or number.
+        text_pair: What stands beside the text, as a hypothesis beside its premise; empty for none.
+    """
+
+    text: str
+    label: str | int
+    text_pair: str = ""
+
+
+AnyRecord = Record | Completion | Chat | Labelled
 
 
 def read_data(file: str | Path) -> list[AnyRecord]:
-    """Read a JSON or JSONL file whose records have alpaca's fields, or prompt and completion, or messages.
+    """Read a JSON or JSONL file whose records have alpaca's fields, or prompt and completion, or messages, or labels.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -118,24 +144,46 @@ def to_records(objects: Sequence[Any], source: str) -> list[AnyRecord]:
     for number, record in enumerate(records, 1):
         if type(record) is not type(records[0]):
             raise ValueError(
-                f"record {number} of {source} has {_NAMES[type(record)]}, but the first has {_NAMES[type(records[0])]}."
+                f"record {number} of {source} has {named(type(record))}, but the first has {named(type(records[0]))}."
                 " Give one format a file."
             )
     return records
 
 
-_NAMES = {Record: "instruction and output", Completion: "prompt and completion", Chat: "messages"}
+_NAMES: dict[type, str] = {
+    Record: "instruction and output",
+    Completion: "prompt and completion",
+    Chat: "messages",
+    Labelled: "text and label",
+}
+
+
+def named(*kinds: type) -> str:
+    """The fields of records of these classes.
+
+    Example:
+        >>> named(Record, Completion)
+        'instruction and output, or prompt and completion'
+    """
+    return ", or ".join(_NAMES[kind] for kind in kinds)
 
 
 def _record(value: Any, where: str) -> AnyRecord:
+    _must_be_object(value, where, f"Each record needs {FORMATS}.")
+    record = _by_fields(value, where)
+    return dataclasses.replace(record, task_id=value["task_id"]) if "task_id" in value else record
+
+
+def _by_fields(value: dict[str, Any], where: str) -> AnyRecord:
     rule = f"Each record needs {FORMATS}."
-    _must_be_object(value, where, rule)
     if "messages" in value:
         return _chat(value["messages"], where)
     if "completion" in value or "prompt" in value:
         return Completion(**_texts(value, ("prompt", "completion"), (), where, rule))
     if "instruction" in value or "output" in value:
         return _alpaca(value, where)
+    if "text" in value or "label" in value:
+        return _labelled(value, where)
     raise ValueError(f"{where} lacks instruction and output; it has {', '.join(value) or 'no fields'}. {rule}")
 
 
@@ -143,6 +191,17 @@ def _alpaca(value: Any, where: str) -> Record:
     rule = "Each record needs the fields instruction and output, and may have input."
     _must_be_object(value, where, rule)
     return Record(**_texts(value, ("instruction", "output"), ("input",), where, rule))
+
+
+def _labelled(value: dict[str, Any], where: str) -> Labelled:
+    rule = "Each record needs the fields text and label, and may have text_pair."
+    texts = _texts(value, ("text",), ("text_pair",), where, rule)
+    if "label" not in value:
+        raise ValueError(f"{where} lacks label; it has {', '.join(value)}. {rule}")
+    label = value["label"]
+    if not isinstance(label, str | int) or isinstance(label, bool) or (isinstance(label, int) and label < 0):
+        raise ValueError(f"{where} has the label {label!r}. Give the name of a class, or its number from 0 on.")
+    return Labelled(texts["text"], label, texts["text_pair"])
 
 
 def _must_be_object(value: Any, where: str, rule: str) -> None:

@@ -2,9 +2,9 @@
 
 Both take a pure ``apply(params, input_ids, attention_mask) -> logits``; for a model handle that is
 ``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, for a plain function over adapted leaves
-``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, for prompts of several tasks ``task_ids``, and
-for encoder-decoders ``decoder_input_ids``, by these names. A prompt's virtual tokens may have logits in front of the
-others.
+``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, for prompts of several tasks ``task_ids``, for
+encoder-decoders ``decoder_input_ids``, and for pairs of texts ``token_type_ids``, by these names. A prompt's virtual
+tokens may have logits in front of the others.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ from peft_jax.train.loss import cross_entropy
 from peft_jax.train.schedule import advance, penalized, split_state
 
 Apply = Callable[..., jax.Array]
-HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids")  # what apply takes of a batch that has it
+HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids", "token_type_ids")  # what apply takes of a batch with it
 
 
 class StepMetrics(NamedTuple):

@@ -1,0 +1,244 @@
+"""What the commands do for a task, and which task a checkpoint or an adapter is for. The one place that tells them.
+
+A new task is an entry in `TASKS`: the class that reads its models, the records that it learns from, how they become
+rows, and what an evaluation tells.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_jax.cli.checkpoint import apply
+from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.interop.checkpoint import find_checkpoint, read_config
+from peft_jax.interop.describe import read_adapter_config
+from peft_jax.methods.whole import Whole
+from peft_jax.models import auto
+from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, SEQ_CLS, label_fields
+from peft_jax.models.families import read_architecture
+from peft_jax.models.losses import REGRESSION
+from peft_jax.train import (
+    Batch,
+    Chat,
+    Completion,
+    Labelled,
+    PromptTemplate,
+    Record,
+    class_names,
+    encode,
+    encode_answers,
+    encode_texts,
+    evaluate,
+    make_evaluation_step,
+    make_scoring_step,
+    score,
+)
+from peft_jax.train.encode import Encoded
+from peft_jax.train.records import AnyRecord, named
+
+LABELS_FILE = "labels.json"  # beside an adapter: the names of its classes, as config.json has them
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How records become rows: what the options of the same names say, and how many tasks a prompt has."""
+
+    cutoff_len: int
+    template: PromptTemplate
+    train_on_inputs: bool = False
+    tasks: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task, by PEFT's name.
+
+    Attributes:
+        name: That name.
+        reader: What reads its models.
+        kinds: The records that it learns from.
+        encode: Rows from records, a tokenizer, a model and a layout.
+        pipeline: The hub's name of it.
+        next_token: Whether prompt and answer are one text, and logits predict the label at the next position.
+        has_classes: Whether it tells classes, whose names lie beside an adapter.
+    """
+
+    name: str
+    reader: type[auto.AutoHandle]
+    kinds: tuple[type, ...]
+    encode: Callable[[Sequence[AnyRecord], Any, Any, Layout], Encoded]
+    pipeline: str
+    next_token: bool = False
+    has_classes: bool = False
+
+    @property
+    def auto_peft(self) -> str:
+        """PEFT's class that reads adapters for it with their base."""
+        return self.reader.__name__.replace("AutoModel", "AutoPeftModel")
+
+    def make_evaluation_step(self) -> Any:
+        """The compiled step of `evaluate`."""
+        return make_scoring_step(apply) if self.has_classes else make_evaluation_step(apply, next_token=self.next_token)
+
+    def evaluate(self, step: Any, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        """What is told of rows kept apart: the loss, of classes the accuracy too."""
+        return score(step, model, batches) if self.has_classes else {"loss": evaluate(step, model, batches)}
+
+    def check(self, records: Sequence[AnyRecord]) -> None:
+        """Raise ValueError for records that it does not learn from."""
+        if not isinstance(records[0], self.kinds):
+            raise ValueError(
+                f"{self.name} is learned from {named(*self.kinds)}, and the data has {named(type(records[0]))}. Give "
+                "other data, or another --task."
+            )
+
+    def read(self, model: str, id2label: Mapping[int, str] | None = None, **options: Any) -> Any:
+        """Read a base model; with names of its classes, where it tells some. What it lacks is in its ``fresh``."""
+        if self.has_classes:
+            options["id2label"] = id2label
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of leaves that start at random
+            return self.reader.from_pretrained(model, **options)
+
+
+def _causal(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: Layout) -> Encoded:
+    return encode(records, tokenizer, **vars(layout))
+
+
+def _answers(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: Layout) -> Encoded:
+    start = model.config.decoder_start_token_id
+    if start is None:
+        raise ValueError("the model's config.json has no decoder_start_token_id, which answers begin with. Name it.")
+    told = {"cutoff_len": layout.cutoff_len, "template": layout.template, "tasks": layout.tasks}
+    return encode_answers(records, tokenizer, start_token_id=start, **told)  # type: ignore[arg-type]
+
+
+def _texts(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: Layout) -> Encoded:
+    if model.config.pad_token_id is None:
+        raise ValueError(
+            "the model's config.json has no pad_token_id, by which a classifier finds the ends of texts. Name one, "
+            "such as that of the tokenizer's pad_token."
+        )
+    return encode_texts(
+        records,
+        tokenizer,
+        cutoff_len=layout.cutoff_len,
+        id2label=id2label_of(model),
+        token_types=getattr(model.config, "type_vocab_size", 0) > 1,
+        tasks=layout.tasks,
+    )
+
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            *(CAUSAL_LM, auto.AutoModelForCausalLM, (Record, Completion, Chat), _causal, "text-generation"),
+            next_token=True,
+        ),
+        Task(SEQ_2_SEQ_LM, auto.AutoModelForSeq2SeqLM, (Record, Completion), _answers, "text2text-generation"),
+        Task(
+            *(SEQ_CLS, auto.AutoModelForSequenceClassification, (Labelled,), _texts, "text-classification"),
+            has_classes=True,
+        ),
+    )
+}
+
+
+def task_of(model: str, said: str | None) -> Task:
+    """The task that an option or an adapter says, else the one that a checkpoint's config.json names.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the commands are not for that task, or the checkpoint is not.
+    """
+    config = read_architecture(read_config(find_checkpoint(model)))
+    name = said or config.task_type
+    if name in TASKS:
+        dataclasses.replace(config, task_type=name).check()
+        return TASKS[name]
+    if said is None and name in (MASKED_LM, FEATURE_EXTRACTION):
+        able = [task for task in TASKS if task in config.tasks]
+        raise ValueError(
+            f"{model} has no head for a task ({config.architecture}). Say what to train it for: --task "
+            f"{' or '.join(able)}."
+        )
+    raise ValueError(
+        f"the commands are for {', '.join(TASKS)}, not for {name}. Train and run such a model in Python, as "
+        "examples/classify_docstrings.py does, with pj.AutoModelForTokenClassification, "
+        "pj.AutoModelForQuestionAnswering or pj.AutoModel."
+    )
+
+
+def task_of_adapter(model: str, adapter: Path | None) -> Task:
+    """The task of an adapter, or of a base model alone; errors are those of `task_of`."""
+    return task_of(model, None if adapter is None else read_adapter_config(adapter).get("task_type"))
+
+
+def classes_of_data(model: str, records: Sequence[AnyRecord]) -> dict[int, str]:
+    """The names of the classes to learn: those of a checkpoint that is a classifier, else those of the records.
+
+    Raises:
+        ValueError: If the checkpoint tells numbers or several labels of a text, or the records do not name classes.
+    """
+    hf = read_config(find_checkpoint(model))
+    config = read_architecture(hf)
+    if config.task_type != SEQ_CLS:
+        return class_names(records)
+    if config.problem_type not in (None, "single_label_classification") or config.num_labels == 1:
+        raise ValueError(
+            f"{model} is for {config.problem_type or REGRESSION}, and finetune is for texts of one class each. Train "
+            "it in Python: model(ids, mask, labels=labels).loss, as examples/classify_docstrings.py does."
+        )
+    told = hf.get("id2label") or {number: f"LABEL_{number}" for number in range(config.num_labels)}
+    return {int(number): name for number, name in told.items()}
+
+
+def id2label_of(model: Any) -> dict[int, str]:
+    """The names of a classifier's classes."""
+    told = dict(model.source.id2label)
+    return told or {number: f"LABEL_{number}" for number in range(model.config.num_labels)}
+
+
+def write_labels(model: Any, folder: Path) -> None:
+    """Write the names of a classifier's classes beside its adapter."""
+    text = json.dumps(label_fields(id2label_of(model)), indent=2, ensure_ascii=False)
+    (folder / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_labels(adapter: Path | None) -> dict[int, str] | None:
+    """The names that lie beside an adapter, if there are any.
+
+    Raises:
+        ValueError: If they are damaged.
+    """
+    if adapter is None or not (adapter / LABELS_FILE).is_file():
+        return None
+    found = read_config(adapter, LABELS_FILE).get("id2label")
+    if not isinstance(found, dict) or not all(number.isdigit() for number in found):
+        raise ValueError(f"{adapter / LABELS_FILE} has no id2label of numbers to names. Copy the adapter again.")
+    return {int(number): str(name) for number, name in found.items()}
+
+
+def fresh_modules(model: Any) -> list[str]:
+    """The modules that a checkpoint lacks and no adapter on it holds, which are random and would not be saved."""
+    held: set[str] = set()
+
+    def note(path: str, leaf: Adapted) -> Adapted:
+        if isinstance(leaf.tag.config, Whole):
+            held.add(path)
+        return leaf
+
+    map_adapted(note, model.params)
+    return list(dict.fromkeys(path.rpartition(".")[0] for path in model.source.fresh if path not in held))
+
+
+def refuse_random(model: Any) -> None:
+    """Raise ValueError for a model that has random weights."""
+    if modules := fresh_modules(model):
+        raise ValueError(
+            f"{model.name_or_path} has no {' and no '.join(modules)}, and no adapter has them: what came out would "
+            "be random. Give the base, or the adapter, that was trained with them."
+        )

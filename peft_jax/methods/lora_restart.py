@@ -1,0 +1,65 @@
+"""The base of a LoRA whose start took a part out of it, made again from the adapter as it was at its start."""
+
+import dataclasses
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.weight import as_leaf, as_weight
+from peft_jax.methods import lora_from_base
+from peft_jax.methods.lora import LoraConfig
+from peft_jax.methods.lora_from_base import Start
+from peft_jax.methods.lora_options import FROM_DATA
+from peft_jax.methods.observe import changed, layers_of
+
+T = TypeVar("T")
+
+
+def leaves_base(config: object) -> bool:
+    """Whether an adapter starts at what data say, and takes that out of the base."""
+    init = config.init_lora_weights if isinstance(config, LoraConfig) else None
+    return init in FROM_DATA and lora_from_base.changes_base(init or "")
+
+
+def without_starts(params: T, adapter_name: str = "default") -> T:
+    """A tree or model handle whose base lacks what an adapter is at, as `peft_jax.apply_lora_from_data` left it.
+
+    The adapter was saved right after that function, and is loaded onto the whole base: this takes its product out
+    again, to the same bits, so that a run can go on whose start looked at data. Adapters of other starts, EVA's among
+    them, take nothing out.
+
+    Args:
+        params: A tree or model handle with the adapter.
+        adapter_name: Which one.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> config = pj.LoraConfig(r=2, target_modules=["up"], init_lora_weights="corda")
+        >>> params, batches = {"up": {"kernel": jnp.eye(4)}}, [jax.random.normal(jax.random.key(0), (16, 4))]
+        >>> started = pj.apply_lora_from_data(params, config, batches, fn=lambda params, x: x @ params["up"]["kernel"])
+        >>> tensors = pj.get_peft_model_state_dict(started)
+        >>> again = without_starts(pj.set_peft_model_state_dict(params, config, tensors))
+        >>> bool(jnp.all(pj.unload(again)["up"]["kernel"] == pj.unload(started)["up"]["kernel"]))
+        True
+    """
+
+    def take_out(path: str, leaf: Adapted) -> Adapted:
+        config = leaf.tag.config
+        if leaf.tag.name != adapter_name or not leaves_base(config) or leaf.layout.lookup:
+            return leaf
+        names, hit = layers_of(path, leaf)
+        a, b = (jnp.reshape(leaf.params[role], (-1, *leaf.params[role].shape[-2:])) for role in ("lora_A", "lora_B"))
+        starters = [partial(_left, a=one, b=other) for one, other in zip(a, b, strict=True)]
+        base = as_weight(leaf.base, leaf.layout)
+        _, base = lora_from_base.begin(config, base, names, hit, jax.random.key(0), starters)
+        return dataclasses.replace(leaf, base=as_leaf(base))
+
+    return changed(take_out, params)
+
+
+def _left(matrix: jax.Array, rank: int, scale: float, key: jax.Array, a: jax.Array, b: jax.Array) -> Start:
+    a, b = a[:, :rank], b[:rank]
+    return Start(a, b, matrix - scale * a @ b)
