@@ -152,7 +152,7 @@ def with_fresh_modules(config: Method, base: Any) -> Method:
     """
     heads = SAVED_HEADS.get(config.task_type, ())
     rest = [name for name in fresh_modules(base) if not any(part in heads for part in name.split("."))]
-    if not rest or not hasattr(config, "modules_to_save"):
+    if not rest or not any(field.name == "modules_to_save" for field in dataclasses.fields(config)):
         return config
     print(f"The checkpoint has no {', '.join(rest)}: trained whole, beside the adapter.")
     return config.replace(modules_to_save=[*(config.modules_to_save or ()), *rest])

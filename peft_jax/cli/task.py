@@ -239,6 +239,6 @@ def refuse_random(model: Any) -> None:
     """Raise ValueError for a model that has random weights."""
     if modules := fresh_modules(model):
         raise ValueError(
-            f"{model.name_or_path} has no {' and no '.join(modules)}, and no adapter has them: what came out would "
-            "be random. Give the base, or the adapter, that was trained with them."
+            f"{model.name_or_path} has no {' and no '.join(modules)}, and no adapter has them, so what came out would "
+            "be random. Give a base that has them, or an adapter with modules_to_save that was trained with them."
         )

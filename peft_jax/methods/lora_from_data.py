@@ -171,7 +171,7 @@ def _check_used(path: str, total: jax.Array) -> None:
 
 def _gradients(adapted: Any, config: LoraConfig, batches: Any, run: Any, adapter_name: str) -> Sums:
     if config.lora_ga_config is None:
-        raise ValueError("lora_ga_config is not given. Write lora_ga_config=LoraGAConfig().")
+        raise ValueError("lora_ga_config is not given. Write lora_ga_config=LoraGAConfig(), or {} in JSON.")
     for path, leaf in _targets(adapted, adapter_name).items():
         if not isinstance(leaf.base, jax.Array):
             raise ValueError(

@@ -114,6 +114,8 @@ def check_start(config: Any) -> None:
         raise ValueError(f"loftq_config goes with init_lora_weights='loftq', got {init!r}. Leave one of them.")
     if init == "loftq":
         given = config.loftq_config
+        if not given:
+            raise ValueError("loftq_config is not given. Write loftq_config=LoftQConfig(...).")
         options = given if isinstance(given, LoftQConfig) else _from_fields(LoftQConfig, given, "loftq_config")
         object.__setattr__(config, "loftq_config", dataclasses.asdict(options))
     cls: type[EvaConfig | CordaConfig | LoraGAConfig]
@@ -161,8 +163,6 @@ def check_parameters(config: Any) -> None:
 
 
 def _from_fields(cls: type, fields: Any, name: str) -> Any:
-    if not fields:
-        raise ValueError(f"{name} is not given. Write {name}={cls.__name__}(...).")
     known = [field.name for field in dataclasses.fields(cls)]
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"{name} does not know {unknown}. It has {known}.")

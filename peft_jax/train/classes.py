@@ -92,7 +92,7 @@ def encode_texts(
             known = ", ".join(id2label.values())
             raise ValueError(f"record {number} has the label {record.label!r}, and the model's are {known}.")
         texts = (record.text, record.text_pair) if record.text_pair else (record.text,)
-        found = tokenizer(*texts, verbose=False)
+        found = tokenizer(*texts, return_token_type_ids=typed, verbose=False)
         more = task_field(record, number, tasks)
         if typed:
             more["token_type_ids"] = np.asarray(found["token_type_ids"], np.int32)
