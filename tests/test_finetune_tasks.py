@@ -281,7 +281,7 @@ def _headless(rows: list[dict[str, Any]], *words: str) -> tuple[list[dict[str, A
 TASKLESS = [{name: value for name, value in row.items() if name != "task_id"} for row in PAIRS]
 MULTITASK = ["--peft", "MULTITASK_PROMPT_TUNING", "--peft-config", '{"num_virtual_tokens": 3, "num_tasks": 2}']
 WRONG: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
-    "no task": (TEXTS, ["--model", "bert"], "bert has no head for a task (BertForMaskedLM). Say what to train it for:"),
+    "no task": (TEXTS, ["--model", "bert"], "a BertForMaskedLM, which has no head for a task"),
     "no such task": (PAIRS, ["--model", "bert", "--task", "CAUSAL_LM"], "A bert model for CAUSAL_LM is not supported"),
     "another task": (TEXTS, ["--model", "t5"], "SEQ_2_SEQ_LM is learned from instruction and output, or prompt and"),
     "texts without labels": (*_headless(PAIRS), "SEQ_CLS is learned from text and label, and the data has prompt"),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import peft_jax as pj
 from peft_jax.cli.checkpoint import load_tokenizer
-from peft_jax.cli.task import Task, read_labels, refuse_random, task_of_adapter
+from peft_jax.cli.task import Task, refuse_random, task_of_adapter
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.interop.describe import read_adapter_config
 
@@ -35,7 +35,7 @@ def load_model(options: ModelOptions, task: Task) -> Any:
         OSError: If a file or folder is missing.
     """
     name, _ = find_base(options.model, options.adapter)
-    model = task.read(name, read_labels(options.adapter), dtype=options.dtype, load_in_8bit=options.load_in_8bit)
+    model = task.read_for(name, options.adapter, dtype=options.dtype, load_in_8bit=options.load_in_8bit)
     if options.adapter is not None:
         model = pj.PeftModel.from_pretrained(model, options.adapter)
     refuse_random(model)

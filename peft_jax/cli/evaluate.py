@@ -10,7 +10,7 @@ from peft_jax.cli.adapted import ModelOptions, find_task, find_tokenizer, load_m
 from peft_jax.cli.bar import progress
 from peft_jax.cli.finetune_options import DataOptions
 from peft_jax.cli.finetune_setup import check_fit, load_records, padded
-from peft_jax.cli.task import Layout
+from peft_jax.cli.task import RowOptions
 from peft_jax.prompts.base import prompt_tasks, virtual_slots
 from peft_jax.train import evaluation_batches, load_template
 from peft_jax.train.encode import IGNORE
@@ -47,7 +47,7 @@ def evaluate_model(options: Eval) -> None:
     task.check(records)
     template, tokenizer = load_template(options.prompt_template), find_tokenizer(options.model, options.adapter)
     model = load_model(options, task)
-    layout = Layout(options.cutoff_len, template, tasks=prompt_tasks(model))
+    layout = RowOptions(options.cutoff_len, template, tasks=prompt_tasks(model))
     examples, too_long = task.encode(records, tokenizer, model, layout)
     data = padded(task, examples, options.cutoff_len, model)
     check_fit([data], model.config, virtual_slots(model))

@@ -18,6 +18,7 @@ from peft_jax.methods.lora_options import FROM_DATA
 from peft_jax.methods.scheduled import Scheduled
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train.batches import Data
+from peft_jax.train.files import read_object
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"LORA": {"r": 8, "lora_alpha": 16}}  # where they are not PEFT's
 
@@ -71,7 +72,7 @@ def _read_fields(text: str) -> dict[str, Any]:
     """The fields in a --peft-config."""
     rule = """Give fields, such as '{"target_modules": ["q_proj"]}', or a JSON file of them."""
     if not is_json(text):
-        return _read_object(Path(text), "no --peft-config at", "the --peft-config", rule)
+        return read_object(Path(text), "--peft-config", rule)
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -80,22 +81,8 @@ def _read_fields(text: str) -> dict[str, Any]:
 
 
 def _read_config(file: Path) -> PeftConfig:
-    rule = "Give a file like PEFT's adapter_config.json."
-    fields = _read_object(file, "no adapter config at", "the adapter config", rule)
+    fields = read_object(file, "adapter config", "Give a file like PEFT's adapter_config.json.")
     return PeftConfig.from_dict(fields).replace(inference_mode=False, base_model_name_or_path=None, peft_version=None)
-
-
-def _read_object(file: Path, missing: str, called: str, rule: str) -> dict[str, Any]:
-    """The object in a JSON file; the other words are for what is said if it cannot be read."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{missing} {file}. {rule}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{called} {file} is not JSON: {error}. {rule}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{called} {file} is not a JSON object. {rule}")
-    return fields
 
 
 def choose_task(options: Finetune, config: PeftConfig) -> Task:

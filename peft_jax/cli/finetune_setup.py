@@ -11,7 +11,7 @@ import numpy as np
 
 from peft_jax.cli.finetune_adapter import is_json
 from peft_jax.cli.finetune_options import DataOptions, Finetune, ModelOptions, flag, settings
-from peft_jax.cli.task import Layout, Task, classes_of_data, read_labels
+from peft_jax.cli.task import LABELS_FILE, RowOptions, Task, classes_of_data
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.train import Packed, Padded, load_template, read_data
 from peft_jax.train.batches import Data
@@ -89,7 +89,7 @@ def make_data(
         ValueError: If nothing fits, or nothing is left to train on.
     """
     template = load_template(options.prompt_template)
-    layout = Layout(options.cutoff_len, template, options.train_on_inputs, tasks)
+    layout = RowOptions(options.cutoff_len, template, options.train_on_inputs, tasks)
     examples, too_long = task.encode(records, tokenizer, base, layout)
     training, validation = _split(examples, options.val_size, seed)
 
@@ -130,7 +130,8 @@ def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Ex
 
 def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
     """Raise ValueError for tokens that the model has no embedding or, after so many virtual ones, no position for."""
-    largest = max(int(part[index]["input_ids"].max()) for part in parts for index in range(len(part)))
+    rows = (part[index] for part in parts for index in range(len(part)))
+    largest = max(int(ids.max()) for row in rows for name, ids in row.items() if name.endswith("input_ids"))
     if largest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
@@ -147,11 +148,10 @@ def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
 
 def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], adapter: Path | None) -> Any:
     """Read the base model; a classifier with the classes of the adapter that it is trained on, or of the records."""
-    names = None
-    if task.has_classes:
-        names = read_labels(adapter) or classes_of_data(options.model, records)
     told = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "remat": options.remat}
-    return task.read(options.model, names, **told)
+    if adapter is not None:
+        return task.read_for(options.model, adapter, **told)
+    return task.read(options.model, classes_of_data(options.model, records) if task.has_classes else None, **told)
 
 
 def fingerprint(options: Finetune) -> dict[str, Any]:
@@ -164,6 +164,7 @@ def fingerprint(options: Finetune) -> dict[str, Any]:
         named += [
             options.adapter.adapter / "adapter_model.safetensors",
             options.adapter.adapter / "adapter_config.json",
+            options.adapter.adapter / LABELS_FILE,
         ]
     contents = {str(file): _digest(Path(file)) for file in named if file is not None and Path(file).is_file()}
     base = find_checkpoint(options.base.model)

@@ -40,10 +40,10 @@ def started(base: Any, config: pj.LoraConfig, options: Finetune, data: Data) -> 
     mask = _attended if seen[0]["labels"].ndim == 1 else None  # labels of texts leave no token out
     print(f"The adapter starts from {count} batches of {rows} rows ({init}).")
     model = pj.PeftModel.of(pj.apply_lora_from_data(base, config, seen, mask=mask, key=key))
-    if (start := initial(model, options.run.output)) is not None:
+    if leaves_base(config):
         _check_conversion(model)
     if is_first():
-        model.save_pretrained(start or options.run.output / START)
+        model.save_pretrained(options.run.output / START)
     return model
 
 
@@ -64,5 +64,6 @@ def resumed(base: Any, output: Path) -> Any:
 
 
 def initial(model: Any, output: Path) -> Path | None:
-    """Folder of the start that the adapter is to be freed of on saving; None where the base is as it was."""
-    return output / START if leaves_base(model.peft_config["default"]) else None
+    """Folder of the start that the run's adapter is to be freed of on saving; None where the base is as it was."""
+    start = output / START
+    return start if start.is_dir() and leaves_base(model.peft_config["default"]) else None

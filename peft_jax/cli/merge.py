@@ -9,7 +9,7 @@ import jax
 import peft_jax as pj
 from peft_jax.cli.adapted import Dtype, find_base
 from peft_jax.cli.folder import new_folder, refuse_used
-from peft_jax.cli.task import read_labels, refuse_random, task_of_adapter
+from peft_jax.cli.task import refuse_random, task_of_adapter
 
 # What belongs to a tokenizer, and goes along as it is.
 TOKENIZER_FILES = (
@@ -48,7 +48,7 @@ def merge(options: Merge) -> None:
     name, base = find_base(options.model, options.adapter)
     # Merged in float32, then rounded, where another type than the base's is asked for; memory holds float32 then.
     task = task_of_adapter(str(base), options.adapter)
-    model = task.read(str(base), read_labels(options.adapter), dtype=options.dtype and "float32")
+    model = task.read_for(str(base), options.adapter, dtype=options.dtype and "float32")
     model = pj.PeftModel.from_pretrained(model, options.adapter)
     refuse_random(model)
     model = model.merge_and_unload()

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from peft_jax.train import Record, load_template
+from peft_jax.train.files import read_text
 
 Prompt = str | dict[str, Any]
 KINDS = "a text, or an object with instruction (and input), prompt, or messages"
@@ -29,12 +30,7 @@ def read_prompts(words: Sequence[str], file: Path | None, stdin: TextIO) -> list
         if stdin.isatty():
             raise ValueError("no prompt is given. Give it as a word, with --file, or on standard input.")
         return _some(_lines(stdin.read()), "standard input")
-    if not file.is_file():
-        raise FileNotFoundError(f"no file of prompts at {file}. Give JSON, JSONL, or a text file of one prompt a line.")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text. Give JSON, JSONL, or a text file of one prompt a line.") from error
+    text = read_text(file, "file of prompts", "Give JSON, JSONL, or a text file of one prompt a line.")
     if file.suffix not in (".json", ".jsonl"):
         return _some(_lines(text), str(file))
     return _some([_checked(value, number, file) for number, value in enumerate(_values(text, file), 1)], str(file))

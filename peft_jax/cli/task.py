@@ -14,11 +14,11 @@ from typing import Any
 from peft_jax.cli.checkpoint import apply
 from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
-from peft_jax.interop.describe import read_adapter_config
+from peft_jax.interop.describe import read_adapter, read_adapter_config
 from peft_jax.methods.whole import Whole
 from peft_jax.models import auto
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, SEQ_CLS, label_fields
-from peft_jax.models.families import read_architecture
+from peft_jax.models.families import family_of, read_architecture
 from peft_jax.models.losses import REGRESSION
 from peft_jax.train import (
     Batch,
@@ -43,7 +43,7 @@ LABELS_FILE = "labels.json"  # beside an adapter: the names of its classes, as c
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class RowOptions:
     """How records become rows: what the options of the same names say, and how many tasks a prompt has."""
 
     cutoff_len: int
@@ -69,7 +69,7 @@ class Task:
     name: str
     reader: type[auto.AutoHandle]
     kinds: tuple[type, ...]
-    encode: Callable[[Sequence[AnyRecord], Any, Any, Layout], Encoded]
+    encode: Callable[[Sequence[AnyRecord], Any, Any, RowOptions], Encoded]
     pipeline: str
     next_token: bool = False
     has_classes: bool = False
@@ -95,19 +95,24 @@ class Task:
                 "other data, or another --task."
             )
 
+    def read_for(self, model: str, adapter: Path | None, **options: Any) -> Any:
+        """Read a base model for an adapter, or to run alone."""
+        told = classes_of_adapter(adapter, model) if adapter is not None and self.has_classes else None
+        return self.read(model, told, **options)
+
     def read(self, model: str, id2label: Mapping[int, str] | None = None, **options: Any) -> Any:
-        """Read a base model; with names of its classes, where it tells some. What it lacks is in its ``fresh``."""
+        """Read a base model, with the names of its classes where they are told; `fresh_modules` says what it lacks."""
         if self.has_classes:
             options["id2label"] = id2label
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of leaves that start at random
             return self.reader.from_pretrained(model, **options)
 
 
-def _causal(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: Layout) -> Encoded:
+def _causal(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: RowOptions) -> Encoded:
     return encode(records, tokenizer, **vars(layout))
 
 
-def _answers(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: Layout) -> Encoded:
+def _answers(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: RowOptions) -> Encoded:
     start = model.config.decoder_start_token_id
     if start is None:
         raise ValueError("the model's config.json has no decoder_start_token_id, which answers begin with. Name it.")
@@ -115,7 +120,7 @@ def _answers(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: L
     return encode_answers(records, tokenizer, start_token_id=start, **told)  # type: ignore[arg-type]
 
 
-def _texts(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: Layout) -> Encoded:
+def _texts(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: RowOptions) -> Encoded:
     if model.config.pad_token_id is None:
         raise ValueError(
             "the model's config.json has no pad_token_id, by which a classifier finds the ends of texts. Name one, "
@@ -162,7 +167,7 @@ def task_of(model: str, said: str | None) -> Task:
     if said is None and name in (MASKED_LM, FEATURE_EXTRACTION):
         able = [task for task in TASKS if task in config.tasks]
         raise ValueError(
-            f"{model} has no head for a task ({config.architecture}). Say what to train it for: --task "
+            f"{model} is a {config.architecture}, which has no head for a task. finetune gives it one with --task "
             f"{' or '.join(able)}."
         )
     raise ValueError(
@@ -192,14 +197,13 @@ def classes_of_data(model: str, records: Sequence[AnyRecord]) -> dict[int, str]:
             f"{model} is for {config.problem_type or REGRESSION}, and finetune is for texts of one class each. Train "
             "it in Python: model(ids, mask, labels=labels).loss, as examples/classify_docstrings.py does."
         )
-    told = hf.get("id2label") or {number: f"LABEL_{number}" for number in range(config.num_labels)}
+    told = hf.get("id2label") or _numbered(config.num_labels)
     return {int(number): name for number, name in told.items()}
 
 
 def id2label_of(model: Any) -> dict[int, str]:
     """The names of a classifier's classes."""
-    told = dict(model.source.id2label)
-    return told or {number: f"LABEL_{number}" for number in range(model.config.num_labels)}
+    return dict(model.source.id2label) or _numbered(model.config.num_labels)
 
 
 def write_labels(model: Any, folder: Path) -> None:
@@ -208,14 +212,27 @@ def write_labels(model: Any, folder: Path) -> None:
     (folder / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read_labels(adapter: Path | None) -> dict[int, str] | None:
-    """The names that lie beside an adapter, if there are any.
+def classes_of_adapter(adapter: Path, model: str) -> dict[int, str] | None:
+    """The names that lie beside an adapter; else numbers for the rows of its head, or None if they are the model's.
 
     Raises:
-        ValueError: If they are damaged.
+        ValueError: If a file is damaged.
     """
-    if adapter is None or not (adapter / LABELS_FILE).is_file():
-        return None
+    if (adapter / LABELS_FILE).is_file():
+        return _read_labels(adapter)
+    config = dataclasses.replace(read_architecture(read_config(find_checkpoint(model))), task_type=SEQ_CLS)
+    head = family_of(config).output_module(config)
+    ends = (f"{head}.weight", f"{head}.out_proj.weight")  # RoBERTa's has two layers
+    tensors = read_adapter(adapter).tensors or {}
+    count = next((tensor.shape[0] for key, tensor in tensors.items() if key.endswith(ends)), config.num_labels)
+    return None if count == config.num_labels else _numbered(count)
+
+
+def _numbered(count: int) -> dict[int, str]:
+    return {number: f"LABEL_{number}" for number in range(count)}
+
+
+def _read_labels(adapter: Path) -> dict[int, str]:
     found = read_config(adapter, LABELS_FILE).get("id2label")
     if not isinstance(found, dict) or not all(number.isdigit() for number in found):
         raise ValueError(f"{adapter / LABELS_FILE} has no id2label of numbers to names. Copy the adapter again.")

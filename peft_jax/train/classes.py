@@ -13,6 +13,7 @@ from peft_jax.train.loss import cross_entropy
 from peft_jax.train.records import AnyRecord, Labelled, named
 from peft_jax.train.step import Apply, logits_of
 
+MOST = 2**16  # classes that are told by numbers
 ScoringStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 
 
@@ -33,6 +34,8 @@ def class_names(records: Sequence[AnyRecord]) -> dict[int, str]:
     numbers = [label for label in labels if isinstance(label, int)]
     if texts and numbers:
         raise ValueError(f"records have labels that are names ({texts[0]!r}) and numbers ({numbers[0]}). Give names.")
+    if numbers and max(numbers) >= MOST:
+        raise ValueError(f"a record has the label {max(numbers)}. Number classes from 0 on, below {MOST}.")
     names = texts or [f"LABEL_{number}" for number in range(max(numbers) + 1)]
     if len(names) < 2:
         raise ValueError(f"all records have the label {labels[0]!r}. Give records of two classes or more.")

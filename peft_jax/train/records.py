@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_jax.train.files import read_text
+
 FIELDS = "instruction, input and output"
 FORMATS = "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label"
 
@@ -236,12 +238,7 @@ def _chat(messages: Any, where: str) -> Chat:
 
 def _read(file: Path, fields: str) -> list[Any]:
     """Return the values in a file: a JSON list's items, or one value a line."""
-    if not file.is_file():
-        raise FileNotFoundError(f"no data file at {file}. Give a JSON or JSONL file of records with {fields}.")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text. Give a JSON or JSONL file.") from error
+    text = read_text(file, "data file", f"Give a JSON or JSONL file of records with {fields}.")
     if not text.strip():
         raise ValueError(f"{file} is empty. Give at least one record with {fields}.")
     objects = _parse(text, file)

@@ -1,10 +1,10 @@
 """Prompt templates for alpaca's fields: two by name, and files in alpaca-lora's format."""
 
 import dataclasses
-import json
 import string
 from pathlib import Path
 
+from peft_jax.train.files import read_object
 from peft_jax.train.records import Completion, Record
 
 
@@ -64,11 +64,8 @@ def load_template(name_or_file: str | Path) -> PromptTemplate:
     file, rule = Path(name_or_file), "It needs the texts prompt_input and prompt_no_input."
     if not file.is_file():
         raise FileNotFoundError(f"no prompt template '{file}'. Give {', '.join(TEMPLATES)} or a JSON file. {rule}")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"the prompt template {file} is not JSON: {error}. {rule}") from error
-    texts = [found.get(name) for name in ("prompt_input", "prompt_no_input")] if isinstance(found, dict) else [None]
+    found = read_object(file, "prompt template", rule)
+    texts = [found.get(name) for name in ("prompt_input", "prompt_no_input")]
     for text in texts:
         _check(text, file, rule)
     return PromptTemplate(*texts)
