@@ -92,7 +92,7 @@ class Task:
         if not isinstance(records[0], self.kinds):
             raise ValueError(
                 f"{self.name} is learned from {named(*self.kinds)}, and the data has {named(type(records[0]))}. Give "
-                "other data, or another --task."
+                "such data; what else finetune trains a model for, its --task says."
             )
 
     def read_for(self, model: str, adapter: Path | None, **options: Any) -> Any:

@@ -44,7 +44,7 @@ def encode_answers(
         >>> tokenizer = AutoTokenizer.from_pretrained(MODEL)
         >>> [example], _ = encode_answers([Completion("1, 2,", "3")], tokenizer, cutoff_len=32, start_token_id=0)
         >>> tokenizer.decode(example.labels), example.more["decoder_input_ids"].tolist()[0]
-        ('3<|eos|>', 0)
+        ('<|bos|>3<|eos|>', 0)
     """
     check_eos(tokenizer)
     examples = []

@@ -65,13 +65,10 @@ def load_template(name_or_file: str | Path) -> PromptTemplate:
     if not file.is_file():
         raise FileNotFoundError(f"no prompt template '{file}'. Give {', '.join(TEMPLATES)} or a JSON file. {rule}")
     found = read_object(file, "prompt template", rule)
-    texts = [found.get(name) for name in ("prompt_input", "prompt_no_input")]
-    for text in texts:
-        _check(text, file, rule)
-    return PromptTemplate(*texts)
+    return PromptTemplate(*(_checked(found.get(name), file, rule) for name in ("prompt_input", "prompt_no_input")))
 
 
-def _check(text: object, file: Path, rule: str) -> None:
+def _checked(text: object, file: Path, rule: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"the prompt template {file} lacks a text. {rule}")
     try:
@@ -83,3 +80,4 @@ def _check(text: object, file: Path, rule: str) -> None:
             f"the prompt template {file} names the fields {sorted(names)}. Name {{instruction}} and perhaps {{input}}, "
             "and double other braces."
         )
+    return text
