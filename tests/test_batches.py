@@ -95,8 +95,8 @@ def test_three_formats_are_read(tmp_path: Path, ending: str) -> None:
         ('[{"messages": []}]', "messages that are no list, or an empty one"),
         ('[{"messages": [{"role": "user"}]}]', "message 1 in record 1 .* lacks a role or a content"),
         ('[{"messages": [{"role": "user", "content": "a"}]}]', "no message of role assistant"),
-        ('[{"body": "a"}]', "lacks instruction and output; it has body.*or messages, or text and label"),
-        ('[{"text": "a"}]', "lacks label; it has text"),
+        ('[{"text": "a"}]', "lacks instruction and output; it has text.*or messages, or text and label"),
+        ('[{"sentence": "a", "label": 1}]', "lacks text; it has sentence, label"),
         ("nonsense", "is not JSON in line 1"),
     ],
 )
@@ -121,7 +121,7 @@ def test_templates_by_name_and_from_alpaca_loras_files(tmp_path: Path) -> None:
     [
         (None, "no prompt template .* Give short, alpaca or a JSON file"),
         ("{", "is not JSON"),
-        ("[1]", "lacks a text"),
+        ("[1]", "is not a JSON object"),
         ('{"prompt_input": "{instruction}"}', "lacks a text"),
         (
             '{"prompt_input": "{instruction}{question}", "prompt_no_input": "{instruction}"}',

@@ -95,6 +95,7 @@ def test_no_option_is_ignored(plain: tuple[Path, dict[str, np.ndarray]], change:
 def test_there_is_a_test_for_every_option() -> None:
     here = Path(__file__).read_text() + Path(__file__).with_name("test_cli.py").read_text()
     here += Path(__file__).with_name("test_finetune_methods.py").read_text().replace("-", "_")
+    here += Path(__file__).with_name("test_finetune_tasks.py").read_text().replace("-", "_")
     here += Path(__file__).with_name("test_resume.py").read_text().replace("--", "").replace("-", "_")
     here += Path(__file__).with_name("test_processes.py").read_text().replace("-", "_")
     options = parse(words())
@@ -276,7 +277,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a config and options": ({"adapter_config": "c.json", "r": 4}, "--adapter-config and --r exclude each other"),
     "an adapter and options": ({"adapter": "out", "lora_alpha": 4}, "--adapter and --lora-alpha exclude each other"),
     "no such config": ({"adapter_config": "c.json"}, "no adapter config at c.json"),
-    "a config that is no JSON": ({"adapter_config": "model/model.safetensors"}, "is not JSON"),
+    "a config that is no JSON": ({"adapter_config": "model/model.safetensors"}, "is not UTF-8 text. Give"),
     "a config of something else": ({"adapter_config": "model/config.json"}, "peft_type"),
     "no such adapter": ({"adapter": "none"}, "none"),
     "a micro batch that does not divide": ({"batch_size": 4, "micro_batch_size": 3}, "does not divide --batch-size 4"),

@@ -31,10 +31,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": (
         "Seq2SeqLM",
         {"vocab_size": 288, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-        | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+        | {"decoder_start_token_id": 2, "pad_token_id": 2, "eos_token_id": 1},
     ),
-    "bert": ("MaskedLM", {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}),
-    "gpt2": ("CausalLM", {**SIZES, "n_positions": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}),
+    "bert": ("MaskedLM", {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 2}),
+    "gpt2": ("CausalLM", {**SIZES, "n_positions": 64, "pad_token_id": 2, "eos_token_id": 1, "bos_token_id": 1}),
 }
 ENDS = {  # what a model's tokenizer puts around a text, and around two
     "t5": {"single": "$A </s>"},
@@ -67,7 +67,7 @@ def save_tokenizer(folder: Path, **ends: str) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = ["<pad>", "</s>", "<s>"], pre_tokenizers.ByteLevel.alphabet()
+    special, alphabet = ["<s>", "</s>", "<pad>"], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_jax.cli.finetune_options import DESCRIBED, flag
 from peft_jax.cli.finetune_start import initial
-from peft_jax.cli.task import Task, write_labels
+from peft_jax.cli.task import LABELS_FILE, Task, write_labels
 from peft_jax.train import plot_losses
 from peft_jax.train.metrics import read_metrics
 
@@ -41,7 +41,7 @@ def save(model: Any, task: Task, folder: Path, run: Path) -> None:
     """Write a run's adapter as one that goes on the base as it was, and the names of its classes."""
     model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial(model, run))
     if task.has_classes:
-        write_labels(model, folder)
+        _whole(folder / LABELS_FILE, lambda file: write_labels(model, file))
 
 
 def _whole(file: Path, write: Callable[[Path], Any]) -> None:

@@ -140,12 +140,26 @@ TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task(
-            *(CAUSAL_LM, auto.AutoModelForCausalLM, (Record, Completion, Chat), _causal, "text-generation"),
+            name=CAUSAL_LM,
+            reader=auto.AutoModelForCausalLM,
+            kinds=(Record, Completion, Chat),
+            encode=_causal,
+            pipeline="text-generation",
             next_token=True,
         ),
-        Task(SEQ_2_SEQ_LM, auto.AutoModelForSeq2SeqLM, (Record, Completion), _answers, "text2text-generation"),
         Task(
-            *(SEQ_CLS, auto.AutoModelForSequenceClassification, (Labelled,), _texts, "text-classification"),
+            name=SEQ_2_SEQ_LM,
+            reader=auto.AutoModelForSeq2SeqLM,
+            kinds=(Record, Completion),
+            encode=_answers,
+            pipeline="text2text-generation",
+        ),
+        Task(
+            name=SEQ_CLS,
+            reader=auto.AutoModelForSequenceClassification,
+            kinds=(Labelled,),
+            encode=_texts,
+            pipeline="text-classification",
             has_classes=True,
         ),
     )
@@ -206,10 +220,10 @@ def id2label_of(model: Any) -> dict[int, str]:
     return dict(model.source.id2label) or _numbered(model.config.num_labels)
 
 
-def write_labels(model: Any, folder: Path) -> None:
-    """Write the names of a classifier's classes beside its adapter."""
+def write_labels(model: Any, file: Path) -> None:
+    """Write the names of a classifier's classes, as config.json has them."""
     text = json.dumps(label_fields(id2label_of(model)), indent=2, ensure_ascii=False)
-    (folder / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def classes_of_adapter(adapter: Path, model: str) -> dict[int, str] | None:

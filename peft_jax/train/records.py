@@ -184,7 +184,7 @@ def _by_fields(value: dict[str, Any], where: str) -> AnyRecord:
         return Completion(**_texts(value, ("prompt", "completion"), (), where, rule))
     if "instruction" in value or "output" in value:
         return _alpaca(value, where)
-    if "text" in value or "label" in value:
+    if "label" in value:
         return _labelled(value, where)
     raise ValueError(f"{where} lacks instruction and output; it has {', '.join(value) or 'no fields'}. {rule}")
 
@@ -198,8 +198,6 @@ def _alpaca(value: Any, where: str) -> Record:
 def _labelled(value: dict[str, Any], where: str) -> Labelled:
     rule = "Each record needs the fields text and label, and may have text_pair."
     texts = _texts(value, ("text",), ("text_pair",), where, rule)
-    if "label" not in value:
-        raise ValueError(f"{where} lacks label; it has {', '.join(value)}. {rule}")
     label = value["label"]
     if not isinstance(label, str | int) or isinstance(label, bool) or (isinstance(label, int) and label < 0):
         raise ValueError(f"{where} has the label {label!r}. Give the name of a class, or its number from 0 on.")
