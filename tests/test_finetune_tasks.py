@@ -21,7 +21,7 @@ from peft_jax.train.metrics import MetricsLog
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-pytestmark = [pytest.mark.usefixtures("quick_compiler"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 PAIRS = [{"prompt": f"say {n}", "completion": f" {'number ' * (n % 3)}{n}", "task_id": n % 2} for n in range(12)]
 TEXTS = [{"text": f"number {n} " * (1 + n % 3), "label": ("even", "odd", "third")[n % 3]} for n in range(12)]
@@ -95,7 +95,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(quick_compiler: None, bases: Path) -> Callable[[str], Path]:
+def trained(bases: Path) -> Callable[[str], Path]:
     """A function from a run's name to its folder; it is made by two runs, of which one is stopped and resumed."""
 
     def make(name: str) -> Path:
