@@ -5,10 +5,19 @@ from typing import Any
 import jax
 from transformers import AutoTokenizer
 
+from peft_jax.models.lazy_logits import LazyLogits
+
 
 def apply(model: Any, input_ids: jax.Array, attention_mask: jax.Array, **more: jax.Array) -> jax.Array:
     """Logits of a model handle, as the steps of `peft_jax.train` take it; ``more`` is what they hand on of a batch."""
-    return model(input_ids, attention_mask=attention_mask, **more).logits
+    logits: jax.Array = model(input_ids, attention_mask=attention_mask, **more).logits
+    return logits
+
+
+def apply_lazily(model: Any, input_ids: jax.Array, attention_mask: jax.Array, **more: jax.Array) -> LazyLogits:
+    """As `apply`, of a causal language model, whose logits the loss computes in chunks."""
+    logits: LazyLogits = model(input_ids, attention_mask=attention_mask, lazy_logits=True, **more).logits
+    return logits
 
 
 def load_tokenizer(model: str) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 
 import peft_jax as pj
 from peft_jax.cli.bar import progress
-from peft_jax.cli.checkpoint import apply, load_tokenizer
+from peft_jax.cli.checkpoint import apply_lazily, load_tokenizer
 from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
 from peft_jax.cli.folder import new_folder, refuse_used
 from peft_jax.train import (
@@ -81,8 +81,8 @@ class Bench:
         self.held_out = read_records(HELD_OUT)[: settings.held_out]
         self.held_out_tokens = tokenize(self.held_out, tokenizer, pad_to=settings.length)
         self.optimizer = make_optimizer(settings.learning_rate, settings.max_steps)
-        self.training_step = make_training_step(apply, self.optimizer)
-        self.evaluation_step = make_evaluation_step(apply)
+        self.training_step = make_training_step(apply_lazily, self.optimizer)
+        self.evaluation_step = make_evaluation_step(apply_lazily)
 
     def held_out_loss(self, model: Any) -> float:
         """Mean loss over the held-out items, in nats per answer token."""

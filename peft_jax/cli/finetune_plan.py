@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from peft_jax.cli.checkpoint import apply
 from peft_jax.cli.finetune_options import Finetune
 from peft_jax.cli.finetune_setup import Examples
 from peft_jax.cli.task import Task
@@ -110,7 +109,9 @@ def make_plan(options: Finetune, task: Task, model: Any, data: Examples, mesh: M
         state = place_state(state, mesh)
         layout = (*shardings((state.trainable, state.opt_state)), NamedSharding(mesh, PartitionSpec()))
     size = training.micro_batch_size
-    step = make_training_step(apply, optimizer, next_token=task.next_token, micro_batch_size=size, out_shardings=layout)
+    step = make_training_step(
+        task.apply, optimizer, next_token=task.next_token, micro_batch_size=size, out_shardings=layout
+    )
     rows = training.micro_batch_size or training.batch_size
     parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
     return Plan(*parts, step, task.make_evaluation_step(), mesh), state, frozen

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_jax.cli.checkpoint import apply
+from peft_jax.cli.checkpoint import apply, apply_lazily
 from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import read_adapter, read_adapter_config
@@ -79,9 +79,16 @@ class Task:
         """PEFT's class that reads adapters for it with their base."""
         return self.reader.__name__.replace("AutoModel", "AutoPeftModel")
 
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """What the steps compute of a batch."""
+        return apply_lazily if self.next_token else apply
+
     def make_evaluation_step(self) -> Any:
         """The compiled step of `evaluate`."""
-        return make_scoring_step(apply) if self.has_classes else make_evaluation_step(apply, next_token=self.next_token)
+        if self.has_classes:
+            return make_scoring_step(self.apply)
+        return make_evaluation_step(self.apply, next_token=self.next_token)
 
     def evaluate(self, step: Any, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
         """What is told of rows kept apart: the loss, of classes the accuracy too."""

@@ -48,6 +48,19 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
     return map_adapted(switch_on, params)
 
 
+def has_dropout(params: Any) -> bool:
+    """Whether `with_dropout` switched it on in any leaf of a tree."""
+    found: list[str] = []
+
+    def note(path: str, leaf: Adapted) -> Adapted:
+        if "dropout" in leaf.state:
+            found.append(path)
+        return leaf
+
+    map_adapted(note, params)
+    return bool(found)
+
+
 def dropout(x: jax.Array, state: Mapping[str, Any]) -> jax.Array:
     """``x`` with elements zeroed and the rest scaled up, if dropout is switched on in an adapter's ``state``."""
     if "dropout" not in state:

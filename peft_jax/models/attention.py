@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.chunks import chunk_size, in_chunks, out_of_chunks
 from peft_jax.models.llama_config import FULL, SLIDING, LlamaConfig
 from peft_jax.models.positions import KVCache, Prefix, causal_places, make_cache
 from peft_jax.models.remat import kept
 from peft_jax.prompts.base import Adaption
+
+SCORES = 2**24  # that are there at once on each device
 
 __all__ = ["Context", "KVCache", "attend", "attend_to", "init_cache", "inverse_frequencies", "make_context", "rotate"]
 
@@ -108,7 +111,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal:
     """Attend from q (batch, length, heads, head_dim) to k and v (batch, kv_len, kv_heads, head_dim).
 
     The softmax is in float32. A query that may see nothing (mask all False, as on the left of a left-padded row) gets
-    zeros, as from PyTorch's scaled_dot_product_attention.
+    zeros, as from PyTorch's scaled_dot_product_attention. Where there are many scores, queries take turns, and the
+    backward pass computes each turn's scores again.
 
     Args:
         q: Queries.
@@ -118,14 +122,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal:
         causal: The mask lets no query see beyond its own place, where the last query stands at the last key. Then
             queries go in blocks, each of which leaves out the keys behind it.
     """
+    size = chunk_size((*q.shape[:3], k.shape[1]), SCORES)
+    if size == q.shape[1]:
+        return _in_blocks(q, k, v, mask, min(BLOCKS, max(1, size // LEAST)) if causal else 1)
+    turn = jax.checkpoint(lambda part: _in_blocks(part[0], k, v, part[1], 1), prevent_cse=False)
+    return out_of_chunks(jax.lax.map(turn, (in_chunks(q, size), in_chunks(mask, size))), q.shape[1])
+
+
+def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, count: int) -> jax.Array:
+    """As `attend`; of several blocks of queries each leaves out the keys behind it."""
     batch, length, heads, size = q.shape
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     grouped = q.reshape(batch, length, k.shape[1], -1, size).transpose(0, 2, 3, 1, 4)  # the heads of each kv head
-    count = min(BLOCKS, max(1, length // LEAST)) if causal else 1
     edges = [length * i // count for i in range(count + 1)]
     blocks = []
     for start, stop in itertools.pairwise(edges):
-        rows, seen = grouped[:, :, :, start:stop], k.shape[2] - length + stop
+        rows, seen = grouped[:, :, :, start:stop], k.shape[2] - length + stop if count > 1 else k.shape[2]
         blocks.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], mask[:, start:stop, :seen]))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 

@@ -22,12 +22,12 @@ class CausalLMOutput(NamedTuple):
     """What a call of a model handle gives.
 
     Attributes:
-        logits: ``(batch, length, vocabulary)``.
+        logits: ``(batch, length, vocabulary)``; `LazyLogits` if asked for.
         loss: Mean cross entropy over the labels, float32; None without labels.
         hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
     """
 
-    logits: jax.Array
+    logits: Any
     loss: jax.Array | None = None
     hidden_states: jax.Array | None = None
 
@@ -59,6 +59,7 @@ class CausalLM(ModelHandle):
         task_ids: jax.Array | np.ndarray | None = None,
         input_type_mask: jax.Array | np.ndarray | None = None,
         output_hidden_states: bool = False,
+        lazy_logits: bool = False,
     ) -> CausalLMOutput:
         """Logits at all positions, compiled once per shape.
 
@@ -77,10 +78,19 @@ class CausalLM(ModelHandle):
             task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             input_type_mask: What each token is ``(batch, length)``, for the loss of CPT; see `CPTConfig`.
             output_hidden_states: Whether to return the hidden states.
+            lazy_logits: Whether to return `LazyLogits`, of which `peft_jax.train.cross_entropy` makes a loss without
+                holding all logits.
+
+        Raises:
+            ValueError: if labels are given beside lazy_logits, or input_type_mask without labels; also for inputs of a
+                wrong shape.
         """
+        if lazy_logits and labels is not None:
+            raise ValueError("lazy_logits=True leaves the loss to peft_jax.train.cross_entropy. Leave labels out.")
         out = self.run(
             input_ids,
             output_hidden_states,
+            not lazy_logits,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,

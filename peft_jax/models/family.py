@@ -46,7 +46,7 @@ class Family:
         init_params: ``init_params(config, key, dtype)``, a nested dict of arrays by Hugging Face module names.
         param_shapes: ``param_shapes(config)``, shapes by dotted path.
         apply: ``apply(config, params, input_ids, *, inputs_embeds, attention_mask, ..., output_hidden_states, remat)``,
-            a `peft_jax.models.outputs.ModelOutput`.
+            a `peft_jax.models.outputs.ModelOutput`; decoders' takes ``head`` too, False for what goes into the head.
         layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front.
             Int8 loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
         backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names
@@ -100,6 +100,12 @@ class Family:
     def output_module(self, config: ModelConfig) -> str | None:
         """Path of the module that gives the output; None for a bare model."""
         return self.heads.get(config.task_type)
+
+    def head_weight(self, config: ModelConfig, params: Any) -> tuple[Any, bool]:
+        """What a language model's logits are the product with, and whether it is the embedding."""
+        if tied := bool(self.tied_modules(config)):
+            return self.embedding_table(config, params), tied
+        return leaf_at(params, f"{self.output_module(config)}.kernel"), tied
 
     def tied_modules(self, config: ModelConfig) -> tuple[str, ...]:
         """Embedding and output head, where they share a leaf."""

@@ -235,6 +235,7 @@ class GPT2(nnx.Module):
         adaption: Adaption | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int = 0,
+        head: bool = True,
         remat: bool = False,
     ) -> ModelOutput:
         """Run the model; the arguments are those of `apply`."""
@@ -258,7 +259,9 @@ class GPT2(nnx.Module):
         x = x + inner.wpe(places.positions)
         buffers = None if cache is None else (cache.keys, cache.values)
         h, states, buffers = inner(x, places, Beside(prefix, adaption), buffers, output_hidden_states, remat)
-        output = HEAD.run(self, self.config, h[:, -logits_to_keep:], input_ids, inner.wte.embedding)
+        output = ModelOutput(last_hidden_state=h)
+        if head:
+            output = HEAD.run(self, self.config, h[:, -logits_to_keep:], input_ids, inner.wte.embedding)
         return output._replace(hidden_states=states, cache=filled(buffers, places.index, x.shape[1]))
 
 

@@ -43,11 +43,20 @@ class DecoderHead:
         if config.task_type == FEATURE_EXTRACTION:
             return ModelOutput(last_hidden_state=h)
         if config.task_type == CAUSAL_LM and config.tie_word_embeddings:
-            return ModelOutput(h @ table[...].T)
-        logits = getattr(module, self.names[config.task_type])(h)
+            return ModelOutput(project(h, table[...].T))
+        head = getattr(module, self.names[config.task_type])
+        if config.task_type == CAUSAL_LM:
+            return ModelOutput(project(h, head.kernel[...]))
+        logits = head(h)
         if config.task_type == SEQ_CLS:
             return ModelOutput(of_last_token(logits, input_ids, config.pad_token_id))
         return ModelOutput(logits)
+
+
+def project(h: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Logits (batch, length, vocabulary) of h (batch, length, hidden), in the wider of the two element types."""
+    wide = jnp.promote_types(h.dtype, kernel.dtype)
+    return h.astype(wide) @ kernel.astype(wide)
 
 
 def of_last_token(logits: jax.Array, input_ids: jax.Array | None, pad_token_id: int | None) -> jax.Array:

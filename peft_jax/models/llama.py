@@ -185,6 +185,7 @@ class Llama(nnx.Module):
         adaption: Adaption | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int = 0,
+        head: bool = True,
         remat: bool = False,
     ) -> ModelOutput:
         """Compute logits; the arguments are those of `apply`."""
@@ -193,7 +194,9 @@ class Llama(nnx.Module):
         context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids, prefix)
         buffers = None if cache is None else (cache.keys, cache.values)
         h, states, buffers = self.model(x, context, Beside(prefix, adaption), buffers, output_hidden_states, remat)
-        output: ModelOutput = HEAD.run(self, self.config, h[:, -logits_to_keep:], input_ids, table.embedding)
+        output = ModelOutput(last_hidden_state=h)
+        if head:
+            output = HEAD.run(self, self.config, h[:, -logits_to_keep:], input_ids, table.embedding)
         return output._replace(hidden_states=states, cache=filled(buffers, context.index, x.shape[1]))
 
 
@@ -240,6 +243,7 @@ def apply(
     adaption: Adaption | None = None,
     output_hidden_states: bool = False,
     logits_to_keep: int = 0,
+    head: bool = True,
     remat: bool = False,
 ) -> ModelOutput:
     """Run the model as a pure function of its parameters.
@@ -260,6 +264,7 @@ def apply(
         adaption: Gated prompts beside each layer's attention.
         output_hidden_states: Also return the hidden states.
         logits_to_keep: Compute the logits at so many last positions only; 0 for all.
+        head: Whether to compute logits; if not, the output has what goes into the head.
         remat: Keep only each layer's input for the backward pass and compute the rest again.
 
     Returns:
@@ -289,6 +294,7 @@ def apply(
         adaption=adaption,
         output_hidden_states=output_hidden_states,
         logits_to_keep=logits_to_keep,
+        head=head,
         remat=remat,
     )
     return output

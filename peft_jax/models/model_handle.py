@@ -21,9 +21,10 @@ from peft_jax.models.config import MASKED_LM, ModelConfig
 from peft_jax.models.defaults import method_defaults, prompt_sizes
 from peft_jax.models.families import family_of
 from peft_jax.models.family import Family
+from peft_jax.models.lazy_logits import LazyLogits
 from peft_jax.models.outputs import ModelOutput
 from peft_jax.models.prompted import apply_prompted
-from peft_jax.prompts.base import Prompt, take_prompt
+from peft_jax.prompts.base import Prompt, take_prompt, without_prompts
 from peft_jax.prompts.learning import PromptLearning
 
 # For the dataclasses of handles: parameters are the leaves, all else is static.
@@ -73,12 +74,18 @@ class ModelHandle(Handle):
     source: Source = Source()
     remat: bool = False
 
-    def run(self, input_ids: Any, output_hidden_states: bool, **arrays: Any) -> ModelOutput:
-        """Run the architecture, compiled once per shape; an argument that is None is not handed on."""
+    def run(self, input_ids: Any, output_hidden_states: bool, head: bool = True, **arrays: Any) -> ModelOutput:
+        """Run the architecture, compiled once per shape; an array that is None is not handed on.
+
+        Without the head, which is for language models, the output's logits are `LazyLogits`.
+        """
         ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
         given = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
-        forward = _forward(self.config, self.remat, output_hidden_states)
+        forward = _forward(self.config, self.remat, output_hidden_states, head)
         output: ModelOutput = forward(self.params, ids, given)
+        if not head:
+            weight, tied = self.family.head_weight(self.config, without_prompts(self.params))
+            output = output._replace(logits=LazyLogits(output.last_hidden_state, weight, tied))
         return output
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> None:
@@ -184,11 +191,12 @@ def token_ids(ids: Any, vocabulary: int) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _forward(config: ModelConfig, remat: bool, output_hidden_states: bool) -> Callable[..., Any]:
+def _forward(config: ModelConfig, remat: bool, output_hidden_states: bool, head: bool) -> Callable[..., Any]:
     family = family_of(config)
+    options = {"output_hidden_states": output_hidden_states, "remat": remat} | ({} if head else {"head": False})
 
     def run(params: Any, prompt: Prompt, input_ids: Any, given: dict[str, Any]) -> Any:
-        apply = partial(family.apply, config, params, output_hidden_states=output_hidden_states, remat=remat)
+        apply = partial(family.apply, config, params, **options)
         embed = partial(family.embed, config, params)
         return apply_prompted(apply, embed, prompt, input_ids, given, config.task_type)
 

@@ -1,4 +1,4 @@
-"""What models and their handles return."""
+"""What architectures return."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ class ModelOutput(NamedTuple):
         hidden_states: If asked for, ``(layers + 1, batch, length, hidden)``: the embeddings, then the output of each
             layer, the last with the final norm if there is one, as transformers lists them.
         cache: The one passed in, with the new positions filled.
-        last_hidden_state: ``(batch, length, hidden)``, of a bare model.
+        last_hidden_state: ``(batch, length, hidden)``, of a bare model, or of one that is called without its head.
         pooler_output: ``(batch, hidden)``, of a bare model with a pooler.
     """
 

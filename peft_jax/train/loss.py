@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from peft_jax.models.lazy_logits import LazyLogits
+from peft_jax.train.chunked import summed_loss, token_losses
 from peft_jax.train.encode import IGNORE
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None, *, next_token: bool = True
+    logits: jax.Array | LazyLogits, labels: jax.Array, weights: jax.Array | None = None, *, next_token: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Cross entropy of each next token, summed in float32 over the tokens that have a label.
 
@@ -16,7 +17,8 @@ def cross_entropy(
     they can be added up over batches before one is divided by the other.
 
     Args:
-        logits: (batch, length, vocabulary), any float type.
+        logits: (batch, length, vocabulary), any float type; or what they are to be computed from, which is done in
+            chunks, so that memory does not hold them all.
         labels: (batch, length), token ids and `IGNORE` (-100) where nothing is asked.
         weights: (batch, length), what each label's loss is multiplied by; by default 1.
         next_token: False where logits predict the label at their own place, as those of classifiers of texts, whose
@@ -32,9 +34,12 @@ def cross_entropy(
     """
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE) if next_token else labels
     asked = targets != IGNORE
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(asked, targets, 0)
-    )
-    if weights is not None:
-        losses = losses * (jnp.pad(weights[:, 1:], ((0, 0), (0, 1))) if next_token else weights)
-    return jnp.sum(losses, where=asked), jnp.sum(asked, dtype=jnp.int32)
+    targets, count = jnp.where(asked, targets, 0), jnp.sum(asked, dtype=jnp.int32)
+    if weights is not None and next_token:
+        weights = jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))
+    if isinstance(logits, LazyLogits):
+        weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+        return summed_loss(logits, targets, jnp.where(asked, weights, 0)), count
+    losses = token_losses(logits, targets)
+    losses = losses if weights is None else losses * weights
+    return jnp.sum(losses, where=asked), count
