@@ -216,7 +216,7 @@ def per_token_losses(model: Any, data: Any, size: int) -> dict[tuple[int, ...], 
     found = {}
     for start in range(0, len(data), size):
         batch = collate([data[n] for n in range(start, min(start + size, len(data)))], size, data.lengths)
-        log_p = jax.nn.log_softmax(logits_of(apply, model, batch).compute())
+        log_p = jax.nn.log_softmax(logits_of(apply, model, batch))
         for row in range(size):
             segments = batch.get("segment_ids", batch["attention_mask"])[row]
             for number in range(1, segments.max() + 1):
