@@ -51,7 +51,7 @@ def _sum_over_chunks(logits: LazyLogits, parts: tuple[jax.Array, ...]) -> jax.Ar
     leaves, structure = jax.tree.flatten(logits.weight)
 
     def loss(leaves: list[Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        chunk = LazyLogits(hidden, structure.unflatten(leaves), logits.tied)
+        chunk = LazyLogits(hidden, jax.tree.unflatten(structure, leaves), logits.tied)
         return jnp.sum(token_losses(chunk.compute(), targets) * weights)
 
     @jax.custom_vjp

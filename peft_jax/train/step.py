@@ -1,7 +1,8 @@
 """The compiled steps of a run: one that trains, one that evaluates.
 
 Both take a pure ``apply(params, input_ids, attention_mask) -> logits``; for a model handle that is
-``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, for a plain function over adapted leaves
+``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, with ``lazy_logits=True`` in the call of a causal
+language model so that memory never holds them all, and for a plain function over adapted leaves
 ``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, for prompts of several tasks ``task_ids``, for
 encoder-decoders ``decoder_input_ids``, and for pairs of texts ``token_type_ids``, by these names. A prompt's virtual
 tokens may have logits in front of the others.
@@ -16,14 +17,20 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine, partition
-from peft_jax.methods.project import projected
-from peft_jax.prompts.base import with_virtual_labels
+``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, with ``lazy_logits=True`` in the call of a causal
+language model so that memory never holds them all, and for a plain function over adapted leaves
+``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, for prompts of several tasks ``task_ids``, for
+encoder-decoders ``decoder_input_ids``, and for pairs of texts ``token_type_ids``, by these names. A prompt's virtual
+tokens may have logits in front of the others.
 from peft_jax.train.batches import Batch
 from peft_jax.train.loss import cross_entropy
 from peft_jax.train.schedule import advance, penalized, split_state
 
-Apply = Callable[..., jax.Array]
-HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids", "token_type_ids")  # what apply takes of a batch with it
+``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, with ``lazy_logits=True`` in the call of a causal
+language model so that memory never holds them all, and for a plain function over adapted leaves
+``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, for prompts of several tasks ``task_ids``, for
+encoder-decoders ``decoder_input_ids``, and for pairs of texts ``token_type_ids``, by these names. A prompt's virtual
+tokens may have logits in front of the others.
 
 
 class StepMetrics(NamedTuple):
@@ -59,7 +66,8 @@ def make_training_step(
     was passed in, and the tree it was split from, cannot be used afterwards.
 
     Args:
-        apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary).
+        apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary), or
+            to the `LazyLogits` of a handle.
         optimizer: Any optax transformation, initialised with the trainable twin; for a method with a schedule, as
             AdaLoRA, by `peft_jax.train.init_optimizer`, and the step runs the schedule.
         next_token: Whether logits predict the label at the next position, as a causal language model's do; False for
@@ -144,8 +152,8 @@ def _loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple
     return cross_entropy(logits, labels, next_token=False)
 
 
-def logits_of(apply: Apply, params: Any, batch: Batch) -> jax.Array:
-    """What a model gives for a batch, packed or not: logits (batch, length, vocabulary), or of classes."""
+def logits_of(apply: Apply, params: Any, batch: Batch) -> jax.Array | LazyLogits:
+    """What a model gives for a batch, packed or not: logits (batch, length, vocabulary), lazy or not, or of classes."""
     named: dict[str, Any] = dict(batch)
     more = {name: named[name] for name in HANDED_ON if name in named}
     return apply(params, batch["input_ids"], batch["attention_mask"], **more)
