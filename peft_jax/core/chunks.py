@@ -21,7 +21,7 @@ def chunk_size(shape: Sequence[int], limit: int) -> int:
         >>> chunk_size((2, 100, 50), 5000 // jax.device_count())
         50
     """
-    chunks = math.ceil(math.prod(shape) / (limit * jax.device_count()))
+    chunks = max(1, math.ceil(math.prod(shape) / (limit * jax.device_count())))
     return math.ceil(shape[1] / chunks)
 
 

@@ -1,8 +1,8 @@
 """Cross entropy over a vocabulary in chunks of positions, so that all logits are never there at once.
 
 Their gradients are taken chunk by chunk as soon as a chunk's logits are there (Hsu et al., 2024, "Liger Kernel",
-https://arxiv.org/abs/2410.10989, section 3.2, fused linear cross entropy), so that the head's product is not computed
-again in the backward pass. Kept for that are the gradient of the head's inputs, and of what of the head is trained.
+https://arxiv.org/abs/2410.10989, fused linear cross entropy), so that the head's product is not computed again in the
+backward pass. Kept for that are the gradient of the head's inputs, and of what of the head is trained.
 """
 
 from typing import Any
