@@ -17,20 +17,15 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine, partition
-``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, with ``lazy_logits=True`` in the call of a causal
-language model so that memory never holds them all, and for a plain function over adapted leaves
-``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, for prompts of several tasks ``task_ids``, for
-encoder-decoders ``decoder_input_ids``, and for pairs of texts ``token_type_ids``, by these names. A prompt's virtual
-tokens may have logits in front of the others.
+from peft_jax.methods.project import projected
+from peft_jax.models.lazy_logits import LazyLogits
+from peft_jax.prompts.base import with_virtual_labels
 from peft_jax.train.batches import Batch
 from peft_jax.train.loss import cross_entropy
 from peft_jax.train.schedule import advance, penalized, split_state
 
-``lambda model, ids, mask: model(ids, attention_mask=mask).logits``, with ``lazy_logits=True`` in the call of a causal
-language model so that memory never holds them all, and for a plain function over adapted leaves
-``peft_jax.adapt(fn)``. For packed batches it takes ``segment_ids`` too, for prompts of several tasks ``task_ids``, for
-encoder-decoders ``decoder_input_ids``, and for pairs of texts ``token_type_ids``, by these names. A prompt's virtual
-tokens may have logits in front of the others.
+Apply = Callable[..., jax.Array | LazyLogits]
+HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids", "token_type_ids")  # what apply takes of a batch with it
 
 
 class StepMetrics(NamedTuple):
@@ -152,7 +147,7 @@ def _loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple
     return cross_entropy(logits, labels, next_token=False)
 
 
-def logits_of(apply: Apply, params: Any, batch: Batch) -> jax.Array | LazyLogits:
+def logits_of(apply: Apply, params: Any, batch: Batch) -> Any:
     """What a model gives for a batch, packed or not: logits (batch, length, vocabulary), lazy or not, or of classes."""
     named: dict[str, Any] = dict(batch)
     more = {name: named[name] for name in HANDED_ON if name in named}
