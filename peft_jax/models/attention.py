@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -153,20 +154,20 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Ar
     total = kept(weights.sum(axis=-1, keepdims=True))
     # Divided by their sum after the product with v: fewer divisions, and no sum over scores in the backward pass.
     out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return _quotient(out, jnp.where(total == 0, 1, total)).astype(v.dtype).reshape(q.shape)
+    return _quotient(out, jnp.where(total == 0, 1, total), v.dtype).reshape(q.shape)
 
 
-@jax.custom_jvp
-def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A / b, whose derivative takes the quotient itself: backward need not make a again, which is a product."""
-    return a / b
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _quotient(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """Divide a by b; the derivative takes the quotient, so that backward need not make a again, which is a product."""
+    return (a / b).astype(dtype)
 
 
 @_quotient.defjvp
-def _quotient_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
+def _quotient_jvp(dtype: Any, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
     (a, b), (da, db) = primals, tangents
-    quotient = kept(a / b)
-    return quotient, (da - quotient * db) / b
+    quotient = kept((a / b).astype(dtype))
+    return quotient, ((da - quotient.astype(a.dtype) * db) / b).astype(dtype)
 
 
 def attend_to(adaption: Adaption, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
