@@ -23,10 +23,10 @@ import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowering_checks import dequantized, frozen_gradients, multiplications
-from lowering_table import table
+from lowering_table import INT8, INT8_HEAD, table
 
 import peft_jax as pj
-from peft_jax.cli.checkpoint import apply
+from peft_jax.cli.checkpoint import apply_lazily
 from peft_jax.core.partition import partition
 from peft_jax.models import LlamaConfig, llama
 from peft_jax.models.positions import KVCache
@@ -47,7 +47,8 @@ class Case:
 
     Attributes:
         size: Of the model.
-        base: Element type of the frozen weights.
+        base: Element type of the frozen weights; that of the layers' alone where it is int8, and with "int8+head" of
+            the output head's too.
         work: "train" or "decode".
         chip: A topology as the compiler's package names it.
         mesh: How it is used.
@@ -77,11 +78,13 @@ CASES = (
     Case("1b", "bfloat16", "train", "v5e:1x1", "data=1", 2, 1152, 2),
     Case("8b", "int8", "decode", "v5e:1x1", "data=1", 4, 2304),
     Case("8b", "int8", "train", "v6e:1x1", "data=1", 1, 1152, 1),
+    Case("8b", INT8_HEAD, "train", "v6e:1x1", "data=1", 1, 1152, 1),
     Case("8b", "bfloat16", "train", "v6e:1x1", "data=1", 1, 1152, 1),
     Case("1b", "int8", "decode", "v6e:1x1", "data=1", 8, 2304),
     Case("8b", "int8", "train", "v5e:2x2", "fsdp=4", 4, 1152, 4),
     Case("70b", "int8", "decode", "v5e:4x4", "tensor=16", 8, 2304),
     Case("8b", "int8", "train", "h100", "data=1", 2, 1152, 2),
+    Case("8b", INT8_HEAD, "train", "h100", "data=1", 2, 1152, 2),
     Case("8b", "bfloat16", "train", "h100", "data=1", 2, 1152, 2),
     Case("8b", "int8", "decode", "h100", "data=1", 8, 2304),
 )
@@ -104,7 +107,8 @@ def model_of(case: Case, *, adapter: bool = True) -> Any:
 
     def make() -> Any:
         model = pj.AutoModelForCausalLM.from_config(config, dtype="bfloat16", remat=True)
-        model = pj.quantize(model) if case.base == "int8" else model
+        model = pj.quantize(model) if case.base in INT8 else model
+        model = pj.quantize(model, target_modules=["lm_head"]) if case.base == INT8_HEAD else model
         lora = pj.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
         return pj.get_peft_model(model, lora) if adapter else model
 
@@ -134,7 +138,7 @@ def training(case: Case, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
     ids = jax.ShapeDtypeStruct((case.rows, case.length), jnp.int32, sharding=NamedSharding(mesh, BATCH))
     batch = dict.fromkeys(("input_ids", "attention_mask", "labels"), ids)
     out = (*shardings((trainable, state)), everywhere)
-    step = make_training_step(apply, optimizer, micro_batch_size=case.micro, out_shardings=out)
+    step = make_training_step(apply_lazily, optimizer, micro_batch_size=case.micro, out_shardings=out)
     return step, (trainable, state, frozen, batch, on(everywhere, jax.eval_shape(lambda: jax.random.key(0))))
 
 
@@ -206,7 +210,7 @@ def lowered(case: Case) -> dict[str, Any]:
     begin = time.perf_counter()
     compiled = step.lower(*args).compile()
     seconds = time.perf_counter() - begin
-    if case.base == "int8":
+    if case.base in INT8:
         assert not (found := dequantized(compiled.as_text(), matrices, mesh)), f"dequantized weights: {found}"
     memory = compiled.memory_analysis()
     parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output", "alias")}

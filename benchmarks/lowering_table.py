@@ -4,6 +4,8 @@ from typing import Any
 
 Record = dict[str, Any]
 GIB = 2**30
+INT8_HEAD = "int8+head"
+INT8 = ("int8", INT8_HEAD)  # bases in int8: the layers alone, or the output head too
 SAME = ("size", "chip", "mesh", "rows", "length", "micro")  # of a pair
 ROOM = {"v5e": 16, "v6e": 32, "h100": 79}  # GiB of a chip
 
@@ -60,7 +62,7 @@ def fits(records: list[Record]) -> list[Record]:
 def int8_share(records: list[Record]) -> list[Record]:
     """Memory of training on int8 over that on bfloat16, of pairs that are else the same."""
     trained = {(*(r[name] for name in SAME), r["base"]): r for r in records if r["work"] == "train"}
-    pairs = [(one, trained.get((*key[:-1], "bfloat16"))) for key, one in trained.items() if key[-1] == "int8"]
+    pairs = [(one, trained.get((*key[:-1], "bfloat16"))) for key, one in trained.items() if key[-1] in INT8]
     return [
         answer("int8 training memory under 0.6 of bf16's", one, share := one["per_chip"] / other["per_chip"])
         | {"met": share < 0.6}

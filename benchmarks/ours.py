@@ -12,7 +12,7 @@ from measure import Contender, timed
 from shapes import SHAPES, Dtype, Size, checkpoint_folder
 
 import peft_jax as pj
-from peft_jax.cli.checkpoint import apply
+from peft_jax.cli.checkpoint import apply_lazily
 from peft_jax.models import LlamaConfig
 from peft_jax.train import make_optimizer, make_training_step, start
 
@@ -64,7 +64,7 @@ def training_step(name: str, model: Any, ids: np.ndarray) -> Contender:
     optimizer = make_optimizer(1e-4, 1000)
     state, frozen = start(model, optimizer, seed=0)
     batch = batch_of(ids)
-    step = make_training_step(apply, optimizer)
+    step = make_training_step(apply_lazily, optimizer)
     lowered, trace = timed(lambda: step.lower(state.trainable, state.opt_state, frozen, batch, state.key))
     compiled, compilation = timed(lowered.compile)
     current = [state.trainable, state.opt_state]

@@ -62,12 +62,14 @@ class Int8(Weight):
             # Only the rows are dequantized. Where an index has no row they are NaN, which integers have none of.
             found = product.full(x, jnp.ones((len(matrix), 1)))
             return product.scale(product.full(x, matrix).astype(jnp.float32) * found, self.scale).astype(out)
-        wide = product.replace(preferred_element_type=jnp.float32)
+        # Rounded to bfloat16 before its scales, the product's gradient is one of bfloat16 too. float16 might overflow.
+        rounded = x.dtype == out == jnp.bfloat16
+        unscaled = product.replace(preferred_element_type=out if rounded else jnp.float32)
 
         # Without the checkpoint, autodiff keeps q.astype(x.dtype) for the gradient of x: a dense copy of the base.
         @jax.checkpoint
         def scaled(x: jax.Array, matrix: jax.Array, scale: jax.Array) -> jax.Array:
-            return product.scale(wide.full(x, matrix.astype(x.dtype)), scale)
+            return product.scale(unscaled.full(x, matrix.astype(x.dtype)).astype(jnp.float32), scale)
 
         return scaled(x, matrix, self.scale).astype(out)
 
