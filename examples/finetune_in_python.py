@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import peft_jax as pj
 from peft_jax import train as pt
 from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
+from peft_jax.models import LazyLogits
 
 
 def main(
@@ -35,9 +36,9 @@ def main(
     model = pj.get_peft_model(base, config, key=jax.random.key(0))
     model.print_trainable_parameters()
 
-    # The compiled steps, and any optax optimizer.
-    def apply(model: pj.PeftModel, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        return model(input_ids, attention_mask=attention_mask).logits
+    # The compiled steps, and any optax optimizer. Lazy logits are computed by the loss, and never all held in memory.
+    def apply(model: pj.PeftModel, input_ids: jax.Array, attention_mask: jax.Array) -> LazyLogits:
+        return model(input_ids, attention_mask=attention_mask, lazy_logits=True).logits
 
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=0.0)
     step = pt.make_training_step(apply, optimizer)

@@ -17,6 +17,7 @@ from peft_jax.models.bert_config import BertConfig as BertConfig
 from peft_jax.models.bert_config import RobertaConfig as RobertaConfig
 from peft_jax.models.causal_lm import CausalLM as CausalLM
 from peft_jax.models.gpt2 import GPT2Config as GPT2Config
+from peft_jax.models.lazy_logits import LazyLogits as LazyLogits
 from peft_jax.models.llama import LlamaConfig as LlamaConfig
 from peft_jax.models.peft_model import PeftModel as PeftModel
 from peft_jax.models.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
