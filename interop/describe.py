@@ -174,13 +174,20 @@ class AdapterFolder:
             return found
         for module, shapes in self.lora_shapes.items():
             wanted = pattern_value(self.config.get("rank_pattern") or {}, module, self.config.get("r", 8))
-            ranks = {shape[LORA_ENDS[end].rank_axis] for end, shape in shapes.items()}
+            ranks = {_rank(end, shape, wanted) for end, shape in shapes.items()}
             if len(shapes) != 2:
                 found.append(f"{module} has {next(iter(shapes))[1:]} alone")
             elif ranks != {wanted}:
                 told = " and ".join(map(str, sorted(ranks)))
                 found.append(f"{module} has rank {told} in the file, but {CONFIG_FILE} says {wanted}")
         return found
+
+
+def _rank(end: str, shape: tuple[int, ...], wanted: float) -> float:
+    """The rank of a matrix; where it is a part of the wanted one, of which a convolution's groups have one each, that."""
+    rank = shape[LORA_ENDS[end].rank_axis]
+    is_part = end == ".lora_B.weight" and len(shape) > 2 and rank and wanted % rank == 0
+    return wanted if is_part else rank
 
 
 def read_adapter(directory: str | pathlib.Path) -> AdapterFolder:

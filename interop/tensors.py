@@ -283,7 +283,7 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             if not any(index[i] for i in leaf.layout.unnamed):
                 yield from _parameter_entries(choice, config, adapted, index)
         elif role is None:
-            shapes = config.shapes(name, n_in, n_out, lookup=leaf.layout.lookup)
+            shapes = config.leaf_shapes(name, leaf.layout, leaf.value.shape)
             for row in _rows(config, leaf):
                 if row.role in shapes:
                     key = tensor_key(config.peft_type, name, row.suffix)
@@ -332,13 +332,18 @@ def _order(row: Row, ours: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
 def _convolution(
     leaf: Leaf, row: Row, ours: tuple[str, ...], shape: tuple[int, ...]
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """``order`` and ``split`` of an array of a convolution's kernel, ``shape`` by axes ``ours``."""
+    """``order`` and ``split`` of an array of a convolution's kernel, ``shape`` by axes ``ours``.
+
+    Where it has the inputs of all groups, they are apart in front.
+    """
     layout, first = leaf.layout, ours.index("in") if "in" in ours else len(ours)
     sizes = [leaf.value.shape[axis] for axis in layout.inp]
+    if "in" in ours:
+        sizes = [shape[first] // math.prod(sizes), *sizes]
     split = (*shape[:first], *(sizes if "in" in ours else ()), *shape[first + 1 :])
     more = len(sizes) - 1 if "in" in ours else 0
-    channels = tuple(first + i for i, axis in enumerate(layout.inp) if axis not in layout.taps)
-    taps = [(first + layout.inp.index(axis),) for axis in layout.taps]
+    channels = (first, *(first + 1 + i for i, axis in enumerate(layout.inp) if axis not in layout.taps))
+    taps = [(first + 1 + layout.inp.index(axis),) for axis in layout.taps]
     order: list[tuple[int, ...]] = []
     for axis in row.axes:
         if axis == "in":

@@ -1,24 +1,30 @@
 """LoRA on convolutions: PEFT's files, with an axis for each position in the kernel, and its outputs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import close, same_files, tolerance
+from peft_jax.interop.describe import read_adapter
 
 import peft_jax as pj
 from peft_jax import interop
+from peft_jax.core.weight import MergeError
 
 OPTIONS = {
     "plain": {"target_modules": ["one", "two"], "rank_pattern": {"two": 3}},
     "DoRA": {"target_modules": ["one", "two"], "use_dora": True},
     "lora_bias": {"target_modules": ["one"], "lora_bias": True},
     "a saved one": {"target_modules": ["one"], "modules_to_save": ["two"]},
+    "groups": {"target_modules": ["one", "two"], "r": 6, "rank_pattern": {"two": 2}, "lora_bias": True},
 }
+GROUPS = {"groups": {"one": 3, "two": 2}}  # of the layers of a row
 SPELL = {1: "NWC", 2: "NHWC", 3: "NDHWC"}
 
 
-def model_of(dims):
+def model_of(dims, groups):
     """Two convolutions, kernels as Flax has them: positions, inputs, outputs."""
     space = SPELL[dims][1:-1]
     numbers = (SPELL[dims], f"{space}IO", SPELL[dims])
@@ -26,14 +32,15 @@ def model_of(dims):
     def run(params, x):
         for name, stride in (("one", 2), ("two", 1)):
             kernel, bias = params[name]["kernel"], params[name]["bias"]
-            x = jax.lax.conv_general_dilated(x, kernel, (stride,) * dims, "VALID", dimension_numbers=numbers)
+            convolution = partial(jax.lax.conv_general_dilated, feature_group_count=groups.get(name, 1))
+            x = convolution(x, kernel, (stride,) * dims, "VALID", dimension_numbers=numbers)
             x = jnp.tanh(x + jnp.expand_dims(bias, tuple(range(x.ndim - 1))))
         return x
 
     return run
 
 
-def torch_model(dims):
+def torch_model(dims, groups):
     torch = pytest.importorskip("torch")
     kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[dims]
     sizes = ((3, 2, 4)[:dims], (2, 3, 1)[:dims])
@@ -42,7 +49,8 @@ def torch_model(dims):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.two = kind(3, 5, sizes[0], stride=2), kind(5, 4, sizes[1])
+            self.one = kind(6, 12, sizes[0], stride=2, groups=groups.get("one", 1))
+            self.two = kind(12, 4, sizes[1], groups=groups.get("two", 1))
 
         def forward(self, x):
             return torch.tanh(self.two(torch.tanh(self.one(x))))
@@ -64,26 +72,34 @@ def tree_of(model):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("dims", "row"), [(2, row) for row in OPTIONS] + [(1, "plain"), (3, "plain")])
+@pytest.mark.parametrize(("dims", "row"), [(2, row) for row in OPTIONS] + [(1, "groups"), (3, "plain")])
 def test_convolutions_in_both_directions(dims, row, tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    base, run = tree_of(torch_model(dims)), model_of(dims)
+    groups = GROUPS.get(row, {})
+    base, run = tree_of(torch_model(dims, groups)), model_of(dims, groups)
     options = {"r": 2, "lora_alpha": 3, **OPTIONS[row]}
-    theirs = peft.get_peft_model(torch_model(dims), peft.LoraConfig(**options)).eval()
+    theirs = peft.get_peft_model(torch_model(dims, groups), peft.LoraConfig(**options)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "theirs")
-    x = torch.randn(2, 3, *(11, 10, 9)[:dims])
+    x = torch.randn(2, 6, *(11, 10, 9)[:dims])
     with torch.no_grad():
         want = np.moveaxis(theirs(x).numpy(), 1, -1)
     x = jnp.array(np.moveaxis(x.numpy(), 1, -1))
     inputs = tuple(range(dims + 1))
-    layout = {".*kernel": pj.Layout(inp=inputs, out=(dims + 1,), taps=inputs[:-1])}
+    layout = {
+        f"{name}.kernel": pj.Layout(inp=inputs, out=(dims + 1,), taps=inputs[:-1], groups=groups.get(name, 1))
+        for name in ("one", "two")
+    }
     params = interop.load_adapter(base, tmp_path / "theirs", layout=layout)
     close(pj.adapt(run)(params, x), want)
-    close(run(pj.merge(params), x), want)
+    if groups:
+        with pytest.raises(MergeError, match="LoRA of a convolution with groups has outputs of one group see"):
+            pj.merge(params)
+    else:
+        close(run(pj.merge(params), x), want)
     assert np.abs(run(base, x) - want).max() > 100 * tolerance(want)
     interop.save_adapter(params, tmp_path / "ours")
     tensors = same_files(tmp_path / "ours", tmp_path / "theirs")
@@ -95,8 +111,10 @@ def test_convolutions_in_both_directions(dims, row, tmp_path):
         jax.tree.map(lambda a: a + 0.2 * jax.random.normal(jax.random.key(0), a.shape), trainable), frozen
     )
     interop.save_adapter(made, tmp_path / "back")
-    again = peft.PeftModel.from_pretrained(torch_model(dims), tmp_path / "back").eval()
+    again = peft.PeftModel.from_pretrained(torch_model(dims, groups), tmp_path / "back").eval()
     saved = interop.get_peft_model_state_dict(made)
+    assert f"trainable params: {sum(array.size for array in saved.values()):,} " in str(pj.summary(made))
+    assert read_adapter(tmp_path / "back").problems() == []
     assert peft.get_peft_model_state_dict(again).keys() == saved.keys()
     with torch.no_grad():
         close(pj.adapt(run)(made, x), np.moveaxis(again(torch.tensor(np.moveaxis(x, -1, 1))).numpy(), 1, -1))
@@ -125,3 +143,61 @@ def test_positions_have_to_be_inputs():
     with pytest.raises(ValueError, match="taps of leaf 'one.kernel' that are no input axes"):
         layout = {".*": pj.Layout(inp=(0, 1), out=(2,), taps=(2,))}
         pj.apply_lora({"one": {"kernel": jnp.ones((2, 3, 4))}}, pj.LoraConfig(target_modules=["one"]), layout=layout)
+
+
+def of_groups(groups, *configs, taps=None):
+    """A convolution of two groups, with adapters; groups are read off the program, or None to say no more than taps."""
+
+    def fn(params, x):
+        kernel = params["one"]["kernel"]
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1,), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    params, x = {"one": {"kernel": jnp.ones((3, 2, 6))}}, jax.random.normal(jax.random.key(1), (2, 5, 2 * groups))
+    told = {"fn": fn, "args": (x,)} if taps is None else {"layout": {".*": pj.Layout((), (0, 1), (2,), taps=taps)}}
+    for number, config in enumerate(configs):
+        params = pj.apply_lora(params, config, adapter_name=f"a{number}", key=jax.random.key(number), **told)
+    return params, lambda params: pj.adapt(fn)(params, x)
+
+
+NOT_FOR_GROUPS = {
+    "a rank that is no multiple": (
+        {"r": 3},
+        "convolution of 2 groups, which share the rank, and it is 3. Choose",
+    ),
+    "DoRA": ({"use_dora": True}, "2 groups, whose LoRA does not go with {'use_dora': True}"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "does not go with {'init_lora_weights': 'pissa'}"),
+    "an invocation": ({"alora_invocation_tokens": [1]}, "does not go with {'alora_invocation_tokens'"),
+}
+
+
+@pytest.mark.parametrize("row", NOT_FOR_GROUPS)
+def test_what_a_convolution_with_groups_refuses(row):
+    options, match = NOT_FOR_GROUPS[row]
+    with pytest.raises(ValueError, match=match):
+        of_groups(2, pj.LoraConfig(**{"r": 4, "target_modules": ["one"], **options}))
+
+
+def test_groups_have_to_be_told_with_taps():
+    params, run = of_groups(2, pj.LoraConfig(r=4, target_modules=["one"]), taps=(0,))
+    with pytest.raises(ValueError, match="of a convolution of 2 groups, and its layout says 1. Write groups=2 in its"):
+        run(params)
+    with pytest.raises(ValueError, match="groups=4 of leaf 'one.kernel' of shape .* are not those of a convolution"):
+        pj.Layout((), (0, 1), (2,), taps=(0,), groups=4).check((3, 2, 6), "one.kernel")
+
+
+def test_random_factors_and_sums_of_adapters_with_groups():
+    config = pj.LoraConfig(r=4, target_modules=["one"], init_lora_weights=False)
+    params, run = of_groups(2, config, config)
+    a, b = (params["one"]["kernel"].params[name] for name in ("lora_A", "lora_B"))
+    for factor, n_in in ((a, 3 * 4), (b, 4 // 2)):  # as PyTorch's convolutions, by what an output sees
+        assert 0.7 < jnp.abs(factor).max() * n_in**0.5 <= 1
+    with pytest.raises(ValueError, match="'cat' multiplies or joins factors, which those of 'one.kernel', a conv"):
+        pj.add_weighted_adapter(params, ["a0", "a1"], [1, 1], "both", "cat")
+    half = pj.set_adapter(pj.add_weighted_adapter(params, ["a1"], [0.5], "half"), "half")
+    base = run(pj.unload(params))
+    moved = run(pj.set_adapter(params, "a1")) - base
+    close(run(half) - base, 0.5 * moved)
+    assert jnp.abs(moved).max() > 0.1

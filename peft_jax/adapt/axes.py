@@ -107,9 +107,9 @@ class _Note:
     """Collects the products of one leaf."""
 
     uses: list[Use]
-    kernels: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    kernels: set[tuple[tuple[int, ...], int]] = dataclasses.field(default_factory=set)
 
-    def taps(self, view: View, axes: Sequence[int]) -> None:
+    def kernel(self, view: View, axes: Sequence[int], groups: int) -> None:
         probe = view.weight
         assert isinstance(probe, Probe)
         ones = [axis for axis in range(len(probe.labels)) if probe.shape[axis] == 1]  # any of these is as good
@@ -118,7 +118,7 @@ class _Note:
             at = view.axes[i][0].axis if view.axes[i] else i if i in ones else ones[0]
             ones = [axis for axis in ones if axis != at]
             found.append(probe.labels[at])
-        self.kernels.add(tuple(found))
+        self.kernels.add((tuple(found), groups))
 
     def product(self, view: View, contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> None:
         assert isinstance(view.weight, Probe)
@@ -167,8 +167,8 @@ def read_layouts(
         if (name := dotted(path)) in notes and notes[name].uses:
             convention = conventional_layout(name, leaf.shape, fan_in_fan_out)
             settled = _settled(name, notes[name].uses, convention)
-            (taps,) = notes[name].kernels if len(notes[name].kernels) == 1 else ((),)
-            read[name] = _with_taps(settled, taps) if isinstance(settled, Layout) else settled
+            kernel = next(iter(notes[name].kernels)) if len(notes[name].kernels) == 1 else ((), 1)
+            read[name] = _of_kernel(settled, *kernel) if isinstance(settled, Layout) else settled
     return read
 
 
@@ -202,12 +202,12 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
     return Layout(first.stack, first.inp, first.out, bool(rows), after, READ, multiplied=multiplied)
 
 
-def _with_taps(layout: Layout, taps: tuple[int, ...]) -> Layout:
+def _of_kernel(layout: Layout, taps: tuple[int, ...], groups: int) -> Layout:
     """The layout with positions in a kernel, those of length 1 too, among the inputs."""
     if not set(taps) <= {*layout.inp, *layout.out}:
         return layout
     inp, out = tuple(sorted({*layout.inp, *taps})), tuple(axis for axis in layout.out if axis not in taps)
-    return dataclasses.replace(layout, inp=inp, out=out, taps=taps) if out else layout
+    return dataclasses.replace(layout, inp=inp, out=out, taps=taps, groups=groups) if out else layout
 
 
 def _words(use: Use) -> str:

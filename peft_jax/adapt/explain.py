@@ -136,7 +136,7 @@ class _Note:
     uses: list[Use]
     place: str | None = None
 
-    def taps(self, *_: Any) -> None:
+    def kernel(self, *_: Any) -> None:
         pass
 
     def product(self, *_: Any) -> None:

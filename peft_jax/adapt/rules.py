@@ -96,15 +96,28 @@ def convolution(evaluate: Any, eqn: Any, values: list[Any]) -> Outputs:
     """A convolution whose kernel is the weight."""
     p, (x, view) = eqn.params, values
     if is_view(view) and view.watch is not None:
-        view.watch.taps(view, p["dimension_numbers"].rhs_spec[2:])
+        view.watch.kernel(view, p["dimension_numbers"].rhs_spec[2:], p["feature_group_count"])
     (out, *rest), channels = p["dimension_numbers"].rhs_spec, p["dimension_numbers"].out_spec[1]
     if is_view(x) or not is_view(view) or view.role(rest) != "in" or view.weight.layout.stack:
         return None
     if p["batch_group_count"] > 1 or view.axes[out] != view.digits(view.weight.layout.out) or x.dtype != view.dtype:
         return None
-    kernel, bind = functools.partial(view.as_kernel, out), functools.partial(eqn.primitive.bind, **p)
+    layout, groups = view.weight.layout, p["feature_group_count"]
+    if layout.taps and layout.groups != groups:
+        raise ValueError(
+            f"A kernel of shape {view.shape} is that of a convolution of {groups} groups, and its layout says "
+            f"{layout.groups}. Write groups={groups} in its Layout."
+        )
     product = Convolution(
-        p["precision"], p["preferred_element_type"], None, kernel, bind, p["feature_group_count"], out, channels
+        p["precision"],
+        p["preferred_element_type"],
+        kernel=functools.partial(view.as_kernel, out),
+        bind=functools.partial(eqn.primitive.bind, **p),
+        groups=groups,
+        rows=layout.sizes(view.weight.shape)[0],
+        in_axis=rest[0],
+        out_axis=out,
+        channel_axis=channels,
     )
     return _used(eqn, view, jnp.moveaxis(view.weight.apply(x, product), -1, channels))
 

@@ -27,6 +27,8 @@ class Layout:
         multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
         taps: Those of the input axes that are positions in the kernel of a convolution, in PyTorch's order. Files of
             adapters have axes of their own for them.
+        groups: Of how many groups of input channels the convolution is, each with a part of the output channels; the
+            kernel has the inputs of one.
 
     Example:
         >>> heads = Layout(stack=(0,), inp=(1,), out=(2, 3))   # (layer, embed, head, feature)
@@ -43,6 +45,7 @@ class Layout:
     stored_in_out: bool | None = dataclasses.field(default=None, compare=False, repr=False)
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
     taps: tuple[int, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    groups: int = dataclasses.field(default=1, compare=False, repr=False)
 
     @property
     def is_linear(self) -> bool:
@@ -68,6 +71,11 @@ class Layout:
             )
         if not set(self.taps) <= set(self.inp):
             raise ValueError(f"{self} names taps of leaf '{path}' that are no input axes. Name them in inp= too.")
+        if self.groups < 1 or (self.groups > 1 and not self.taps) or self.sizes(shape)[1] % self.groups:
+            raise ValueError(
+                f"groups={self.groups} of leaf '{path}' of shape {shape} are not those of a convolution. Name the axes "
+                "of its positions in taps=, and a number that divides that of its outputs."
+            )
         if len(self.stack) > len(self.index_after):
             raise ValueError(
                 f"Leaf '{path}' has {len(self.stack)} stacked axes but index_after={self.index_after}. "

@@ -136,6 +136,8 @@ class Convolution(Product):
         kernel: Gives the matrix ``(in, k)`` the shape of a kernel with ``k`` output channels.
         bind: The convolution of ``x`` and a kernel.
         groups: Groups of channels; each sees its own part of the input channels.
+        rows: Rows of the matrix; those of a first factor that sees the inputs of all groups are so many for each.
+        in_axis: Axis of the input channels in a kernel.
         out_axis: Axis of the output channels in a kernel.
         channel_axis: Axis of the channels in what ``bind`` gives.
     """
@@ -143,6 +145,8 @@ class Convolution(Product):
     kernel: Callable[[jax.Array], jax.Array] = lambda matrix: matrix
     bind: Callable[..., jax.Array] = jnp.matmul
     groups: int = 1
+    rows: int = 1
+    in_axis: int = -2
     out_axis: int = -1
     channel_axis: int = -1
 
@@ -152,9 +156,13 @@ class Convolution(Product):
         return jnp.moveaxis(y, self.channel_axis, -1)
 
     def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
-        """The convolution with the first factor, once for each group."""
-        kernel = jnp.concatenate([self.kernel(a)] * self.groups, axis=self.out_axis)
-        y = self.bind(x.astype(a.dtype), kernel, preferred_element_type=None)
+        """The convolution with the first factor: of all groups' inputs, or once for each group."""
+        if len(a) == self.rows:
+            kernel, groups = jnp.concatenate([self.kernel(a)] * self.groups, axis=self.out_axis), self.groups
+        else:
+            parts = jnp.split(a, self.groups)
+            kernel, groups = jnp.concatenate([self.kernel(part) for part in parts], axis=self.in_axis), 1
+        y = self.bind(x.astype(a.dtype), kernel, feature_group_count=groups, preferred_element_type=None)
         return jnp.moveaxis(y, self.channel_axis, -1)
 
     def up(self, h: jax.Array, b: jax.Array) -> jax.Array:

@@ -32,8 +32,8 @@ class Watch(Protocol):
     def product(self, view: "View", contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> None:
         """A product over these digits is next; the weight's roles decide whether it runs on the side path."""
 
-    def taps(self, view: "View", axes: Sequence[int]) -> None:
-        """Of the product that is next, these axes are positions in a kernel."""
+    def kernel(self, view: "View", axes: Sequence[int], groups: int) -> None:
+        """Of the product that is next, these axes are positions in a kernel of so many groups of channels."""
 
     def done(self, eqn: Any, merged: bool) -> None:
         """An equation has used the weight; None stands for the program's end."""

@@ -199,6 +199,10 @@ class Method(PeftConfig):
         """
         raise NotImplementedError
 
+    def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """`shapes` at a module whose leaf is of ``shape``; override where the matrix's sizes alone do not tell."""
+        return self.shapes(module, *layout.sizes(shape), lookup=layout.lookup)
+
     def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """One of these arrays of one layer of a fresh adapter, float32."""
         raise NotImplementedError
@@ -207,10 +211,8 @@ class Method(PeftConfig):
         self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """Trained and frozen arrays for a leaf that stands for the layers ``names``, adapted where ``hit``."""
-        (n_in, n_out), lookup = layout.sizes(shape), layout.lookup
         layers = [
-            self.shapes(name, n_in, n_out, lookup=lookup) if on else {}
-            for name, on in zip(names.flat, hit.flat, strict=True)
+            self.leaf_shapes(name, layout, shape) if on else {} for name, on in zip(names.flat, hit.flat, strict=True)
         ]
         params = {}
         for number, role in enumerate(self.axes):
@@ -221,7 +223,7 @@ class Method(PeftConfig):
             arrays = [jnp.zeros(largest)] * len(layers)
             for i, layer in enumerate(layers):
                 if role in layer:
-                    drawn = self.start(role, layer[role], keys[i], lookup=lookup)
+                    drawn = self.start(role, layer[role], keys[i], lookup=layout.lookup)
                     arrays[i] = jnp.pad(drawn, [(0, n - m) for n, m in zip(largest, layer[role], strict=True)])
             params[role] = jnp.reshape(jnp.stack(arrays), (*names.shape, *largest))
         return params, self.state(names, hit)

@@ -15,6 +15,7 @@ from peft_jax.methods.combine_ia3 import weighted_ia3
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora import BIAS, UNBIASED, LoraConfig
 from peft_jax.methods.lora_from_base import changes_base
+from peft_jax.methods.lora_grouped import groups_of
 from peft_jax.methods.task_vectors import PRUNED, combine
 from peft_jax.methods.whole import Follower, config_of
 
@@ -169,20 +170,26 @@ def _made(
     keys = jnp.reshape(keys_from_names(key, names), (-1,))
     n_in, n_out = found[0].layout.sizes(found[0].shape)
     has_bias = any(BIAS in node.params for node in found)
+    groups = max(groups_of(node.params) for node in found)
+    if groups > 1 and how.way not in FACTORS:
+        raise ValueError(
+            f"combination_type='{how.way}' multiplies or joins factors, which those of '{path}', a convolution of "
+            f"{groups} groups, are not for. Write one of {', '.join(FACTORS)}."
+        )
     layers, ranks = [], np.zeros(names.shape, np.int32)
     for number, index in enumerate(np.ndindex(names.shape)):
         sources = [_source(node, index, weighted[node.tag.name]) for node in found if node.state["rank"][index] > 0]
         if not sources:
-            layers.append((jnp.zeros((n_in, 0)), jnp.zeros((0, n_out)), jnp.zeros(n_out)))
+            layers.append((jnp.zeros((n_in * groups, 0)), jnp.zeros((0, n_out)), jnp.zeros(n_out)))
             continue
         ranks[index] = sources[0].a.shape[1] if how.way in FACTORS else rank
         layers.append(_layer(str(names[index]), sources, how, int(ranks[index]), keys[number]))
-    width = int(ranks.max())
+    width, inner = int(ranks.max()), int(ranks.max()) // groups
     a = [jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) for a, _, _ in layers]
-    b = [jnp.pad(b, ((0, width - b.shape[0]), (0, 0))) for _, b, _ in layers]
+    b = [jnp.pad(b, ((0, inner - b.shape[0]), (0, 0))) for _, b, _ in layers]
     params = {
-        "lora_A": jnp.reshape(jnp.stack(a), (*names.shape, n_in, width)),
-        "lora_B": jnp.reshape(jnp.stack(b), (*names.shape, width, n_out)),
+        "lora_A": jnp.reshape(jnp.stack(a), (*names.shape, n_in * groups, width)),
+        "lora_B": jnp.reshape(jnp.stack(b), (*names.shape, inner, n_out)),
     }
     if has_bias:
         params[BIAS] = jnp.reshape(jnp.stack([bias for _, _, bias in layers]), (*names.shape, n_out))

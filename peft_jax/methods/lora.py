@@ -17,7 +17,7 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import MergeError, Weight
-from peft_jax.methods import alora, dora, lora_from_base, lora_start
+from peft_jax.methods import alora, dora, lora_from_base, lora_grouped, lora_start
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.lora_options import (
@@ -43,7 +43,8 @@ class LoraConfig(Ranked):
     """Adds a trainable low-rank matrix to a frozen weight; fields and defaults are PEFT's.
 
     Attributes:
-        r: Rank of the added matrix, at least 1.
+        r: Rank of the added matrix, at least 1; at a convolution with groups a multiple of their number. That one has no
+            merged form.
         lora_alpha: Numerator of its scale ``lora_alpha / r``.
         lora_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
         target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
@@ -155,6 +156,11 @@ class LoraConfig(Ranked):
         shapes |= {BIAS: (n_out,)} if self.lora_bias else {}
         return shapes | ({dora.MAGNITUDE: (n_out,)} if self.use_dora else {})
 
+    def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Those of the matrix, or of a convolution with groups."""
+        shapes = super().leaf_shapes(module, layout, shape)
+        return shapes if layout.groups == 1 else lora_grouped.shapes(self, module, layout, shapes)
+
     def scaling(self, module: str) -> float:
         """Scale of the adapter of a module."""
         rank, alpha = self.rank(module), pattern_value(self.alpha_pattern, module, self.lora_alpha)
@@ -178,9 +184,11 @@ class LoraConfig(Ranked):
         init, ranks = self.init_lora_weights, self.ranks(names, hit)
         if init in FROM_DATA:
             raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
+        for name in names[hit]:
+            self.leaf_shapes(name, layout, shape)  # raises where they do not suit
         params = lora_start.drawn(init, layout, shape, names, ranks, key)
         if self.lora_bias:
-            params[BIAS] = lora_start.drawn_bias(init, layout.sizes(shape)[1], names, ranks, key)
+            params[BIAS] = lora_start.drawn_bias(init, layout.sizes(shape)[1], names, ranks // layout.groups, key)
         return params, self.state(names, hit)
 
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
@@ -206,12 +214,12 @@ class LoraConfig(Ranked):
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
-        """``rank * (in + out)`` of each stacked layer, and ``out`` for each vector."""
+        """``rank * (in + out)`` of each stacked layer, or a group's part of it for outputs, and ``out`` a vector."""
         rank, n_in = np.asarray(state["rank"]), params["lora_A"].shape[-2]
         if "lora_B" not in params:
             return rank * n_in
-        n_out = params["lora_B"].shape[-1]
-        return rank * (n_in + n_out) + (rank > 0) * n_out * (len(params) - 2)
+        n_out, inner = params["lora_B"].shape[-1], rank // lora_grouped.groups_of(params)
+        return rank * n_in + inner * n_out + (rank > 0) * n_out * (len(params) - 2)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -259,6 +267,7 @@ class LoraConfig(Ranked):
             )
         if dora.MAGNITUDE in params:
             return dora.merge(params, state, matrix)
+        lora_grouped.check_merge(params)
         a, b = params["lora_A"], _second(params, state)
         return (matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ b).astype(matrix.dtype)
 

@@ -19,7 +19,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods import corda, dora, eva, lora_from_base, lora_ga
+from peft_jax.methods import corda, dora, eva, lora_from_base, lora_ga, lora_grouped
 from peft_jax.methods.attach import apply_adapter
 from peft_jax.methods.lora import LoraConfig
 from peft_jax.methods.lora_from_base import Starter
@@ -132,6 +132,7 @@ def _targets(adapted: Any, adapter_name: str) -> dict[str, Adapted]:
 
     def note(path: str, leaf: Adapted) -> Adapted:
         if leaf.tag.name == adapter_name and not isinstance(leaf.tag.config, Part) and not leaf.layout.lookup:
+            lora_grouped.check_plain(path, leaf.layout)
             found[path] = leaf
         return leaf
 

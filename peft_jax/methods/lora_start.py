@@ -18,6 +18,8 @@ def drawn(
 ) -> dict[str, jax.Array]:
     """``lora_A`` ``(*stack, in, rank)`` and ``lora_B`` ``(*stack, rank, out)``, float32, zero beyond each layer's rank.
 
+    Of a convolution with groups ``in`` are the inputs of all, and ``lora_B`` is ``(*stack, rank / groups, out)``.
+
     Args:
         init: True (A as PyTorch's Linear, B zero), False (both random), ``"gaussian"``; all else is True.
         layout: Axes of the leaf.
@@ -27,21 +29,25 @@ def drawn(
         key: Random key.
     """
     n_in, n_out = layout.sizes(shape)
-    width = int(ranks.max())
-    used = jnp.asarray(np.arange(width) < ranks[..., None])
-    a, b = _draws(init, n_in, n_out, width, layout.lookup, math.prod(names.shape[i] for i in layout.unnamed))
+    inner, experts = ranks // layout.groups, math.prod(names.shape[i] for i in layout.unnamed)
+    shape_a, shape_b = (n_in * layout.groups, int(ranks.max())), (int(inner.max()), n_out)
+    a, b = _draws(init, shape_a, shape_b, layout.lookup, experts)
     return {
-        "lora_A": jnp.where(used[..., None, :], _of_each_layer(a, names, ranks, key, 0), 0),
-        "lora_B": jnp.where(used[..., :, None], _of_each_layer(b, names, ranks, key, 1), 0),
+        "lora_A": jnp.where(_used(ranks)[..., None, :], _of_each_layer(a, names, ranks, key, 0), 0),
+        "lora_B": jnp.where(_used(inner)[..., :, None], _of_each_layer(b, names, inner, key, 1), 0),
     }
 
 
 def drawn_bias(init: bool | str, n_out: int, names: np.ndarray, ranks: np.ndarray, key: jax.Array) -> jax.Array:
-    """The trained bias ``(*stack, out)``: zero, or random as that of PyTorch's Linear."""
+    """The trained bias ``(*stack, out)``: zero, or random as that of PyTorch's Linear with inputs of these ranks."""
     if init is not False:
         return jnp.zeros((*names.shape, n_out))
     bias = _of_each_layer(_uniform((n_out,), None), names, ranks, key, 2)
     return jnp.where(jnp.asarray(ranks > 0)[..., None], bias, 0)
+
+
+def _used(ranks: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.arange(ranks.max()) < ranks[..., None])
 
 
 def _of_each_layer(draw: Draw, names: np.ndarray, ranks: np.ndarray, key: jax.Array, number: int) -> jax.Array:
@@ -50,13 +56,14 @@ def _of_each_layer(draw: Draw, names: np.ndarray, ranks: np.ndarray, key: jax.Ar
     return draw(keys_from_names(jax.random.fold_in(key, number), names), jnp.asarray(ranks))
 
 
-def _draws(init: bool | str, n_in: int, n_out: int, width: int, lookup: bool, experts: int) -> tuple[Draw, Draw]:
-    shape_a, shape_b = (n_in, width), (width, n_out)
+def _draws(
+    init: bool | str, shape_a: tuple[int, int], shape_b: tuple[int, int], lookup: bool, experts: int
+) -> tuple[Draw, Draw]:
     if lookup:
         return (_normal(shape_a) if init is False else _zeros(shape_a)), _normal(shape_b)
     if init == "gaussian":
         return lambda key, rank: _normal(shape_a)(key, rank) / jnp.float32(jnp.maximum(rank, 1)), _zeros(shape_b)
-    return _uniform(shape_a, n_in), _uniform(shape_b, None, experts) if init is False else _zeros(shape_b)
+    return _uniform(shape_a, shape_a[0]), _uniform(shape_b, None, experts) if init is False else _zeros(shape_b)
 
 
 def _zeros(shape: tuple[int, ...]) -> Draw:
