@@ -184,7 +184,7 @@ class AdapterFolder:
 
 
 def _rank(end: str, shape: tuple[int, ...], wanted: float) -> float:
-    """The rank of a matrix; where it is a part of the wanted one, of which a convolution's groups have one each, that."""
+    """The rank of a matrix; the wanted one where a convolution's groups may have a part of it each."""
     rank = shape[LORA_ENDS[end].rank_axis]
     is_part = end == ".lora_B.weight" and len(shape) > 2 and rank and wanted % rank == 0
     return wanted if is_part else rank
