@@ -85,7 +85,7 @@ LINEN = {
     "Embed": lambda: of_linen(linen.Embed(10, 8), IDS),
     "Embed, tied": lambda: of_linen(Tied(), IDS),
     "Conv": lambda: of_linen(linen.Conv(6, (3, 3)), IMAGE),
-    "Conv, strides and groups": lambda: of_linen(linen.Conv(6, (3, 3), strides=2, feature_group_count=2), IMAGE),
+    "Conv, strides": lambda: of_linen(linen.Conv(6, (3, 3), strides=2), IMAGE),
     "MultiHeadDotProductAttention": lambda: of_linen(linen.MultiHeadDotProductAttention(2), X),
     "scan": lambda: of_linen(Stacked(), X),
     "scan of remat": lambda: of_linen(Stacked(linen.remat(Block, prevent_cse=False)), X),

@@ -43,8 +43,8 @@ class LoraConfig(Ranked):
     """Adds a trainable low-rank matrix to a frozen weight; fields and defaults are PEFT's.
 
     Attributes:
-        r: Rank of the added matrix, at least 1; at a convolution with groups, whose adapter has no merged form, a multiple
-            of their number.
+        r: Rank of the added matrix, at least 1; at a convolution with groups, which has no merged form, a multiple of
+            their number.
         lora_alpha: Numerator of its scale ``lora_alpha / r``.
         lora_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
         target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
