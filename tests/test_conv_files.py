@@ -146,7 +146,7 @@ def test_positions_have_to_be_inputs():
 
 
 def of_groups(groups, *configs, taps=None):
-    """A convolution of two groups, with adapters; groups are read off the program, or None to say no more than taps."""
+    """A convolution with adapters; its groups are read off the program, unless a layout names its taps alone."""
 
     def fn(params, x):
         kernel = params["one"]["kernel"]
