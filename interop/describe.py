@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft_jax.interop.files import CONFIG, read_config
-from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, WEIGHTS_FILE
+from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, PREFIX, WEIGHTS_FILE
 from safetensors import SafetensorError, safe_open
 
 from peft_jax.core.targets import is_target, pattern_value
@@ -132,7 +132,7 @@ class AdapterFolder:
         for key, tensor in (self.tensors or {}).items():
             module = key.removesuffix(".weight").removesuffix(".base_layer")
             copy = key.endswith(".weight") and module.endswith(EMBEDDING_MODULES) and not module.endswith(saved or "\n")
-            fixed = re.search(r"\.p?(vera|randlora)_[AB]$", key) or tensor.dtype.startswith(("I", "U"))
+            fixed = key.endswith(FIXED) or tensor.dtype.startswith(("I", "U"))
             if copy or fixed or key.endswith(".base_layer.weight"):
                 found.append(key)
         return found

@@ -139,6 +139,9 @@ SHARED: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+# Ends of the keys of tensors that are not trained.
+FIXED = tuple(f".{name}_{matrix}" for name in ("vera", "pvera", "randlora") for matrix in "AB")
+
 PROMPT_LEARNING = ("CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 _PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))
 ROWS |= {name: {True: (_PROMPT,)} for name in PROMPT_LEARNING}

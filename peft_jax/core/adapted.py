@@ -30,7 +30,7 @@ class Method(Protocol):
 
     @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """Axes of the trained arrays after the stacked ones, by role."""
+        """Axes of the arrays of a file after the stacked ones, by role."""
 
     def structure(self) -> tuple[Any, ...]:
         """What makes two adapters run in one compiled program."""
@@ -164,12 +164,13 @@ class Adapted(Weight):
     def specs(self, entries: tuple[Any, ...]) -> "Adapted":
         """The adapter's axes are sharded as those of the base, its rank never."""
         roles = role_specs(self.layout, entries)
-        stack = roles["stack"]
-        params: dict[str, Any] = {}
-        for role in self.params:
+
+        def spec(role: str) -> PartitionSpec:
             rest = (roles.get(axis, (None,)) for axis in self.method.axes.get(role, ()))
-            params[role] = PartitionSpec(*stack, *(entry for part in rest for entry in part))
-        state = jax.tree.map(lambda _: PartitionSpec(*stack), self.state)
+            return PartitionSpec(*roles["stack"], *(entry for part in rest for entry in part))
+
+        params: dict[str, Any] = {role: spec(role) for role in self.params}
+        state = {role: jax.tree.map(lambda _, role=role: spec(role), value) for role, value in self.state.items()}
         base = self._base.specs(entries)
         return dataclasses.replace(self, base=base, params=params, state=state)
 

@@ -233,6 +233,7 @@ class Method(PeftConfig):
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """`init`, and the base for the adapter; override where a start looks at the base's numbers, or changes them."""
         params, state = self.init(base.layout, base.shape, names, hit, key)
+        state |= {role: params.pop(role) for role in self.frozen}
         return params, state, base
 
     def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
@@ -294,8 +295,8 @@ class Method(PeftConfig):
         return ()
 
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
-        """The trained arrays as PEFT's file has them."""
-        return params
+        """The trained arrays as PEFT's file has them, and those of `frozen`."""
+        return {**params, **{role: state[role] for role in self.frozen}}
 
     def changes_bias(self, module: str) -> bool:
         """Whether the adapter of a module's matrix changes its bias, by `merge_bias`, too."""

@@ -226,10 +226,6 @@ class LoraConfig(Ranked):
         """With ``"mica"`` B."""
         return ("lora_B",) if self.init_lora_weights == "mica" else ()
 
-    def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
-        """Both factors, trained or not."""
-        return {**params, **{role: state[role] for role in self.frozen}}
-
     def changes_bias(self, module: str) -> bool:
         """With ``lora_bias``, that of all tokens."""
         return self.lora_bias and self.alora_invocation_tokens is None
