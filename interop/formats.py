@@ -91,6 +91,14 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
         False: (Row("hira_A", "hira_A", ("rank", "in")), Row("hira_B", "hira_B", ("out", "rank"))),
         True: (Row("hira_A", "hira_embedding_A", ("rank", "in")), Row("hira_B", "hira_embedding_B", ("out", "rank"))),
     },
+    "DELORA": {
+        False: (
+            Row("delora_A", "delora_A", ("rank", "in")),
+            Row("delora_B", "delora_B", ("out", "rank")),
+            Row("delora_lambda", "delora_lambda", ("one",)),
+            Row("delora_w_norm", "delora_w_norm", ("in",)),
+        ),
+    },
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),
@@ -140,7 +148,7 @@ SHARED: dict[str, tuple[Row, ...]] = {
 }
 
 # Ends of the keys of tensors that are not trained.
-FIXED = tuple(f".{name}_{matrix}" for name in ("vera", "pvera", "randlora") for matrix in "AB")
+FIXED = tuple(f".{name}_{matrix}" for name in ("vera", "pvera", "randlora") for matrix in "AB") + (".delora_w_norm",)
 
 PROMPT_LEARNING = ("CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 _PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))

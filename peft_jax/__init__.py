@@ -21,6 +21,7 @@ from peft_jax.methods import AdaLoraConfig as AdaLoraConfig
 from peft_jax.methods import BeftConfig as BeftConfig
 from peft_jax.methods import BOFTConfig as BOFTConfig
 from peft_jax.methods import CordaConfig as CordaConfig
+from peft_jax.methods import DeloraConfig as DeloraConfig
 from peft_jax.methods import EvaConfig as EvaConfig
 from peft_jax.methods import HiraConfig as HiraConfig
 from peft_jax.methods import HRAConfig as HRAConfig

@@ -1,9 +1,12 @@
 """Each method's own property: what its paper promises of the adapted layer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import peft_jax as pj
 from peft_jax.methods import base
@@ -254,8 +257,55 @@ def test_hira_changes_weights_in_proportion(dense):
     assert not merged["dense"]["kernel"][:, 0].any(), "a weight of zero was changed"
 
 
-def test_hira_drops_the_inputs_of_the_change_only(dense):
-    config = pj.HiraConfig(r=2, hira_dropout=0.5, init_weights=False, target_modules=["dense"])
+def test_delora_has_directions_apart_from_a_strength(dense):
+    """Over the norms of the weights, each of its r parts has norm λ / r, whatever the lengths of its vectors."""
+    kernel = dense["dense"]["kernel"]
+    norms = jnp.linalg.norm(kernel, axis=1)[:, None]
+    config = pj.DeloraConfig(r=3, delora_lambda=6, init_weights=False, target_modules=["dense"])
+    leaf = pj.apply_adapter(dense, config)["dense"]["kernel"]
+
+    def change(**params):
+        return (dataclasses.replace(leaf, params={**leaf.params, **params}).dense() - kernel) / norms
+
+    a, b = leaf.params["delora_A"], leaf.params["delora_B"]
+    for i in range(3):
+        part = change(delora_A=jnp.where(jnp.arange(3)[None] == i, a, 0))
+        close(jnp.linalg.norm(part), 6 / 3)
+        close(part / 2, jnp.outer(a[:, i], b[i]) / jnp.linalg.norm(a[:, i]) / jnp.linalg.norm(b[i]))
+    close(change(delora_A=7 * a, delora_B=0.3 * b), change())
+    close(change(delora_lambda=leaf.params["delora_lambda"] / 4), change() / 4)
+    assert 0.1 < jnp.linalg.norm(change()) < 6
+    nested = pj.apply_adapter(pj.apply_adapter(dense, config), config, adapter_name="second")["dense"]["kernel"]
+    close(nested.state["delora_w_norm"], norms[:, 0])  # of the base alone, as in PEFT
+
+
+@pytest.mark.parametrize("split", ["in", "out"])
+def test_delora_of_a_matrix_spread_over_devices(split):
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = {"in": P("tensor"), "out": P(None, "tensor")}[split]
+    config = pj.DeloraConfig(r=3, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter({"dense": {"kernel": normal(1, 6, 4)}}, config)
+
+    def product(params, x):
+        def local(kernel, x):
+            return jax.lax.psum(x @ kernel, "tensor") if split == "in" else x @ kernel
+
+        x_spec, y_spec = (P(None, "tensor"), P()) if split == "in" else (P(), P(None, "tensor"))
+        spread = jax.shard_map(local, mesh=mesh, in_specs=(spec, x_spec), out_specs=y_spec)
+        return spread(params["dense"]["kernel"], x)
+
+    x = normal(3, 5, 6)
+    close(jax.jit(pj.adapt(product))(params, x), x @ pj.merge(params)["dense"]["kernel"])
+
+
+INPUTS_DROPPED = {
+    "HIRA": pj.HiraConfig(r=2, hira_dropout=0.5, init_weights=False, target_modules=["dense"]),
+    "DELORA": pj.DeloraConfig(r=2, module_dropout=0.5, init_weights=False, target_modules=["dense"]),
+}
+
+
+@pytest.mark.parametrize("config", INPUTS_DROPPED.values(), ids=INPUTS_DROPPED)
+def test_the_inputs_of_the_change_only_are_dropped(config, dense):
     params = pj.apply_adapter(dense, config)
     dropped = pj.with_dropout(params, jax.random.key(1))["dense"]["kernel"]
     x = jnp.ones((4000, 6))
@@ -513,6 +563,8 @@ STARTS = {
     "HIRA": ("HiraConfig", {}),
     "HIRA gaussian": ("HiraConfig", {"init_weights": "gaussian"}),
     "HIRA random": ("HiraConfig", {"init_weights": False}),
+    "DELORA": ("DeloraConfig", {"r": 32}),
+    "DELORA random": ("DeloraConfig", {"r": 32, "init_weights": False}),
     "MISS": ("MissConfig", {}),
     "MISS bat": ("MissConfig", {"init_weights": "bat"}),
     "MISS mini": ("MissConfig", {"init_weights": "mini", "mini_r": 4}),
@@ -529,8 +581,8 @@ def test_starts_are_drawn_as_peft_draws_them(name, monkeypatch):
     kind, options = STARTS[name]
     options = {**options, "target_modules": ["dense"]}
     model = torch.nn.ModuleDict({"dense": torch.nn.Linear(512, 256)})
+    tree = {"dense": {"kernel": jnp.array(model["dense"].weight.detach().numpy().T), "bias": jnp.zeros(256)}}
     theirs = peft.get_peft_model_state_dict(peft.get_peft_model(model, getattr(peft, kind)(**options)))
-    tree = {"dense": {"kernel": jnp.zeros((512, 256)), "bias": jnp.zeros(256)}}
     ours = pj.get_peft_model_state_dict(pj.apply_adapter(tree, getattr(pj, kind)(**options)))
     assert {key: array.shape for key, array in ours.items()} == {key: tuple(t.shape) for key, t in theirs.items()}
     for key, array in ours.items():

@@ -23,6 +23,7 @@ RECORDS = [
 WORDS = "finetune --model model --data data.json --batch-size 4 --learning-rate 0.02 --cutoff-len 64".split()
 FIELDS: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 4, "target_r": 2, "tfinal": 1, "lora_alpha": 32},
+    "DELORA": {"r": 4, "delora_lambda": 1},
     "HIRA": {"r": 4},
     "LOHA": {"r": 4},
     "LOKR": {"r": 4},

@@ -25,6 +25,7 @@ CASES = {
     "HRA": pj.HRAConfig(r=4, target_modules=["dense"]),
     "LOHA": pj.LoHaConfig(r=3, alpha=5, target_modules=["dense"]),
     "HIRA": pj.HiraConfig(r=3, target_modules=["dense"]),
+    "DELORA": pj.DeloraConfig(r=3, delora_lambda=2, target_modules=["dense"]),
     "LOKR": pj.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules=["dense"]),
     "MISS": pj.MissConfig(r=5, target_modules=["dense"]),
     "TRAINABLE_TOKENS": pj.TrainableTokensConfig(token_indices=[3, 5], target_modules=["dense"]),

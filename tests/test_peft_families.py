@@ -89,6 +89,7 @@ def rows(f: Family) -> dict[str, dict]:
         "ADALORA": {"config": "AdaLoraConfig", "init_r": 3, "target_r": 2, "total_step": 9, "target_modules": targets},
         "BEFT": {"config": "BeftConfig", "target_modules": targets},
         "BOFT": {"config": "BOFTConfig", "target_modules": targets, "bias": "boft_only"},
+        "DELORA": {"config": "DeloraConfig", "r": 4, "delora_lambda": 3, "target_modules": targets},
         "HIRA": {"config": "HiraConfig", "r": 4, "target_modules": [f.embedding, *targets]},
         "HRA": {"config": "HRAConfig", "r": 4, "target_modules": targets},
         "LN_TUNING": {"config": "LNTuningConfig", "target_modules": [f.norm]},
@@ -105,7 +106,7 @@ def rows(f: Family) -> dict[str, dict]:
     }
 
 
-NOT_ON_CONV1D = ("BEFT", "BOFT", "HRA", "LOHA", "LOKR", "MISS", "OFT")
+NOT_ON_CONV1D = ("BEFT", "BOFT", "DELORA", "HRA", "LOHA", "LOKR", "MISS", "OFT")
 # All rows on GPT-2; on BERT's classifier of texts all methods, and LoRA where layers or heads of others matter; on the
 # others what their heads meet. (With all-linear PEFT adapts a classifier of tokens, which it then cannot save whole.)
 FOR_DECODERS = ("plain", "rslora", "patterns", "layers_to_transform", "regex")

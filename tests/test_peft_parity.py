@@ -191,6 +191,23 @@ ROWS = {
         "r": 4,
         "target_modules": ["embed_tokens", "q_proj", "down_proj"],
     },
+    "DELORA": {
+        "config": "DeloraConfig",
+        "r": 4,
+        "delora_lambda": 3,
+        "target_modules": TARGETS,
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
+        "lambda_pattern": {"v_proj": 2.5},
+        "bias": "delora_only",
+        "modules_to_save": ["model.norm"],  # "norm" is the end of PEFT's own delora_w_norm too, which it would copy
+    },
+    "DELORA of some layers": {
+        "config": "DeloraConfig",
+        "init_weights": False,
+        "module_dropout": 0.1,
+        "target_modules": ["up_proj"],
+        "layers_to_transform": [0, 2],
+    },
     "LOKR": {
         "config": "LoKrConfig",
         "r": 2,

@@ -23,6 +23,7 @@ CONFIGS = {
     "LOHA": pj.LoHaConfig(r=2, target_modules=TARGETS),
     "LOKR": pj.LoKrConfig(r=2, target_modules=["down"]),
     "HIRA": pj.HiraConfig(r=2, target_modules=TARGETS),
+    "DELORA": pj.DeloraConfig(r=2, delora_lambda=1, target_modules=TARGETS),
     "MISS": pj.MissConfig(r=4, target_modules=TARGETS),
     "BOFT": pj.BOFTConfig(target_modules=TARGETS),
     "VERA": pj.VeraConfig(r=6, d_initial=1.0, target_modules=TARGETS),

@@ -44,6 +44,7 @@ ROWS = {
     },
     "BEFT": {"config": "BeftConfig", "target_modules": TARGETS},
     "BOFT": {"config": "BOFTConfig", "target_modules": TARGETS},
+    "DELORA": {"config": "DeloraConfig", "r": 4, "delora_lambda": 3, "target_modules": TARGETS},
     "HIRA": {"config": "HiraConfig", "r": 4, "target_modules": TARGETS},
     "HRA": {"config": "HRAConfig", "r": 4, "target_modules": TARGETS},
     "LN_TUNING": {"config": "LNTuningConfig", "exclude_modules": r"decoder.*\.0\.layer_norm"},
