@@ -63,6 +63,11 @@ def test_each_method_trains_by_its_name(name: str) -> None:
     assert found[-1] < found[0]
 
 
+@pytest.mark.parametrize("name", ["LORA", "ADALORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "ADAPTION_PROMPT"])
+def test_a_name_is_enough(name: str) -> None:
+    assert make_config(AdapterOptions(peft=name)).peft_type == name
+
+
 def test_a_prompt_has_no_place_in_packed_rows(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*WORDS, "--max-steps", "3", "--output", "out", "--peft", "P_TUNING", "--packing"]
     assert main([*words, "--peft-config", '{"num_virtual_tokens": 4}']) == 2

@@ -20,7 +20,14 @@ from peft_jax.prompts.base import PromptMethod
 from peft_jax.train.batches import Data
 from peft_jax.train.files import read_object
 
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {"LORA": {"r": 8, "lora_alpha": 16}}  # where they are not PEFT's
+# Where they are not PEFT's, which has none for prompts.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LORA": {"r": 8, "lora_alpha": 16},
+    **dict.fromkeys(
+        ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"), {"num_virtual_tokens": 20}
+    ),
+    "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": 2},
+}
 
 
 def make_config(options: AdapterOptions) -> PeftConfig:
