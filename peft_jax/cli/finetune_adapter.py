@@ -126,11 +126,8 @@ def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, 
     if isinstance(config, PromptMethod):
         _check_prompt(config, options)
     config = with_fresh_modules(config, base)
-    looks_at_data = isinstance(config, pj.LoraConfig) and config.init_lora_weights in FROM_DATA
-    if looks_at_data and options.run.resume:
-        return resumed(base, options.run.output)
-    if looks_at_data:
-        return started(base, config, options, data)  # type: ignore[arg-type]
+    if isinstance(config, pj.LoraConfig) and config.init_lora_weights in FROM_DATA:
+        return resumed(base, options.run.output) if options.run.resume else started(base, config, options, data)
     if options.adapter.start_batches is not None:
         raise ValueError(
             f"--start-batches is for a LoRA with init_lora_weights {', '.join(FROM_DATA)} in --peft-config. Leave it "

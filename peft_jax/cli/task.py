@@ -123,8 +123,14 @@ def _answers(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: R
     start = model.config.decoder_start_token_id
     if start is None:
         raise ValueError("the model's config.json has no decoder_start_token_id, which answers begin with. Name it.")
-    told = {"cutoff_len": layout.cutoff_len, "template": layout.template, "tasks": layout.tasks}
-    return encode_answers(records, tokenizer, start_token_id=start, **told)  # type: ignore[arg-type]
+    return encode_answers(
+        records,
+        tokenizer,
+        cutoff_len=layout.cutoff_len,
+        start_token_id=start,
+        template=layout.template,
+        tasks=layout.tasks,
+    )
 
 
 def _texts(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: RowOptions) -> Encoded:

@@ -17,10 +17,9 @@ from peft_jax.models.positions import KVCache, Prefix, causal_places, make_cache
 from peft_jax.models.remat import kept
 from peft_jax.prompts.base import Adaption
 
-SCORES = 2**24  # that are there at once on each device
-
 __all__ = ["Context", "KVCache", "attend", "attend_to", "init_cache", "inverse_frequencies", "make_context", "rotate"]
 
+SCORES = 2**24  # that are there at once on each device
 UNSEEN = float(np.finfo(np.float32).min) / 2  # what is added to a score that counts for nothing
 BLOCKS, LEAST = 4, 64  # blocks that the queries of a causal attention go in at most, and queries in each at least
 
@@ -132,13 +131,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal:
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, count: int) -> jax.Array:
     """As `attend`; of several blocks of queries each leaves out the keys behind it."""
-    batch, length, heads, size = q.shape
+    batch, length, _, size = q.shape
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     grouped = q.reshape(batch, length, k.shape[1], -1, size).transpose(0, 2, 3, 1, 4)  # the heads of each kv head
     edges = [length * i // count for i in range(count + 1)]
     blocks = []
     for start, stop in itertools.pairwise(edges):
-        rows, seen = grouped[:, :, :, start:stop], k.shape[2] - length + stop if count > 1 else k.shape[2]
+        rows, seen = grouped[:, :, :, start:stop], k.shape[2] - length + stop
         blocks.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], mask[:, start:stop, :seen]))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 

@@ -30,8 +30,13 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(wide, axis=-1) - jnp.sum(jnp.where(chosen, wide, 0), axis=-1)
 
 
+def weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum of losses times their weights, of which 0 leaves one out, whatever it is."""
+    return jnp.sum(losses * weights, where=weights != 0)
+
+
 def summed_loss(logits: LazyLogits, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """The weighted sum of `token_losses`, float32.
+    """The `weighted_sum` of `token_losses`, float32.
 
     A head whose adapter heeds a token's place (dropout, an invocation) sees all positions at once.
 
@@ -42,7 +47,7 @@ def summed_loss(logits: LazyLogits, targets: jax.Array, weights: jax.Array) -> j
     """
     size = chunk_size(logits.shape, CHUNK)
     if size == logits.shape[1] or has_dropout(logits.weight) or is_invoked(logits.weight):
-        return jnp.sum(token_losses(logits.compute(), targets) * weights)
+        return weighted_sum(token_losses(logits.compute(), targets), weights)
     parts = tuple(in_chunks(array, size) for array in (logits.hidden, targets, weights))
     return _sum_over_chunks(logits, parts)
 
@@ -52,7 +57,7 @@ def _sum_over_chunks(logits: LazyLogits, parts: tuple[jax.Array, ...]) -> jax.Ar
 
     def loss(leaves: list[Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         chunk = LazyLogits(hidden, jax.tree.unflatten(structure, leaves), logits.tied)
-        return jnp.sum(token_losses(chunk.compute(), targets) * weights)
+        return weighted_sum(token_losses(chunk.compute(), targets), weights)
 
     @jax.custom_vjp
     def total(leaves: list[Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:

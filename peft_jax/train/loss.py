@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.models.lazy_logits import LazyLogits
-from peft_jax.train.chunked import summed_loss, token_losses
+from peft_jax.train.chunked import summed_loss, token_losses, weighted_sum
 from peft_jax.train.encode import IGNORE
 
 
@@ -35,11 +35,11 @@ def cross_entropy(
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE) if next_token else labels
     asked = targets != IGNORE
     targets, count = jnp.where(asked, targets, 0), jnp.sum(asked, dtype=jnp.int32)
-    if weights is not None and next_token:
+    if weights is None:
+        weights = jnp.ones(targets.shape, jnp.float32)
+    elif next_token:
         weights = jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))
+    weights = jnp.where(asked, weights, 0)
     if isinstance(logits, LazyLogits):
-        weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-        return summed_loss(logits, targets, jnp.where(asked, weights, 0)), count
-    losses = token_losses(logits, targets)
-    losses = losses if weights is None else losses * weights
-    return jnp.sum(losses, where=asked), count
+        return summed_loss(logits, targets, weights), count
+    return weighted_sum(token_losses(logits, targets), weights), count
