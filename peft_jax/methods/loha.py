@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.dropout import drop_change
-from peft_jax.core.targets import pattern_value
 from peft_jax.methods.base import Arrays, register
-from peft_jax.methods.fields import check_probability, kaiming, unsupported
-from peft_jax.methods.ranked import Ranked, add
+from peft_jax.methods.fields import kaiming, unsupported
+from peft_jax.methods.lycoris import Lycoris
+from peft_jax.methods.ranked import add
 
 
 @register("LOHA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoHaConfig(Ranked):
+class LoHaConfig(Lycoris):
     """Adds the elementwise product of two low-rank matrices; fields and defaults are PEFT's.
 
     Attributes:
@@ -70,20 +70,6 @@ class LoHaConfig(Ranked):
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_probability(self, "rank_dropout")
-        check_probability(self, "module_dropout")
-
-    @property
-    def dropout_rates(self) -> Mapping[str, float]:
-        """Of outputs of the change, and of all of it."""
-        return {"outputs": self.rank_dropout, "module": self.module_dropout}
-
-    def scaling(self, module: str) -> float:
-        """Scale of the adapter of a module."""
-        return pattern_value(self.alpha_pattern, module, self.alpha) / self.rank(module)
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """Two factors of each of the two matrices ``(out, in)``."""

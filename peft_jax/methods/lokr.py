@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.dropout import drop_change
-from peft_jax.core.targets import pattern_value
 from peft_jax.methods.base import Arrays, register
-from peft_jax.methods.fields import check_probability, kaiming, unsupported
-from peft_jax.methods.ranked import Ranked, add
+from peft_jax.methods.fields import kaiming, unsupported
+from peft_jax.methods.lycoris import Lycoris
+from peft_jax.methods.ranked import add
 
 FACTORS = ("lokr_w1", "lokr_w2")
 
 
 @register("LOKR")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKrConfig(Ranked):
+class LoKrConfig(Lycoris):
     """Adds a Kronecker product of two small matrices; fields and defaults are PEFT's.
 
     Attributes:
@@ -85,21 +85,10 @@ class LoKrConfig(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_probability(self, "rank_dropout")
-        check_probability(self, "module_dropout")
         if self.init_weights not in (True, False, "lycoris"):
             raise ValueError(f"init_weights is True, False or 'lycoris', got {self.init_weights!r}.")
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise ValueError(f"decompose_factor is -1 or at least 1, got {self.decompose_factor}.")
-
-    @property
-    def dropout_rates(self) -> Mapping[str, float]:
-        """Of outputs of the change, and of all of it."""
-        return {"outputs": self.rank_dropout, "module": self.module_dropout}
-
-    def scaling(self, module: str) -> float:
-        """Scale of the adapter of a module."""
-        return pattern_value(self.alpha_pattern, module, self.alpha) / self.rank(module)
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """Each factor ``(out, in)``, or its own two factors."""
