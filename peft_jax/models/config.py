@@ -189,10 +189,20 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
     }
     if config.num_labels != LABELS:
-        hf |= label_fields({i: f"LABEL_{i}" for i in range(config.num_labels)})
+        hf |= label_fields(numbered_labels(config.num_labels))
     if config.problem_type is not None:
         hf["problem_type"] = config.problem_type
     return hf
+
+
+def numbered_labels(count: int) -> dict[int, str]:
+    """The names of labels that nobody named, as transformers gives them.
+
+    Example:
+        >>> numbered_labels(2)
+        {0: 'LABEL_0', 1: 'LABEL_1'}
+    """
+    return {number: f"LABEL_{number}" for number in range(count)}
 
 
 def label_fields(id2label: Mapping[int, str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.models.config import numbered_labels
 from peft_jax.train.batches import Batch
 from peft_jax.train.encode import IGNORE, Encoded, Example, kept, task_field
 from peft_jax.train.loss import cross_entropy
@@ -36,10 +37,10 @@ def class_names(records: Sequence[AnyRecord]) -> dict[int, str]:
         raise ValueError(f"records have labels that are names ({texts[0]!r}) and numbers ({numbers[0]}). Give names.")
     if numbers and max(numbers) >= MOST:
         raise ValueError(f"a record has the label {max(numbers)}. Number classes from 0 on, below {MOST}.")
-    names = texts or [f"LABEL_{number}" for number in range(max(numbers) + 1)]
+    names = dict(enumerate(texts)) or numbered_labels(max(numbers) + 1)
     if len(names) < 2:
         raise ValueError(f"all records have the label {labels[0]!r}. Give records of two classes or more.")
-    return dict(enumerate(names))
+    return names
 
 
 def _labelled(records: Sequence[AnyRecord]) -> list[Labelled]:
