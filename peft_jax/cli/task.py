@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.cli.checkpoint import apply, apply_lazily
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import adapted_leaves
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import read_adapter, read_adapter_config
 from peft_jax.methods.whole import Whole
 from peft_jax.models import auto
-from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, SEQ_CLS, label_fields
+from peft_jax.models.config import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    MASKED_LM,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    label_fields,
+    numbered_labels,
+)
 from peft_jax.models.families import family_of, read_architecture
 from peft_jax.models.losses import REGRESSION
 from peft_jax.train import (
@@ -224,13 +232,13 @@ def classes_of_data(model: str, records: Sequence[AnyRecord]) -> dict[int, str]:
             f"{model} is for {config.problem_type or REGRESSION}, and finetune is for texts of one class each. Train "
             "it in Python: model(ids, mask, labels=labels).loss, as examples/classify_docstrings.py does."
         )
-    told = hf.get("id2label") or _numbered(config.num_labels)
+    told = hf.get("id2label") or numbered_labels(config.num_labels)
     return {int(number): name for number, name in told.items()}
 
 
 def id2label_of(model: Any) -> dict[int, str]:
     """The names of a classifier's classes."""
-    return dict(model.source.id2label) or _numbered(model.config.num_labels)
+    return dict(model.source.id2label) or numbered_labels(model.config.num_labels)
 
 
 def write_labels(model: Any, file: Path) -> None:
@@ -252,11 +260,7 @@ def classes_of_adapter(adapter: Path, model: str) -> dict[int, str] | None:
     ends = (f"{head}.weight", f"{head}.out_proj.weight")  # RoBERTa's has two layers
     tensors = read_adapter(adapter).tensors or {}
     count = next((tensor.shape[0] for key, tensor in tensors.items() if key.endswith(ends)), config.num_labels)
-    return None if count == config.num_labels else _numbered(count)
-
-
-def _numbered(count: int) -> dict[int, str]:
-    return {number: f"LABEL_{number}" for number in range(count)}
+    return None if count == config.num_labels else numbered_labels(count)
 
 
 def _read_labels(adapter: Path) -> dict[int, str]:
@@ -268,14 +272,7 @@ def _read_labels(adapter: Path) -> dict[int, str]:
 
 def fresh_modules(model: Any) -> list[str]:
     """The modules that a checkpoint lacks and no adapter on it holds, which are random and would not be saved."""
-    held: set[str] = set()
-
-    def note(path: str, leaf: Adapted) -> Adapted:
-        if isinstance(leaf.tag.config, Whole):
-            held.add(path)
-        return leaf
-
-    map_adapted(note, model.params)
+    held = {path for path, leaf in adapted_leaves(model.params) if isinstance(leaf.tag.config, Whole)}
     return list(dict.fromkeys(path.rpartition(".")[0] for path in model.source.fresh if path not in held))
 
 

@@ -210,6 +210,18 @@ def map_adapted(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_adapted)
 
 
+def adapted_leaves(tree: Any) -> list[tuple[str, Adapted]]:
+    """Path and leaf of everything adapted in a tree, of leaves in each other the innermost first."""
+    found: list[tuple[str, Adapted]] = []
+
+    def note(path: str, leaf: Adapted) -> Adapted:
+        found.append((path, leaf))
+        return leaf
+
+    map_adapted(note, tree)
+    return found
+
+
 def adapters(tree: Any) -> dict[str, Any]:
     """Name and config of every adapter in a tree, in order of appearance.
 
@@ -218,12 +230,8 @@ def adapters(tree: Any) -> dict[str, Any]:
         {}
     """
     found: dict[str, Any] = {}
-
-    def note(_: str, leaf: Adapted) -> Adapted:
+    for _, leaf in adapted_leaves(tree):
         found.setdefault(leaf.tag.name, leaf.tag.config)
-        return leaf
-
-    map_adapted(note, tree)
     return found
 
 
@@ -235,13 +243,11 @@ def tied(tree: Any) -> Any:
     """
     arrays: dict[tuple[str, str], Any] = {}
     biases = []
-
-    def note(path: str, leaf: Adapted) -> Adapted:
+    for path, leaf in adapted_leaves(tree):
         if LAYER in leaf.state:
             biases.append(path)
         elif leaf.layout.inp:
             arrays[module_path(path), leaf.tag.name] = leaf.params
-        return leaf
 
     def take(path: str, leaf: Adapted) -> Adapted:
         shared = arrays.get((module_path(path), leaf.tag.name))
@@ -249,5 +255,4 @@ def tied(tree: Any) -> Any:
             return leaf
         return dataclasses.replace(leaf, state={**leaf.state, LAYER: dict(shared)})
 
-    map_adapted(note, tree)
     return map_adapted(take, tree) if biases else tree

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 from peft_jax.core.paths import keys_from_names, module_path, stacked_names
 
 
@@ -50,15 +50,7 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
 
 def has_dropout(params: Any) -> bool:
     """Whether `with_dropout` switched it on in any leaf of a tree."""
-    found: list[str] = []
-
-    def note(path: str, leaf: Adapted) -> Adapted:
-        if "dropout" in leaf.state:
-            found.append(path)
-        return leaf
-
-    map_adapted(note, params)
-    return bool(found)
+    return any("dropout" in leaf.state for _, leaf in adapted_leaves(params))
 
 
 def dropout(x: jax.Array, state: Mapping[str, Any]) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.adapted import LAYER, Adapted, is_adapted, map_adapted, tied
+from peft_jax.core.adapted import LAYER, adapted_leaves, is_adapted, tied
 from peft_jax.core.weight import is_weight
 
 SHARED = "shared"  # an array that is in neither twin at its place: `combine` takes it from the leaf that trains it
@@ -98,15 +98,10 @@ def count_parameters(params: Any) -> tuple[int, int]:
     """
     leaves = [leaf.array if is_weight(leaf) else leaf for leaf in jax.tree.leaves(params, is_leaf=is_weight)]
     trained, total = 0, sum(math.prod(leaf.shape) for leaf in leaves if hasattr(leaf, "shape"))
-
-    def add(_: str, leaf: Adapted) -> Adapted:
-        nonlocal trained, total
+    for _, leaf in adapted_leaves(params):
         size = int(np.sum(leaf.tag.config.sizes(leaf.params, leaf.state)))
         total += size
         trained += size if leaf.active and leaf.trainable else 0
-        return leaf
-
-    map_adapted(add, params)
     return trained, total
 
 

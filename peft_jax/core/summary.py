@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import adapted_leaves
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition import count_parameters
 
@@ -36,14 +36,10 @@ def summary(params: Any) -> str:
         trainable params: 60 || all params: 960 || trainable%: 6.2500
     """
     rows = [("path", "shape", "adapter", "method", "trainable")]
-
-    def add(path: str, leaf: Adapted) -> Adapted:
+    for path, leaf in adapted_leaves(params.params if isinstance(params, Handle) else params):
         config = leaf.tag.config
         size = int(np.sum(config.sizes(leaf.params, leaf.state))) if leaf.active and leaf.trainable else 0
         rows.append((path, str(leaf.shape), leaf.tag.name, config.label, f"{size:,d}"))
-        return leaf
-
-    map_adapted(add, params.params if isinstance(params, Handle) else params)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, trainable_parameters(params)])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, is_adapted, map_adapted
+from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.weight import MergeError
 
@@ -56,12 +56,7 @@ def with_invocations(params: T, input_ids: jax.Array | np.ndarray) -> T:
 
 def is_invoked(params: Any) -> bool:
     """Whether a tree has an active adapter that counts after its invocation only."""
-    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-    while leaves := [leaf for leaf in leaves if is_adapted(leaf)]:
-        if any(leaf.active and TOKENS in leaf.state for leaf in leaves):
-            return True
-        leaves = [leaf.base for leaf in leaves]
-    return False
+    return any(leaf.active and TOKENS in leaf.state for _, leaf in adapted_leaves(params))
 
 
 def last_counts(ids: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ What is seen is collected here; what each makes of it is in `peft_jax.methods.ev
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapt import adapt
-from peft_jax.core.adapted import Adapted, Tag, adapters, map_adapted
+from peft_jax.core.adapted import Adapted, Tag, adapted_leaves, adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.targets import pattern_value
@@ -128,16 +128,16 @@ def _loss(run: Callable[[Any, Any], Any], tree: Any, batch: Any) -> jax.Array:
 
 def _targets(adapted: Any, adapter_name: str) -> dict[str, Adapted]:
     """The leaves with an adapter's matrices, by path; of embeddings there is nothing to see."""
-    found: dict[str, Adapted] = {}
-
-    def note(path: str, leaf: Adapted) -> Adapted:
-        if leaf.tag.name == adapter_name and not isinstance(leaf.tag.config, Part) and not leaf.layout.lookup:
-            lora_grouped.check_plain(path, leaf.layout)
-            found[path] = leaf
-        return leaf
-
-    map_adapted(note, adapted.params if isinstance(adapted, Handle) else adapted)
+    found = dict(_matrices(adapted.params if isinstance(adapted, Handle) else adapted, adapter_name, lookup=False))
+    for path, leaf in found.items():
+        lora_grouped.check_plain(path, leaf.layout)
     return found
+
+
+def _matrices(tree: Any, adapter_name: str, *, lookup: bool) -> Iterator[tuple[str, Adapted]]:
+    for path, leaf in adapted_leaves(tree):
+        if leaf.tag.name == adapter_name and not isinstance(leaf.tag.config, Part) and leaf.layout.lookup == lookup:
+            yield path, leaf
 
 
 def _covariances(adapted: Any, config: LoraConfig, batches: Any, run: Any, adapter_name: str) -> Sums:
@@ -271,16 +271,8 @@ def _eva(
 
 def _lookups(tree: Any, adapter_name: str) -> list[str]:
     """Names of the adapted embeddings."""
-    found: list[str] = []
-
-    def note(path: str, leaf: Adapted) -> Adapted:
-        if leaf.tag.name == adapter_name and not isinstance(leaf.tag.config, Part) and leaf.layout.lookup:
-            names, hit = layers_of(path, leaf)
-            found.extend(map(str, names[hit].flat))
-        return leaf
-
-    map_adapted(note, tree)
-    return found
+    layers = [layers_of(path, leaf) for path, leaf in _matrices(tree, adapter_name, lookup=True)]
+    return [str(name) for names, hit in layers for name in names[hit].flat]
 
 
 def _search(moments: Sums, config: LoraConfig, options: EvaConfig) -> eva.Search:

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import jax
 
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import Adapted, adapted_leaves
 from peft_jax.core.handle import Handle
 from peft_jax.methods.base import Method
 
@@ -59,13 +59,9 @@ def scheduled_leaves(params: Any) -> tuple[Scheduled, dict[str, Adapted]] | None
     """
     tree = params.params if isinstance(params, Handle) else params
     found: dict[str, dict[str, Adapted]] = {}
-
-    def note(path: str, leaf: Adapted) -> Adapted:
+    for path, leaf in adapted_leaves(tree):
         if isinstance(leaf.tag.config, Scheduled) and leaf.active and leaf.trainable:
             found.setdefault(leaf.tag.name, {})[path] = leaf
-        return leaf
-
-    map_adapted(note, tree)
     if len(found) > 1:
         raise ValueError(
             f"Adapters {sorted(found)} are trained by a schedule each. Train one at a time: "

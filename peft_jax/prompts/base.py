@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, Method
@@ -198,15 +198,7 @@ def without_prompts(params: Any) -> Any:
 
 def active_prompts(params: Any) -> list[Adapted]:
     """The leaves with the arrays of active prompts."""
-    found: list[Adapted] = []
-
-    def note(_: str, leaf: Adapted) -> Adapted:
-        if leaf.active and isinstance(leaf.method, PromptMethod):
-            found.append(leaf)
-        return leaf
-
-    map_adapted(note, params)
-    return found
+    return [leaf for _, leaf in adapted_leaves(params) if leaf.active and isinstance(leaf.method, PromptMethod)]
 
 
 def virtual_slots(params: Any) -> int:

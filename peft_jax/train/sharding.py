@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.adapted import Adapted, map_adapted, tied
+from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted, tied
 from peft_jax.core.paths import dotted
 from peft_jax.core.sharding import put
 from peft_jax.core.weight import is_weight
@@ -145,17 +145,12 @@ def shardings(tree: T) -> T:
 
 def with_whole_adapters(model: T, mesh: Mesh) -> T:
     """The model with the arrays of its adapters whole on a device of this process; all processes call this at once."""
-    arrays: dict[tuple[str, str], Any] = {}
-
-    def take(path: str, leaf: Adapted) -> Adapted:
-        arrays[path, leaf.tag.name] = leaf.params, leaf.state
-        return leaf
+    arrays = {(path, leaf.tag.name): (leaf.params, leaf.state) for path, leaf in adapted_leaves(model)}
 
     def give(path: str, leaf: Adapted) -> Adapted:
         params, state = found[path, leaf.tag.name]
         return dataclasses.replace(leaf, params=params, state=state)
 
-    map_adapted(take, model)
     gathered = jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, P()))(arrays)
     found = jax.tree.map(lambda array: array.addressable_data(0), gathered)
     return tied(map_adapted(give, model))
