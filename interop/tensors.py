@@ -39,8 +39,8 @@ from peft_jax.interop.formats import (
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
+from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.paths import TORCH_NAMES
-from peft_jax.core.sharding import sharded_like_base
 from peft_jax.core.targets import is_target
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.attach import EMBEDDING, beside_target

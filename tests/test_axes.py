@@ -7,7 +7,7 @@ import pytest
 from constructs import ROWS
 
 import peft_jax as pj
-from peft_jax.adapt.axes import read_layouts
+from peft_jax.adapt.infer_layouts import read_layouts
 
 
 def normal(seed, *shape):

@@ -11,7 +11,7 @@ from flax import linen, nnx
 from test_constructs import close, sizes_made
 
 import peft_jax as pj
-from peft_jax.adapt.axes import read_layouts
+from peft_jax.adapt.infer_layouts import read_layouts
 from peft_jax.core.paths import dotted
 from peft_jax.core.weight import is_weight
 

@@ -9,11 +9,11 @@ import jax
 from peft_jax.adapt import compat
 from peft_jax.adapt.interpreter import evaluate, trace
 from peft_jax.adapt.rules import merged
+from peft_jax.adapt.view import View
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted
-from peft_jax.core.view import View
 from peft_jax.core.weight import is_weight
 
 

@@ -13,9 +13,9 @@ import jax
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import RULES, merged
-from peft_jax.adapt.siblings import begin_together
+from peft_jax.adapt.shared_inputs import begin_together
 from peft_jax.adapt.splice import splice
-from peft_jax.core.view import View
+from peft_jax.adapt.view import View
 from peft_jax.core.weight import as_sliced, is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])

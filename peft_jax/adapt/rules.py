@@ -12,9 +12,20 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.view import (
+    BROADCAST,
+    Atom,
+    Axis,
+    View,
+    arrange,
+    free,
+    in_front,
+    is_view,
+    length,
+    through,
+)
 from peft_jax.core.product import Convolution, Grouped, Lookup, Product
 from peft_jax.core.repeated import with_bases, without_bases
-from peft_jax.core.view import BROADCAST, Atom, Axis, View, arrange, free, in_front, is_view, length, through
 from peft_jax.core.weight import MergeError, varying_over
 
 Outputs = list[Any] | None

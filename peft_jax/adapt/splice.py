@@ -11,8 +11,8 @@ import jax
 from jax.extend import core
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.siblings import siblings
-from peft_jax.core.view import is_view
+from peft_jax.adapt.shared_inputs import siblings
+from peft_jax.adapt.view import is_view
 
 LEAF: Any = jax.tree.structure(0)
 

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.adapt.axes import read_layouts
+from peft_jax.adapt.infer_layouts import read_layouts
 from peft_jax.core.adapted import Adapted, Tag, adapters, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
-from peft_jax.core.sharding import sharded_like_base
+from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.targets import check_targets, is_saved_module, is_target
 from peft_jax.core.weight import as_leaf, as_weight, is_weight
 from peft_jax.methods.base import Method

@@ -9,8 +9,8 @@ import numpy as np
 
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
+from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.paths import dotted, keys_from_names, module_path, stacked_names
-from peft_jax.core.sharding import sharded_like_base
 from peft_jax.methods.combine_ia3 import weighted_ia3
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora import BIAS, UNBIASED, LoraConfig

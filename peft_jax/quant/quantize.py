@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from peft_jax.adapt.axes import read_layouts
+from peft_jax.adapt.infer_layouts import read_layouts
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves

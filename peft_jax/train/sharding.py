@@ -17,8 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted, tied
+from peft_jax.core.partition_specs import put
 from peft_jax.core.paths import dotted
-from peft_jax.core.sharding import put
 from peft_jax.core.weight import is_weight
 from peft_jax.train.batches import Batch
 from peft_jax.train.loop import State

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from peft_jax.adapt.interpreter import evaluate, trace
+from peft_jax.adapt.view import Atom, View
 from peft_jax.core.layout import READ, Ambiguous, Layout, conventional_layout
 from peft_jax.core.paths import dotted
 from peft_jax.core.product import MATMUL, Product
-from peft_jax.core.view import Atom, View
 from peft_jax.core.weight import Change, Weight, is_weight
 
 

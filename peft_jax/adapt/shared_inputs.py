@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.view import View
 from peft_jax.core.product import Begun, Product
-from peft_jax.core.view import View
 from peft_jax.core.weight import varying
 
 
