@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from peft_jax.methods.base import Method
-from peft_jax.methods.lora import LoraConfig
+from peft_jax.methods.lora.config import LoraConfig
 
 STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 RANK_AXES = {"lora_A.weight": 0, "lora_B.weight": 1}

@@ -36,16 +36,9 @@ from peft_jax.interop.formats import (
     tensor_key,
 )
 
-from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
-from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
-from peft_jax.core.partition_specs import sharded_like_base
-from peft_jax.core.paths import TORCH_NAMES
-from peft_jax.core.targets import is_target
-from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods.attach import EMBEDDING, beside_target
-from peft_jax.methods.base import Method
-from peft_jax.methods.choose import (
+from peft_jax.adapters.attach import EMBEDDING, beside_target
+from peft_jax.adapters.complete import untied_for, with_replicas
+from peft_jax.adapters.plan import (
     FOLLOWS,
     TOKENS,
     Choice,
@@ -54,11 +47,23 @@ from peft_jax.methods.choose import (
     may_be_target,
     modules_with_followers,
 )
-from peft_jax.methods.complete import untied_for, with_replicas
-from peft_jax.methods.parameters import check_apart, depth, is_parameter, with_parameters
+from peft_jax.adapters.target_parameters import (
+    check_apart,
+    depth,
+    is_parameter,
+    with_parameters,
+)
+from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
+from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
+from peft_jax.core.partition_specs import sharded_like_base
+from peft_jax.core.paths import TORCH_NAMES
+from peft_jax.core.targets import is_target
+from peft_jax.core.weight import as_leaf, as_weight
+from peft_jax.methods.base import Method
 from peft_jax.methods.trainable_tokens import tokens_by_module, tokens_shape
 from peft_jax.methods.whole import Part, config_of
-from peft_jax.prompts.attach import prompt_places
+from peft_jax.prompts.attach_prompt import prompt_places
 from peft_jax.prompts.base import PromptMethod
 
 Tensors = Mapping[str, np.ndarray]

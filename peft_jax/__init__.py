@@ -3,6 +3,12 @@
 from peft_jax import interop as interop
 from peft_jax.adapt import adapt as adapt
 from peft_jax.adapt import explain as explain
+from peft_jax.adapters import add_weighted_adapter as add_weighted_adapter
+from peft_jax.adapters import apply_adapter as apply_adapter
+from peft_jax.adapters import apply_lora as apply_lora
+from peft_jax.adapters import apply_lora_from_data as apply_lora_from_data
+from peft_jax.adapters import scale_adapter as scale_adapter
+from peft_jax.adapters import with_adapter_rows as with_adapter_rows
 from peft_jax.core.dropout import with_dropout as with_dropout
 from peft_jax.core.layout import Layout as Layout
 from peft_jax.core.merge import delete_adapter as delete_adapter
@@ -38,12 +44,6 @@ from peft_jax.methods import PeftConfig as PeftConfig
 from peft_jax.methods import TaskType as TaskType
 from peft_jax.methods import TrainableTokensConfig as TrainableTokensConfig
 from peft_jax.methods import VeraConfig as VeraConfig
-from peft_jax.methods import add_weighted_adapter as add_weighted_adapter
-from peft_jax.methods import apply_adapter as apply_adapter
-from peft_jax.methods import apply_lora as apply_lora
-from peft_jax.methods import apply_lora_from_data as apply_lora_from_data
-from peft_jax.methods import scale_adapter as scale_adapter
-from peft_jax.methods import with_adapter_rows as with_adapter_rows
 from peft_jax.methods import with_invocations as with_invocations
 from peft_jax.models import AutoModel as AutoModel
 from peft_jax.models import AutoModelForCausalLM as AutoModelForCausalLM

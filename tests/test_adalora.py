@@ -10,8 +10,8 @@ import pytest
 
 import peft_jax as pj
 from peft_jax import train
-from peft_jax.methods import rank_allocator
-from peft_jax.methods.scheduled import scheduled_leaves
+from peft_jax.methods.adalora import rank_allocator
+from peft_jax.methods.training_hooks import scheduled_leaves
 
 STACKED = {r"layers\.up\.kernel": pj.Layout((0,), (1,), (2,))}
 OPTIONS = {

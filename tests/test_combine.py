@@ -7,8 +7,8 @@ import pytest
 
 import peft_jax as pj
 from peft_jax import interop
-from peft_jax.methods.combine import FACTORS, MATRICES, WAYS
-from peft_jax.methods.task_vectors import combine
+from peft_jax.adapters.combine.task_vectors import combine
+from peft_jax.adapters.combine.weighted_lora import FACTORS, MATRICES, WAYS
 
 NAMES, WEIGHTS = ["a", "b", "c"], [0.7, -0.4, 1.3]
 PRUNED = {"density": 0.4}

@@ -15,7 +15,19 @@ import pytest
 import peft_jax
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ["core", "adapt", "quant", "methods", "prompts", "interop", "models", "train", "the public face", "cli"]
+ROOMS = [
+    "core",
+    "adapt",
+    "quant",
+    "methods",
+    "adapters",
+    "prompts",
+    "interop",
+    "models",
+    "train",
+    "the public face",
+    "cli",
+]
 FILES = sorted([*(ROOT / "peft_jax").rglob("*.py"), *(ROOT / "interop").rglob("*.py")])
 
 

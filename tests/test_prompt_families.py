@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import peft_jax as pj
 from peft_jax import interop
-from peft_jax.prompts.attach import attach_prompt
+from peft_jax.prompts.attach_prompt import attach_prompt
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

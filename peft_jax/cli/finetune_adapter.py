@@ -14,8 +14,8 @@ from peft_jax.cli.finetune_start import resumed, started
 from peft_jax.cli.task import Task, fresh_modules, refuse_random, task_of
 from peft_jax.core.targets import SAVED_HEADS
 from peft_jax.methods.base import Method, PeftConfig, by_name
-from peft_jax.methods.lora_options import FROM_DATA
-from peft_jax.methods.scheduled import Scheduled
+from peft_jax.methods.lora.nested_configs import FROM_DATA
+from peft_jax.methods.training_hooks import Scheduled
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train.batches import Data
 from peft_jax.train.files import read_object

@@ -6,20 +6,20 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 
+from peft_jax.adapters.attach import apply_adapter
 from peft_jax.core.adapted import adapters
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.precision import in_base_dtype
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.adapter import load_adapter, save_adapter
-from peft_jax.methods.alora import is_invoked, with_invocations
-from peft_jax.methods.attach import apply_adapter
 from peft_jax.methods.base import Method
+from peft_jax.methods.lora.alora import is_invoked, with_invocations
 from peft_jax.methods.whole import config_of
 from peft_jax.models.causal_lm import CausalLM
 from peft_jax.models.encoders import FeatureExtractor, MaskedLM, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from peft_jax.models.model_handle import ModelHandle, register_handle
 from peft_jax.models.seq2seq_lm import Seq2SeqLM
-from peft_jax.prompts.attach import attach_prompt
+from peft_jax.prompts.attach_prompt import attach_prompt
 from peft_jax.prompts.base import PromptMethod
 
 

@@ -1,7 +1,7 @@
 """Prompt methods, one file each: what they add to the embeddings, to keys and values, or beside the attention."""
 
 from peft_jax.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
-from peft_jax.prompts.attach import attach_prompt as attach_prompt
+from peft_jax.prompts.attach_prompt import attach_prompt as attach_prompt
 from peft_jax.prompts.cpt import CPTConfig as CPTConfig
 from peft_jax.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from peft_jax.prompts.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit

@@ -10,7 +10,7 @@ import optax
 from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition import combine, partition
-from peft_jax.methods.scheduled import scheduled_leaves
+from peft_jax.methods.training_hooks import scheduled_leaves
 
 T = TypeVar("T")
 

@@ -4,13 +4,13 @@ from typing import Any, TypeVar
 
 import jax
 
+from peft_jax.adapters.attach import place
+from peft_jax.adapters.complete import completed, untied_for
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves, is_matrix
 from peft_jax.core.targets import check_saved, is_saved_module
 from peft_jax.core.weight import as_weight
-from peft_jax.methods.attach import place
-from peft_jax.methods.complete import completed, untied_for
 from peft_jax.prompts.base import PromptMethod
 
 H = TypeVar("H", bound=Handle)

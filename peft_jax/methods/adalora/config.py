@@ -1,7 +1,7 @@
 """AdaLoRA: W' = W + s A diag(E) B, whose least important singular values E are set to zero while it is trained.
 
 Zhang et al., 2023, https://openreview.net/forum?id=lq62uWRJjiY, equation 3; the penalty on A and B is equation 4, the
-choice of singular values is in `peft_jax.methods.rank_allocator`. Numbers follow PEFT 0.21.2.
+choice of singular values is in `peft_jax.methods.adalora.rank_allocator`. Numbers follow PEFT 0.21.2.
 """
 
 import dataclasses
@@ -19,11 +19,16 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.paths import module_path, stacked_names
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
-from peft_jax.methods import rank_allocator
+from peft_jax.methods.adalora import rank_allocator
+from peft_jax.methods.adalora.rank_allocator import Allocation
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
-from peft_jax.methods.rank_allocator import Allocation
-from peft_jax.methods.scheduled import Leaves, Scheduled, Trained, scheduled_leaves
+from peft_jax.methods.training_hooks import (
+    Leaves,
+    Scheduled,
+    Trained,
+    scheduled_leaves,
+)
 from peft_jax.methods.whole import Part
 
 
@@ -227,7 +232,7 @@ class AdaLoraConfig(Scheduled):
         return rank_allocator.begin(params, there, self.target_r, self.deltaT, **times)
 
     def advance(self, params: Trained, gradients: Trained, schedule: Allocation) -> tuple[Trained, Allocation]:
-        """`peft_jax.methods.rank_allocator.allocate`."""
+        """`peft_jax.methods.adalora.rank_allocator.allocate`."""
         return rank_allocator.allocate(params, gradients, schedule, beta1=self.beta1, beta2=self.beta2)
 
     def end_schedule(self, tree: Any, schedule: Allocation) -> Any:

@@ -1,6 +1,6 @@
 """LoRA whose start looks at data: EVA at inputs of layers, CorDA at their covariance, LoRA-GA at gradients.
 
-What is seen is collected here; what each makes of it is in `peft_jax.methods.eva`, `corda` and `lora_ga`.
+What is seen is collected here; what each makes of it is in `peft_jax.methods.lora.initializers.eva`, `corda` and `lora_ga`.
 """
 
 import dataclasses
@@ -14,17 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapt import adapt
+from peft_jax.adapters.attach import apply_adapter
+from peft_jax.adapters.statistics import (
+    Gradients,
+    Inputs,
+    changed,
+    layers_of,
+    observer,
+    observing,
+)
 from peft_jax.core.adapted import Adapted, Tag, adapted_leaves, adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods import corda, dora, eva, lora_from_base, lora_ga, lora_grouped
-from peft_jax.methods.attach import apply_adapter
-from peft_jax.methods.lora import LoraConfig
-from peft_jax.methods.lora_from_base import Starter
-from peft_jax.methods.lora_options import FROM_DATA, CordaConfig, EvaConfig, LoraGAConfig
-from peft_jax.methods.observe import Gradients, Inputs, changed, layers_of, observer, observing
+from peft_jax.methods.lora import dora, grouped_conv
+from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.lora.initializers import corda, eva, from_weight, lora_ga
+from peft_jax.methods.lora.initializers.from_weight import Starter
+from peft_jax.methods.lora.nested_configs import (
+    FROM_DATA,
+    CordaConfig,
+    EvaConfig,
+    LoraGAConfig,
+)
 from peft_jax.methods.whole import Part, config_of
 
 T = TypeVar("T")
@@ -130,7 +143,7 @@ def _targets(adapted: Any, adapter_name: str) -> dict[str, Adapted]:
     """The leaves with an adapter's matrices, by path; of embeddings there is nothing to see."""
     found = dict(_matrices(adapted.params if isinstance(adapted, Handle) else adapted, adapter_name, lookup=False))
     for path, leaf in found.items():
-        lora_grouped.check_plain(path, leaf.layout)
+        grouped_conv.check_plain(path, leaf.layout)
     return found
 
 
@@ -196,7 +209,7 @@ def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | No
         base = as_weight(leaf.base, leaf.layout)
         seen = jnp.reshape(sums[path], (-1, *sums[path].shape[-2:]))
         starters = [_starter(config, one, bool(leaf.layout.stored_in_out)) for one in seen]
-        params, base = lora_from_base.begin(config, base, names, hit, key, starters)
+        params, base = from_weight.begin(config, base, names, hit, key, starters)
         if config.use_dora:
             params[dora.MAGNITUDE] = dora.start(params, leaf.state, base)
         return dataclasses.replace(leaf, base=as_leaf(base), params=params, tag=tag)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.adapters.plan import FOLLOWS
 from peft_jax.core.adapted import Adapted, Tag, is_adapted, tied
 from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.paths import dotted, module_path, stacked_names
-from peft_jax.methods.choose import FOLLOWS
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.whole import Follower
 

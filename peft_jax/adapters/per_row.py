@@ -15,7 +15,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Lookup, Product
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight
-from peft_jax.methods.lora import LoraConfig
+from peft_jax.methods.lora.config import LoraConfig
 
 T = TypeVar("T")
 BASE = "__base__"  # PEFT's name for no adapter

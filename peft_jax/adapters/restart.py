@@ -7,13 +7,13 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.adapters.statistics import changed, layers_of
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods import lora_from_base
-from peft_jax.methods.lora import LoraConfig
-from peft_jax.methods.lora_from_base import Start
-from peft_jax.methods.lora_options import FROM_DATA
-from peft_jax.methods.observe import changed, layers_of
+from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.lora.initializers import from_weight
+from peft_jax.methods.lora.initializers.from_weight import Start
+from peft_jax.methods.lora.nested_configs import FROM_DATA
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def leaves_base(config: object) -> bool:
     """Whether an adapter starts at what data say, and takes that out of the base."""
     init = config.init_lora_weights if isinstance(config, LoraConfig) else None
-    return init in FROM_DATA and lora_from_base.changes_base(init or "")
+    return init in FROM_DATA and from_weight.changes_base(init or "")
 
 
 def without_starts(params: T, adapter_name: str = "default") -> T:
@@ -54,7 +54,7 @@ def without_starts(params: T, adapter_name: str = "default") -> T:
         a, b = (jnp.reshape(leaf.params[role], (-1, *leaf.params[role].shape[-2:])) for role in ("lora_A", "lora_B"))
         starters = [partial(_left, a=one, b=other) for one, other in zip(a, b, strict=True)]
         base = as_weight(leaf.base, leaf.layout)
-        _, base = lora_from_base.begin(config, base, names, hit, jax.random.key(0), starters)
+        _, base = from_weight.begin(config, base, names, hit, jax.random.key(0), starters)
         return dataclasses.replace(leaf, base=as_leaf(base))
 
     return changed(take_out, params)

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 
 from peft_jax.adapt.infer_layouts import read_layouts
-from peft_jax.core.adapted import Adapted, Tag, adapters, tied
-from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
-from peft_jax.core.partition_specs import sharded_like_base
-from peft_jax.core.targets import check_targets, is_saved_module, is_target
-from peft_jax.core.weight import as_leaf, as_weight, is_weight
-from peft_jax.methods.base import Method
-from peft_jax.methods.choose import (
+from peft_jax.adapters.complete import (
+    completed,
+    expand_all_linear,
+    spelled_out,
+    untied_for,
+    with_replicas,
+)
+from peft_jax.adapters.plan import (
     FOLLOWS,
     TOKENS,
     Choice,
@@ -24,9 +24,15 @@ from peft_jax.methods.choose import (
     may_be_target,
     modules_with_followers,
 )
-from peft_jax.methods.complete import completed, expand_all_linear, spelled_out, untied_for, with_replicas
-from peft_jax.methods.lora import LoraConfig
-from peft_jax.methods.parameters import is_parameter, parameters_of, with_parameters
+from peft_jax.adapters.target_parameters import is_parameter, parameters_of, with_parameters
+from peft_jax.core.adapted import Adapted, Tag, adapters, tied
+from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
+from peft_jax.core.partition_specs import sharded_like_base
+from peft_jax.core.targets import check_targets, is_saved_module, is_target
+from peft_jax.core.weight import as_leaf, as_weight, is_weight
+from peft_jax.methods.base import Method
+from peft_jax.methods.lora.config import LoraConfig
 from peft_jax.methods.trainable_tokens import Tokens, tokens_by_module
 from peft_jax.methods.whole import Follower, Whole
 

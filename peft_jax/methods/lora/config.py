@@ -17,10 +17,11 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import MergeError, Weight
-from peft_jax.methods import alora, dora, lora_from_base, lora_grouped, lora_start
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
-from peft_jax.methods.lora_options import (
+from peft_jax.methods.lora import alora, dora, grouped_conv
+from peft_jax.methods.lora.initializers import from_weight, random
+from peft_jax.methods.lora.nested_configs import (
     FROM_DATA,
     CordaConfig,
     EvaConfig,
@@ -159,7 +160,7 @@ class LoraConfig(Ranked):
     def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Those of the matrix, or of a convolution with groups."""
         shapes = super().leaf_shapes(module, layout, shape)
-        return shapes if layout.groups == 1 else lora_grouped.shapes(self, module, layout, shapes)
+        return shapes if layout.groups == 1 else grouped_conv.shapes(self, module, layout, shapes)
 
     def scaling(self, module: str) -> float:
         """Scale of the adapter of a module."""
@@ -186,9 +187,9 @@ class LoraConfig(Ranked):
             raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
         for name in names[hit]:
             self.leaf_shapes(name, layout, shape)  # raises where they do not suit
-        params = lora_start.drawn(init, layout, shape, names, ranks, key)
+        params = random.drawn(init, layout, shape, names, ranks, key)
         if self.lora_bias:
-            params[BIAS] = lora_start.drawn_bias(init, layout.sizes(shape)[1], names, ranks // layout.groups, key)
+            params[BIAS] = random.drawn_bias(init, layout.sizes(shape)[1], names, ranks // layout.groups, key)
         return params, self.state(names, hit)
 
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
@@ -205,8 +206,8 @@ class LoraConfig(Ranked):
             raise ValueError(
                 f"init_lora_weights='loftq' is not for embeddings, as '{names.flat[0]}' is. Target others."
             )
-        if lora_from_base.starter(self) is not None and (self.frozen or not base.layout.lookup):
-            params, base = lora_from_base.begin(self, base, names, hit, key)
+        if from_weight.starter(self) is not None and (self.frozen or not base.layout.lookup):
+            params, base = from_weight.begin(self, base, names, hit, key)
         state |= {role: params.pop(role) for role in self.frozen}
         if self.use_dora:
             params[dora.MAGNITUDE] = dora.start(params, state, base)
@@ -218,7 +219,7 @@ class LoraConfig(Ranked):
         rank, n_in = np.asarray(state["rank"]), params["lora_A"].shape[-2]
         if "lora_B" not in params:
             return rank * n_in
-        n_out, inner = params["lora_B"].shape[-1], rank // lora_grouped.groups_of(params)
+        n_out, inner = params["lora_B"].shape[-1], rank // grouped_conv.groups_of(params)
         return rank * n_in + inner * n_out + (rank > 0) * n_out * (len(params) - 2)
 
     @property
@@ -232,11 +233,11 @@ class LoraConfig(Ranked):
 
     def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
         """The base without what the factors started at, as PEFT takes it out again."""
-        if lora_from_base.starter(self) is None or not lora_from_base.changes_base(self.init_lora_weights):
+        if from_weight.starter(self) is None or not from_weight.changes_base(self.init_lora_weights):
             return base  # a start that looked at data cannot be made again: the base is the one that it left
         if base.layout.lookup:
             return base
-        return lora_from_base.begin(self, base, names, hit, jax.random.key(0))[1]
+        return from_weight.begin(self, base, names, hit, jax.random.key(0))[1]
 
     def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
         """With ``lora_bias``, whether the layers have none."""
@@ -263,7 +264,7 @@ class LoraConfig(Ranked):
             )
         if dora.MAGNITUDE in params:
             return dora.merge(params, state, matrix)
-        lora_grouped.check_merge(params)
+        grouped_conv.check_merge(params)
         a, b = params["lora_A"], _second(params, state)
         return (matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ b).astype(matrix.dtype)
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.methods import lora_from_base
-from peft_jax.methods.lora_from_base import Start
-from peft_jax.methods.lora_options import LoraGAConfig
+from peft_jax.methods.lora.initializers import from_weight
+from peft_jax.methods.lora.initializers.from_weight import Start
+from peft_jax.methods.lora.nested_configs import LoraGAConfig
 
 
 def start(
@@ -38,7 +38,7 @@ def start(
             f"{min(matrix.shape)}. Choose a smaller r."
         )
     of_svd, of_choice = jax.random.split(key)
-    u, s, vt = lora_from_base.fast_svd(gradient.T, min(4 * rank, *matrix.shape), 4, of_svd)
+    u, s, vt = from_weight.fast_svd(gradient.T, min(4 * rank, *matrix.shape), 4, of_svd)
     both = {
         "ArBr": (np.arange(1, 2 * rank, 2), np.arange(0, 2 * rank, 2)),
         "A2rBr": (np.arange(rank, 2 * rank), np.arange(rank)),

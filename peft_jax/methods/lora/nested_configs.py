@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft_jax.methods.lora_from_base import changes_base
+from peft_jax.methods.lora.initializers.from_weight import changes_base
 
 FROM_DATA = ("eva", "corda", "lora_ga")
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "mica", *FROM_DATA)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.methods.lora_from_base import Start
+from peft_jax.methods.lora.initializers.from_weight import Start
 
 
 def moment(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.adapters.combine.task_vectors import PRUNED, combine
+from peft_jax.adapters.combine.weighted_ia3 import weighted_ia3
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.paths import dotted, keys_from_names, module_path, stacked_names
-from peft_jax.methods.combine_ia3 import weighted_ia3
 from peft_jax.methods.ia3 import IA3Config
-from peft_jax.methods.lora import BIAS, UNBIASED, LoraConfig
-from peft_jax.methods.lora_from_base import changes_base
-from peft_jax.methods.lora_grouped import groups_of
-from peft_jax.methods.task_vectors import PRUNED, combine
+from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
+from peft_jax.methods.lora.grouped_conv import groups_of
+from peft_jax.methods.lora.initializers.from_weight import changes_base
 from peft_jax.methods.whole import Follower, config_of
 
 T = TypeVar("T")

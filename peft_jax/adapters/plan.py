@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from peft_jax.adapters.target_parameters import is_parameter
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
-from peft_jax.methods.parameters import is_parameter
 from peft_jax.methods.whole import REPLACED
 
 TOKENS = "trainable_token_indices"

@@ -1,0 +1,1 @@
+"""One adapter made of several on the same base."""

@@ -1,0 +1,1 @@
+"""AdaLoRA and its rank allocator."""

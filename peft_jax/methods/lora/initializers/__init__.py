@@ -1,0 +1,1 @@
+"""How LoRA's factors are initialized."""
