@@ -28,8 +28,9 @@ from lowering_table import INT8, INT8_HEAD, table
 import peft_jax as pj
 from peft_jax.cli.checkpoint import apply_lazily
 from peft_jax.core.partition import partition
-from peft_jax.models import LlamaConfig, llama
-from peft_jax.models.positions import KVCache
+from peft_jax.models import LlamaConfig
+from peft_jax.models.llama import model as llama
+from peft_jax.models.modules.positions import KVCache
 from peft_jax.train import cross_entropy, init_optimizer, make_optimizer, make_training_step
 from peft_jax.train.sharding import BATCH, layout, make_mesh, parse_mesh, shardings
 

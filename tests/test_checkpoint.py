@@ -21,7 +21,7 @@ from peft_jax.interop.checkpoint import Row, find_checkpoint, load_params, open_
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
-from peft_jax.models.checkpoint import load_model, save_model
+from peft_jax.models.weights_io import load_model, save_model
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {

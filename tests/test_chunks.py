@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import peft_jax as pj
-from peft_jax.models import LlamaConfig, attention
-from peft_jax.models.lazy_logits import LazyLogits
+from peft_jax.models import LlamaConfig
+from peft_jax.models.modules import attention
+from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.train import chunked, cross_entropy
 from peft_jax.train.sharding import make_mesh, parse_mesh, place, place_batch
 

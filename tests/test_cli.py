@@ -25,7 +25,7 @@ from peft_jax.cli.demo_data import MODEL, TRAIN
 from peft_jax.cli.folder import new_folder, refuse_used
 from peft_jax.cli.main import main
 from peft_jax.models import AutoModelForCausalLM
-from peft_jax.models.llama import LlamaConfig
+from peft_jax.models.llama.model import LlamaConfig
 from peft_jax.train import read_records
 
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(12)]

@@ -22,7 +22,7 @@ import peft_jax as pj
 from peft_jax.cli.main import main
 from peft_jax.cli.printer import Printer
 from peft_jax.cli.prompts import encode
-from peft_jax.models.causal_lm import CausalLM
+from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.train import Record, tokenize_prompts
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

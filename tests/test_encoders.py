@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
-from peft_jax.models import bert
-from peft_jax.models.bert_config import BertConfig, RobertaConfig
+from peft_jax.models.bert import model as bert
+from peft_jax.models.bert.config import BertConfig, RobertaConfig
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

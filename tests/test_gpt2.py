@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
-from peft_jax.models import gpt2
-from peft_jax.models.gpt2 import GPT2Config
+from peft_jax.models.gpt2 import model as gpt2
+from peft_jax.models.gpt2.model import GPT2Config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -225,8 +225,8 @@ def test_inspect_says_whether_an_adapter_fits(pair, tmp_path, capsys):
 def test_matrices_of_all_layers_are_laid_out_over_a_mesh():
     from jax.sharding import PartitionSpec
 
-    from peft_jax.models.bert import param_shapes as bert_shapes
-    from peft_jax.models.bert_config import BertConfig
+    from peft_jax.models.bert.config import BertConfig
+    from peft_jax.models.bert.model import param_shapes as bert_shapes
     from peft_jax.train.sharding import make_mesh, spec
 
     mesh = make_mesh({"fsdp": 2, "tensor": 2})

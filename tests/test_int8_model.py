@@ -9,7 +9,7 @@ import pytest
 
 import peft_jax as pj
 from peft_jax.models import CausalLM, LlamaConfig
-from peft_jax.models.llama import init_params
+from peft_jax.models.llama.model import init_params
 from peft_jax.quant import Int8
 
 IDS = np.array([[5, 17, 2, 40, 9, 61, 33], [8, 8, 50, 3, 21, 77, 1]])

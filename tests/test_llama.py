@@ -12,10 +12,15 @@ import torch
 import transformers
 from flax import nnx
 
-from peft_jax.models import llama
-from peft_jax.models.attention import BLOCKS, LEAST, attend, inverse_frequencies
-from peft_jax.models.checkpoint import load_model
-from peft_jax.models.llama_config import LlamaConfig, RopeScaling
+from peft_jax.models.llama import model as llama
+from peft_jax.models.llama.config import LlamaConfig, RopeScaling
+from peft_jax.models.modules.attention import (
+    BLOCKS,
+    LEAST,
+    attend,
+    inverse_frequencies,
+)
+from peft_jax.models.weights_io import load_model
 
 SIZES = {
     "vocab_size": 50,

@@ -14,7 +14,7 @@ from peft_jax.core.adapted import map_adapted
 from peft_jax.core.weight import MergeError
 from peft_jax.methods import base
 from peft_jax.models import LlamaConfig
-from peft_jax.models.llama import apply
+from peft_jax.models.llama.model import apply
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train import make_evaluation_step, make_training_step
 from peft_jax.train.sharding import make_mesh, place

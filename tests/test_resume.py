@@ -18,7 +18,7 @@ import pytest
 
 from peft_jax.cli.finetune_setup import _sample
 from peft_jax.cli.main import main
-from peft_jax.models.causal_lm import CausalLM
+from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog
 

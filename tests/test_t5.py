@@ -14,10 +14,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention as TorchAttention
 
 import peft_jax as pj
-from peft_jax.models import T5Config, t5_apply
+from peft_jax.models import T5Config
 from peft_jax.models.family import leaf_at
-from peft_jax.models.positions import prefilled
-from peft_jax.models.t5_attention import relative_buckets
+from peft_jax.models.modules.positions import prefilled
+from peft_jax.models.t5 import forward
+from peft_jax.models.t5.relative_attention import relative_buckets
 
 __all__ = ["pair"]
 RANDOM = np.random.default_rng(0)
@@ -100,7 +101,7 @@ def test_every_leaf_matters(name, pair):
     _, ours = pair(name)
     logits = ours(**INPUTS).logits
     leaves, treedef = jax.tree.flatten(ours.params)
-    for index, path in enumerate(t5_apply.param_shapes(ours.config)):
+    for index, path in enumerate(forward.param_shapes(ours.config)):
         noise = 0.1 * jax.random.normal(jax.random.key(index), leaves[index].shape)
         changed = ours.replace(
             jax.tree.unflatten(treedef, [*leaves[:index], leaves[index] + noise, *leaves[index + 1 :]])
@@ -151,7 +152,7 @@ def test_prefixes_stand_before_keys_and_values(pair):
         )[0]
         want = model.lm_head(h * model.config.d_model**-0.5)
     inputs = {name: jnp.asarray(array) for name, array in INPUTS.items()}
-    apply = jax.jit(t5_apply.apply, static_argnums=0)
+    apply = jax.jit(forward.apply, static_argnums=0)
     got = apply(config, ours.params, **inputs, prefix=prefix, cross_prefix=cross_prefix).logits
     close(got, want)
     for given in ({"prefix": prefix}, {"cross_prefix": cross_prefix}):
@@ -164,17 +165,17 @@ def test_a_cache_is_as_good_as_the_whole(with_prefixes, pair):
     config, params = ours.config, ours.params
     given = dict(zip(("prefix", "cross_prefix"), prefixes(config), strict=True)) if with_prefixes else {}
     inputs = {name: jnp.asarray(array) for name, array in INPUTS.items()}
-    want = jax.jit(t5_apply.apply, static_argnums=0)(config, params, **inputs, **given).logits
+    want = jax.jit(forward.apply, static_argnums=0)(config, params, **inputs, **given).logits
     mask, ids = inputs["attention_mask"], inputs["decoder_input_ids"]
     prefix, virtual = given.pop("prefix", None), 3 if with_prefixes else 0
 
     def begin(params):
-        encoded = t5_apply.encode(config, params, inputs["input_ids"], attention_mask=mask).last_hidden_state
-        return t5_apply.init_cache(config, params, encoded, 16 + virtual, attention_mask=mask, **given)
+        encoded = forward.encode(config, params, inputs["input_ids"], attention_mask=mask).last_hidden_state
+        return forward.init_cache(config, params, encoded, 16 + virtual, attention_mask=mask, **given)
 
     cache = jax.jit(begin)(params)
     cache = cache if prefix is None else prefilled(cache, prefix)
-    step, found = jax.jit(t5_apply.decode, static_argnums=0), []
+    step, found = jax.jit(forward.decode, static_argnums=0), []
     for start, end in [(0, 6), (6, 7), (7, 8), (8, 13)]:
         seen = jnp.pad(inputs["decoder_attention_mask"][:, :end], ((0, 0), (virtual, 0)), constant_values=1)
         out = step(config, params, ids[:, start:end], attention_mask=seen, cache=cache)

@@ -8,9 +8,9 @@ import torch
 from t5_pairs import SIZES, as_torch, lively_pair
 
 import peft_jax as pj
-from peft_jax.models import answer
-from peft_jax.models.generation_config import Generation
-from peft_jax.models.sampling import Sampling
+from peft_jax.models.generation import seq2seq
+from peft_jax.models.generation.generation_config import Generation
+from peft_jax.models.generation.sampling import Sampling
 
 __all__ = ["lively_pair"]
 IDS = np.random.default_rng(1).integers(3, SIZES["vocab_size"], (3, 7))
@@ -121,11 +121,11 @@ def test_a_stream_has_the_same_tokens(lively_pair):
 
 def test_the_encoder_runs_once_and_one_program_serves_all_inputs_of_a_shape(lively_pair):
     _, ours = lively_pair("v1.1")
-    programs = answer.programs(ours.config, Generation(5, (), 0, Sampling()))
+    programs = seq2seq.programs(ours.config, Generation(5, (), 0, Sampling()))
     for seed, mask in enumerate([LEFT, RIGHT, None]):
         ours.generate((IDS + seed) % 50, mask, max_new_tokens=5)
     assert programs.whole._cache_size() == 1
-    question = answer.Question(jnp.asarray(IDS), attention_mask=jnp.asarray(LEFT, bool))
+    question = seq2seq.Question(jnp.asarray(IDS), attention_mask=jnp.asarray(LEFT, bool))
     begin = jnp.zeros((3, 1), int)
     jaxpr = jax.make_jaxpr(programs.whole)((ours.params, question), begin, begin == 0, jax.random.key(0))
     (loop,) = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "while"]

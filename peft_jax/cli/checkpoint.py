@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from transformers import AutoTokenizer
 
-from peft_jax.models.lazy_logits import LazyLogits
+from peft_jax.models.modules.lazy_logits import LazyLogits
 
 
 def apply(model: Any, input_ids: jax.Array, attention_mask: jax.Array, **more: jax.Array) -> jax.Array:

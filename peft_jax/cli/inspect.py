@@ -25,7 +25,7 @@ from peft_jax.interop.formats import PREFIX
 from peft_jax.methods.lora.nested_configs import layer_order
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.defaults import prompt_sizes
-from peft_jax.models.families import family_of, read_architecture
+from peft_jax.models.registry import family_of, read_architecture
 
 WIDTH, LABEL = 80, 12
 SHOWN = 3  # reasons that an adapter does not fit

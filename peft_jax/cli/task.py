@@ -16,7 +16,6 @@ from peft_jax.core.adapted import adapted_leaves
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import read_adapter, read_adapter_config
 from peft_jax.methods.whole import Whole
-from peft_jax.models import auto
 from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -26,8 +25,9 @@ from peft_jax.models.config import (
     label_fields,
     numbered_labels,
 )
-from peft_jax.models.families import family_of, read_architecture
-from peft_jax.models.losses import REGRESSION
+from peft_jax.models.handles import auto
+from peft_jax.models.handles.label_losses import REGRESSION
+from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.train import (
     Batch,
     Chat,

@@ -1,32 +1,34 @@
 """Flax NNX models that read Hugging Face checkpoints, and handles on them."""
 
-from peft_jax.models.auto import AutoModel as AutoModel
-from peft_jax.models.auto import AutoModelForCausalLM as AutoModelForCausalLM
-from peft_jax.models.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
-from peft_jax.models.auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
-from peft_jax.models.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
-from peft_jax.models.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
-from peft_jax.models.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
-from peft_jax.models.auto_peft import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-from peft_jax.models.auto_peft import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
-from peft_jax.models.auto_peft import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
-from peft_jax.models.auto_peft import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-from peft_jax.models.auto_peft import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
-from peft_jax.models.auto_peft import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-from peft_jax.models.bert_config import BertConfig as BertConfig
-from peft_jax.models.bert_config import RobertaConfig as RobertaConfig
-from peft_jax.models.causal_lm import CausalLM as CausalLM
-from peft_jax.models.gpt2 import GPT2Config as GPT2Config
-from peft_jax.models.lazy_logits import LazyLogits as LazyLogits
-from peft_jax.models.llama import LlamaConfig as LlamaConfig
-from peft_jax.models.peft_model import PeftModel as PeftModel
-from peft_jax.models.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
-from peft_jax.models.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-from peft_jax.models.peft_model import PeftModelForMaskedLM as PeftModelForMaskedLM
-from peft_jax.models.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-from peft_jax.models.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-from peft_jax.models.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-from peft_jax.models.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
-from peft_jax.models.peft_model import get_peft_model as get_peft_model
-from peft_jax.models.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
-from peft_jax.models.t5_config import T5Config as T5Config
+from peft_jax.models.bert.config import BertConfig as BertConfig
+from peft_jax.models.bert.config import RobertaConfig as RobertaConfig
+from peft_jax.models.gpt2.model import GPT2Config as GPT2Config
+from peft_jax.models.handles.auto import AutoModel as AutoModel
+from peft_jax.models.handles.auto import AutoModelForCausalLM as AutoModelForCausalLM
+from peft_jax.models.handles.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
+from peft_jax.models.handles.auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+from peft_jax.models.handles.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
+from peft_jax.models.handles.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+from peft_jax.models.handles.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
+from peft_jax.models.handles.auto_peft import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from peft_jax.models.handles.auto_peft import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from peft_jax.models.handles.auto_peft import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from peft_jax.models.handles.auto_peft import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from peft_jax.models.handles.auto_peft import (
+    AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+)
+from peft_jax.models.handles.auto_peft import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from peft_jax.models.handles.causal_lm import CausalLM as CausalLM
+from peft_jax.models.handles.peft_model import PeftModel as PeftModel
+from peft_jax.models.handles.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
+from peft_jax.models.handles.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from peft_jax.models.handles.peft_model import PeftModelForMaskedLM as PeftModelForMaskedLM
+from peft_jax.models.handles.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from peft_jax.models.handles.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from peft_jax.models.handles.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from peft_jax.models.handles.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from peft_jax.models.handles.peft_model import get_peft_model as get_peft_model
+from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
+from peft_jax.models.llama.model import LlamaConfig as LlamaConfig
+from peft_jax.models.modules.lazy_logits import LazyLogits as LazyLogits
+from peft_jax.models.t5.config import T5Config as T5Config

@@ -18,8 +18,8 @@ def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str,
     """Tensors under the keys that this model has for them, whether the checkpoint is of a bare model or has a head.
 
     Example:
-        >>> from peft_jax.models.families import GPT2
-        >>> from peft_jax.models.gpt2 import GPT2Config
+        >>> from peft_jax.models.registry import GPT2
+        >>> from peft_jax.models.gpt2.model import GPT2Config
         >>> list(fit_keys(GPT2, GPT2Config(), {"wte.weight": np.zeros((2, 2))}))
         ['transformer.wte.weight']
     """

@@ -46,7 +46,7 @@ class Family:
         init_params: ``init_params(config, key, dtype)``, a nested dict of arrays by Hugging Face module names.
         param_shapes: ``param_shapes(config)``, shapes by dotted path.
         apply: ``apply(config, params, input_ids, *, inputs_embeds, attention_mask, ..., output_hidden_states, remat)``,
-            a `peft_jax.models.outputs.ModelOutput`; decoders' takes ``head`` too, False for what goes into the head.
+            a `peft_jax.models.modules.outputs.ModelOutput`; decoders' takes ``head`` too, False for what goes into the head.
         layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front.
             Int8 loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
         backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names
@@ -181,8 +181,8 @@ def rows_by_layout(family: Family, config: ModelConfig) -> tuple[Row, ...]:
     """Rows of leaves whose paths are the keys: stacked leaves by their layouts, kernels as the transpose.
 
     Example:
-        >>> from peft_jax.models.families import LLAMA
-        >>> from peft_jax.models.llama import LlamaConfig
+        >>> from peft_jax.models.registry import LLAMA
+        >>> from peft_jax.models.llama.model import LlamaConfig
         >>> rows = rows_by_layout(LLAMA, LlamaConfig(num_hidden_layers=2))
         >>> next(row.keys[1] for row in rows if row.path == "model.layers.self_attn.q_proj.kernel")
         'model.layers.1.self_attn.q_proj.weight'

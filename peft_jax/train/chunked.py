@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from peft_jax.core.chunks import chunk_size, in_chunks
 from peft_jax.core.dropout import has_dropout
 from peft_jax.methods.lora.alora import is_invoked
-from peft_jax.models.lazy_logits import LazyLogits
+from peft_jax.models.modules.lazy_logits import LazyLogits
 
 CHUNK = 2**25  # logits of a chunk on each device
 

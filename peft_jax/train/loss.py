@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from peft_jax.models.lazy_logits import LazyLogits
+from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.train.chunked import summed_loss, token_losses, weighted_sum
 from peft_jax.train.encode import IGNORE
 

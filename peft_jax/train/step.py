@@ -18,7 +18,7 @@ import optax
 from peft_jax.adapters.project import projected
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine, partition
-from peft_jax.models.lazy_logits import LazyLogits
+from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.prompts.base import with_virtual_labels
 from peft_jax.train.batches import Batch
 from peft_jax.train.loss import cross_entropy

@@ -1,0 +1,259 @@
+"""BERT and RoBERTa in Flax NNX: encoders with learned positions and token types, and the heads of five tasks.
+
+Attribute names are the module names of Hugging Face transformers (`bert.encoder.layer.attention.self.query.kernel`);
+the layers are stacked and scanned, as in `peft_jax.models.llama.model`. Numbers are those of transformers' classes with their
+default ("sdpa") attention; dropout of the base is not applied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peft_jax.models.bert.config import BertConfig, RobertaConfig
+from peft_jax.models.bert.task_heads import add_head, run_head
+from peft_jax.models.llama.config import ACTIVATIONS
+from peft_jax.models.modules import functional
+from peft_jax.models.modules.attention import attend
+from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
+from peft_jax.models.modules.outputs import ModelOutput
+from peft_jax.models.modules.positions import (
+    Prefix,
+    check_positions,
+    put_before,
+    seen_slots,
+    with_prefix,
+)
+from peft_jax.models.modules.remat import kept, rematerialized
+
+
+class BertEmbeddings(nnx.Module):
+    """Embeddings of tokens, token types and positions, summed and normalised."""
+
+    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.word_embeddings = Embed(config, dtype, rngs)
+        self.position_embeddings = Embed(config, dtype, rngs, config.max_position_embeddings)
+        self.token_type_embeddings = Embed(config, dtype, rngs, config.type_vocab_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
+
+    def __call__(self, x: jax.Array, token_type_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """Add to the tokens' x (batch, length, hidden); ids and positions are (batch or 1, length)."""
+        x = x + self.token_type_embeddings(token_type_ids) + self.position_embeddings(positions)
+        return self.LayerNorm(x)
+
+
+class BertSelfAttention(nnx.Module):
+    """Queries, keys and values."""
+
+    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        linear, hidden = linear_maker(config, dtype, rngs), config.hidden_size
+        self.head_dim = hidden // config.num_attention_heads
+        self.query, self.key, self.value = linear(hidden, hidden), linear(hidden, hidden), linear(hidden, hidden)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None) -> jax.Array:
+        """Attend within x (batch, length, hidden) and to this layer's prefix."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (kept(linear(x)).reshape(heads) for linear in (self.query, self.key, self.value))
+        return attend(q, *put_before(prefix, k, v), mask).reshape(x.shape)
+
+
+class BertOutput(nnx.Module):
+    """A linear layer, added to the residual stream and normalised after."""
+
+    def __init__(self, config: BertConfig, in_features: int, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.dense = linear_maker(config, dtype, rngs)(in_features, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
+
+    def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
+        """Map x (batch, length, in) and add it to the residual (batch, length, hidden), whose dtype is kept."""
+        return self.LayerNorm(kept(self.dense(x).astype(residual.dtype) + residual))
+
+
+class BertAttention(nnx.Module):
+    """Self-attention and its output."""
+
+    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.self = BertSelfAttention(config, dtype, rngs)
+        self.output = BertOutput(config, config.hidden_size, dtype, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None) -> jax.Array:
+        """Map x (batch, length, hidden)."""
+        return self.output(self.self(x, mask, prefix), x)
+
+
+class BertIntermediate(nnx.Module):
+    """The first half of the feed-forward network."""
+
+    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.act = config.hidden_act
+        self.dense = linear_maker(config, dtype, rngs)(config.hidden_size, config.intermediate_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (batch, length, hidden)."""
+        return ACTIVATIONS[self.act](kept(self.dense(x)))
+
+
+class BertLayer(nnx.Module):
+    """Attention and feed-forward network."""
+
+    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.attention = BertAttention(config, dtype, rngs)
+        self.intermediate = BertIntermediate(config, dtype, rngs)
+        self.output = BertOutput(config, config.intermediate_size, dtype, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None) -> jax.Array:
+        """Map x (batch, length, hidden)."""
+        x = self.attention(x, mask, prefix)
+        return self.output(self.intermediate(x), x)
+
+
+class BertEncoder(nnx.Module):
+    """The stacked layers."""
+
+    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.layer = nnx.vmap(lambda key: BertLayer(config, dtype, nnx.Rngs(key)))(keys)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, prefix: Prefix | None, keep: bool, remat: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Run all layers; keep asks for every layer's input as well, remat for recomputing layers in the backward."""
+        graph, stacked = nnx.split(self.layer)
+
+        def body(x: jax.Array, inputs: Any) -> Any:
+            state, before = inputs
+            return nnx.merge(graph, state)(x, mask, before), x if keep else None
+
+        x, inputs = jax.lax.scan(rematerialized(body, whole=remat), x, (stacked, prefix))
+        return x, jnp.concatenate([inputs, x[None]]) if keep else None
+
+
+class BertPooler(nnx.Module):
+    """The first token's output through one more layer."""
+
+    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.dense = linear_maker(config, dtype, rngs)(config.hidden_size, config.hidden_size)
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """Map h (batch, length, hidden) to (batch, hidden)."""
+        return jnp.tanh(self.dense(h[:, 0]))
+
+
+class BertModel(nnx.Module):
+    """Embeddings, encoder and, for some tasks, pooler."""
+
+    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.embeddings = BertEmbeddings(config, dtype, rngs)
+        self.encoder = BertEncoder(config, dtype, rngs)
+        if config.has_pooler:
+            self.pooler = BertPooler(config, dtype, rngs)
+
+
+class Bert(nnx.Module):
+    """A BERT with the head of its task."""
+
+    backbone = "bert"
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        self.config = config
+        setattr(self, self.backbone, BertModel(config, dtype, rngs))
+        add_head(self, config, dtype, rngs)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        prefix: Prefix | None = None,
+        output_hidden_states: bool = False,
+        remat: bool = False,
+    ) -> ModelOutput:
+        """Run the model; the arguments are those of `apply`."""
+        inner = getattr(self, self.backbone)
+        x = inner.embeddings.word_embeddings.either(input_ids, inputs_embeds)
+        batch, length, _ = x.shape
+        positions = self.positions(input_ids, length, prefix) if position_ids is None else position_ids
+        check_positions(positions, batch, length)
+        types = jnp.zeros((1, length), jnp.int32) if token_type_ids is None else token_type_ids
+        mask = jnp.ones((1, 1, length), bool)
+        if attention_mask is not None:
+            mask = seen_slots(attention_mask, batch, length, length, False)[:, None, :]
+        x = inner.embeddings(x, types, positions)
+        h, states = inner.encoder(x, with_prefix(mask, prefix), prefix, output_hidden_states, remat)
+        pooled = inner.pooler(h) if self.config.has_pooler else None
+        table = inner.embeddings.word_embeddings.embedding
+        return run_head(self, self.config, h, pooled, table)._replace(hidden_states=states)
+
+    def positions(self, input_ids: jax.Array | None, length: int, prefix: Prefix | None) -> jax.Array:
+        """Positions (batch or 1, length) where none are told: they count on from the prefix's."""
+        virtual = 0 if prefix is None else prefix[0].shape[2]
+        self.check_room(length + virtual)
+        return virtual + jnp.arange(length)[None]
+
+    def check_room(self, needed: int) -> None:
+        """Raise ValueError if there are fewer positions than needed."""
+        if needed > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{needed} positions are needed, but this model has {self.config.max_position_embeddings}. "
+                "Shorten the inputs."
+            )
+
+
+class Roberta(Bert):
+    """A RoBERTa with the head of its task; its positions leave padding out."""
+
+    backbone = "roberta"
+
+    def positions(self, input_ids: jax.Array | None, length: int, prefix: Prefix | None) -> jax.Array:
+        """Positions as transformers counts them: over the tokens that are not padding, which stays at its id."""
+        virtual = 0 if prefix is None or input_ids is None else prefix[0].shape[2]
+        pad = self.config.pad_token_id or 0
+        self.check_room(length + virtual + pad + 1)
+        if input_ids is None:
+            return pad + 1 + jnp.arange(length)[None]
+        is_token = (input_ids != pad).astype(jnp.int32)
+        return (jnp.cumsum(is_token, axis=1) + virtual) * is_token + pad
+
+
+def _module(config: BertConfig) -> type[Bert]:
+    return Roberta if isinstance(config, RobertaConfig) else Bert
+
+
+def init_params(config: BertConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Make random parameters: normal matrices of deviation initializer_range, scales of one, biases of zero."""
+    return functional.init_params(_module(config), config, key, dtype)
+
+
+def param_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """Map each parameter's dotted path to its shape.
+
+    Example:
+        >>> param_shapes(BertConfig())["bert.encoder.layer.intermediate.dense.kernel"]
+        (12, 768, 3072)
+    """
+    return functional.param_shapes(_module(config), config)
+
+
+def apply(config: BertConfig, params: dict[str, Any], *args: Any, **kwargs: Any) -> ModelOutput:
+    """Run the model as a pure function of its parameters.
+
+    Args:
+        config: The architecture; static under `jax.jit`.
+        params: A nested dict of arrays as from `init_params`. Results have the dtype of the embedding.
+        *args: ``input_ids``, token ids ``(batch, length)``.
+        **kwargs: ``inputs_embeds`` ``(batch, length, hidden)`` instead of them; ``attention_mask``,
+            ``token_type_ids`` and ``position_ids``, each ``(batch, length)``; ``prefix``, keys and values
+            ``(layers, batch or 1, n_virtual, heads, head_dim)`` before all positions, which then count from n_virtual;
+            ``output_hidden_states``; ``remat``.
+
+    Raises:
+        ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
+    """
+    output: ModelOutput = functional.apply(_module(config), config, params, *args, **kwargs)
+    return output

@@ -1,0 +1,1 @@
+"""Generation with causal models and encoder-decoders."""

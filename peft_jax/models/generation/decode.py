@@ -1,0 +1,186 @@
+"""Generation with a KV cache: prefill and decoding in one compiled program, or in two where tokens are streamed."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.models.generation.sampling import Sampling, choose, process
+from peft_jax.models.modules.positions import KVCache
+
+CHUNK = 4  # tokens of a stream that are decoded before the host looks at them
+
+
+class Streamer(Protocol):
+    """What receives a stream; transformers' streamers do too."""
+
+    def put(self, value: np.ndarray) -> None:
+        """Take the prompts (batch, length) at first, then the token of each row (batch,), one after another."""
+
+    def end(self) -> None:
+        """Take the end of the stream."""
+
+
+class State(NamedTuple):
+    """Where a generation stands."""
+
+    count: jax.Array  # type: ignore[assignment]  # new tokens so far; a field, not the method of tuples
+    tokens: jax.Array  # (batch, prompt + new)
+    mask: jax.Array  # (batch, prompt + new), 1 on what may be seen
+    positions: jax.Array  # (batch,), of the last token
+    done: jax.Array  # (batch,)
+    cache: KVCache
+    key: jax.Array
+
+
+class CachedModel(Protocol):
+    """A model that reads inputs into a cache."""
+
+    @property
+    def slots(self) -> int:
+        """Slots of the cache that something takes before the inputs."""
+
+    def first(self, input_ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: KVCache) -> Any:
+        """Read inputs into an empty cache; the result has ``.logits`` and ``.cache``."""
+
+    def apply(self, input_ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: KVCache) -> Any:
+        """Read further inputs."""
+
+
+class Decoder(NamedTuple):
+    """A model and the choices of a generation.
+
+    Attributes:
+        model: What reads the tokens.
+        eos_token_ids: A row is done after one of these; later positions hold ``pad_token_id``.
+        pad_token_id: See ``eos_token_ids``.
+        sampling: How tokens are chosen.
+    """
+
+    model: CachedModel
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    sampling: Sampling = Sampling()
+
+    def start(
+        self, cache: KVCache, input_ids: jax.Array, attention_mask: jax.Array, key: jax.Array, max_new_tokens: int
+    ) -> State:
+        """Read left-padded prompts and choose the first token.
+
+        Args:
+            cache: Empty, for at least ``length + max_new_tokens`` positions beside the slots that the model takes.
+            input_ids: (batch, length).
+            attention_mask: (batch, length), 0 on the padding at the left.
+            key: A JAX random key; greedy decoding ignores it.
+            max_new_tokens: What there is room for, at least 1.
+        """
+        room = ((0, 0), (0, max_new_tokens))
+        counts = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
+        positions = jnp.maximum(counts - 1, 0)
+        mask = jnp.pad(attention_mask.astype(jnp.int32), room)
+        out = self.model.first(input_ids, attention_mask=mask, position_ids=positions, cache=cache)
+        tokens = jnp.pad(input_ids, room, constant_values=self.pad_token_id)
+        done = jnp.zeros(len(tokens), bool)
+        state = State(jnp.int32(0), tokens, mask, counts[:, -1] - 1, done, out.cache, key)
+        return self._add(state, out.logits[:, -1])
+
+    def proceed(self, state: State, count: jax.Array | int) -> State:
+        """Decode until there are ``count`` new tokens or all rows are done."""
+
+        def wanted(state: State) -> jax.Array:
+            return (state.count < count) & ~jnp.all(state.done)
+
+        def step(state: State) -> State:
+            at = self._filled(state)  # the place of the last token, which the cache does not have yet
+            out = self.model.apply(
+                jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1),
+                attention_mask=state.mask,
+                position_ids=state.positions[:, None],
+                cache=state.cache,
+            )
+            return self._add(state._replace(cache=out.cache), out.logits[:, -1])
+
+        return jax.lax.while_loop(wanted, step, state)
+
+    def _filled(self, state: State) -> jax.Array:
+        """How many tokens the cache has."""
+        return state.cache.index - self.model.slots
+
+    def _add(self, state: State, logits: jax.Array) -> State:
+        """Choose the next token of each row."""
+        key, draw = jax.random.split(state.key)
+        chosen = choose(process(logits, self.sampling, state.tokens, state.mask), self.sampling, draw)
+        chosen = jnp.where(state.done, self.pad_token_id, chosen).astype(state.tokens.dtype)
+        stops = jnp.any(chosen[:, None] == jnp.array(self.eos_token_ids, chosen.dtype)[None], axis=1)
+        at = self._filled(state)
+        return state._replace(
+            count=state.count + 1,
+            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], at, axis=1),
+            mask=jax.lax.dynamic_update_slice_in_dim(state.mask, jnp.ones_like(chosen[:, None]), at, axis=1),
+            positions=state.positions + 1,
+            done=state.done | stops,
+            key=key,
+        )
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a generation, each of the model's parameters first.
+
+    ``whole(params, ids, mask, key) -> (tokens, count)``; for a stream ``start(params, ids, mask, key) -> state`` and
+    ``proceed(params, state, count) -> state``, which takes over the state's memory.
+    """
+
+    whole: Callable[..., Any]
+    start: Callable[..., State]
+    proceed: Callable[..., State]
+
+
+def make_programs(
+    decoder: Callable[[Any], Decoder], make_cache: Callable[[Any, int, int], KVCache], max_new_tokens: int
+) -> Programs:
+    """Compile a generation.
+
+    Args:
+        decoder: From parameters to what decodes with them.
+        make_cache: From parameters, batch size and positions to an empty cache.
+        max_new_tokens: At most so many new tokens.
+    """
+
+    def start(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> State:
+        cache = make_cache(params, ids.shape[0], ids.shape[1] + max_new_tokens)
+        return decoder(params).start(cache, ids, mask, key, max_new_tokens)
+
+    def proceed(params: Any, state: State, count: jax.Array | int) -> State:
+        return decoder(params).proceed(state, count)
+
+    def run(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        state = proceed(params, start(params, ids, mask, key), max_new_tokens)
+        return state.tokens, state.count
+
+    return Programs(jax.jit(run), jax.jit(start), jax.jit(proceed, donate_argnums=1))
+
+
+def stream(
+    programs: Programs,
+    params: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    max_new_tokens: int,
+    streamer: Streamer,
+) -> tuple[jax.Array, int]:
+    """Generate as ``programs.whole`` does, and hand on each token of the rows as soon as its chunk is decoded."""
+    streamer.put(np.asarray(ids))
+    state = programs.start(params, ids, mask, key)
+    seen, count = 0, 1
+    while True:
+        for column in np.asarray(state.tokens)[:, ids.shape[1] + seen : ids.shape[1] + count].T:
+            streamer.put(column)
+        if count >= max_new_tokens or bool(jnp.all(state.done)):
+            break
+        state = programs.proceed(params, state, min(count + CHUNK, max_new_tokens))
+        seen, count = count, int(state.count)
+    streamer.end()
+    return state.tokens, count

@@ -1,0 +1,316 @@
+"""GPT-2 in Flax NNX: learned positions, one fused projection for queries, keys and values, Conv1D layers.
+
+Attribute names are the module names of Hugging Face transformers (`transformer.h.attn.c_attn.kernel`); the layers are
+stacked and scanned, as in `peft_jax.models.llama.model`. Numbers are those of transformers' `GPT2LMHeadModel` and kin with
+their default ("sdpa") attention; dropout of the base is not applied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, QUESTION_ANS, SEQ_CLS, TOKEN_CLS, ModelConfig
+from peft_jax.models.llama.config import ACTIVATIONS
+from peft_jax.models.modules import functional
+from peft_jax.models.modules.attention import attend, attend_to
+from peft_jax.models.modules.heads import DecoderHead
+from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
+from peft_jax.models.modules.outputs import ModelOutput
+from peft_jax.models.modules.positions import (
+    Beside,
+    Buffers,
+    KVCache,
+    Places,
+    Prefix,
+    causal_places,
+    extend,
+    filled,
+    make_cache,
+    put_before,
+)
+from peft_jax.models.modules.remat import kept, rematerialized
+from peft_jax.prompts.base import Adaption
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config(ModelConfig):
+    """Architecture of a GPT-2, with the common names of `transformers.GPT2Config`'s fields.
+
+    Attributes:
+        n_inner: Width of the feed-forward network; None means 4 * hidden_size.
+        scale_attn_weights: Whether scores are divided by the root of the head's width.
+        scale_attn_by_inverse_layer_idx: Whether they are divided by the number of the layer, counted from 1, too.
+        reorder_and_upcast_attn: Kept for saving: with "sdpa" attention it changes nothing.
+        resid_pdrop: Kept for saving, as the other dropouts.
+
+    Raises:
+        ValueError: A field has a value that is not supported, named in the message.
+
+    Example:
+        >>> GPT2Config.from_hf({"model_type": "gpt2", "n_embd": 64, "n_head": 4}).hidden_size
+        64
+    """
+
+    stems = MappingProxyType({"gpt2": "GPT2"})
+    tasks = MappingProxyType(
+        {
+            CAUSAL_LM: "LMHeadModel",
+            SEQ_CLS: "ForSequenceClassification",
+            TOKEN_CLS: "ForTokenClassification",
+            QUESTION_ANS: "ForQuestionAnswering",
+            FEATURE_EXTRACTION: "Model",
+        }
+    )
+    spelled = MappingProxyType(
+        {
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        }
+    )
+    fixed = MappingProxyType({"add_cross_attention": False})
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 1024
+    model_type: str = "gpt2"
+    task_type: str = CAUSAL_LM
+    tie_word_embeddings: bool = True
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.check()
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function={self.activation_function!r} is not supported. "
+                f"Supported: {', '.join(ACTIVATIONS)}."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"n_embd={self.hidden_size} is not a multiple of n_head={self.num_attention_heads}, which it must be."
+            )
+
+
+class GPT2Attention(nnx.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+        linear, hidden = linear_maker(config, dtype, rngs), config.hidden_size
+        self.head_dim = hidden // config.num_attention_heads
+        self.scaled, self.by_layer = config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx
+        self.c_attn = linear(hidden, 3 * hidden)
+        self.c_proj = linear(hidden, hidden)
+
+    def __call__(
+        self, x: jax.Array, places: Places, layer: jax.Array, beside: Beside, buffers: Buffers | None
+    ) -> tuple[jax.Array, Buffers | None]:
+        """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
+        batch, length, _ = x.shape
+        q, k, v = self._heads(x)
+        adapted = None if beside.adaption is None else self._attend_to(beside.adaption, q)
+        if not self.scaled:
+            q = q * jnp.asarray(self.head_dim**0.5, q.dtype)  # attend divides by it
+        if self.by_layer:
+            q = q / (layer + 1).astype(q.dtype)
+        k, v, buffers = extend(buffers, k, v, layer, places.index)
+        k, v = put_before(beside.prefix, k, v)
+        seen = attend(q, k, v, places.mask, causal=buffers is None)
+        out = self.c_proj(seen.reshape(batch, length, -1))
+        return out if adapted is None else out + adapted.reshape(out.shape).astype(out.dtype), buffers
+
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values (batch, length, heads, head_dim) of x (batch, length, hidden)."""
+        q, k, v = (a.reshape(*x.shape[:2], -1, self.head_dim) for a in jnp.split(kept(self.c_attn(x)), 3, axis=-1))
+        return q, k, v
+
+    def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
+        """What q (batch, length, heads, head_dim) sees of an adaption prompt; PEFT does not project it here."""
+        _, k, v = self._heads(adaption.prompts.astype(q.dtype)[None])
+        return attend_to(adaption, q, k, v)
+
+
+class GPT2MLP(nnx.Module):
+    """Feed-forward network."""
+
+    def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+        linear, inner = linear_maker(config, dtype, rngs), config.n_inner or 4 * config.hidden_size
+        self.act = config.activation_function
+        self.c_fc = linear(config.hidden_size, inner)
+        self.c_proj = linear(inner, config.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (batch, length, hidden)."""
+        return self.c_proj(ACTIVATIONS[self.act](kept(self.c_fc(x))))
+
+
+class GPT2Block(nnx.Module):
+    """Attention and feed-forward network, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.ln_1 = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
+        self.attn = GPT2Attention(config, dtype, rngs)
+        self.ln_2 = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
+        self.mlp = GPT2MLP(config, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, places: Places, layer: jax.Array, beside: Beside, buffers: Buffers | None
+    ) -> tuple[jax.Array, Buffers | None]:
+        """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
+        out, buffers = self.attn(self.ln_1(x), places, layer, beside, buffers)
+        x = kept(x + out.astype(x.dtype))
+        return x + self.mlp(self.ln_2(x)).astype(x.dtype), buffers
+
+
+class GPT2Model(nnx.Module):
+    """Embeddings of tokens and positions, stacked layers, final norm."""
+
+    def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.wte = Embed(config, dtype, rngs)
+        self.wpe = Embed(config, dtype, rngs, config.max_position_embeddings)
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.h = nnx.vmap(lambda key: GPT2Block(config, dtype, nnx.Rngs(key)))(keys)
+        self.ln_f = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        places: Places,
+        beside: Beside,
+        buffers: Buffers | None,
+        keep: bool,
+        remat: bool,
+    ) -> tuple[jax.Array, jax.Array | None, Buffers | None]:
+        """Run all layers; keep asks for every layer's input as well, remat for recomputing layers in the backward."""
+        graph, stacked = nnx.split(self.h)
+
+        def body(carry: tuple[jax.Array, Buffers | None], inputs: Any) -> Any:
+            state, layer, prompt = inputs
+            return nnx.merge(graph, state)(carry[0], places, layer, prompt, carry[1]), carry[0] if keep else None
+
+        body = rematerialized(body, whole=remat)
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(count), beside))
+        x = self.ln_f(x)
+        return x, jnp.concatenate([inputs, x[None].astype(inputs.dtype)]) if keep else None, buffers
+
+
+class GPT2(nnx.Module):
+    """A GPT-2 with the head of its task."""
+
+    backbone = "transformer"
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        self.config = config
+        self.transformer = GPT2Model(config, dtype, rngs)
+        HEAD.add(self, config, linear_maker(config, dtype, rngs))
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        prefix: Prefix | None = None,
+        adaption: Adaption | None = None,
+        output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
+        head: bool = True,
+        remat: bool = False,
+    ) -> ModelOutput:
+        """Run the model; the arguments are those of `apply`."""
+        inner = self.transformer
+        x = inner.wte.either(input_ids, inputs_embeds)
+        places = causal_places(
+            *x.shape[:2],
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            cache=cache,
+            prefix=prefix,
+        )
+        if position_ids is None and places.mask.shape[2] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{places.mask.shape[2]} positions are needed, but this model has {self.config.max_position_embeddings}"
+                ". Shorten the inputs."
+            )
+        if token_type_ids is not None:
+            x = x + inner.wte(token_type_ids)
+        x = x + inner.wpe(places.positions)
+        buffers = None if cache is None else (cache.keys, cache.values)
+        h, states, buffers = inner(x, places, Beside(prefix, adaption), buffers, output_hidden_states, remat)
+        output = ModelOutput(last_hidden_state=h)
+        if head:
+            output = HEAD.run(self, self.config, h[:, -logits_to_keep:], input_ids, inner.wte.embedding)
+        return output._replace(hidden_states=states, cache=filled(buffers, places.index, x.shape[1]))
+
+
+HEAD = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "classifier", QUESTION_ANS: "qa_outputs"})
+
+
+def init_params(config: GPT2Config, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Make random parameters: normal matrices of deviation initializer_range, scales of one, biases of zero."""
+    return functional.init_params(GPT2, config, key, dtype)
+
+
+def param_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Map each parameter's dotted path to its shape.
+
+    Example:
+        >>> param_shapes(GPT2Config())["transformer.h.attn.c_attn.kernel"]
+        (12, 768, 2304)
+    """
+    return functional.param_shapes(GPT2, config)
+
+
+def apply(config: GPT2Config, params: dict[str, Any], *args: Any, **kwargs: Any) -> ModelOutput:
+    """Run the model as a pure function of its parameters; arguments as those of `peft_jax.models.llama.model.apply`.
+
+    Beside those: ``token_type_ids`` ``(batch, length)``, ids of tokens whose embeddings are added, and ``prefix``, keys
+    and values ``(layers, batch or 1, n_virtual, heads, head_dim)`` before all positions, which then count from
+    n_virtual, and ``adaption``, gated prompts beside each layer's attention.
+
+    Raises:
+        ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
+    """
+    output: ModelOutput = functional.apply(GPT2, config, params, *args, **kwargs)
+    return output
+
+
+def init_cache(config: GPT2Config, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
+    """Make an empty cache for max_len positions.
+
+    Raises:
+        ValueError: The model has fewer positions.
+
+    Example:
+        >>> init_cache(GPT2Config(), batch=3, max_len=5).keys.shape
+        (12, 3, 5, 12, 64)
+    """
+    if max_len > config.max_position_embeddings:
+        raise ValueError(
+            f"Prompts and new tokens take {max_len} positions, but this model has {config.max_position_embeddings}. "
+            "Shorten the prompts, or ask for fewer tokens (max_new_tokens)."
+        )
+    heads = config.num_attention_heads
+    return make_cache(config.num_hidden_layers, batch, max_len, heads, config.hidden_size // heads, dtype)

@@ -1,0 +1,203 @@
+"""Makes model handles by what a checkpoint's config says it is."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.interop.checkpoint import find_checkpoint, read_config
+from peft_jax.models.config import ModelConfig
+from peft_jax.models.handles.base import ModelHandle, Source
+from peft_jax.models.handles.causal_lm import CausalLM
+from peft_jax.models.handles.encoders import (
+    FeatureExtractor,
+    MaskedLM,
+    QuestionAnswerer,
+    SequenceClassifier,
+    TokenClassifier,
+)
+from peft_jax.models.handles.label_losses import PROBLEMS
+from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
+from peft_jax.models.registry import family_of
+from peft_jax.models.weights_io import read_generation_config, read_model
+
+Path = str | os.PathLike[str]
+
+
+class AutoHandle:
+    """Makes models of one task from checkpoints or configs; a subclass names the task by the class of its handles."""
+
+    handle: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: Path,
+        *,
+        dtype: str | jnp.dtype | None = None,
+        load_in_8bit: bool = False,
+        remat: bool = False,
+        key: jax.Array | None = None,
+    ) -> Any:
+        """Read a Hugging Face checkpoint; a head (or pooler) that it lacks starts at random, which a warning says.
+
+        Args:
+            name_or_path: Folder, or id on the Hugging Face hub.
+            dtype: Element type of the parameters; None for the one that config.json names.
+            load_in_8bit: Quantize the layers' matmul weights on the way, tensor by tensor; embeddings, norms and the
+                output head stay in float.
+            remat: Whether backward recomputes each layer instead of keeping its activations.
+            key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
+            ValueError: if a file is damaged, the architecture is not supported or not for this task, or tensors do not
+                fit the config.
+        """
+        return cls._read(name_or_path, remat, dtype=dtype, load_in_8bit=load_in_8bit, key=key)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        *,
+        key: jax.Array | None = None,
+        dtype: str | jnp.dtype = "float32",
+        remat: bool = False,
+    ) -> Any:
+        """A model with random parameters.
+
+        Args:
+            config: The architecture.
+            key: Random key; None means ``jax.random.key(0)``.
+            dtype: Element type of the parameters.
+            remat: As in `from_pretrained`.
+
+        Raises:
+            ValueError: if the architecture is not supported for this task.
+
+        Example:
+            >>> from peft_jax.models import LlamaConfig
+            >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+            ...                      num_attention_heads=2)
+            >>> AutoModelForCausalLM.from_config(config).num_parameters()
+            1384
+        """
+        config = dataclasses.replace(config, task_type=cls.handle.task)
+        params = family_of(config).init_params(config, jax.random.key(0) if key is None else key, jnp.dtype(dtype))
+        return cls.handle(params, config, remat=remat)
+
+    @classmethod
+    def _read(
+        cls, name_or_path: Path, remat: bool, id2label: Mapping[int, str] | None = None, **options: Any
+    ) -> ModelHandle:
+        folder = find_checkpoint(name_or_path)
+        config, params, fresh = read_model(folder, task_type=cls.handle.task, **options)
+        told = read_config(folder).get("id2label") or {}
+        if id2label is None and len(told) == config.num_labels:
+            id2label = {int(number): label for number, label in told.items()}
+        source = Source(os.fspath(name_or_path), read_generation_config(folder), id2label or {}, fresh)
+        handle: ModelHandle = cls.handle(params, config, source, remat)
+        return handle
+
+
+class AutoModelForCausalLM(AutoHandle):
+    """Makes causal language models: Llama, Mistral, Qwen2, Qwen3, GPT-2.
+
+    Example:
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> model = AutoModelForCausalLM.from_pretrained(MODEL, load_in_8bit=True)
+        >>> model.params["model"]["layers"]["mlp"]["up_proj"]["kernel"].q.dtype
+        dtype('int8')
+    """
+
+    handle = CausalLM
+
+
+class AutoModel(AutoHandle):
+    """Makes bare models, which give hidden states: of every architecture but T5."""
+
+    handle = FeatureExtractor
+
+
+class AutoModelForSeq2SeqLM(AutoHandle):
+    """Makes sequence-to-sequence language models: T5, T5 v1.1, FLAN-T5, mT5.
+
+    With float16 the last matrix of T5's feed-forward networks stays float32, as in transformers.
+    """
+
+    handle = Seq2SeqLM
+
+
+class AutoModelForMaskedLM(AutoHandle):
+    """Makes masked language models: BERT, RoBERTa."""
+
+    handle = MaskedLM
+
+
+class AutoModelForQuestionAnswering(AutoHandle):
+    """Makes models that find spans: BERT, RoBERTa, GPT-2."""
+
+    handle = QuestionAnswerer
+
+
+class _AutoClassifier(AutoHandle):
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: Path,
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        problem_type: str | None = None,
+        dtype: str | jnp.dtype | None = None,
+        load_in_8bit: bool = False,
+        remat: bool = False,
+        key: jax.Array | None = None,
+    ) -> Any:
+        """Read a Hugging Face checkpoint; a head that it lacks starts at random, which a warning says.
+
+        Args:
+            name_or_path: Folder, or id on the Hugging Face hub.
+            num_labels: Outputs of the head; None for those that config.json names, or 2.
+            id2label: Their names, instead of a number.
+            problem_type: For classifiers of texts "regression", "single_label_classification" or
+                "multi_label_classification"; None as config.json says, or else by the labels.
+            dtype: Element type of the parameters; None for the one that config.json names.
+            load_in_8bit: Quantize the layers' matmul weights on the way, tensor by tensor; embeddings, norms and the
+                output head stay in float.
+            remat: Whether backward recomputes each layer instead of keeping its activations.
+            key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
+            ValueError: if a file is damaged, the architecture is not supported or not for this task, tensors do not
+                fit the config, or an argument is out of range.
+        """
+        if id2label is not None and num_labels not in (None, len(id2label)):
+            raise ValueError(f"num_labels={num_labels}, but id2label has {len(id2label)} names. Give one of them.")
+        if id2label is not None and sorted(id2label) != list(range(len(id2label))):
+            raise ValueError(f"id2label names the classes {sorted(id2label)}. Name 0 to {len(id2label) - 1}.")
+        if num_labels is not None and num_labels < 1:
+            raise ValueError(f"num_labels is at least 1, got {num_labels}.")
+        if problem_type not in (None, *PROBLEMS):
+            raise ValueError(f"problem_type is one of {', '.join(PROBLEMS)}, got {problem_type!r}.")
+        count = len(id2label) if id2label is not None else num_labels
+        changes = {"num_labels": count, "problem_type": problem_type}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return cls._read(name_or_path, remat, id2label, dtype=dtype, load_in_8bit=load_in_8bit, key=key, **changes)
+
+
+class AutoModelForSequenceClassification(_AutoClassifier):
+    """Makes classifiers and regressors of texts: BERT, RoBERTa, GPT-2, the Llama family."""
+
+    handle = SequenceClassifier
+
+
+class AutoModelForTokenClassification(_AutoClassifier):
+    """Makes classifiers of tokens: BERT, RoBERTa, GPT-2, the Llama family."""
+
+    handle = TokenClassifier

@@ -1,0 +1,207 @@
+"""Model handles: a checkpoint's parameters and architecture as one immutable pytree that can be called."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.adapt import adapt
+from peft_jax.core.handle import Handle
+from peft_jax.core.layout import Layout
+from peft_jax.core.weight import is_weight
+from peft_jax.methods.base import by_name
+from peft_jax.models.config import MASKED_LM, ModelConfig
+from peft_jax.models.defaults import method_defaults, prompt_sizes
+from peft_jax.models.family import Family
+from peft_jax.models.handles.prompted import apply_prompted
+from peft_jax.models.modules.lazy_logits import LazyLogits
+from peft_jax.models.modules.outputs import ModelOutput
+from peft_jax.models.registry import family_of
+from peft_jax.models.weights_io import save_model
+from peft_jax.prompts.base import Prompt, take_prompt, without_prompts
+from peft_jax.prompts.learning import PromptLearning
+
+# For the dataclasses of handles: parameters are the leaves, all else is static.
+register_handle = partial(
+    jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "source", "remat")
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Where a model came from. All sources are equal, so that they stay out of the tree's structure.
+
+    Attributes:
+        name_or_path: Folder or hub id.
+        generation_config: Contents of its generation_config.json.
+        id2label: Names of a classifier's labels, where it has any.
+        fresh: Paths of the leaves that the checkpoint lacks, and that started at random.
+    """
+
+    name_or_path: str | None = None
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    id2label: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Source)
+
+    def __hash__(self) -> int:
+        return hash(Source)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelHandle(Handle):
+    """What the handles of all tasks have in common; a subclass adds the call, with its labels and outputs.
+
+    Attributes:
+        params: Nested dict of arrays and weights, by Hugging Face module names; layers are stacked.
+        config: The architecture.
+        source: Where the model came from.
+        remat: Whether backward recomputes each layer instead of keeping its activations.
+    """
+
+    task: ClassVar[str]  # the task types of the configs that a subclass is for
+
+    params: Any
+    config: ModelConfig
+    source: Source = Source()
+    remat: bool = False
+
+    def run(self, input_ids: Any, output_hidden_states: bool, head: bool = True, **arrays: Any) -> ModelOutput:
+        """Run the architecture, compiled once per shape; an array that is None is not handed on.
+
+        Without the head, which is for language models, the output's logits are `LazyLogits`.
+        """
+        ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
+        given = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
+        forward = _forward(self.config, self.remat, output_hidden_states, head)
+        output: ModelOutput = forward(self.params, ids, given)
+        if not head:
+            weight, tied = self.family.head_weight(self.config, without_prompts(self.params))
+            output = output._replace(logits=LazyLogits(output.last_hidden_state, weight, tied))
+        return output
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> None:
+        """Write the files that transformers reads: configs, and safetensors in the leaves' element types.
+
+        Args:
+            directory: Folder to write to; made if need be.
+            max_shard_size: Bytes of one weights file at most.
+
+        Raises:
+            ValueError: if a leaf is quantized, adapted or a repeated layer.
+        """
+        weights = [leaf for leaf in jax.tree.leaves(self.params, is_leaf=is_weight) if is_weight(leaf)]
+        if weights:
+            raise ValueError(
+                f"{len(weights)} leaves are quantized, adapted or repeated ({type(weights[0]).__name__}), which a "
+                "Hugging Face checkpoint does not hold. Save pj.merge(model), or the adapter alone."
+            )
+        save_model(
+            self.params,
+            self.config,
+            directory,
+            generation_config=self.generation_config,
+            id2label=self.source.id2label,
+            max_shard_size=max_shard_size,
+        )
+
+    def num_parameters(self) -> int:
+        """Elements of all parameters, of quantized ones as of dense ones; repeated layers count once."""
+        leaves = jax.tree.leaves(self.params, is_leaf=is_weight)
+        return sum(int(np.prod((leaf.array if is_weight(leaf) else leaf).shape)) for leaf in leaves)
+
+    @property
+    def family(self) -> Family:
+        """What is known of the architecture."""
+        return family_of(self.config)
+
+    @property
+    def name_or_path(self) -> str | None:
+        """Folder or hub id that the model was read from."""
+        return self.source.name_or_path
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """Contents of the checkpoint's generation_config.json; empty if it has none."""
+        return self.source.generation_config
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of the task; None for masked language models, which it has none for."""
+        return None if self.config.task_type == MASKED_LM else self.config.task_type
+
+    @property
+    def output_module(self) -> str | None:
+        """The output head."""
+        return self.family.output_module(self.config)
+
+    @property
+    def input_module(self) -> str:
+        """The input embedding."""
+        return self.family.embedding_module(self.config)
+
+    def defaults(self, peft_type: str) -> Mapping[str, Any]:
+        """PEFT's defaults for this model, by field of the method's config."""
+        if issubclass(by_name(peft_type), PromptLearning):
+            return prompt_sizes(peft_type, self.config)
+        return method_defaults(peft_type, self.config.model_type)
+
+    @property
+    def tied_modules(self) -> tuple[str, ...]:
+        """Embedding and head, where they share a leaf."""
+        return self.family.tied_modules(self.config)
+
+    def layouts(self) -> Mapping[str, Layout]:
+        """Axes of the stacked leaves; the others follow Flax's conventions."""
+        return self.family.layouts_of(self.config)
+
+    def untied(self) -> Self:
+        """The same model with a leaf of its own for each of the `tied_modules`."""
+        config, params = self.family.untied(self.config, self.params)
+        return dataclasses.replace(self, config=config, params=params)
+
+    def replicated(self, order: Sequence[int]) -> Self:
+        """The same model whose layers are those of ``order``, with the weights that they had."""
+        config, params = self.family.replicated(self.config, self.params, order)
+        return dataclasses.replace(self, config=config, params=params)
+
+    def replace(self, params: Any) -> Self:
+        """The same model with other parameters."""
+        return dataclasses.replace(self, params=params)
+
+
+def token_ids(ids: Any, vocabulary: int) -> jax.Array:
+    """Ids as an array; those that are not on a device yet are checked, as an index out of range gives NaN."""
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids)
+        if ids.size and not (0 <= ids.min() and ids.max() < vocabulary):
+            raise ValueError(
+                f"input_ids are from {ids.min()} to {ids.max()}, but the vocabulary has ids 0 to {vocabulary - 1}. "
+                "Use the tokenizer of this model, and -100 in labels alone."
+            )
+    return jnp.asarray(ids)
+
+
+@functools.lru_cache(maxsize=64)
+def _forward(config: ModelConfig, remat: bool, output_hidden_states: bool, head: bool) -> Callable[..., Any]:
+    family = family_of(config)
+    options = {"output_hidden_states": output_hidden_states, "remat": remat} | ({} if head else {"head": False})
+
+    def run(params: Any, prompt: Prompt, input_ids: Any, given: dict[str, Any]) -> Any:
+        apply = partial(family.apply, config, params, **options)
+        embed = partial(family.embed, config, params)
+        return apply_prompted(apply, embed, prompt, input_ids, given, config.task_type)
+
+    def forward(params: Any, input_ids: Any, given: dict[str, Any]) -> Any:
+        rest, prompt = take_prompt(params, given.pop("task_ids", None))
+        return adapt(run)(rest, prompt, input_ids, given)
+
+    return jax.jit(forward)

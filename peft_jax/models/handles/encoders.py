@@ -1,0 +1,267 @@
+"""Handles of models that read texts: classifiers of texts and of tokens, spans, features, masked tokens."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
+from peft_jax.models.handles.base import ModelHandle, register_handle
+from peft_jax.models.handles.label_losses import (
+    REGRESSION,
+    class_labels,
+    cross_entropy,
+    sequence_loss,
+    span_loss,
+)
+from peft_jax.prompts.base import task_array, with_virtual_labels
+
+Ids = jax.Array | np.ndarray | None
+
+
+def token_loss(model: ModelHandle, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy over labels ``(batch, length)``; virtual tokens of a prompt have none."""
+    return cross_entropy(logits, *with_virtual_labels(model.params, labels))
+
+
+class ClassifierOutput(NamedTuple):
+    """What a classifier gives.
+
+    Attributes:
+        logits: ``(batch, n)`` of texts, ``(batch, length, n)`` of tokens.
+        loss: Mean over the labels, float32; None without labels.
+        hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+    """
+
+    logits: jax.Array
+    loss: jax.Array | None = None
+    hidden_states: jax.Array | None = None
+
+
+class SpanOutput(NamedTuple):
+    """What a question-answering model gives.
+
+    Attributes:
+        start_logits: ``(batch, length)``, of the answer's first token.
+        end_logits: ``(batch, length)``, of its last.
+        loss: Mean over both, float32; None without positions.
+        hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+    """
+
+    start_logits: jax.Array
+    end_logits: jax.Array
+    loss: jax.Array | None = None
+    hidden_states: jax.Array | None = None
+
+
+class FeatureOutput(NamedTuple):
+    """What a bare model gives.
+
+    Attributes:
+        last_hidden_state: ``(batch, length, hidden)``.
+        pooler_output: ``(batch, hidden)``; None of a model without a pooler.
+        hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+    """
+
+    last_hidden_state: jax.Array
+    pooler_output: jax.Array | None = None
+    hidden_states: jax.Array | None = None
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class SequenceClassifier(ModelHandle):
+    """A classifier, or regressor, of texts.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> from peft_jax.models import BertConfig
+        >>> config = BertConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        ...                     num_attention_heads=2, num_labels=3)
+        >>> model = pj.AutoModelForSequenceClassification.from_config(config)
+        >>> model(jnp.array([[1, 2, 3]]), labels=jnp.array([2])).logits.shape
+        (1, 3)
+    """
+
+    task = SEQ_CLS
+
+    def __call__(
+        self,
+        input_ids: Ids = None,
+        attention_mask: Ids = None,
+        *,
+        token_type_ids: Ids = None,
+        position_ids: Ids = None,
+        inputs_embeds: Ids = None,
+        labels: Ids = None,
+        task_ids: Ids = None,
+        output_hidden_states: bool = False,
+    ) -> ClassifierOutput:
+        """Logits of each text, compiled once per shape.
+
+        Args:
+            input_ids: Token ids ``(batch, length)``.
+            attention_mask: 1 on tokens and 0 on padding, ``(batch, length)``.
+            token_type_ids: ``(batch, length)``, which of two texts a token belongs to; None is 0.
+            position_ids: ``(batch, length)``; None counts as transformers does.
+            inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
+            labels: Classes ``(batch,)``, numbers for a regression, or 0/1 ``(batch, n)`` in float for several labels
+                of one text; the config's ``problem_type`` says which, or if it is None their type.
+            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            output_hidden_states: Whether to return the hidden states.
+
+        Raises:
+            ValueError: if a shape, an id or a label does not fit.
+        """
+        out = self.run(
+            input_ids,
+            output_hidden_states,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            task_ids=task_array(self.params, task_ids),
+        )
+        loss = None
+        if labels is not None:
+            problem, count = self.config.problem_type, self.config.num_labels
+            is_regression = problem == REGRESSION or (problem is None and count == 1)
+            labels = jnp.asarray(labels) if is_regression else class_labels(labels, count)
+            loss = sequence_loss(out.logits, labels, problem)
+        return ClassifierOutput(out.logits, loss, out.hidden_states)
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class TokenClassifier(ModelHandle):
+    """A classifier of tokens."""
+
+    task = TOKEN_CLS
+
+    def __call__(
+        self,
+        input_ids: Ids = None,
+        attention_mask: Ids = None,
+        *,
+        token_type_ids: Ids = None,
+        position_ids: Ids = None,
+        inputs_embeds: Ids = None,
+        labels: Ids = None,
+        task_ids: Ids = None,
+        output_hidden_states: bool = False,
+    ) -> ClassifierOutput:
+        """Logits of each token; arguments as those of `SequenceClassifier`, labels are classes ``(batch, length)``."""
+        out = self.run(
+            input_ids,
+            output_hidden_states,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            task_ids=task_array(self.params, task_ids),
+        )
+        loss = None if labels is None else token_loss(self, out.logits, class_labels(labels, self.config.num_labels))
+        return ClassifierOutput(out.logits, loss, out.hidden_states)
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class QuestionAnswerer(ModelHandle):
+    """A model that finds the span of a text that answers a question."""
+
+    task = QUESTION_ANS
+
+    def __call__(
+        self,
+        input_ids: Ids = None,
+        attention_mask: Ids = None,
+        *,
+        token_type_ids: Ids = None,
+        position_ids: Ids = None,
+        inputs_embeds: Ids = None,
+        start_positions: Ids = None,
+        end_positions: Ids = None,
+        output_hidden_states: bool = False,
+    ) -> SpanOutput:
+        """Logits of the answer's ends; arguments as those of `SequenceClassifier`.
+
+        With start_positions and end_positions ``(batch,)`` there is a loss; positions outside the text count for
+        nothing. Where a prompt's virtual tokens stand in front, positions count them, as in PEFT.
+        """
+        out = self.run(
+            input_ids,
+            output_hidden_states,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
+        starts, ends = out.logits[..., 0], out.logits[..., 1]
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("A loss needs start_positions and end_positions, got one of them. Give both, or neither.")
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(starts, ends, jnp.asarray(start_positions), jnp.asarray(end_positions))
+        return SpanOutput(starts, ends, loss, out.hidden_states)
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class FeatureExtractor(ModelHandle):
+    """A bare model, whose outputs are its last hidden states."""
+
+    task = FEATURE_EXTRACTION
+
+    def __call__(
+        self,
+        input_ids: Ids = None,
+        attention_mask: Ids = None,
+        *,
+        token_type_ids: Ids = None,
+        position_ids: Ids = None,
+        inputs_embeds: Ids = None,
+        output_hidden_states: bool = False,
+    ) -> FeatureOutput:
+        """Features of each token and, with a pooler, of the text; arguments as those of `SequenceClassifier`."""
+        out = self.run(
+            input_ids,
+            output_hidden_states,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
+        return FeatureOutput(out.last_hidden_state, out.pooler_output, out.hidden_states)
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class MaskedLM(ModelHandle):
+    """A language model that fills in masked tokens."""
+
+    task = MASKED_LM
+
+    def __call__(
+        self,
+        input_ids: Ids = None,
+        attention_mask: Ids = None,
+        *,
+        token_type_ids: Ids = None,
+        position_ids: Ids = None,
+        inputs_embeds: Ids = None,
+        labels: Ids = None,
+        output_hidden_states: bool = False,
+    ) -> ClassifierOutput:
+        """Logits of each token; arguments as those of `SequenceClassifier`, labels are ids ``(batch, length)``."""
+        out = self.run(
+            input_ids,
+            output_hidden_states,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
+        loss = None if labels is None else token_loss(self, out.logits, class_labels(labels, self.config.vocab_size))
+        return ClassifierOutput(out.logits, loss, out.hidden_states)

@@ -1,0 +1,237 @@
+"""Model handles with adapters: a base model handle whose tree has adapted leaves."""
+
+import dataclasses
+import os
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+
+from peft_jax.adapters.attach import apply_adapter
+from peft_jax.core.adapted import adapters
+from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
+from peft_jax.core.precision import in_base_dtype
+from peft_jax.core.summary import trainable_parameters
+from peft_jax.interop.adapter import load_adapter, save_adapter
+from peft_jax.methods.base import Method
+from peft_jax.methods.lora.alora import is_invoked, with_invocations
+from peft_jax.methods.whole import config_of
+from peft_jax.models.handles.base import ModelHandle, register_handle
+from peft_jax.models.handles.causal_lm import CausalLM
+from peft_jax.models.handles.encoders import (
+    FeatureExtractor,
+    MaskedLM,
+    QuestionAnswerer,
+    SequenceClassifier,
+    TokenClassifier,
+)
+from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
+from peft_jax.prompts.attach_prompt import attach_prompt
+from peft_jax.prompts.base import PromptMethod
+
+
+def get_peft_model(
+    model: ModelHandle,
+    peft_config: Method,
+    adapter_name: str = "default",
+    *,
+    key: jax.Array | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> Any:
+    """A new model (a `PeftModel`) with a fresh adapter; the old one is untouched and shares its arrays.
+
+    Args:
+        model: A base model, or one with adapters.
+        peft_config: What to attach, and where. ``"all-linear"`` leaves the output head out, as in PEFT.
+        adapter_name: Name of the adapter.
+        key: Random key of its start; None means ``jax.random.key(0)``.
+        autocast_adapter_dtype: Whether the adapter is float32 on a base of half precision; else it is as the base.
+
+    Raises:
+        ValueError: as `peft_jax.apply_adapter`.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+        >>> model = pj.get_peft_model(model, pj.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        >>> sorted(model.peft_config)
+        ['default']
+    """
+    if isinstance(peft_config, PromptMethod):
+        adapted = attach_prompt(model, peft_config, key=key, adapter_name=adapter_name)
+    else:
+        adapted = apply_adapter(model, peft_config, key=key, adapter_name=adapter_name)
+    return PeftModel.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftModel(ModelHandle):
+    """A model with adapters; it is called, and generates, like its base, whose task has a class of its own here."""
+
+    base: ClassVar[type[ModelHandle]]
+
+    @staticmethod
+    def of(model: ModelHandle) -> Any:
+        """A handle on the same parameters as ``model``, of the class for its task."""
+        (cls,) = {cls for cls in PEFT_MODELS if cls.base.task == model.task}
+        return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: ModelHandle,
+        directory: str | os.PathLike[str],
+        *,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> Any:
+        """The model with an adapter from PEFT's files (`peft_jax.interop.load_adapter`).
+
+        Args:
+            model: The base model, or one with other adapters.
+            directory: Folder of the adapter.
+            adapter_name: Name to give it.
+            is_trainable: Whether it is to be trained on.
+            autocast_adapter_dtype: Whether it is float32 on a base of half precision; else it is as the base.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if the file does not fit this base, or is not supported.
+        """
+        adapted = load_adapter(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+        return cls.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
+
+    @property
+    def peft_config(self) -> dict[str, Method]:
+        """The config of every adapter by its name."""
+        return {name: config_of(config) for name, config in adapters(self.params).items()}
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+    ) -> None:
+        """Write every adapter in PEFT's format: ``default`` into the folder, others into folders of their names.
+
+        Args:
+            directory: Folder to write to; made if need be.
+            path_initial_model_for_weight_conversion: As in `peft_jax.interop.save_adapter`.
+            save_embedding_layers: Whether the base's embedding and output head are written too: ``"auto"`` those that
+                are targets; True those, or both if neither is one; False none.
+        """
+        for name in self.peft_config:
+            save_adapter(
+                self,
+                directory,
+                adapter_name=name,
+                path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
+                save_embedding_layers=save_embedding_layers,
+            )
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line of trainable and all parameters."""
+        print(trainable_parameters(self.params))
+
+    def merge_and_unload(self) -> Any:
+        """The base model with its active adapters folded in, in dense arrays of the base's dtype."""
+        return self.base_handle(merge(self.params))
+
+    def unload(self) -> Any:
+        """The base model, bit for bit; quantized where it was."""
+        return self.base_handle(unload(self.params))
+
+    def set_adapter(self, adapter_name: str) -> Self:
+        """The model with one adapter active and the others not."""
+        return self.replace(set_adapter(self.params, adapter_name))
+
+    def disable_adapter(self) -> Self:
+        """The model with no adapter active."""
+        return self.replace(disable_adapter(self.params))
+
+    def base_handle(self, params: Any) -> Any:
+        """A base model's handle on ``params``."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return self.base(**{**fields, "params": params})
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForCausalLM(PeftModel, CausalLM):
+    """A causal language model with adapters."""
+
+    base = CausalLM
+
+    def __call__(self, input_ids: Any = None, *args: Any, **options: Any) -> Any:
+        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
+        return super(PeftModelForCausalLM, self._invoked(input_ids)).__call__(input_ids, *args, **options)
+
+    def generate(self, input_ids: Any, *args: Any, **options: Any) -> jax.Array:
+        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
+        return super(PeftModelForCausalLM, self._invoked(input_ids)).generate(input_ids, *args, **options)
+
+    def _invoked(self, input_ids: Any) -> Self:
+        if input_ids is None or not is_invoked(self.params):
+            return self
+        return with_invocations(self, input_ids)
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForSeq2SeqLM(PeftModel, Seq2SeqLM):
+    """A sequence-to-sequence language model with adapters."""
+
+    base = Seq2SeqLM
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForSequenceClassification(PeftModel, SequenceClassifier):
+    """A classifier of texts with adapters."""
+
+    base = SequenceClassifier
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForTokenClassification(PeftModel, TokenClassifier):
+    """A classifier of tokens with adapters."""
+
+    base = TokenClassifier
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForQuestionAnswering(PeftModel, QuestionAnswerer):
+    """A model that finds spans with adapters."""
+
+    base = QuestionAnswerer
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForFeatureExtraction(PeftModel, FeatureExtractor):
+    """A bare model with adapters."""
+
+    base = FeatureExtractor
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class PeftModelForMaskedLM(PeftModel, MaskedLM):
+    """A masked language model with adapters."""
+
+    base = MaskedLM
+
+
+PEFT_MODELS: tuple[type[PeftModel], ...] = (
+    PeftModelForCausalLM,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftModelForQuestionAnswering,
+    PeftModelForFeatureExtraction,
+    PeftModelForMaskedLM,
+)

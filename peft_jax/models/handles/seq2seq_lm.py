@@ -1,0 +1,198 @@
+"""Handles on sequence-to-sequence language models: an encoder, a decoder, and a head over the vocabulary."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.models.config import SEQ_2_SEQ_LM
+from peft_jax.models.generation.decode import Streamer
+from peft_jax.models.generation.seq2seq import Question, answer
+from peft_jax.models.handles.base import ModelHandle, register_handle, token_ids
+from peft_jax.models.handles.label_losses import IGNORED_LABEL, cross_entropy
+from peft_jax.prompts.base import task_array, with_virtual_labels
+
+
+class Seq2SeqLMOutput(NamedTuple):
+    """What a call of a sequence-to-sequence model gives.
+
+    Attributes:
+        logits: ``(batch, decoder's length, vocabulary)``.
+        loss: Mean cross entropy over the labels, float32; None without labels.
+        decoder_hidden_states: ``(decoder's layers + 1, batch, decoder's length, hidden)``; None unless asked for.
+        encoder_last_hidden_state: The encoder's output, ``(batch, length, hidden)``.
+        encoder_hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+    """
+
+    logits: jax.Array
+    loss: jax.Array | None
+    decoder_hidden_states: jax.Array | None
+    encoder_last_hidden_state: jax.Array
+    encoder_hidden_states: jax.Array | None
+
+
+@register_handle
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqLM(ModelHandle):
+    """A sequence-to-sequence language model; its parameters are its leaves, all else is static.
+
+    Example:
+        >>> from peft_jax.models import T5Config
+        >>> config = T5Config(vocab_size=16, hidden_size=8, head_dim=4, intermediate_size=12, num_hidden_layers=2,
+        ...                   num_attention_heads=2)
+        >>> model = pj.AutoModelForSeq2SeqLM.from_config(config)
+        >>> model(jnp.array([[5, 6, 7, 1]]), labels=jnp.array([[8, 9, 1]])).logits.shape
+        (1, 3, 16)
+    """
+
+    task = SEQ_2_SEQ_LM
+
+    def __call__(
+        self,
+        input_ids: jax.Array | np.ndarray | None = None,
+        attention_mask: jax.Array | np.ndarray | None = None,
+        *,
+        decoder_input_ids: jax.Array | np.ndarray | None = None,
+        decoder_attention_mask: jax.Array | np.ndarray | None = None,
+        labels: jax.Array | np.ndarray | None = None,
+        encoder_outputs: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        decoder_inputs_embeds: jax.Array | None = None,
+        task_ids: jax.Array | np.ndarray | None = None,
+        output_hidden_states: bool = False,
+    ) -> Seq2SeqLMOutput:
+        """Logits at all of the decoder's positions, compiled once per shape.
+
+        Args:
+            input_ids: The encoder's token ids ``(batch, length)``.
+            attention_mask: 1 on tokens and 0 on padding, ``(batch, length)``, for the encoder and what the decoder
+                sees of it.
+            decoder_input_ids: The decoder's token ids ``(batch, decoder's length)``; None makes them of the labels,
+                one position to the right behind the start token.
+            decoder_attention_mask: The same for the decoder, ``(batch, decoder's length)``.
+            labels: Token ids ``(batch, decoder's length)`` for the loss; -100 counts for nothing. Logits at a position
+                are compared with the label at the same position.
+            encoder_outputs: The encoder's output ``(batch, length, hidden)``, as ``encoder_last_hidden_state`` of a
+                former call, instead of ``input_ids``.
+            inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
+            decoder_inputs_embeds: Embeddings ``(batch, decoder's length, hidden)`` instead of ``decoder_input_ids``.
+            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            output_hidden_states: Whether to return the hidden states.
+
+        Raises:
+            ValueError: if inputs are missing, given twice, or of a wrong shape.
+        """
+        if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
+            decoder_input_ids = self.shifted_right(labels)
+        elif decoder_input_ids is not None:
+            decoder_input_ids = token_ids(decoder_input_ids, self.config.vocab_size)
+        out: Any = self.run(
+            input_ids,
+            output_hidden_states,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            task_ids=task_array(self.params, task_ids),
+        )
+        asked = None if labels is None else jnp.asarray(labels)
+        if asked is not None and asked.shape != out.logits.shape[:2]:  # virtual tokens of the decoder have logits too
+            asked, _ = with_virtual_labels(self.params, asked)
+        loss = None if asked is None else cross_entropy(out.logits, asked)
+        states = out.decoder_hidden_states, out.encoder_last_hidden_state, out.encoder_hidden_states
+        return Seq2SeqLMOutput(out.logits, loss, *states)
+
+    def shifted_right(self, labels: jax.Array | np.ndarray) -> jax.Array:
+        """Labels ``(batch, length)`` as the decoder's inputs: behind the start token, with padding for -100.
+
+        Raises:
+            ValueError: if the model's config names no start token or no padding.
+        """
+        config: Any = self.config
+        start, pad = config.decoder_start_token_id, config.pad_token_id
+        if start is None or pad is None:
+            name = "decoder_start_token_id" if start is None else "pad_token_id"
+            raise ValueError(f"The config has no {name}, which labels are shifted with. Give decoder_input_ids too.")
+        ids = jnp.asarray(labels)
+        ids = jnp.concatenate([jnp.full_like(ids[:, :1], start), ids[:, :-1]], axis=1)
+        return jnp.where(ids == IGNORED_LABEL, jnp.full_like(ids, pad), ids)
+
+    def generate(
+        self,
+        input_ids: jax.Array | np.ndarray | None = None,
+        attention_mask: jax.Array | np.ndarray | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        encoder_outputs: jax.Array | None = None,
+        decoder_input_ids: jax.Array | np.ndarray | None = None,
+        decoder_attention_mask: jax.Array | np.ndarray | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        key: jax.Array | None = None,
+        task_ids: jax.Array | np.ndarray | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        streamer: Streamer | None = None,
+    ) -> jax.Array:
+        """Answers to inputs, in one compiled program per shape; the encoder runs once.
+
+        The arguments that are not told of here are those of `CausalLM.generate`.
+
+        Args:
+            input_ids: The encoder's token ids ``(batch, length)``, padded on any side.
+            attention_mask: 0 on the padding; None takes ``pad_token_id`` for padding, unless it ends a text too.
+            inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
+            encoder_outputs: The encoder's output ``(batch, length, hidden)``, instead of either.
+            decoder_input_ids: What the answers begin with ``(batch, n)``, padded on the left; the start token comes
+                first where no row begins with it. None means the start token alone.
+            decoder_attention_mask: 0 on its padding.
+            max_new_tokens: At most so many tokens are added.
+            do_sample: Draw tokens instead of taking the likeliest.
+            temperature: As there.
+            top_k: As there.
+            top_p: As there.
+            min_p: As there.
+            repetition_penalty: As there, by the decoder's tokens.
+            eos_token_id: What ends a row; also several.
+            pad_token_id: What follows; unless told otherwise, the first ``eos_token_id``.
+            key: Random key for drawing; None means ``jax.random.key(0)``.
+            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            generation_config: In place of the contents of generation_config.json; ``{}`` leaves that file aside.
+            streamer: Is given what the answers begin with, then each token as it comes.
+
+        Returns:
+            Token ids ``(batch, n + new)``, with the start token in front.
+
+        Raises:
+            ValueError: if an argument is out of range, the decoder's inputs end in padding, or generation_config.json
+                asks for what is not supported.
+        """
+        asked = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+        }
+        ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
+        begun = None if decoder_input_ids is None else token_ids(decoder_input_ids, self.config.vocab_size)
+        tasks = task_array(self.params, task_ids)
+        question = Question(ids, inputs_embeds, encoder_outputs, attention_mask, tasks)
+        found = self.generation_config if generation_config is None else generation_config
+        start = (begun, decoder_attention_mask)
+        return answer(self.config, self.params, question, start, asked, found, key, streamer)

@@ -1,0 +1,1 @@
+"""The Llama family: Llama, Mistral, Qwen2 and Qwen3."""

@@ -1,0 +1,1 @@
+"""Layers, attention and heads that several architectures share."""

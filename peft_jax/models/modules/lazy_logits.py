@@ -1,0 +1,52 @@
+"""Logits that are not computed yet: what goes into the head of a language model, and the head."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+
+from peft_jax.adapt import adapt
+from peft_jax.models.modules.heads import project
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("hidden", "weight"), meta_fields=("tied",))
+@dataclasses.dataclass(frozen=True)
+class LazyLogits:
+    """The two factors of logits, for a loss that never holds their product (`peft_jax.train.cross_entropy`).
+
+    Attributes:
+        hidden: What goes into the head, ``(batch, length, hidden)``.
+        weight: The head, an array or a quantized or adapted leaf: ``(hidden, vocabulary)``, or if it is tied the
+            embedding, ``(vocabulary, hidden)``.
+        tied: Whether it is the embedding.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> model, ids = pj.AutoModelForCausalLM.from_pretrained(MODEL), jax.numpy.array([[1, 2, 3]])
+        >>> lazy = model(ids, lazy_logits=True).logits
+        >>> lazy.shape == lazy.compute().shape == model(ids).logits.shape
+        True
+    """
+
+    hidden: jax.Array
+    weight: Any
+    tied: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the logits, ``(batch, length, vocabulary)``."""
+        return (*self.hidden.shape[:-1], self.weight.shape[0 if self.tied else 1])
+
+    def compute(self) -> jax.Array:
+        """The logits."""
+        return adapt(_tied if self.tied else _untied)(self.weight, self.hidden)
+
+
+def _untied(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    return project(hidden, kernel)
+
+
+def _tied(table: jax.Array, hidden: jax.Array) -> jax.Array:
+    return project(hidden, table.T)

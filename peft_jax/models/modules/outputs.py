@@ -1,0 +1,27 @@
+"""What architectures return."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from peft_jax.models.modules.positions import KVCache
+
+
+class ModelOutput(NamedTuple):
+    """What an architecture's ``apply`` returns.
+
+    Attributes:
+        logits: Outputs of the head: ``(batch, length, n)``, or ``(batch, n)`` of a sequence classifier; None of a bare
+            model.
+        hidden_states: If asked for, ``(layers + 1, batch, length, hidden)``: the embeddings, then the output of each
+            layer, the last with the final norm if there is one, as transformers lists them.
+        cache: The one passed in, with the new positions filled.
+        last_hidden_state: ``(batch, length, hidden)``, of a bare model, or of one that is called without its head.
+        pooler_output: ``(batch, hidden)``, of a bare model with a pooler.
+    """
+
+    logits: Any = None
+    hidden_states: jax.Array | None = None
+    cache: KVCache | None = None
+    last_hidden_state: Any = None
+    pooler_output: jax.Array | None = None

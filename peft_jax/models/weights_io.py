@@ -1,0 +1,173 @@
+"""Models to and from Hugging Face checkpoints."""
+
+import dataclasses
+import functools
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
+from peft_jax.interop.files import GENERATION_CONFIG
+from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
+from peft_jax.models.config import ModelConfig, label_fields
+from peft_jax.models.family import Family, leaf_at, with_leaf
+from peft_jax.models.registry import family_of, read_architecture
+from peft_jax.quant import quantize_array
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Loaded(NamedTuple):
+    """A checkpoint as it was read: architecture, parameters, and paths of the leaves that it lacked."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+    fresh: tuple[str, ...]
+
+
+def load_model(name_or_path: str | os.PathLike[str], **options: Any) -> tuple[ModelConfig, dict[str, Any]]:
+    """Architecture and parameters of a checkpoint; options and errors are those of `read_model`."""
+    return read_model(name_or_path, **options)[:2]
+
+
+def read_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    load_in_8bit: bool = False,
+    key: jax.Array | None = None,
+    **changes: Any,
+) -> Loaded:
+    """Read architecture and parameters of a checkpoint, and say which of them it lacks, which start at random.
+
+    Args:
+        name_or_path: A folder, or an id on the Hugging Face hub.
+        dtype: "float32", "bfloat16" or "float16", for all floating-point leaves; None for the one that config.json
+            names, or else that of the first tensor.
+        load_in_8bit: Whether to round the linear kernels of the layers to int8, tensor by tensor while loading.
+            Embedding, norms, biases and head stay floating-point.
+        key: Random key for a head that the checkpoint does not have; None means ``jax.random.key(0)``.
+        **changes: Fields of the config that are not to be as in config.json: ``task_type``, ``num_labels``, ...
+
+    Raises:
+        FileNotFoundError: There is no such folder or id, or a file is missing in it.
+        ValueError: The model is of another family or asks for something that is not supported, a file is damaged, or
+            the tensors are not those of the config.
+    """
+    folder = find_checkpoint(name_or_path)
+    hf = read_config(folder)
+    config = dataclasses.replace(_with_generation_ids(read_architecture(hf), folder), **changes)
+    family = family_of(config)
+    tensors = open_tensors(folder, family.ignored)
+    if dtype is None:
+        dtype = hf.get("dtype") or hf.get("torch_dtype") or next(iter(tensors.values())).dtype
+    if (dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
+    config, fitted = family.settled(config, fit_keys(family, config, tensors))
+    rows = family.rows(config)
+    fresh = fresh_rows(family, config, rows, fitted)
+    convert = _converter(family, jnp.dtype(dtype), load_in_8bit)
+    params = load_params(fitted, [row for row in rows if row not in fresh], convert, ignored=unused(family))
+    paths = tuple(row.path for row in fresh)
+    if fresh:
+        warnings.warn(
+            f"The checkpoint in '{name_or_path}' has no {', '.join(paths)}: they start at random. Train them, or "
+            "load an adapter that holds them.",
+            stacklevel=3,
+        )
+        started = _start(config, paths, jnp.dtype(dtype), jax.random.key(0) if key is None else key)
+        for path, leaf in started.items():
+            params = with_leaf(params, path, leaf)
+    return Loaded(config, params, paths)
+
+
+def _start(config: ModelConfig, paths: tuple[str, ...], dtype: jnp.dtype, key: jax.Array) -> dict[str, jax.Array]:
+    """Random leaves; the others of the model are not made."""
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        params = family_of(config).init_params(config, key, dtype)
+        return {path: leaf_at(params, path) for path in paths}
+
+    return jax.jit(make)(key)
+
+
+@functools.lru_cache(maxsize=8)
+def _converter(family: Family, dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array], Any]:
+    """Make what happens to each tensor on its way; one function for each choice, so that programs are shared."""
+
+    def convert(path: str, array: jax.Array) -> Any:
+        layout = family.layout(path)
+        wide = dtype == jnp.float16 and re.fullmatch(family.float32, path)
+        own = jnp.dtype(jnp.float32) if wide else dtype
+        if load_in_8bit and layout is not None and layout.stack and layout.inp:
+            return quantize_array(array, layout).astype(own)  # rounded once, from the stored element type
+        return array.astype(own)
+
+    return convert
+
+
+def save_model(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    folder: str | os.PathLike[str],
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    id2label: Mapping[int, str] | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write a checkpoint that transformers reads, in the element types of the leaves.
+
+    Args:
+        params: The parameters, dense arrays, as from `peft_jax.models.llama.model.init_params`.
+        config: Their architecture.
+        folder: Folder to write to; made if need be. Weights of a former checkpoint in it are removed.
+        generation_config: Contents of generation_config.json; not written if there are none.
+        id2label: Names of a classifier's labels.
+        max_shard_size: Bytes above which the weights are split into several files.
+
+    Raises:
+        ValueError: No Hugging Face class has this combination of config fields.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_jax.models.llama.model import LlamaConfig, init_params
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(init_params(config, jax.random.key(0)), config, folder)
+        ...     load_model(folder)[0] == config
+        True
+    """
+    family = family_of(config)
+    dtype = str(jnp.dtype(family.embedding_table(config, params).dtype))
+    hf = {**config.to_hf(), **(label_fields(id2label) if id2label else {}), "dtype": dtype}
+    generation = dict(generation_config) if generation_config else None
+    rows = family.rows(config)
+    save_checkpoint(folder, params, rows, hf, generation_config=generation, max_shard_size=max_shard_size)
+
+
+def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read generation_config.json; empty if there is none.
+
+    Raises:
+        ValueError: It is not a JSON object.
+    """
+    try:
+        return read_config(folder, GENERATION_CONFIG)
+    except FileNotFoundError:
+        return {}
+
+
+def _with_generation_ids(config: ModelConfig, folder: os.PathLike[str]) -> ModelConfig:
+    """Take the ids that end and pad a text from generation_config.json, which transformers' generate heeds first."""
+    found = read_generation_config(folder)
+    ids: dict[str, Any] = {
+        name: found[name] for name in ("eos_token_id", "pad_token_id") if found.get(name) is not None
+    }
+    ids = {name: tuple(value) if isinstance(value, list) else value for name, value in ids.items()}
+    return dataclasses.replace(config, **ids)
