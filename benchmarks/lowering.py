@@ -32,7 +32,13 @@ from peft_jax.models import LlamaConfig
 from peft_jax.models.llama import model as llama
 from peft_jax.models.modules.positions import KVCache
 from peft_jax.train import cross_entropy, init_optimizer, make_optimizer, make_training_step
-from peft_jax.train.sharding import BATCH, layout, make_mesh, parse_mesh, shardings
+from peft_jax.train.mesh import (
+    BATCH,
+    layout,
+    make_mesh,
+    parse_mesh,
+    shardings,
+)
 
 RECORDS = Path(__file__).parents[1] / "docs" / "lowering.json"
 SIZES = {  # hidden, feed-forward, layers, heads, size of a head, tied embeddings: Llama 3.2 1B, 3.1 8B and 70B

@@ -22,7 +22,6 @@ from peft_jax.core.paths import dotted
 from peft_jax.train import (
     Padded,
     State,
-    encode,
     evaluate,
     evaluation_batches,
     make_evaluation_step,
@@ -33,8 +32,17 @@ from peft_jax.train import (
     train,
     training_batches,
 )
-from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.sharding import PlacedBatches, make_mesh, parse_mesh, place, place_batch, place_state, shardings
+from peft_jax.train.data import encode
+from peft_jax.train.mesh import (
+    PlacedBatches,
+    make_mesh,
+    parse_mesh,
+    place,
+    place_batch,
+    place_state,
+    shardings,
+)
+from peft_jax.train.run_state import Checkpoints
 
 STEPS, HALF, FEW = 20, 10, 3
 

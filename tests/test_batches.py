@@ -19,7 +19,6 @@ from peft_jax.train import (
     Packed,
     Padded,
     Record,
-    encode,
     evaluate,
     evaluation_batches,
     load_template,
@@ -29,8 +28,9 @@ from peft_jax.train import (
     steps_per_epoch,
     training_batches,
 )
-from peft_jax.train.batches import collate, fixed_lengths
-from peft_jax.train.encode import IGNORE, Example
+from peft_jax.train.data import encode
+from peft_jax.train.data.batches import collate, fixed_lengths
+from peft_jax.train.data.encode import IGNORE, Example
 from peft_jax.train.step import logits_of
 
 RECORDS = [Record("Say the number.", str(n), f"number {n}" * (1 + n % 3)) for n in range(9)]

@@ -11,8 +11,13 @@ import peft_jax as pj
 from peft_jax.models import LlamaConfig
 from peft_jax.models.modules import attention
 from peft_jax.models.modules.lazy_logits import LazyLogits
-from peft_jax.train import chunked, cross_entropy
-from peft_jax.train.sharding import make_mesh, parse_mesh, place, place_batch
+from peft_jax.train import chunked_loss, cross_entropy
+from peft_jax.train.mesh import (
+    make_mesh,
+    parse_mesh,
+    place,
+    place_batch,
+)
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 2, 10, 6, 16
 DRAW = np.random.default_rng(0)
@@ -33,7 +38,7 @@ HEADS: dict[str, tuple[str, bool, Any]] = {
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three positions, on however many devices there are."""
-    monkeypatch.setattr(chunked, "CHUNK", 3 * ROWS * VOCABULARY // jax.device_count())
+    monkeypatch.setattr(chunked_loss, "CHUNK", 3 * ROWS * VOCABULARY // jax.device_count())
 
 
 def head(name: str, dtype: Any = jnp.float32) -> tuple[Any, bool]:
@@ -86,7 +91,7 @@ def test_there_are_never_all_logits_and_the_frozen_head_is_multiplied_twice(monk
     labels = jnp.zeros((1, 256), int)
 
     def program(limit: int) -> Any:
-        monkeypatch.setattr(chunked, "CHUNK", limit // jax.device_count())
+        monkeypatch.setattr(chunked_loss, "CHUNK", limit // jax.device_count())
         loss = jax.grad(lambda hidden, kernel: cross_entropy(LazyLogits(hidden, kernel, False), labels)[0])
         return jax.make_jaxpr(loss)(hidden, kernel), jax.jit(loss).lower(hidden, kernel).compile().memory_analysis()
 

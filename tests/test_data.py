@@ -11,7 +11,7 @@ from conftest import save_tokenizer
 from transformers import AutoTokenizer
 
 from peft_jax.train import Record, evaluation_batches, read_records, tokenize, tokenize_prompts, training_batches
-from peft_jax.train.encode import IGNORE
+from peft_jax.train.data.encode import IGNORE
 
 RECORDS = [
     Record("Reverse the word.", "abc", "cba"),

@@ -227,7 +227,7 @@ def test_matrices_of_all_layers_are_laid_out_over_a_mesh():
 
     from peft_jax.models.bert.config import BertConfig
     from peft_jax.models.bert.model import param_shapes as bert_shapes
-    from peft_jax.train.sharding import make_mesh, spec
+    from peft_jax.train.mesh import make_mesh, spec
 
     mesh = make_mesh({"fsdp": 2, "tensor": 2})
     for shapes in (gpt2.param_shapes(GPT2Config()), bert_shapes(BertConfig())):

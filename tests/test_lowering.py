@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import peft_jax as pj
-from peft_jax.train.sharding import make_mesh
+from peft_jax.train.mesh import make_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from lowering_checks import dequantized, frozen_gradients, multiplications  # noqa: E402

@@ -18,7 +18,7 @@ import peft_jax as pj
 from peft_jax import train
 from peft_jax.cli.checkpoint import apply
 from peft_jax.models import LlamaConfig
-from peft_jax.train.sharding import (
+from peft_jax.train.mesh import (
     AXES,
     RULES,
     PlacedBatches,

@@ -156,7 +156,7 @@ def test_what_cannot_be_joined_says_so(
 
 def test_devices_that_are_left_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_jax.cli.processes import check_processes
-    from peft_jax.train.sharding import make_mesh
+    from peft_jax.train.mesh import make_mesh
 
     monkeypatch.setattr("jax.process_count", lambda: 2)
     check_processes(make_mesh({"data": 8}))

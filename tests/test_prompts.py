@@ -17,7 +17,7 @@ from peft_jax.models import LlamaConfig
 from peft_jax.models.llama.model import apply
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train import make_evaluation_step, make_training_step
-from peft_jax.train.sharding import make_mesh, place
+from peft_jax.train.mesh import make_mesh, place
 
 IDS = np.array([[5, 17, 2, 40], [8, 8, 50, 3]])
 SIZES = dict(

@@ -19,8 +19,8 @@ import pytest
 from peft_jax.cli.finetune_setup import _sample
 from peft_jax.cli.main import main
 from peft_jax.models.handles.causal_lm import CausalLM
-from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog
+from peft_jax.train.run_state import Checkpoints
 
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(22)]
 WORDS = "finetune --model model --data data.json --max-steps 4 --batch-size 4 --output out".split()

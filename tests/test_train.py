@@ -24,8 +24,8 @@ from peft_jax.train import (
     train,
     training_batches,
 )
-from peft_jax.train.data import Tokens
-from peft_jax.train.encode import IGNORE
+from peft_jax.train.data.encode import IGNORE
+from peft_jax.train.data.instructions import Tokens
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 8
 

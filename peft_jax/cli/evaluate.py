@@ -13,7 +13,7 @@ from peft_jax.cli.finetune_setup import check_fit, load_records, padded
 from peft_jax.cli.task import RowOptions
 from peft_jax.prompts.base import prompt_tasks, virtual_slots
 from peft_jax.train import evaluation_batches, load_template
-from peft_jax.train.encode import IGNORE
+from peft_jax.train.data.encode import IGNORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

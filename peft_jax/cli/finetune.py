@@ -21,9 +21,9 @@ from peft_jax.cli.run_folder import run_folder, stop_on_signal
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.prompts.base import virtual_slots
 from peft_jax.train import State, train
-from peft_jax.train.checkpoint import Checkpoints
+from peft_jax.train.mesh import make_mesh, parse_mesh
 from peft_jax.train.metrics import MetricsLog, TensorBoard
-from peft_jax.train.sharding import make_mesh, parse_mesh
+from peft_jax.train.run_state import Checkpoints
 
 
 @dataclasses.dataclass

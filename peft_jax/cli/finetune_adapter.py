@@ -17,8 +17,8 @@ from peft_jax.methods.base import Method, PeftConfig, by_name
 from peft_jax.methods.lora.nested_configs import FROM_DATA
 from peft_jax.methods.training_hooks import Scheduled
 from peft_jax.prompts.base import PromptMethod
-from peft_jax.train.batches import Data
-from peft_jax.train.files import read_object
+from peft_jax.train.data.batches import Data
+from peft_jax.train.data.text_files import read_object
 
 # Where they are not PEFT's, which has none for prompts.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {

@@ -25,9 +25,16 @@ from peft_jax.train import (
     steps_per_epoch,
     training_batches,
 )
-from peft_jax.train.batches import Data
+from peft_jax.train.data.batches import Data
+from peft_jax.train.mesh import (
+    PlacedBatches,
+    place,
+    place_batch,
+    place_state,
+    shardings,
+    with_whole_adapters,
+)
 from peft_jax.train.optimizer import Schedule, default_warmup
-from peft_jax.train.sharding import PlacedBatches, place, place_batch, place_state, shardings, with_whole_adapters
 from peft_jax.train.step import TrainingStep
 
 

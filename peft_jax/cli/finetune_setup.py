@@ -14,9 +14,9 @@ from peft_jax.cli.finetune_options import DataOptions, Finetune, ModelOptions, f
 from peft_jax.cli.task import LABELS_FILE, RowOptions, Task, classes_of_data
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.train import Packed, Padded, load_template, read_data
-from peft_jax.train.batches import Data
-from peft_jax.train.encode import Example
-from peft_jax.train.records import AnyRecord, Record, to_records
+from peft_jax.train.data.batches import Data
+from peft_jax.train.data.encode import Example
+from peft_jax.train.data.records import AnyRecord, Record, to_records
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from peft_jax.cli.finetune_options import Finetune
 from peft_jax.cli.processes import is_first
 from peft_jax.models.config import SEQ_2_SEQ_LM
 from peft_jax.train import steps_per_epoch, training_batches
-from peft_jax.train.batches import Data
+from peft_jax.train.data.batches import Data
 
 START = "start"  # folder of the adapter as it was before the first step
 BATCHES = 8

@@ -16,7 +16,7 @@ from peft_jax.cli.prompts import Prompt, encode, pad, read_prompts, standard_inp
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.generation.sampling import DRAWING
 from peft_jax.prompts.base import prompt_tasks
-from peft_jax.train.batches import rounded_up
+from peft_jax.train.data.batches import rounded_up
 
 NEW_TOKENS = 256  # where nobody says how many
 

@@ -36,7 +36,6 @@ from peft_jax.train import (
     PromptTemplate,
     Record,
     class_names,
-    encode,
     encode_answers,
     encode_texts,
     evaluate,
@@ -44,8 +43,9 @@ from peft_jax.train import (
     make_scoring_step,
     score,
 )
-from peft_jax.train.encode import Encoded
-from peft_jax.train.records import AnyRecord, named
+from peft_jax.train.data import encode
+from peft_jax.train.data.encode import Encoded
+from peft_jax.train.data.records import AnyRecord, named
 
 LABELS_FILE = "labels.json"  # beside an adapter: the names of its classes, as config.json has them
 

@@ -8,8 +8,8 @@ import jax
 import optax
 
 from peft_jax.core.partition import partition
-from peft_jax.train.batches import Batch
-from peft_jax.train.schedule import init_optimizer
+from peft_jax.train.data.batches import Batch
+from peft_jax.train.hooks import init_optimizer
 from peft_jax.train.step import StepMetrics, TrainingStep
 
 

@@ -20,9 +20,9 @@ from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine, partition
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.prompts.base import with_virtual_labels
-from peft_jax.train.batches import Batch
-from peft_jax.train.loss import cross_entropy
-from peft_jax.train.schedule import advance, penalized, split_state
+from peft_jax.train.data.batches import Batch
+from peft_jax.train.hooks import advance, penalized, split_state
+from peft_jax.train.losses import cross_entropy
 
 Apply = Callable[..., jax.Array | LazyLogits]
 HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids", "token_type_ids")  # what apply takes of a batch with it

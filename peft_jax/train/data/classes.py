@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.models.config import numbered_labels
-from peft_jax.train.batches import Batch
-from peft_jax.train.encode import IGNORE, Encoded, Example, kept, task_field
-from peft_jax.train.loss import cross_entropy
-from peft_jax.train.records import AnyRecord, Labelled, named
+from peft_jax.train.data.batches import Batch
+from peft_jax.train.data.encode import (
+    IGNORE,
+    Encoded,
+    Example,
+    kept,
+    task_field,
+)
+from peft_jax.train.data.records import AnyRecord, Labelled, named
+from peft_jax.train.losses import cross_entropy
 from peft_jax.train.step import Apply, logits_of
 
 MOST = 2**16  # classes that are told by numbers
@@ -69,7 +75,7 @@ def encode_texts(
         cutoff_len: Texts of more tokens are left out and counted.
         id2label: Names of the classes by number, from 0 on.
         token_types: Whether the model tells two texts of a row apart by ``token_type_ids``.
-        tasks: As `peft_jax.train.encode` takes it.
+        tasks: As `peft_jax.train.data.encode` takes it.
 
     Returns:
         The examples in the order of the records; labels are int32 of shape ().

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.models.modules.lazy_logits import LazyLogits
-from peft_jax.train.chunked import summed_loss, token_losses, weighted_sum
-from peft_jax.train.encode import IGNORE
+from peft_jax.train.chunked_loss import summed_loss, token_losses, weighted_sum
+from peft_jax.train.data.encode import IGNORE
 
 
 def cross_entropy(

@@ -7,7 +7,7 @@ from typing import Any, NotRequired, Protocol, TypedDict
 import grain
 import numpy as np
 
-from peft_jax.train.encode import IGNORE, Example
+from peft_jax.train.data.encode import IGNORE, Example
 
 SHORTEST = 32
 
@@ -54,7 +54,7 @@ class Padded:
     """Examples, one a row. Their batches have lengths 32, 64, 128 and so on, the last one cut to ``longest``.
 
     Args:
-        examples: From `peft_jax.train.encode`.
+        examples: From `peft_jax.train.data.encode`.
         longest: The largest length; by default that of the longest example, rounded up to a multiple of 32.
         pad: The token id that fills rows up, for models that tell padding by it.
 
@@ -85,7 +85,7 @@ class Packed:
     Each example goes into the first row that has room, in the order given.
 
     Args:
-        examples: From `peft_jax.train.encode`, none longer than ``length``.
+        examples: From `peft_jax.train.data.encode`, none longer than ``length``.
         length: Tokens of a row.
 
     Example:

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.train.batches import Batch as Batch
-from peft_jax.train.batches import evaluation_batches as evaluation_batches
-from peft_jax.train.batches import rounded_up
-from peft_jax.train.batches import training_batches as training_batches
-from peft_jax.train.encode import IGNORE as IGNORE
-from peft_jax.train.encode import Tokenizer, encode, encode_completion
-from peft_jax.train.records import Record as Record
-from peft_jax.train.records import read_records as read_records
+from peft_jax.train.data.batches import Batch as Batch
+from peft_jax.train.data.batches import evaluation_batches as evaluation_batches
+from peft_jax.train.data.batches import rounded_up
+from peft_jax.train.data.batches import training_batches as training_batches
+from peft_jax.train.data.encode import IGNORE as IGNORE
+from peft_jax.train.data.encode import Tokenizer, encode, encode_completion
+from peft_jax.train.data.records import Record as Record
+from peft_jax.train.data.records import read_records as read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Tokens:
 def tokenize(
     records: Sequence[Record], tokenizer: Tokenizer, *, cutoff_len: int = 256, pad_to: int | None = None
 ) -> Tokens:
-    """Tokenize records into examples of one length, as `peft_jax.train.encode` does.
+    """Tokenize records into examples of one length, as `peft_jax.train.data.encode` does.
 
     Args:
         records: The records.

@@ -20,7 +20,7 @@ from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted, tied
 from peft_jax.core.partition_specs import put
 from peft_jax.core.paths import dotted
 from peft_jax.core.weight import is_weight
-from peft_jax.train.batches import Batch
+from peft_jax.train.data.batches import Batch
 from peft_jax.train.loop import State
 
 T = TypeVar("T")

@@ -4,9 +4,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peft_jax.train.encode import Encoded, Example, Tokenizer, check_eos, kept, task_field
-from peft_jax.train.records import AnyRecord, Completion, Record, named
-from peft_jax.train.template import TEMPLATES, PromptTemplate
+from peft_jax.train.data.encode import (
+    Encoded,
+    Example,
+    Tokenizer,
+    check_eos,
+    kept,
+    task_field,
+)
+from peft_jax.train.data.records import (
+    AnyRecord,
+    Completion,
+    Record,
+    named,
+)
+from peft_jax.train.data.template import TEMPLATES, PromptTemplate
 
 
 def encode_answers(
@@ -29,7 +41,7 @@ def encode_answers(
         cutoff_len: Examples whose prompt or answer has more tokens are left out and counted.
         start_token_id: What the decoder's inputs begin with, the config's ``decoder_start_token_id``.
         template: Lays out alpaca's fields.
-        tasks: As `peft_jax.train.encode` takes it.
+        tasks: As `peft_jax.train.data.encode` takes it.
 
     Returns:
         The examples in the order of the records, with ``decoder_input_ids``: the labels behind the start token.

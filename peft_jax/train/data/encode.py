@@ -11,8 +11,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from peft_jax.train.records import AnyRecord, Asked, Chat, Labelled, Record
-from peft_jax.train.template import TEMPLATES, PromptTemplate
+from peft_jax.train.data.records import (
+    AnyRecord,
+    Asked,
+    Chat,
+    Labelled,
+    Record,
+)
+from peft_jax.train.data.template import TEMPLATES, PromptTemplate
 
 IGNORE = -100
 
@@ -86,7 +92,7 @@ def encode(
     Example:
         >>> from transformers import AutoTokenizer
         >>> from peft_jax.cli.demo_data import MODEL
-        >>> from peft_jax.train.records import Completion
+        >>> from peft_jax.train.data.records import Completion
         >>> tokenizer = AutoTokenizer.from_pretrained(MODEL)
         >>> [example], _ = encode([Completion("1, 2,", " 3")], tokenizer, cutoff_len=32)
         >>> tokenizer.decode(example.labels[example.labels != IGNORE])

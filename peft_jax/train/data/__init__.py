@@ -1,0 +1,1 @@
+"""Training data: records, templates, token ids and batches."""
