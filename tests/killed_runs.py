@@ -23,9 +23,9 @@ import matplotlib.pyplot  # noqa: F401
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 from transformers import AutoConfig
 
-from peft_jax.cli.checkpoint import load_tokenizer
-from peft_jax.cli.finetune_plan import Plan
+from peft_jax.cli.finetune.steps import Plan
 from peft_jax.cli.main import main
+from peft_jax.cli.shared.tokenizer import load_tokenizer
 from peft_jax.train.metrics import MetricsLog
 
 OPTIONS = (

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import peft_jax as pj
-from peft_jax.cli.checkpoint import apply, load_tokenizer
+from peft_jax.cli.shared.tokenizer import apply, load_tokenizer
 from peft_jax.core.paths import dotted
 from peft_jax.train import (
     Padded,

@@ -22,8 +22,8 @@ from safetensors.numpy import load, load_file
 from peft_jax.cli import main as main_module
 from peft_jax.cli.demo import Demo, Settings, demo, one_of_each, with_shuffled_answers
 from peft_jax.cli.demo_data import MODEL, TRAIN
-from peft_jax.cli.folder import new_folder, refuse_used
 from peft_jax.cli.main import main
+from peft_jax.cli.shared.output_folder import new_folder, refuse_used
 from peft_jax.models import AutoModelForCausalLM
 from peft_jax.models.llama.model import LlamaConfig
 from peft_jax.train import read_records
@@ -270,7 +270,7 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_jax.cli.finetune.make_plan", interrupted)
+    monkeypatch.setattr("peft_jax.cli.finetune.finetune.make_plan", interrupted)
     before = sorted(workplace.rglob("*"))
     assert main(finetune(output="deep/down/out")) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "peft-jax: stopped; nothing was written."

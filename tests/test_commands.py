@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 import peft_jax as pj
+from peft_jax.cli.generate.printer import Printer
+from peft_jax.cli.generate.prompt_input import encode
 from peft_jax.cli.main import main
-from peft_jax.cli.printer import Printer
-from peft_jax.cli.prompts import encode
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.train import Record, tokenize_prompts
 
@@ -409,7 +409,7 @@ def test_eval_batches(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) 
         shapes.extend(batch["input_ids"].shape[0] for batch in batches)
         return 1.0
 
-    monkeypatch.setattr("peft_jax.cli.task.evaluate", watch)
+    monkeypatch.setattr("peft_jax.cli.shared.task.evaluate", watch)
     run("eval", "--model", "model", "--data", "data.json", "--batch-size", "3")
     run("eval", "--model", "model", "--data", "data.json")
     assert shapes == [3, 3, 3, 8]

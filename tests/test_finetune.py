@@ -14,9 +14,9 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peft_jax.cli import finetune as finetune_module
-from peft_jax.cli.finetune_options import check, each
-from peft_jax.cli.finetune_plan import Plan, make_plan
+from peft_jax.cli.finetune import finetune as finetune_module
+from peft_jax.cli.finetune.options import check, each
+from peft_jax.cli.finetune.steps import Plan, make_plan
 from peft_jax.cli.main import main, parse
 from peft_jax.train.optimizer import make_optimizer, make_schedule
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from peft_jax.cli.finetune_adapter import make_config
-from peft_jax.cli.finetune_options import AdapterOptions
+from peft_jax.cli.finetune.adapter_config import make_config
+from peft_jax.cli.finetune.options import AdapterOptions
 from peft_jax.cli.main import main
 from peft_jax.methods import base
 from peft_jax.train.metrics import MetricsLog

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from peft_jax.cli import finetune_start
+from peft_jax.cli.finetune import initialize
 from peft_jax.cli.main import main
 from peft_jax.train.metrics import MetricsLog
 
@@ -106,7 +106,7 @@ def trained(bases: Path) -> Callable[[str], Path]:
                 patch.setattr(MetricsLog, "write", interrupted)
                 assert main([*words, name]) == 130
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(finetune_start, "started", None)  # what started from data does not start again
+                patch.setattr(initialize, "started", None)  # what started from data does not start again
                 assert main([*words, name, "--resume"]) == 0
         return bases / name
 

@@ -214,7 +214,7 @@ def test_config_survives_json():
 
 
 def test_inspect_says_whether_an_adapter_fits(pair, tmp_path, capsys):
-    from peft_jax.cli.inspect import Inspect, inspect
+    from peft_jax.cli.inspect.inspect import Inspect, inspect
 
     _, ours, folder = pair()
     pj.get_peft_model(ours, pj.LoraConfig(target_modules=["c_attn", "c_fc"])).save_pretrained(tmp_path)

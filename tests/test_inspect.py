@@ -13,8 +13,8 @@ import pytest
 from peft.tuners.lora import LoraLayer
 from safetensors.numpy import load_file, save_file
 
+from peft_jax.cli.inspect.servers import PEFT_TYPES, VLLM_RANKS
 from peft_jax.cli.main import main
-from peft_jax.cli.servers import PEFT_TYPES, VLLM_RANKS
 
 QV = ["q_proj", "v_proj"]
 CONFIGS: dict[str, Any] = {

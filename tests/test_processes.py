@@ -117,7 +117,7 @@ def test_one_process_that_cannot_start_stops_all(
 ) -> None:
     monkeypatch.chdir(folder)
     before = sorted(folder.rglob("*"))
-    monkeypatch.setattr("peft_jax.cli.processes.in_any", lambda said: True)
+    monkeypatch.setattr("peft_jax.cli.finetune.processes.in_any", lambda said: True)
     assert main([*WORDS, "--output", "new"]) == 2
     assert "peft-jax: error: another process of the run cannot start. See what it says." in capsys.readouterr().err
     assert main([*WORDS, "--output", "new", "--data", "none.json"]) == 2
@@ -155,7 +155,7 @@ def test_what_cannot_be_joined_says_so(
 
 
 def test_devices_that_are_left_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_jax.cli.processes import check_processes
+    from peft_jax.cli.finetune.processes import check_processes
     from peft_jax.train.mesh import make_mesh
 
     monkeypatch.setattr("jax.process_count", lambda: 2)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_jax.cli.finetune_setup import _sample
+from peft_jax.cli.finetune.setup import _sample
 from peft_jax.cli.main import main
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.train.metrics import MetricsLog

@@ -6,11 +6,16 @@ import math
 
 import numpy as np
 
-from peft_jax.cli.adapted import ModelOptions, find_task, find_tokenizer, load_model
-from peft_jax.cli.bar import progress
-from peft_jax.cli.finetune_options import DataOptions
-from peft_jax.cli.finetune_setup import check_fit, load_records, padded
-from peft_jax.cli.task import RowOptions
+from peft_jax.cli.finetune.options import DataOptions
+from peft_jax.cli.finetune.setup import check_fit, load_records, padded
+from peft_jax.cli.shared.adapter_base import (
+    ModelOptions,
+    find_task,
+    find_tokenizer,
+    load_model,
+)
+from peft_jax.cli.shared.progress_bar import progress
+from peft_jax.cli.shared.task import RowOptions
 from peft_jax.prompts.base import prompt_tasks, virtual_slots
 from peft_jax.train import evaluation_batches, load_template
 from peft_jax.train.data.encode import IGNORE

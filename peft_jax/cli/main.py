@@ -13,9 +13,9 @@ import tyro
 
 from peft_jax.cli.demo import Demo, demo
 from peft_jax.cli.evaluate import Eval, evaluate_model
-from peft_jax.cli.finetune import Finetune, finetune
-from peft_jax.cli.generate import Generate, generate
-from peft_jax.cli.inspect import Inspect, inspect
+from peft_jax.cli.finetune.finetune import Finetune, finetune
+from peft_jax.cli.generate.generate import Generate, generate
+from peft_jax.cli.inspect.inspect import Inspect, inspect
 from peft_jax.cli.merge import Merge, merge
 
 Command = (

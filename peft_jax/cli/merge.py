@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 
 import peft_jax as pj
-from peft_jax.cli.adapted import Dtype, find_base
-from peft_jax.cli.folder import new_folder, refuse_used
-from peft_jax.cli.task import refuse_random, task_of_adapter
+from peft_jax.cli.shared.adapter_base import Dtype, find_base
+from peft_jax.cli.shared.output_folder import new_folder, refuse_used
+from peft_jax.cli.shared.task import refuse_random, task_of_adapter
 
 # What belongs to a tokenizer, and goes along as it is.
 TOKENIZER_FILES = (

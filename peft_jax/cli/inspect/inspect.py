@@ -10,7 +10,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from peft_jax.cli.servers import Verdict, verdicts
+from peft_jax.cli.inspect.servers import Verdict, verdicts
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import (
     KEYS_AND_VALUES,

@@ -8,16 +8,33 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from peft_jax.cli import finetune_setup as setup
-from peft_jax.cli.bar import Speed, progress
-from peft_jax.cli.checkpoint import load_tokenizer
-from peft_jax.cli.finetune_adapter import attach, choose_task, make_config
-from peft_jax.cli.finetune_options import Finetune as Finetune
-from peft_jax.cli.finetune_options import check, settings
-from peft_jax.cli.finetune_output import METRICS, Curves, export, save
-from peft_jax.cli.finetune_plan import Plan, check_mesh, count_steps, make_plan, surroundings
-from peft_jax.cli.processes import all_or_none, check_processes, in_any, is_first, joined
-from peft_jax.cli.run_folder import run_folder, stop_on_signal
+from peft_jax.cli.finetune import setup as setup
+from peft_jax.cli.finetune.adapter_config import attach, choose_task, make_config
+from peft_jax.cli.finetune.options import Finetune as Finetune
+from peft_jax.cli.finetune.options import check, settings
+from peft_jax.cli.finetune.processes import (
+    all_or_none,
+    check_processes,
+    in_any,
+    is_first,
+    joined,
+)
+from peft_jax.cli.finetune.results import (
+    METRICS,
+    Curves,
+    export,
+    save,
+)
+from peft_jax.cli.finetune.run_folder import run_folder, stop_on_signal
+from peft_jax.cli.finetune.steps import (
+    Plan,
+    check_mesh,
+    count_steps,
+    make_plan,
+    surroundings,
+)
+from peft_jax.cli.shared.progress_bar import Speed, progress
+from peft_jax.cli.shared.tokenizer import load_tokenizer
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.prompts.base import virtual_slots
 from peft_jax.train import State, train

@@ -9,9 +9,19 @@ from typing import Any
 import jax
 
 import peft_jax as pj
-from peft_jax.cli.finetune_options import DESCRIBED, AdapterOptions, Finetune, flag
-from peft_jax.cli.finetune_start import resumed, started
-from peft_jax.cli.task import Task, fresh_modules, refuse_random, task_of
+from peft_jax.cli.finetune.initialize import resumed, started
+from peft_jax.cli.finetune.options import (
+    DESCRIBED,
+    AdapterOptions,
+    Finetune,
+    flag,
+)
+from peft_jax.cli.shared.task import (
+    Task,
+    fresh_modules,
+    refuse_random,
+    task_of,
+)
 from peft_jax.core.targets import SAVED_HEADS
 from peft_jax.methods.base import Method, PeftConfig, by_name
 from peft_jax.methods.lora.nested_configs import FROM_DATA

@@ -12,9 +12,9 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from peft_jax.cli.bar import WIDTH
-from peft_jax.cli.folder import refuse_used, unwritable
-from peft_jax.cli.processes import is_first, wait_for_all
+from peft_jax.cli.finetune.processes import is_first, wait_for_all
+from peft_jax.cli.shared.output_folder import refuse_used, unwritable
+from peft_jax.cli.shared.progress_bar import WIDTH
 
 HOW = "Give the same command with --resume to go on"
 

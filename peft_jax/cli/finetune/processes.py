@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from peft_jax.cli.finetune_options import ProcessOptions, flag
+from peft_jax.cli.finetune.options import ProcessOptions, flag
 
 HOW = "Start all of them, each with a --process-id of its own and with the same --coordinator-address."
 NAMED = ("coordinator_address", "num_processes", "process_id")

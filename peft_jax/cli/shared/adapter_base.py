@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import peft_jax as pj
-from peft_jax.cli.checkpoint import load_tokenizer
-from peft_jax.cli.task import Task, refuse_random, task_of_adapter
+from peft_jax.cli.shared.task import Task, refuse_random, task_of_adapter
+from peft_jax.cli.shared.tokenizer import load_tokenizer
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.interop.describe import read_adapter_config
 

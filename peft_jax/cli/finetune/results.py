@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_jax.cli.finetune_options import DESCRIBED, flag
-from peft_jax.cli.finetune_start import initial
-from peft_jax.cli.task import LABELS_FILE, Task, write_labels
+from peft_jax.cli.finetune.initialize import initial
+from peft_jax.cli.finetune.options import DESCRIBED, flag
+from peft_jax.cli.shared.task import LABELS_FILE, Task, write_labels
 from peft_jax.train import plot_losses
 from peft_jax.train.metrics import read_metrics
 

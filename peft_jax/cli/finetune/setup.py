@@ -9,9 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.cli.finetune_adapter import is_json
-from peft_jax.cli.finetune_options import DataOptions, Finetune, ModelOptions, flag, settings
-from peft_jax.cli.task import LABELS_FILE, RowOptions, Task, classes_of_data
+from peft_jax.cli.finetune.adapter_config import is_json
+from peft_jax.cli.finetune.options import (
+    DataOptions,
+    Finetune,
+    ModelOptions,
+    flag,
+    settings,
+)
+from peft_jax.cli.shared.task import (
+    LABELS_FILE,
+    RowOptions,
+    Task,
+    classes_of_data,
+)
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.train import Packed, Padded, load_template, read_data
 from peft_jax.train.data.batches import Data

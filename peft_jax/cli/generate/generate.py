@@ -10,9 +10,20 @@ import jax
 import numpy as np
 from tyro.conf import Positional, UseAppendAction
 
-from peft_jax.cli.adapted import ModelOptions, find_task, find_tokenizer, load_model
-from peft_jax.cli.printer import Printer, text_of
-from peft_jax.cli.prompts import Prompt, encode, pad, read_prompts, standard_input
+from peft_jax.cli.generate.printer import Printer, text_of
+from peft_jax.cli.generate.prompt_input import (
+    Prompt,
+    encode,
+    pad,
+    read_prompts,
+    standard_input,
+)
+from peft_jax.cli.shared.adapter_base import (
+    ModelOptions,
+    find_task,
+    find_tokenizer,
+    load_model,
+)
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.generation.sampling import DRAWING
 from peft_jax.prompts.base import prompt_tasks

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from peft_jax.cli.finetune_options import Finetune
-from peft_jax.cli.finetune_setup import Examples
-from peft_jax.cli.task import Task
+from peft_jax.cli.finetune.options import Finetune
+from peft_jax.cli.finetune.setup import Examples
+from peft_jax.cli.shared.task import Task
 from peft_jax.core.partition import combine
 from peft_jax.train import (
     Batch,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 import peft_jax as pj
 from peft_jax.adapters.restart import leaves_base, without_starts
-from peft_jax.cli.finetune_options import Finetune
-from peft_jax.cli.processes import is_first
+from peft_jax.cli.finetune.options import Finetune
+from peft_jax.cli.finetune.processes import is_first
 from peft_jax.models.config import SEQ_2_SEQ_LM
 from peft_jax.train import steps_per_epoch, training_batches
 from peft_jax.train.data.batches import Data
