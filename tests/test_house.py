@@ -67,14 +67,26 @@ def test_no_torch_no_peft(file: Path) -> None:
     assert not {"torch", "peft"} & {name.split(".")[0] for name in imported_names(file)}
 
 
-def test_every_room_is_packaged() -> None:
-    rooms = {module_name(file)[1] for file in FILES if file.name == "__init__.py" and len(module_name(file)) > 1}
-    assert rooms <= set(ROOMS)
+def test_every_package_is_in_the_wheel() -> None:
+    packages = {".".join(module_name(file)) for file in FILES if file.name == "__init__.py"}
+    assert {package.split(".")[1] for package in packages if "." in package} <= set(ROOMS)
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    for room in rooms:
-        assert importlib.util.find_spec(f"peft_jax.{room}") is not None
-        assert f"peft_jax.{room}" in listed, "an editable installation finds it, a wheel would not"
+    assert sorted(packages) == sorted(listed), "an editable installation finds them, a wheel has those listed"
+    for package in packages:
+        assert importlib.util.find_spec(package) is not None
     assert (ROOT / "peft_jax" / "py.typed").exists()
+
+
+def test_no_two_modules_share_a_basename() -> None:
+    """A reader who has an open file called `plan.py` knows which one it is."""
+    shared = {"__init__", "base", "config", "model", "family", "registry"}
+    commands = {"merge", "evaluate", "demo", "finetune", "generate", "inspect"}  # named in cli/ as they are typed
+    seen: dict[str, Path] = {}
+    for file in FILES:
+        is_command = file.stem in commands and module_name(file)[1] == "cli"
+        if file.stem not in shared and not is_command:
+            other = seen.setdefault(file.stem, file)
+            assert other == file, f"{other} and {file} share a name"
 
 
 @pytest.mark.parametrize("name", [name.rsplit(".")[-1] for name in imported_names(ROOT / "peft_jax" / "__init__.py")])

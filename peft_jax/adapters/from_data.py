@@ -1,6 +1,7 @@
 """LoRA whose start looks at data: EVA at inputs of layers, CorDA at their covariance, LoRA-GA at gradients.
 
-What is seen is collected here; what each makes of it is in `peft_jax.methods.lora.initializers.eva`, `corda` and `lora_ga`.
+The data's statistics are collected here; `peft_jax.methods.lora.initializers` has what each method makes of them
+(`eva`, `corda`, `lora_ga`).
 """
 
 import dataclasses

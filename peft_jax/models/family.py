@@ -46,7 +46,8 @@ class Family:
         init_params: ``init_params(config, key, dtype)``, a nested dict of arrays by Hugging Face module names.
         param_shapes: ``param_shapes(config)``, shapes by dotted path.
         apply: ``apply(config, params, input_ids, *, inputs_embeds, attention_mask, ..., output_hidden_states, remat)``,
-            a `peft_jax.models.modules.outputs.ModelOutput`; decoders' takes ``head`` too, False for what goes into the head.
+            a `peft_jax.models.modules.outputs.ModelOutput`; decoders' takes ``head`` too, False for what goes into the
+            head.
         layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front.
             Int8 loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
         backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names

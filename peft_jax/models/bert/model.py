@@ -1,8 +1,8 @@
 """BERT and RoBERTa in Flax NNX: encoders with learned positions and token types, and the heads of five tasks.
 
 Attribute names are the module names of Hugging Face transformers (`bert.encoder.layer.attention.self.query.kernel`);
-the layers are stacked and scanned, as in `peft_jax.models.llama.model`. Numbers are those of transformers' classes with their
-default ("sdpa") attention; dropout of the base is not applied.
+the layers are stacked and scanned, as in `peft_jax.models.llama.model`. Numbers are those of transformers' classes with
+their default ("sdpa") attention; dropout of the base is not applied.
 """
 
 from __future__ import annotations

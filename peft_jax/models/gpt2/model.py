@@ -1,8 +1,8 @@
 """GPT-2 in Flax NNX: learned positions, one fused projection for queries, keys and values, Conv1D layers.
 
 Attribute names are the module names of Hugging Face transformers (`transformer.h.attn.c_attn.kernel`); the layers are
-stacked and scanned, as in `peft_jax.models.llama.model`. Numbers are those of transformers' `GPT2LMHeadModel` and kin with
-their default ("sdpa") attention; dropout of the base is not applied.
+stacked and scanned, as in `peft_jax.models.llama.model`. Numbers are those of transformers' `GPT2LMHeadModel` and kin
+with their default ("sdpa") attention; dropout of the base is not applied.
 """
 
 from __future__ import annotations
