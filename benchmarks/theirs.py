@@ -22,7 +22,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def load(checkpoint: Path, **options: Any) -> Any:
     """The base model, in the checkpoint's dtype."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype="auto", trust_remote_code=False, **options
+    )
     return model if options.get("quantization_config") else model.to(DEVICE)
 
 

@@ -153,7 +153,7 @@ def main(options: Options) -> None:
         if options.model is None:
             pretrain(Path(made), train_pairs, options)
         folder = options.model or made
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         base = pj.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names))
     texts, test = (encode(pairs, tokenizer, options.length) for pairs in (train_pairs, test_pairs))
     print(f"{len(texts.ids)} docstrings of {', '.join(names)}; {len(test.ids)} held out")

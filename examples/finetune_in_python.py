@@ -25,7 +25,7 @@ def main(
 ) -> None:
     """Run all steps."""
     # The data: prompts are masked out of the loss, every example has one length.
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
     data = pt.tokenize(pt.read_records(TRAIN), tokenizer, cutoff_len=96)
     records = pt.read_records(HELD_OUT)
     held_out = pt.tokenize(records, tokenizer, pad_to=data.length)

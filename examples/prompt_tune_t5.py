@@ -161,7 +161,7 @@ def main(options: Options) -> None:
             print("pretraining")
             pretrain(Path(made), told, options)
         folder = options.model or made
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         base = pj.AutoModelForSeq2SeqLM.from_pretrained(folder)
     report("untuned", base, held_out, tokenizer)
 

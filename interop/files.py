@@ -13,6 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from peft_jax.core.file_names import is_path_below
+
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
@@ -57,7 +59,8 @@ def open_tensors(folder: Path, ignored: Sequence[str] = ()) -> dict[str, np.ndar
 
     Raises:
         FileNotFoundError: if there are no safetensors files, or a shard is missing.
-        ValueError: if a file is damaged or cut off, or not in float32, float16 or bfloat16.
+        ValueError: if a file is damaged or cut off, or not in float32, float16 or bfloat16, or the index names a file
+            that is not below the folder.
     """
     folder = pathlib.Path(folder)
     if (folder / WEIGHTS).is_file():
@@ -69,6 +72,11 @@ def open_tensors(folder: Path, ignored: Sequence[str] = ()) -> dict[str, np.ndar
     shards = read_config(folder, INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"'{folder / INDEX}' has no weight_map of keys to files. Save the checkpoint again.")
+    outside = sorted(name for name in set(shards.values()) if not is_path_below(name))
+    if outside:
+        raise ValueError(
+            f"'{folder / INDEX}' names {outside}, which are not below its folder. Name files that lie beside it."
+        )
     missing = sorted(name for name in set(shards.values()) if not (folder / name).is_file())
     if missing:
         raise FileNotFoundError(f"{INDEX} in '{folder}' names {missing}, which are not there. Copy all shards.")

@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from peft_jax.cli.finetune.steps import Plan
 from peft_jax.cli.main import main
-from peft_jax.cli.shared.tokenizer import load_tokenizer
+from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train.metrics import MetricsLog
 
 OPTIONS = (
@@ -180,7 +180,7 @@ def everything(seeds: list[int]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    AutoConfig.from_pretrained("model"), load_tokenizer("model")  # which import much at their first use
+    AutoConfig.from_pretrained("model"), read_tokenizer("model")  # which import much at their first use
     jax.config.update("jax_compilation_cache_dir", str(Path("cache").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 import peft_jax as pj
-from peft_jax.cli.shared.tokenizer import apply, load_tokenizer
+from peft_jax.cli.shared.tokenizer import apply
 from peft_jax.core.paths import dotted
+from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import (
     Padded,
     State,
@@ -52,7 +53,7 @@ def trainer(mesh: Any, *, load_in_8bit: bool) -> Callable[..., dict[str, Any]]:
     model = pj.AutoModelForCausalLM.from_pretrained("model", load_in_8bit=load_in_8bit)
     config = pj.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
     model = pj.get_peft_model(model, config, key=jax.random.key(1))
-    data = Padded(encode(read_data("data.json"), load_tokenizer("model"), cutoff_len=64).examples)
+    data = Padded(encode(read_data("data.json"), read_tokenizer("model"), cutoff_len=64).examples)
     batches, optimizer = training_batches(data, 16, seed=0), make_optimizer(0.01, STEPS)
     layout = None
     if mesh is None:

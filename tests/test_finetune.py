@@ -188,7 +188,12 @@ def test_other_formats_train(
         assert same(run(data="rows.jsonl"), plain[1])
     elif kind == "hub":
         fake = types.ModuleType("datasets")
-        fake.load_dataset = lambda name, split: {("me/mine", "train"): RECORDS}[name, split]  # type: ignore[attr-defined]
+
+        def load_dataset(name: str, *, split: str, trust_remote_code: bool) -> list[dict[str, str]]:
+            assert trust_remote_code is False
+            return {("me/mine", "train"): RECORDS}[name, split]
+
+        fake.load_dataset = load_dataset  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "datasets", fake)
         assert same(run(data="me/mine"), plain[1])
     else:

@@ -17,7 +17,8 @@ import peft_jax as pj
 from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
 from peft_jax.cli.shared.output_folder import new_folder, refuse_used
 from peft_jax.cli.shared.progress_bar import progress
-from peft_jax.cli.shared.tokenizer import apply_lazily, load_tokenizer
+from peft_jax.cli.shared.tokenizer import apply_lazily
+from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import (
     Record,
     Tokens,
@@ -136,7 +137,7 @@ def _demo(folder: Path, settings: Settings) -> None:
     base = pj.AutoModelForCausalLM.from_pretrained(MODEL, load_in_8bit=True)
     size, stored = base.num_parameters(), sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     print(f"Model     {size:,} weights in {stored / 1e6:.1f} MB, in float32 they would take {4 * size / 1e6:.1f} MB")
-    tokenizer = load_tokenizer(str(MODEL))
+    tokenizer = read_tokenizer(MODEL)
     bench = Bench(tokenizer, settings)
     records = read_records(TRAIN)
     data = tokenize(records, tokenizer, pad_to=settings.length)

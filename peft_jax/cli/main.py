@@ -17,6 +17,7 @@ from peft_jax.cli.finetune.finetune import Finetune, finetune
 from peft_jax.cli.generate.generate import Generate, generate
 from peft_jax.cli.inspect.inspect import Inspect, inspect
 from peft_jax.cli.merge import Merge, merge
+from peft_jax.cli.terminal import escape_tracebacks, escaped_output, unescaped
 
 Command = (
     Annotated[Finetune, tyro.conf.subcommand("finetune")]
@@ -39,8 +40,14 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error of the user's or for want of memory, said in one line, or 130 after
         Ctrl-C, or 141 where nobody reads on what is printed, as in ``peft-jax generate ... | head -1``. Any other
-        exception is a bug and goes through with its traceback.
+        exception is a bug and goes through with its traceback. All that is printed passes through
+        `peft_jax.cli.terminal`.
     """
+    with escaped_output():
+        return _run(args)
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         command = parse(args)
         if isinstance(command, Demo):
@@ -78,6 +85,7 @@ def run() -> NoReturn:
     After Ctrl-C it ends at once. A compilation goes on in a thread of JAX's own, and would crash in what Python's
     orderly end has torn down.
     """
+    escape_tracebacks()
     code = main()
     if code == INTERRUPTED:
         sys.stdout.flush()
@@ -90,7 +98,7 @@ def parse(args: Sequence[str] | None) -> Finetune | Generate | Eval | Merge | In
     """Read the command line; tyro's boxed message about a wrong one becomes a ValueError of one line."""
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(unescaped()):  # --help has colours
             return tyro.cli(
                 Command,
                 args=args,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from peft_jax.core.file_names import is_file_name
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted, module_path
 from peft_jax.core.product import MATMUL, Product
@@ -55,6 +56,13 @@ class Tag:
     name: str
     config: Any
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not is_file_name(self.name):  # saving makes a folder of this name
+            raise ValueError(
+                f"An adapter cannot be named {self.name!r}, as it is saved into a folder of its name. Take a name of "
+                "letters, digits, '-' and '_'."
+            )
 
     def __repr__(self) -> str:
         return f"Tag({self.name!r}, {type(self.config).__name__})"

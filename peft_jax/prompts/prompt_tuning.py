@@ -16,6 +16,7 @@ from peft_jax.core.weight import Weight, as_weight
 from peft_jax.methods.base import register
 from peft_jax.prompts.base import PROMPT
 from peft_jax.prompts.learning import PromptLearning
+from peft_jax.prompts.tokenizer import read_tokenizer
 
 
 class PromptTuningInit(enum.StrEnum):
@@ -36,7 +37,7 @@ class PromptTuningConfig(PromptLearning):
             off to fit) or ``"SAMPLE_VOCAB"`` (embeddings of random tokens).
         prompt_tuning_init_text: The text.
         tokenizer_name_or_path: Whose tokens the text is made of.
-        tokenizer_kwargs: Arguments of the tokenizer's ``from_pretrained``.
+        tokenizer_kwargs: Arguments of the tokenizer's ``from_pretrained``; ``trust_remote_code`` is False in any case.
 
     The other fields are those of `PromptLearning`.
 
@@ -90,11 +91,9 @@ class PromptTuningConfig(PromptLearning):
 
     def _text_ids(self, vocabulary: int) -> np.ndarray:
         """The text's tokens, repeated or cut off."""
-        from transformers import AutoTokenizer  # takes seconds to import
-
-        options = {name: value for name, value in (self.tokenizer_kwargs or {}).items() if name != "trust_remote_code"}
-        ids = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, **options)(self.prompt_tuning_init_text)
-        ids = np.asarray(ids["input_ids"], np.int32)
+        assert self.tokenizer_name_or_path is not None  # checked at the start
+        tokenizer = read_tokenizer(self.tokenizer_name_or_path, **(self.tokenizer_kwargs or {}))
+        ids = np.asarray(tokenizer(self.prompt_tuning_init_text)["input_ids"], np.int32)
         if not ids.size or ids.max() >= vocabulary:
             raise ValueError(
                 f"prompt_tuning_init_text gives the ids {ids.tolist()}, and the model has {vocabulary}. "

@@ -34,9 +34,9 @@ from peft_jax.cli.finetune.steps import (
     surroundings,
 )
 from peft_jax.cli.shared.progress_bar import Speed, progress
-from peft_jax.cli.shared.tokenizer import load_tokenizer
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.prompts.base import virtual_slots
+from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import State, train
 from peft_jax.train.mesh import make_mesh, parse_mesh
 from peft_jax.train.metrics import MetricsLog, TensorBoard
@@ -88,7 +88,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         records = setup.load_records(options.data)
         task.check(records)
         base = setup.load_base(options.base, task, records, options.adapter.adapter)
-        tokenizer, tasks = load_tokenizer(options.base.model), getattr(config, "tasks", 0)
+        tokenizer, tasks = read_tokenizer(options.base.model), getattr(config, "tasks", 0)
         data = setup.make_data(task, records, tokenizer, base, options.data, options.training.seed, tasks)
         model = attach(base, config, options, count_steps(options, data.training), data.training)
         setup.check_fit(data.parts, base.config, virtual_slots(model))

@@ -75,7 +75,7 @@ def _from_hub(name: str) -> list[AnyRecord]:
     except ImportError as error:
         raise ValueError(f"{said} needs the package datasets. Install it: pip install 'peft-jax[hub]'") from error
     try:
-        rows = list(datasets.load_dataset(name, split="train"))
+        rows = list(datasets.load_dataset(name, split="train", trust_remote_code=False))
     except Exception as error:  # of many kinds: no network, no such dataset, a gated one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(f"{said} cannot be read: {reason}. Check the spelling and the network.") from error

@@ -24,6 +24,7 @@ from peft_jax.cli.shared.adapter_base import (
     find_tokenizer,
     load_model,
 )
+from peft_jax.cli.terminal import verbatim
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.generation.sampling import DRAWING
 from peft_jax.prompts.base import prompt_tasks
@@ -77,6 +78,8 @@ class Generate(ModelOptions):
 def generate(options: Generate) -> None:
     """Run the command. One answer is printed as it comes, several when their batch is done.
 
+    On a terminal their control characters are escaped; a pipe or a file gets the texts as they are.
+
     Raises:
         ValueError: If an option, a prompt or the checkpoint is unusable.
         OSError: If a file or folder is missing.
@@ -114,7 +117,7 @@ def generate(options: Generate) -> None:
     if len(prompts) == 1 and not options.json:
         ids, mask = pad(encoded, 1, rounded_up(len(encoded[0])))
         key = jax.random.fold_in(jax.random.key(options.seed), 0)
-        model.generate(ids, mask, key=key, streamer=Printer(tokenizer), **asked)
+        model.generate(ids, mask, key=key, streamer=Printer(tokenizer, verbatim()), **asked)
         return
     said = answers(options, model, encoded, asked, goes_on=task.next_token)
     for number, (prompt, answer) in enumerate(zip(prompts, said, strict=True), 1):
@@ -125,7 +128,8 @@ def generate(options: Generate) -> None:
                 json.dumps({"prompt": prompt, "text": text, "tokens": len(answer), "finish_reason": reason}), flush=True
             )
         else:
-            print(f"{'' if number == 1 else chr(10)}[{number}] {title(prompt)}\n{text}", flush=True)
+            print(f"{'' if number == 1 else chr(10)}[{number}] {title(prompt)}")
+            print(text, flush=True, file=verbatim())
 
 
 def check(options: Generate) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from peft_jax.cli.inspect.servers import Verdict, verdicts
+from peft_jax.cli.terminal import in_one_line
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import (
     KEYS_AND_VALUES,
@@ -194,7 +195,7 @@ def _table(adapter: AdapterFolder) -> Iterator[str]:
     """A line for each kind of tensor: the same name in several layers is one line."""
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for key, tensor in sorted((adapter.tensors or {}).items(), key=lambda item: _natural(item[0])):
-        name = re.sub(r"\.\d+\.", ".*.", key.removeprefix(PREFIX))
+        name = in_one_line(re.sub(r"\.\d+\.", ".*.", key.removeprefix(PREFIX)))
         kinds.setdefault((name, spell(tensor.shape), tensor.dtype), []).append(tensor.nbytes)
     lines = [("Tensor", "Shape", "Type", "Count", "Bytes")]
     lines += [(*kind, str(len(sizes)), _bytes(sum(sizes))) for kind, sizes in kinds.items()]

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import peft_jax as pj
 from peft_jax.cli.shared.task import Task, refuse_random, task_of_adapter
-from peft_jax.cli.shared.tokenizer import load_tokenizer
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.interop.describe import read_adapter_config
+from peft_jax.prompts.tokenizer import read_tokenizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -83,5 +83,5 @@ def find_tokenizer(model: str | None, adapter: Path | None) -> Any:
         ValueError: If there is none that can be read.
     """
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(adapter))
-    return load_tokenizer(str(find_base(model, adapter)[1]))
+        return read_tokenizer(adapter)
+    return read_tokenizer(find_base(model, adapter)[1])

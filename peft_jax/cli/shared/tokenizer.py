@@ -1,9 +1,8 @@
-"""What the commands share about a checkpoint: its tokenizer and its forward pass."""
+"""What the commands share about a checkpoint: its forward pass."""
 
 from typing import Any
 
 import jax
-from transformers import AutoTokenizer
 
 from peft_jax.models.modules.lazy_logits import LazyLogits
 
@@ -18,17 +17,3 @@ def apply_lazily(model: Any, input_ids: jax.Array, attention_mask: jax.Array, **
     """As `apply`, of a causal language model, whose logits the loss computes in chunks."""
     logits: LazyLogits = model(input_ids, attention_mask=attention_mask, lazy_logits=True, **more).logits
     return logits
-
-
-def load_tokenizer(model: str) -> Any:
-    """Read the tokenizer that lies in a checkpoint's folder, or on the hub.
-
-    Raises:
-        ValueError: If there is none that can be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer can be read from {model}. Put tokenizer.json and tokenizer_config.json beside the weights."
-        ) from error

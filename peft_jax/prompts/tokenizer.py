@@ -1,0 +1,100 @@
+"""Reads tokenizers. Code that lies in their folder never runs, whatever its files and the user's answers say."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peft_jax.core.file_names import is_path_below
+
+
+def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+    """The tokenizer in a folder, or on the Hugging Face hub.
+
+    Args:
+        name_or_path: Folder, or id on the hub.
+        **options: For transformers' ``AutoTokenizer.from_pretrained``; ``trust_remote_code`` is False in any case.
+
+    Raises:
+        ValueError: If there is none that can be read, or none without running code of its own.
+
+    Example:
+        >>> from peft_jax.cli.demo_data import MODEL
+        >>> read_tokenizer(MODEL)("List")["input_ids"] != []
+        True
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig  # takes seconds to import
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    name, options = os.fspath(name_or_path), {**options, "trust_remote_code": False}
+    has_code = False
+    try:
+        with _never_asking():
+            tokenizer_config = get_tokenizer_config(name, **options)
+            has_code = "auto_map" in tokenizer_config
+            try:
+                config, _ = PreTrainedConfig.get_config_dict(name, **options)
+            except OSError:  # an adapter's folder has none
+                config = {}
+            _check_names(tokenizer_config, config)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            _check_class(type(tokenizer), type(tokenizer).__name__)
+            return tokenizer
+    except Exception as error:  # damaged files raise many kinds, and tokenizers a bare Exception
+        if has_code:
+            raise ValueError(
+                f"no tokenizer can be read from {name} without running the code that its auto_map names, and such code "
+                "is never run. Save the tokenizer with a class of transformers, such as PreTrainedTokenizerFast."
+            ) from error
+        reason = f" ({error})" if isinstance(error, _Refused) else ""
+        raise ValueError(
+            f"no tokenizer can be read from {name}{reason}. Put tokenizer.json and tokenizer_config.json beside the "
+            "weights."
+        ) from error
+
+
+class _Refused(ValueError):
+    """What a file asks for is not done, and the message says what that is."""
+
+
+def _check_names(tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse the name of a class that is no tokenizer.
+
+    transformers takes any of its own classes, and hands ``trust_remote_code`` to none of them: ``AutoProcessor`` or
+    ``RagTokenizer`` would ask anew, and ``AutoModel`` would read weights.
+    """
+    import transformers
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    by_type = TOKENIZER_MAPPING_NAMES.get(config.get("model_type"))
+    for name in (tokenizer_config.get("tokenizer_class"), config.get("tokenizer_class"), by_type):
+        if name is not None:
+            _check_class(getattr(transformers, name, None), name)
+    for file in tokenizer_config.get("fast_tokenizer_files") or ():
+        if not is_path_below(file):
+            raise _Refused(f"its fast_tokenizer_files name {file}, which is not below the folder")
+
+
+def _check_class(found: Any, name: str) -> None:
+    """Refuse what is no class of tokenizers; a name that transformers does not have, None here, it replaces itself."""
+    from transformers import PreTrainedTokenizerBase
+
+    is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+    if found is not None and not is_tokenizer:
+        raise _Refused(f"{name} is not a class of tokenizers")
+
+
+@contextlib.contextmanager
+def _never_asking() -> Iterator[None]:
+    """Let transformers raise where it would ask on standard input whether to run code: what it has for its own tests.
+
+    ``trust_remote_code=False`` does not reach every call that it makes.
+    """
+    from transformers import dynamic_module_utils as module
+
+    before = module.TIME_OUT_REMOTE_CODE
+    module.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        module.TIME_OUT_REMOTE_CODE = before
