@@ -92,6 +92,8 @@ ASKING: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
         True,
     ),
     "AutoProcessor": ({**AUTO_MAP, "tokenizer_class": "AutoProcessor"}, {}, True),
+    "AutoProcessorFast": ({**AUTO_MAP, "tokenizer_class": "AutoProcessorFast"}, {}, True),
+    "AutoModelForCausalLMFast": ({"tokenizer_class": "AutoModelForCausalLMFast"}, {"model_type": "planted"}, True),
     "AutoProcessor in config.json": ({"tokenizer_class": None}, {"tokenizer_class": "AutoProcessor"}, True),
     "AutoTokenizer": ({**AUTO_MAP, "tokenizer_class": "AutoTokenizer"}, {"model_type": "planted"}, True),
     "AutoModelForCausalLM": ({"tokenizer_class": "AutoModelForCausalLM"}, {"model_type": "planted"}, True),
@@ -361,7 +363,7 @@ def test_names_and_fields_are_printed_escaped(workplace: Path, capfd: pytest.Cap
         main(words)
         said = capfd.readouterr()
         assert not controls(said.err) - set("\r") and not controls(said.out), words
-        assert "\\x1b[31m" in said.out + said.err or "\\u001b[31m" in said.out, words
+        assert "\\x07" in said.out + said.err or "\\u0007" in said.out, words
         assert "\n  vLLM  yes" not in said.out
         if "--json" in words:
             assert json.loads(said.out)["config"]["revision"] == BAD
@@ -431,10 +433,14 @@ def test_bytes_that_are_no_text_are_escaped() -> None:
     assert file.buffer.getvalue() == b"caf\\udce9\n"  # type: ignore[attr-defined]
 
 
-def test_help_keeps_its_own_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_is_coloured_and_a_message_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = Terminal()
     monkeypatch.setattr(sys, "stdout", file)
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["inspect", "--wrong"]) == 2
+    assert "x1b" not in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["inspect", "--help"])
     assert "\x1b[" in file.getvalue() and "\\x1b" not in file.getvalue()

@@ -29,6 +29,7 @@ Command = (
 )
 
 INTERRUPTED, UNREAD = 130, 141  # as shells say it
+FRAME = r"[\u2500-\u257f]+|\x1b\[[0-9;]*m"  # what tyro draws around a message, and on a terminal its colours
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -109,7 +110,7 @@ def parse(args: Sequence[str] | None) -> Finetune | Generate | Eval | Merge | In
     except SystemExit as exit:
         if not exit.code:
             raise
-        raise ValueError(re.sub(r"[\u2500-\u257f]+", " ", said.getvalue())) from exit
+        raise ValueError(re.sub(FRAME, " ", said.getvalue())) from exit
 
 
 def fail(message: str, code: int) -> int:

@@ -23,7 +23,7 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         >>> read_tokenizer(MODEL)("List")["input_ids"] != []
         True
     """
-    from transformers import AutoTokenizer, PreTrainedConfig  # takes seconds to import
+    from transformers import AutoTokenizer  # takes seconds to import
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     name, options = os.fspath(name_or_path), {**options, "trust_remote_code": False}
@@ -32,11 +32,7 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         with _never_asking():
             tokenizer_config = get_tokenizer_config(name, **options)
             has_code = "auto_map" in tokenizer_config
-            try:
-                config, _ = PreTrainedConfig.get_config_dict(name, **options)
-            except OSError:  # an adapter's folder has none
-                config = {}
-            _check_names(tokenizer_config, config)
+            _check_names(tokenizer_config, _model_config(name, options))
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
             _check_class(type(tokenizer), type(tokenizer).__name__)
             return tokenizer
@@ -53,6 +49,17 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         ) from error
 
 
+def _model_config(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of config.json; an adapter's folder has none."""
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **options)
+    except OSError:
+        return {}
+    return config
+
+
 class _Refused(ValueError):
     """What a file asks for is not done, and the message says what that is."""
 
@@ -63,13 +70,13 @@ def _check_names(tokenizer_config: Mapping[str, Any], config: Mapping[str, Any])
     transformers takes any of its own classes, and hands ``trust_remote_code`` to none of them: ``AutoProcessor`` or
     ``RagTokenizer`` would ask anew, and ``AutoModel`` would read weights.
     """
-    import transformers
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-    by_type = TOKENIZER_MAPPING_NAMES.get(config.get("model_type"))
+    by_type = TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type")))
     for name in (tokenizer_config.get("tokenizer_class"), config.get("tokenizer_class"), by_type):
         if name is not None:
-            _check_class(getattr(transformers, name, None), name)
+            _check_class(tokenizer_class_from_name(name), name)
+            _check_class(tokenizer_class_from_name(name.removesuffix("Fast")), name)  # which is looked up too
     for file in tokenizer_config.get("fast_tokenizer_files") or ():
         if not is_path_below(file):
             raise _Refused(f"its fast_tokenizer_files name {file}, which is not below the folder")
