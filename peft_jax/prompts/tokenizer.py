@@ -26,14 +26,14 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
     from transformers import AutoTokenizer  # takes seconds to import
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    name, options = os.fspath(name_or_path), {**options, "trust_remote_code": False}
-    has_code = False
+    name, has_code = os.fspath(name_or_path), False
+    options.pop("trust_remote_code", None)
     try:
         with _never_asking():
             tokenizer_config = get_tokenizer_config(name, **options)
             has_code = "auto_map" in tokenizer_config
             _check_names(tokenizer_config, _model_config(name, options))
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
             _check_class(type(tokenizer), type(tokenizer).__name__)
             return tokenizer
     except Exception as error:  # damaged files raise many kinds, and tokenizers a bare Exception
