@@ -6,8 +6,8 @@ import numpy as np
 
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.lora.initializers.table import TABLE
 
-STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 RANK_AXES = {"lora_A.weight": 0, "lora_B.weight": 1}
 
 
@@ -27,10 +27,11 @@ def without_start(
         ValueError: if the adapter did not start in the base, or the initial one is another adapter's.
     """
     init = config.init_lora_weights if isinstance(config, LoraConfig) else None
-    if not isinstance(config, LoraConfig) or init is not True and not str(init).startswith(STARTS_IN_THE_BASE):
+    if not isinstance(config, LoraConfig) or not (init is True or config.initializer.converts):
+        known = ", ".join(str(row.value) for row in TABLE if row.converts)
         raise ValueError(
             "path_initial_model_for_weight_conversion is for LoRA that starts in the base "
-            f"({', '.join(STARTS_IN_THE_BASE)}), and this is {config.peft_type} with init_lora_weights={init!r}. "
+            f"({known}), and this is {config.peft_type} with init_lora_weights={init!r}. "
             "Save it without."
         )
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):

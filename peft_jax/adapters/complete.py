@@ -10,7 +10,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix
 from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_target
 from peft_jax.methods.base import Method
-from peft_jax.methods.lora.nested_configs import layer_order
+from peft_jax.methods.lora.checks import layer_order
 from peft_jax.methods.trainable_tokens import tokens_by_module
 
 M = TypeVar("M", bound=Method)

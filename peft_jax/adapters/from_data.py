@@ -31,14 +31,11 @@ from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.lora import dora, grouped_conv
 from peft_jax.methods.lora.config import LoraConfig
-from peft_jax.methods.lora.initializers import corda, eva, from_weight, lora_ga
-from peft_jax.methods.lora.initializers.from_weight import Starter
-from peft_jax.methods.lora.nested_configs import (
-    FROM_DATA,
-    CordaConfig,
-    EvaConfig,
-    LoraGAConfig,
-)
+from peft_jax.methods.lora.initializers import corda, eva, lora_ga
+from peft_jax.methods.lora.initializers.base import Initialize
+from peft_jax.methods.lora.initializers.stacked import initialize_layers
+from peft_jax.methods.lora.initializers.table import from_data
+from peft_jax.methods.lora.nested_configs import CordaConfig, EvaConfig, LoraGAConfig
 from peft_jax.methods.whole import Part, config_of
 
 T = TypeVar("T")
@@ -95,9 +92,10 @@ def apply_lora_from_data(
         True
     """
     start = config.init_lora_weights
-    if start not in FROM_DATA:
+    if config.initializer.needs != "data":
         raise ValueError(
-            f"init_lora_weights={start!r} does not look at data. Write pj.apply_lora, or one of {', '.join(FROM_DATA)}."
+            f"init_lora_weights={start!r} does not look at data. Write pj.apply_lora, or one of "
+            f"{', '.join(from_data())}."
         )
     if fn is None and not isinstance(params, Handle):
         raise ValueError("A tree has to be run by somebody. Give fn=, a function of the tree and a batch.")
@@ -209,8 +207,8 @@ def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | No
         names, hit = layers_of(path, leaf)
         base = as_weight(leaf.base, leaf.layout)
         seen = jnp.reshape(sums[path], (-1, *sums[path].shape[-2:]))
-        starters = [_starter(config, one, bool(leaf.layout.stored_in_out)) for one in seen]
-        params, base = from_weight.begin(config, base, names, hit, key, starters)
+        initialize = [_initializer(config, one, bool(leaf.layout.stored_in_out)) for one in seen]
+        params, base = initialize_layers(config, base, names, hit, key, initialize)
         if config.use_dora:
             params[dora.MAGNITUDE] = dora.start(params, leaf.state, base)
         return dataclasses.replace(leaf, base=as_leaf(base), params=params, tag=tag)
@@ -226,12 +224,13 @@ def retagged(tag: Tag, start: LoraConfig) -> Tag:
     return dataclasses.replace(tag, config=whole)
 
 
-def _starter(config: LoraConfig, seen: jax.Array, stored_in_out: bool) -> Starter:
+def _initializer(config: LoraConfig, seen: jax.Array, stored_in_out: bool) -> Initialize:
+    """The initializer of one layer, given its statistics."""
     if config.init_lora_weights == "corda":
         method = CordaConfig(**(config.corda_config or {})).corda_method  # type: ignore[arg-type]
-        return lambda matrix, rank, scale, key: corda.start(matrix, seen, rank, scale, method)
+        return lambda matrix, rank, scale, key: corda.initialize(matrix, seen, rank, scale, method)
     options = LoraGAConfig(**(config.lora_ga_config or {}))  # type: ignore[arg-type]
-    return lambda matrix, rank, scale, key: lora_ga.start(matrix, seen, rank, scale, options, key, stored_in_out)
+    return lambda matrix, rank, scale, key: lora_ga.initialize(matrix, seen, rank, scale, options, key, stored_in_out)
 
 
 def language_mask(config: EvaConfig) -> Callable[[Any], Any]:

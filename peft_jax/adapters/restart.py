@@ -11,17 +11,17 @@ from peft_jax.adapters.statistics import changed, layers_of
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.lora.config import LoraConfig
-from peft_jax.methods.lora.initializers import from_weight
-from peft_jax.methods.lora.initializers.from_weight import Start
-from peft_jax.methods.lora.nested_configs import FROM_DATA
+from peft_jax.methods.lora.initializers.base import Factors
+from peft_jax.methods.lora.initializers.stacked import initialize_layers
 
 T = TypeVar("T")
 
 
 def leaves_base(config: object) -> bool:
     """Whether an adapter starts at what data say, and takes that out of the base."""
-    init = config.init_lora_weights if isinstance(config, LoraConfig) else None
-    return init in FROM_DATA and from_weight.changes_base(init or "")
+    if not isinstance(config, LoraConfig):
+        return False
+    return config.initializer.needs == "data" and config.initializer.changes_base
 
 
 def without_starts(params: T, adapter_name: str = "default") -> T:
@@ -52,14 +52,14 @@ def without_starts(params: T, adapter_name: str = "default") -> T:
             return leaf
         names, hit = layers_of(path, leaf)
         a, b = (jnp.reshape(leaf.params[role], (-1, *leaf.params[role].shape[-2:])) for role in ("lora_A", "lora_B"))
-        starters = [partial(_left, a=one, b=other) for one, other in zip(a, b, strict=True)]
+        initialize = [partial(_left, a=one, b=other) for one, other in zip(a, b, strict=True)]
         base = as_weight(leaf.base, leaf.layout)
-        _, base = from_weight.begin(config, base, names, hit, jax.random.key(0), starters)
+        _, base = initialize_layers(config, base, names, hit, jax.random.key(0), initialize)
         return dataclasses.replace(leaf, base=as_leaf(base))
 
     return changed(take_out, params)
 
 
-def _left(matrix: jax.Array, rank: int, scale: float, key: jax.Array, a: jax.Array, b: jax.Array) -> Start:
+def _left(matrix: jax.Array, rank: int, scale: float, key: jax.Array, a: jax.Array, b: jax.Array) -> Factors:
     a, b = a[:, :rank], b[:rank]
-    return Start(a, b, matrix - scale * a @ b)
+    return Factors(a, b, matrix - scale * a @ b)

@@ -16,7 +16,6 @@ from peft_jax.core.paths import dotted, keys_from_names, module_path, stacked_na
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
 from peft_jax.methods.lora.grouped_conv import groups_of
-from peft_jax.methods.lora.initializers.from_weight import changes_base
 from peft_jax.methods.whole import Follower, config_of
 
 T = TypeVar("T")
@@ -293,6 +292,7 @@ def _checked(
         config = known[name]
         if not isinstance(config, LoraConfig):
             raise ValueError(f"add_weighted_adapter is for LoRA, or IA3 alone, and '{name}' is {config.peft_type}.")
+        changes_more = config.initializer.changes_base or config.initializer.frozen
         wrong = {
             "use_dora": config.use_dora,
             "alora_invocation_tokens": config.alora_invocation_tokens,
@@ -300,9 +300,7 @@ def _checked(
             "trainable_token_indices": config.trainable_token_indices,
             "target_parameters": config.target_parameters,
             "bias": config.bias if config.bias != "none" else None,
-            "init_lora_weights": config.init_lora_weights
-            if changes_base(config.init_lora_weights) or config.frozen
-            else None,
+            "init_lora_weights": config.init_lora_weights if changes_more else None,
         }
         if set_fields := {field: value for field, value in wrong.items() if value}:
             raise ValueError(

@@ -24,7 +24,7 @@ from peft_jax.cli.shared.task import (
 )
 from peft_jax.core.targets import SAVED_HEADS
 from peft_jax.methods.base import Method, PeftConfig, by_name
-from peft_jax.methods.lora.nested_configs import FROM_DATA
+from peft_jax.methods.lora.initializers.table import from_data
 from peft_jax.methods.training_hooks import Scheduled
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train.data.batches import Data
@@ -136,11 +136,11 @@ def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, 
     if isinstance(config, PromptMethod):
         _check_prompt(config, options)
     config = with_fresh_modules(config, base)
-    if isinstance(config, pj.LoraConfig) and config.init_lora_weights in FROM_DATA:
+    if isinstance(config, pj.LoraConfig) and config.initializer.needs == "data":
         return resumed(base, options.run.output) if options.run.resume else started(base, config, options, data)
     if options.adapter.start_batches is not None:
         raise ValueError(
-            f"--start-batches is for a LoRA with init_lora_weights {', '.join(FROM_DATA)} in --peft-config. Leave it "
+            f"--start-batches is for a LoRA with init_lora_weights {', '.join(from_data())} in --peft-config. Leave it "
             "out."
         )
     return pj.get_peft_model(base, config, key=jax.random.key(options.training.seed))

@@ -23,7 +23,7 @@ from peft_jax.interop.describe import (
     spell,
 )
 from peft_jax.interop.formats import PREFIX
-from peft_jax.methods.lora.nested_configs import layer_order
+from peft_jax.methods.lora.checks import layer_order
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.defaults import prompt_sizes
 from peft_jax.models.registry import family_of, read_architecture

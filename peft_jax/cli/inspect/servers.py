@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from peft_jax.interop.describe import AdapterFolder
 from peft_jax.interop.formats import PEFT_VERSION
 from peft_jax.methods.base import PeftConfig
+from peft_jax.methods.lora.initializers.table import TABLE
 
 PEFT_TYPES = frozenset(
     "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 "
@@ -28,8 +29,6 @@ _HARMLESS = frozenset(
     "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core loftq_config eva_config corda_config "
     "lora_ga_config qalora_group_size runtime_config ensure_weight_tying".split()
 )
-# Starts that take a part out of the base's weights, which a server would have to do too.
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 class Verdict(NamedTuple):
@@ -86,7 +85,7 @@ def _not_plain(adapter: AdapterFolder) -> Iterator[str]:
     if config.get("bias", "none") != "none":
         yield f"it cannot do trained biases (bias={config['bias']!r})"
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if isinstance(start, str) and _changes_base(start.lower()):
         yield f"init_lora_weights={start!r} needs a changed base; save with path_initial_model_for_weight_conversion"
     for field, value in config.items():
         if field not in _HARMLESS and value not in (None, False, 0, "", [], {}):
@@ -131,3 +130,8 @@ def _tgi(adapter: AdapterFolder) -> Iterator[str]:
     padded = 8 if rank <= 8 else -(-rank // 16) * 16
     if padded != rank and len(ends) > 1:
         yield f"it pads rank {rank} to {padded}, and scales all targets but the first by it"
+
+
+def _changes_base(initializer: str) -> bool:
+    """Whether an initializer takes a part out of the base's weights, which a server would have to do too."""
+    return any(row.changes_base and row.is_meant_by(initializer) for row in TABLE)

@@ -20,18 +20,11 @@ from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.lora import alora, dora, grouped_conv
-from peft_jax.methods.lora.initializers import from_weight, random
-from peft_jax.methods.lora.nested_configs import (
-    FROM_DATA,
-    CordaConfig,
-    EvaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    check_invocation,
-    check_parameters,
-    check_replication,
-    check_start,
-)
+from peft_jax.methods.lora.checks import check_initializer, check_invocation, check_parameters, check_replication
+from peft_jax.methods.lora.initializers import random
+from peft_jax.methods.lora.initializers.stacked import initialize_layers
+from peft_jax.methods.lora.initializers.table import Initializer, find
+from peft_jax.methods.lora.nested_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peft_jax.methods.ranked import Ranked
 
 BIAS = "lora_bias"
@@ -140,7 +133,7 @@ class LoraConfig(Ranked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_probability(self, "lora_dropout")
-        check_start(self)
+        check_initializer(self)
         check_invocation(self)
         check_parameters(self)
         check_replication(self)
@@ -161,6 +154,11 @@ class LoraConfig(Ranked):
         """Those of the matrix, or of a convolution with groups."""
         shapes = super().leaf_shapes(module, layout, shape)
         return shapes if layout.groups == 1 else grouped_conv.shapes(self, module, layout, shapes)
+
+    @property
+    def initializer(self) -> Initializer:
+        """The row of ``init_lora_weights`` in the table of initializers."""
+        return find(self.init_lora_weights)
 
     def scaling(self, module: str) -> float:
         """Scale of the adapter of a module."""
@@ -183,7 +181,7 @@ class LoraConfig(Ranked):
             if getattr(self, field) and layout.lookup:
                 raise ValueError(f"{field} is not for embeddings, as '{names.flat[0]}' is. Target other modules.")
         init, ranks = self.init_lora_weights, self.ranks(names, hit)
-        if init in FROM_DATA:
+        if self.initializer.needs == "data":
             raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
         for name in names[hit]:
             self.leaf_shapes(name, layout, shape)  # raises where they do not suit
@@ -202,12 +200,13 @@ class LoraConfig(Ranked):
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """`init`, or a start from the base, with the norms of its columns for DoRA."""
         params, state = self.init(base.layout, base.shape, names, hit, key)
-        if self.init_lora_weights == "loftq" and base.layout.lookup:
+        row = self.initializer
+        if row.embeddings == "refused" and base.layout.lookup:
             raise ValueError(
-                f"init_lora_weights='loftq' is not for embeddings, as '{names.flat[0]}' is. Target others."
+                f"init_lora_weights={row.value!r} is not for embeddings, as '{names.flat[0]}' is. Target others."
             )
-        if from_weight.starter(self) is not None and (self.frozen or not base.layout.lookup):
-            params, base = from_weight.begin(self, base, names, hit, key)
+        if row.make is not None and (row.embeddings == "own" or not base.layout.lookup):
+            params, base = initialize_layers(self, base, names, hit, key, [row.make(self)] * names.size)
         state |= {role: params.pop(role) for role in self.frozen}
         if self.use_dora:
             params[dora.MAGNITUDE] = dora.start(params, state, base)
@@ -224,8 +223,8 @@ class LoraConfig(Ranked):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """With ``"mica"`` B."""
-        return ("lora_B",) if self.init_lora_weights == "mica" else ()
+        """Factors that the initializer leaves untrained: B with ``"mica"``."""
+        return self.initializer.frozen
 
     def changes_bias(self, module: str) -> bool:
         """With ``lora_bias``, that of all tokens."""
@@ -233,11 +232,10 @@ class LoraConfig(Ranked):
 
     def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
         """The base without what the factors started at, as PEFT takes it out again."""
-        if from_weight.starter(self) is None or not from_weight.changes_base(self.init_lora_weights):
-            return base  # a start that looked at data cannot be made again: the base is the one that it left
-        if base.layout.lookup:
-            return base
-        return from_weight.begin(self, base, names, hit, jax.random.key(0))[1]
+        row = self.initializer
+        if row.make is None or not row.changes_base or base.layout.lookup:
+            return base  # what data gave cannot be computed again: the base is the one that the initializer left
+        return initialize_layers(self, base, names, hit, jax.random.key(0), [row.make(self)] * names.size)[1]
 
     def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
         """With ``lora_bias``, whether the layers have none."""

@@ -33,9 +33,9 @@ def shapes(
             f"'{module}' is a convolution of {groups} groups, which share the rank, and it is {rank}. Choose a "
             f"multiple of {groups}, here by rank_pattern, or do not target it."
         )
-    init, wrong = config.init_lora_weights, {}
-    if init not in (True, False, "gaussian"):
-        wrong["init_lora_weights"] = init
+    wrong = {}
+    if config.initializer.needs != "nothing":
+        wrong["init_lora_weights"] = config.init_lora_weights
     for field in ("use_dora", "alora_invocation_tokens", "target_parameters"):
         if value := getattr(config, field):
             wrong[field] = value

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.methods.lora.initializers.from_weight import Start
+from peft_jax.methods.lora.initializers.base import Factors
 
 
 def moment(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -16,7 +16,7 @@ def moment(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.pad(jnp.matmul(x.T, x, precision="highest"), ((0, 1), (0, 1))).at[-1, -1].set(1)
 
 
-def start(matrix: jax.Array, covariance: jax.Array, rank: int, scale: float, method: str) -> Start:
+def initialize(matrix: jax.Array, covariance: jax.Array, rank: int, scale: float, method: str) -> Factors:
     """CorDA's start: directions of the matrix as its inputs weigh them, the largest ("ipm") or smallest ("kpm").
 
     Args:
@@ -40,4 +40,4 @@ def start(matrix: jax.Array, covariance: jax.Array, rank: int, scale: float, met
     chosen = slice(None, rank) if method == "ipm" else slice(len(s) - rank, None)
     root = jnp.sqrt(s[chosen] / scale)
     a, b = (vt[chosen] @ inverse).T * root[None], (u[:, chosen] * root[None]).T
-    return Start(a, b, matrix - scale * a @ b)
+    return Factors(a, b, matrix - scale * a @ b)

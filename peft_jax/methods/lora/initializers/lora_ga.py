@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.methods.lora.initializers import from_weight
-from peft_jax.methods.lora.initializers.from_weight import Start
+from peft_jax.methods.lora.initializers.base import Factors
 from peft_jax.methods.lora.nested_configs import LoraGAConfig
 
 
-def start(
+def initialize(
     matrix: jax.Array,
     gradient: jax.Array,
     rank: int,
@@ -20,7 +20,7 @@ def start(
     options: LoraGAConfig,
     key: jax.Array,
     stored_in_out: bool = False,
-) -> Start:
+) -> Factors:
     """LoRA-GA's start: the directions of the gradient, so that the first step is near that of full fine-tuning.
 
     Args:
@@ -56,4 +56,4 @@ def start(
         b = jnp.where(s[of_b][0] > 0, b * largest / s[of_b][0], b)
     elif options.scale == "gd_scale":
         a, b = a / scale, b / scale
-    return Start(a, b, matrix - scale * a @ b)
+    return Factors(a, b, matrix - scale * a @ b)
