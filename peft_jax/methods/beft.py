@@ -4,7 +4,7 @@ Huang et al., 2025, https://arxiv.org/abs/2509.15974, section 3. Numbers follow 
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -14,21 +14,22 @@ import numpy as np
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, Method, register
+from peft_jax.methods.target_fields import TargetFields
 
 UNBIASED = "unbiased"  # in the state of a matrix: which of its layers have no bias of their own
 
 
 @register("BEFT")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BeftConfig(Method):
+class BeftConfig(TargetFields, Method):
     """Adds a trained bias to the outputs of layers; fields and defaults are PEFT's.
 
     Where a layer has a bias, the leaf ``bias`` beside its matrix, the two are one sum. Where it has none, the trained
     one is added to products with the matrix and to lookups in it, and there is nothing to merge it into.
 
+    It goes on the modules that the fields of `TargetFields` say.
+
     Attributes:
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        modules_to_save: Modules trained whole, beside the adapter.
         init_weights: True starts at zeros; False at normal numbers.
 
     Raises:
@@ -44,8 +45,6 @@ class BeftConfig(Method):
     takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"beft_bias": ("out",)}
 
-    target_modules: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
     init_weights: bool = True
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:

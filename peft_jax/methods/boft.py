@@ -17,27 +17,25 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 
 @register("BOFT")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BOFTConfig(Method):
+class BOFTConfig(TargetFields, ExcludeFields, LayerFields, Method):
     """Rotates the inputs of a frozen matrix by butterfly factors, and scales its outputs; fields are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         boft_block_size: Size of the blocks, a divisor of the layer's inputs; 0 to give their number instead.
         boft_block_num: Number of blocks; 0 to give their size instead.
         boft_n_butterfly_factor: Number of factors, at least 1. With several the blocks' size and number are even, and
             the inputs are a multiple of the block size times two for each further factor.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         boft_dropout: In training, the share of blocks of one factor, chosen at random, that do not rotate.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"boft_only"`` (those of adapted modules).
-        modules_to_save: Modules trained whole, beside the adapter.
         init_weights: True starts at no rotation and no scale; False at random ones.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
 
     Raises:
         ValueError: if a field has a value that is wrong, or does not suit a layer's size; the message names it.
@@ -59,15 +57,10 @@ class BOFTConfig(Method):
     boft_block_size: int = 4
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = 1
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     boft_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

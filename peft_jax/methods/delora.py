@@ -5,7 +5,7 @@ norm of each input's weights, not one norm of them all, and B starts at zero.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -20,6 +20,7 @@ from peft_jax.core.weight import Weight, as_weight, varying
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, kaiming
 from peft_jax.methods.ranked import Ranked
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 TRAINED, NORM = ("delora_A", "delora_B", "delora_lambda"), "delora_w_norm"
 LAMBDA = TRAINED[-1]
@@ -28,22 +29,19 @@ SMALLEST = 1e-4  # a norm below it counts as this
 
 @register("DELORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeloraConfig(Ranked):
+class DeloraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
     """Adds a low-rank matrix of bounded norm; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         r: Rank of the added matrix, at least 1.
         delora_lambda: Start of λ, which bounds the norm of the change in proportion to the weights; it is trained.
         module_dropout: Probability of zeroing an input of the change in training, in [0, 1), as PEFT does by that name.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"delora_only"`` (those of adapted modules).
         init_weights: True starts at no change (A as PyTorch's Linear, B zero); False at a random one.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
         rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
         lambda_pattern: Start of λ by pattern of module paths, where it differs from ``delora_lambda``.
-        modules_to_save: Modules trained whole, beside the adapter.
 
     Raises:
         ValueError: if a field has a value that is wrong; the message names it.
@@ -66,15 +64,10 @@ class DeloraConfig(Ranked):
     r: int = 8
     delora_lambda: float = 15
     module_dropout: float = 0.0
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     bias: str = "none"
     init_weights: bool = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     lambda_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
-    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ Huang et al., 2025, https://openreview.net/forum?id=TwJrTz9cRS, equation 3. Numb
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -18,23 +18,21 @@ from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, kaiming, unsupported
 from peft_jax.methods.ranked import Ranked, add
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 
 @register("HIRA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HiraConfig(Ranked):
+class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
     """Changes each weight by a low-rank proportion; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         r: Rank of the proportions, at least 1.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         hira_dropout: Probability of zeroing an input of the change in training, in [0, 1).
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
-        modules_to_save: Modules trained whole, beside the adapter.
         init_weights: True (A as PyTorch's Linear, B zero), ``"gaussian"`` or False (both normal).
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
 
     PEFT knows ``rank_pattern`` but makes every adapter of rank ``r``; here it is refused away from its default.
 
@@ -52,14 +50,9 @@ class HiraConfig(Ranked):
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"hira_A": ("in", "rank"), "hira_B": ("rank", "out")}
 
     r: int = 32
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     hira_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    modules_to_save: Sequence[str] | None = None
     init_weights: bool | str | None = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     rank_pattern: dict[str, int] = unsupported({})
 
     def __post_init__(self) -> None:

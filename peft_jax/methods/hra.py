@@ -4,7 +4,7 @@ Yuan et al., 2024, https://arxiv.org/abs/2405.17484, equation 3. Numbers follow 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -15,25 +15,23 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_rank, kaiming
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 
 @register("HRA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HRAConfig(Method):
+class HRAConfig(TargetFields, ExcludeFields, LayerFields, Method):
     """Reflects the inputs of a frozen matrix at trained hyperplanes; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         r: Number of reflections, at least 1. If it is odd they start at random, as in PEFT, and a fresh adapter
             changes the outputs; if it is even they start as pairs that cancel.
         apply_GS: Whether the hyperplanes' normals are made orthogonal (Gram-Schmidt). Pairs cannot be: it goes with
             ``init_weights=False``.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         init_weights: True starts as said at ``r``; False at random.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"hra_only"`` (those of adapted modules).
-        modules_to_save: Modules trained whole, beside the adapter.
 
     Raises:
         ValueError: if a field has a value that is wrong; the message names it.
@@ -51,13 +49,8 @@ class HRAConfig(Method):
 
     r: int = 8
     apply_GS: bool = False  # noqa: N815  # PEFT's name
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

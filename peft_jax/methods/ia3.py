@@ -16,22 +16,22 @@ from peft_jax.core.adapted import apply_merged
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
+from peft_jax.methods.target_fields import ExcludeFields, TargetFields
 
 
 @register("IA3")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IA3Config(Method):
+class IA3Config(TargetFields, ExcludeFields, Method):
     """Multiplies the inputs or outputs of a frozen layer by a trained vector; fields and defaults are PEFT's.
 
     The outputs include the layer's bias, which is the leaf ``bias`` beside the matrix.
 
+    It goes on the modules that the fields of `TargetFields` and `ExcludeFields` say.
+
     Attributes:
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         feedforward_modules: Which of the targets are scaled at their inputs: ends of paths, or one regex; ``[]`` for
             none. None takes a model's default, and is an error where there is none.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
-        modules_to_save: Modules trained whole, beside the adapter.
         init_ia3_weights: True starts at ones; False at normal numbers.
 
     Raises:
@@ -47,11 +47,8 @@ class IA3Config(Method):
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"ia3_in": ("in",), "ia3_out": ("out",)}
 
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     feedforward_modules: str | Sequence[str] | None = None
     fan_in_fan_out: bool = False
-    modules_to_save: Sequence[str] | None = None
     init_ia3_weights: bool = True
 
     def __post_init__(self) -> None:

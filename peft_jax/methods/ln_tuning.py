@@ -4,20 +4,21 @@ Zhao et al., 2023, https://arxiv.org/abs/2312.11420, section 3. Files follow PEF
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 from peft_jax.methods.base import Method, register
+from peft_jax.methods.target_fields import ExcludeFields, TargetFields
 
 
 @register("LN_TUNING")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LNTuningConfig(Method):
+class LNTuningConfig(TargetFields, ExcludeFields, Method):
     """Trains a copy of whole modules, mostly normalizations; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields` and `ExcludeFields` say.
 
     Attributes:
         target_modules: Names (ends of module paths), or one regex for whole paths, of any modules with weights.
-        exclude_modules: Names, or one regex, of modules to leave out.
         modules_to_save: Modules trained whole too, under names of their own in the file.
 
     Raises:
@@ -31,7 +32,3 @@ class LNTuningConfig(Method):
     """
 
     replaces: ClassVar[bool] = True
-
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None

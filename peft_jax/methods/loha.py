@@ -4,7 +4,7 @@ Hyeon-Woo et al., 2021, https://arxiv.org/abs/2108.06098, proposition 1. Numbers
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -16,26 +16,24 @@ from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import kaiming, unsupported
 from peft_jax.methods.lycoris import Lycoris
 from peft_jax.methods.ranked import add
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 
 @register("LOHA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoHaConfig(Lycoris):
+class LoHaConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
     """Adds the elementwise product of two low-rank matrices; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
         alpha_pattern: Alpha by pattern of module paths, where it differs from ``alpha``.
         r: Rank of each of the two matrices, at least 1.
         alpha: Numerator of the scale ``alpha / r``.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         rank_dropout: Probability of dropping an output of the change in training, in [0, 1); the others count more.
         module_dropout: Probability of dropping the whole change of a layer in training, in [0, 1).
         init_weights: True starts at no change; False at a random one.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
-        modules_to_save: Modules trained whole, beside the adapter.
 
     Every other field of PEFT's ``LoHaConfig`` is known, and refused away from its default.
 
@@ -64,12 +62,7 @@ class LoHaConfig(Lycoris):
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = unsupported(False)
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """Two factors of each of the two matrices ``(out, in)``."""

@@ -5,7 +5,7 @@ Yeh et al., 2023, https://arxiv.org/abs/2309.14859, equation 4. Numbers follow P
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,14 +17,17 @@ from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import kaiming, unsupported
 from peft_jax.methods.lycoris import Lycoris
 from peft_jax.methods.ranked import add
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 FACTORS = ("lokr_w1", "lokr_w2")
 
 
 @register("LOKR")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKrConfig(Lycoris):
+class LoKrConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
     """Adds a Kronecker product of two small matrices; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
@@ -33,15 +36,10 @@ class LoKrConfig(Lycoris):
         alpha: Numerator of the scale ``alpha / r``, which counts for full factors too.
         decompose_both: Whether the first factor is low-rank by the same rule.
         decompose_factor: Sides of the first factor, where it divides those of the weight; -1 for near square roots.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         rank_dropout: Probability of dropping an output of the change in training, in [0, 1).
         module_dropout: Probability of dropping the whole change of a layer in training, in [0, 1).
         init_weights: True starts with W1 zero, ``"lycoris"`` with W2 zero; False at a random change.
         rank_dropout_scale: Whether the outputs that ``rank_dropout`` leaves count more, by the share of them.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
-        modules_to_save: Modules trained whole, beside the adapter.
 
     Every other field of PEFT's ``LoKrConfig`` is known, and refused away from its default.
 
@@ -76,12 +74,7 @@ class LoKrConfig(Lycoris):
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     init_weights: bool | str = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ Numbers follow PEFT 0.21.2.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -17,25 +17,23 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability, check_rank, kaiming
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 
 @register("MISS")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MissConfig(Method):
+class MissConfig(TargetFields, ExcludeFields, LayerFields, Method):
     """Adds one trained block of rows to every block of rows of a frozen matrix; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         r: Rows of the block, at least 1 and at most the layer's inputs.
         miss_dropout: Probability of zeroing an input of the change in training, in [0, 1); none for ``"bat"``.
         mini_r: Columns of the block for ``"mini"``, a divisor of the layer's outputs.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         init_weights: Which variant: True; False, which starts at random; ``"bat"``, whose blocks are square, one for
             each ``r`` outputs, and multiply the weight too; ``"mini"``, whose block is repeated over the outputs too.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"MiSS_only"`` (those of adapted modules).
-        modules_to_save: Modules trained whole, beside the adapter.
 
     Raises:
         ValueError: if a field has a value that is wrong, or does not suit a layer's size; the message names it.
@@ -58,13 +56,8 @@ class MissConfig(Method):
     r: int = 64
     miss_dropout: float = 0.0
     mini_r: int = 1
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     init_weights: bool | str = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ after a few terms: Qiu et al., 2025, https://arxiv.org/abs/2506.19847. Numbers f
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -19,12 +19,15 @@ from peft_jax.core.product import Lookup, Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 
 @register("OFT")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OFTConfig(Method):
+class OFTConfig(TargetFields, ExcludeFields, LayerFields, Method):
     """Rotates the inputs of a frozen matrix, the outputs of an embedding; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         r: Number of blocks; 0 to give their size instead.
@@ -32,14 +35,9 @@ class OFTConfig(Method):
             layer's size is taken.
         module_dropout: In training, the share of blocks, chosen at random, that do not rotate; a block that is shared
             rotates always. It is the rule that PEFT has, and forgets to use.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"oft_only"`` (those of adapted modules).
-        exclude_modules: Names, or one regex, of modules to leave out.
         init_weights: True starts at no rotation; False at random ones.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
-        modules_to_save: Modules trained whole, beside the adapter.
         coft: Whether rotations are constrained (COFT): the angles of each block count as put back into a ball, where
             each step of training starts.
         eps: With ``coft``, the largest norm of a block's Q, times the square root of the number of blocks.
@@ -68,14 +66,9 @@ class OFTConfig(Method):
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = 0.0
-    target_modules: str | Sequence[str] | None = None
     fan_in_fan_out: bool = False
     bias: str = "none"
-    exclude_modules: str | Sequence[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False

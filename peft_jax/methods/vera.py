@@ -17,29 +17,28 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability, check_rank
+from peft_jax.methods.target_fields import LayerFields, TargetFields
 
 
 @register("VERA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VeraConfig(Method):
+class VeraConfig(TargetFields, LayerFields, Method):
     """Trains two vectors a layer between random matrices; fields and defaults are PEFT's.
 
     The matrices are as large as the largest adapted layer asks for, and each layer takes its part from their
     beginning. In a file they stand once; in a tree each leaf has its part, once for each of its stacked layers.
 
+    It goes on the modules that the fields of `TargetFields` and `LayerFields` say.
+
     Attributes:
         r: Rank of the random matrices, at least 1.
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
         projection_prng_key: Seed of the random matrices, which are those that PyTorch draws from it.
         save_projection: Whether files hold the random matrices; without them they are drawn again from the seed.
         vera_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
         d_initial: Start of the vector between the matrices.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"vera_only"`` (those of adapted modules).
-        modules_to_save: Modules trained whole, beside the adapter.
         init_weights: True starts at no change; False at a random vector between the matrices and ones behind them.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
 
     Raises:
         ValueError: if a field has a value that is wrong; the message names it.
@@ -56,17 +55,13 @@ class VeraConfig(Method):
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"vera_lambda_d": ("rank",), "vera_lambda_b": ("out",)}
 
     r: int = 256
-    target_modules: str | Sequence[str] | None = None
     projection_prng_key: int = 0
     save_projection: bool = True
     vera_dropout: float = 0.0
     d_initial: float = 0.1
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

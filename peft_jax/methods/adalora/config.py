@@ -6,7 +6,7 @@ choice of singular values is in `peft_jax.methods.adalora.rank_allocator`. Numbe
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -23,6 +23,7 @@ from peft_jax.methods.adalora import rank_allocator
 from peft_jax.methods.adalora.rank_allocator import Allocation
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 from peft_jax.methods.training_hooks import (
     Leaves,
     Scheduled,
@@ -34,11 +35,13 @@ from peft_jax.methods.whole import Part
 
 @register("ADALORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig(Scheduled):
+class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, Scheduled):
     """Adds a low-rank matrix whose rank training takes from where it matters least; fields and defaults are PEFT's.
 
     The schedule counts optimizer updates from 1 and runs in the training step by itself (`peft_jax.train.start`,
     `peft_jax.train.make_training_step`); the last choice falls at ``total_step - tfinal``.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         init_r: Rank of each layer at the start, at least 1.
@@ -53,13 +56,8 @@ class AdaLoraConfig(Scheduled):
         rank_pattern: Which ranks were kept, by module path and ``.lora_E``; found by training.
         lora_alpha: The added matrix is scaled by ``lora_alpha / init_r``; at 0 or below it is not scaled, as in PEFT.
         lora_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted modules).
-        modules_to_save: Modules trained whole, beside the adapter.
         init_lora_weights: True (E zero, so that nothing is changed) or False (all random).
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
         r: Not used, as in PEFT; a value of its own draws a warning.
 
@@ -95,13 +93,8 @@ class AdaLoraConfig(Scheduled):
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # PEFT's field, of another kind here
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
     init_lora_weights: bool = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     fan_in_fan_out: bool = False
     r: int = dataclasses.field(default=8, metadata={"unused": True})
     use_rslora: bool = unsupported(False)

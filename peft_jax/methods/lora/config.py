@@ -26,6 +26,7 @@ from peft_jax.methods.lora.initializers.stacked import initialize_layers
 from peft_jax.methods.lora.initializers.table import Initializer, find
 from peft_jax.methods.lora.nested_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peft_jax.methods.ranked import Ranked
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 BIAS = "lora_bias"
 UNBIASED = "unbiased"  # in the state: the layer has no bias that the trained one could be added to
@@ -33,19 +34,18 @@ UNBIASED = "unbiased"  # in the state: the layer has no bias that the trained on
 
 @register("LORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(Ranked):
+class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
     """Adds a trainable low-rank matrix to a frozen weight; fields and defaults are PEFT's.
+
+    It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
 
     Attributes:
         r: Rank of the added matrix, at least 1; at a convolution with groups, which has no merged form, a multiple of
             their number.
         lora_alpha: Numerator of its scale ``lora_alpha / r``.
         lora_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
-        target_modules: Names (ends of module paths), one regex for whole paths, or ``"all-linear"``.
-        exclude_modules: Names, or one regex, of modules to leave out.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted modules).
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead.
-        modules_to_save: Modules trained whole, beside the adapter.
         init_lora_weights: True (A as PyTorch's Linear, B zero), False (both random), ``"gaussian"`` (A normal, B
             zero), ``"orthogonal"`` (a product of zero), or one that takes a part out of the base, which the adapter
             then is: ``"pissa"`` and ``"pissa_niter_N"`` (the largest singular values), ``"olora"`` (columns of a QR),
@@ -62,8 +62,6 @@ class LoraConfig(Ranked):
         eva_config: Options of EVA, an `EvaConfig`.
         corda_config: Options of CorDA, a `CordaConfig`.
         lora_ga_config: Options of LoRA-GA, a `LoraGAConfig`.
-        layers_to_transform: Index or indices of the layers to adapt; None for all.
-        layers_pattern: Name of the list of layers, if it is not the first numbered one.
         rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
         alpha_pattern: Alpha by pattern of module paths, where it differs from ``lora_alpha``.
         use_dora: Train the norms of the weight's columns apart from their directions (DoRA).
@@ -96,17 +94,12 @@ class LoraConfig(Ranked):
     first: ClassVar[str | None] = "lora_A"
 
     r: int = 8
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: Sequence[str] | None = None
     init_lora_weights: bool | str = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     megatron_config: dict[str, Any] | None = unsupported(None)
