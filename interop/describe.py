@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft_jax.interop.files import CONFIG, read_config
-from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, PREFIX, WEIGHTS_FILE
+from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, KEYS, PREFIX, ROWS, WEIGHTS_FILE
 from safetensors import SafetensorError, safe_open
 
-from peft_jax.core.targets import is_target, pattern_value
+from peft_jax.core.targets import ALL_LINEAR, is_target, pattern_value
 from peft_jax.methods.base import CONFIG_FILE
 
 PICKLE_FILE = "adapter_model.bin"
@@ -161,8 +161,26 @@ class AdapterFolder:
             return None
         return "names and shapes" if self.peft_type == "LORA" else "names"
 
+    @property
+    def unasked(self) -> list[str]:
+        """Modules with tensors of the method that the config does not name, as far as it says without a base."""
+        targets, kinds = self.config.get("target_modules"), ROWS.get(self.peft_type, {})
+        follows_base = targets is None or isinstance(targets, str) and targets.lower() == ALL_LINEAR
+        if follows_base or self.config.get("target_parameters") or self.peft_type in KEYS:
+            return []
+        ends = tuple({f".{row.suffix}" for rows in kinds.values() for row in rows})
+        config = _target_fields(self.config)
+        found: dict[str, None] = {}
+        for key in self.tensors or {}:
+            end = next((end for end in ends if key.endswith(end)), None)
+            module = key.removeprefix(PREFIX).removesuffix(end or "")
+            is_tied = module.endswith(EMBEDDING_MODULES)  # may have those of the embedding that is a target
+            if end is not None and not is_tied and not is_target(config, module):
+                found[module] = None
+        return list(found)
+
     def problems(self) -> list[str]:
-        """What contradicts itself: ranks that are not the config's, a LoRA matrix without its partner."""
+        """What contradicts itself: other modules or ranks than the config's, a LoRA matrix without its partner."""
         if self.tensors is None:
             return []
         found = [] if self.tensors else [f"{WEIGHTS_FILE} holds no tensors"]
@@ -170,6 +188,7 @@ class AdapterFolder:
             wanted = tokens * (self.config.get("num_transformer_submodules") or 1)
             if self.prompt[0] not in (tokens, wanted):
                 found.append(f"{PROMPT_KEY} has {self.prompt[0]} rows, but {CONFIG_FILE} says {wanted}")
+        found += [f"{module} has tensors, but {CONFIG_FILE} does not ask for it" for module in self.unasked]
         if self.peft_type != "LORA" or self.reshaped:
             return found
         for module, shapes in self.lora_shapes.items():
@@ -305,14 +324,19 @@ def _missing(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> l
     """Modules of the base that the config means and the file does not have."""
     if not adapter.ranks:
         return []
-    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    config = SimpleNamespace(**{name: adapter.config.get(name) for name in fields})
+    config = _target_fields(adapter.config)
     modules = [key.removesuffix(".weight") for key, shape in shapes.items() if len(shape) == 2]
     return [
         f"the adapter has nothing for {module}, which {CONFIG_FILE} means"
         for module in modules
         if is_target(config, module) and module not in adapter.ranks
     ]
+
+
+def _target_fields(config: Mapping[str, Any]) -> Any:
+    """The fields that `is_target` reads."""
+    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    return SimpleNamespace(**{name: config.get(name) for name in fields})
 
 
 def spell(shape: tuple[int, ...]) -> str:

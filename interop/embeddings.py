@@ -27,7 +27,7 @@ def whole_embeddings(
         params: A tree or model handle.
         config: The adapter's config.
         layout: As in `peft_jax.apply_adapter`, for a bare tree.
-        values: Whether the tensors are needed; else they are empty.
+        values: Whether their numbers are needed; else they are zeros that take no memory.
     """
     tree = params.params if isinstance(params, Handle) else params
     layouts = {**params.layouts(), **(layout or {})} if isinstance(params, Handle) else layout
@@ -37,7 +37,7 @@ def whole_embeddings(
             for name in _names(params, str(leaf.names[index])):
                 end = TORCH_NAMES.get(leaf.path.rsplit(".", 1)[-1])
                 if end and leaf.layout is not None and not is_saved_module(config, name):
-                    tensors[f"{PREFIX}{name}.{end}"] = base_matrix(leaf, index, config) if values else np.zeros(0)
+                    tensors[f"{PREFIX}{name}.{end}"] = base_matrix(leaf, index, config, values=values)
     return tensors
 
 
@@ -49,19 +49,30 @@ def _names(params: Any, module: str) -> set[str]:
     return {module, *tied} & {params.input_module, params.output_module}
 
 
-def without_embeddings(params: Any, config: Method, tensors: Tensors, layout: Layouts | None = None) -> Tensors:
+def without_embeddings(
+    params: Any, config: Method, tensors: Tensors, layout: Layouts | None = None, *, values: bool = True
+) -> Tensors:
     """The tensors of a file without the base's embeddings, which ``save_embedding_layers=True`` puts there.
+
+    Args:
+        params: A tree or model handle.
+        config: The adapter's config.
+        tensors: The tensors.
+        layout: As in `peft_jax.apply_adapter`, for a bare tree.
+        values: Whether their numbers are compared with this base's, not their shapes alone.
 
     Raises:
         ValueError: if one of them differs from this base's.
     """
-    if not whole_embeddings(params, config, layout, values=False).keys() & tensors.keys():
+    known = whole_embeddings(params, config, layout, values=False)
+    if not known.keys() & tensors.keys():
         return tensors
-    copies = whole_embeddings(params, config, layout)
+    copies = whole_embeddings(params, config, layout) if values else known
     for key in sorted(copies.keys() & tensors.keys()):
-        if tensors[key].shape != copies[key].shape or not np.array_equal(
-            tensors[key].astype(copies[key].dtype), copies[key]
-        ):
+        is_copy = tensors[key].shape == copies[key].shape
+        if is_copy and values:
+            is_copy = np.array_equal(tensors[key].astype(copies[key].dtype), copies[key])
+        if not is_copy:
             raise ValueError(
                 f"The adapter does not fit this base: {key} of shape {tensors[key].shape} differs from this base's of "
                 f"shape {copies[key].shape}. Load it on the base that it was made for, with its embeddings as large."

@@ -27,15 +27,18 @@ def at_the_ends(params: Any, adapted: set[str]) -> set[str]:
     return set(filter(_is_embedding, adapted))
 
 
-def base_tensors(leaf: Leaf, config: Method, stored: set[str]) -> dict[str, np.ndarray]:
-    """The base weight that PEFT stores beside an adapter on the modules ``stored``, a model's embedding and head."""
+def base_tensors(leaf: Leaf, config: Method, stored: set[str], *, values: bool = True) -> dict[str, np.ndarray]:
+    """The base weight that PEFT stores beside an adapter on the modules ``stored``, a model's embedding and head.
+
+    Without ``values`` they are zeros that take no memory.
+    """
     if not config.saves_embeddings or not targets_embedding(config, stored):
         return {}
     found = {}
     for index in np.ndindex(leaf.names.shape):
         name = str(leaf.names[index])
         if name in stored:
-            found[f"{PREFIX}{name}.base_layer.weight"] = base_matrix(leaf, index, config)
+            found[f"{PREFIX}{name}.base_layer.weight"] = base_matrix(leaf, index, config, values=values)
     return found
 
 
@@ -97,8 +100,11 @@ def is_transposed(leaf: Leaf, config: Method) -> bool:
     return bool(leaf.layout.inp) and not leaf.layout.lookup and not in_out
 
 
-def base_matrix(leaf: Leaf, index: tuple[int, ...], config: Method) -> np.ndarray:
-    """A layer's weight without adapters, as PyTorch has it."""
+def base_matrix(leaf: Leaf, index: tuple[int, ...], config: Method, *, values: bool = True) -> np.ndarray:
+    """A layer's weight without adapters, as PyTorch has it; without ``values`` zeros that take no memory."""
+    if not values:
+        shape = leaf.layout.sizes(leaf.value.shape) if leaf.layout.inp else leaf.layout.sizes(leaf.value.shape)[1:]
+        return np.broadcast_to(np.float32(0), shape[::-1] if is_transposed(leaf, config) else shape)
     matrix = _base(leaf)[index]
     return np.ascontiguousarray(matrix.T if is_transposed(leaf, config) else matrix)
 

@@ -37,7 +37,12 @@ from peft_jax.interop.formats import (
 )
 
 from peft_jax.adapters.attach import EMBEDDING, beside_target
-from peft_jax.adapters.complete import untied_for, with_replicas
+from peft_jax.adapters.complete import (
+    expand_all_linear,
+    untied_for,
+    with_model_defaults,
+    with_replicas,
+)
 from peft_jax.adapters.plan import (
     FOLLOWS,
     TOKENS,
@@ -53,16 +58,16 @@ from peft_jax.adapters.target_parameters import (
     is_parameter,
     with_parameters,
 )
-from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
+from peft_jax.core.adapted import Adapted, Tag, adapters, check_adapter_name, is_adapted, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
-from peft_jax.core.paths import TORCH_NAMES
-from peft_jax.core.targets import is_target
+from peft_jax.core.paths import torch_name
+from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.trainable_tokens import tokens_by_module, tokens_shape
-from peft_jax.methods.whole import Part, config_of
+from peft_jax.methods.whole import REPLACED, Part, config_of
 from peft_jax.prompts.attach_prompt import prompt_places
 from peft_jax.prompts.base import PromptMethod
 
@@ -126,7 +131,7 @@ def get_peft_model_state_dict(
             targets; True those, or both if neither is one; False none.
 
     Raises:
-        ValueError: if there is no such adapter.
+        ValueError: if there is no such adapter, or two leaves have one key.
 
     Example:
         >>> import peft_jax as pj
@@ -145,11 +150,18 @@ def get_peft_model_state_dict(
     check_apart([leaf for leaf, _ in matrices], config)
     adapted = {name for leaf, node in matrices for name in _hits(leaf, node)}
     tensors: dict[str, np.ndarray] = {}
+    owners: dict[str, str] = {}
     for leaf, node in nodes:
         role = node.tag.config.role if isinstance(node.tag.config, Part) else None
         arrays = config.saved(node.params, node.state) if role is None else node.params
         tokens = getattr(node.tag.config, "tokens", ())
         for entry in _entries(Choice(0, leaf, _hit(node), role, tokens), config, adapted):
+            if entry.key in owners:
+                raise ValueError(
+                    f"The leaves '{owners[entry.key]}' and '{leaf.path}' both have the key '{entry.key}' in a file. "
+                    "Rename one of them."
+                )
+            owners[entry.key] = leaf.path
             array = np.asarray(arrays[entry.role][entry.layer])[entry.place]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
@@ -168,12 +180,12 @@ def get_peft_model_state_dict(
 def set_peft_model_state_dict(
     params: Any, config: Method, tensors: Tensors, *, adapter_name: str = "default", layout: Layouts | None = None
 ) -> Any:
-    """A new tree or handle with an adapter made of PEFT's tensors, whose keys decide which layers are adapted.
+    """A new tree or handle with an adapter made of PEFT's tensors; the config decides which layers are adapted.
 
     Args:
         params: The base: a tree or a model handle.
-        config: The adapter's config.
-        tensors: Tensors under PEFT's keys.
+        config: The adapter's config. Fields that are None get the model's defaults, as in PEFT.
+        tensors: Tensors under PEFT's keys: those that the config asks for on this base, and no others.
         adapter_name: Name to give the adapter.
         layout: As in `peft_jax.apply_adapter`, for a bare tree.
 
@@ -181,89 +193,165 @@ def set_peft_model_state_dict(
         ValueError: if keys are missing or left over or shapes are wrong, all of which are listed.
     """
     params = with_replicas(params, config)
-    tree = params.params if isinstance(params, Handle) else params
-    if adapter_name in adapters(tree):
-        raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
-    if isinstance(params, Handle):
-        tensors = without_tied_copies(params, config, tensors)
-    tensors = without_embeddings(params, config, tensors, layout)
-    if not isinstance(params, Handle):
-        if config.on_model:
-            raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
-        found = with_parameters(find_leaves(tree, layout, config.fan_in_fan_out), config)
-        adapted = _adapted_modules(found, config, tensors)
-        return _with_tensors(tree, found, config, tensors, adapter_name, adapted, adapted, EMBEDDING)
-    prefix = PREFIXES.get(config.peft_type, PREFIX)
-    keys = [key for key in tensors if not key.endswith(f".{TOKEN_SUFFIX}")]
-    handle = untied_for(params, config, lambda name: any(key.startswith(f"{prefix}{name}.") for key in keys))
-    found = find_leaves(handle.params, {**handle.layouts(), **(layout or {})}, config.fan_in_fan_out)
+    check_adapter_name(adapter_name, params)
+    plan, tensors = _planned(params, config, tensors, layout)
+    bases: dict[str, np.ndarray] = {}
+    for choice in plan.choices:
+        if choice.role is None:
+            bases |= base_tensors(choice.leaf, plan.config, plan.stored)
+    problems = _misfits(plan, bases, tensors)
+    problems += [
+        f"{key} differs from this base's"
+        for key, base in bases.items()
+        if key in tensors
+        and tensors[key].shape == base.shape
+        and not np.array_equal(tensors[key].astype(base.dtype), base)
+    ]
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        hint = ORDERED if config.target_parameters else ""
+        raise ValueError(
+            f"The adapter does not fit this base: {shown}. Load it on the base that it was made for, with the config "
+            f"that was saved with it.{hint}"
+        )
+    return _built(plan, tensors, adapter_name)
+
+
+def misfits(params: Any, config: Method, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Why `set_peft_model_state_dict` would refuse tensors of these shapes, by their keys; empty if it would not.
+
+    The values of the base and of the tensors are not looked at, so ``params`` may be traced.
+
+    Args:
+        params: The base: a tree or a model handle.
+        config: The adapter's config.
+        shapes: Shape of each tensor.
+
+    Raises:
+        ValueError: if the method cannot be on such a base at all.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> config = pj.LoraConfig(r=2, target_modules=["q"])
+        >>> misfits({"q": {"kernel": jnp.ones((4, 8))}}, config, {"base_model.model.q.lora_A.weight": (2, 4)})
+        ['base_model.model.q.lora_B.weight is missing']
+    """
+    tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    plan, tensors = _planned(with_replicas(params, config), config, tensors, None, values=False)
+    bases: dict[str, np.ndarray] = {}
+    for choice in plan.choices:
+        if choice.role is None:
+            bases |= base_tensors(choice.leaf, plan.config, plan.stored, values=False)
+    return _misfits(plan, bases, tensors)
+
+
+class Plan(NamedTuple):
+    """What an adapter of a file is on a base.
+
+    ``params`` is the tree or handle that gets it, with tied modules apart if need be; ``modules`` are the names of all
+    its modules, and those that are ``stored`` may have their base's weight in the file too. ``entries`` are the tensors
+    of each choice, in the order of ``choices``; ``common`` are those that all layers share.
+    """
+
+    params: Any
+    config: Method
+    modules: set[str]
+    stored: set[str]
+    choices: list[Choice]
+    entries: list[list[Entry]]
+    common: list[Entry]
+
+
+def _planned(
+    params: Any, config: Method, tensors: Tensors, layout: Layouts | None, *, values: bool = True
+) -> tuple[Plan, Tensors]:
+    """What a config asks for on a base, and the tensors of its file without copies of the base's."""
+    handle = params if isinstance(params, Handle) else None
+    if handle is None and config.on_model:
+        raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
+    if handle is not None:
+        config = with_model_defaults(config, handle)
+        if isinstance(config, PromptMethod):
+            _check_trainable(config)
+        tensors = without_tied_copies(handle, config, tensors)
+    tensors = without_embeddings(params, config, tensors, layout, values=values)
+    if handle is None:
+        tree, layouts, embedding = params, layout, EMBEDDING
+    else:
+        handle = untied_for(handle, config, lambda name: is_target(config, name) or is_saved_module(config, name))
+        tree, layouts, embedding = handle.params, {**handle.layouts(), **(layout or {})}, handle.input_module
+    found = find_leaves(tree, layouts, config.fan_in_fan_out)
+    config = expand_all_linear(config, found, None if handle is None else handle.output_module)
+    modules = {str(name) for leaf in found for name in leaf.names.flat}
     found = with_parameters(found, config)
-    if isinstance(config, PromptMethod):
-        config = _checked_prompt(config, handle)
+    if isinstance(config, PromptMethod) and handle is not None:
         adapted = prompt_places(config, found, handle)
     else:
-        adapted = _adapted_modules(found, config, tensors)
-    stored, embedding = at_the_ends(handle, adapted), handle.input_module
-    return handle.replace(
-        _with_tensors(handle.params, found, config, tensors, adapter_name, adapted, stored, embedding)
-    )
+        names = {str(name) for leaf in found if may_be_target(config, leaf) for name in leaf.names.flat}
+        adapted = {name for name in names if is_target(config, name) or is_parameter(config, name)}
+    tokens = tokens_by_module(config.trainable_token_indices, sorted(modules), embedding, strict=False)
+    choices = list(choose(found, config, adapted, tokens))
+    check_apart([choice.leaf for choice in choices if choice.role is None], config)
+    entries = [list(_entries(choice, config, adapted)) for choice in choices]
+    common = _shared_entries(config, matrix_sizes(choices))
+    whole = params if handle is None else handle
+    return Plan(whole, config, modules, at_the_ends(whole, adapted), choices, entries, common), tensors
 
 
-def _checked_prompt(config: PromptMethod, handle: Handle) -> PromptMethod:
-    """The config with the model's sizes."""
+def _check_trainable(config: PromptMethod) -> None:
+    """Raise ValueError if a prompt is to be trained on, and its file does not hold what is trained."""
     if not (config.inference_mode or config.trains_from_file):
         raise ValueError(
             f"The file of a {config.peft_type} adapter holds what its encoder gave, not the encoder, so it cannot be "
             "trained on. Load it without is_trainable, or train a fresh one."
         )
-    return config.completed(handle.defaults(config.peft_type))
 
 
-def _adapted_modules(found: list[Leaf], config: Method, tensors: Tensors) -> set[str]:
-    """The modules that the keys of the tensors, or the config, name."""
-    names = {name for leaf in found if may_be_target(config, leaf) for name in leaf.names.flat}
-    suffixes = {row.suffix for rows in ROWS[config.peft_type].values() for row in rows}
-    in_file = (name for name in names if any(f"{PREFIX}{name}.{suffix}" in tensors for suffix in suffixes))
-    return {*in_file, *(name for name in names if is_target(config, name) or is_parameter(config, name))}
+def _misfits(plan: Plan, bases: Tensors, tensors: Tensors) -> list[str]:
+    """What is missing, left over or of another shape; the keys of ``bases`` may be there or not."""
+    problems = []
+    if not any(choice.role in (None, REPLACED) for choice in plan.choices):
+        problems.append("its config names no module of this base to adapt")
+    tensors = without_copies(plan.config, tensors)
+    entries = [*(entry for some in plan.entries for entry in some), *plan.common]
+    shapes = {entry.key: entry.tensor_shape for entry in entries}
+    problems += [f"{key} is missing" for key in sorted(shapes.keys() - tensors.keys())]
+    for key in sorted(tensors.keys() - shapes.keys() - bases.keys()):
+        elsewhere = key.startswith(PREFIX) and not _is_inside(key, plan.modules)
+        reason = "this base has no such module" if elsewhere else "the config does not ask for it"
+        problems.append(f"{key} is left over ({reason})")
+    for key, shape in {**shapes, **{key: base.shape for key, base in bases.items()}}.items():
+        if key in tensors and tensors[key].shape != shape:
+            problems.append(f"{key} has shape {tensors[key].shape}, not {shape}")
+    return problems
 
 
-def _with_tensors(
-    params: Any,
-    found: list[Leaf],
-    config: Method,
-    tensors: Tensors,
-    adapter_name: str,
-    adapted: set[str],
-    stored: set[str],
-    embedding: str,
-) -> Any:
-    """The tree of the leaves ``found`` with an adapter of the modules ``adapted``.
+def _is_inside(key: str, modules: set[str]) -> bool:
+    """Whether a key names a tensor of one of the modules."""
+    path = key.removeprefix(PREFIX)
+    while path:
+        path = path.rpartition(".")[0]
+        if path in modules:
+            return True
+    return False
 
-    Those of them that are ``stored`` may have their base's weight in the file too; ``embedding`` has the input tokens.
-    """
-    names = [name for leaf in found for name in leaf.names.flat]
-    tokens = tokens_by_module(config.trainable_token_indices, names, embedding, strict=False)
-    choices = list(choose(found, config, adapted, tokens))
-    check_apart([choice.leaf for choice in choices if choice.role is None], config)
-    entries = {choice.position: list(_entries(choice, config, adapted)) for choice in choices}
-    bases: dict[str, np.ndarray] = {}
-    for choice in choices:
-        if choice.role is None:
-            bases |= base_tensors(choice.leaf, config, stored)
-    sizes = matrix_sizes(choices)
-    common = _shared_entries(config, sizes)
-    wanted = [*(entry for many in entries.values() for entry in many), *common]
-    _check(wanted, bases, without_copies(config, tensors), ORDERED if config.target_parameters else "")
-    biased = modules_with_followers(choices)
-    in_file = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in common}
+
+def _built(plan: Plan, tensors: Tensors, adapter_name: str) -> Any:
+    """The tree or handle of a plan with the adapter."""
+    config = plan.config
+    sizes = matrix_sizes(plan.choices)
+    biased = modules_with_followers(plan.choices)
+    in_file = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in plan.common}
     shared = in_file if config.saves_shared else config.shared(sizes)
     nodes = {}
-    for choice in choices:
-        keys = [entry.key for entry in (*entries[choice.position], *common)]
-        node = _adapted(choice, config, entries[choice.position], keys, shared, tensors, adapter_name)
+    for choice, entries in zip(plan.choices, plan.entries, strict=True):
+        keys = [entry.key for entry in (*entries, *plan.common)]
+        node = _adapted(choice, config, entries, keys, shared, tensors, adapter_name)
         more = config.lone_state(choice.leaf.names, choice.hit, biased) if choice.role is None else {}
         nodes[choice.position] = dataclasses.replace(node, state={**node.state, **more})
-    return tied(replace_leaves(params, nodes))
+    if isinstance(plan.params, Handle):
+        return plan.params.replace(tied(replace_leaves(plan.params.params, nodes)))
+    return tied(replace_leaves(plan.params, nodes))
 
 
 def adapter_config(params: Any, adapter_name: str = "default") -> Method:
@@ -304,7 +392,7 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             inside = INSIDE[role] if role != "bias" or {name, f"{name}.weight"} & adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
             prefix = PREFIXES.get(config.peft_type, PREFIX)
-            key = f"{prefix}{name}{inside}.{TORCH_NAMES[leaf.path.rsplit('.', 1)[-1]]}"
+            key = f"{prefix}{name}{inside}.{torch_name(leaf.path)}"
             order = tuple((axis,) for axis in range(len(shape)))
             if leaf.layout.taps:
                 row = Row(role, "", ("out", "in", TAPS))
@@ -419,28 +507,6 @@ def _adapted(
     tag = Tag(adapter_name, tagged, dtypes)
     trainable = not config.inference_mode
     return sharded_like_base(Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=trainable))
-
-
-def _check(entries: list[Entry], bases: Tensors, tensors: Tensors, hint: str) -> None:
-    """Raise ValueError unless the tensors are those that the base asks for."""
-    shapes = {entry.key: entry.tensor_shape for entry in entries}
-    problems = [f"{key} is missing" for key in sorted(shapes.keys() - tensors.keys())]
-    problems += [f"{key} is left over" for key in sorted(tensors.keys() - shapes.keys() - bases.keys())]
-    problems += [
-        f"{key} has shape {tensors[key].shape}, not {shape}"
-        for key, shape in shapes.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
-    problems += [
-        f"{key} differs from this base's"
-        for key, base in bases.items()
-        if key in tensors and not np.array_equal(tensors[key].astype(base.dtype), base)
-    ]
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(
-            f"The adapter does not fit this base: {shown}. Load it on the base that it was made for.{hint}"
-        )
 
 
 def _nested(leaf: Leaf, adapter_name: str) -> Iterator[Adapted]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from peft_jax.adapt.interpreter import evaluate, trace
 from peft_jax.adapt.view import Atom, View
 from peft_jax.core.layout import READ, Ambiguous, Layout, conventional_layout
-from peft_jax.core.paths import dotted
+from peft_jax.core.paths import dotted, named_leaves
 from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.weight import Change, Weight, is_weight
 
@@ -148,8 +148,8 @@ def read_layouts(
     Returns:
         Layouts, and for a leaf whose uses contradict each other what they are.
     """
-    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
-    notes = {dotted(path): _Note([]) for path, leaf in found if not is_weight(leaf) and getattr(leaf, "ndim", 0) > 1}
+    found = named_leaves(params, is_leaf=is_weight)
+    notes = {path: _Note([]) for path, leaf in found.items() if not is_weight(leaf) and getattr(leaf, "ndim", 0) > 1}
 
     def probed(key_path: Any, leaf: Any) -> Any:
         if dotted(key_path) not in notes:
@@ -163,8 +163,8 @@ def read_layouts(
     views = [_view(value, watches) for value in values]
     jax.eval_shape(lambda views: evaluate(jaxpr, *views), views)
     read = {}
-    for path, leaf in found:
-        if (name := dotted(path)) in notes and notes[name].uses:
+    for name, leaf in found.items():
+        if name in notes and notes[name].uses:
             convention = conventional_layout(name, leaf.shape, fan_in_fan_out)
             settled = _settled(name, notes[name].uses, convention)
             kernel = next(iter(notes[name].kernels)) if len(notes[name].kernels) == 1 else ((), 1)

@@ -25,7 +25,7 @@ from peft_jax.adapters.plan import (
     modules_with_followers,
 )
 from peft_jax.adapters.target_parameters import is_parameter, parameters_of, with_parameters
-from peft_jax.core.adapted import Adapted, Tag, adapters, tied
+from peft_jax.core.adapted import Adapted, Tag, check_adapter_name, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
@@ -138,8 +138,7 @@ def _attached(
 
     ``aliases`` are other names of its leaves, and ``embedding`` is the module of its input tokens.
     """
-    if adapter_name in adapters(params):
-        raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
+    check_adapter_name(adapter_name, params)
     key = jax.random.key(0) if key is None else key
     read = read_layouts(params, fn, args, config.fan_in_fan_out) if fn is not None else {}
     found = find_leaves(params, layout, config.fan_in_fan_out, read)

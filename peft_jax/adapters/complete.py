@@ -20,20 +20,22 @@ T = TypeVar("T")
 
 def completed(config: M, handle: Handle) -> M:
     """The config with what the model knows: its name, its task and the heads to train for it, its defaults."""
-    config = _with_saved_heads(config, config.task_type or handle.task_type)
+    config = with_model_defaults(config.replace(task_type=config.task_type or handle.task_type), handle)
+    return config.replace(base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path)
+
+
+def with_model_defaults(config: M, handle: Handle) -> M:
+    """The config with the model's defaults for fields that are None, and with the heads that its task trains."""
     defaults = {"target_modules": handle.input_module} if config.on_input else handle.defaults(config.peft_type)
-    return config.completed(defaults).replace(
-        base_model_name_or_path=config.base_model_name_or_path or handle.name_or_path
-    )
+    return _with_saved_heads(config).completed(defaults)
 
 
-def _with_saved_heads(config: M, task_type: str | None) -> M:
-    """The config for a task, with the heads in ``modules_to_save`` that PEFT trains there."""
-    config = config.replace(task_type=task_type)
+def _with_saved_heads(config: M) -> M:
+    """The config with the heads in ``modules_to_save`` that PEFT trains for its task."""
     if not any(field.name == "modules_to_save" for field in dataclasses.fields(config)):
         return config
     saved = config.modules_to_save or ()
-    heads = [name for name in SAVED_HEADS.get(task_type, ()) if name not in saved]
+    heads = [name for name in SAVED_HEADS.get(config.task_type, ()) if name not in saved]
     return config.replace(modules_to_save=[*saved, *heads]) if heads else config
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from peft_jax.adapters.target_parameters import is_parameter
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
+from peft_jax.core.paths import torch_name
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
 from peft_jax.methods.whole import REPLACED
@@ -40,8 +41,10 @@ def choose(
         tokens: Ids of trained tokens by module.
 
     Raises:
-        ValueError: if one of them has ambiguous axes, or is to be changed in two ways.
+        ValueError: if one of them has ambiguous axes, or is to be changed in two ways; or two of them have one name in
+            PEFT's files.
     """
+    seen: dict[tuple[str, str], str] = {}
     for position, leaf in enumerate(found):
         role = None
         hit = np.vectorize(lambda name: is_saved_module(config, name), otypes=[bool])(leaf.names)
@@ -75,7 +78,23 @@ def choose(
                     f"Leaf '{leaf.path}' of shape {leaf.value.shape} stacks experts without names of their own. Name "
                     "it in target_parameters."
                 )
+            _check_names(leaf, hit, role, seen)
             yield Choice(position, leaf, hit, role, own)
+
+
+def _check_names(leaf: Leaf, hit: np.ndarray, role: str | None, seen: dict[tuple[str, str], str]) -> None:
+    """Note PEFT's names of a chosen leaf, and raise ValueError if another leaf has one of them.
+
+    A matrix has the name of its module, as PEFT adapts modules; a leaf that is trained whole has one of its own there.
+    """
+    own = "" if role in (None, TOKENS) else torch_name(leaf.path)
+    for name in {str(name) for name in leaf.names[hit]}:
+        other = seen.setdefault((name, own), leaf.path)
+        if other != leaf.path:
+            raise ValueError(
+                f"The leaves '{other}' and '{leaf.path}' are both '{name}{own and '.'}{own}' for PEFT, whose files "
+                "have one tensor of that name. Rename one of them, or exclude its module."
+            )
 
 
 def _changes_bias(config: Method, module: str, targets: set[str]) -> bool:

@@ -243,6 +243,16 @@ def adapters(tree: Any) -> dict[str, Any]:
     return found
 
 
+def check_adapter_name(name: str, tree: Any) -> None:
+    """Raise ValueError unless a tree has no adapter of a name, and its files can go into a folder of that name."""
+    if name in adapters(tree):
+        raise ValueError(f"Adapter name '{name}' is taken. Choose another, or pj.delete_adapter it first.")
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ValueError(
+            f"Adapter name {name!r} cannot be that of a folder, which its files go into. Choose a word without slashes."
+        )
+
+
 def tied(tree: Any) -> Any:
     """The tree with the arrays that a bias shares with its layer's matrix taken from there.
 

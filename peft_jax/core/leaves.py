@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.layout import Ambiguous, Layout, conventional_layout
-from peft_jax.core.paths import dotted, module_path, stacked_names
+from peft_jax.core.paths import module_path, named_leaves, stacked_names
 from peft_jax.core.weight import is_weight
 
 Layouts = Mapping[str, Layout]
@@ -60,12 +60,11 @@ def find_leaves(
         read: What was read off a program, by path.
 
     Raises:
-        ValueError: if a layout does not fit its leaf, or fits none.
+        ValueError: if a layout does not fit its leaf, or fits none; or two leaves have one path.
     """
     unused = set(layouts or {})
     found = []
-    for key_path, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
-        path = dotted(key_path)
+    for path, value in named_leaves(params, is_leaf=is_weight).items():
         shape = getattr(value, "shape", ())
         layout = value.layout if is_weight(value) else conventional_layout(path, shape, fan_in_fan_out)
         layout = read.get(path, layout)

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,34 @@ def dotted(key_path: tuple[Any, ...]) -> str:
     return ".".join(str(_name(entry)) for entry in (key_path[:-1] if is_boxed else key_path))
 
 
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by their dotted paths, in order.
+
+    Args:
+        tree: Any pytree.
+        is_leaf: As in ``jax.tree.leaves``.
+
+    Raises:
+        ValueError: if two leaves have the same dotted path, of which every table by paths would have one alone.
+
+    Example:
+        >>> named_leaves({"mlp": [{"kernel": 1.0}]})
+        {'mlp.0.kernel': 1.0}
+    """
+    found: dict[str, Any] = {}
+    key_paths: dict[str, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        path = dotted(key_path)
+        if path in found:
+            first, second = (jax.tree_util.keystr(one) for one in (key_paths[path], key_path))
+            raise ValueError(
+                f"The leaves {first} and {second} are both called '{path}', and cannot be told apart by name. Rename "
+                "one of them, or write keys without dots."
+            )
+        found[path], key_paths[path] = leaf, key_path
+    return found
+
+
 def _name(entry: Any) -> Any:
     for field in ("key", "idx", "name"):
         if hasattr(entry, field):
@@ -42,6 +71,16 @@ def module_path(leaf_path: str) -> str:
     """
     head, _, last = leaf_path.rpartition(".")
     return head if last in LEAF_NAMES else leaf_path
+
+
+def torch_name(leaf_path: str) -> str:
+    """PyTorch's name of a leaf in its module; a leaf that no convention names is its module's weight.
+
+    Example:
+        >>> torch_name("model.norm.scale"), torch_name("encoder.w1")
+        ('weight', 'weight')
+    """
+    return TORCH_NAMES.get(leaf_path.rsplit(".", 1)[-1], "weight")
 
 
 def stacked_names(path: str, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax
 
 from peft_jax.adapters.attach import place
 from peft_jax.adapters.complete import completed, untied_for
-from peft_jax.core.adapted import adapters
+from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves, is_matrix
 from peft_jax.core.targets import check_saved, is_saved_module
@@ -35,8 +35,7 @@ def attach_prompt(handle: H, config: PromptMethod, *, key: jax.Array | None = No
         >>> len(model.params["model"]["embed_tokens"]["embedding"].params["prompt"])
         4
     """
-    if adapter_name in adapters(handle):
-        raise ValueError(f"Adapter name '{adapter_name}' is taken. Choose another, or pj.delete_adapter it first.")
+    check_adapter_name(adapter_name, handle)
     config = completed(config, handle)
     handle = untied_for(handle, config, lambda name: is_saved_module(config, name))
     found = find_leaves(handle.params, handle.layouts())

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from peft_jax.core.paths import dotted
+from peft_jax.core.paths import dotted, named_leaves
 from peft_jax.train.loop import State
 
 STATE, NOTES = "state", "notes"
@@ -130,8 +130,7 @@ class Checkpoints:
 
 def _arrays(state: State) -> dict[str, jax.Array]:
     trees = {"trainable": state.trainable, "opt_state": state.opt_state}
-    arrays = {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
-    return arrays | {"key": jax.random.key_data(state.key)}
+    return named_leaves(trees) | {"key": jax.random.key_data(state.key)}
 
 
 def _rebuilt(name: str, like: Any, arrays: Mapping[str, jax.Array]) -> Any:

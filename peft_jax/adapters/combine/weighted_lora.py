@@ -9,7 +9,7 @@ import numpy as np
 
 from peft_jax.adapters.combine.task_vectors import PRUNED, combine
 from peft_jax.adapters.combine.weighted_ia3 import weighted_ia3
-from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, tied
+from peft_jax.core.adapted import Adapted, Tag, adapters, check_adapter_name, is_adapted, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.paths import dotted, keys_from_names, module_path, stacked_names
@@ -111,7 +111,8 @@ def add_weighted_adapter(
     known = {name: config_of(config) for name, config in adapters(tree).items()}
     vectors = [config for name in adapter_names if isinstance(config := known.get(name), IA3Config)]
     if vectors and len(vectors) == len(adapter_names):
-        _check_names(known, adapter_names, weights, new_name)
+        _check_names(known, adapter_names, weights)
+        check_adapter_name(new_name, tree)
         given = (svd_rank, svd_clamp, svd_driver, density, key)
         if combination_type not in (None, "linear") or any(option is not None for option in given):
             raise ValueError("IA3's vectors are added up. Write combination_type='linear' or nothing, and no options.")
@@ -278,7 +279,8 @@ def _checked(
 ) -> list[LoraConfig]:
     """The configs of the adapters, once it is certain that they can be combined."""
     known = {name: config_of(config) for name, config in adapters(tree).items()}
-    _check_names(known, names, weights, new_name)
+    _check_names(known, names, weights)
+    check_adapter_name(new_name, tree)
     if how.way not in WAYS:
         raise ValueError(f"combination_type='{how.way}' is not known. Write one of {', '.join(WAYS)}.")
     if how.way.removesuffix("_svd") in PRUNED and (density is None or not 0 < density <= 1):
@@ -311,11 +313,9 @@ def _checked(
     return configs
 
 
-def _check_names(known: Mapping[str, Any], names: Sequence[str], weights: Sequence[float], new_name: str) -> None:
-    """Raise ValueError unless these adapters are there, each has a weight, and the new name is free."""
+def _check_names(known: Mapping[str, Any], names: Sequence[str], weights: Sequence[float]) -> None:
+    """Raise ValueError unless these adapters are there, and each has a weight."""
     if missing := [name for name in names if name not in known]:
         raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}.")
     if not names or len(set(names)) != len(names) or len(weights) != len(names):
         raise ValueError(f"Give adapters, each once, and a weight for each, got {list(names)} and {list(weights)}.")
-    if new_name in known:
-        raise ValueError(f"Adapter name '{new_name}' is taken. Choose another, or pj.delete_adapter it first.")

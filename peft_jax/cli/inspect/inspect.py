@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from tyro.conf import Positional
 
 from peft_jax.cli.inspect.servers import Verdict, verdicts
@@ -22,10 +24,13 @@ from peft_jax.interop.describe import (
     read_adapter,
     spell,
 )
-from peft_jax.interop.formats import PREFIX
 from peft_jax.methods.lora.checks import layer_order
+from peft_jax.interop.formats import PREFIX, ROWS
+from peft_jax.interop.tensors import misfits as adapter_misfits
+from peft_jax.methods.base import PeftConfig
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.defaults import prompt_sizes
+from peft_jax.models.handles.peft_model import PEFT_MODELS
 from peft_jax.models.registry import family_of, read_architecture
 
 WIDTH, LABEL = 80, 12
@@ -55,14 +60,40 @@ def inspect(options: Inspect) -> None:
     reasons = None
     if options.model is not None:
         config = base_config(options.model, adapter.config.get("task_type"))
+        refusal = loading_misfits(adapter, config)
         if ranges := adapter.config.get("layer_replication"):
             config = family_of(config).with_layers(config, layer_order(ranges))
         kind = "PREFIX_TUNING" if adapter.peft_type in KEYS_AND_VALUES else adapter.peft_type
         reasons = misfits(adapter, base_shapes(config)) + prompt_misfits(adapter, prompt_sizes(kind, config))
+        if refusal is not None:  # what loading says counts; the reasons above say it in words where they can
+            reasons = (reasons or refusal) if refusal else []
     if options.json:
         print(json.dumps(as_json(adapter, options.model, reasons), indent=2))
     else:
         print("\n".join(as_text(adapter, options.model, reasons)))
+
+
+def loading_misfits(adapter: AdapterFolder, config: ModelConfig) -> list[str] | None:
+    """Why `peft_jax.interop.load_adapter` would refuse an adapter on a base; None if it loads no such adapters."""
+    if adapter.tensors is None or adapter.peft_type not in ROWS:
+        return None
+    try:
+        method = PeftConfig.from_dict({**adapter.config, "inference_mode": True})
+    except (TypeError, ValueError):
+        return None  # the verdict on peft_jax says why
+    (handle,) = {cls.base for cls in PEFT_MODELS if cls.base.task == config.task_type}
+    shapes = {key: tensor.shape for key, tensor in adapter.tensors.items()}
+    found: list[str] = []
+
+    def plan(key: jax.Array) -> None:
+        params = family_of(config).init_params(config, key, jnp.dtype("float32"))
+        found.extend(adapter_misfits(handle(params, config), method, shapes))
+
+    try:
+        jax.eval_shape(plan, jax.random.key(0))  # shapes alone: no parameter is made
+    except ValueError as error:
+        found.append(str(error))
+    return found
 
 
 def base_config(model: str, task_type: str | None) -> ModelConfig:
