@@ -1,6 +1,10 @@
 """Adapter files of other PEFT versions, and such that do not fit: all that is wrong is listed, nothing is loaded."""
 
+import dataclasses
+import enum
 import json
+import re
+import typing
 from typing import Any
 
 import jax
@@ -147,3 +151,70 @@ def test_padding_is_never_read_from_a_file() -> None:
     key = "base_model.model.layers.0.up.lora_A.weight"
     with pytest.raises(ValueError, match=r"layers.0.up.lora_A.weight has shape \(4, 6\), not \(2, 6\)"):
         pj.set_peft_model_state_dict(stacked, config, {**tensors, key: np.zeros((4, 6), np.float32)}, layout=layout)
+
+
+def choices_of(annotation: Any) -> list[Any]:
+    """The values that a field's annotation lists: those of its enumerations and literals."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return [member.value for member in annotation]
+    return [value for part in typing.get_args(annotation) for value in choices_of(part)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", base.names())
+def test_a_field_with_named_values_takes_those_of_peft_and_an_error_names_them(name: str) -> None:
+    pytest.importorskip("peft")
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    ours, theirs, needed = base.by_name(name), PEFT_TYPE_TO_CONFIG_MAPPING[name], NEEDED.get(name, {})
+    checked = set()
+    for field, annotation in typing.get_type_hints(theirs).items():
+        values = choices_of(annotation)
+        if not values or field == "peft_type" or field not in {one.name for one in dataclasses.fields(ours)}:
+            continue
+        if (name, field) == ("ADALORA", "init_lora_weights"):  # inherited from LoRA; any string is True there
+            continue
+        names = [value for value in values if isinstance(value, str)]
+        for wrong in ("nonsense", *(value.swapcase() for value in names[:1])):
+            with pytest.raises(ValueError, match=field) as error:
+                ours(**{**needed, field: wrong})
+            missing = [one for one in names if one.partition("[")[0] not in str(error.value)]
+            assert not missing, f"{field}: {error.value} does not name {missing}"
+        for value in names:
+            try:
+                ours(**{**needed, field: value.replace("[number of iters]", "4")})
+            except ValueError as refusal:  # a value that goes with other fields
+                assert re.search(r"not given|needs|is for causal", str(refusal)), f"{field}={value!r}: {refusal}"
+        checked.add(field)
+    assert "task_type" in checked
+
+
+@every_method
+def test_a_task_that_peft_has_not_is_refused(config: Any) -> None:
+    tasks = "SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION"
+    with pytest.raises(ValueError, match=f"task_type is one of {tasks}, or None, got 'seq_cls'"):
+        config.replace(task_type="seq_cls")
+    with pytest.raises(ValueError, match=f"task_type is one of {tasks}, or None, got 'seq_cls'"):
+        pj.PeftConfig.from_dict({**config.to_dict(), "task_type": "seq_cls"})
+
+
+@pytest.mark.parametrize(
+    ("init", "options", "message"),
+    [
+        ("loftq", {"loftq_bits": "4"}, "loftq_bits"),
+        ("loftq", {"loftq_bits": 3}, "loftq_bits=4 or 8"),
+        ("eva", {"rho": "2"}, "EvaConfig has rho='2'. Give it a value of: float"),
+        ("eva", {"whiten": "no"}, "EvaConfig has whiten='no'. Give it a value of: bool"),
+        ("corda", {"corda_method": "IPM"}, "corda_method is 'ipm' or 'kpm', got 'IPM'"),
+        ("corda", {"verbose": "no"}, "CordaConfig has verbose='no'. Give it a value of: bool"),
+        ("lora_ga", {"direction": "arbr"}, "direction is one of .*'ArBr'.* got"),
+        ("lora_ga", {"scale": "Unit"}, "scale one of .*'unit'.* got"),
+        ("lora_ga", {"stable_gamma": "16"}, "LoraGAConfig has stable_gamma='16'. Give it a value of: int"),
+        ("lora_ga", {"stable_gamma": 0}, "stable_gamma is at least 1, got 0"),
+    ],
+)
+def test_options_of_starts_are_checked_as_fields_are(init: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pj.LoraConfig(init_lora_weights=init, **{f"{init}_config": options})

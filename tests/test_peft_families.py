@@ -1,5 +1,6 @@
 """Adapters between PyTorch PEFT and us on other architectures and tasks: GPT-2, and BERT and RoBERTa as classifiers."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -18,6 +19,7 @@ from peft_jax import interop
 from peft_jax.models.defaults import method_defaults
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 # PEFT warns of Conv1D, of tied weights and of heads that are not there.
@@ -309,6 +311,29 @@ def test_a_model_without_default_targets_asks_for_them():
     )
     with pytest.raises(ValueError, match="target_modules is not given. Name some of"):
         pj.get_peft_model(pj.AutoModel.from_config(config), pj.IA3Config())
+    with pytest.raises(ValueError, match="IA3Config needs feedforward_modules"):
+        pj.get_peft_model(pj.AutoModel.from_config(config), pj.IA3Config(target_modules=["key"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": []}, {"modules_to_save": ["classifier"]}], ids=str)
+def test_a_head_alone_is_no_adapter(options):
+    sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    theirs = transformers.XLMRobertaForSequenceClassification(transformers.XLMRobertaConfig(**sizes))
+    with pytest.raises(ValueError, match="target_modules|feedforward_modules"):
+        peft.get_peft_model(theirs, peft.IA3Config(task_type="SEQ_CLS", **copy.deepcopy(options)))
+    config = pj.models.RobertaConfig(model_type="xlm-roberta", **sizes)
+    base = pj.AutoModelForSequenceClassification.from_config(config)
+    message = r"target_modules is not given. .* modules_to_save=\['classifier', 'score'\] is trained beside"
+    with pytest.raises(ValueError, match=message):
+        pj.get_peft_model(base, pj.IA3Config(**options))
+
+
+def test_targets_that_are_all_saved_whole_are_no_adapter(bases):
+    options = {"target_modules": ["query"], "modules_to_save": ["query"]}
+    with pytest.raises(ValueError, match="You may also have only targeted modules that are marked to be saved"):
+        peft.get_peft_model(torch_base("bert-seq", bases), peft.LoraConfig(**options))
+    with pytest.raises(ValueError, match=r"Every module that \['query'\] names is excluded or in modules_to_save"):
+        pj.get_peft_model(load("bert-seq", bases), pj.LoraConfig(**options))
 
 
 @pytest.mark.parametrize("row", NOT_ON_CONV1D)

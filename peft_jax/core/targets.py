@@ -99,8 +99,12 @@ def check_targets(
     """
     hits = [module for module in modules if is_target(config, module)]
     targets = config.target_modules
-    if not targets and not config.modules_to_save and not parameters:
-        raise ValueError(f"target_modules is not given. Name some of {sorted(_ends(modules))}, or 'all-linear'.")
+    if not targets and not parameters:
+        alone = ""
+        if config.modules_to_save:
+            alone = f" As in PEFT, modules_to_save={list(config.modules_to_save)} is trained beside an adapter alone."
+        ends = sorted(_ends(modules))
+        raise ValueError(f"target_modules is not given. Name some of {ends}, or 'all-linear'.{alone}")
     if isinstance(targets, str):
         if not hits:
             what = f"target_modules regex '{targets}'"
@@ -109,8 +113,9 @@ def check_targets(
         for target in targets or ():
             if not any(names_module([target], module) for module in modules):
                 raise ValueError(nothing_hit(f"Target module '{target}'", target, modules))
-        if targets and not hits and not config.modules_to_save and not parameters:
-            raise ValueError(f"Every module that {list(targets)} names is excluded. Exclude less, or target more.")
+        if targets and not hits and not parameters:
+            aside = "is excluded or in modules_to_save" if config.modules_to_save else "is excluded"
+            raise ValueError(f"Every module that {list(targets)} names {aside}. Exclude less, or target more.")
     if config.exclude_modules:
         excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         for name in excluded:

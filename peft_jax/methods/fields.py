@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from peft_jax.methods.task_type import TaskType
+
 
 def unsupported(default: Any) -> Any:
     """A field of PEFT's that is refused away from its default."""
@@ -28,6 +30,8 @@ def check_fields(config: Any, peft_type: str) -> None:
             raise ValueError(
                 f"{type(config).__name__}({field.name}={value!r}) is not supported yet. Leave it at its default."
             )
+    if config.task_type is not None and config.task_type not in list(TaskType):
+        raise ValueError(f"task_type is one of {', '.join(TaskType)}, or None, got {config.task_type!r}.")
     only = config.bias_only or f"{peft_type.lower()}_only"
     if config.bias not in ("none", "all", only):
         raise ValueError(f"bias is 'none', 'all' or '{only}', got {config.bias!r}.")
@@ -40,10 +44,15 @@ def check_fields(config: Any, peft_type: str) -> None:
         check_tokens(ids, f"trainable_token_indices{f' of {name!r}' if name else ''}")
     if isinstance(config.modules_to_save, str):
         raise ValueError(f"modules_to_save is a list of names. Write [{config.modules_to_save!r}].")
-    for field in dataclasses.fields(config):
-        if not is_kind(value := getattr(config, field.name), field.type):
+    check_kinds(config)
+
+
+def check_kinds(options: Any) -> None:
+    """Raise ValueError if a field of a dataclass has a value of another kind than it says."""
+    for field in dataclasses.fields(options):
+        if not is_kind(value := getattr(options, field.name), field.type):
             kind = inspect.formatannotation(field.type).replace("collections.abc.", "").replace("typing.", "")
-            raise ValueError(f"{type(config).__name__} has {field.name}={value!r}. Give it a value of: {kind}.")
+            raise ValueError(f"{type(options).__name__} has {field.name}={value!r}. Give it a value of: {kind}.")
 
 
 def is_kind(value: Any, annotation: Any) -> bool:

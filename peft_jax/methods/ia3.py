@@ -64,8 +64,9 @@ class IA3Config(TargetFields, ExcludeFields, Method):
     def completed(self, defaults: Mapping[str, Any]) -> Self:
         """With the model's defaults, of which given targets leave those feed-forward modules that they name."""
         targets = self.target_modules
-        if targets is not None and not isinstance(targets, str):
-            defaults = {**defaults, "feedforward_modules": [m for m in defaults["feedforward_modules"] if m in targets]}
+        feedforward = defaults.get("feedforward_modules")
+        if feedforward is not None and targets is not None and not isinstance(targets, str):
+            defaults = {**defaults, "feedforward_modules": [name for name in feedforward if name in targets]}
         return super().completed(defaults)
 
     def is_feedforward(self, module: str) -> bool:

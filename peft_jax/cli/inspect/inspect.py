@@ -24,10 +24,10 @@ from peft_jax.interop.describe import (
     read_adapter,
     spell,
 )
-from peft_jax.methods.lora.checks import layer_order
 from peft_jax.interop.formats import PREFIX, ROWS
 from peft_jax.interop.tensors import misfits as adapter_misfits
 from peft_jax.methods.base import PeftConfig
+from peft_jax.methods.lora.checks import layer_order
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.defaults import prompt_sizes
 from peft_jax.models.handles.peft_model import PEFT_MODELS

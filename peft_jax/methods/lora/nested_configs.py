@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from peft_jax.methods.fields import check_kinds
+
 
 @dataclasses.dataclass(frozen=True)
 class LoftQConfig:
@@ -16,6 +18,7 @@ class LoftQConfig:
     loftq_iter: int = 1
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.loftq_bits not in (4, 8) or self.loftq_iter < 1:
             raise ValueError(f"LoftQ takes loftq_bits=4 or 8, and loftq_iter of at least 1, got {self}.")
 
@@ -41,6 +44,7 @@ class EvaConfig:
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.rho < 1 or not 0 <= self.tau <= 1:
             raise ValueError(f"EVA takes rho of at least 1 and tau in [0, 1], got {self}.")
 
@@ -68,6 +72,7 @@ class CordaConfig:
     def __post_init__(self) -> None:
         if self.corda_method not in ("ipm", "kpm"):
             raise ValueError(f"corda_method is 'ipm' or 'kpm', got {self.corda_method!r}.")
+        check_kinds(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,3 +94,6 @@ class LoraGAConfig:
         directions, scales = ("ArBr", "A2rBr", "ArB2r", "random"), ("stable", "weight_svd", "gd_scale", "unit")
         if self.direction not in directions or self.scale not in scales:
             raise ValueError(f"LoRA-GA's direction is one of {directions} and its scale one of {scales}, got {self}.")
+        check_kinds(self)
+        if self.stable_gamma < 1:
+            raise ValueError(f"LoRA-GA's stable_gamma is at least 1, got {self.stable_gamma}.")
