@@ -85,8 +85,8 @@ def load_adapter(
 ) -> T:
     """A new tree or handle with an adapter that PEFT, or `save_adapter`, wrote.
 
-    The file's keys decide which layers are adapted. Arrays become float32; the stored element types are remembered
-    for saving.
+    The config decides which layers are adapted, as in PEFT; tensors that it does not ask for are an error, and so are
+    those that are not there. Arrays become float32; the stored element types are remembered for saving.
 
     Args:
         params: The base: a tree or a model handle.

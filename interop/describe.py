@@ -166,7 +166,8 @@ class AdapterFolder:
         """Modules with tensors of the method that the config does not name, as far as it says without a base."""
         targets, kinds = self.config.get("target_modules"), ROWS.get(self.peft_type, {})
         follows_base = targets is None or isinstance(targets, str) and targets.lower() == ALL_LINEAR
-        if follows_base or self.config.get("target_parameters") or self.peft_type in KEYS:
+        has_copies = self.config.get("ensure_weight_tying") or self.peft_type == "TRAINABLE_TOKENS"  # of tied modules
+        if follows_base or has_copies or self.config.get("target_parameters") or self.peft_type in KEYS:
             return []
         ends = tuple({f".{row.suffix}" for rows in kinds.values() for row in rows})
         config = _target_fields(self.config)
@@ -174,8 +175,7 @@ class AdapterFolder:
         for key in self.tensors or {}:
             end = next((end for end in ends if key.endswith(end)), None)
             module = key.removeprefix(PREFIX).removesuffix(end or "")
-            is_tied = module.endswith(EMBEDDING_MODULES)  # may have those of the embedding that is a target
-            if end is not None and not is_tied and not is_target(config, module):
+            if end is not None and not is_target(config, module):
                 found[module] = None
         return list(found)
 

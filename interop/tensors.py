@@ -236,7 +236,7 @@ def misfits(params: Any, config: Method, shapes: Mapping[str, tuple[int, ...]]) 
         >>> misfits({"q": {"kernel": jnp.ones((4, 8))}}, config, {"base_model.model.q.lora_A.weight": (2, 4)})
         ['base_model.model.q.lora_B.weight is missing']
     """
-    tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    tensors: Tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
     plan, tensors = _planned(with_replicas(params, config), config, tensors, None, values=False)
     bases: dict[str, np.ndarray] = {}
     for choice in plan.choices:

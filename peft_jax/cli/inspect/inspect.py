@@ -26,7 +26,7 @@ from peft_jax.interop.describe import (
 )
 from peft_jax.interop.formats import PREFIX, ROWS
 from peft_jax.interop.tensors import misfits as adapter_misfits
-from peft_jax.methods.base import PeftConfig
+from peft_jax.methods.base import Method
 from peft_jax.methods.lora.checks import layer_order
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.defaults import prompt_sizes
@@ -78,7 +78,7 @@ def loading_misfits(adapter: AdapterFolder, config: ModelConfig) -> list[str] | 
     if adapter.tensors is None or adapter.peft_type not in ROWS:
         return None
     try:
-        method = PeftConfig.from_dict({**adapter.config, "inference_mode": True})
+        method = Method.from_dict({**adapter.config, "inference_mode": True})
     except (TypeError, ValueError):
         return None  # the verdict on peft_jax says why
     (handle,) = {cls.base for cls in PEFT_MODELS if cls.base.task == config.task_type}
