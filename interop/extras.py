@@ -71,7 +71,7 @@ def copied_biases(
     With ``bias="all"`` PEFT stores whatever is called a bias. It has no use for these when it reads them (some are
     keys that it does not expect), so they are written only where they were read.
     """
-    if config.bias != "all" or leaf.path.rsplit(".", 1)[-1] != "bias":
+    if config.bias != "all" or not leaf.is_bias:
         return {}
     found = {}
     for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:

@@ -392,7 +392,8 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             inside = INSIDE[role] if role != "bias" or {name, f"{name}.weight"} & adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
             prefix = PREFIXES.get(config.peft_type, PREFIX)
-            key = f"{prefix}{name}{inside}.{torch_name(leaf.path)}"
+            last = "bias" if leaf.is_bias else torch_name(leaf.path)
+            key = f"{prefix}{name}{inside}.{last}"
             order = tuple((axis,) for axis in range(len(shape)))
             if leaf.layout.taps:
                 row = Row(role, "", ("out", "in", TAPS))

@@ -142,7 +142,7 @@ class _Note:
     def product(self, *_: Any) -> None:
         pass
 
-    def done(self, eqn: Any, merged: bool) -> None:
+    def done(self, view: View, eqn: Any, merged: bool) -> None:
         place = "" if eqn is None else compat.where(eqn) or self.place or "a place inside a library"
         self.uses.append(Use("output" if eqn is None else eqn.primitive.name, place, merged))
 

@@ -35,7 +35,7 @@ class Watch(Protocol):
     def kernel(self, view: "View", axes: Sequence[int], groups: int) -> None:
         """Of the product that is next, these axes are positions in a kernel of so many groups of channels."""
 
-    def done(self, eqn: Any, merged: bool) -> None:
+    def done(self, view: "View", eqn: Any, merged: bool) -> None:
         """An equation has used the weight; None stands for the program's end."""
 
     def inside(self, eqn: Any) -> "Watch":
@@ -99,7 +99,7 @@ class View:
     def done(self, eqn: Any, *, merged: bool) -> None:
         """Tell who watches."""
         if self.watch is not None:
-            self.watch.done(eqn, merged)
+            self.watch.done(self, eqn, merged)
 
     def role(self, contracted: Iterable[int], stacked: Iterable[int] = (), *, looks_up: bool = False) -> str | None:
         """Which side of the matrix these axes are: ``"in"``, ``"out"`` or neither."""

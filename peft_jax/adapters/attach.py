@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.adapt.infer_layouts import read_layouts
+from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapters.complete import (
     completed,
     expand_all_linear,
@@ -27,7 +27,7 @@ from peft_jax.adapters.plan import (
 from peft_jax.adapters.target_parameters import is_parameter, parameters_of, with_parameters
 from peft_jax.core.adapted import Adapted, Tag, check_adapter_name, tied
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float, replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.targets import check_targets, is_saved_module, is_target
 from peft_jax.core.weight import as_leaf, as_weight, is_weight
@@ -140,16 +140,17 @@ def _attached(
     """
     check_adapter_name(adapter_name, params)
     key = jax.random.key(0) if key is None else key
-    read = read_layouts(params, fn, args, config.fan_in_fan_out) if fn is not None else {}
+    read = None if fn is None else read_program(params, fn, args, config.fan_in_fan_out)
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
-    linear = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
+    linear = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
     config = expand_all_linear(config, linear, others=found)
     every = sorted({name for leaf in found for name in leaf.names.flat})
     found = with_parameters(found, config)
     parameters = parameters_of(found, config)
     modules = [name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)]
     modules = [*(name for name in modules if not is_parameter(config, name)), *aliases]
-    targets = {*check_targets(config, modules, every, config.patterns, parameters), *parameters}
+    vectors = [name for leaf in found if not may_be_target(config, leaf) and is_float(leaf) for name in leaf.names.flat]
+    targets = {*check_targets(config, modules, every, config.patterns, parameters, vectors), *parameters}
 
     tokens = tokens_by_module(config.trainable_token_indices, modules, embedding)
 

@@ -58,7 +58,7 @@ def choose(
         elif config.replaces and is_float(leaf):
             role = REPLACED
             hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
-        elif leaf.path.rsplit(".", 1)[-1] == "bias":
+        elif leaf.is_bias:
             role = "bias" if config.bias != "none" else FOLLOWS
             hit = np.vectorize(lambda name: _changes_bias(config, name, targets), otypes=[bool])(leaf.names)
         elif is_matrix(leaf):

@@ -16,7 +16,7 @@ import numpy as np
 from peft_jax.core.adapted import Adapted, Tag, apply_merged, map_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition import combine, partition
-from peft_jax.core.paths import module_path, stacked_names
+from peft_jax.core.paths import leaf_names
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.whole import Part
@@ -165,4 +165,4 @@ def _masked(mask: Any) -> Callable[[str, Adapted], Adapted]:
 
 def layers_of(path: str, leaf: Adapted) -> tuple[np.ndarray, np.ndarray]:
     """Names of the layers of an adapted leaf, and which of them have the adapter."""
-    return stacked_names(module_path(path), leaf.layout, leaf.shape), np.asarray(leaf.state["rank"]) > 0
+    return leaf_names(path, leaf.layout, leaf.shape), np.asarray(leaf.state["rank"]) > 0

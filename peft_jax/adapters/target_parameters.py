@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from peft_jax.core.adapted import is_adapted
-from peft_jax.core.layout import LEAF_NAMES, READ, Layout
+from peft_jax.core.layout import LEAF_NAMES, LISTS, READ, Layout
 from peft_jax.core.leaves import Leaf, is_matrix
 from peft_jax.core.paths import TORCH_NAMES, module_path, stacked_names
 from peft_jax.core.targets import is_saved_module, is_target, names_module, nothing_hit, pattern_value
@@ -161,7 +161,7 @@ def _of_experts(leaf: Leaf) -> Layout:
     after: list[str | None] = []
     for name in layout.index_after[: len(layout.stack)]:
         numbered = name in parts and "".join(parts[parts.index(name) + 1 :][:1]).isdigit()
-        layers = name in parts and not numbered and name not in after and (name == "layers" or layout.source != READ)
+        layers = name in parts and not numbered and name not in after and (name in LISTS or layout.source != READ)
         after.append(name if layers else None)
     layout = dataclasses.replace(layout, index_after=tuple(after))
     features = sorted((*layout.inp, *layout.out))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from peft_jax.core.file_names import is_file_name
 from peft_jax.core.layout import Layout
-from peft_jax.core.paths import dotted, module_path
+from peft_jax.core.paths import dotted, matrix_path, module_path
 from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight, role_specs
 
@@ -268,7 +268,7 @@ def tied(tree: Any) -> Any:
             arrays[module_path(path), leaf.tag.name] = leaf.params
 
     def take(path: str, leaf: Adapted) -> Adapted:
-        shared = arrays.get((module_path(path), leaf.tag.name))
+        shared = arrays.get((module_path(matrix_path(path, leaf.layout)), leaf.tag.name))
         if LAYER not in leaf.state or shared is None:
             return leaf
         return dataclasses.replace(leaf, state={**leaf.state, LAYER: dict(shared)})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
-from peft_jax.core.paths import keys_from_names, module_path, stacked_names
+from peft_jax.core.paths import keys_from_names, leaf_names
 
 
 def with_dropout(params: Any, key: jax.Array) -> Any:
@@ -40,7 +40,7 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
             return leaf
         if leaf.layout.lookup and not leaf.tag.config.dropout_in_lookups:
             return leaf
-        names = stacked_names(module_path(path), leaf.layout, leaf.shape)
+        names = leaf_names(path, leaf.layout, leaf.shape)
         keys = keys_from_names(key, names)
         arrays = {name: jnp.asarray(np.full(names.shape, rate, np.float32)) for name, rate in rates.items()}
         return dataclasses.replace(leaf, state={**leaf.state, "dropout": {"key": keys, **arrays}})

@@ -21,7 +21,8 @@ class Layout:
         lookup: True for an embedding, whose rows are looked up by index.
         index_after: One name per stacked axis: the layer's index follows this component in module paths, as in
             ``model.layers.3.self_attn.q_proj`` for ``("layers",)``. None for the experts of one parameter, which
-            have no names of their own (``target_parameters`` of a config).
+            have no names of their own (``target_parameters`` of a config). ``""`` puts it before the whole path,
+            where no rule takes it for the index of a layer: ``1.model.layers.3.gate`` is that of expert 1.
         source: Who says so; counts for nothing but `peft_jax.explain`.
         stored_in_out: Whether PyTorch stores the matrix as ``(in, out)``; None if ``fan_in_fan_out`` says.
         multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
@@ -29,6 +30,8 @@ class Layout:
             adapters have axes of their own for them.
         groups: Of how many groups of input channels the convolution is, each with a part of the output channels; the
             kernel has the inputs of one.
+        bias_of: For a bias the ends of two paths, its own and that of the matrix to whose products it is added; what
+            is before them is the same.
 
     Example:
         >>> heads = Layout(stack=(0,), inp=(1,), out=(2, 3))   # (layer, embed, head, feature)
@@ -46,6 +49,7 @@ class Layout:
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
     taps: tuple[int, ...] = dataclasses.field(default=(), compare=False, repr=False)
     groups: int = dataclasses.field(default=1, compare=False, repr=False)
+    bias_of: tuple[str, str] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def is_linear(self) -> bool:
@@ -125,8 +129,11 @@ class Ambiguous:
     found: tuple[str, ...] = ()
 
 
+CONVENTION = "by convention"  # how the source of a layout begins that nobody but a leaf's name and rank tells
 READ = "read off the program"  # the source of a layout that knows axes, but not what stacked ones are called
 LEAF_NAMES = ("kernel", "weight", "embedding", "bias", "scale")
+VECTOR_NAMES = ("bias", "scale", "gain", "gamma", "beta")  # one layer of such a leaf has one axis
+LISTS = ("layers", "h", "blocks", "block", "layer")  # what frameworks call their lists of layers
 
 
 def conventional_layout(path: str, shape: tuple[int, ...], fan_in_fan_out: bool = False) -> Layout | None:
@@ -137,8 +144,8 @@ def conventional_layout(path: str, shape: tuple[int, ...], fan_in_fan_out: bool 
     A matrix of higher rank is ambiguous: no convention tells its stacked axes from its heads.
     """
     name = path.rsplit(".", 1)[-1]
-    source = f"by convention for '{name}'"
-    if name in ("bias", "scale") or len(shape) < 2:
+    source = f"{CONVENTION} for '{name}'"
+    if name in VECTOR_NAMES or len(shape) < 2:
         return Layout(inp=(), out=(0,), source=source) if len(shape) == 1 else None
     if len(shape) > 2:
         return None

@@ -1,8 +1,9 @@
 """The leaves of a tree with their layouts and the names of the layers that they stand for."""
 
 import dataclasses
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -10,11 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.layout import Ambiguous, Layout, conventional_layout
-from peft_jax.core.paths import module_path, named_leaves, stacked_names
+from peft_jax.core.layout import CONVENTION, VECTOR_NAMES, Ambiguous, Layout, conventional_layout
+from peft_jax.core.paths import leaf_names, module_path, named_leaves
 from peft_jax.core.weight import is_weight
 
 Layouts = Mapping[str, Layout]
+BIAS_NAMES = ("bias", "b")
+
+
+class Program(NamedTuple):
+    """What a program tells of its leaves, by path.
+
+    Attributes:
+        matrices: Axes of those that are the matrix of a product, or why they are unclear.
+        vectors: Axes of stacked leaves one layer of which is a vector, and of those that are multiplied elementwise.
+        biases: Paths of the matrices to whose products the leaves are added.
+    """
+
+    matrices: Mapping[str, Layout | Ambiguous] = MappingProxyType({})
+    vectors: Mapping[str, Layout] = MappingProxyType({})
+    biases: Mapping[str, str] = MappingProxyType({})
 
 
 class Leaf(NamedTuple):
@@ -25,6 +41,12 @@ class Leaf(NamedTuple):
     layout: Any
     names: np.ndarray
     unclear: Ambiguous | None = None
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias of a matrix, or called one."""
+        is_known = self.layout is not None and self.layout.bias_of is not None
+        return is_known or self.path.rsplit(".", 1)[-1] == "bias"
 
     def required_layout(self) -> Layout:
         """The layout.
@@ -49,7 +71,7 @@ def find_leaves(
     params: Any,
     layouts: Layouts | None,
     fan_in_fan_out: bool = False,
-    read: Mapping[str, Layout | Ambiguous] = MappingProxyType({}),
+    read: Program | None = None,
 ) -> list[Leaf]:
     """All leaves of a tree, in order, with their layouts.
 
@@ -57,17 +79,18 @@ def find_leaves(
         params: The tree.
         layouts: What the user says, by regex over whole paths; it comes first.
         fan_in_fan_out: What the conventions, which come last, are asked with.
-        read: What was read off a program, by path.
+        read: What was read off a program, where one is given.
 
     Raises:
         ValueError: if a layout does not fit its leaf, or fits none; or two leaves have one path.
     """
     unused = set(layouts or {})
+    known = {} if read is None else {**read.vectors, **read.matrices}
     found = []
     for path, value in named_leaves(params, is_leaf=is_weight).items():
         shape = getattr(value, "shape", ())
         layout = value.layout if is_weight(value) else conventional_layout(path, shape, fan_in_fan_out)
-        layout = read.get(path, layout)
+        layout = known.get(path, layout)
         for pattern, given in (layouts or {}).items():
             if re.fullmatch(pattern, path):
                 given.check(shape, path)
@@ -82,15 +105,60 @@ def find_leaves(
                 unused.discard(pattern)
                 break
         unclear, layout = (layout, None) if isinstance(layout, Ambiguous) else (None, layout)
-        module = module_path(path)
-        names = stacked_names(module, layout, shape) if layout else np.array(module, dtype=object)
+        if read is not None and layout is None and unclear is None:
+            unclear = Ambiguous("no convention names the axes of such a leaf, nor does a product in fn=")
+        names = leaf_names(path, layout, shape) if layout else np.array(module_path(path), dtype=object)
         found.append(Leaf(path, value, layout, names, unclear))
     if unused:
         raise ValueError(
             f"layout patterns {sorted(unused)} match no leaf; a pattern is matched against the whole path. "
             f"Paths: {[leaf.path for leaf in found][:5]}."
         )
-    return found
+    return _with_biases(found, {} if read is None else read.biases)
+
+
+def _with_biases(found: Sequence[Leaf], told: Mapping[str, str]) -> list[Leaf]:
+    """The leaves, each bias with the names of its matrix and, where its own axes are unclear, with that one's outputs.
+
+    A bias is what the program adds to the product of the matrix (``told``), or by convention ``bias`` or ``b`` beside
+    the only matrix of a module.
+    """
+    by_path = {leaf.path: leaf for leaf in found}
+    beside: dict[str, list[Leaf]] = {}
+    for leaf in found:
+        if is_matrix(leaf):
+            beside.setdefault(leaf.path.rpartition(".")[0], []).append(leaf)
+    leaves = []
+    for leaf in found:
+        parent, _, last = leaf.path.rpartition(".")
+        siblings = [one for one in beside.get(parent, []) if one.path != leaf.path]
+        matrix = by_path.get(told.get(leaf.path, ""))
+        if matrix is None and last in BIAS_NAMES and len(siblings) == 1:
+            matrix = siblings[0]
+        is_new = is_float(leaf) and not is_weight(leaf.value)
+        leaves.append(_as_bias(leaf, matrix) if is_new and matrix is not None else leaf)
+    return leaves
+
+
+def _as_bias(leaf: Leaf, matrix: Leaf) -> Leaf:
+    """The leaf as the bias of a matrix, if it has its stacked axes and its outputs."""
+    if matrix.layout is None:
+        return leaf
+    stack, (_, n_out) = matrix.layout.stack_shape(matrix.value.shape), matrix.layout.sizes(matrix.value.shape)
+    layout, shape = leaf.layout, leaf.value.shape
+    if layout is None or layout.source.startswith(CONVENTION):
+        depth = len(stack) if shape[: len(stack)] == stack else 0
+        axes = tuple(range(len(shape)))
+        layout = Layout(axes[:depth], (), axes[depth:], source=f"{CONVENTION} for a bias of '{matrix.path}'")
+    if layout.inp or layout.stack_shape(shape) != stack or layout.sizes(shape)[1] != n_out:
+        if leaf.layout is not None:
+            return leaf
+        why = f"it is no bias of '{matrix.path}', which has the stacked axes {stack} and {n_out} outputs"
+        return leaf._replace(names=matrix.names, unclear=Ambiguous(why))
+    common = os.path.commonprefix([leaf.path, matrix.path])
+    ends = (leaf.path[len(common) :], matrix.path[len(common) :])
+    layout = dataclasses.replace(layout, index_after=matrix.layout.index_after, bias_of=ends)
+    return leaf._replace(layout=layout, names=matrix.names, unclear=None)
 
 
 def replace_leaves(params: Any, nodes: Mapping[int, Any]) -> Any:
@@ -109,5 +177,5 @@ def is_matrix(leaf: Leaf) -> bool:
     if not is_float(leaf):
         return False
     if leaf.layout is None:
-        return getattr(leaf.value, "ndim", 0) > 1
+        return getattr(leaf.value, "ndim", 0) > 1 and leaf.path.rsplit(".", 1)[-1] not in VECTOR_NAMES
     return bool(leaf.layout.inp)

@@ -83,6 +83,32 @@ def torch_name(leaf_path: str) -> str:
     return TORCH_NAMES.get(leaf_path.rsplit(".", 1)[-1], "weight")
 
 
+def matrix_path(leaf_path: str, layout: Layout) -> str:
+    """The path of the leaf that names a leaf's module: of a bias its matrix's, of all others their own.
+
+    Example:
+        >>> matrix_path("layers.b1", Layout(inp=(), out=(0,), bias_of=("b1", "w1")))
+        'layers.w1'
+    """
+    if layout.bias_of is None:
+        return leaf_path
+    own, matrix = layout.bias_of
+    return leaf_path.removesuffix(own) + matrix
+
+
+def leaf_names(path: str, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:
+    """Names of the modules that a leaf belongs to, one for each of its layers; those of a bias are its matrix's.
+
+    Raises:
+        ValueError: as `stacked_names`.
+
+    Example:
+        >>> list(leaf_names("layers.mlp.kernel", Layout(stack=(0,), inp=(1,), out=(2,)), (2, 8, 8)))
+        ['layers.0.mlp', 'layers.1.mlp']
+    """
+    return stacked_names(module_path(matrix_path(path, layout)), layout, shape)
+
+
 def stacked_names(path: str, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:
     """Names of the layers that a leaf stands for, an object array of the leaf's stacked shape.
 
@@ -96,17 +122,21 @@ def stacked_names(path: str, layout: Layout, shape: tuple[int, ...]) -> np.ndarr
     stack = layout.stack_shape(shape)
     names = np.empty(stack, dtype=object)
     for index in itertools.product(*map(range, stack)):
-        parts = path.split(".")
+        parts, front = path.split(".") if path else [], []
         for after, i in zip(layout.index_after, index, strict=False):
             if after is None:
+                continue
+            if after == "":
+                front.append(str(i))
                 continue
             if after not in parts:
                 raise ValueError(
                     f"Stacked leaf '{path}' has no path component '{after}' after which its layer index would stand. "
-                    f"Write Layout(..., index_after=(NAME,)) with one of {parts}, or None for a parameter's experts."
+                    f"Write Layout(..., index_after=(NAME,)) with one of {parts}, '' for the front of the path, or "
+                    "None for a parameter's experts."
                 )
             parts.insert(parts.index(after) + 1, str(i))
-        names[index] = ".".join(parts)
+        names[index] = ".".join([*front, *parts])
     return names
 
 

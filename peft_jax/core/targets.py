@@ -84,6 +84,7 @@ def check_targets(
     every: Sequence[str],
     patterns: Iterable[str] = (),
     parameters: Collection[str] = (),
+    vectors: Sequence[str] = (),
 ) -> list[str]:
     """The modules that a config means, once it is certain that every part of it means at least one.
 
@@ -93,6 +94,7 @@ def check_targets(
         every: Paths of all modules with any leaf, which ``modules_to_save`` may name.
         patterns: Keys of ``rank_pattern`` and the like.
         parameters: Names of the weights that are targets by themselves.
+        vectors: Paths of the modules with leaves that are no matrices, to say so if one is named.
 
     Raises:
         ValueError: if a target, excluded name, saved module, layer index or pattern hits nothing.
@@ -108,11 +110,14 @@ def check_targets(
     if isinstance(targets, str):
         if not hits:
             what = f"target_modules regex '{targets}'"
-            raise ValueError(nothing_hit(what, targets, modules, "A regex is matched against whole paths."))
+            hint = no_matrix(targets, vectors) or "A regex is matched against whole paths."
+            raise ValueError(nothing_hit(what, targets, modules, hint))
     else:
         for target in targets or ():
             if not any(names_module([target], module) for module in modules):
-                raise ValueError(nothing_hit(f"Target module '{target}'", target, modules))
+                raise ValueError(
+                    nothing_hit(f"Target module '{target}'", target, modules, no_matrix([target], vectors))
+                )
         if targets and not hits and not parameters:
             aside = "is excluded or in modules_to_save" if config.modules_to_save else "is excluded"
             raise ValueError(f"Every module that {list(targets)} names {aside}. Exclude less, or target more.")
@@ -161,6 +166,17 @@ def names_module(targets: str | Sequence[str], module: str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def no_matrix(targets: str | Sequence[str], vectors: Sequence[str]) -> str:
+    """What a message says of targets that name a vector; nothing if they name none."""
+    named = next((name for name in vectors if names_module(targets, name)), None)
+    if named is None:
+        return ""
+    return (
+        f"'{named}' is a vector, which is added or multiplied elementwise and is no matrix of a product. Train it whole: "
+        "name it in modules_to_save, or in target_modules of LNTuningConfig."
+    )
 
 
 def nothing_hit(what: str, name: str, modules: Sequence[str], hint: str = "") -> str:

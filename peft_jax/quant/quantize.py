@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from peft_jax.adapt.infer_layouts import read_layouts
+from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
 from peft_jax.core.repeated import is_repeated
-from peft_jax.core.targets import names_module, nothing_hit
+from peft_jax.core.targets import names_module, no_matrix, nothing_hit
 from peft_jax.core.weight import is_weight
 from peft_jax.quant.int8 import Int8, quantize_array
 
@@ -56,16 +56,17 @@ def quantize(
             names = _matmul_names(find_leaves(params.params, layouts))
             target_modules = [name for name in names if name != params.output_module]
         return params.replace(quantize(params.params, bits, target_modules=target_modules, layout=layouts))
-    read = read_layouts(params, fn, args) if fn is not None else {}
+    read = None if fn is None else read_program(params, fn, args)
     found = find_leaves(params, layout, read=read)
     matrices = [leaf for leaf in found if is_matrix(leaf)]
-    used = found if fn is None else [leaf for leaf in found if leaf.path in read or is_weight(leaf.value)]
+    used = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
     targets = _matmul_names(used) if target_modules is None else target_modules
     modules = [name for leaf in matrices for name in leaf.names.flat]
     for target in [targets] if isinstance(targets, str) else targets:
         one = target if isinstance(targets, str) else [target]
         if not any(names_module(one, module) for module in modules):
-            raise ValueError(nothing_hit(f"Target module '{target}'", target, modules))
+            vectors = [name for leaf in found if not is_matrix(leaf) for name in leaf.names.flat]
+            raise ValueError(nothing_hit(f"Target module '{target}'", target, modules, no_matrix(one, vectors)))
     nodes = {}
     for position, leaf in enumerate(found):
         if is_matrix(leaf) and _is_whole_target(leaf, targets):

@@ -10,7 +10,7 @@ import numpy as np
 from peft_jax.adapters.plan import FOLLOWS
 from peft_jax.core.adapted import Adapted, Tag, is_adapted, tied
 from peft_jax.core.partition_specs import sharded_like_base
-from peft_jax.core.paths import dotted, module_path, stacked_names
+from peft_jax.core.paths import dotted, leaf_names
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.whole import Follower
 
@@ -43,7 +43,7 @@ def weighted_ia3(tree: Any, weighted: Mapping[str, float], configs: Sequence[IA3
         if not sources:
             return node
         path = dotted(key_path)
-        names = stacked_names(module_path(path), node.layout, node.shape)
+        names = leaf_names(path, node.layout, node.shape)
         used = {role: np.any([np.asarray(one.state[role]) for one in sources.values()], axis=0) for role in ROLES}
         if not node.layout.inp:  # a bias that changes with its layer's outputs
             follower = Follower(config, FOLLOWS)

@@ -12,7 +12,7 @@ from peft_jax.adapters.combine.weighted_ia3 import weighted_ia3
 from peft_jax.core.adapted import Adapted, Tag, adapters, check_adapter_name, is_adapted, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition_specs import sharded_like_base
-from peft_jax.core.paths import dotted, keys_from_names, module_path, stacked_names
+from peft_jax.core.paths import dotted, keys_from_names, leaf_names
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
 from peft_jax.methods.lora.grouped_conv import groups_of
@@ -142,7 +142,7 @@ def add_weighted_adapter(
             one = made[dotted(key_path)]
             arrays, state = one.params, one.state
         else:  # a bias that changes with its layer's matrix
-            names = stacked_names(module_path(dotted(key_path)), node.layout, node.shape)
+            names = leaf_names(dotted(key_path), node.layout, node.shape)
             hit = np.any([np.asarray(source.state["rank"]) > 0 for source in found], axis=0)
             follower = Follower(config, found[0].tag.config.role)
             arrays, state = follower.init(names, hit)
@@ -166,7 +166,7 @@ def _made(
     path: str, found: Sequence[Adapted], weighted: Mapping[str, float], how: How, rank: int, key: jax.Array
 ) -> Made:
     """The new adapter of a leaf, layer by layer."""
-    names = stacked_names(module_path(path), found[0].layout, found[0].shape)
+    names = leaf_names(path, found[0].layout, found[0].shape)
     keys = jnp.reshape(keys_from_names(key, names), (-1,))
     n_in, n_out = found[0].layout.sizes(found[0].shape)
     has_bias = any(BIAS in node.params for node in found)

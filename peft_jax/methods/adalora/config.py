@@ -16,7 +16,7 @@ import numpy as np
 from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.core.dropout import dropout
 from peft_jax.core.layout import Layout
-from peft_jax.core.paths import module_path, stacked_names
+from peft_jax.core.paths import leaf_names
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.adalora import rank_allocator
@@ -235,7 +235,7 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, Scheduled):
         kept = {path: rank_allocator.needed(leaf.params, path, schedule) for path, leaf in leaves.items()}
         if all(np.array_equal(mask, schedule.there[path]) for path, mask in kept.items()):
             return tree
-        names = {path: stacked_names(module_path(path), leaf.layout, leaf.shape) for path, leaf in leaves.items()}
+        names = {path: leaf_names(path, leaf.layout, leaf.shape) for path, leaf in leaves.items()}
         pattern = dict(self.rank_pattern or {})
         for path, leaf in leaves.items():
             for index in zip(*np.nonzero(np.asarray(leaf.state["hit"])), strict=True) if names[path].ndim else [()]:
