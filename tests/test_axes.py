@@ -167,3 +167,187 @@ def weights_of(params):
 
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
     return {".".join(key.key for key in path): leaf for path, leaf in found if is_weight(leaf)}
+
+
+# ---- Stacks: layers, experts, members; vectors
+
+
+def names_in(params):
+    from peft_jax.core.paths import leaf_names
+
+    return {
+        path: leaf_names(path, leaf.layout, leaf.shape).ravel().tolist() for path, leaf in leaves_of(params).items()
+    }
+
+
+def trained(params):
+    """The tree with other numbers in its adapters."""
+    trainable, frozen = pj.partition(params)
+    return pj.combine(jax.tree.map(lambda leaf: leaf + 0.1, trainable), frozen)
+
+
+def alive(params, base, fn, *args):
+    """What the adapted function gives, which is what merging gives and the base does not."""
+    got, want = pj.adapt(fn)(params, *args), fn(pj.merge(params), *args)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
+    assert not np.allclose(got, fn(base, *args), atol=1e-3)
+    return got
+
+
+def of_experts(layer, x):
+    return jnp.tanh(jnp.einsum("ebi,eio->ebo", x, layer["gate"]["kernel"]))
+
+
+def test_experts_are_not_counted_as_layers():
+    layers = {str(i): {"gate": {"kernel": normal(i, 3, 8, 8)}} for i in range(2)}
+    base, x = {"model": {"layers": layers}}, normal(9, 3, 5, 8)
+    fn = lambda params, x: of_experts(params["model"]["layers"]["1"], of_experts(params["model"]["layers"]["0"], x))  # noqa: E731
+    config = pj.LoraConfig(r=2, target_modules=["gate"], layers_to_transform=[1], rank_pattern={"layers.1.gate": 3})
+    params = trained(pj.apply_lora(base, config, fn=fn, args=(x,)))
+    name = "model.layers.1.gate"
+    assert names_in(params) == {f"{name}.kernel": [f"{expert}.{name}" for expert in range(3)]}
+    (leaf,) = leaves_of(params).values()
+    assert leaf.state["rank"].tolist() == [3, 3, 3]
+    got, w = alive(params, base, fn, x), [np.asarray(layers[str(i)]["gate"]["kernel"]) for i in range(2)]
+    a, b = (np.asarray(leaf.params[role]) for role in ("lora_A", "lora_B"))
+    h = np.tanh(np.einsum("ebi,eio->ebo", x, w[0]))
+    want = np.tanh(np.einsum("ebi,eio->ebo", h, w[1] + 8 / 3 * a @ b))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    tensors = pj.get_peft_model_state_dict(params)
+    again = pj.set_peft_model_state_dict(base, config, tensors, layout={r".*1\.gate\.kernel": leaf.layout})
+    np.testing.assert_allclose(pj.adapt(fn)(again, x), got, rtol=0, atol=1e-5)
+
+
+def scan_of(run):
+    return lambda layers, x: jax.lax.scan(lambda h, layer: (jnp.tanh(run(layer, h)), None), x, layers)[0]
+
+
+def nested(path, array):
+    for part in reversed(path.split(".")):
+        array = {part: array}
+    return array
+
+
+def at(path, tree):
+    for part in path.split("."):
+        tree = tree[part]
+    return tree
+
+
+matmul, batched = (lambda w, x: x @ w), (lambda w, x: jnp.einsum("ebi,eio->ebo", x, w))
+STACKS = {
+    "w": (scan_of(matmul), (2, 8, 8), ["0.w", "1.w"]),
+    "dense.kernel": (scan_of(matmul), (2, 8, 8), ["0.dense", "1.dense"]),
+    "params.h.attn.kernel": (scan_of(matmul), (2, 8, 8), ["params.h.0.attn", "params.h.1.attn"]),
+    "net.layers.0.mlp.kernel": (scan_of(matmul), (2, 8, 8), ["0.net.layers.0.mlp", "1.net.layers.0.mlp"]),
+    "layers.0.mlp.kernel": (batched, (2, 8, 8), ["0.layers.0.mlp", "1.layers.0.mlp"]),
+    "members.w": (batched, (2, 8, 8), ["0.members.w", "1.members.w"]),
+    "net.layers.up.kernel": (
+        scan_of(batched),
+        (3, 2, 8, 8),
+        [f"{expert}.net.layers.{layer}.up" for layer in range(3) for expert in range(2)],
+    ),
+    "net.blocks.up.kernel": (
+        lambda w, x: jax.vmap(scan_of(matmul))(w, x),
+        (2, 3, 8, 8),
+        [f"{member}.net.blocks.{layer}.up" for member in range(2) for layer in range(3)],
+    ),
+    "groups.layers.w": (
+        scan_of(scan_of(matmul)),
+        (2, 3, 8, 8),
+        [f"groups.{group}.layers.{layer}.w" for group in range(2) for layer in range(3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("path", STACKS)
+def test_layers_of_a_stack_have_a_target_s_name_and_their_own_number(path):
+    run, shape, names = STACKS[path]
+    base, x = nested(path, 0.3 * normal(0, *shape)), normal(1, 2, 5, 8)
+    fn = lambda params, x: run(at(path, params), x)  # noqa: E731
+    last = path.removesuffix(".kernel").rpartition(".")[2]
+    params = trained(pj.apply_lora(base, pj.LoraConfig(r=2, target_modules=[last]), fn=fn, args=(x,)))
+    assert names_in(params) == {path: names}
+    alive(params, base, fn, x)
+    keys = {key.removeprefix("base_model.model.") for key in pj.get_peft_model_state_dict(params)}
+    assert keys == {f"{name}.lora_{role}.weight" for name in names for role in "AB"}
+
+
+def test_layers_of_scanned_experts_are_chosen_by_the_layer():
+    base, x = {"net": {"layers": {"up": {"kernel": normal(0, 3, 2, 8, 8)}}}}, normal(1, 2, 5, 8)
+    fn = lambda params, x: scan_of(batched)(params["net"]["layers"]["up"]["kernel"], x)  # noqa: E731
+    config = pj.LoraConfig(r=2, target_modules=["up"], layers_to_transform=[1])
+    (leaf,) = leaves_of(pj.apply_lora(base, config, fn=fn, args=(x,))).values()
+    assert leaf.state["rank"].tolist() == [[0, 0], [2, 2], [0, 0]]
+    config = pj.LoraConfig(r=2, target_modules=["gate"], layers_to_transform=[1])
+    base = {"moe": {"gate": {"kernel": normal(0, 2, 8, 8)}}}
+    with pytest.raises(ValueError, match=r"layers_to_transform \[1\] hits no target. Layers found: \[\]"):
+        pj.apply_lora(base, config, fn=lambda params, x: of_experts(params["moe"], x), args=(x,))
+
+
+VECTORS = {
+    "einsum of batches": lambda h, gain: jnp.einsum("bi,i->bi", h, gain),
+    "product": lambda h, gain: h * gain[None],
+    "sum": lambda h, gain: h + gain[None],
+    "contracted to one number": lambda h, gain: h + jnp.einsum("bi,i->b", h, gain)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_stacked_vector_is_no_matrix(name):
+    base, x = {"layers": {"w": 0.3 * normal(0, 3, 8, 8), "gain": normal(1, 3, 8)}}, normal(2, 5, 8)
+    use = VECTORS[name]
+    fn = lambda params, x: scan_of(lambda layer, h: use(jnp.sin(h @ layer["w"]), layer["gain"]))(params["layers"], x)  # noqa: E731
+    told = {"fn": fn, "args": (x,)}
+    params = trained(pj.apply_lora(base, pj.LoraConfig(r=2, target_modules="all-linear"), **told))
+    assert set(leaves_of(params)) == {"layers.w"}
+    alive(params, base, fn, x)
+    wrong = r"'gain' hits none of .*'layers.0.gain' is a vector.*modules_to_save"
+    with pytest.raises(ValueError, match=wrong):
+        pj.apply_lora(base, pj.LoraConfig(r=2, target_modules=["w", "gain"]), **told)
+    with pytest.raises(ValueError, match=r"regex .* hits none of .*'layers.0.gain' is a vector"):
+        pj.apply_lora(base, pj.LoraConfig(r=2, target_modules=".*gain"), **told)
+    with pytest.raises(ValueError, match=wrong):
+        pj.quantize(base, target_modules=["gain"], **told)
+    assert set(weights_of(pj.quantize(base, **told))) == {"layers.w"}
+
+    config = pj.LNTuningConfig(target_modules=["layers.1.gain"])
+    params = trained(pj.apply_adapter(base, config, **told))
+    gain = np.asarray(base["layers"]["gain"]) + np.array([[0], [0.1], [0]], np.float32)
+    np.testing.assert_allclose(pj.merge(params)["layers"]["gain"], gain, rtol=0, atol=1e-6)
+    alive(params, base, fn, x)
+    (key,) = pj.get_peft_model_state_dict(params)
+    assert key == "base_model.model.layers.1.gain.ln_tuning_layers.weight"
+
+
+def test_a_product_with_batch_axes_alone_has_no_matrix():
+    base, x = {"q": {"kernel": normal(0, 8, 8)}, "mix": {"kernel": normal(1, 5, 8)}}, normal(2, 5, 8)
+    fn = lambda params, x: jnp.einsum("bi,bi->bi", x @ params["q"]["kernel"], params["mix"]["kernel"])  # noqa: E731
+    params = pj.apply_lora(base, pj.LoraConfig(r=2, target_modules="all-linear"), fn=fn, args=(x,))
+    assert set(leaves_of(params)) == {"q.kernel"}
+    with pytest.raises(ValueError, match="'mix' is a vector"):
+        pj.apply_lora(base, pj.LoraConfig(r=2, target_modules=["mix"]), fn=fn, args=(x,))
+
+
+@pytest.mark.parametrize("name", ["scale", "gain", "bias"])
+def test_a_stacked_vector_is_no_matrix_by_convention(name):
+    base = {"layers": {"q": {"kernel": normal(0, 3, 8, 8)}, "norm": {name: normal(1, 3, 8)}}}
+    layout = {".*kernel": pj.Layout((0,), (1,), (2,))}
+    module = "norm.gain" if name == "gain" else "norm"
+    params = pj.apply_lora(base, pj.LoraConfig(r=2, target_modules="all-linear"), layout=layout)
+    assert set(leaves_of(params)) == {"layers.q.kernel"}
+    assert set(weights_of(pj.quantize(base, layout=layout))) == {"layers.q.kernel"}
+    with pytest.raises(ValueError, match="is a vector"):
+        pj.apply_lora(base, pj.LoraConfig(r=2, target_modules=[module]), layout=layout)
+    with pytest.raises(ValueError, match="ambiguous.*or give fn= and args="):
+        pj.apply_adapter(base, pj.LNTuningConfig(target_modules=[module]), layout=layout)
+
+
+def test_who_gave_fn_is_not_told_to_give_it():
+    base, x = {"q": {"kernel": normal(0, 8, 8)}, "unused": {"kernel": normal(1, 3, 8, 8)}}, normal(2, 5, 8)
+    fn = lambda params, x: x @ params["q"]["kernel"]  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"ambiguous: no convention .*, nor does a product in fn=. Write layout="
+    ) as error:
+        pj.apply_lora(base, pj.LoraConfig(target_modules=["unused"]), fn=fn, args=(x,))
+    assert "give fn=" not in str(error.value)

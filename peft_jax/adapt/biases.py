@@ -61,10 +61,12 @@ def _results(eqn: Any, operands: Origins, found: dict[str, set[str]]) -> Origins
     results = [origin for origin in operands if origin is not None and origin.is_result]
     if kind in MOVES:
         return operands
-    if kind in PRODUCTS and len(leaves) == 1 and not results:
+    if kind in PRODUCTS and len(leaves) == 1:
         return [Origin(leaves[0].path, is_result=True)]
-    if kind == "add" and len(leaves) == 1 and len(results) == 1:
-        found.setdefault(leaves[0].path, set()).add(results[0].path)
+    if kind == "add" and len(results) == 1:
+        for leaf in leaves:
+            found.setdefault(leaf.path, set()).add(results[0].path)
+        return [] if leaves else results  # the sum with anything else, as a residual, may get its bias later
     if kind in CALLS:
         return _walk(eqn.params[CALLS[kind]], operands, found)
     for inner, inputs in _bodies(eqn, operands):

@@ -84,9 +84,12 @@ def apply_adapter(
         adapter_name: Name of the adapter, new to the tree.
         layout: Axes by regex over whole leaf paths; what is said here comes before all else.
         fn: The function that uses the leaves, as ``fn(params, *args)``. Axes are read off its program: those that a
-            product contracts are inputs, those that are scanned, indexed or batched are stacked layers. Without it
+            product contracts are inputs, those that are scanned or indexed are stacked layers, those that it batches
+            are experts, which no ``layers_to_transform`` counts. What is added to a product is its matrix's bias, and
+            a leaf that is only multiplied elementwise is a vector and no target of a matrix method. Without it
             conventions hold: ``kernel`` is ``(in, out)``, ``weight`` is ``(out, in)``, ``embedding`` is
-            ``(vocabulary, features)``. With it ``all-linear`` means every leaf that is the weight of a product, not
+            ``(vocabulary, features)``, and the bias is ``bias`` or ``b`` beside the only matrix, or ``b1`` beside
+            ``w1``. With it ``all-linear`` means every leaf that is the weight of a product, not
             of a lookup alone.
         args: The other arguments of ``fn``; arrays, or shapes as ``jax.ShapeDtypeStruct``.
 

@@ -16,7 +16,6 @@ from peft_jax.core.paths import leaf_names, module_path, named_leaves
 from peft_jax.core.weight import is_weight
 
 Layouts = Mapping[str, Layout]
-BIAS_NAMES = ("bias", "b")
 
 
 class Program(NamedTuple):
@@ -114,29 +113,31 @@ def find_leaves(
             f"layout patterns {sorted(unused)} match no leaf; a pattern is matched against the whole path. "
             f"Paths: {[leaf.path for leaf in found][:5]}."
         )
-    return _with_biases(found, {} if read is None else read.biases)
+    return _with_biases(found, None if read is None else read.biases)
 
 
-def _with_biases(found: Sequence[Leaf], told: Mapping[str, str]) -> list[Leaf]:
+def _with_biases(found: Sequence[Leaf], told: Mapping[str, str] | None) -> list[Leaf]:
     """The leaves, each bias with the names of its matrix and, where its own axes are unclear, with that one's outputs.
 
-    A bias is what the program adds to the product of the matrix (``told``), or by convention ``bias`` or ``b`` beside
-    the only matrix of a module.
+    A bias is what the program adds to the product with a matrix (``told``). Without a program it is ``b`` beside the
+    only matrix of a module, or ``b1`` beside ``w1``; ``bias`` beside the only matrix is one in any case.
     """
     by_path = {leaf.path: leaf for leaf in found}
-    beside: dict[str, list[Leaf]] = {}
+    beside: dict[str, list[str]] = {}
     for leaf in found:
         if is_matrix(leaf):
-            beside.setdefault(leaf.path.rpartition(".")[0], []).append(leaf)
+            beside.setdefault(leaf.path.rpartition(".")[0], []).append(leaf.path)
     leaves = []
     for leaf in found:
-        parent, _, last = leaf.path.rpartition(".")
-        siblings = [one for one in beside.get(parent, []) if one.path != leaf.path]
-        matrix = by_path.get(told.get(leaf.path, ""))
-        if matrix is None and last in BIAS_NAMES and len(siblings) == 1:
+        parent, dot, last = leaf.path.rpartition(".")
+        siblings = [path for path in beside.get(parent, []) if path != leaf.path]
+        matrix = (told or {}).get(leaf.path)
+        if matrix is None and len(siblings) == 1 and last in (("bias", "b") if told is None else ("bias",)):
             matrix = siblings[0]
+        elif told is None and last.startswith("b") and f"{parent}{dot}w{last[1:]}" in siblings:
+            matrix = f"{parent}{dot}w{last[1:]}"
         is_new = is_float(leaf) and not is_weight(leaf.value)
-        leaves.append(_as_bias(leaf, matrix) if is_new and matrix is not None else leaf)
+        leaves.append(_as_bias(leaf, by_path[matrix]) if is_new and matrix is not None else leaf)
     return leaves
 
 

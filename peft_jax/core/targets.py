@@ -118,7 +118,7 @@ def check_targets(
                 raise ValueError(
                     nothing_hit(f"Target module '{target}'", target, modules, no_matrix([target], vectors))
                 )
-        if targets and not hits and not parameters:
+        if targets and not hits and not parameters and not _indices(config):
             aside = "is excluded or in modules_to_save" if config.modules_to_save else "is excluded"
             raise ValueError(f"Every module that {list(targets)} names {aside}. Exclude less, or target more.")
     if config.exclude_modules:
@@ -174,8 +174,8 @@ def no_matrix(targets: str | Sequence[str], vectors: Sequence[str]) -> str:
     if named is None:
         return ""
     return (
-        f"'{named}' is a vector, which is added or multiplied elementwise and is no matrix of a product. Train it whole: "
-        "name it in modules_to_save, or in target_modules of LNTuningConfig."
+        f"'{named}' is a vector, which is added or multiplied elementwise and is no matrix of a product. Train it "
+        "whole: name it in modules_to_save, or in target_modules of LNTuningConfig."
     )
 
 

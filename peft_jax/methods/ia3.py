@@ -24,7 +24,7 @@ from peft_jax.methods.target_fields import ExcludeFields, TargetFields
 class IA3Config(TargetFields, ExcludeFields, Method):
     """Multiplies the inputs or outputs of a frozen layer by a trained vector; fields and defaults are PEFT's.
 
-    The outputs include the layer's bias, which is the leaf ``bias`` beside the matrix.
+    The outputs include the layer's bias (`peft_jax.apply_adapter` says which leaf it is).
 
     It goes on the modules that the fields of `TargetFields` and `ExcludeFields` say.
 

@@ -1,0 +1,230 @@
+"""Which leaf is the bias of which matrix, stacked or not and whatever it is called; and what methods do with it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peft_jax as pj
+from peft_jax.core.adapted import adapted_leaves
+
+
+def normal(seed, *shape):
+    return 0.5 * jax.random.normal(jax.random.key(seed), shape)
+
+
+def scanned(params, x):
+    """Three stacked layers: a kernel, and a bias of either name."""
+    layers = params["net"]["layers"]["dense"]
+    bias = "b" if "b" in layers else "bias"
+    return jax.lax.scan(lambda h, one: (jnp.tanh(h @ one["kernel"] + one[bias][None]), None), x, layers)[0]
+
+
+def stacked(bias):
+    return {"net": {"layers": {"dense": {"kernel": normal(0, 3, 8, 8), bias: normal(1, 3, 8)}}}}
+
+
+X = normal(9, 5, 8)
+TOLD = {r".*kernel": pj.Layout((0,), (1,), (2,))}
+HOW = {"program": {"fn": scanned, "args": (X,)}, "convention": {"layout": TOLD}}
+
+
+def trained(params):
+    """The tree with other numbers in its adapters."""
+    trainable, frozen = pj.partition(params)
+    return pj.combine(jax.tree.map(lambda leaf: leaf + 0.3, trainable), frozen)
+
+
+def formula(weights, biases, x):
+    x = np.asarray(x)
+    for w, b in zip(weights, biases, strict=True):
+        x = np.tanh(x @ w + b)
+    return x
+
+
+def product(leaf):
+    """What LoRA adds to the kernels, zero for layers that are left out."""
+    a, b = (np.asarray(leaf.params[role]) for role in ("lora_A", "lora_B"))
+    return np.asarray(leaf.state["scaling"])[:, None, None] * (a @ b)
+
+
+def lora_only(w, b, leaf):
+    return w + product(leaf["kernel"]), np.asarray(leaf["bias"].params["bias"])
+
+
+def ia3(w, b, leaf):
+    scale = np.asarray(leaf["kernel"].params["ia3_out"])
+    return w * scale[:, None, :], b * scale
+
+
+def lora_bias(w, b, leaf):
+    return w + product(leaf["kernel"]), b + 4 * np.asarray(leaf["kernel"].params["lora_bias"])
+
+
+def beft(w, b, leaf):
+    return w, b + np.asarray(leaf["kernel"].params["beft_bias"])
+
+
+def saved(w, b, leaf):
+    return tuple(np.asarray(leaf[name].params["modules_to_save"]) for name in ("kernel", "bias"))
+
+
+def one_layer(w, b, leaf):
+    hit = np.array([False, True, False])
+    return w + product(leaf["kernel"]), np.where(hit[:, None], np.asarray(leaf["bias"].params["bias"]), b)
+
+
+LORA = {"r": 2, "target_modules": ["dense"]}
+METHODS = {
+    "lora_only": (pj.LoraConfig(**LORA, bias="lora_only"), lora_only),
+    "all": (pj.LoraConfig(**LORA, bias="all"), lora_only),
+    "IA3": (pj.IA3Config(target_modules=["dense"], feedforward_modules=[]), ia3),
+    "lora_bias": (pj.LoraConfig(**LORA, lora_bias=True), lora_bias),
+    "BEFT": (pj.BeftConfig(target_modules=["dense"]), beft),
+    "modules_to_save": (pj.LoraConfig(**LORA, modules_to_save=["dense"]), saved),
+    "one layer": (pj.LoraConfig(**LORA, bias="lora_only", layers_to_transform=[1]), one_layer),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("bias", ["bias", "b"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stacked_bias_goes_with_its_kernel(name, bias, how):
+    config, expected = METHODS[name]
+    base = stacked(bias)
+    params = trained(pj.apply_adapter(base, config, **HOW[how]))
+    leaves = {"kernel" if path.endswith("kernel") else "bias": leaf for path, leaf in adapted_leaves(params)}
+    assert set(leaves) == {"kernel", "bias"}
+    w, b = (np.asarray(base["net"]["layers"]["dense"][one]) for one in ("kernel", bias))
+    new = expected(w, b, leaves)
+    got = pj.adapt(scanned)(params, X)
+    np.testing.assert_allclose(got, formula(*new, X), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scanned(pj.merge(params), X), got, rtol=0, atol=1e-5)
+    assert not np.allclose(new[1], b, atol=1e-2)
+
+    tensors = pj.get_peft_model_state_dict(params)
+    again = pj.set_peft_model_state_dict(base, config, tensors, layout=TOLD)
+    np.testing.assert_allclose(pj.adapt(scanned)(again, X), got, rtol=0, atol=1e-5)
+    assert all(".layers." in key and ".dense." in key for key in tensors)
+    assert sum(key.endswith(("base_layer.bias", "dense.bias")) for key in tensors) == {
+        "lora_only": 3,
+        "all": 3,
+        "modules_to_save": 3,
+        "one layer": 1,
+    }.get(name, 0)
+
+
+@pytest.mark.parametrize(
+    "config", [pj.OFTConfig(r=0, oft_block_size=2, target_modules=["dense"]), pj.LoraConfig(**LORA, use_dora=True)]
+)
+def test_what_changes_the_matrix_alone_leaves_the_bias(config):
+    base = stacked("b")
+    params = trained(pj.apply_adapter(base, config, fn=scanned, args=(X,)))
+    merged = pj.merge(params)["net"]["layers"]["dense"]
+    assert merged["b"] is base["net"]["layers"]["dense"]["b"]
+    want = formula(np.asarray(merged["kernel"]), np.asarray(merged["b"]), X)
+    np.testing.assert_allclose(pj.adapt(scanned)(params, X), want, rtol=0, atol=1e-5)
+    assert not np.allclose(want, scanned(base, X), atol=1e-3)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_bias_beside_an_int8_kernel(how):
+    base = stacked("b")
+    int8 = pj.quantize(base, **HOW[how])
+    assert int8["net"]["layers"]["dense"]["b"] is base["net"]["layers"]["dense"]["b"]
+    config = pj.LoraConfig(**LORA, bias="lora_only")
+    params = trained(pj.apply_lora(int8, config))  # a quantized kernel has its axes
+    assert params["net"]["layers"]["dense"]["b"].params["bias"].shape == (3, 8)
+    got, want = pj.adapt(scanned)(params, X), scanned(pj.merge(params), X)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    quantized_after = pj.quantize(pj.apply_lora(base, config, **HOW[how]))["net"]["layers"]["dense"]["b"]
+    assert quantized_after.params["bias"].shape == (3, 8) and quantized_after.layout.stack == (0,)
+
+
+def mlp(params, x):
+    h = jnp.tanh(x @ params["first"] + params["shift"][None])
+    return (x + h @ params["second"]) + params["last"][None]
+
+
+def recurrent(params, x):
+    return jnp.tanh(x @ params["wx"] + x @ params["wh"] + params["b"][None])
+
+
+def heads(params, x):
+    return jnp.einsum("bi,iho->bho", x, params["q"]["kernel"]) + params["q"]["bias"][None]
+
+
+def experts(params, x):
+    each = jnp.einsum("bi,eio->ebo", x, params["up"]["kernel"]) + 0
+    return jnp.einsum("ebo,eoi->ebi", each, params["down"]["kernel"]) + params["down"]["offset"][:, None]
+
+
+def apart(params, x):
+    step = jax.checkpoint(lambda h, one: (jax.jit(jnp.add)(h @ one[0], one[1][None]), None))
+    return jax.lax.scan(step, x, (params["weights"]["a"], params["shifts"]["a"]))[0]
+
+
+PROGRAMS = {
+    "any names, and a residual before": (
+        mlp,
+        {"first": (8, 6), "shift": (6,), "second": (6, 8), "last": (8,)},
+        {"shift": "first", "last": "second"},
+    ),
+    "sum of two products": (recurrent, {"wx": (8, 8), "wh": (8, 8), "b": (8,)}, {}),
+    "heads": (heads, {"q.kernel": (8, 2, 3), "q.bias": (2, 3)}, {"q.bias": "q.kernel"}),
+    "experts": (
+        experts,
+        {"up.kernel": (3, 8, 6), "down.kernel": (3, 6, 8), "down.offset": (3, 8)},
+        {"down.offset": "down.kernel"},
+    ),
+    "apart": (apart, {"weights.a": (3, 8, 8), "shifts.a": (3, 8)}, {"shifts.a": "weights.a"}),
+}
+
+
+def tree_of(shapes):
+    tree = {}
+    for seed, (path, shape) in enumerate(shapes.items()):
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = normal(seed, *shape)
+    return tree
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_bias_is_what_the_program_adds_to_a_product(name):
+    fn, shapes, biases = PROGRAMS[name]
+    base = tree_of(shapes)
+    config = pj.LoraConfig(r=2, target_modules="all-linear", bias="lora_only")
+    params = trained(pj.apply_lora(base, config, fn=fn, args=(X,)))
+    found = {path: leaf for path, leaf in adapted_leaves(params) if not leaf.layout.inp}
+    assert set(found) == set(biases)
+    got, want = pj.adapt(fn)(params, X), fn(pj.merge(params), X)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
+    scaled = pj.IA3Config(target_modules="all-linear", feedforward_modules=[])
+    params = trained(pj.apply_adapter({"inside": base}, scaled, fn=lambda p, x: fn(p["inside"], x), args=(X,)))
+    leaves = dict(adapted_leaves(params))
+    for bias, matrix in biases.items():
+        factor = np.asarray(leaves[f"inside.{matrix}"].params["ia3_out"])
+        plain = np.asarray(leaves[f"inside.{bias}"].base)
+        merged = np.asarray(leaves[f"inside.{bias}"].dense())
+        np.testing.assert_allclose(merged, plain * factor.reshape(plain.shape), rtol=0, atol=1e-6)
+    pj.get_peft_model_state_dict(params)
+
+
+def test_a_bias_that_is_no_fit_is_an_error_where_it_is_to_be_trained():
+    base = {"layers": {"q": {"kernel": normal(0, 3, 8, 8), "bias": normal(1, 3, 7)}}}
+    layout = {".*kernel": pj.Layout((0,), (1,), (2,))}
+    config = pj.LoraConfig(r=2, target_modules=["q"])
+    assert pj.apply_lora(base, config, layout=layout)["layers"]["q"]["bias"] is base["layers"]["q"]["bias"]
+    with pytest.raises(
+        ValueError, match=r"'layers.q.bias' .* it is no bias of 'layers.q.kernel', which has .*\(3,\).* 8 out"
+    ):
+        pj.apply_lora(base, config.replace(bias="lora_only"), layout=layout)
+
+
+def test_by_convention_b1_goes_with_w1_and_what_does_not_fit_is_no_bias():
+    base = {"w1": normal(0, 8, 6), "b1": normal(1, 6), "w2": normal(2, 6, 8), "b2": normal(3, 7), "b": normal(4, 8)}
+    config = pj.LoraConfig(r=2, target_modules=["w1", "w2"], bias="lora_only")
+    assert {path for path, _ in adapted_leaves(pj.apply_lora(base, config))} == {"w1", "w2", "b1"}
