@@ -24,8 +24,8 @@ UNBIASED = "unbiased"  # in the state of a matrix: which of its layers have no b
 class BeftConfig(TargetFields, Method):
     """Adds a trained bias to the outputs of layers; fields and defaults are PEFT's.
 
-    Where a layer has a bias (`peft_jax.apply_adapter` says which leaf it is), the two are one sum. Where it has none, the trained
-    one is added to products with the matrix and to lookups in it, and there is nothing to merge it into.
+    Where a layer has a bias (`peft_jax.apply_adapter` says which leaf it is), the two are one sum. Where it has none,
+    the trained one is added to products with the matrix and to lookups in it, and there is nothing to merge it into.
 
     It goes on the modules that the fields of `TargetFields` say.
 
