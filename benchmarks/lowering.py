@@ -26,7 +26,7 @@ from lowering_checks import dequantized, frozen_gradients, multiplications
 from lowering_table import INT8, INT8_HEAD, table
 
 import peft_jax as pj
-from peft_jax.cli.shared.tokenizer import apply_lazily
+from peft_jax.cli.shared.forward_pass import apply_lazily
 from peft_jax.core.partition import partition
 from peft_jax.models import LlamaConfig
 from peft_jax.models.llama import model as llama

@@ -12,7 +12,7 @@ from measure import Contender, timed
 from shapes import SHAPES, Dtype, Size, checkpoint_folder
 
 import peft_jax as pj
-from peft_jax.cli.shared.tokenizer import apply_lazily
+from peft_jax.cli.shared.forward_pass import apply_lazily
 from peft_jax.models import LlamaConfig
 from peft_jax.train import make_optimizer, make_training_step, start
 

@@ -62,7 +62,6 @@ from peft_jax.core.adapted import Adapted, Tag, adapters, check_adapter_name, is
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
-from peft_jax.core.paths import torch_name
 from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.base import Method
@@ -392,8 +391,7 @@ def _entries(choice: Choice, config: Method, adapted: set[str]) -> Iterator[Entr
             inside = INSIDE[role] if role != "bias" or {name, f"{name}.weight"} & adapted else ""
             shape = (n_in, n_out) if leaf.layout.inp else (n_out,)
             prefix = PREFIXES.get(config.peft_type, PREFIX)
-            last = "bias" if leaf.is_bias else torch_name(leaf.path)
-            key = f"{prefix}{name}{inside}.{last}"
+            key = f"{prefix}{name}{inside}.{leaf.torch_name}"
             order = tuple((axis,) for axis in range(len(shape)))
             if leaf.layout.taps:
                 row = Row(role, "", ("out", "in", TAPS))

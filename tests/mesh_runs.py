@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import peft_jax as pj
-from peft_jax.cli.shared.tokenizer import apply
+from peft_jax.cli.shared.forward_pass import apply
 from peft_jax.core.paths import dotted
 from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import (

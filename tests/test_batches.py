@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import peft_jax as pj
-from peft_jax.cli.shared.tokenizer import apply
+from peft_jax.cli.shared.forward_pass import apply
 from peft_jax.train import (
     Chat,
     Completion,

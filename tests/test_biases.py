@@ -25,7 +25,7 @@ def stacked(bias):
 
 
 X = normal(9, 5, 8)
-TOLD = {r".*kernel": pj.Layout((0,), (1,), (2,))}
+TOLD = {r".*dense.kernel": pj.Layout((0,), (1,), (2,))}
 HOW = {"program": {"fn": scanned, "args": (X,)}, "convention": {"layout": TOLD}}
 
 
@@ -81,7 +81,7 @@ METHODS = {
     "IA3": (pj.IA3Config(target_modules=["dense"], feedforward_modules=[]), ia3),
     "lora_bias": (pj.LoraConfig(**LORA, lora_bias=True), lora_bias),
     "BEFT": (pj.BeftConfig(target_modules=["dense"]), beft),
-    "modules_to_save": (pj.LoraConfig(**LORA, modules_to_save=["dense"]), saved),
+    "modules_to_save": (pj.LoraConfig(r=2, target_modules=["head"], modules_to_save=["dense"]), saved),
     "one layer": (pj.LoraConfig(**LORA, bias="lora_only", layers_to_transform=[1]), one_layer),
 }
 
@@ -91,9 +91,10 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_stacked_bias_goes_with_its_kernel(name, bias, how):
     config, expected = METHODS[name]
-    base = stacked(bias)
+    base = {**stacked(bias), "head": {"kernel": jnp.ones((8, 8))}}  # for an adapter beside what is saved whole
     params = trained(pj.apply_adapter(base, config, **HOW[how]))
-    leaves = {"kernel" if path.endswith("kernel") else "bias": leaf for path, leaf in adapted_leaves(params)}
+    dense = [(path, leaf) for path, leaf in adapted_leaves(params) if not path.startswith("head.")]
+    leaves = {"kernel" if path.endswith("kernel") else "bias": leaf for path, leaf in dense}
     assert set(leaves) == {"kernel", "bias"}
     w, b = (np.asarray(base["net"]["layers"]["dense"][one]) for one in ("kernel", bias))
     new = expected(w, b, leaves)
@@ -105,7 +106,7 @@ def test_a_stacked_bias_goes_with_its_kernel(name, bias, how):
     tensors = pj.get_peft_model_state_dict(params)
     again = pj.set_peft_model_state_dict(base, config, tensors, layout=TOLD)
     np.testing.assert_allclose(pj.adapt(scanned)(again, X), got, rtol=0, atol=1e-5)
-    assert all(".layers." in key and ".dense." in key for key in tensors)
+    assert all(".head." in key or (".layers." in key and ".dense." in key) for key in tensors)
     assert sum(key.endswith(("base_layer.bias", "dense.bias")) for key in tensors) == {
         "lora_only": 3,
         "all": 3,

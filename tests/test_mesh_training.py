@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import peft_jax as pj
 from peft_jax import train
-from peft_jax.cli.shared.tokenizer import apply
+from peft_jax.cli.shared.forward_pass import apply
 from peft_jax.models import LlamaConfig
 from peft_jax.train.mesh import (
     AXES,

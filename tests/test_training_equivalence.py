@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import peft_jax as pj
 from peft_jax import train
-from peft_jax.cli.shared.tokenizer import apply
+from peft_jax.cli.shared.forward_pass import apply
 
 STEPS, RATE = 20, 1e-3
 ROWS = {

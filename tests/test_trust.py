@@ -20,7 +20,7 @@ from test_house import FILES, ROOT
 import peft_jax as pj
 from peft_jax.cli.generate.printer import Printer
 from peft_jax.cli.main import main
-from peft_jax.cli.terminal import Escaping, escaped_output, verbatim
+from peft_jax.cli.shared.terminal import Escaping, escaped_output, verbatim
 from peft_jax.prompts.tokenizer import read_tokenizer
 
 CHATS = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4

@@ -7,7 +7,6 @@ import numpy as np
 
 from peft_jax.adapters.target_parameters import is_parameter
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
-from peft_jax.core.paths import torch_name
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
 from peft_jax.methods.whole import REPLACED
@@ -87,7 +86,7 @@ def _check_names(leaf: Leaf, hit: np.ndarray, role: str | None, seen: dict[tuple
 
     A matrix has the name of its module, as PEFT adapts modules; a leaf that is trained whole has one of its own there.
     """
-    own = "" if role in (None, TOKENS) else torch_name(leaf.path)
+    own = "" if role in (None, TOKENS) else leaf.torch_name
     for name in {str(name) for name in leaf.names[hit]}:
         other = seen.setdefault((name, own), leaf.path)
         if other != leaf.path:

@@ -15,9 +15,9 @@ import numpy as np
 
 import peft_jax as pj
 from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
+from peft_jax.cli.shared.forward_pass import apply_lazily
 from peft_jax.cli.shared.output_folder import new_folder, refuse_used
 from peft_jax.cli.shared.progress_bar import progress
-from peft_jax.cli.shared.tokenizer import apply_lazily
 from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import (
     Record,

@@ -17,7 +17,7 @@ from peft_jax.cli.finetune.finetune import Finetune, finetune
 from peft_jax.cli.generate.generate import Generate, generate
 from peft_jax.cli.inspect.inspect import Inspect, inspect
 from peft_jax.cli.merge import Merge, merge
-from peft_jax.cli.terminal import escape_tracebacks, escaped_output, unescaped
+from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output, unescaped
 
 Command = (
     Annotated[Finetune, tyro.conf.subcommand("finetune")]
@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error of the user's or for want of memory, said in one line, or 130 after
         Ctrl-C, or 141 where nobody reads on what is printed, as in ``peft-jax generate ... | head -1``. Any other
         exception is a bug and goes through with its traceback. All that is printed passes through
-        `peft_jax.cli.terminal`.
+        `peft_jax.cli.shared.terminal`.
     """
     with escaped_output():
         return _run(args)

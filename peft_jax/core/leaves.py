@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.layout import CONVENTION, VECTOR_NAMES, Ambiguous, Layout, conventional_layout
-from peft_jax.core.paths import leaf_names, module_path, named_leaves
+from peft_jax.core.paths import TORCH_NAMES, leaf_names, module_path, named_leaves
 from peft_jax.core.weight import is_weight
 
 Layouts = Mapping[str, Layout]
@@ -46,6 +46,11 @@ class Leaf(NamedTuple):
         """Whether it is the bias of a matrix, or called one."""
         is_known = self.layout is not None and self.layout.bias_of is not None
         return is_known or self.path.rsplit(".", 1)[-1] == "bias"
+
+    @property
+    def torch_name(self) -> str:
+        """PyTorch's name of the leaf in its module; a leaf that no convention names is its module's weight."""
+        return "bias" if self.is_bias else TORCH_NAMES.get(self.path.rsplit(".", 1)[-1], "weight")
 
     def required_layout(self) -> Layout:
         """The layout.

@@ -73,16 +73,6 @@ def module_path(leaf_path: str) -> str:
     return head if last in LEAF_NAMES else leaf_path
 
 
-def torch_name(leaf_path: str) -> str:
-    """PyTorch's name of a leaf in its module; a leaf that no convention names is its module's weight.
-
-    Example:
-        >>> torch_name("model.norm.scale"), torch_name("encoder.w1")
-        ('weight', 'weight')
-    """
-    return TORCH_NAMES.get(leaf_path.rsplit(".", 1)[-1], "weight")
-
-
 def matrix_path(leaf_path: str, layout: Layout) -> str:
     """The path of the leaf that names a leaf's module: of a bias its matrix's, of all others their own.
 

@@ -24,7 +24,7 @@ from peft_jax.cli.shared.adapter_base import (
     find_tokenizer,
     load_model,
 )
-from peft_jax.cli.terminal import verbatim
+from peft_jax.cli.shared.terminal import verbatim
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.generation.sampling import DRAWING
 from peft_jax.prompts.base import prompt_tasks

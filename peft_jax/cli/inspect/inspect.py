@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from tyro.conf import Positional
 
 from peft_jax.cli.inspect.servers import Verdict, verdicts
-from peft_jax.cli.terminal import in_one_line
+from peft_jax.cli.shared.terminal import in_one_line
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import (
     KEYS_AND_VALUES,

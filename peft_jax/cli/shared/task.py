@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_jax.cli.shared.tokenizer import apply, apply_lazily
+from peft_jax.cli.shared.forward_pass import apply, apply_lazily
 from peft_jax.core.adapted import adapted_leaves
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import read_adapter, read_adapter_config

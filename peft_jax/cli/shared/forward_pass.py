@@ -1,4 +1,4 @@
-"""What the commands share about a checkpoint: its forward pass."""
+"""The forward passes of the commands: logits of a model handle."""
 
 from typing import Any
 
