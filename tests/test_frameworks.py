@@ -242,3 +242,144 @@ def test_axes_are_the_frameworks(name):
     read = read_layouts(params, fn, inputs)
     roles = lambda one: (one.stack, one.inp, one.out, one.lookup)  # noqa: E731
     assert {path: roles(one) for path, one in read.items()} == {p: roles(one) for p, one in LAYOUTS[name].items()}
+
+
+# ---- State that a module changes
+
+
+class Stateful(nnx.Module):
+    """Batch statistics, random numbers, a variable of one's own, a new variable and a static attribute."""
+
+    def __init__(self, rngs):
+        self.up, self.norm = nnx.Linear(8, 6, rngs=rngs), nnx.BatchNorm(6, rngs=rngs)
+        self.drop, self.calls = nnx.Dropout(0.5, rngs=rngs), nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        h = self.norm(self.up(x))
+        self.seen, self.name = nnx.Intermediate(h), "called"
+        return self.drop(h)
+
+
+def stateful():
+    """An adapted module, and the same module merged."""
+    config = pj.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
+    adapted = pj.apply_lora(Stateful(rngs()), config)
+    return adapted, pj.merge(adapted)
+
+
+def state_of(module):
+    """All variables but parameters, random keys as numbers."""
+    state = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
+    is_key = lambda array: jnp.issubdtype(array.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda array: jax.random.key_data(array) if is_key(array) else array, state)
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, nnx.jit], ids=["eager", "jit"])
+def test_a_module_keeps_the_state_that_a_call_changes(wrap):
+    adapted, plain = stateful()
+    call = lambda module, x: module(x)  # noqa: E731
+    ours, theirs = wrap(pj.adapt(call)), wrap(call)
+    outs = [ours(adapted, X) for _ in range(3)]
+    close(outs, [theirs(plain, X) for _ in range(3)], 1e-5)
+    assert not np.array_equal(outs[0] == 0, outs[1] == 0), "the dropout mask repeats"
+    assert int(adapted.calls[...]) == 3 and int(adapted.drop.rngs.count[...]) == 3 and adapted.name == "called"
+    assert jax.tree.structure(state_of(adapted)) == jax.tree.structure(state_of(plain))
+    close(state_of(adapted), state_of(plain), 1e-5)
+    assert is_weight(adapted.up.kernel.get_value()), "the adapter stays"
+
+
+def test_state_is_kept_beside_a_gradient_too():
+    """By nnx.grad with respect to the input, and through twins inside of jax.value_and_grad."""
+    adapted, plain = stateful()
+    loss = lambda x, module, fn: jnp.sum(jnp.sin(fn(module, x)))  # noqa: E731
+    call = lambda module, x: module(x)  # noqa: E731
+    ours, theirs = (nnx.grad(lambda x, module, fn=fn: loss(x, module, fn)) for fn in (pj.adapt(call), call))
+    close([ours(X, adapted) for _ in range(2)], [theirs(X, plain) for _ in range(2)], 1e-4)
+    close(state_of(adapted), state_of(plain), 1e-5)
+
+    trainable, frozen = pj.partition(adapted)
+
+    def loss_and_state(trainable, frozen, x):
+        module = pj.combine(trainable, frozen)
+        value = loss(x, module, pj.adapt(call))
+        return value, nnx.state(module, (nnx.BatchStat, nnx.RngState))
+
+    (value, state), _ = jax.jit(jax.value_and_grad(loss_and_state, has_aux=True))(trainable, frozen, X)
+    close(value, loss(X, plain, call), 1e-5)
+    nnx.update(adapted, state)
+    close(adapted.norm.mean[...], plain.norm.mean[...], 1e-5)
+    assert int(adapted.drop.rngs.count[...]) == int(plain.drop.rngs.count[...]) == 3
+
+
+def test_variables_of_a_state_are_changed_as_without_adapt():
+    """nnx.merge takes the variables of the state that it gets, and so does a call of the module change them."""
+    adapted, plain = stateful()
+    states = []
+    for module, wrap in ((adapted, pj.adapt), (plain, lambda fn: fn)):
+        graph, state = nnx.split(module)
+        fn = wrap(lambda state, x, graph=graph: nnx.merge(graph, state)(x))
+        fn(state, X)
+        fn(state, X)
+        states.append(state)
+    assert int(states[0]["calls"][...]) == int(states[1]["calls"][...]) == 2
+    close(states[0]["norm"]["mean"][...], states[1]["norm"]["mean"][...], 1e-5)
+
+
+def test_state_that_would_be_lost_is_an_error_that_leaves_the_module_whole():
+    adapted, _ = stateful()
+    call = pj.adapt(lambda module, x: module(x))
+    before = jax.tree.leaves(state_of(adapted))
+    with pytest.raises(ValueError, match=r"changes \['calls', 'drop.rngs.count', 'norm.mean'.*nnx.jit or nnx.grad"):
+        jax.jit(lambda x: call(adapted, x))(X)
+    close(jax.tree.leaves(state_of(adapted)), before, 0)
+    close(jax.jit(lambda x: pj.adapt(lambda module, x: module.up(x))(adapted, x))(X), pj.merge(adapted).up(X), 1e-5)
+
+    def doubling(module, x):
+        module.up.kernel[...] = 2 * module.up.kernel[...]
+        return module(x)
+
+    with pytest.raises(ValueError, match=r"changes \['up.kernel'\], adapted or quantized.*outside of pj.adapt"):
+        pj.adapt(doubling)(adapted, X)
+
+
+def test_a_module_beside_adapted_leaves_keeps_its_state_too():
+    """One that has no adapted leaf itself, given by name, and one variable under two names."""
+    kernel = pj.apply_lora({"up": {"kernel": normal(0, 8, 6)}}, pj.LoraConfig(r=2, target_modules=["up"]))
+    norm = nnx.BatchNorm(6, rngs=rngs())
+    count = nnx.Variable(jnp.zeros(()))
+
+    def fn(params, x, *, norm, counts):
+        counts[0][...] += 1
+        counts[1][...] += 1
+        return norm(x @ params["up"]["kernel"])
+
+    pj.adapt(fn)(kernel, X, norm=norm, counts=[count, count])
+    assert float(count[...]) == 2 and float(jnp.abs(norm.mean[...]).max()) > 0
+
+
+def test_state_of_linen_and_equinox_is_returned_and_so_kept():
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.BatchNorm(use_running_average=False)(linen.Dense(6)(x))
+
+    net = Linen()
+    variables = net.init(jax.random.key(0), X)
+    config = pj.LoraConfig(r=2, target_modules=["Dense_0"], init_lora_weights=False)
+    adapted = pj.apply_lora(variables, config)
+    run = lambda variables, x: net.apply(variables, x, mutable=["batch_stats"])  # noqa: E731
+    got, want = pj.adapt(run)(adapted, X), run(pj.merge(adapted), X)
+    close(got, want, 1e-5)
+    assert float(jnp.abs(got[1]["batch_stats"]["BatchNorm_0"]["mean"]).max()) > 0
+
+    model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(8, "batch", mode="batch")
+    layer = pj.apply_lora({"up": {"kernel": normal(0, 8, 8)}}, config.replace(target_modules=["up"]))
+
+    def step(params, state, x):
+        h = x @ params["up"]["kernel"]
+        return jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(h, state)
+
+    rows = X.reshape(-1, 8)
+    got, want = pj.adapt(step)(layer, state, rows), step(pj.merge(layer), state, rows)
+    close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)

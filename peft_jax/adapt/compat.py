@@ -91,6 +91,24 @@ def make_jaxpr(invars: list[Any], outvars: list[Any], eqns: list[Any], like: cor
     return core.ClosedJaxpr(core.Jaxpr((), invars, outvars, eqns, effects, info), ())
 
 
+def passed_through(jaxpr: core.Jaxpr) -> list[int | None]:
+    """For each output of a jaxpr, the number of the input that it is; None if it is computed.
+
+    An input that goes through a ``jit``, a checkpoint or a scan unchanged stays what it is.
+    """
+    source: dict[Any, int | None] = {variable: number for number, variable in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name not in ("jit", "pjit", "checkpoint", "remat", "remat2", "scan"):
+            continue
+        scan = scan_parts(eqn) if eqn.primitive.name == "scan" else None
+        for place, inner in enumerate(passed_through(closed(eqn.params["jaxpr"]).jaxpr)):
+            if inner is None or is_literal(eqn.invars[inner]) or eqn.invars[inner] not in source:
+                continue
+            if scan is None or scan.num_consts + place == inner:  # in a scan a carry or a slice in its own place
+                source[eqn.outvars[place]] = source[eqn.invars[inner]]
+    return [None if is_literal(atom) else source.get(atom) for atom in jaxpr.outvars]
+
+
 def is_hashable(value: Any) -> bool:
     """Whether a value can be the key of a dictionary."""
     try:

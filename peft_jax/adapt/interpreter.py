@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.nnx_state import holds_objects, run_with_state
 from peft_jax.adapt.rules import RULES, merged
 from peft_jax.adapt.shared_inputs import begin_together
 from peft_jax.adapt.splice import splice
@@ -35,13 +36,17 @@ def adapt(fn: F) -> F:
 
     Args:
         fn: Any function of pytrees that JAX can trace. Arguments that are not arrays are static. It sees plain
-            arrays; Python side effects happen while tracing.
+            arrays. What it does to the state of Flax NNX modules among its arguments (batch statistics, counts of
+            random numbers, new attributes) they have afterwards, as with ``nnx.jit``. Other Python side effects
+            happen while tracing, with traced values, and on copies of the arguments.
 
     Returns:
         A function of the same signature. Without weights in its arguments it is ``fn`` itself.
 
     Raises:
         MergeError: where merging a weight would change the meaning (dropout switched on).
+        ValueError: if ``fn`` changes an adapted or quantized leaf of an NNX module, or a module that comes from
+            outside of a transform around the call, where the change would be lost.
 
     Example:
         >>> import peft_jax as pj
@@ -55,14 +60,22 @@ def adapt(fn: F) -> F:
 
     @functools.wraps(fn)
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
-        if not any(map(is_weight, leaves)):
+        if not any(map(is_weight, jax.tree.leaves((args, kwargs), is_leaf=is_weight))):
             return fn(*args, **kwargs)
-        jaxpr, values, structure = trace(fn, leaves, treedef)
-        out = evaluate(jaxpr, *(View.of(value) if is_weight(value) else value for value in values))
+        if holds_objects((args, kwargs)):
+            return run_with_state(_run, fn, args, kwargs)
+        out, structure, _ = _run(fn, *args, **kwargs)
         return jax.tree.unflatten(structure, [merged(value, None) for value in out])
 
     return adapted  # type: ignore[return-value]
+
+
+def _run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any, Any]:
+    """What a pure function gives, views of weights among it; the structure of that; the function's jaxpr."""
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
+    jaxpr, values, structure = trace(fn, leaves, treedef)
+    out = evaluate(jaxpr, *(View.of(value) if is_weight(value) else value for value in values))
+    return out, structure, jaxpr
 
 
 def trace(fn: Callable[..., Any], leaves: list[Any], treedef: Any, *, keep: bool = False) -> tuple[Any, list[Any], Any]:

@@ -1,0 +1,143 @@
+"""Run a function of Flax NNX modules as a pure one, and write what it changed into the modules, as ``nnx.jit`` does."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import errors, nnx
+
+from peft_jax.adapt import compat
+from peft_jax.adapt.rules import merged
+from peft_jax.core.paths import dotted
+from peft_jax.core.weight import is_weight
+
+TAG = "peft_jax.adapt"  # of the context in which NNX remembers which object is which
+
+
+def is_object(node: Any) -> bool:
+    """Whether a node of a tree is a module, a variable or another object whose state a function may change."""
+    return isinstance(node, (nnx.Variable, nnx.Pytree))
+
+
+def holds_objects(tree: Any) -> bool:
+    """Whether there is such an object in a tree."""
+    return any(map(is_object, jax.tree.leaves(tree, is_leaf=is_object)))
+
+
+@dataclasses.dataclass
+class _After:
+    """The objects after the function, noted while it is traced.
+
+    Attributes:
+        definition: Their graph.
+        structure: The structure of their state.
+        kept: For each leaf of the state, its place among the leaves before the function; None for another leaf.
+        others: Key paths of the other leaves.
+        is_other_graph: Whether the graph is another than before.
+    """
+
+    definition: Any = None
+    structure: Any = None
+    kept: Sequence[int | None] = ()
+    others: Sequence[Any] = ()
+    is_other_graph: bool = False
+
+    def state(self, before: Sequence[Any], others: Sequence[Any]) -> Any:
+        """The state, of leaves from before the function and the other ones."""
+        rest = iter(others)
+        leaves = [next(rest) if place is None else before[place] for place in self.kept]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def run_with_state(run: Callable[..., Any], fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """``fn(*args, **kwargs)`` on copies of the objects among the arguments; the objects get the copies' changes.
+
+    Args:
+        run: Calls a pure function, its first argument, with the rest of its arguments. It gives the leaves of the
+            result, views of weights among them, their structure, and the function's jaxpr.
+        fn: The function.
+        args: Its arguments.
+        kwargs: Likewise.
+
+    Raises:
+        ValueError: if ``fn`` changes a weight that is adapted or quantized, or objects that come from outside of a
+            transform around this call.
+    """
+    found, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_object_or_weight)
+    places = [place for place, (_, part) in enumerate(found) if is_object(part)]
+    objects = tuple(found[place][1] for place in places)
+    others = [None if is_object(part) else part for _, part in found]
+    owners = [found[place][0][2:] for place in places]  # without the number of the argument
+
+    def name(key_path: tuple[Any, ...]) -> str:
+        return dotted((*owners[key_path[0].key], *key_path[1:]))
+
+    after = _After()
+
+    with nnx.update_context(TAG):
+        with nnx.split_context(TAG) as outside:
+            definition, state = outside.split(objects)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_weight)
+        before = [leaf for _, leaf in leaves]
+        place_of = {path: place for place, (path, _) in enumerate(leaves)}
+
+        def pure(leaves: list[Any], others: list[Any]) -> tuple[Any, list[Any]]:
+            with nnx.merge_context(TAG, inner=True) as inside:
+                copies = inside.merge(definition, jax.tree.unflatten(structure, leaves))
+            graph = nnx.graphdef(copies)
+            filled = list(others)
+            for place, copy in zip(places, copies, strict=True):
+                filled[place] = copy
+            args, kwargs = jax.tree.unflatten(treedef, filled)
+            out = fn(*args, **kwargs)
+            after.is_other_graph = nnx.graphdef(copies) != graph
+            with nnx.split_context(TAG) as inside:
+                after.definition, state = inside.split(copies)
+            left, after.structure = jax.tree_util.tree_flatten_with_path(state)
+            stays = [path in place_of and leaf is leaves[place_of[path]] for path, leaf in left]
+            after.kept = [place_of[path] if one else None for (path, _), one in zip(left, stays, strict=True)]
+            after.others = [path for (path, _), one in zip(left, stays, strict=True) if not one]
+            return out, [leaf for (_, leaf), one in zip(left, stays, strict=True) if not one]
+
+        values, out_structure, jaxpr = run(pure, before, others)
+        end = len(values) - len(after.others)
+        result, _ = jax.tree.unflatten(out_structure, [*(merged(value, None) for value in values[:end]), *after.others])
+        inputs = jax.tree.leaves((before, others), is_leaf=is_weight)
+        traced = [leaf for leaf in inputs if is_weight(leaf) or compat.is_array(leaf)]
+        sources = [None if place is None else traced[place] for place in compat.passed_through(jaxpr.jaxpr)[end:]]
+        old = [before[place_of[path]] if path in place_of else None for path in after.others]
+        changed = [now is None or now is not was for now, was in zip(sources, old, strict=True)]
+        if any(changed) or after.is_other_graph:
+            paths = [path for path, one in zip(after.others, changed, strict=True) if one]
+            lost = [path for path in paths if path in place_of and is_weight(before[place_of[path]])]
+            _check_may_change(objects, sorted(map(name, paths)), sorted(map(name, lost)))
+            ends = zip(values[end:], sources, strict=True)
+            new = [merged(value, None) if source is None else source for value, source in ends]
+            with nnx.merge_context(TAG, inner=False) as outside:
+                outside.merge(after.definition, after.state(before, new))
+    return result
+
+
+def _is_object_or_weight(node: Any) -> bool:
+    return is_object(node) or is_weight(node)
+
+
+def _check_may_change(objects: Sequence[Any], changed: Sequence[str], weights: Sequence[str]) -> None:
+    """Raise ValueError before anything is written, for NNX takes a module apart to write into it."""
+    if weights:
+        raise ValueError(
+            f"The function changes {weights}, adapted or quantized, and an adapter cannot follow its weight. Change the "
+            "weight outside of pj.adapt, or pj.merge the module first."
+        )
+    try:
+        for _, node in nnx.iter_graph(objects):
+            if isinstance(node, nnx.Variable):
+                node.set_raw_value(node.get_raw_value())  # raises where it must not be written
+    except errors.TraceContextError:
+        raise ValueError(
+            f"The function changes {changed or 'attributes'} of an NNX module that comes from outside of the "
+            "transform (jit, grad, ...) around pj.adapt, where the change would be lost. Give the module to "
+            "the transform as an argument, with nnx.jit or nnx.grad in place of jax.jit or jax.grad; or return its "
+            "new state."
+        ) from None
