@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from peft_jax.adapt.infer_layouts import read_program
+from peft_jax.adapt.left_out import left_out, report
 from peft_jax.adapters.complete import (
     completed,
     expand_all_linear,
+    not_expanded,
     spelled_out,
     untied_for,
     with_replicas,
@@ -37,6 +39,10 @@ from peft_jax.methods.trainable_tokens import Tokens, tokens_by_module
 from peft_jax.methods.whole import Follower, Whole
 
 EMBEDDING = "embed_tokens"  # where PEFT looks for input tokens in what is no model of transformers'
+LEFT_OUT = (
+    "Name them in target_modules with the others, and they are merged at each use; or in exclude_modules, to say that "
+    "they are meant to be left out; or let the program multiply by them as they are."
+)
 
 
 def apply_lora(
@@ -89,12 +95,13 @@ def apply_adapter(
             a leaf that is only multiplied elementwise is a vector and no target of a matrix method. Without it
             conventions hold: ``kernel`` is ``(in, out)``, ``weight`` is ``(out, in)``, ``embedding`` is
             ``(vocabulary, features)``, and the bias is ``bias`` or ``b`` beside the only matrix, or ``b1`` beside
-            ``w1``. With it ``all-linear`` means every leaf that is the weight of a product, not
-            of a lookup alone.
+            ``w1``. With it ``all-linear`` means every leaf that is the weight of a product, not of a lookup alone. One
+            that reaches its product through what is not followed, as ``x @ (0.5 * w)``, is left out with a warning;
+            where it is named in ``target_modules``, it is merged there, as `peft_jax.explain` reports.
         args: The other arguments of ``fn``; arrays, or shapes as ``jax.ShapeDtypeStruct``.
 
     Raises:
-        ValueError: if some part of the config hits nothing, a target's axes are ambiguous, a layout does not fit its
+        ValueError: if some part of the config hits nothing or ``all-linear`` leaves out everything, a target's axes are ambiguous, a layout does not fit its
             leaf or matches none, or the name is taken.
 
     Example:
@@ -146,7 +153,11 @@ def _attached(
     read = None if fn is None else read_program(params, fn, args, config.fan_in_fan_out)
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
     linear = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
-    config = expand_all_linear(config, linear, others=found)
+    asked, config = config, expand_all_linear(config, linear, others=found)
+    if fn is not None:
+        losses = left_out(params, fn, args, not_expanded(asked, config, found))
+        is_empty = not (config.target_modules or config.target_parameters)
+        report("target_modules='all-linear'", losses, LEFT_OUT, alone=is_empty, stacklevel=4)
     every = sorted({name for leaf in found for name in leaf.names.flat})
     found = with_parameters(found, config)
     parameters = parameters_of(found, config)

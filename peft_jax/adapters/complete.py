@@ -135,3 +135,17 @@ def expand_all_linear(
     ends = {name.rsplit(".", 1)[-1] for name in linear}
     clash = any(name.rsplit(".", 1)[-1] in ends for name in rest)
     return config.replace(target_modules=linear if clash else sorted(ends))
+
+
+def not_expanded(config: Method, expanded: Method, found: Sequence[Leaf]) -> set[str]:
+    """Paths of the matrices that ``"all-linear"`` could mean and that it was not expanded to; of none if it was not."""
+    targets = config.target_modules
+    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+        return set()
+    named = config.replace(target_modules=[name for leaf in found for name in leaf.names.flat])
+    paths = set()
+    for leaf in found:
+        if is_matrix(leaf) and not names_parameter(config, leaf):
+            wanted, chosen = (any(is_target(one, name) for name in leaf.names.flat) for one in (named, expanded))
+            paths |= {leaf.path} if wanted and not chosen else set()
+    return paths

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from peft_jax.adapt.infer_layouts import read_program
+from peft_jax.adapt.left_out import left_out, report
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
@@ -16,6 +17,11 @@ from peft_jax.core.weight import is_weight
 from peft_jax.quant.int8 import Int8, quantize_array
 
 T = TypeVar("T")
+
+LEFT_OUT = (
+    "Name what to quantize in target_modules: these too, which are then dequantized at each use, or only the others, to "
+    "say that they are meant to be left out; or let the program multiply by them as they are."
+)
 
 
 def quantize(
@@ -36,11 +42,12 @@ def quantize(
             leaves embeddings, vectors and the output head of a model handle in float.
         layout: Axes by regex over whole leaf paths, as in `peft_jax.apply_adapter`.
         fn: The function that uses the leaves, to read their axes off its program, as in `peft_jax.apply_adapter`. By
-            default every leaf that is the weight of a product in it is quantized.
+            default every leaf that is the weight of a product in it is quantized. One that reaches its product through
+            what is not followed, as ``x @ (0.5 * w)``, is left out with a warning.
         args: The other arguments of ``fn``.
 
     Raises:
-        ValueError: if ``bits`` is not 8, a target hits nothing, or a leaf's axes are ambiguous.
+        ValueError: if ``bits`` is not 8, ``fn`` leaves nothing to quantize, a target hits nothing, or a leaf's axes are ambiguous.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,6 +78,9 @@ def quantize(
     for position, leaf in enumerate(found):
         if is_matrix(leaf) and _is_whole_target(leaf, targets):
             nodes[position] = _quantized(leaf, leaf.value)
+    if fn is not None and target_modules is None:
+        rest = [leaf.path for position, leaf in enumerate(found) if is_matrix(leaf) and position not in nodes]
+        report("quantize(fn=...)", left_out(params, fn, args, rest), LEFT_OUT, alone=not nodes, stacklevel=2)
     return replace_leaves(params, nodes)
 
 
