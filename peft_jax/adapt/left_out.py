@@ -1,8 +1,11 @@
 """Weights of a program that are not seen to be weights, for they reach their product through what is not followed.
 
-The program is walked through with a note for each variable: which leaves it is made of, as long as it is made of leaves
-and constants alone. What depends on the inputs, activations, has no such note. A leaf in one operand of a product is one
-of its weights.
+The program is walked through with a note for each variable: which leaves it is made of, as long as it is made of
+leaves and constants alone. What depends on the inputs, activations, has no such note. A leaf in one operand of a product
+is one of its weights.
+
+Not seen are a weight that is changed by an array of the inputs, for which a gain or a table of positions would look
+the same, and one that is broadcast before it is changed.
 """
 
 import dataclasses
@@ -97,11 +100,10 @@ def report(what: str, losses: Mapping[str, Loss], way_out: str, *, alone: bool, 
     if not losses:
         return
     named = ", ".join(f"'{path}' ({loss})" for path, loss in sorted(losses.items()))
-    count = f"every weight ({len(losses)})" if alone else f"{len(losses)} weights" if len(losses) > 1 else "a weight"
-    message = f"{what} leaves out {count} that reaches its product through what is not followed: {named}. {way_out}"
+    why = f"each reaches its product through what is not followed. {named}. {way_out}"
     if alone:
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=stacklevel + 1)
+        raise ValueError(f"{what} leaves out every weight, {len(losses)} in all: {why}")
+    warnings.warn(f"{what} leaves out weights, {len(losses)} in all: {why}", stacklevel=stacklevel + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +150,9 @@ class _Walk:
         if name == "dynamic_slice":
             notes = notes[:1]
         shapes = [getattr(variable.aval, "shape", ()) for variable in eqn.outvars]
-        own = (
-            [note if note is None else _own(eqn, i, note, shapes[0]) for i, note in enumerate(notes)] if shapes else []
-        )
-        joined = _lost(_joined(own), loss)
+        if shapes:
+            notes = [_own(eqn, i, note, shapes[0]) for i, note in enumerate(notes)]
+        joined = _lost(_joined(notes), loss)
         return [_with_axes(joined, len(shape)) for shape in shapes]
 
     def product(self, notes: Sequence[Note], loss: Loss) -> None:
@@ -229,8 +230,10 @@ def _with_axes(note: Note, ndim: int) -> Note:
     return note and {path: part._replace(ndim=min(part.ndim, ndim)) for path, part in note.items()}
 
 
-def _own(eqn: Any, operand: int, note: dict[str, Part], shape: Sequence[int]) -> dict[str, Part]:
+def _own(eqn: Any, operand: int, note: Note, shape: Sequence[int]) -> Note:
     """The leaves of an operand but those that are broadcast, as a gain for each column is: those are no matrices."""
+    if note is None:
+        return None
     shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
     is_update = eqn.primitive.name.startswith(("scatter", "dynamic_update_slice"))
     if shapes[operand] != tuple(shape) and tuple(shape) in shapes and not is_update:

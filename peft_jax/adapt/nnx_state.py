@@ -127,8 +127,8 @@ def _check_may_change(objects: Sequence[Any], changed: Sequence[str], weights: S
     """Raise ValueError before anything is written, for NNX takes a module apart to write into it."""
     if weights:
         raise ValueError(
-            f"The function changes {weights}, adapted or quantized, and an adapter cannot follow its weight. Change the "
-            "weight outside of pj.adapt, or pj.merge the module first."
+            f"The function changes {weights}, adapted or quantized, and an adapter cannot follow its weight. Change "
+            "the weight outside of pj.adapt, or pj.merge the module first."
         )
     try:
         for _, node in nnx.iter_graph(objects):

@@ -101,8 +101,8 @@ def apply_adapter(
         args: The other arguments of ``fn``; arrays, or shapes as ``jax.ShapeDtypeStruct``.
 
     Raises:
-        ValueError: if some part of the config hits nothing or ``all-linear`` leaves out everything, a target's axes are ambiguous, a layout does not fit its
-            leaf or matches none, or the name is taken.
+        ValueError: if some part of the config hits nothing, a target's axes are ambiguous, a layout does not fit its
+            leaf or matches none, the name is taken, or ``all-linear`` would leave out every weight in ``fn``.
 
     Example:
         >>> import peft_jax as pj

@@ -19,8 +19,8 @@ from peft_jax.quant.int8 import Int8, quantize_array
 T = TypeVar("T")
 
 LEFT_OUT = (
-    "Name what to quantize in target_modules: these too, which are then dequantized at each use, or only the others, to "
-    "say that they are meant to be left out; or let the program multiply by them as they are."
+    "Name what to quantize in target_modules: these too, which are then dequantized at each use, or only the others, "
+    "to say that these are meant to be left out; or let the program multiply by them as they are."
 )
 
 
@@ -47,7 +47,8 @@ def quantize(
         args: The other arguments of ``fn``.
 
     Raises:
-        ValueError: if ``bits`` is not 8, ``fn`` leaves nothing to quantize, a target hits nothing, or a leaf's axes are ambiguous.
+        ValueError: if ``bits`` is not 8, a target hits nothing, every weight in ``fn`` would be left out, or a leaf's
+            axes are ambiguous.
 
     Example:
         >>> import jax.numpy as jnp
