@@ -1,8 +1,8 @@
 """Weights of a program that are not seen to be weights, for they reach their product through what is not followed.
 
 The program is walked through with a note for each variable: which leaves it is made of, as long as it is made of
-leaves and constants alone. What depends on the inputs, activations, has no such note. A leaf in one operand of a product
-is one of its weights.
+leaves and constants alone. What depends on the inputs, activations, has no such note. A leaf in one operand of a
+product is one of its weights.
 
 Not seen are a weight that is changed by an array of the inputs, for which a gain or a table of positions would look
 the same, and one that is broadcast before it is changed.
