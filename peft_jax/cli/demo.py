@@ -16,7 +16,7 @@ import numpy as np
 import peft_jax as pj
 from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
 from peft_jax.cli.shared.forward_pass import apply_lazily
-from peft_jax.cli.shared.output_folder import new_folder, refuse_used
+from peft_jax.cli.shared.output_folder import new_folder
 from peft_jax.cli.shared.progress_bar import progress
 from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import (
@@ -124,9 +124,8 @@ def demo(options: Demo, settings: Settings = Settings()) -> None:
     """Run the demo.
 
     Raises:
-        FileExistsError: If the output folder is in use.
+        OSError: If the output folder is in use, or cannot be written.
     """
-    refuse_used(options.output)
     with new_folder(options.output) as folder:
         _demo(folder, settings)
     _say_what_was_written(options.output)

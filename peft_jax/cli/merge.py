@@ -8,7 +8,7 @@ import jax
 
 import peft_jax as pj
 from peft_jax.cli.shared.adapter_base import Dtype, find_base
-from peft_jax.cli.shared.output_folder import new_folder, refuse_used
+from peft_jax.cli.shared.output_folder import new_folder
 from peft_jax.cli.shared.task import refuse_random, task_of_adapter
 
 # What belongs to a tokenizer, and goes along as it is.
@@ -44,7 +44,13 @@ def merge(options: Merge) -> None:
         ValueError: If the adapter does not fit the base; nothing is left behind.
         OSError: If a file or folder is missing or cannot be written.
     """
-    refuse_used(options.output)
+    with new_folder(options.output) as folder:
+        said = _merge(options, folder)
+    print(*said, sep="\n")
+
+
+def _merge(options: Merge, folder: Path) -> list[str]:
+    """Write the checkpoint into a folder; return the lines to print about it."""
     name, base = find_base(options.model, options.adapter)
     # Merged in float32, then rounded, where another type than the base's is asked for; memory holds float32 then.
     task = task_of_adapter(str(base), options.adapter)
@@ -55,13 +61,14 @@ def merge(options: Merge) -> None:
     if options.dtype is not None:
         model = model.replace(jax.tree.map(lambda leaf: leaf.astype(options.dtype), model.params))
     size, dtype = sum(leaf.nbytes for leaf in jax.tree.leaves(model)), jax.tree.leaves(model)[0].dtype
-    with new_folder(options.output) as folder:
-        model.save_pretrained(folder)
-        tokenizer = _copy_tokenizer(options.adapter if _has_tokenizer(options.adapter) else base, folder)
-    print(f"Merged {options.adapter} into {name}.")
-    print(f"Wrote {options.output}: {model.num_parameters():,} weights in {dtype}, {size / 1e6:,.1f} MB")
-    if not tokenizer:
-        print("The base has no tokenizer files, so there are none in it.")
+    model.save_pretrained(folder)
+    said = [
+        f"Merged {options.adapter} into {name}.",
+        f"Wrote {options.output}: {model.num_parameters():,} weights in {dtype}, {size / 1e6:,.1f} MB",
+    ]
+    if not _copy_tokenizer(options.adapter if _has_tokenizer(options.adapter) else base, folder):
+        said.append("The base has no tokenizer files, so there are none in it.")
+    return said
 
 
 def _has_tokenizer(folder: Path) -> bool:

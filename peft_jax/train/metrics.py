@@ -1,5 +1,6 @@
 """The metrics of a run: a JSONL file that a killed run can be cut back to, and TensorBoard beside it."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,10 +16,11 @@ class MetricsLog:
     Args:
         file: The file.
         size: Bytes to keep of it: 0 for a new run, and where a checkpoint says that it was for one that goes on.
+        digest: Hash of these bytes, as `digest` was when the checkpoint was saved; None to keep them unchecked.
         on: False to write nothing, as in all processes of a run but the first.
 
     Raises:
-        ValueError: If the file is shorter than that.
+        ValueError: If the file is shorter than that, or these bytes have changed.
 
     Example:
         >>> with MetricsLog(Path("metrics.jsonl")) as log:
@@ -29,14 +31,22 @@ class MetricsLog:
         [{'step': 1, 'loss': 2.5}]
     """
 
-    def __init__(self, file: Path, size: int = 0, *, on: bool = True) -> None:
-        self._stream = None
+    def __init__(self, file: Path, size: int = 0, digest: str | None = None, *, on: bool = True) -> None:
+        self._stream, self._hash = None, hashlib.sha256()
         if not on:
             return
         found = file.stat().st_size if file.exists() else 0
         if found < size:
             raise ValueError(
                 f"{file} has {found} bytes, but had {size} when the checkpoint was saved. Restore the file."
+            )
+        if size:
+            with open(file, "rb") as stream:
+                self._hash.update(stream.read(size))
+        if size and digest is not None and self.digest != digest:
+            raise ValueError(
+                f"the first {size} bytes of {file} are not those that it had when the checkpoint was saved. Restore the "
+                "file."
             )
         self._stream = open(file, "ab")
         self._stream.truncate(size)
@@ -46,11 +56,18 @@ class MetricsLog:
         """Bytes written so far."""
         return os.fstat(self._stream.fileno()).st_size if self._stream else 0
 
+    @property
+    def digest(self) -> str:
+        """Hash of all that is in the file."""
+        return self._hash.hexdigest()
+
     def write(self, row: Row) -> None:
         """Append a row; it is in the file when this returns."""
         if self._stream:
-            self._stream.write(json.dumps(row).encode() + b"\n")
+            line = json.dumps(row).encode() + b"\n"
+            self._stream.write(line)
             self._stream.flush()
+            self._hash.update(line)
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,13 @@
-"""Checkpoints of a run through orbax: each appears whole or not at all, and brings the run back bit for bit."""
+"""Checkpoints of a run through orbax: each appears whole or not at all, and brings the run back bit for bit.
+
+Each carries a hash of its arrays and one of its step and notes. Both are verified on reading, so that a checkpoint that
+was damaged on the disk is refused. The hash of the arrays is over whole arrays, however devices and processes share
+them.
+"""
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import re
@@ -10,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from peft_jax.core.paths import dotted, named_leaves
 from peft_jax.train.loop import State
@@ -41,16 +50,27 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         self.folder, self._keep = folder, keep
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=False, enable_async_checkpointing=False, cleanup_tmp_directories=folder.is_dir()
-        )
-        self._open = lambda: ocp.CheckpointManager(folder.absolute(), options=options)
-        self._manager = self._open() if folder.is_dir() else None
+        self._opened: Any = None
 
     @property
     def latest(self) -> int | None:
         """The step of the last whole checkpoint, or None."""
-        return self._manager.latest_step() if self._manager else None
+        return max(self._steps(), default=None)
+
+    def _steps(self) -> list[int]:
+        """The steps whose folders have their final name, in order."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(int(entry.name) for entry in found if entry.name.isdecimal() and entry.is_dir())
+
+    @property
+    def _manager(self) -> Any:
+        """Orbax's manager, which removes checkpoints that were not completed; made when a run reads or writes."""
+        if self._opened is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, create=False, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            )
+            self._opened = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        return self._opened
 
     def save(self, state: State, notes: Mapping[str, Any]) -> None:
         """Write a checkpoint, unless there is one of this step already.
@@ -62,11 +82,12 @@ class Checkpoints:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = self._manager or self._open()
             arrays = _arrays(state)
             if shutil.disk_usage(self.folder).free < sum(array.nbytes for array in arrays.values()) + SPARE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of which the storage layer makes much noise
-            items = {STATE: ocp.args.StandardSave(arrays), NOTES: ocp.args.JsonSave(dict(notes))}
+            plain = json.loads(json.dumps(dict(notes)))  # as they will be read
+            sealed = _sealed(state.step, plain, _digest(arrays))
+            items = {STATE: ocp.args.StandardSave(arrays), NOTES: ocp.args.JsonSave(sealed)}
             self._manager.save(state.step, args=ocp.args.Composite(**items))
         except Exception as error:  # a full disk is an OSError of Python or one of several kinds from the storage layer
             for rest in self.folder.glob(f"{state.step}.*"):
@@ -85,7 +106,7 @@ class Checkpoints:
             FileNotFoundError: If there is no checkpoint.
             ValueError: If it is damaged.
         """
-        return self._restore({NOTES: ocp.args.JsonRestore()})[NOTES]
+        return self._unsealed(self._restore({NOTES: ocp.args.JsonRestore()})[NOTES])[0]
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
         """Read the last checkpoint, onto the devices on which ``like``'s arrays lie.
@@ -103,34 +124,74 @@ class Checkpoints:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _arrays(like))
         items = {STATE: ocp.args.StandardRestore(shapes), NOTES: ocp.args.JsonRestore()}
         found = self._restore(items)
-        self._drop_old()
+        notes, digest = self._unsealed(found[NOTES])
         arrays = found[STATE]
+        if _digest(arrays) != digest:
+            raise self._damaged("its arrays are not those that were saved")
+        self._drop_old()
         trainable = _rebuilt("trainable", like.trainable, arrays)
         opt_state = _rebuilt("opt_state", like.opt_state, arrays)
-        return State(self.latest or 0, trainable, opt_state, jax.random.wrap_key_data(arrays["key"])), found[NOTES]
+        return State(self.latest or 0, trainable, opt_state, jax.random.wrap_key_data(arrays["key"])), notes
 
     def _restore(self, items: Mapping[str, Any]) -> Any:
         if self.latest is None:
             raise FileNotFoundError(f"no checkpoint in {self.folder}.")
-        assert self._manager is not None
         try:
             return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise ValueError(
-                f"the checkpoint {self.folder / str(self.latest)} is damaged or of another run "
-                f"({str(error).strip().splitlines()[0]}). Remove that folder to go on from the one before."
-            ) from error
+            raise self._damaged(str(error).strip().splitlines()[0]) from error
+
+    def _unsealed(self, found: Any) -> tuple[dict[str, Any], str]:
+        """The notes of the last checkpoint and the hash of its arrays, once their own hash is verified."""
+        if not isinstance(found, dict) or found.keys() != _sealed(0, {}, "").keys():
+            raise self._damaged("it carries no hashes, as those of earlier versions")
+        if found["hash"] != _sealed(found["step"], found["notes"], found["arrays"])["hash"]:
+            raise self._damaged("its notes are not those that were saved")
+        if found["step"] != self.latest:
+            raise self._damaged(f"it was saved as that of step {found['step']}")
+        return found["notes"], found["arrays"]
+
+    def _damaged(self, reason: str) -> ValueError:
+        earlier = [step for step in self._steps() if step != self.latest]
+        way = "There is none before it, so start a new run."
+        if earlier:
+            way = f"Remove that folder to go on from the one before, of step {earlier[-1]}."
+        return ValueError(
+            f"the checkpoint {self.folder / str(self.latest)} is damaged or of another run ({reason}). {way}"
+        )
 
     def _drop_old(self) -> None:
         """Remove what a run left that was killed between a new checkpoint's name and the removal of an old one."""
-        assert self._manager is not None
-        for step in sorted(self._manager.all_steps())[: -self._keep]:
+        for step in self._steps()[: -self._keep]:
             self._manager.delete(step)
 
 
 def _arrays(state: State) -> dict[str, jax.Array]:
     trees = {"trainable": state.trainable, "opt_state": state.opt_state}
     return named_leaves(trees) | {"key": jax.random.key_data(state.key)}
+
+
+def _digest(arrays: Mapping[str, jax.Array]) -> str:
+    """Hash of arrays by name: names, shapes, element types and bytes; all processes that hold parts call this at once."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        array = _on_host(arrays[name])
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _sealed(step: int, notes: dict[str, Any], arrays: str) -> dict[str, Any]:
+    """What is written beside the arrays: step, notes, the hash of the arrays, and a hash of these three."""
+    found = {"step": step, "notes": notes, "arrays": arrays}
+    text = json.dumps(found, sort_keys=True)
+    return {**found, "hash": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _rebuilt(name: str, like: Any, arrays: Mapping[str, jax.Array]) -> Any:

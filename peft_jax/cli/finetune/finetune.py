@@ -20,7 +20,10 @@ from peft_jax.cli.finetune.processes import (
     joined,
 )
 from peft_jax.cli.finetune.results import (
+    BEST,
+    CHECKPOINTS,
     METRICS,
+    TENSORBOARD,
     Curves,
     export,
     save,
@@ -71,9 +74,10 @@ def finetune(options: Finetune) -> None:
         mesh = make_mesh(parse_mesh(options.training.mesh)) if options.training.mesh else None
         check_processes(mesh)
         check_mesh(options, mesh)
-        checkpoints = Checkpoints(options.run.output / "checkpoints", keep=options.run.save_total_limit)
-        with run_folder(options.run.output, resume=options.run.resume, saved=lambda: checkpoints.latest):
-            _run(options, mesh, checkpoints)
+        checkpoints = Checkpoints(options.run.output / CHECKPOINTS, keep=options.run.save_total_limit)
+        with run_folder(options.run.output, resume=options.run.resume, saved=lambda: checkpoints.latest) as resume:
+            run = dataclasses.replace(options.run, resume=resume)
+            _run(dataclasses.replace(options, run=run), mesh, checkpoints)
 
 
 def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None:
@@ -93,6 +97,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         model = attach(base, config, options, count_steps(options, data.training), data.training)
         setup.check_fit(data.parts, base.config, virtual_slots(model))
         fingerprint["tokens"] = data.digest
+    fingerprint["contents"] |= setup.start_digests(folder)
     summary = trainable_parameters(model)
     print(data.said, summary, sep="\n")
     plan, state, frozen = make_plan(options, task, model, data, mesh)
@@ -107,11 +112,11 @@ def _train(
     options: Finetune, plan: Plan, state: State, frozen: Any, checkpoints: Checkpoints, fingerprint: dict[str, Any]
 ) -> tuple[State, Best]:
     """Train from the start or the last checkpoint to the end; return where that was."""
-    run, best, size = options.run, Best(), 0
+    run, best, size, digest = options.run, Best(), 0, None
     if run.resume:
         state, notes = checkpoints.restore(state)
         setup.refuse_others(notes["settings"], fingerprint)
-        best, size = Best(**notes["best"]), notes["metrics_bytes"]
+        best, size, digest = Best(**notes["best"]), notes["metrics_bytes"], notes["metrics_digest"]
         print(f"Resuming at step {state.step} of {plan.max_steps}.")
         if notes["surroundings"] != surroundings():
             print("The versions or devices are not those it was saved with, so the last bits may differ.")
@@ -121,8 +126,8 @@ def _train(
     last = plan.max_steps if best.since < patience else state.step
     steps = train(plan.step, state, frozen, plan.batches, max_steps=last)
     with (
-        MetricsLog(run.output / METRICS, size, on=is_first()) as log,
-        TensorBoard(run.output / "tensorboard", state.step, on=run.tensorboard and is_first()) as board,
+        MetricsLog(run.output / METRICS, size, digest, on=is_first()) as log,
+        TensorBoard(run.output / TENSORBOARD, state.step, on=run.tensorboard and is_first()) as board,
         stop_on_signal() as stop,
         progress(steps, plan.max_steps, done=state.step, shown=is_first()) as bar,
     ):
@@ -140,12 +145,12 @@ def _train(
                 if best.note(row["eval_loss"], number):
                     model = plan.finished(state, frozen)
                     if is_first():
-                        save(model, plan.task, run.output / "best", run.output)
+                        save(model, plan.task, run.output / BEST, run.output)
             stopped = in_any(stop.requested)
             end = number == plan.max_steps or best.since >= patience
             if end or stopped or number % run.save_steps == 0:
-                notes = {"settings": fingerprint, "surroundings": surroundings(), "metrics_bytes": log.size}
-                checkpoints.save(state, {**notes, "best": dataclasses.asdict(best)})
+                notes = {"settings": fingerprint, "surroundings": surroundings(), "best": dataclasses.asdict(best)}
+                checkpoints.save(state, {**notes, "metrics_bytes": log.size, "metrics_digest": log.digest})
             speed.skip()
             if stopped and not end:
                 raise KeyboardInterrupt

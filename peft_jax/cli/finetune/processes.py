@@ -6,7 +6,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from peft_jax.cli.finetune.options import ProcessOptions, flag
 
 HOW = "Start all of them, each with a --process-id of its own and with the same --coordinator-address."
+OTHER = "another process of the run cannot start. See what it says."
 NAMED = ("coordinator_address", "num_processes", "process_id")
 
 
@@ -130,7 +131,7 @@ def all_or_none() -> Iterator[None]:
     finally:
         others = in_any(failed)
     if others:
-        raise ValueError("another process of the run cannot start. See what it says.")
+        raise ValueError(OTHER)
 
 
 def in_any(said: bool) -> bool:
@@ -138,6 +139,17 @@ def in_any(said: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(said)))) if jax.process_count() > 1 else said
 
 
-def wait_for_all(name: str) -> None:
-    """Go on when all processes have come here."""
-    multihost_utils.sync_global_devices(name)
+def found_by_first(find: Callable[[], bool]) -> bool:
+    """Return in all processes what the first one finds; if it raises there, raise in all of them."""
+    if jax.process_count() == 1:
+        return find()
+    found, failed = False, is_first()
+    try:
+        if is_first():
+            found = find()
+            failed = False
+    finally:
+        found, failed = map(bool, multihost_utils.broadcast_one_to_all(np.array([found, failed])))
+    if failed:
+        raise ValueError(OTHER)
+    return found

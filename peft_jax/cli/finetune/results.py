@@ -12,6 +12,7 @@ from peft_jax.train import plot_losses
 from peft_jax.train.metrics import read_metrics
 
 METRICS = "metrics.jsonl"
+BEST, CHECKPOINTS, TENSORBOARD = "best", "checkpoints", "tensorboard"  # folders
 Curves = dict[str, list[tuple[int, float]]]
 
 

@@ -1,4 +1,8 @@
-"""The folder of a training run: made at its start, kept once a checkpoint is in it, gone if nothing was saved."""
+"""The folder of a training run: one run at a time writes to it, and it is gone if nothing was saved.
+
+While a run goes on, a file in its folder is locked and marks the folder as the run's. A run that is killed leaves that
+file. If it was killed before its first checkpoint, the file is how `--resume` knows that it may start the run afresh.
+"""
 
 import os
 import shutil
@@ -6,80 +10,129 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 from tqdm import tqdm
 
-from peft_jax.cli.finetune.processes import is_first, wait_for_all
-from peft_jax.cli.shared.output_folder import refuse_used, unwritable
+from peft_jax.cli.finetune.initialize import START
+from peft_jax.cli.finetune.processes import found_by_first
+from peft_jax.cli.finetune.results import (
+    BEST,
+    CHECKPOINTS,
+    METRICS,
+    TENSORBOARD,
+)
+from peft_jax.cli.lock import locked, unwritable
+from peft_jax.cli.shared.output_folder import refuse_used
 from peft_jax.cli.shared.progress_bar import WIDTH
 
 HOW = "Give the same command with --resume to go on"
+MARKER = ".peft-jax-run"
+WRITTEN = (START, CHECKPOINTS, BEST, TENSORBOARD, METRICS)  # by a run before it has a checkpoint
 
 
 @contextmanager
-def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -> Iterator[None]:
-    """Make the folder of a new run, or check that of one that goes on; tidy up if the block raises.
+def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -> Iterator[bool]:
+    """Make the folder of a new run, or check that of one that goes on; keep other runs out; tidy up if the block raises.
 
-    Of several processes all check, and the first one makes and tidies up.
+    Of several processes the first one does this for all.
 
     Args:
         output: The folder.
         resume: Whether it is of a run that goes on.
-        saved: Tells the step of the last checkpoint; None means that nothing needs to be kept.
+        saved: Returns the step of the last checkpoint; None means that nothing needs to be kept.
+
+    Yields:
+        Whether there is a checkpoint to go on from. A run that was killed before its first one starts afresh.
 
     Raises:
+        BlockingIOError: If another run writes to the folder.
         FileExistsError: If a new run's folder is in use.
-        FileNotFoundError: If there is no checkpoint to go on from.
+        FileNotFoundError: If there is no run to go on with.
         OSError: If the folder cannot be written to, or what the block raised, with what was saved.
     """
-    _check(output, resume, saved)
-    made = [parent for parent in (output, *output.parents) if not parent.exists()] if is_first() else []
-    wait_for_all("the folder is checked")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        for parent in made:
-            if parent.exists():
-                parent.rmdir()
-        raise unwritable(output, error.strerror or str(error)) from error
-    try:
-        yield
-    except BaseException as error:
-        step = saved()
-        if step is None:
-            if is_first():
-                _remove(output, made)
+    with ExitStack() as stack:
+        goes_on = found_by_first(lambda: stack.enter_context(_held(output, resume, saved)))
+        try:
+            yield goes_on
+        except BaseException as error:
+            step = saved()
+            if step is None:
+                raise
+            told = f"The run is saved up to step {step}. {HOW}."
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"stopped. {told}") from None
+            if isinstance(error, OSError):
+                raise OSError(f"{str(error).rstrip('.')}. {told}") from error
             raise
-        told = f"The run is saved up to step {step}. {HOW}."
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"stopped. {told}") from None
-        if isinstance(error, OSError):
-            raise OSError(f"{str(error).rstrip('.')}. {told}") from error
+
+
+@contextmanager
+def _held(output: Path, resume: bool, saved: Callable[[], int | None]) -> Iterator[bool]:
+    """As `run_folder`, in the first process."""
+    marker = output / MARKER
+    if not marker.exists():  # otherwise the lock is asked first
+        _check(output, resume, saved() is not None, marked=False)
+    made = [parent for parent in (output, *output.parents) if not parent.exists()]
+    try:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(output, error.strerror or str(error)) from error
+        with locked(marker, output) as marked:
+            has_checkpoint = saved() is not None
+            _check(output, resume, has_checkpoint, marked=marked)
+            if resume and not has_checkpoint:
+                print(f"The run in {output} ended before its first checkpoint: it starts afresh, as given now.")
+                _clear(output)
+            try:
+                yield has_checkpoint
+            except BaseException:
+                if saved() is None:
+                    _clear(output)
+                raise
+    except BaseException:
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
         raise
 
 
-def _check(output: Path, resume: bool, saved: Callable[[], int | None]) -> None:
+def _check(output: Path, resume: bool, has_checkpoint: bool, *, marked: bool) -> None:
     if not resume:
-        if saved() is not None:
+        if has_checkpoint:
             raise FileExistsError(f"{output} already holds a run. {HOW}, or name another one with --output.")
-        refuse_used(output)
-    elif saved() is None:
-        rest = f"Remove {output} and" if output.exists() else "Run"
+        if marked:
+            raise FileExistsError(
+                f"{output} holds a run that ended before its first checkpoint. Give the same command with --resume to "
+                "start it afresh, or name another one with --output."
+            )
+        refuse_used(output, MARKER)
+    elif not has_checkpoint and not marked:
         raise FileNotFoundError(
-            f"no checkpoint in {output / 'checkpoints'}, so there is nothing to resume. {rest} start without --resume."
+            f"no checkpoint in {output / CHECKPOINTS}, so there is nothing to resume. {_way(output)}"
         )
     elif not os.access(output, os.W_OK | os.X_OK):
         raise unwritable(output, "it is not a folder that you may write to")
 
 
-def _remove(output: Path, made: list[Path]) -> None:
-    for entry in output.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    for parent in made:
-        parent.rmdir()
+def _way(output: Path) -> str:
+    """How to go on with a folder that holds no run."""
+    if output.is_dir() and any(entry.name != MARKER for entry in output.iterdir()):
+        return f"Check --output. If nothing in that folder is needed: Remove {output} and start without --resume."
+    return "Check --output, or start without --resume."
+
+
+def _clear(output: Path) -> None:
+    """Remove what a run without a checkpoint has written."""
+    for name in WRITTEN:
+        entry = output / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 class Stop:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from peft_jax.cli.finetune.adapter_config import is_json
+from peft_jax.cli.finetune.initialize import START
 from peft_jax.cli.finetune.options import (
     DataOptions,
     Finetune,
@@ -183,6 +184,12 @@ def fingerprint(options: Finetune) -> dict[str, Any]:
     if (base / "config.json").is_file():
         weights["config.json"] = _digest(base / "config.json")
     return {**found, "contents": contents | {f"{options.base.model}/{name}": hash for name, hash in weights.items()}}
+
+
+def start_digests(output: Path) -> dict[str, str]:
+    """Hashes of the files in a run's folder that hold the adapter's start, which a resumed run reads too."""
+    files = sorted(file for file in (output / START).glob("*") if file.is_file())
+    return {f"{START}/{file.name}": _digest(file) for file in files}
 
 
 def _digest(file: Path) -> str:

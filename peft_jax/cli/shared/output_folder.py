@@ -6,15 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from peft_jax.cli.lock import locked, unwritable
 
-def refuse_used(output: Path) -> None:
+LOCK = ".peft-jax-lock"
+
+
+def refuse_used(output: Path, own: str | None = None) -> None:
     """Raise unless `output` is free and can be made, so that a command says so before it works for minutes.
+
+    Args:
+        output: The folder.
+        own: Name of the one file that may be in it.
 
     Raises:
         FileExistsError: If something other than an empty folder is there.
         OSError: If the folder that it would be in is a file, or may not be written to.
     """
-    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
+    if output.is_dir():
+        found = sorted(entry.name for entry in output.iterdir() if entry.name != own)
+        if found:
+            raise FileExistsError(
+                f"{output} already exists and is not an empty folder (it holds {found[0]}). Name another one with "
+                "--output."
+            )
+    elif os.path.lexists(output):
         raise FileExistsError(f"{output} already exists and is not an empty folder. Name another one with --output.")
     there = next(place for place in (output, *output.parents) if os.path.lexists(place))
     if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
@@ -26,9 +41,11 @@ def new_folder(output: Path) -> Iterator[Path]:
     """Yield a hidden folder to write into, and put what it holds in place if the block ends well.
 
     It lies beside `output`, or inside where `output` is an empty folder, which may be a link, a mounted volume or the
-    current folder. If the block raises, nothing is left, folders made above `output` included.
+    current folder. If the block raises, nothing is left, folders made above `output` included. A lock keeps other
+    processes from making the same folder meanwhile.
 
     Raises:
+        BlockingIOError: If another process is making the folder.
         OSError: As `refuse_used`.
 
     Example:
@@ -38,29 +55,42 @@ def new_folder(output: Path) -> Iterator[Path]:
         >>> Path("runs/first/a.txt").read_text()
         'hello'
     """
-    refuse_used(output)
+    if not os.path.lexists(output / LOCK):  # where there is one, whether it is held says more
+        refuse_used(output)
     empty = output.is_dir()
+    place = output if empty else output.parent
+    lock = LOCK if empty else f".{output.name}{LOCK}"
     made = [parent for parent in output.parents if not parent.exists()]
     try:
-        with _hidden(output, output if empty else output.parent) as folder:
-            yield folder
-            if empty:
-                for entry in folder.iterdir():
-                    entry.rename(output / entry.name)
-            else:
-                folder.rename(output)
+        _make(output, place)
+        with locked(place / lock, output):
+            refuse_used(output, lock)  # another process may have made it meanwhile
+            with _hidden(output, place) as folder:
+                yield folder
+                if empty:
+                    for entry in folder.iterdir():
+                        entry.rename(output / entry.name)
+                else:
+                    refuse_used(output)
+                    folder.rename(output)
     except BaseException:
         for parent in made:
-            if parent.exists():
+            if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
+
+
+def _make(output: Path, place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(output, error.strerror or str(error)) from error
 
 
 @contextmanager
 def _hidden(output: Path, place: Path) -> Iterator[Path]:
     """A folder inside a hidden one in `place`, since the hidden one is for its owner's eyes alone."""
     try:
-        place.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=place)
     except OSError as error:
         raise unwritable(output, error.strerror or str(error)) from error
@@ -68,8 +98,3 @@ def _hidden(output: Path, place: Path) -> Iterator[Path]:
         folder = Path(scratch.name) / "out"
         folder.mkdir()
         yield folder
-
-
-def unwritable(output: Path, reason: str) -> OSError:
-    """The error for an output folder that cannot be written, and why not."""
-    return OSError(f"{output} cannot be written: {reason}. Name another one with --output.")
