@@ -4,7 +4,8 @@
 
 FOLDER holds a model and data.json. Runs go into FOLDER/whole (not killed), FOLDER/chosen (killed and resumed at every
 moment below in turn), and FOLDER/random-<SEED>, killed at some time after its first checkpoint; FOLDER/whole-prompt and
-FOLDER/prompt (killed once) train a prompt instead of a LoRA. Exit codes are printed as JSON. All children are forked
+FOLDER/prompt (killed once) train a prompt instead of a LoRA; FOLDER/early is killed before its first checkpoint, at every
+moment of EARLY in turn. Exit codes are printed as JSON. All children are forked
 from this process, which has imported everything and touched no device.
 """
 
@@ -23,6 +24,7 @@ import matplotlib.pyplot  # noqa: F401
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 from transformers import AutoConfig
 
+from peft_jax.cli.finetune import run_folder
 from peft_jax.cli.finetune.steps import Plan
 from peft_jax.cli.main import main
 from peft_jax.prompts.tokenizer import read_tokenizer
@@ -129,6 +131,41 @@ def in_plot(output: str) -> None:
     _before_the_name(output, "loss.png", 1)
 
 
+def before_marker(output: str) -> None:
+    """After the folder is made, before it is marked."""
+    run_folder.locked = lambda marker, folder: kill()  # type: ignore[attr-defined, assignment]
+
+
+def before_number(output: str) -> None:
+    """After the marker is made, before it says whose it is."""
+    os.ftruncate = lambda handle, size: kill()
+
+
+def in_first_metrics(output: str) -> None:
+    """After the first evaluation, with a best adapter and no checkpoint."""
+    whole = MetricsLog.write
+
+    def write(self: MetricsLog, row: Any) -> None:
+        whole(self, row)
+        if row["step"] == 3:
+            kill()
+
+    MetricsLog.write = write  # type: ignore[method-assign]
+
+
+def in_first_save(output: str) -> None:
+    """While the first checkpoint has some of its files."""
+    whole = AtomicRenameTemporaryPath.create
+
+    async def create(self: Any) -> Any:
+        if f"{output}/checkpoints/3." in str(self.get_final()):
+            kill()
+        return await whole(self)
+
+    AtomicRenameTemporaryPath.create = create
+
+
+EARLY = ((before_marker, ()), (before_number, ()), (in_first_metrics, ()), (in_first_save, ("--resume",)))
 MOMENTS = (in_save, amid_files, after_rename, in_metrics, in_evaluation, in_best, in_plot, in_export)
 
 
@@ -175,6 +212,8 @@ def everything(seeds: list[int]) -> dict[str, Any]:
     codes["whole-prompt"] = wait(fork("whole-prompt", adapter=PROMPT))
     killed = wait(fork("prompt", adapter=PROMPT, prepare=in_save))
     codes["prompt"] = [killed, wait(fork("prompt", "--resume", adapter=PROMPT))]
+    codes["early"] = [wait(fork("early", *words, prepare=moment)) for moment, words in EARLY]
+    codes["early"].append(wait(fork("early", "--resume")))
     return codes | {f"random-{seed}": at_random(seed, 1.5) for seed in seeds}
 
 

@@ -340,6 +340,20 @@ def test_an_empty_folder_is_filled_and_stays_itself(name: str, tmp_path: Path, m
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+def test_two_commands_do_not_make_one_folder(there: bool, tmp_path: Path) -> None:
+    """As two `merge` or two `demo` started at once."""
+    output = tmp_path / "out"
+    if there:
+        output.mkdir()
+    with new_folder(output) as folder:
+        (folder / "a").write_text("1")
+        with pytest.raises(BlockingIOError, match=rf"out is in use by process {os.getpid()} on .* another folder"):
+            with new_folder(output):
+                raise AssertionError
+    assert tree(tmp_path) == {"out/a": b"1"}
+
+
 def test_a_folder_that_may_not_be_written_to_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
     with pytest.raises(OSError, match=r"out cannot be written: .* you may write to. Name another one with --output"):

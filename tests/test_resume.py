@@ -1,11 +1,13 @@
 """Runs that are killed, stopped or refused, and what is left of them."""
 
+import errno
 import json
 import os
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peft_jax.cli.finetune import setup
+from peft_jax.cli.finetune.run_folder import MARKER
 from peft_jax.cli.finetune.setup import _sample
 from peft_jax.cli.main import main
 from peft_jax.models.handles.causal_lm import CausalLM
@@ -56,6 +60,7 @@ def killed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_a_run_killed_at_every_bad_moment_ends_in_the_same_bits(killed: tuple[Path, dict[str, Any]]) -> None:
     folder, codes = killed
+    assert codes.pop("early") == [-signal.SIGKILL] * 4 + [0]
     assert codes.pop("whole") == codes.pop("chosen") == 0
     assert codes.pop("random-1") == codes.pop("prompt") == [-signal.SIGKILL, 0] and codes.pop("whole-prompt") == 0
     assert set(codes.values()) == {-signal.SIGKILL} and len(codes) == 8
@@ -70,6 +75,12 @@ def test_a_killed_run_of_a_prompt_ends_in_the_same_bits(killed: tuple[Path, dict
     whole = results(killed[0] / "whole-prompt")
     assert json.loads(whole["adapter_config.json"])["peft_type"] == "P_TUNING"
     assert results(killed[0] / "prompt") == whole
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_afresh(killed: tuple[Path, dict[str, Any]]) -> None:
+    assert results(killed[0] / "early") == results(killed[0] / "whole")
+    said = (killed[0] / "early--resume.log").read_text()
+    assert "The run in early ended before its first checkpoint: it starts afresh" in said
 
 
 def test_a_run_killed_at_a_random_moment_ends_in_the_same_bits(killed: tuple[Path, dict[str, Any]]) -> None:
@@ -187,6 +198,32 @@ def _with_short_metrics(folder: Path) -> None:
     (folder / "out" / "metrics.jsonl").write_text("")
 
 
+def _with_a_damaged_note(folder: Path) -> None:
+    (folder / "out" / "checkpoints" / "4" / "files.json").unlink()
+    file = folder / "out" / "checkpoints" / "4" / "notes" / "metadata"
+    file.write_text(re.sub(r'"metrics_bytes": (\d)', '"metrics_bytes": 7', file.read_text()))
+
+
+def _with_other_metrics(folder: Path) -> None:
+    file = folder / "out" / "metrics.jsonl"
+    file.write_bytes(re.sub(rb'"loss": \d', b'"loss": 9', file.read_bytes()))
+
+
+def _begun(folder: Path) -> None:
+    shutil.rmtree(folder / "out")
+    (folder / "out").mkdir()
+    (folder / "out" / MARKER).write_text("process 1")
+
+
+def _other_folder(folder: Path) -> None:
+    (folder / "none").mkdir()
+    (folder / "none" / "letter.txt").write_text("dear")
+
+
+def _empty_folder(folder: Path) -> None:
+    (folder / "none").mkdir()
+
+
 def _as_it_is(folder: Path) -> None:
     """Leaves the folder alone."""
 
@@ -196,6 +233,11 @@ REFUSED = {
     "no run": (_as_it_is, ["--resume", "--output", "none"], "no checkpoint in none/checkpoints"),
     "a run in the way": (_as_it_is, [], "already holds a run. Give the same command with --resume to go on"),
     "a damaged checkpoint": (_with_torn_checkpoint, ["--resume"], "out/checkpoints/4 is damaged"),
+    "a folder of another kind": (_other_folder, ["--resume", "--output", "none"], "Check --output."),
+    "an empty folder": (_empty_folder, ["--resume", "--output", "none"], "or start without --resume"),
+    "a run that had just begun": (_begun, [], "Give the same command with --resume to start it afresh"),
+    "a damaged note": (_with_a_damaged_note, ["--resume"], "its notes are not those that were saved"),
+    "other metrics": (_with_other_metrics, ["--resume"], "are not those that it had when the checkpoint was saved"),
     "metrics cut off": (_with_short_metrics, ["--resume"], "Restore the file"),
 }
 
@@ -204,12 +246,12 @@ REFUSED = {
 def test_what_cannot_be_resumed_says_so(stage: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
     prepare, words, said = REFUSED[case]
     prepare(stage)
-    before = results(stage / "out"), sorted(stage.iterdir())
+    before = results(stage), sorted(stage.rglob("*"))
     capfd.readouterr()
     assert main([*WORDS, *words]) == 2
     errors = capfd.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and errors[0].startswith("peft-jax: error: ") and said in errors[0], errors
-    assert (results(stage / "out"), sorted(stage.iterdir())) == before
+    assert (results(stage), sorted(stage.rglob("*"))) == before
 
 
 def test_a_full_disk_keeps_what_was_saved(
@@ -257,3 +299,71 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_model_is_read(
     error = capsys.readouterr().err.strip()
     assert error == "peft-jax: error: out cannot be written: Permission denied. Name another one with --output."
     assert not Path("out").exists()
+
+
+def test_two_runs_do_not_write_to_one_folder(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second command as the first one has just made the folder, and one that resumes what it is still writing."""
+    fingerprint, write, codes = setup.fingerprint, MetricsLog.write, []
+
+    def early(options: Any) -> dict[str, Any]:
+        monkeypatch.setattr(setup, "fingerprint", fingerprint)
+        codes.append(main(WORDS))
+        return fingerprint(options)
+
+    def late(self: MetricsLog, row: Any) -> None:
+        if row["step"] == 4:
+            monkeypatch.setattr(MetricsLog, "write", write)
+            codes.append(main([*WORDS, "--save-steps", "2", "--resume"]))
+        write(self, row)
+
+    monkeypatch.setattr(setup, "fingerprint", early)
+    monkeypatch.setattr(MetricsLog, "write", late)
+    assert main([*WORDS, "--save-steps", "2"]) == 0
+    assert codes == [2, 2]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    wanted = (
+        rf"peft-jax: error: out is in use by process {os.getpid()} on {socket.gethostname()} since [-\d]+ [:\d]+ \S+\. "
+    )
+    assert len(errors) == 2 and all(re.match(wanted, line) for line in errors), errors
+    assert not (workplace / "out" / MARKER).exists()
+
+
+EVA = ["--peft-config", '{"init_lora_weights": "eva"}', "--start-batches", "2"]
+
+
+def test_what_a_killed_run_left_is_not_taken_up(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a start, half a checkpoint, metrics and a best adapter; a file of the user's stays."""
+    assert main([*WORDS, *EVA, "--output", "whole"]) == 0
+    left = ["start/adapter_config.json", "best/adapter_config.json", "metrics.jsonl", "tensorboard/events", MARKER]
+    for name in [*left, "checkpoints/4.orbax-checkpoint-tmp/state/d/0", "letter.txt"]:
+        Path("out", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("out", name).write_text("left")
+    capsys.readouterr()
+    assert main([*WORDS, *EVA, "--resume"]) == 0
+    assert "The run in out ended before its first checkpoint: it starts afresh" in capsys.readouterr().out
+    found = results(Path("out"))
+    assert found.pop("letter.txt") == b"left"
+    assert found == results(Path("whole"))
+    # The start is read by a run that goes on, so it is verified too.
+    file = Path("out/start/adapter_model.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main([*WORDS, *EVA, "--resume"]) == 2
+    assert "the contents of start/adapter_model.safetensors have changed" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_said(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert main([*WORDS, "--data", "none.json"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"peft-jax: the file system of out has no locks ({os.strerror(errno.ENOLCK)})")
+    assert "no data file at none.json" in second and not Path("out").exists()

@@ -2,7 +2,8 @@
 
 Each carries a hash of its arrays and one of its step and notes. Both are verified on reading, so that a checkpoint that
 was damaged on the disk is refused. The hash of the arrays is over whole arrays, however devices and processes share
-them.
+them. Once a checkpoint has its name, a list of its files and their hashes is added, which tells what is damaged before
+the storage layer reads it. A run that is killed in between leaves a whole checkpoint without that list.
 """
 
 import errno
@@ -24,7 +25,7 @@ from jax.experimental import multihost_utils
 from peft_jax.core.paths import dotted, named_leaves
 from peft_jax.train.loop import State
 
-STATE, NOTES = "state", "notes"
+STATE, NOTES, FILES = "state", "notes", "files.json"
 SPARE = 2**18  # bytes of a checkpoint beside its arrays, at most
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step, and every error in each of its threads
 
@@ -89,6 +90,8 @@ class Checkpoints:
             sealed = _sealed(state.step, plain, _digest(arrays))
             items = {STATE: ocp.args.StandardSave(arrays), NOTES: ocp.args.JsonSave(sealed)}
             self._manager.save(state.step, args=ocp.args.Composite(**items))
+            if jax.process_index() == 0:
+                _list_files(self.folder / str(state.step))
         except Exception as error:  # a full disk is an OSError of Python or one of several kinds from the storage layer
             for rest in self.folder.glob(f"{state.step}.*"):
                 shutil.rmtree(rest, ignore_errors=True)
@@ -136,10 +139,25 @@ class Checkpoints:
     def _restore(self, items: Mapping[str, Any]) -> Any:
         if self.latest is None:
             raise FileNotFoundError(f"no checkpoint in {self.folder}.")
+        self._check_files(self.folder / str(self.latest))
         try:
             return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
         except Exception as error:
             raise self._damaged(str(error).strip().splitlines()[0]) from error
+
+    def _check_files(self, folder: Path) -> None:
+        if not (folder / FILES).is_file():
+            return
+        try:
+            wanted = json.loads((folder / FILES).read_bytes())
+        except ValueError as error:
+            raise self._damaged(f"{FILES} is not JSON") from error
+        found = _file_digests(folder)
+        if not isinstance(wanted, dict) or found.keys() != wanted.keys():
+            raise self._damaged(f"its files are not those that {FILES} lists")
+        for name, digest in found.items():
+            if digest != wanted[name]:
+                raise self._damaged(f"{name} is not as it was saved")
 
     def _unsealed(self, found: Any) -> tuple[dict[str, Any], str]:
         """The notes of the last checkpoint and the hash of its arrays, once their own hash is verified."""
@@ -169,6 +187,23 @@ class Checkpoints:
 def _arrays(state: State) -> dict[str, jax.Array]:
     trees = {"trainable": state.trainable, "opt_state": state.opt_state}
     return named_leaves(trees) | {"key": jax.random.key_data(state.key)}
+
+
+def _list_files(folder: Path) -> None:
+    part = folder / f".{FILES}.part"
+    text = json.dumps(_file_digests(folder), indent=2)
+    part.write_text(text)
+    os.replace(part, folder / FILES)
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    """Hashes of all files in a checkpoint's folder but their list."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / FILES:
+            with open(file, "rb") as stream:
+                found[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _digest(arrays: Mapping[str, jax.Array]) -> str:
