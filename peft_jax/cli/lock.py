@@ -22,7 +22,8 @@ BEYOND = 2**30  # Windows keeps others from reading a locked byte, so the one th
 def locked(file: Path, folder: Path) -> Iterator[bool]:
     """Hold a lock on a small file during the block, which says who holds it; the file is removed afterwards.
 
-    A process that is killed leaves the file, which is then not locked.
+    A process that is killed leaves the file, which is then not locked. If the block raises over a file that was left,
+    the file stays, as it still marks what that process left.
 
     Args:
         file: The file, in a folder that exists.
@@ -36,6 +37,7 @@ def locked(file: Path, folder: Path) -> Iterator[bool]:
         OSError: If the file cannot be written.
     """
     handle = _open_locked(file, folder)
+    stays = False
     try:
         left = os.fstat(handle).st_size > 0
         try:
@@ -43,13 +45,18 @@ def locked(file: Path, folder: Path) -> Iterator[bool]:
             os.write(handle, _me().encode())
         except OSError as error:
             raise unwritable(folder, error.strerror or str(error)) from error
-        yield left
+        try:
+            yield left
+        except BaseException:
+            stays = left
+            raise
     finally:
         if sys.platform == "win32":  # which removes no open file
             os.close(handle)
-            file.unlink(missing_ok=True)
+            if not stays:
+                file.unlink(missing_ok=True)
         else:
-            if _is_open_as(handle, file):
+            if not stays and _is_open_as(handle, file):
                 file.unlink()
             os.close(handle)
 

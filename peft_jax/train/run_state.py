@@ -212,7 +212,7 @@ def _digest(arrays: Mapping[str, jax.Array]) -> str:
     for name in sorted(arrays):
         array = _on_host(arrays[name])
         found.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 
