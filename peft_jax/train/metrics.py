@@ -45,8 +45,8 @@ class MetricsLog:
                 self._hash.update(stream.read(size))
         if size and digest is not None and self.digest != digest:
             raise ValueError(
-                f"the first {size} bytes of {file} are not those that it had when the checkpoint was saved. Restore the "
-                "file."
+                f"the first {size} bytes of {file} are not those that it had when the checkpoint was saved. Restore "
+                "the file."
             )
         self._stream = open(file, "ab")
         self._stream.truncate(size)

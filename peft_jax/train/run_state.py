@@ -207,7 +207,7 @@ def _file_digests(folder: Path) -> dict[str, str]:
 
 
 def _digest(arrays: Mapping[str, jax.Array]) -> str:
-    """Hash of arrays by name: names, shapes, element types and bytes; all processes that hold parts call this at once."""
+    """Hash of the names, shapes, element types and bytes of arrays; all processes that hold parts call this at once."""
     found = hashlib.sha256()
     for name in sorted(arrays):
         array = _on_host(arrays[name])

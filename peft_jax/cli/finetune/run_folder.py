@@ -35,9 +35,9 @@ WRITTEN = (START, CHECKPOINTS, BEST, TENSORBOARD, METRICS)  # by a run before it
 
 @contextmanager
 def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -> Iterator[bool]:
-    """Make the folder of a new run, or check that of one that goes on; keep other runs out; tidy up if the block raises.
+    """Make the folder of a new run, or check that of one that goes on, and tidy up if the block raises.
 
-    Of several processes the first one does this for all.
+    A lock keeps other runs out. Of several processes the first one does this for all.
 
     Args:
         output: The folder.
