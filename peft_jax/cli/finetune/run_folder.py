@@ -24,7 +24,7 @@ from peft_jax.cli.finetune.results import (
     METRICS,
     TENSORBOARD,
 )
-from peft_jax.cli.lock import locked, unwritable
+from peft_jax.cli.shared.lock import locked, unwritable
 from peft_jax.cli.shared.output_folder import refuse_used
 from peft_jax.cli.shared.progress_bar import WIDTH
 

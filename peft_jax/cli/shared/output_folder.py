@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft_jax.cli.lock import locked, unwritable
+from peft_jax.cli.shared.lock import locked, unwritable
 
 LOCK = ".peft-jax-lock"
 
