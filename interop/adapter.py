@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -45,7 +46,8 @@ def save_adapter(
         save_embedding_layers: As in `get_peft_model_state_dict`.
 
     Raises:
-        ValueError: if there is no such adapter, or it cannot be converted.
+        ValueError: if there is no such adapter, it cannot be converted, or it holds values that are not finite; nothing
+            is written then.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, peft_jax as pj
@@ -60,6 +62,11 @@ def save_adapter(
     if path_initial_model_for_weight_conversion is not None:
         initial = _read(pathlib.Path(path_initial_model_for_weight_conversion) / WEIGHTS_FILE)
         config, tensors = without_start(config, tensors, initial)
+    if broken := _non_finite(tensors):
+        raise ValueError(
+            f"adapter '{adapter_name}' is not saved: its tensor '{broken}' holds NaN or infinity. "
+            "Save the adapter as it was before training diverged, or in a wider element type."
+        )
     fields = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_VERSION}
     folder = pathlib.Path(directory) / ("" if adapter_name == "default" else adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +104,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the file is damaged, its config is not supported, or it does not fit this base; nothing is
-            loaded in part.
+        ValueError: if the file is damaged, its config is not supported, it does not fit this base, or it holds values
+            that are not finite; nothing is loaded in part.
     """
     config = PeftConfig.from_pretrained(directory)
     if not isinstance(config, Method) or config.peft_type not in ROWS:
@@ -112,6 +119,14 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"No {path.name} in '{path.parent}'. Save the adapter with safe_serialization=True.")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the adapter again.") from None
+    if broken := _non_finite(tensors):
+        raise ValueError(f"'{path}' holds NaN or infinity in its tensor '{broken}'. Take another copy of the adapter.")
+    return tensors
+
+
+def _non_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """The key of the first tensor that holds a NaN or an infinity."""
+    return next((key for key, tensor in tensors.items() if not np.isfinite(tensor).all()), None)

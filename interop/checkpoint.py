@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from peft_jax.interop.files import CONFIG, GENERATION_CONFIG, Tensor, open_tensors, read_config, some, write_files
 
+from peft_jax.core.finite import holds_finite
+
 __all__ = ["Row", "find_checkpoint", "load_params", "open_tensors", "read_config", "save_checkpoint"]
 
 PIECE = 1 << 21  # bytes of a matrix that are in flight between file and leaf
@@ -102,7 +104,8 @@ def load_params(
         ignored: Patterns of keys that may be there and are not used.
 
     Raises:
-        ValueError: if tensors are missing or left over or of a wrong shape, all of which are listed.
+        ValueError: if tensors are missing or left over or of a wrong shape, all of which are listed; or if one holds a
+            NaN or an infinity, or becomes infinite in the element type of its leaf.
     """
     _check(tensors, rows, ignored)
     tree: dict[str, Any] = {}
@@ -137,11 +140,26 @@ def _load(row: Row, tensors: Mapping[str, np.ndarray], convert: Convert) -> Any:
         tensor = tensors[key]
         count = max(1, -(-tensor.nbytes // PIECE)) if row.transposed else 1
         step = -(-len(tensor) // count)
+        finite = []
         for start in range(0, len(tensor), step):
             # Waiting keeps one piece in flight: dispatch runs ahead and would copy all of them to the device.
             piece = tensor[start : start + step]
-            buffers = jax.block_until_ready(_fill(buffers, piece, layer, start, row, convert))
+            buffers, is_finite = jax.block_until_ready(_fill(buffers, piece, layer, start, row, convert))
+            finite.append(is_finite)
+        if not all(jax.device_get(finite)):
+            raise ValueError(_why_not_finite(key, tensor, jax.tree.leaves(buffers)[0].dtype))
     return buffers
+
+
+def _why_not_finite(key: str, tensor: np.ndarray, dtype: Any) -> str:
+    is_finite = np.isfinite(tensor.astype(np.float32))
+    if is_finite.all():
+        return f"The checkpoint's tensor '{key}' has values beyond {dtype}. Read it with dtype='bfloat16' or 'float32'."
+    count = is_finite.size - int(is_finite.sum())
+    return (
+        f"The checkpoint's tensor '{key}' holds NaN or infinity in {count} of {is_finite.size} elements. "
+        "Take an undamaged copy of the checkpoint."
+    )
 
 
 def _leaf(piece: jax.Array, row: Row, convert: Convert) -> Any:
@@ -150,14 +168,19 @@ def _leaf(piece: jax.Array, row: Row, convert: Convert) -> Any:
 
 
 @partial(jax.jit, static_argnames=("row", "convert"), donate_argnums=0)
-def _fill(buffers: Any, piece: jax.Array, layer: int, column: int, row: Row, convert: Convert) -> Any:
+def _fill(buffers: Any, piece: jax.Array, layer: int, column: int, row: Row, convert: Convert) -> tuple[Any, jax.Array]:
+    """The buffers with a piece in its place, and whether what it was converted to is finite."""
+
     def put(buffer: jax.Array, part: jax.Array) -> jax.Array:
         start = [0] * part.ndim
         start[0] = layer if row.stacked else 0
         start[-1] = column if row.transposed else start[-1]
         return jax.lax.dynamic_update_slice(buffer, part, start)
 
-    return jax.tree.map(put, buffers, _leaf(piece, row, convert))
+    converted = _leaf(piece, row, convert)
+    floats = [one for one in jax.tree.leaves(converted) if jnp.issubdtype(one.dtype, jnp.inexact)]
+    finite = [jnp.all(jnp.isfinite(one)) for one in floats]
+    return jax.tree.map(put, buffers, converted), jnp.all(jnp.array(finite))
 
 
 def save_checkpoint(
@@ -182,6 +205,9 @@ def save_checkpoint(
         generation_config: Contents of ``generation_config.json``, if it shall be there.
         max_shard_size: Bytes above which the weights are split into several files.
 
+    Raises:
+        ValueError: if a leaf holds values that are not finite; nothing is written then.
+
     Example:
         >>> import tempfile
         >>> params, rows = {"head": {"kernel": jnp.ones((2, 3))}}, [Row("head.kernel", (2, 3), "head.weight", True)]
@@ -190,6 +216,12 @@ def save_checkpoint(
         ...     open_tensors(folder)["head.weight"].shape
         (3, 2)
     """
+    for row in rows:
+        if not holds_finite(_at(params, row.path)):
+            raise ValueError(
+                f"the checkpoint is not written: leaf '{row.path}' holds NaN or infinity in "
+                f"{_at(params, row.path).dtype}. Repair it, or write a wider element type."
+            )
     tensors = [one for row in rows for one in _tensors(_at(params, row.path), row)]
     texts = {} if generation_config is None else {GENERATION_CONFIG: generation_config}
     write_files(pathlib.Path(folder), tensors, {**texts, CONFIG: config}, max_shard_size)

@@ -25,6 +25,7 @@ from peft_jax.adapters.statistics import (
     observing,
 )
 from peft_jax.core.adapted import Adapted, Tag, adapted_leaves, adapters
+from peft_jax.core.finite import holds_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.targets import pattern_value
@@ -77,8 +78,8 @@ def apply_lora_from_data(
         layout: Axes of leaves; those that are not told are read off ``fn`` on the first batch.
 
     Raises:
-        ValueError: as `peft_jax.apply_adapter`; if there is no batch, a target is used in no product, or components do
-            not settle.
+        ValueError: as `peft_jax.apply_adapter`; if there is no batch, a target is used in no product, the batches give
+            NaN or infinity, or components do not settle.
 
     Example:
         >>> import peft_jax as pj
@@ -172,7 +173,17 @@ def _summed(observe: Callable[[Any, Any], Sums], batches: Iterable[Any]) -> Sums
     for batch in batches:
         for path, one in observe(batch, None).items():
             sums[path] = sums[path] + one if path in sums else one
+    for path, total in sums.items():
+        _check_finite(path, total)
     return sums
+
+
+def _check_finite(path: str, seen: jax.Array) -> None:
+    if not holds_finite(seen):
+        raise ValueError(
+            f"The batches give NaN or infinity at '{path}', so that no adapter can start from them. Check the batches and "
+            "the base, or run it in a wider element type."
+        )
 
 
 def _check_used(path: str, total: jax.Array) -> None:
@@ -260,6 +271,7 @@ def _eva(
         found: Sums = {}
         for path, total in jax.device_get(observe(batch, mask(batch))).items():
             names, hit = layers_of(path, leaves[path])
+            _check_finite(path, total)
             found |= {str(names[i]): total[i] for i in np.ndindex(hit.shape) if hit[i]}
         return found
 

@@ -6,11 +6,17 @@ from typing import Any
 import jax
 
 from peft_jax.core.adapted import Adapted, adapters, map_adapted
-from peft_jax.core.weight import is_weight
+from peft_jax.core.finite import holds_finite
+from peft_jax.core.paths import dotted
+from peft_jax.core.weight import MergeError, is_weight
 
 
 def merge(params: Any) -> Any:
     """Plain arrays for the unwrapped function: active adapters folded in, quantized leaves dequantized.
+
+    Raises:
+        MergeError: if a leaf has no merged form, or its merged values are not finite, as where they are beyond what
+            float16 holds. Under `jax.jit` there are no values to look at.
 
     Example:
         >>> import jax.numpy as jnp, peft_jax as pj
@@ -18,7 +24,19 @@ def merge(params: Any) -> Any:
         >>> merge(pj.apply_lora(params, pj.LoraConfig(target_modules=["q"])))["q"]["kernel"].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    return jax.tree.map(lambda leaf: leaf.dense() if is_weight(leaf) else leaf, params, is_leaf=is_weight)
+
+    def dense(key_path: Any, leaf: Any) -> Any:
+        if not is_weight(leaf):
+            return leaf
+        array = leaf.dense()
+        if not holds_finite(array):
+            raise MergeError(
+                f"Merging leaf '{dotted(key_path)}' gives NaN or infinity in {array.dtype}. Merge into a base of a wider "
+                "element type, or check the adapter's arrays."
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(dense, params, is_leaf=is_weight)
 
 
 def unload(params: Any) -> Any:

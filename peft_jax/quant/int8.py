@@ -12,15 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from peft_jax.core.finite import holds_finite
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.weight import Change, Weight, role_specs
+
+# The smallest step. A smaller one, or its product with 1, could be subnormal, which XLA flushes to zero.
+SMALLEST_STEP = 2.0**-125
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dense_dtype"))
 @dataclasses.dataclass(frozen=True)
 class Int8(Weight):
-    """A matrix in 8 bits: ``dense() == q * scale`` in ``dtype``.
+    """A matrix in 8 bits: ``q * scale``, computed in float32; ``dense()`` rounds it to ``dtype``.
 
     Attributes:
         q: int8, in the shape of the dense array; between -127 and 127.
@@ -45,7 +49,7 @@ class Int8(Weight):
         return self.dense_dtype
 
     def dense(self) -> jax.Array:
-        """The dequantized array; its error is at most half a step: ``scale / 2``."""
+        """The dequantized array: within half a step, ``scale / 2``, and then rounded to ``dtype``."""
         matrix = self.layout.matrix(self.q).astype(jnp.float32) * self.scale[..., None, :]
         return self.layout.unmatrix(matrix, self.shape).astype(self.dtype)
 
@@ -97,14 +101,18 @@ class Int8(Weight):
 def quantize_array(array: jax.Array, layout: Layout) -> Int8:
     """Round a matrix to 8 bits, with one scale per output channel (and stacked layer).
 
-    The error is at most half a step: ``abs(dense() - array) <= scale / 2``. Channels of zeros get scale 1.
+    The error is at most half a step: ``abs(q * scale - array) <= scale / 2``. Channels of zeros get scale 1. No other
+    scale is below 2**-125 (2.4e-38), as a smaller one cannot be represented as a normal float32: weights below half of
+    that become zero. Under `jax.jit` the values cannot be looked at; a channel that holds a NaN or an infinity then
+    becomes NaN as a whole.
 
     Args:
         array: Floating-point array of the shape that ``layout`` describes.
         layout: Its axes; input axes share a scale.
 
     Raises:
-        ValueError: if ``array`` is not floating point or has no input axes.
+        ValueError: if ``array`` is not floating point, has no input axes, or holds values that are not finite in
+            float32.
 
     Example:
         >>> weight = quantize_array(jnp.array([[1.0, -3.0], [2.0, 0.0]]), Layout())
@@ -116,6 +124,11 @@ def quantize_array(array: jax.Array, layout: Layout) -> Int8:
     if not layout.inp:
         raise ValueError(f"quantize takes matrices, found a vector of shape {array.shape}. Leave it in float.")
     q, scale = _quantize(layout.matrix(array))
+    if not holds_finite(scale):  # NaN and infinities show in the largest value of a channel
+        raise ValueError(
+            f"quantize takes finite weights, found NaN or infinity in an array of shape {array.shape}. Repair or "
+            "replace these weights first."
+        )
     return Int8(layout.unmatrix(q, array.shape), scale, layout, jnp.dtype(array.dtype))
 
 
@@ -123,7 +136,7 @@ def quantize_array(array: jax.Array, layout: Layout) -> Int8:
 def _quantize(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     matrix = matrix.astype(jnp.float32)
     largest = jnp.max(jnp.abs(matrix), axis=-2)
-    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    scale = jnp.where(largest == 0, 1.0, jnp.maximum(largest / 127, SMALLEST_STEP))  # NaN stays NaN
     return jnp.round(matrix / scale[..., None, :]).astype(jnp.int8), scale
 
 

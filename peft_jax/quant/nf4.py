@@ -20,7 +20,8 @@ VALUES = (
 def round_to_nf4(array: jax.Array) -> jax.Array:
     """The array with each element at the nearest of 16 values, scaled by the largest of its block of 64.
 
-    Blocks follow the array's memory, row by row; the last may be shorter.
+    Blocks follow the array's memory, row by row; the last may be shorter. A block of subnormal float32 numbers becomes
+    zeros, and one with a NaN or an infinity becomes NaN as a whole.
 
     Example:
         >>> round_to_nf4(jnp.array([0.1, -2.0, 0.3])).tolist()
@@ -30,5 +31,6 @@ def round_to_nf4(array: jax.Array) -> jax.Array:
     blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=1, keepdims=True)
     values = jnp.array(VALUES, jnp.float32)
-    place = jnp.searchsorted((values[1:] + values[:-1]) / 2, blocks / jnp.where(largest > 0, largest, 1))
+    largest = jnp.where(largest < jnp.finfo(jnp.float32).tiny, 0, largest)
+    place = jnp.searchsorted((values[1:] + values[:-1]) / 2, blocks / jnp.where(largest == 0, 1, largest))
     return (values[place] * largest).reshape(-1)[: flat.size].reshape(array.shape).astype(array.dtype)

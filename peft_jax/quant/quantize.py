@@ -35,6 +35,9 @@ def quantize(
 ) -> T:
     """A new tree with weight-only int8 leaves; composes with every adapter method, before or after it.
 
+    NaN and infinities are refused. Under `jax.jit` there are no values to look at; an output channel that holds one
+    then becomes NaN as a whole.
+
     Args:
         params: Any pytree of arrays, or a model handle. The base of an adapted leaf is quantized under its adapter.
         bits: 8.
@@ -48,7 +51,7 @@ def quantize(
 
     Raises:
         ValueError: if ``bits`` is not 8, a target hits nothing, every weight in ``fn`` would be left out, or a leaf's
-            axes are ambiguous.
+            axes are ambiguous or its values not all finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -105,4 +108,8 @@ def _quantized(leaf: Leaf, node: Any) -> Any:
         return dataclasses.replace(node, base=_quantized(leaf, node.base))
     if isinstance(node, Int8):
         return node
-    return quantize_array(node, leaf.required_layout())
+    layout = leaf.required_layout()
+    try:
+        return quantize_array(node, layout)
+    except ValueError as error:
+        raise ValueError(f"Leaf '{leaf.path}' cannot be quantized: {error}") from None

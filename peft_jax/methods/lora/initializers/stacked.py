@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.finite import holds_finite
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.weight import Dense, Weight
 from peft_jax.methods.lora.initializers.base import Factors, Initialize
@@ -36,7 +37,8 @@ def initialize_layers(
         ``lora_A`` ``(*stack, in, rank)`` and ``lora_B`` ``(*stack, rank, out)``, float32; and the base.
 
     Raises:
-        ValueError: if the initializer does not take such a base, or a rank does not suit it.
+        ValueError: if the initializer does not take such a base, a rank does not suit it, or the base holds values
+            that are not finite.
     """
     layout = base.layout
     dense = _dense_base(config, base, str(names.flat[0]))
@@ -51,6 +53,7 @@ def initialize_layers(
             continue
         rank = config.rank(name)
         _check_rank(config, name, rank, min(n_in, n_out))
+        _check_finite(config, name, matrices[i])
         made = initialize[i](matrices[i].astype(jnp.float32), rank, config.scaling(name), keys[i])
         padding = width - rank
         a = jnp.pad(made.a, ((0, 0), (0, padding)))
@@ -77,6 +80,15 @@ def _check_rank(config: Any, name: str, rank: int, most: int) -> None:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} starts at r directions of '{name}', which has "
             f"{most}, not {rank}. Choose a smaller r."
+        )
+
+
+def _check_finite(config: Any, name: str, matrix: jax.Array) -> None:
+    """Raise ValueError if a matrix that an initializer looks at holds NaN or infinity."""
+    if not holds_finite(matrix):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} starts from the weight of '{name}', which holds NaN or "
+            "infinity. Repair the base, or take another initialization."
         )
 
 
