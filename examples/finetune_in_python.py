@@ -52,6 +52,7 @@ def main(
     for number in range(steps):
         key = jax.random.fold_in(jax.random.key(0), number)  # for dropout
         trainable, opt_state, metrics = step(trainable, opt_state, frozen, batches[number], key)
+        pt.check_finite(metrics, number + 1, trainable, opt_state)
         curve.append((number + 1, float(metrics.loss)))
     model = pj.combine(trainable, frozen)
     held_out_loss = pt.evaluate(evaluation_step, model, pt.evaluation_batches(held_out, batch_size))

@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("dtype", "bad"), zip(["float32", "float16", "bfloat16"], BAD, strict=True))
+@pytest.mark.parametrize(("dtype", "bad"), list(zip(["float32", "float16", "bfloat16"], BAD, strict=True)))
 @pytest.mark.parametrize("load_in_8bit", [False, True])
 @pytest.mark.parametrize("name", ["layers.1.mlp.up_proj.weight", "norm.weight"])
 def test_reading_names_the_tensor_that_is_not_finite(folder, tmp_path, dtype, bad, load_in_8bit, name):

@@ -59,10 +59,17 @@ def evaluate_model(options: Eval) -> None:
     batches = list(evaluation_batches(data, options.batch_size))
     with progress(batches, len(batches)) as bar:
         found = task.evaluate(task.make_evaluation_step(), model, bar)
+    if not math.isfinite(found["loss"]):
+        raise ValueError(
+            f"the loss is {found['loss']}: what the model computes is not finite. Give --dtype float32, or another "
+            "checkpoint or adapter."
+        )
     if not task.has_classes:
         found["perplexity"] = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
     targets = sum(int(np.sum(example.labels != IGNORE)) for example in examples)
     if options.json:
+        if math.isinf(found.get("perplexity", 0)):
+            found["perplexity"] = None  # JSON has no infinity
         counts = {"examples": len(data), "too_long": too_long}
         print(json.dumps({**found, **({} if task.has_classes else {"target_tokens": targets}), **counts}))
         return

@@ -97,6 +97,16 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def position_rows(self) -> int | None:
+        """Rows of the table of positions; None for a model that computes them."""
+        return None
+
+    @property
+    def type_rows(self) -> int | None:
+        """Rows of the table that ``token_type_ids`` are looked up in; None for a model without one."""
+        return None
+
+    @property
     def kv_heads(self) -> int:
         """Key and value heads of a layer."""
         return self.num_attention_heads

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.ids import rows_at
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import TORCH_NAMES, dotted
 from peft_jax.core.repeated import Repeated
@@ -96,7 +97,7 @@ class Family:
 
     def embed(self, config: ModelConfig, params: Any, ids: jax.Array) -> jax.Array:
         """Embeddings (batch, length, hidden) of ids (batch, length)."""
-        return jnp.take(self.embedding_table(config, params), ids, axis=0)
+        return rows_at(self.embedding_table(config, params), ids)
 
     def output_module(self, config: ModelConfig) -> str | None:
         """Path of the module that gives the output; None for a bare model."""

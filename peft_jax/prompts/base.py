@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.ids import is_outside
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, Method
@@ -175,20 +176,19 @@ def with_virtual_labels(
 
 
 def task_array(params: Any, task_ids: Any) -> jax.Array | None:
-    """Each row's task as an array; those that are not on a device yet are checked, as one out of range gives NaN.
+    """Each row's task as an array, checked where it has values; under `jax.jit` one out of range gives NaN.
 
     Raises:
         ValueError: if there is no such task.
     """
-    if task_ids is None or isinstance(task_ids, jax.Array):
-        return task_ids
-    ids = np.asarray(task_ids)
+    if task_ids is None:
+        return None
     for leaf in active_prompts(params):
         tasks = leaf.tag.config.tasks
-        if tasks and ids.size and not (ids.min() >= 0 and ids.max() < tasks):
-            found = f"from {ids.min()} to {ids.max()}"
-            raise ValueError(f"task_ids are {found}, but the prompt has the tasks 0 to {tasks - 1}. Name these.")
-    return jnp.asarray(ids)
+        if tasks and (found := is_outside(task_ids, tasks)):
+            said = f"from {found[0]} to {found[1]}"
+            raise ValueError(f"task_ids are {said}, but the prompt has the tasks 0 to {tasks - 1}. Name these.")
+    return jnp.asarray(task_ids)
 
 
 def without_prompts(params: Any) -> Any:

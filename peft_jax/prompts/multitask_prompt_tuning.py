@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from peft_jax.core.ids import rows_at
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.prompts.base import PROMPT, Prompt
@@ -170,7 +171,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             raise ValueError("A MULTITASK_PROMPT_TUNING adapter needs to know each row's task. Give task_ids=.")
         if task_ids.ndim != 1 or not jnp.issubdtype(task_ids.dtype, jnp.integer):
             raise ValueError(f"task_ids are whole numbers (batch,), got {task_ids.dtype} of shape {task_ids.shape}.")
-        cols, rows = (jnp.take(params[role], task_ids, axis=0) for role in (COLS, ROWS))
+        cols, rows = (rows_at(params[role], task_ids) for role in (COLS, ROWS))
         tokens, count = params[PROMPT][None] * (cols @ rows), self.virtual_tokens
         if self.num_transformer_submodules != 2:
             return Prompt(tokens=tokens)

@@ -23,6 +23,8 @@ from peft_jax.train.data.records import read_data as read_data
 from peft_jax.train.data.records import read_records as read_records
 from peft_jax.train.data.template import PromptTemplate as PromptTemplate
 from peft_jax.train.data.template import load_template as load_template
+from peft_jax.train.divergence import Diverged as Diverged
+from peft_jax.train.divergence import check_finite as check_finite
 from peft_jax.train.hooks import finished as finished
 from peft_jax.train.hooks import init_optimizer as init_optimizer
 from peft_jax.train.loop import State as State

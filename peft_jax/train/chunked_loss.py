@@ -19,7 +19,7 @@ CHUNK = 2**25  # logits of a chunk on each device
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross entropy of each target in nats, float32.
+    """Cross entropy of each target in nats, float32; NaN of one that is no class.
 
     The target's logit is summed out of its row rather than looked up: the gradient of a lookup is a row of zeros with
     one number added, which XLA writes out for every target, whereas this one is a part of the softmax's.
@@ -27,7 +27,8 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     wide = logits.astype(jnp.float32)
     classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     chosen = classes == targets[..., None]
-    return jax.nn.logsumexp(wide, axis=-1) - jnp.sum(jnp.where(chosen, wide, 0), axis=-1)
+    losses = jax.nn.logsumexp(wide, axis=-1) - jnp.sum(jnp.where(chosen, wide, 0), axis=-1)
+    return jnp.where((targets >= 0) & (targets < logits.shape[-1]), losses, jnp.nan)
 
 
 def weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:

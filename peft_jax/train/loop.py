@@ -1,6 +1,5 @@
 """The training loop: ten lines to copy out and change."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import optax
 
 from peft_jax.core.partition import partition
 from peft_jax.train.data.batches import Batch
+from peft_jax.train.divergence import Diverged, check_finite
 from peft_jax.train.hooks import init_optimizer
 from peft_jax.train.step import StepMetrics, TrainingStep
 
@@ -52,7 +52,8 @@ def train(
         The state (usable until the next step), and what the step tells.
 
     Raises:
-        ValueError: If the loss is not a finite number.
+        Diverged: A ValueError, if the loss, the gradient's norm, a parameter or the optimizer's state is not finite
+            after a step; its ``state`` is that before the step.
 
     Example:
         >>> import jax.numpy as jnp, peft_jax as pj
@@ -73,7 +74,10 @@ def train(
     while state.step < max_steps:
         key = jax.random.fold_in(state.key, state.step)
         trainable, opt_state, metrics = step(state.trainable, state.opt_state, frozen, batches[state.step], key)
-        if not math.isfinite(float(metrics.loss)):
-            raise ValueError(f"the loss is {float(metrics.loss)} at step {state.step + 1}. Lower the learning rate.")
+        try:
+            check_finite(metrics, state.step + 1, trainable, opt_state)
+        except Diverged as error:
+            error.state = State(state.step, trainable, opt_state, state.key)
+            raise
         state = State(state.step + 1, trainable, opt_state, state.key)
         yield state, metrics

@@ -19,7 +19,7 @@ def cross_entropy(
     Args:
         logits: (batch, length, vocabulary), any float type; or what they are to be computed from, which is done in
             chunks, so that memory does not hold them all.
-        labels: (batch, length), token ids and `IGNORE` (-100) where nothing is asked.
+        labels: (batch, length), token ids and `IGNORE` (-100) where nothing is asked; any other number gives NaN.
         weights: (batch, length), what each label's loss is multiplied by; by default 1.
         next_token: False where logits predict the label at their own place, as those of classifiers of texts, whose
             logits are (batch, classes) and labels (batch,), or of tokens, and of encoder-decoders.

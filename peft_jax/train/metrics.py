@@ -62,9 +62,13 @@ class MetricsLog:
         return self._hash.hexdigest()
 
     def write(self, row: Row) -> None:
-        """Append a row; it is in the file when this returns."""
+        """Append a row; it is in the file when this returns.
+
+        Raises:
+            ValueError: If a number is not finite, which JSON has no word for.
+        """
         if self._stream:
-            line = json.dumps(row).encode() + b"\n"
+            line = json.dumps(row, allow_nan=False).encode() + b"\n"
             self._stream.write(line)
             self._stream.flush()
             self._hash.update(line)

@@ -21,6 +21,8 @@ from peft_jax.core.partition import combine, partition
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.prompts.base import with_virtual_labels
 from peft_jax.train.data.batches import Batch
+from peft_jax.train.data.encode import IGNORE
+from peft_jax.train.divergence import finite_or_old
 from peft_jax.train.hooks import advance, penalized, split_state
 from peft_jax.train.losses import cross_entropy
 
@@ -35,11 +37,15 @@ class StepMetrics(NamedTuple):
         loss: Mean over the batch's target tokens in nats, float32; with the method's penalty, if it has one.
         grad_norm: Global norm of the gradient before clipping, float32.
         tokens: Number of the batch's tokens without padding, int32.
+        fault: 0, int32; another number if the loss, the gradient's norm or what the step makes of a parameter or of the
+            optimizer's state is not finite. The step then gives back the state that it was given. See
+            `peft_jax.train.check_finite`.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     tokens: jax.Array
+    fault: jax.Array
 
 
 TrainingStep = Callable[[Any, Any, Any, Batch, jax.Array], tuple[Any, Any, StepMetrics]]
@@ -59,6 +65,9 @@ def make_training_step(
     Gradients are taken with respect to the trainable twin alone. The step is one compiled program, so build it once
     and use it for every run over the same shapes. It takes over the memory of ``trainable`` and ``opt_state``: what
     was passed in, and the tree it was split from, cannot be used afterwards.
+
+    A step whose loss, gradient or result is not finite changes nothing, and says so in ``metrics.fault``; see
+    `peft_jax.train.check_finite`.
 
     Args:
         apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary), or
@@ -93,6 +102,7 @@ def make_training_step(
         return _loss_of(apply, params, batch, next_token)[0] / count
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
+        given = (trainable, opt_state)
         trainable, _ = partition(projected(combine(trainable, frozen)))
         count = jnp.maximum(_targets(frozen, batch, next_token), 1).astype(jnp.float32)
         gradient_of = jax.value_and_grad(loss_share)
@@ -113,10 +123,12 @@ def make_training_step(
         tokens = jnp.sum(jnp.asarray(batch["attention_mask"]), dtype=jnp.int32)
         opt_state, schedule = split_state(trainable, opt_state)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
-            metrics = StepMetrics(loss, optax.tree.norm(gradients), tokens)
+            grad_norm = optax.tree.norm(jax.tree.map(lambda one: one.astype(jnp.float32), gradients))
             updates, opt_state = optimizer.update(gradients, opt_state, trainable)
             trainable = optax.apply_updates(trainable, updates)
-        return *advance(trainable, gradients, opt_state, schedule), metrics
+        found = advance(trainable, gradients, opt_state, schedule)
+        (trainable, opt_state), fault = finite_or_old(found, given, loss, grad_norm)
+        return trainable, opt_state, StepMetrics(loss, grad_norm, tokens, fault)
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
@@ -134,7 +146,7 @@ def _labels_of(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
 def _targets(params: Any, batch: Batch, next_token: bool) -> jax.Array:
     """How many labels a batch has that count."""
     labels = _labels_of(params, batch)[0][:, 1:] if next_token else jnp.asarray(batch["labels"])
-    return jnp.sum(labels >= 0)
+    return jnp.sum(labels != IGNORE)
 
 
 def _loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:

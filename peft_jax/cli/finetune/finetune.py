@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,12 @@ from peft_jax.cli.finetune.steps import (
     surroundings,
 )
 from peft_jax.cli.shared.progress_bar import Speed, progress
+from peft_jax.core.finite import non_finite
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.prompts.base import virtual_slots
 from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import State, train
+from peft_jax.train.divergence import Diverged
 from peft_jax.train.mesh import make_mesh, parse_mesh
 from peft_jax.train.metrics import MetricsLog, TensorBoard
 from peft_jax.train.run_state import Checkpoints
@@ -65,7 +69,8 @@ def finetune(options: Finetune) -> None:
     """Run the command.
 
     Raises:
-        ValueError: If an option, the data or the checkpoint is unusable; nothing is left behind.
+        ValueError: If an option, the data or the checkpoint is unusable; nothing is left behind. Also if a loss, a
+            gradient or an update is not finite; what was saved before is kept.
         OSError: If a file or folder is missing or cannot be written.
         KeyboardInterrupt: After Ctrl-C, with what was saved.
     """
@@ -116,6 +121,7 @@ def _train(
     if run.resume:
         state, notes = checkpoints.restore(state)
         setup.refuse_others(notes["settings"], fingerprint)
+        _check_restored(state, checkpoints)
         best, size, digest = Best(**notes["best"]), notes["metrics_bytes"], notes["metrics_digest"]
         print(f"Resuming at step {state.step} of {plan.max_steps}.")
         if notes["surroundings"] != surroundings():
@@ -125,10 +131,16 @@ def _train(
     patience = math.inf if run.early_stopping is None else run.early_stopping
     last = plan.max_steps if best.since < patience else state.step
     steps = train(plan.step, state, frozen, plan.batches, max_steps=last)
+
+    def keep(state: State) -> None:
+        notes = {"settings": fingerprint, "surroundings": surroundings(), "best": dataclasses.asdict(best)}
+        checkpoints.save(state, {**notes, "metrics_bytes": log.size, "metrics_digest": log.digest})
+
     with (
         MetricsLog(run.output / METRICS, size, digest, on=is_first()) as log,
         TensorBoard(run.output / TENSORBOARD, state.step, on=run.tensorboard and is_first()) as board,
         stop_on_signal() as stop,
+        _explained(run.output, checkpoints, best, keep),
         progress(steps, plan.max_steps, done=state.step, shown=is_first()) as bar,
     ):
         speed = Speed()
@@ -140,6 +152,9 @@ def _train(
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {per_second:,.0f} tokens/s", refresh=False)
             if plan.is_evaluated(number):
                 row = {"step": number, **plan.validation(state, frozen)}
+                if not math.isfinite(row["eval_loss"]):
+                    found = f"the validation loss is {row['eval_loss']} at step {number}"
+                    raise Diverged(found, state=state)
                 log.write(row)
                 board.write(row)
                 if best.note(row["eval_loss"], number):
@@ -149,14 +164,45 @@ def _train(
             stopped = in_any(stop.requested)
             end = number == plan.max_steps or best.since >= patience
             if end or stopped or number % run.save_steps == 0:
-                notes = {"settings": fingerprint, "surroundings": surroundings(), "best": dataclasses.asdict(best)}
-                checkpoints.save(state, {**notes, "metrics_bytes": log.size, "metrics_digest": log.digest})
+                keep(state)
             speed.skip()
             if stopped and not end:
                 raise KeyboardInterrupt
             if end:
                 break
     return state, best
+
+
+def _check_restored(state: State, checkpoints: Checkpoints) -> None:
+    """Raise ValueError if a checkpoint holds values that are not finite."""
+    if broken := non_finite({"trainable": state.trainable, "opt_state": state.opt_state}):
+        raise ValueError(
+            f"the checkpoint {checkpoints.folder / str(state.step)} holds NaN or infinity in {broken}. "
+            "Remove that folder to go on from the one before."
+        )
+
+
+@contextmanager
+def _explained(folder: Path, checkpoints: Checkpoints, best: Best, keep: Callable[[State], None]) -> Iterator[None]:
+    """Say in terms of the command why a run stopped that gave values that are not finite, and what is kept of it.
+
+    A folder without a checkpoint is removed. So if it has a best adapter, ``keep`` saves the last good state.
+    """
+    try:
+        yield
+    except Diverged as error:
+        advice = (
+            "Lower the learning rate (--learning-rate) or --max-grad-norm, and start a new run with another --output"
+        )
+        if best.step and checkpoints.latest is None and error.state is not None:
+            keep(error.state)
+        if checkpoints.latest is None:
+            kept = "No checkpoint was saved"
+        else:
+            kept = f"The last checkpoint is that of step {checkpoints.latest}, in {checkpoints.folder}"
+            if best.step:
+                kept += f", and the best adapter that of step {best.step}, in {folder / 'best'}"
+        raise Diverged(error.found, f"{advice}. {kept}", error.state) from error
 
 
 def _say(folder: Path, curves: Curves, best: Best, max_steps: int) -> None:

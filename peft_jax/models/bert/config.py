@@ -74,6 +74,16 @@ class BertConfig(ModelConfig):
             )
 
     @property
+    def position_rows(self) -> int | None:
+        """Rows of the table of positions."""
+        return self.max_position_embeddings
+
+    @property
+    def type_rows(self) -> int | None:
+        """Rows of the table of token types."""
+        return self.type_vocab_size
+
+    @property
     def has_pooler(self) -> bool:
         """Whether the first token's output goes through a pooler."""
         return self.task_type in (SEQ_CLS, FEATURE_EXTRACTION)

@@ -107,6 +107,16 @@ class GPT2Config(ModelConfig):
                 f"n_embd={self.hidden_size} is not a multiple of n_head={self.num_attention_heads}, which it must be."
             )
 
+    @property
+    def position_rows(self) -> int | None:
+        """Rows of the table of positions."""
+        return self.max_position_embeddings
+
+    @property
+    def type_rows(self) -> int | None:
+        """Rows of the table of tokens, of which ``token_type_ids`` are too."""
+        return self.vocab_size
+
 
 class GPT2Attention(nnx.Module):
     """Causal self-attention."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from peft_jax.adapt import adapt
 from peft_jax.core.handle import Handle
+from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
 from peft_jax.methods.base import by_name
@@ -24,7 +25,7 @@ from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.registry import family_of
 from peft_jax.models.weights_io import save_model
-from peft_jax.prompts.base import Prompt, take_prompt, without_prompts
+from peft_jax.prompts.base import Prompt, take_prompt, virtual_slots, without_prompts
 from peft_jax.prompts.learning import PromptLearning
 
 # For the dataclasses of handles: parameters are the leaves, all else is static.
@@ -80,6 +81,12 @@ class ModelHandle(Handle):
         Without the head, which is for language models, the output's logits are `LazyLogits`.
         """
         ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
+        for name, rows in (("position_ids", self._position_rows()), ("token_type_ids", self.config.type_rows)):
+            array = arrays.get(name)
+            if array is not None and rows is not None and (found := is_outside(array, rows)):
+                raise ValueError(
+                    f"{name} are from {found[0]} to {found[1]}, but this model has 0 to {rows - 1}. Give these alone."
+                )
         given = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
         forward = _forward(self.config, self.remat, output_hidden_states, head)
         output: ModelOutput = forward(self.params, ids, given)
@@ -87,6 +94,11 @@ class ModelHandle(Handle):
             weight, tied = self.family.head_weight(self.config, without_prompts(self.params))
             output = output._replace(logits=LazyLogits(output.last_hidden_state, weight, tied))
         return output
+
+    def _position_rows(self) -> int | None:
+        """How many positions ``position_ids`` may name, beside those of a prefix; None where any is computed."""
+        rows = self.config.position_rows
+        return None if rows is None else rows - virtual_slots(self.params)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> None:
         """Write the files that transformers reads: configs, and safetensors in the leaves' element types.
@@ -178,15 +190,17 @@ class ModelHandle(Handle):
         return dataclasses.replace(self, params=params)
 
 
-def token_ids(ids: Any, vocabulary: int) -> jax.Array:
-    """Ids as an array; those that are not on a device yet are checked, as an index out of range gives NaN."""
-    if not isinstance(ids, jax.Array):
-        ids = np.asarray(ids)
-        if ids.size and not (0 <= ids.min() and ids.max() < vocabulary):
-            raise ValueError(
-                f"input_ids are from {ids.min()} to {ids.max()}, but the vocabulary has ids 0 to {vocabulary - 1}. "
-                "Use the tokenizer of this model, and -100 in labels alone."
-            )
+def token_ids(ids: Any, vocabulary: int, name: str = "input_ids") -> jax.Array:
+    """Ids as an array, checked where they have values; under `jax.jit` one out of range gives an embedding of NaN.
+
+    Raises:
+        ValueError: if an id is not one of the vocabulary.
+    """
+    if found := is_outside(ids, vocabulary):
+        raise ValueError(
+            f"{name} are from {found[0]} to {found[1]}, but the vocabulary has ids 0 to {vocabulary - 1}. "
+            "Use the tokenizer of this model, and -100 in labels alone."
+        )
     return jnp.asarray(ids)
 
 

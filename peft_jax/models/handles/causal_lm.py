@@ -17,7 +17,7 @@ from peft_jax.models.handles.base import (
     register_handle,
     token_ids,
 )
-from peft_jax.models.handles.label_losses import shifted_cross_entropy
+from peft_jax.models.handles.label_losses import shifted_cross_entropy, token_labels
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 __all__ = ["CausalLM", "CausalLMOutput", "Source"]
@@ -68,6 +68,8 @@ class CausalLM(ModelHandle):
     ) -> CausalLMOutput:
         """Logits at all positions, compiled once per shape.
 
+        Ids and labels are checked; inside `jax.jit`, where they have no values yet, one out of range gives NaN.
+
         A prompt's virtual tokens stand in front of the inputs, have logits and hidden states, and count for nothing in
         the loss.
 
@@ -88,10 +90,11 @@ class CausalLM(ModelHandle):
 
         Raises:
             ValueError: if labels are given beside lazy_logits, or input_type_mask without labels; also for inputs of a
-                wrong shape.
+                wrong shape, and ids or labels out of range.
         """
         if lazy_logits and labels is not None:
             raise ValueError("lazy_logits=True leaves the loss to peft_jax.train.cross_entropy. Leave labels out.")
+        labels = None if labels is None else token_labels(labels, self.config.vocab_size)
         out = self.run(
             input_ids,
             output_hidden_states,
@@ -105,7 +108,7 @@ class CausalLM(ModelHandle):
         types = None if input_type_mask is None else jnp.asarray(input_type_mask)
         if types is not None and labels is None:
             raise ValueError("input_type_mask says which labels count, and none are given. Give labels too.")
-        asked = None if labels is None else with_virtual_labels(self.params, jnp.asarray(labels), types)
+        asked = None if labels is None else with_virtual_labels(self.params, labels, types)
         loss = None if asked is None else shifted_cross_entropy(out.logits, *asked)
         return CausalLMOutput(out.logits, loss, out.hidden_states)
 

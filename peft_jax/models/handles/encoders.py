@@ -101,6 +101,8 @@ class SequenceClassifier(ModelHandle):
     ) -> ClassifierOutput:
         """Logits of each text, compiled once per shape.
 
+        Ids and labels are checked; inside `jax.jit`, where they have no values yet, one out of range gives NaN.
+
         Args:
             input_ids: Token ids ``(batch, length)``.
             attention_mask: 1 on tokens and 0 on padding, ``(batch, length)``.

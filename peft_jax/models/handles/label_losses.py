@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peft_jax.core.ids import is_outside
+
 IGNORED_LABEL = -100
 REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
 PROBLEMS = (REGRESSION, SINGLE, MULTI)
@@ -12,7 +14,7 @@ PROBLEMS = (REGRESSION, SINGLE, MULTI)
 
 @jax.jit
 def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Mean cross entropy over the labels.
+    """Mean cross entropy over the labels; NaN if one of them is no class.
 
     Args:
         logits: ``(..., n)``.
@@ -23,6 +25,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(counted, labels, 0)
     )
+    is_class = (labels >= 0) & (labels < logits.shape[-1])
+    losses = jnp.where(is_class, losses, jnp.nan)
     if weights is not None:
         losses = losses * weights
     return jnp.sum(losses, where=counted) / jnp.sum(counted, dtype=jnp.float32)
@@ -70,19 +74,31 @@ def span_loss(start_logits: jax.Array, end_logits: jax.Array, starts: jax.Array,
 
 
 def class_labels(labels: jax.Array | np.ndarray, count: int) -> jax.Array:
-    """Labels as an array; classes that are not on a device yet are checked, as one out of range gives NaN.
+    """Labels as an array, checked where they have values; under `jax.jit` one out of range gives a loss of NaN.
 
     Raises:
         ValueError: if a class is neither one of ``count`` nor -100.
     """
-    if not isinstance(labels, jax.Array):
-        labels = np.asarray(labels)
-        seen = labels[labels != IGNORED_LABEL] if np.issubdtype(labels.dtype, np.integer) else labels[:0]
-        if seen.size and not (0 <= seen.min() and seen.max() < count):
-            raise ValueError(
-                f"labels are from {seen.min()} to {seen.max()}, but this model has classes 0 to {count - 1}. "
-                f"Load it with num_labels={int(seen.max()) + 1}, or write -100 where there is no label."
-            )
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    if np.issubdtype(labels.dtype, np.integer) and (found := is_outside(labels, count, IGNORED_LABEL)):
+        raise ValueError(
+            f"labels are from {found[0]} to {found[1]}, but this model has classes 0 to {count - 1}. "
+            f"Load it with num_labels={found[1] + 1}, or write -100 where there is no label."
+        )
+    return jnp.asarray(labels)
+
+
+def token_labels(labels: jax.Array | np.ndarray, vocabulary: int) -> jax.Array:
+    """Labels of a language model as an array, checked where they have values; under `jax.jit` the loss is NaN.
+
+    Raises:
+        ValueError: if a label is neither an id of the vocabulary nor -100.
+    """
+    if found := is_outside(labels, vocabulary, IGNORED_LABEL):
+        raise ValueError(
+            f"labels are from {found[0]} to {found[1]}, but the vocabulary has ids 0 to {vocabulary - 1}. "
+            "Use the tokenizer of this model, and -100 where there is no label."
+        )
     return jnp.asarray(labels)
 
 

@@ -8,6 +8,7 @@ import jax
 
 from peft_jax.adapters.attach import apply_adapter
 from peft_jax.core.adapted import adapters
+from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.precision import in_base_dtype
 from peft_jax.core.summary import trainable_parameters
@@ -57,6 +58,12 @@ def get_peft_model(
         >>> sorted(model.peft_config)
         ['default']
     """
+    tokens = getattr(peft_config, "alora_invocation_tokens", None)
+    if tokens and (found := is_outside(tokens, model.config.vocab_size)):
+        raise ValueError(
+            f"alora_invocation_tokens are from {found[0]} to {found[1]}, but the vocabulary has ids 0 to "
+            f"{model.config.vocab_size - 1}: such an adapter never counts. Use the tokenizer of this model."
+        )
     if isinstance(peft_config, PromptMethod):
         adapted = attach_prompt(model, peft_config, key=key, adapter_name=adapter_name)
     else:

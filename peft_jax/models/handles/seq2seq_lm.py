@@ -12,7 +12,7 @@ from peft_jax.models.config import SEQ_2_SEQ_LM
 from peft_jax.models.generation.decode import Streamer
 from peft_jax.models.generation.seq2seq import Question, answer
 from peft_jax.models.handles.base import ModelHandle, register_handle, token_ids
-from peft_jax.models.handles.label_losses import IGNORED_LABEL, cross_entropy
+from peft_jax.models.handles.label_losses import IGNORED_LABEL, cross_entropy, token_labels
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 
@@ -66,6 +66,8 @@ class Seq2SeqLM(ModelHandle):
     ) -> Seq2SeqLMOutput:
         """Logits at all of the decoder's positions, compiled once per shape.
 
+        Ids and labels are checked; inside `jax.jit`, where they have no values yet, one out of range gives NaN.
+
         Args:
             input_ids: The encoder's token ids ``(batch, length)``.
             attention_mask: 1 on tokens and 0 on padding, ``(batch, length)``, for the encoder and what the decoder
@@ -83,12 +85,13 @@ class Seq2SeqLM(ModelHandle):
             output_hidden_states: Whether to return the hidden states.
 
         Raises:
-            ValueError: if inputs are missing, given twice, or of a wrong shape.
+            ValueError: if inputs are missing, given twice, or of a wrong shape, or ids or labels are out of range.
         """
+        labels = None if labels is None else token_labels(labels, self.config.vocab_size)
         if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
             decoder_input_ids = self.shifted_right(labels)
         elif decoder_input_ids is not None:
-            decoder_input_ids = token_ids(decoder_input_ids, self.config.vocab_size)
+            decoder_input_ids = token_ids(decoder_input_ids, self.config.vocab_size, "decoder_input_ids")
         out: Any = self.run(
             input_ids,
             output_hidden_states,
@@ -100,7 +103,7 @@ class Seq2SeqLM(ModelHandle):
             decoder_inputs_embeds=decoder_inputs_embeds,
             task_ids=task_array(self.params, task_ids),
         )
-        asked = None if labels is None else jnp.asarray(labels)
+        asked = labels
         if asked is not None and asked.shape != out.logits.shape[:2]:  # virtual tokens of the decoder have logits too
             asked, _ = with_virtual_labels(self.params, asked)
         loss = None if asked is None else cross_entropy(out.logits, asked)
@@ -190,7 +193,11 @@ class Seq2SeqLM(ModelHandle):
             "pad_token_id": pad_token_id,
         }
         ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
-        begun = None if decoder_input_ids is None else token_ids(decoder_input_ids, self.config.vocab_size)
+        begun = (
+            None
+            if decoder_input_ids is None
+            else token_ids(decoder_input_ids, self.config.vocab_size, "decoder_input_ids")
+        )
         tasks = task_array(self.params, task_ids)
         question = Question(ids, inputs_embeds, encoder_outputs, attention_mask, tasks)
         found = self.generation_config if generation_config is None else generation_config

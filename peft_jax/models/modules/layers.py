@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.ids import rows_at
 from peft_jax.models.config import ModelConfig
 
 
@@ -22,8 +23,8 @@ class Embed(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), shape, dtype))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Look up ids (batch, length)."""
-        return jnp.take(self.embedding[...], ids, axis=0)
+        """Look up ids (batch, length); one out of range gives NaN."""
+        return rows_at(self.embedding[...], ids)
 
     def either(self, ids: jax.Array | None, embeddings: jax.Array | None) -> jax.Array:
         """The embeddings (batch, length, hidden) of ids (batch, length), or those given in their place.

@@ -1,0 +1,49 @@
+"""Ids of rows of a table: checked where they have values, and NaN instead of a wrapped index where they have none."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def id_range(ids: Any, ignored: int | None = None) -> tuple[int, int] | None:
+    """The smallest and the largest of some ids; None where there are none, or none yet, as under `jax.jit`.
+
+    Of an array on a device this waits for its values and copies them to the host. Of one that spans several processes
+    each process sees its own part.
+
+    Args:
+        ids: Numbers, an array of NumPy or of JAX.
+        ignored: An id that does not count.
+
+    Example:
+        >>> id_range(jnp.array([3, -100, 1]), ignored=-100)
+        (1, 3)
+    """
+    if isinstance(ids, jax.core.Tracer):
+        return None
+    if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
+        parts = [np.asarray(shard.data).ravel() for shard in ids.addressable_shards]
+        found = np.concatenate(parts)
+    else:
+        found = np.asarray(ids)
+    if ignored is not None:
+        found = found[found != ignored]
+    return (int(found.min()), int(found.max())) if found.size else None
+
+
+def is_outside(ids: Any, count: int, ignored: int | None = None) -> tuple[int, int] | None:
+    """The range of ids if it leaves 0 to ``count - 1``, else None; see `id_range`."""
+    found = id_range(ids, ignored)
+    return found if found is not None and (found[0] < 0 or found[1] >= count) else None
+
+
+def rows_at(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table ``(n, ...)``; an id below 0 or above n - 1 gives NaN, where `jax.numpy.take` wraps negative ones.
+
+    Example:
+        >>> rows_at(jnp.array([[1.0], [2.0]]), jnp.array([1, 2, -1])).tolist()
+        [[2.0], [nan], [nan]]
+    """
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
