@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load, load_file
+from safetensors.numpy import load, load_file, save_file
 
 from peft_jax.cli import main as main_module
 from peft_jax.cli.demo import Demo, Settings, demo, one_of_each, with_shuffled_answers
@@ -26,7 +26,9 @@ from peft_jax.cli.main import main
 from peft_jax.cli.shared.output_folder import new_folder, refuse_used
 from peft_jax.models import AutoModelForCausalLM
 from peft_jax.models.llama.model import LlamaConfig
-from peft_jax.train import read_records
+from peft_jax.train import Diverged, read_records, train
+from peft_jax.train.metrics import read_metrics
+from peft_jax.train.run_state import Checkpoints
 
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(12)]
 
@@ -193,6 +195,12 @@ def _remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def _broken_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(tensors, folder / "model" / "model.safetensors")
+
+
 def _nothing(folder: Path) -> None:
     """Leaves the folder as it is."""
 
@@ -224,6 +232,17 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no steps": (_nothing, finetune(max_steps=0), "--max-steps is 0. Give"),
     "a negative seed": (_nothing, finetune(seed=-1), "--seed is -1. Give"),
     "a rate that diverges": (_nothing, finetune(learning_rate=3e38, output="a/b"), "Lower the learning rate"),
+    "an update that is not finite": (
+        _nothing,
+        finetune(learning_rate=1e39, max_steps=1),
+        "is not finite at step 1. Lower",
+    ),
+    "a weight that is not finite": (_broken_weight, finetune(), "holds NaN or infinity in 1 of"),
+    "a validation loss that is not finite": (
+        _nothing,
+        finetune(learning_rate=3e38, max_steps=1, val_size=2),
+        "the validation loss is nan at step 1. Lower",
+    ),
     "an output in use": (_write("out/file", "mine"), finetune(), "Name another one with --output"),
     "an output that is a file": (_write("out", "mine"), finetune(), "Name another one with --output"),
     "an output below a file": (_nothing, finetune(output="data.json/a/out"), "data.json is not a folder that you may"),
@@ -251,6 +270,55 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(
     errors = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # the bar
     assert len(errors) == 1 and errors[0].startswith("peft-jax: error: ") and said in errors[0], errors
     assert (tree(workplace), sorted(workplace.rglob("*"))) == before
+
+
+def test_what_was_good_is_kept_when_a_run_diverges(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"val_size": 2, "eval_steps": 1, "max_steps": 4, "save_steps": 100}
+
+    def diverging(*args: Any, **options: Any) -> Any:
+        for state, metrics in train(*args, **options):
+            yield state, metrics
+            if state.step == 2:
+                raise Diverged("the loss is nan at step 3", state=state)
+
+    monkeypatch.setattr("peft_jax.cli.finetune.finetune.train", diverging)
+    assert main(finetune(**options)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "the loss is nan at step 3. Lower the learning rate (--learning-rate) or --max-grad-norm" in said
+    assert "of step 2, in out/checkpoints" in said and said.endswith(", in out/best.")
+    assert not (workplace / "out" / "adapter_model.safetensors").exists()
+    best = load_file(workplace / "out" / "best" / "adapter_model.safetensors")
+    assert all(np.isfinite(tensor).all() for tensor in best.values())
+    assert [row["step"] for row in read_metrics(workplace / "out" / "metrics.jsonl")] == [1, 1, 2, 2]
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    restore = Checkpoints.restore
+
+    def broken(self: Checkpoints, like: Any) -> Any:
+        state, notes = restore(self, like)
+        return state._replace(trainable=jax.tree.map(lambda leaf: leaf * np.nan, state.trainable)), notes
+
+    monkeypatch.setattr(Checkpoints, "restore", broken)
+    assert main(finetune(**options, resume=True)) == 2
+    assert "the checkpoint out/checkpoints/2 holds NaN or infinity in trainable." in capsys.readouterr().err
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    assert main(finetune(**options, resume=True)) == 0
+
+
+def test_a_run_that_diverges_after_a_checkpoint_names_it(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(finetune(learning_rate=3e38, save_steps=1)) == 2
+    assert "The last checkpoint is that of step 1, in out/checkpoints." in capsys.readouterr().err
+    assert len(read_metrics(workplace / "out" / "metrics.jsonl")) == 1
+
+
+def test_an_evaluation_that_is_not_finite_is_an_error(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = workplace / "model" / "model.safetensors"
+    save_file({key: tensor * 1e30 for key, tensor in load_file(file).items()}, file)
+    assert main(["eval", "--model", "model", "--data", "data.json", "--json"]) == 2
+    output = capsys.readouterr()
+    assert "the loss is nan: what the model computes is not finite" in output.err and not output.out
 
 
 def test_a_bug_keeps_its_traceback(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

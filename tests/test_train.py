@@ -1,5 +1,6 @@
 """Loss, steps and loop: against plain formulas, and one compilation for a whole run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 import peft_jax as pj
 from peft_jax.train import (
+    Diverged,
     cross_entropy,
     evaluate,
     evaluation_batches,
@@ -26,6 +28,7 @@ from peft_jax.train import (
 )
 from peft_jax.train.data.encode import IGNORE
 from peft_jax.train.data.instructions import Tokens
+from peft_jax.train.metrics import MetricsLog, read_metrics
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 8
 
@@ -161,7 +164,7 @@ def test_frozen_weights_do_not_move(data: Tokens) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data: Tokens) -> None:
-    optimizer = optax.sgd(float("inf"))
+    optimizer = optax.sgd(3e38)  # what it gives is finite, and too large to compute with
     step = make_training_step(pj.adapt(apply), optimizer)
     with pytest.raises(ValueError, match="the loss is nan at step 2. Lower the learning rate"):
         list(train(step, *start(adapted(0), optimizer, seed=0), training_batches(data, 4, seed=0), max_steps=9))
@@ -191,3 +194,83 @@ def test_a_short_run_has_whole_steps_on_its_axis(tmp_path: Path, monkeypatch: py
     for steps in (2, 4, 20):
         plot_losses(tmp_path / "loss.png", {"training": [(n, 3 / n) for n in range(1, steps + 1)]}, title="a run")
     assert len(ticks) > 9 and all(tick == round(tick) for tick in ticks)
+
+
+def poisoned(kind: str) -> tuple[Any, Any, str]:
+    """A function over adapted leaves and an optimizer that go wrong at the third step, and what is said of it."""
+    optimizer = optax.adam(1e-3)
+    if kind == "parameters":
+        rate = lambda step: jnp.where(step == 2, jnp.inf, 1e-3)  # noqa: E731
+        return (
+            apply,
+            optax.sgd(rate),
+            "the update of the parameters 'body.kernel.params.lora_A' is not finite at step 3",
+        )
+    if kind == "optimizer state":
+        broken = optax.GradientTransformation(
+            lambda params: (jnp.zeros((), jnp.int32), jnp.array([jnp.inf, 1.0])),  # an infinity of before is no fault
+            lambda updates, state, params: (
+                jax.tree.map(lambda one: -1e-3 * one, updates),
+                (state[0] + 1, jnp.where(state[0] == 2, jnp.nan, state[1])),
+            ),
+        )
+        return apply, broken, "the update of the optimizer state '1' is not finite at step 3"
+    return apply, optimizer, f"the {kind} is nan at step 3"
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient norm", "parameters", "optimizer state"])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_a_step_that_is_not_finite_stops_the_run_with_the_last_good_state(kind: str, micro: int | None) -> None:
+    run, optimizer, said = poisoned(kind)
+
+    @jax.custom_vjp
+    def of_gradient(logits: jax.Array, mask: jax.Array) -> jax.Array:
+        return logits
+
+    of_gradient.defvjp(
+        lambda logits, mask: (logits, mask),
+        lambda mask, slope: (jnp.where(jnp.any(mask > 1), jnp.nan, slope), None),
+    )
+
+    def model(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:  # a mask of 2 marks the third step
+        logits = run(params, ids, mask)
+        if kind == "gradient norm":
+            return of_gradient(logits, mask.astype(jnp.float32))
+        return jnp.where((kind == "loss") & jnp.any(mask > 1), jnp.nan, logits)
+
+    ids = jnp.array([[1, 2, 3, 4]] * 4)
+    batches: Any = [
+        {"input_ids": ids, "attention_mask": jnp.full_like(ids, 1 + (n == 2)), "labels": ids} for n in range(4)
+    ]
+    step = make_training_step(pj.adapt(model), optimizer, micro_batch_size=micro)
+    good: Any = None
+    with pytest.raises(Diverged, match=re.escape(said)) as caught:
+        for state, _ in train(step, *start(adapted(0), optimizer, seed=0), batches, max_steps=4):
+            good = jax.tree.map(np.array, (state.trainable, state.opt_state))
+    kept = caught.value.state
+    assert kept is not None and kept.step == 2 and isinstance(caught.value, ValueError)
+    for one, two in zip(jax.tree.leaves(good), jax.tree.leaves((kept.trainable, kept.opt_state)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_schedule_of_adalora_stays_too() -> None:
+    config = pj.AdaLoraConfig(init_r=4, target_r=2, total_step=9, tinit=1, tfinal=2, deltaT=1, target_modules=["head"])
+    params = pj.apply_adapter({"head": {"kernel": jnp.ones((8, 8))}}, config)
+    optimizer = optax.sgd(float("inf"))
+    step = make_training_step(pj.adapt(lambda p, ids, mask: jax.nn.one_hot(ids, 8) @ p["head"]["kernel"]), optimizer)
+    ids = jnp.array([[1, 2, 3]])
+    state, frozen = start(params, optimizer, seed=0)
+    before = jax.tree.map(np.array, (state.trainable, state.opt_state))
+    batch: Any = {"input_ids": ids, "attention_mask": jnp.ones_like(ids), "labels": ids}
+    trainable, opt_state, metrics = step(state.trainable, state.opt_state, frozen, batch, state.key)
+    assert int(metrics.fault) > 2 and np.isfinite(metrics.loss)
+    for one, two in zip(jax.tree.leaves(before), jax.tree.leaves((trainable, opt_state)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_metrics_are_json_or_refused(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.write({"step": 1, "loss": 2.5})
+        with pytest.raises(ValueError, match="JSON compliant"):
+            log.write({"step": 2, "loss": float("nan")})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]

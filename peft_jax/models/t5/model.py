@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.ids import rows_at
 from peft_jax.models.t5.blocks import (
     T5LayerCrossAttention,
     T5LayerFF,
@@ -145,7 +146,8 @@ class T5(nnx.Module):
         """Inputs of a stack (batch, length, hidden), in the dtype of its residual stream."""
         stack = self.encoder if name == "encoder" else self.decoder
         table = self.shared if self.config.share_embeddings else stack.embed_tokens
-        x = table(jnp.asarray(ids)) if embeds is None else embeds.astype(table.embedding[...].dtype)
+        rows = table.embedding[...]
+        x = rows_at(rows, jnp.asarray(ids)) if embeds is None else embeds.astype(rows.dtype)
         ff = stack.block.layer[str(len(stack.block.layer) - 1)]
         return x.astype(ff.DenseReluDense.wo.kernel[...].dtype)
 
