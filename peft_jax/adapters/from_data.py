@@ -181,8 +181,8 @@ def _summed(observe: Callable[[Any, Any], Sums], batches: Iterable[Any]) -> Sums
 def _check_finite(path: str, seen: jax.Array) -> None:
     if not holds_finite(seen):
         raise ValueError(
-            f"The batches give NaN or infinity at '{path}', so that no adapter can start from them. Check the batches and "
-            "the base, or run it in a wider element type."
+            f"The batches give NaN or infinity at '{path}', so that no adapter can start from them. Check the batches "
+            "and the base, or run it in a wider element type."
         )
 
 

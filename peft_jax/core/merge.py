@@ -31,8 +31,8 @@ def merge(params: Any) -> Any:
         array = leaf.dense()
         if not holds_finite(array):
             raise MergeError(
-                f"Merging leaf '{dotted(key_path)}' gives NaN or infinity in {array.dtype}. Merge into a base of a wider "
-                "element type, or check the adapter's arrays."
+                f"Merging leaf '{dotted(key_path)}' gives NaN or infinity in {array.dtype}. Merge into a base of a "
+                "wider element type, or check the adapter's arrays."
             )
         return array
 
