@@ -1,79 +1,86 @@
 """peft_jax: parameter-efficient fine-tuning in JAX, as pure functions over parameter pytrees."""
 
-from peft_jax import interop as interop
-from peft_jax.adapt import adapt as adapt
-from peft_jax.adapt import explain as explain
-from peft_jax.adapters import add_weighted_adapter as add_weighted_adapter
-from peft_jax.adapters import apply_adapter as apply_adapter
-from peft_jax.adapters import apply_lora as apply_lora
-from peft_jax.adapters import apply_lora_from_data as apply_lora_from_data
-from peft_jax.adapters import scale_adapter as scale_adapter
-from peft_jax.adapters import with_adapter_rows as with_adapter_rows
-from peft_jax.core.dropout import with_dropout as with_dropout
-from peft_jax.core.layout import Layout as Layout
-from peft_jax.core.merge import delete_adapter as delete_adapter
-from peft_jax.core.merge import disable_adapter as disable_adapter
-from peft_jax.core.merge import merge as merge
-from peft_jax.core.merge import set_adapter as set_adapter
-from peft_jax.core.merge import unload as unload
-from peft_jax.core.partition import combine as combine
-from peft_jax.core.partition import partition as partition
-from peft_jax.core.partition import trainable_labels as trainable_labels
-from peft_jax.core.partition import trainable_mask as trainable_mask
-from peft_jax.core.summary import summary as summary
-from peft_jax.interop import get_peft_model_state_dict as get_peft_model_state_dict
-from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_dict
-from peft_jax.methods import AdaLoraConfig as AdaLoraConfig
-from peft_jax.methods import BeftConfig as BeftConfig
-from peft_jax.methods import BOFTConfig as BOFTConfig
-from peft_jax.methods import CordaConfig as CordaConfig
-from peft_jax.methods import DeloraConfig as DeloraConfig
-from peft_jax.methods import EvaConfig as EvaConfig
-from peft_jax.methods import HiraConfig as HiraConfig
-from peft_jax.methods import HRAConfig as HRAConfig
-from peft_jax.methods import IA3Config as IA3Config
-from peft_jax.methods import LNTuningConfig as LNTuningConfig
-from peft_jax.methods import LoftQConfig as LoftQConfig
-from peft_jax.methods import LoHaConfig as LoHaConfig
-from peft_jax.methods import LoKrConfig as LoKrConfig
-from peft_jax.methods import LoraConfig as LoraConfig
-from peft_jax.methods import LoraGAConfig as LoraGAConfig
-from peft_jax.methods import MissConfig as MissConfig
-from peft_jax.methods import OFTConfig as OFTConfig
-from peft_jax.methods import PeftConfig as PeftConfig
-from peft_jax.methods import TaskType as TaskType
-from peft_jax.methods import TrainableTokensConfig as TrainableTokensConfig
-from peft_jax.methods import VeraConfig as VeraConfig
-from peft_jax.methods import with_invocations as with_invocations
-from peft_jax.models import AutoModel as AutoModel
-from peft_jax.models import AutoModelForCausalLM as AutoModelForCausalLM
-from peft_jax.models import AutoModelForMaskedLM as AutoModelForMaskedLM
-from peft_jax.models import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
-from peft_jax.models import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
-from peft_jax.models import AutoModelForSequenceClassification as AutoModelForSequenceClassification
-from peft_jax.models import AutoModelForTokenClassification as AutoModelForTokenClassification
-from peft_jax.models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-from peft_jax.models import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
-from peft_jax.models import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
-from peft_jax.models import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-from peft_jax.models import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
-from peft_jax.models import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-from peft_jax.models import PeftModel as PeftModel
-from peft_jax.models import PeftModelForCausalLM as PeftModelForCausalLM
-from peft_jax.models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-from peft_jax.models import PeftModelForMaskedLM as PeftModelForMaskedLM
-from peft_jax.models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-from peft_jax.models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-from peft_jax.models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-from peft_jax.models import PeftModelForTokenClassification as PeftModelForTokenClassification
-from peft_jax.models import get_peft_model as get_peft_model
-from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig
-from peft_jax.prompts import CPTConfig as CPTConfig
-from peft_jax.prompts import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
-from peft_jax.prompts import MultitaskPromptTuningInit as MultitaskPromptTuningInit
-from peft_jax.prompts import PrefixTuningConfig as PrefixTuningConfig
-from peft_jax.prompts import PromptEncoderConfig as PromptEncoderConfig
-from peft_jax.prompts import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
-from peft_jax.prompts import PromptTuningConfig as PromptTuningConfig
-from peft_jax.prompts import PromptTuningInit as PromptTuningInit
-from peft_jax.quant import quantize as quantize
+from typing import TYPE_CHECKING
+
+from peft_jax.core.lazy_names import import_lazily
+
+if TYPE_CHECKING:  # the list of public names; each is imported on first use
+    from peft_jax import interop as interop
+    from peft_jax.adapt import adapt as adapt
+    from peft_jax.adapt import explain as explain
+    from peft_jax.adapters import add_weighted_adapter as add_weighted_adapter
+    from peft_jax.adapters import apply_adapter as apply_adapter
+    from peft_jax.adapters import apply_lora as apply_lora
+    from peft_jax.adapters import apply_lora_from_data as apply_lora_from_data
+    from peft_jax.adapters import scale_adapter as scale_adapter
+    from peft_jax.adapters import with_adapter_rows as with_adapter_rows
+    from peft_jax.core.dropout import with_dropout as with_dropout
+    from peft_jax.core.layout import Layout as Layout
+    from peft_jax.core.merge import delete_adapter as delete_adapter
+    from peft_jax.core.merge import disable_adapter as disable_adapter
+    from peft_jax.core.merge import merge as merge
+    from peft_jax.core.merge import set_adapter as set_adapter
+    from peft_jax.core.merge import unload as unload
+    from peft_jax.core.partition import combine as combine
+    from peft_jax.core.partition import partition as partition
+    from peft_jax.core.partition import trainable_labels as trainable_labels
+    from peft_jax.core.partition import trainable_mask as trainable_mask
+    from peft_jax.core.summary import summary as summary
+    from peft_jax.interop import get_peft_model_state_dict as get_peft_model_state_dict
+    from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_dict
+    from peft_jax.methods import AdaLoraConfig as AdaLoraConfig
+    from peft_jax.methods import BeftConfig as BeftConfig
+    from peft_jax.methods import BOFTConfig as BOFTConfig
+    from peft_jax.methods import CordaConfig as CordaConfig
+    from peft_jax.methods import DeloraConfig as DeloraConfig
+    from peft_jax.methods import EvaConfig as EvaConfig
+    from peft_jax.methods import HiraConfig as HiraConfig
+    from peft_jax.methods import HRAConfig as HRAConfig
+    from peft_jax.methods import IA3Config as IA3Config
+    from peft_jax.methods import LNTuningConfig as LNTuningConfig
+    from peft_jax.methods import LoftQConfig as LoftQConfig
+    from peft_jax.methods import LoHaConfig as LoHaConfig
+    from peft_jax.methods import LoKrConfig as LoKrConfig
+    from peft_jax.methods import LoraConfig as LoraConfig
+    from peft_jax.methods import LoraGAConfig as LoraGAConfig
+    from peft_jax.methods import MissConfig as MissConfig
+    from peft_jax.methods import OFTConfig as OFTConfig
+    from peft_jax.methods import PeftConfig as PeftConfig
+    from peft_jax.methods import TaskType as TaskType
+    from peft_jax.methods import TrainableTokensConfig as TrainableTokensConfig
+    from peft_jax.methods import VeraConfig as VeraConfig
+    from peft_jax.methods import with_invocations as with_invocations
+    from peft_jax.models import AutoModel as AutoModel
+    from peft_jax.models import AutoModelForCausalLM as AutoModelForCausalLM
+    from peft_jax.models import AutoModelForMaskedLM as AutoModelForMaskedLM
+    from peft_jax.models import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from peft_jax.models import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
+    from peft_jax.models import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from peft_jax.models import AutoModelForTokenClassification as AutoModelForTokenClassification
+    from peft_jax.models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from peft_jax.models import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from peft_jax.models import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from peft_jax.models import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from peft_jax.models import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from peft_jax.models import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from peft_jax.models import PeftModel as PeftModel
+    from peft_jax.models import PeftModelForCausalLM as PeftModelForCausalLM
+    from peft_jax.models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from peft_jax.models import PeftModelForMaskedLM as PeftModelForMaskedLM
+    from peft_jax.models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from peft_jax.models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from peft_jax.models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from peft_jax.models import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from peft_jax.models import get_peft_model as get_peft_model
+    from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig
+    from peft_jax.prompts import CPTConfig as CPTConfig
+    from peft_jax.prompts import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from peft_jax.prompts import MultitaskPromptTuningInit as MultitaskPromptTuningInit
+    from peft_jax.prompts import PrefixTuningConfig as PrefixTuningConfig
+    from peft_jax.prompts import PromptEncoderConfig as PromptEncoderConfig
+    from peft_jax.prompts import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from peft_jax.prompts import PromptTuningConfig as PromptTuningConfig
+    from peft_jax.prompts import PromptTuningInit as PromptTuningInit
+    from peft_jax.quant import quantize as quantize
+
+import_lazily(__name__)

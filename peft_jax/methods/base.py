@@ -4,6 +4,7 @@ Config classes keep PEFT's class names, field names and defaults (PEFT 0.21.2).
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -313,6 +314,7 @@ class Method(PeftConfig):
 
 M = TypeVar("M", bound=type[PeftConfig])
 _METHODS: dict[str, type[PeftConfig]] = {}
+_REGISTERING = ("peft_jax.methods", "peft_jax.prompts")  # packages whose import registers configs
 
 
 def register(peft_type: str) -> Callable[[M], M]:
@@ -337,7 +339,7 @@ def by_name(peft_type: str) -> type[PeftConfig]:
         >>> by_name("LORA").__name__
         'LoraConfig'
     """
-    if peft_type not in _METHODS:
+    if peft_type not in names():
         raise ValueError(f"peft_type '{peft_type}' is not supported. Supported: {', '.join(names())}.")
     return _METHODS[peft_type]
 
@@ -347,5 +349,7 @@ def _plain(value: Any) -> Any:
 
 
 def names() -> list[str]:
-    """PEFT's names of all supported methods."""
+    """PEFT's names of all supported methods, whether or not their modules have been imported yet."""
+    for package in _REGISTERING:
+        importlib.import_module(package)
     return sorted(_METHODS)
