@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import peft_jax as pj
+from peft_jax.cli.command_options import Demo as Demo
 from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
 from peft_jax.cli.shared.forward_pass import apply_lazily
 from peft_jax.cli.shared.output_folder import new_folder
@@ -37,14 +38,6 @@ from peft_jax.train import (
 )
 
 Points = list[tuple[int, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Demo:
-    """Fine-tune a small checkpoint that ships with the package; needs no network."""
-
-    output: Path = Path("demo-output")
-    """Folder to create: adapter, merged checkpoint and loss curve."""
 
 
 @dataclasses.dataclass(frozen=True)

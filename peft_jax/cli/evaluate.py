@@ -1,15 +1,14 @@
 """`peft-jax eval`: loss and perplexity of a model on a file, or accuracy, with or without an adapter."""
 
-import dataclasses
 import json
 import math
 
 import numpy as np
 
+from peft_jax.cli.command_options import Eval
 from peft_jax.cli.finetune.options import DataOptions
 from peft_jax.cli.finetune.setup import check_fit, load_records, padded
 from peft_jax.cli.shared.adapter_base import (
-    ModelOptions,
     find_task,
     find_tokenizer,
     load_model,
@@ -19,22 +18,6 @@ from peft_jax.cli.shared.task import RowOptions
 from peft_jax.prompts.base import prompt_tasks, virtual_slots
 from peft_jax.train import evaluation_batches, load_template
 from peft_jax.train.data.encode import IGNORE
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(ModelOptions):
-    """Loss and perplexity of a model on the answers in a file; loss and accuracy of a classifier of texts."""
-
-    data: str
-    """JSON or JSONL file (or hub id of a dataset) of any kind that finetune takes."""
-    prompt_template: str = "short"
-    """For instruction data: short, alpaca, or a JSON file in alpaca-lora's format."""
-    batch_size: int = 8
-    """Examples at a time."""
-    cutoff_len: int = 256
-    """Longest example in tokens; longer ones are left out and counted."""
-    json: bool = False
-    """Print a JSON object: loss, perplexity, target_tokens, examples, too_long; of classes accuracy, and no tokens."""
 
 
 def evaluate_model(options: Eval) -> None:

@@ -1,35 +1,26 @@
 """`peft-jax`: reads the command line, runs a command, turns a user's error into one line."""
 
-import contextlib
-import io
 import os
-import re
 import sys
-from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
-import jax
-import tyro
+from peft_jax.cli.command_options import Demo, Eval, Generate, Inspect, Merge
+from peft_jax.cli.finetune.options import Finetune
+from peft_jax.cli.shared.command_line import nearest, overview, parse_command
+from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output
 
-from peft_jax.cli.demo import Demo, demo
-from peft_jax.cli.evaluate import Eval, evaluate_model
-from peft_jax.cli.finetune.finetune import Finetune, finetune
-from peft_jax.cli.generate.generate import Generate, generate
-from peft_jax.cli.inspect.inspect import Inspect, inspect
-from peft_jax.cli.merge import Merge, merge
-from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output, unescaped
-
-Command = (
-    Annotated[Finetune, tyro.conf.subcommand("finetune")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Merge, tyro.conf.subcommand("merge")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
+Command = Finetune | Generate | Eval | Merge | Inspect | Demo
+COMMANDS: Mapping[str, type[Command]] = {
+    "finetune": Finetune,
+    "generate": Generate,
+    "eval": Eval,
+    "merge": Merge,
+    "inspect": Inspect,
+    "demo": Demo,
+}
 
 INTERRUPTED, UNREAD = 130, 141  # as shells say it
-FRAME = r"[\u2500-\u257f]+|\x1b\[[0-9;]*m"  # what tyro draws around a message, and on a terminal its colours
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -70,8 +61,8 @@ def _run(args: Sequence[str] | None) -> int:
         return UNREAD
     except (ValueError, OSError) as error:
         return fail(str(error), 2)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except RuntimeError as error:
+        if not _is_want_of_memory(error):
             raise
         return fail(f"{error} Use smaller batches, shorter texts or --load-in-8bit.", 2)
     except KeyboardInterrupt as stopped:
@@ -95,22 +86,75 @@ def run() -> NoReturn:
     sys.exit(code)
 
 
-def parse(args: Sequence[str] | None) -> Finetune | Generate | Eval | Merge | Inspect | Demo:
-    """Read the command line; tyro's boxed message about a wrong one becomes a ValueError of one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(unescaped()):  # --help has colours
-            return tyro.cli(
-                Command,
-                args=args,
-                prog="peft-jax",
-                description="Parameter-efficient fine-tuning in JAX.",
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-    except SystemExit as exit:
-        if not exit.code:
-            raise
-        raise ValueError(re.sub(FRAME, " ", said.getvalue())) from exit
+def parse(args: Sequence[str] | None) -> Command:
+    """Read the command line, which may ask for help instead: then that is printed, and SystemExit raised.
+
+    Raises:
+        ValueError: If a word is wrong or missing.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    known = ", ".join(COMMANDS)
+    if not words:
+        raise ValueError(f"no command is given. Give one of {known}.")
+    name, *rest = words
+    if name in ("-h", "--help"):
+        print(overview("Parameter-efficient fine-tuning in JAX.", COMMANDS))
+        raise SystemExit
+    if name not in COMMANDS:
+        raise ValueError(f"there is no command '{name}'.{nearest(name, list(COMMANDS))} Give one of {known}.")
+    return parse_command(COMMANDS[name], name, rest)
+
+
+# The commands import JAX and the models, which takes seconds, so they are imported when they run.
+
+
+def finetune(options: Finetune) -> None:
+    """Run `peft-jax finetune`."""
+    from peft_jax.cli.finetune import finetune as command
+
+    command.finetune(options)
+
+
+def generate(options: Generate) -> None:
+    """Run `peft-jax generate`."""
+    from peft_jax.cli.generate import generate as command
+
+    command.generate(options)
+
+
+def evaluate_model(options: Eval) -> None:
+    """Run `peft-jax eval`."""
+    from peft_jax.cli import evaluate as command
+
+    command.evaluate_model(options)
+
+
+def merge(options: Merge) -> None:
+    """Run `peft-jax merge`."""
+    from peft_jax.cli import merge as command
+
+    command.merge(options)
+
+
+def inspect(options: Inspect) -> None:
+    """Run `peft-jax inspect`."""
+    from peft_jax.cli.inspect import inspect as command
+
+    command.inspect(options)
+
+
+def demo(options: Demo) -> None:
+    """Run `peft-jax demo`."""
+    from peft_jax.cli import demo as command
+
+    command.demo(options)
+
+
+def _is_want_of_memory(error: RuntimeError) -> bool:
+    """Whether JAX found no room on a device."""
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def fail(message: str, code: int) -> int:

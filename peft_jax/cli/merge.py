@@ -1,13 +1,13 @@
 """`peft-jax merge`: fold an adapter into the float weights of its base and write a Hugging Face checkpoint."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 import jax
 
 import peft_jax as pj
-from peft_jax.cli.shared.adapter_base import Dtype, find_base
+from peft_jax.cli.command_options import Merge
+from peft_jax.cli.shared.adapter_base import find_base
 from peft_jax.cli.shared.output_folder import new_folder
 from peft_jax.cli.shared.task import refuse_random, task_of_adapter
 
@@ -21,20 +21,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template*",
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Fold an adapter into its base and write a checkpoint that transformers loads."""
-
-    adapter: Path
-    """Folder of an adapter in PEFT's format."""
-    output: Path
-    """Folder to create: weights, config.json and the tokenizer's files."""
-    model: str | None = None
-    """Folder (or hub id) of the base model; by default the one that the adapter names."""
-    dtype: Dtype | None = None
-    """Element type of the written weights; by default the base's own."""
 
 
 def merge(options: Merge) -> None:

@@ -76,7 +76,7 @@ def finetune(options: Finetune) -> None:
     """
     check(options)
     with joined(options.processes):
-        mesh = make_mesh(parse_mesh(options.training.mesh)) if options.training.mesh else None
+        mesh = make_mesh(parse_mesh(options.processes.mesh)) if options.processes.mesh else None
         check_processes(mesh)
         check_mesh(options, mesh)
         checkpoints = Checkpoints(options.run.output / CHECKPOINTS, keep=options.run.save_total_limit)

@@ -6,23 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from peft_jax.cli.shared.command_line import Option
+from peft_jax.cli.shared.command_line import flag as flag
+from peft_jax.cli.shared.common_options import CUTOFF, DATA, DTYPE, INT8, MODEL, OUTPUT, TEMPLATE, Dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """The base model."""
 
-    model: str
+    TITLE = "Model"
+
+    model: Annotated[str, MODEL]
     """Folder (or hub id) of a Hugging Face checkpoint: Llama, Mistral, Qwen2, Qwen3, GPT-2, T5, BERT or RoBERTa."""
-    task: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None = None
+    task: Annotated[Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None, Option(aliases=("--task-type",))] = None
     """What to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to tell texts'
     classes, with a fresh head where the checkpoint has none; by default what the adapter or the checkpoint is for."""
-    load_in_8bit: bool = False
+    load_in_8bit: Annotated[bool, INT8] = False
     """Keep the frozen weights in int8."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Annotated[Dtype | None, DTYPE] = None
     """Element type of the frozen weights; by default that of the checkpoint."""
-    remat: bool = False
+    remat: Annotated[bool, Option(aliases=("--gradient-checkpointing",))] = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, more time."""
 
 
@@ -30,17 +34,21 @@ class ModelOptions:
 class AdapterOptions:
     """The adapter: described by options, by a file, or another one to start from."""
 
-    peft: str | None = None
-    """Method, by PEFT's name of it, such as ADALORA or IA3 (LORA by default)."""
-    peft_config: str | None = None
+    TITLE = "Adapter"
+
+    peft: Annotated[str | None, Option(aliases=("--peft-type",), metavar="NAME")] = None
+    """Method, by PEFT's name of it (LORA by default): ADALORA, ADAPTION_PROMPT, BEFT, BOFT, CPT, DELORA, HIRA, HRA,
+    IA3, LN_TUNING, LOHA, LOKR, LORA, MISS, MULTITASK_PROMPT_TUNING, OFT, PREFIX_TUNING, PROMPT_TUNING, P_TUNING,
+    TRAINABLE_TOKENS or VERA."""
+    peft_config: Annotated[str | None, Option(metavar="JSON")] = None
     """Fields of the method's config as PEFT names them, such as '{"target_r": 4}', or a JSON file of them."""
-    r: int | None = None
+    r: Annotated[int | None, Option(aliases=("--rank", "--lora-r", "--lora-rank"))] = None
     """Rank of the adapter, where the method has one (8 by default for LORA)."""
     lora_alpha: float | None = None
     """A LoRA is scaled by lora_alpha / r (16 by default)."""
     lora_dropout: float | None = None
     """Probability of zeroing an input of the adapter in training (0 by default)."""
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...] | None, Option(aliases=("--lora-target-modules",))] = None
     """Names of the modules to adapt, or all-linear; by default PEFT's for the model's type."""
     adapter_config: Path | None = None
     """A file in the format of PEFT's adapter_config.json, method included, instead of the options above."""
@@ -54,19 +62,21 @@ class AdapterOptions:
 class DataOptions:
     """The data and how it is laid out."""
 
-    data: str
+    TITLE = "Data"
+
+    data: Annotated[str, DATA]
     """JSON or JSONL file (or hub id of a dataset) of records with instruction, input and output, or with prompt and
     completion, or with messages; for SEQ_CLS with text (and text_pair) and label. Where a prompt has several tasks,
     with task_id too."""
-    prompt_template: str = "short"
+    prompt_template: Annotated[str, TEMPLATE] = "short"
     """For instruction data: short, alpaca, or a JSON file in alpaca-lora's format."""
     train_on_inputs: bool = False
     """Learn the prompts too, not the responses alone."""
-    cutoff_len: int = 256
+    cutoff_len: Annotated[int, CUTOFF] = 256
     """Longest example in tokens; longer ones are left out and counted."""
-    packing: bool = False
+    packing: Annotated[bool, Option(aliases=("--sample-packing",))] = False
     """Fill rows of cutoff-len tokens with several examples each, which do not see each other."""
-    val_size: float = 0
+    val_size: Annotated[float, Option(aliases=("--val-set-size",))] = 0
     """Examples kept apart for validation: a share below 1, or a number of them."""
 
 
@@ -74,7 +84,9 @@ class DataOptions:
 class TrainingOptions:
     """The training."""
 
-    epochs: float | None = None
+    TITLE = "Training"
+
+    epochs: Annotated[float | None, Option(aliases=("--num-epochs", "--num-train-epochs"))] = None
     """Passes over the data (3 by default)."""
     max_steps: int | None = None
     """Optimizer updates, instead of epochs."""
@@ -82,29 +94,33 @@ class TrainingOptions:
     """Rows per update."""
     micro_batch_size: int | None = None
     """Rows that go through the model at once, a divisor of the batch size; by default the whole batch."""
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, Option(aliases=("--lr",))] = 3e-4
     """Peak of the schedule."""
-    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """What the learning rate does after the warm-up: fall to zero, or stay."""
+    lr_scheduler: Annotated[Literal["linear", "cosine", "constant"], Option(aliases=("--lr-scheduler-type",))] = (
+        "linear"
+    )
+    """What the learning rate does after the warm-up: fall to zero (linear, cosine), or stay (constant)."""
     warmup_steps: int | None = None
     """Steps in which the learning rate rises; by default a twentieth of all, a hundred at most."""
     weight_decay: float = 0
     """Decoupled weight decay of the adapter."""
     max_grad_norm: float = 1
     """Norm that gradients are clipped to; 0 for no clipping."""
-    optimizer: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    optimizer: Annotated[Literal["adamw", "adafactor", "lion", "sgd"], Option(aliases=("--optim",))] = "adamw"
     """Optimizer, from optax."""
-    mesh: str | None = None
-    """Several devices, such as data=4,fsdp=2,tensor=1: data and fsdp split the batch, fsdp and tensor the weights."""
     seed: int = 0
     """Seed of the adapter's start, the validation split, the order of the data and dropout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessOptions:
-    """Several processes that train together, by the arguments of jax.distributed.initialize."""
+    """Several devices, and several processes that train together by the arguments of jax.distributed.initialize."""
 
-    coordinator_address: str | None = None
+    TITLE = "Devices"
+
+    mesh: Annotated[str | None, Option(metavar="AXES")] = None
+    """Several devices, such as data=4,fsdp=2,tensor=1: data and fsdp split the batch, fsdp and tensor the weights."""
+    coordinator_address: Annotated[str | None, Option(metavar="HOST:PORT")] = None
     """Address and port of process 0, such as 10.0.0.1:1234; in the environment JAX_COORDINATOR_ADDRESS."""
     num_processes: int | None = None
     """How many processes there are; in the environment JAX_NUM_PROCESSES."""
@@ -121,12 +137,14 @@ class ProcessOptions:
 class RunOptions:
     """What is written, and when."""
 
-    output: Path
+    TITLE = "Output"
+
+    output: Annotated[Path, OUTPUT]
     """Folder to create: adapter, best/ by validation loss, checkpoints/, metrics.jsonl, loss.png, README.md, and of
     classes labels.json."""
     eval_steps: int | None = None
     """Steps between evaluations; by default once an epoch. The last step is always evaluated."""
-    early_stopping: int | None = None
+    early_stopping: Annotated[int | None, Option(aliases=("--early-stopping-patience",))] = None
     """Stop after so many evaluations without a better validation loss."""
     save_steps: int = 100
     """Steps between checkpoints. The last step is always saved."""
@@ -142,12 +160,12 @@ class RunOptions:
 class Finetune:
     """Train an adapter on your data and write it in PEFT's format."""
 
-    base: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    adapter: Annotated[AdapterOptions, tyro.conf.arg(name="")]
-    data: Annotated[DataOptions, tyro.conf.arg(name="")]
-    training: Annotated[TrainingOptions, tyro.conf.arg(name="")]
-    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")]
-    run: Annotated[RunOptions, tyro.conf.arg(name="")]
+    base: ModelOptions
+    adapter: AdapterOptions
+    data: DataOptions
+    training: TrainingOptions
+    processes: ProcessOptions
+    run: RunOptions
 
 
 # Options that change nothing in the numbers of a run, so that it may go on with others.
@@ -167,16 +185,6 @@ def each(options: Finetune) -> Iterator[tuple[str, Any]]:
 def settings(options: Finetune) -> dict[str, Any]:
     """Return the options that a run goes on with, as JSON has them."""
     return {name: _plain(value) for name, value in each(options) if name not in FREE}
-
-
-def flag(name: str) -> str:
-    """Return an option as it is typed.
-
-    Example:
-        >>> flag("max_steps")
-        '--max-steps'
-    """
-    return f"--{name.replace('_', '-')}"
 
 
 def check(options: Finetune) -> None:

@@ -1,15 +1,13 @@
 """`peft-jax generate`: continue prompts with a model, with or without an adapter."""
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tyro.conf import Positional, UseAppendAction
 
+from peft_jax.cli.command_options import Generate
 from peft_jax.cli.generate.printer import Printer, text_of
 from peft_jax.cli.generate.prompt_input import (
     Prompt,
@@ -19,7 +17,6 @@ from peft_jax.cli.generate.prompt_input import (
     standard_input,
 )
 from peft_jax.cli.shared.adapter_base import (
-    ModelOptions,
     find_task,
     find_tokenizer,
     load_model,
@@ -31,48 +28,6 @@ from peft_jax.prompts.base import prompt_tasks
 from peft_jax.train.data.batches import rounded_up
 
 NEW_TOKENS = 256  # where nobody says how many
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(ModelOptions):
-    """Continue or answer prompts; what is not given here is as the checkpoint's generation_config.json says."""
-
-    prompts: Positional[tuple[str, ...]] = ()
-    """The prompts; without any, and without --file, the lines of standard input."""
-    file: Path | None = None
-    """Prompts in a file: .json or .jsonl (texts, or objects with instruction and input, prompt, or messages), else a
-    prompt a line."""
-    prompt_template: str = "short"
-    """What is put around texts and instructions: short, alpaca, or a JSON file in alpaca-lora's format, as in finetune;
-    chat for the tokenizer's chat template; raw for nothing."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens; by default 256, or what the model's positions leave."""
-    do_sample: bool = False
-    """Draw tokens instead of taking the likeliest."""
-    greedy: bool = False
-    """Take the likeliest token, also where generation_config.json asks for drawing."""
-    temperature: float | None = None
-    """Divides the logits before drawing."""
-    top_k: int | None = None
-    """Draw from so many of the likeliest tokens; 0 for all."""
-    top_p: float | None = None
-    """Draw from the fewest likeliest tokens of this probability."""
-    min_p: float | None = None
-    """Draw from tokens of at least this share of the likeliest's probability."""
-    repetition_penalty: float | None = None
-    """Above 1, makes tokens less likely that were there already."""
-    stop_token: UseAppendAction[tuple[str, ...]] = ()
-    """A token that ends an answer, beside the model's own; may be given several times."""
-    ignore_generation_config: bool = False
-    """Leave generation_config.json aside."""
-    task_id: int | None = None
-    """The task of the prompts, by its number, for an adapter that is a prompt of several tasks."""
-    batch_size: int = 8
-    """Prompts that are continued at a time."""
-    seed: int = 0
-    """Seed of the drawing."""
-    json: bool = False
-    """Print a JSON object a line: prompt, text, tokens, finish_reason."""
 
 
 def generate(options: Generate) -> None:

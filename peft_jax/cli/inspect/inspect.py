@@ -5,13 +5,12 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tyro.conf import Positional
 
+from peft_jax.cli.command_options import Inspect as Inspect
 from peft_jax.cli.inspect.servers import Verdict, verdicts
 from peft_jax.cli.shared.terminal import in_one_line
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
@@ -35,18 +34,6 @@ from peft_jax.models.registry import family_of, read_architecture
 
 WIDTH, LABEL = 80, 12
 SHOWN = 3  # reasons that an adapter does not fit
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """Say what an adapter's folder holds and who takes it; reads JSON and the header of the tensors alone."""
-
-    adapter: Positional[Path]
-    """Folder of an adapter in PEFT's format, of any method."""
-    model: str | None = None
-    """Folder (or hub id) of a base model to hold it against; only its config.json is read."""
-    json: bool = False
-    """Print a JSON object instead."""
 
 
 def inspect(options: Inspect) -> None:

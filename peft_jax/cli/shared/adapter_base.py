@@ -1,30 +1,14 @@
 """What the commands that use an adapter share: which base it sits on, and how both are read."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft_jax as pj
+from peft_jax.cli.shared.common_options import ModelOptions
 from peft_jax.cli.shared.task import Task, refuse_random, task_of_adapter
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.interop.describe import read_adapter_config
 from peft_jax.prompts.tokenizer import read_tokenizer
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which model a command runs."""
-
-    model: str | None = None
-    """Folder (or hub id) of the base model; by default the one that the adapter names."""
-    adapter: Path | None = None
-    """Folder of an adapter in PEFT's format; without it the base runs alone."""
-    load_in_8bit: bool = False
-    """Keep the base's weights in int8."""
-    dtype: Dtype | None = None
-    """Element type of the base's weights; by default the checkpoint's own."""
 
 
 def load_model(options: ModelOptions, task: Task) -> Any:

@@ -43,8 +43,7 @@ from peft_jax.train import (
     make_scoring_step,
     score,
 )
-from peft_jax.train.data import encode
-from peft_jax.train.data.encode import Encoded
+from peft_jax.train.data.encode import Encoded, encode
 from peft_jax.train.data.records import AnyRecord, named
 
 LABELS_FILE = "labels.json"  # beside an adapter: the names of its classes, as config.json has them

@@ -1,0 +1,130 @@
+"""The options of all commands but finetune. They import nothing that takes long, so that help is quick."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from peft_jax.cli.shared.command_line import Option
+from peft_jax.cli.shared.common_options import (
+    ADAPTER,
+    CUTOFF,
+    DATA,
+    DTYPE,
+    MODEL,
+    OUTPUT,
+    TEMPLATE,
+    Dtype,
+    ModelOptions,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What a model is to continue."""
+
+    TITLE = "Prompts"
+
+    prompts: Annotated[tuple[str, ...], Option(positional=True, metavar="PROMPT")] = ()
+    """The prompts; without any, and without --file, the lines of standard input."""
+    file: Path | None = None
+    """Prompts in a file: .json or .jsonl (texts, or objects with instruction and input, prompt, or messages), else a
+    prompt a line."""
+    prompt_template: Annotated[str, TEMPLATE] = "short"
+    """What is put around texts and instructions: short, alpaca, or a JSON file in alpaca-lora's format, as in finetune;
+    chat for the tokenizer's chat template; raw for nothing."""
+    task_id: int | None = None
+    """The task of the prompts, by its number, for an adapter that is a prompt of several tasks."""
+    batch_size: int = 8
+    """Prompts that are continued at a time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How tokens are chosen."""
+
+    TITLE = "Decoding"
+
+    max_new_tokens: Annotated[int | None, Option(aliases=("--max-tokens",))] = None
+    """Longest answer in tokens; by default 256, or what the model's positions leave."""
+    do_sample: bool = False
+    """Draw tokens instead of taking the likeliest."""
+    greedy: bool = False
+    """Take the likeliest token, also where generation_config.json asks for drawing."""
+    temperature: Annotated[float | None, Option(aliases=("--temp",))] = None
+    """Divides the logits before drawing."""
+    top_k: int | None = None
+    """Draw from so many of the likeliest tokens; 0 for all."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens of this probability."""
+    min_p: float | None = None
+    """Draw from tokens of at least this share of the likeliest's probability."""
+    repetition_penalty: float | None = None
+    """Above 1, makes tokens less likely that were there already."""
+    stop_token: Annotated[tuple[str, ...], Option(repeatable=True, metavar="TOKEN")] = ()
+    """A token that ends an answer, beside the model's own; may be given several times."""
+    ignore_generation_config: bool = False
+    """Leave generation_config.json aside."""
+    seed: int = 0
+    """Seed of the drawing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(PromptOptions, ModelOptions, DecodingOptions):
+    """Continue or answer prompts; what is not given here is as the checkpoint's generation_config.json says."""
+
+    TITLE = "Output"
+
+    json: bool = False
+    """Print a JSON object a line: prompt, text, tokens, finish_reason."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(ModelOptions):
+    """Loss and perplexity of a model on the answers in a file; loss and accuracy of a classifier of texts."""
+
+    TITLE = "Evaluation"
+
+    data: Annotated[str, DATA]
+    """JSON or JSONL file (or hub id of a dataset) of any kind that finetune takes."""
+    prompt_template: Annotated[str, TEMPLATE] = "short"
+    """For instruction data: short, alpaca, or a JSON file in alpaca-lora's format."""
+    batch_size: int = 8
+    """Examples at a time."""
+    cutoff_len: Annotated[int, CUTOFF] = 256
+    """Longest example in tokens; longer ones are left out and counted."""
+    json: bool = False
+    """Print a JSON object: loss, perplexity, target_tokens, examples, too_long; of classes accuracy, and no tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Fold an adapter into its base and write a checkpoint that transformers loads."""
+
+    adapter: Annotated[Path, ADAPTER]
+    """Folder of an adapter in PEFT's format."""
+    output: Annotated[Path, OUTPUT]
+    """Folder to create: weights, config.json and the tokenizer's files."""
+    model: Annotated[str | None, MODEL] = None
+    """Folder (or hub id) of the base model; by default the one that the adapter names."""
+    dtype: Annotated[Dtype | None, DTYPE] = None
+    """Element type of the written weights; by default the base's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Say what an adapter's folder holds and who takes it; reads JSON and the header of the tensors alone."""
+
+    adapter: Annotated[Path, Option(positional=True)]
+    """Folder of an adapter in PEFT's format, of any method."""
+    model: Annotated[str | None, MODEL] = None
+    """Folder (or hub id) of a base model to hold it against; only its config.json is read."""
+    json: bool = False
+    """Print a JSON object instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Fine-tune a small checkpoint that ships with the package; needs no network."""
+
+    output: Annotated[Path, OUTPUT] = Path("demo-output")
+    """Folder to create: adapter, merged checkpoint and loss curve."""

@@ -1,0 +1,34 @@
+"""Options that several commands have, with the flags of alpaca-lora, TRL, axolotl and PEFT's examples for them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from peft_jax.cli.shared.command_line import Option
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+MODEL = Option(aliases=("--base-model", "--model-name-or-path"), metavar="MODEL")
+ADAPTER = Option(aliases=("--adapter-path", "--lora-weights"))
+INT8 = Option(aliases=("--load-8bit",))
+DTYPE = Option(aliases=("--torch-dtype",), presets={"--bf16": "bfloat16", "--fp16": "float16"})
+DATA = Option(aliases=("--data-path", "--dataset", "--dataset-name"), metavar="DATA")
+TEMPLATE = Option(aliases=("--prompt-template-name",), metavar="NAME")
+CUTOFF = Option(aliases=("--max-length", "--max-seq-length", "--sequence-len"))
+OUTPUT = Option(aliases=("--output-dir",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model a command runs."""
+
+    TITLE = "Model"
+
+    model: Annotated[str | None, MODEL] = None
+    """Folder (or hub id) of the base model; by default the one that the adapter names."""
+    adapter: Annotated[Path | None, ADAPTER] = None
+    """Folder of an adapter in PEFT's format; without it the base runs alone."""
+    load_in_8bit: Annotated[bool, INT8] = False
+    """Keep the base's weights in int8."""
+    dtype: Annotated[Dtype | None, DTYPE] = None
+    """Element type of the base's weights; by default the checkpoint's own."""
