@@ -101,3 +101,56 @@ def test_interop_is_installed_inside_the_package(tmp_path: Path) -> None:
     code = "import importlib.util, peft_jax.interop; print(importlib.util.find_spec('interop'))"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "None"
+
+
+PUBLIC_NAMES = """
+import importlib, pickle, sys
+import peft_jax as pj
+
+heavy = {"jax", "flax", "transformers", "numpy"}
+assert not heavy & sys.modules.keys(), "import peft_jax is quick"
+listed = sys.argv[1:]
+assert pj.__all__ == listed and set(listed) <= set(dir(pj))
+assert not heavy & sys.modules.keys(), "tab completion is quick"
+
+from peft_jax.methods.base import by_name
+
+assert by_name("PREFIX_TUNING").__name__ == "PrefixTuningConfig", "prompts are found, though nobody imported them"
+
+import peft_jax.adapt.rules
+from peft_jax import LoraConfig, adapt
+
+assert pj.adapt is adapt and adapt.__module__ == "peft_jax.adapt.interpreter", "the function, not the package"
+assert pickle.loads(pickle.dumps(pj.adapt)) is adapt and pickle.loads(pickle.dumps(LoraConfig(r=3))) == LoraConfig(r=3)
+assert pj.interop is importlib.import_module("peft_jax.interop") and callable(pj.interop.save_adapter)
+assert pj.core is sys.modules["peft_jax.core"] and pj.train.make_training_step
+for name in listed:
+    assert getattr(pj, name) is vars(pj)[name]
+for name in ("nothing", "_nothing", "torch"):
+    try:
+        getattr(pj, name)
+    except AttributeError as error:
+        assert str(error) == f"module 'peft_jax' has no attribute '{name}'"
+    else:
+        raise AssertionError(name)
+names = {}
+exec("from peft_jax import *", names)
+assert set(listed) <= names.keys()
+"""
+
+
+def test_public_names_are_imported_on_first_use(tmp_path: Path) -> None:
+    """In a process that has imported nothing yet."""
+    face = ast.parse((ROOT / "peft_jax" / "__init__.py").read_text())
+    listed = [
+        alias.name
+        for block in face.body
+        if isinstance(block, ast.If)
+        for line in block.body
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    ]
+    assert len(listed) > 70
+    command = [sys.executable, "-c", PUBLIC_NAMES, *listed]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
