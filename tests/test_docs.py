@@ -27,11 +27,7 @@ def as_a_reader_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def all_modules() -> list[str]:
-    found = ["peft_jax"]
-    for room in pkgutil.iter_modules(peft_jax.__path__):
-        package = importlib.import_module(f"peft_jax.{room.name}")
-        found.append(package.__name__)
-        found += [f"{package.__name__}.{file.name}" for file in pkgutil.iter_modules(getattr(package, "__path__", []))]
+    found = ["peft_jax", *(module.name for module in pkgutil.walk_packages(peft_jax.__path__, "peft_jax."))]
     interop = importlib.import_module("peft_jax.interop")
     found.append(interop.__name__)
     found += [f"{interop.__name__}.{file.name}" for file in pkgutil.iter_modules(interop.__path__)]
