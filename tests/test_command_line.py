@@ -14,7 +14,7 @@ from peft_jax.cli.main import COMMANDS, main, parse
 from peft_jax.cli.shared.command_line import Parameter, option_groups
 from peft_jax.cli.shared.task import TASKS
 from peft_jax.methods.base import names
-from peft_jax.methods.lora.nested_configs import FROM_DATA
+from peft_jax.methods.lora.initializers.table import from_data
 from peft_jax.models.registry import BY_MODEL_TYPE
 from peft_jax.train.data.template import TEMPLATES
 from peft_jax.train.optimizer import OPTIMIZERS, SCHEDULES
@@ -140,7 +140,8 @@ def test_options_have_the_names_that_the_package_has() -> None:
     said = {model.lower().replace("-", "") for model in models}
     variants = {"mt5": "t5", "xlm-roberta": "roberta"}  # are named by what they are variants of
     assert said == {variants.get(model_type, model_type) for model_type in BY_MODEL_TYPE}
-    assert f"init_lora_weights is {', '.join(FROM_DATA[:-1])} or {FROM_DATA[-1]}" in found["start_batches"].help
+    *first, last = from_data()
+    assert f"init_lora_weights is {', '.join(first)} or {last}" in found["start_batches"].help
     for command in ("finetune", "generate", "eval"):
         assert f"{', '.join(TEMPLATES)}, or a JSON file" in parameters(command)["prompt_template"].help
     assert DataOptions(data="d").prompt_template in TEMPLATES

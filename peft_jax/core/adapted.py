@@ -58,11 +58,7 @@ class Tag:
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not is_file_name(self.name):  # saving makes a folder of this name
-            raise ValueError(
-                f"An adapter cannot be named {self.name!r}, as it is saved into a folder of its name. Take a name of "
-                "letters, digits, '-' and '_'."
-            )
+        _check_folder_name(self.name)
 
     def __repr__(self) -> str:
         return f"Tag({self.name!r}, {type(self.config).__name__})"
@@ -247,9 +243,15 @@ def check_adapter_name(name: str, tree: Any) -> None:
     """Raise ValueError unless a tree has no adapter of a name, and its files can go into a folder of that name."""
     if name in adapters(tree):
         raise ValueError(f"Adapter name '{name}' is taken. Choose another, or pj.delete_adapter it first.")
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+    _check_folder_name(name)
+
+
+def _check_folder_name(name: str) -> None:
+    """Raise ValueError unless an adapter can be saved into a folder of its name."""
+    if not isinstance(name, str) or not is_file_name(name):
         raise ValueError(
-            f"Adapter name {name!r} cannot be that of a folder, which its files go into. Choose a word without slashes."
+            f"An adapter cannot be named {name!r}, as it is saved into a folder of its name. Take a name of "
+            "letters, digits, '-' and '_'."
         )
 
 

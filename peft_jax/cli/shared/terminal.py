@@ -97,11 +97,6 @@ def verbatim() -> TextIO:
     return sys.stdout
 
 
-def unescaped() -> TextIO:
-    """Standard output for texts of this program, which may be coloured."""
-    return sys.stdout.stream if isinstance(sys.stdout, Escaping) else sys.stdout
-
-
 def escape_tracebacks() -> None:
     """Escape what Python itself prints when the process ends."""
     sys.stderr = cast(TextIO, Escaping(sys.stderr, rewrites_lines=True))
