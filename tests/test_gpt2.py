@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
 from peft_jax.models.gpt2 import model as gpt2
-from peft_jax.models.gpt2.model import GPT2Config
+from peft_jax.models.gpt2.config import GPT2Config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

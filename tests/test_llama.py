@@ -14,12 +14,8 @@ from flax import nnx
 
 from peft_jax.models.llama import model as llama
 from peft_jax.models.llama.config import LlamaConfig, RopeScaling
-from peft_jax.models.modules.attention import (
-    BLOCKS,
-    LEAST,
-    attend,
-    inverse_frequencies,
-)
+from peft_jax.models.llama.rotary import inverse_frequencies
+from peft_jax.models.modules.attention import BLOCKS, LEAST, attend
 from peft_jax.models.weights_io import load_model
 
 SIZES = {

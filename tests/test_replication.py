@@ -11,7 +11,7 @@ from conformance import close
 import peft_jax as pj
 from peft_jax.core.repeated import Repeated
 from peft_jax.models import CausalLM, LlamaConfig
-from peft_jax.models.gpt2.model import GPT2Config
+from peft_jax.models.gpt2.config import GPT2Config
 from peft_jax.models.gpt2.model import init_params as gpt2_params
 from peft_jax.models.llama.model import init_params
 

@@ -2,7 +2,7 @@
 
 from peft_jax.models.bert.config import BertConfig as BertConfig
 from peft_jax.models.bert.config import RobertaConfig as RobertaConfig
-from peft_jax.models.gpt2.model import GPT2Config as GPT2Config
+from peft_jax.models.gpt2.config import GPT2Config as GPT2Config
 from peft_jax.models.handles.auto import AutoModel as AutoModel
 from peft_jax.models.handles.auto import AutoModelForCausalLM as AutoModelForCausalLM
 from peft_jax.models.handles.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
@@ -29,6 +29,6 @@ from peft_jax.models.handles.peft_model import PeftModelForSequenceClassificatio
 from peft_jax.models.handles.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from peft_jax.models.handles.peft_model import get_peft_model as get_peft_model
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
-from peft_jax.models.llama.model import LlamaConfig as LlamaConfig
+from peft_jax.models.llama.config import LlamaConfig as LlamaConfig
 from peft_jax.models.modules.lazy_logits import LazyLogits as LazyLogits
 from peft_jax.models.t5.config import T5Config as T5Config

@@ -19,7 +19,7 @@ def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str,
 
     Example:
         >>> from peft_jax.models.registry import GPT2
-        >>> from peft_jax.models.gpt2.model import GPT2Config
+        >>> from peft_jax.models.gpt2.config import GPT2Config
         >>> list(fit_keys(GPT2, GPT2Config(), {"wte.weight": np.zeros((2, 2))}))
         ['transformer.wte.weight']
     """

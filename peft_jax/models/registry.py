@@ -10,6 +10,7 @@ from peft_jax.models.bert import model as bert
 from peft_jax.models.bert import task_heads
 from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig, as_dict, check_model_type
 from peft_jax.models.family import EncoderDecoder, Family, stacked_layouts
+from peft_jax.models.gpt2 import config as gpt2_config
 from peft_jax.models.gpt2 import model as gpt2
 from peft_jax.models.llama import model as llama
 from peft_jax.models.t5 import forward
@@ -31,7 +32,7 @@ LLAMA = Family(
 )
 
 GPT2 = Family(
-    config=gpt2.GPT2Config,
+    config=gpt2_config.GPT2Config,
     init_params=gpt2.init_params,
     param_shapes=gpt2.param_shapes,
     apply=gpt2.apply,

@@ -13,7 +13,7 @@ from peft_jax.models.config import (
     TOKEN_CLS,
     ModelConfig,
 )
-from peft_jax.models.llama.config import ACTIVATIONS
+from peft_jax.models.modules.activations import check_activation
 
 TASKS = MappingProxyType(
     {
@@ -65,8 +65,7 @@ class BertConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")
+        check_activation("hidden_act", self.hidden_act)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}, "

@@ -15,8 +15,8 @@ from flax import nnx
 
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
 from peft_jax.models.bert.task_heads import add_head, run_head
-from peft_jax.models.llama.config import ACTIVATIONS
 from peft_jax.models.modules import functional
+from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import attend
 from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput

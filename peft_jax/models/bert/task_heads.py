@@ -12,7 +12,7 @@ from peft_jax.interop.checkpoint import Row
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
 from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.family import Family, rows_by_layout
-from peft_jax.models.llama.config import ACTIVATIONS
+from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.heads import head_width
 from peft_jax.models.modules.layers import LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput

@@ -7,17 +7,16 @@ with their default ("sdpa") attention; dropout of the base is not applied.
 
 from __future__ import annotations
 
-import dataclasses
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, QUESTION_ANS, SEQ_CLS, TOKEN_CLS, ModelConfig
-from peft_jax.models.llama.config import ACTIVATIONS
+from peft_jax.models.config import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
+from peft_jax.models.gpt2.config import GPT2Config
 from peft_jax.models.modules import functional
+from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import attend, attend_to
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
@@ -36,86 +35,6 @@ from peft_jax.models.modules.positions import (
 )
 from peft_jax.models.modules.remat import kept, rematerialized
 from peft_jax.prompts.base import Adaption
-
-
-@dataclasses.dataclass(frozen=True)
-class GPT2Config(ModelConfig):
-    """Architecture of a GPT-2, with the common names of `transformers.GPT2Config`'s fields.
-
-    Attributes:
-        n_inner: Width of the feed-forward network; None means 4 * hidden_size.
-        scale_attn_weights: Whether scores are divided by the root of the head's width.
-        scale_attn_by_inverse_layer_idx: Whether they are divided by the number of the layer, counted from 1, too.
-        reorder_and_upcast_attn: Kept for saving: with "sdpa" attention it changes nothing.
-        resid_pdrop: Kept for saving, as the other dropouts.
-
-    Raises:
-        ValueError: A field has a value that is not supported, named in the message.
-
-    Example:
-        >>> GPT2Config.from_hf({"model_type": "gpt2", "n_embd": 64, "n_head": 4}).hidden_size
-        64
-    """
-
-    stems = MappingProxyType({"gpt2": "GPT2"})
-    tasks = MappingProxyType(
-        {
-            CAUSAL_LM: "LMHeadModel",
-            SEQ_CLS: "ForSequenceClassification",
-            TOKEN_CLS: "ForTokenClassification",
-            QUESTION_ANS: "ForQuestionAnswering",
-            FEATURE_EXTRACTION: "Model",
-        }
-    )
-    spelled = MappingProxyType(
-        {
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions",
-        }
-    )
-    fixed = MappingProxyType({"add_cross_attention": False})
-
-    vocab_size: int = 50257
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 1024
-    model_type: str = "gpt2"
-    task_type: str = CAUSAL_LM
-    tie_word_embeddings: bool = True
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    reorder_and_upcast_attn: bool = False
-    resid_pdrop: float = 0.1
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-
-    def __post_init__(self) -> None:
-        self.check()
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function={self.activation_function!r} is not supported. "
-                f"Supported: {', '.join(ACTIVATIONS)}."
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"n_embd={self.hidden_size} is not a multiple of n_head={self.num_attention_heads}, which it must be."
-            )
-
-    @property
-    def position_rows(self) -> int | None:
-        """Rows of the table of positions."""
-        return self.max_position_embeddings
-
-    @property
-    def type_rows(self) -> int | None:
-        """Rows of the table of tokens, of which ``token_type_ids`` are too."""
-        return self.vocab_size
 
 
 class GPT2Attention(nnx.Module):

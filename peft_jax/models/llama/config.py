@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
-
-import jax
 
 from peft_jax.models.config import (
     CAUSAL_LM,
@@ -20,14 +17,8 @@ from peft_jax.models.config import (
     read_common,
     write_common,
 )
+from peft_jax.models.modules.activations import check_activation
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -121,8 +112,7 @@ class LlamaConfig(ModelConfig):
         kind = FULL if self.sliding_window is None else SLIDING
         _default(self, "layer_types", (kind,) * self.num_hidden_layers)
         self.check()
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")
+        check_activation("hidden_act", self.hidden_act)
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

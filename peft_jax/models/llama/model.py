@@ -17,32 +17,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
-from peft_jax.models.llama.config import (
-    ACTIVATIONS,
-    FULL,
-    SLIDING,
-    LlamaConfig,
-    RopeScaling,
-)
+from peft_jax.models.llama.config import FULL, SLIDING, LlamaConfig, RopeScaling
+from peft_jax.models.llama.rotary import Context, make_context, rotate
 from peft_jax.models.modules import functional
-from peft_jax.models.modules.attention import (
-    Context,
-    KVCache,
-    attend,
-    attend_to,
-    init_cache,
-    make_context,
-    rotate,
-)
+from peft_jax.models.modules.activations import ACTIVATIONS
+from peft_jax.models.modules.attention import attend, attend_to
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.layers import Embed, RMSNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.modules.positions import (
     Beside,
     Buffers,
+    KVCache,
     Prefix,
     extend,
     filled,
+    make_cache,
     put_before,
 )
 from peft_jax.models.modules.remat import kept, rematerialized
@@ -319,3 +309,13 @@ def apply(
         remat=remat,
     )
     return output
+
+
+def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
+    """Make an empty cache for max_len positions.
+
+    Example:
+        >>> init_cache(LlamaConfig(num_hidden_layers=2), batch=3, max_len=5).keys.shape
+        (2, 3, 5, 32, 128)
+    """
+    return make_cache(config.num_hidden_layers, batch, max_len, config.kv_heads, config.head_size, dtype)

@@ -1,115 +1,22 @@
-"""Causal self-attention as transformers computes it: rotary positions, masks, grouped heads, a KV cache."""
+"""Attention as transformers computes it: masks, grouped heads, a softmax in float32."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.chunks import chunk_size, in_chunks, out_of_chunks
-from peft_jax.models.llama.config import FULL, SLIDING, LlamaConfig
-from peft_jax.models.modules.positions import (
-    KVCache,
-    Prefix,
-    causal_places,
-    make_cache,
-)
 from peft_jax.models.modules.remat import kept
 from peft_jax.prompts.base import Adaption
-
-__all__ = ["Context", "KVCache", "attend", "attend_to", "init_cache", "inverse_frequencies", "make_context", "rotate"]
 
 SCORES = 2**24  # that are there at once on each device
 UNSEEN = float(np.finfo(np.float32).min) / 2  # what is added to a score that counts for nothing
 BLOCKS, LEAST = 4, 64  # blocks that the queries of a causal attention go in at most, and queries in each at least
-
-
-class Context(NamedTuple):
-    """What all layers of one call share.
-
-    cos and sin are (batch or 1, length, 1, head_dim); masks maps each kind of layer to what a query may see, a bool
-    (batch or 1, length, kv_len); index is the slot of the cache that the first new position takes.
-    """
-
-    cos: jax.Array
-    sin: jax.Array
-    masks: dict[str, jax.Array]
-    index: jax.Array | int  # type: ignore[assignment]
-
-
-def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
-    """Make an empty cache for max_len positions.
-
-    Example:
-        >>> init_cache(LlamaConfig(num_hidden_layers=2), batch=3, max_len=5).keys.shape
-        (2, 3, 5, 32, 128)
-    """
-    return make_cache(config.num_hidden_layers, batch, max_len, config.kv_heads, config.head_size, dtype)
-
-
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Compute the rotary frequencies, (head_dim // 2,) in float32, as transformers' modeling_rope_utils does."""
-    rope = config.rope_scaling
-    exponents = np.arange(0, config.head_size, 2).astype(np.float32) / np.float32(config.head_size)
-    frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
-    if rope.rope_type == "default":
-        return frequencies
-    slow = frequencies / np.float32(rope.factor)
-    if rope.rope_type == "linear":
-        return slow
-    wavelength = 2 * math.pi / frequencies
-    turns = rope.original_max_position_embeddings / wavelength  # within the context of pretraining
-    smooth = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return ((1 - smooth) * slow + smooth * frequencies).astype(np.float32)
-
-
-def make_context(
-    config: LlamaConfig,
-    x: jax.Array,
-    attention_mask: jax.Array | None,
-    position_ids: jax.Array | None,
-    cache: KVCache | None,
-    segment_ids: jax.Array | None = None,
-    prefix: Prefix | None = None,
-) -> Context:
-    """Compute rotation and masks for embeddings x (batch, length, hidden).
-
-    Positions default to slot numbers, as in transformers, whatever the attention mask. They turn queries and keys;
-    what sees what depends on the slots, the mask and the segments. Several texts packed into one row are told apart by
-    segment_ids (batch, length): a text sees itself alone, and its positions count from 0. A prefix takes the first
-    slots, and is seen by all.
-
-    Raises:
-        ValueError: A shape does not fit the embeddings or the cache.
-    """
-    places = causal_places(
-        *x.shape[:2],
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
-        cache=cache,
-        prefix=prefix,
-    )
-    positions = places.positions.astype(jnp.float32)[:, :, None, None]
-    angles = positions * np.tile(inverse_frequencies(config), 2)[None, None, None]
-    masks = {FULL: places.mask}
-    if config.sliding_window is not None:
-        virtual = 0 if prefix is None else prefix[0].shape[2]
-        query = (jnp.arange(x.shape[1]) + places.index + virtual)[None, :, None]
-        key = jnp.arange(places.mask.shape[2])[None, None, :]
-        masks[SLIDING] = places.mask & (key > query - config.sliding_window)
-    return Context(jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype), masks, places.index)
-
-
-def rotate(x: jax.Array, context: Context) -> jax.Array:
-    """Turn each half-split pair of features of x (batch, length, heads, head_dim) by its position's angle."""
-    left, right = jnp.split(x, 2, axis=-1)
-    return x * context.cos + jnp.concatenate([-right, left], axis=-1) * context.sin
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: bool = False) -> jax.Array:

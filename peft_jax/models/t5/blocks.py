@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.models.llama.config import ACTIVATIONS
+from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.positions import extend, put_before
 from peft_jax.models.t5.config import T5Config
 from peft_jax.models.t5.relative_attention import (

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig, as_dict, complete
-from peft_jax.models.llama.config import ACTIVATIONS
+from peft_jax.models.modules.activations import ACTIVATIONS
 
 WITHOUT_LIMIT = 1 << 30  # relative positions go on
 

@@ -1,0 +1,86 @@
+"""Rotary positions, plain or stretched, and what each kind of layer may see."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.models.llama.config import FULL, SLIDING, LlamaConfig
+from peft_jax.models.modules.positions import KVCache, Prefix, causal_places
+
+
+class Context(NamedTuple):
+    """What all layers of one call share.
+
+    cos and sin are (batch or 1, length, 1, head_dim); masks maps each kind of layer to what a query may see, a bool
+    (batch or 1, length, kv_len); index is the slot of the cache that the first new position takes.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    masks: dict[str, jax.Array]
+    index: jax.Array | int  # type: ignore[assignment]
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Compute the rotary frequencies, (head_dim // 2,) in float32, as transformers' modeling_rope_utils does."""
+    rope = config.rope_scaling
+    exponents = np.arange(0, config.head_size, 2).astype(np.float32) / np.float32(config.head_size)
+    frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
+    if rope.rope_type == "default":
+        return frequencies
+    slow = frequencies / np.float32(rope.factor)
+    if rope.rope_type == "linear":
+        return slow
+    wavelength = 2 * math.pi / frequencies
+    turns = rope.original_max_position_embeddings / wavelength  # within the context of pretraining
+    smooth = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    return ((1 - smooth) * slow + smooth * frequencies).astype(np.float32)
+
+
+def make_context(
+    config: LlamaConfig,
+    x: jax.Array,
+    attention_mask: jax.Array | None,
+    position_ids: jax.Array | None,
+    cache: KVCache | None,
+    segment_ids: jax.Array | None = None,
+    prefix: Prefix | None = None,
+) -> Context:
+    """Compute rotation and masks for embeddings x (batch, length, hidden).
+
+    Positions default to slot numbers, as in transformers, whatever the attention mask. They turn queries and keys;
+    what sees what depends on the slots, the mask and the segments. Several texts packed into one row are told apart by
+    segment_ids (batch, length): a text sees itself alone, and its positions count from 0. A prefix takes the first
+    slots, and is seen by all.
+
+    Raises:
+        ValueError: A shape does not fit the embeddings or the cache.
+    """
+    places = causal_places(
+        *x.shape[:2],
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        cache=cache,
+        prefix=prefix,
+    )
+    positions = places.positions.astype(jnp.float32)[:, :, None, None]
+    angles = positions * np.tile(inverse_frequencies(config), 2)[None, None, None]
+    masks = {FULL: places.mask}
+    if config.sliding_window is not None:
+        virtual = 0 if prefix is None else prefix[0].shape[2]
+        query = (jnp.arange(x.shape[1]) + places.index + virtual)[None, :, None]
+        key = jnp.arange(places.mask.shape[2])[None, None, :]
+        masks[SLIDING] = places.mask & (key > query - config.sliding_window)
+    return Context(jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype), masks, places.index)
+
+
+def rotate(x: jax.Array, context: Context) -> jax.Array:
+    """Turn each half-split pair of features of x (batch, length, heads, head_dim) by its position's angle."""
+    left, right = jnp.split(x, 2, axis=-1)
+    return x * context.cos + jnp.concatenate([-right, left], axis=-1) * context.sin
