@@ -20,7 +20,7 @@ COPIES = r"\.(original_module|modules_to_save)\.(.*\.)?bias"
 def at_the_ends(params: Any, adapted: set[str]) -> set[str]:
     """Those of the adapted modules that are a model's input embedding and output head; names tell for a bare tree.
 
-    T5's embed_tokens are neither for PEFT, which takes its ``shared`` for the input embedding.
+    Where the stacks of a model share an embedding, their own names of it are neither for PEFT.
     """
     if isinstance(params, Handle):
         return adapted & {params.input_module, params.output_module}

@@ -1,9 +1,11 @@
 """The house's own rules: which way imports point, what is never imported, what the public face holds."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import peft_jax
+from peft_jax.models.registry import BY_MODEL_TYPE, FAMILIES
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
@@ -87,6 +90,118 @@ def test_no_two_modules_share_a_basename() -> None:
         if file.stem not in shared and not is_command:
             other = seen.setdefault(file.stem, file)
             assert other == file, f"{other} and {file} share a name"
+
+
+FOLDERS = {name: family.config.__module__.split(".")[2] for name, family in BY_MODEL_TYPE.items()}
+# Code outside an architecture's folder and the registry that names it nevertheless, and why.
+NAMING = {
+    "peft_jax/models/__init__.py": "the public face: the configs that a user makes models from",
+    "peft_jax/cli/demo.py": "says what the checkpoint is that ships with the package",
+}
+# Code outside the folders that has names of modules which an architecture has too, and why.
+LISTING = {
+    "peft_jax/core/targets.py": "PEFT's list of the heads that it trains whole, for all models",
+    "peft_jax/adapters/target_parameters.py": "the names that all experts of transformers give their parameters",
+    "peft_jax/models/modules/layers.py": "the class LayerNorm itself",
+    "peft_jax/adapters/attach.py": "PEFT's name for the input embedding of what is no model of transformers'",
+    "interop/formats.py": "PEFT's list of the modules whose base weight a file holds too",
+    "peft_jax/cli/inspect/servers.py": "the list in a server's own code of the modules that it takes adapters of",
+    "peft_jax/cli/finetune/adapter_config.py": "an example of what a user may type",
+}
+
+
+def words_of(file: Path, *, with_docstrings: bool) -> str:
+    """The strings and names in a file's code, a line each; of docstrings what is no example."""
+    tree = ast.parse(file.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                found.append(node.value)
+            elif with_docstrings:
+                found += [line for line in node.value.splitlines() if not line.strip().startswith((">>>", "..."))]
+        for field in ("id", "attr", "arg", "name", "asname", "module"):
+            if isinstance(name := getattr(node, field, None), str):
+                found.append(name)
+    return "\n".join(found)
+
+
+def architectures_named(text: str) -> set[str]:
+    """The model types whose names, or names of classes, are words of a text: `LlamaConfig`, `GPT-2`, `t5`."""
+    found = set()
+    for family in FAMILIES:
+        for model_type, stem in family.config.stems.items():
+            for name in (model_type, stem):
+                spelled = re.sub(r"(?<=[a-z])(?=\d)", "[-_ ]?", name.lower())
+                if re.search(rf"(?<![A-Za-z0-9])(?i:{spelled})(?![a-z0-9])", text):
+                    found.add(model_type)
+    return found
+
+
+def folder_of(file: Path) -> str:
+    """The name of the architecture's folder that a file is in; empty if it is in none."""
+    parts = file.relative_to(ROOT).parts
+    return parts[2] if parts[:2] == ("peft_jax", "models") and parts[2] in FOLDERS.values() else ""
+
+
+def test_names_of_architectures_are_found() -> None:
+    """The check below sees the spellings that code has."""
+    for text, model_type in {
+        "LlamaConfig": "llama",
+        "LLAMAS": "llama",
+        "GPT-2": "gpt2",
+        "gpt2.model": "gpt2",
+        "XLM-RoBERTa": "xlm-roberta",
+        "T5Config": "t5",
+        "is_t5": "t5",
+        "Qwen 3": "qwen3",
+    }.items():
+        assert model_type in architectures_named(text), text
+    assert architectures_named("llama3 test5 at5 t51") == set(), "a kind of rotary scaling, and other words"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_an_architecture_is_named_in_its_folder_and_the_registry_alone(file: Path) -> None:
+    """Help texts and docstrings of what a user calls name none either; elsewhere docstrings may give examples."""
+    path = str(file.relative_to(ROOT))
+    called = path.startswith(("peft_jax/models/handles/", "peft_jax/cli/", "interop/"))
+    named = architectures_named(words_of(file, with_docstrings=called))
+    if path in NAMING:
+        assert named, f"{path} names no architecture: take it off the list"
+    elif path != "peft_jax/models/registry.py":
+        assert {name for name in named if FOLDERS[name] != folder_of(file)} == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_modules_of_an_architecture_are_named_in_its_folder_alone(file: Path) -> None:
+    path, words = str(file.relative_to(ROOT)), words_of(file, with_docstrings=False)
+    used = {name for name in module_names() if re.search(rf"(?<!\w){name}(?!\w)", words)}
+    if path in LISTING:
+        assert used, f"{path} names no module of an architecture: take it off the list"
+    else:
+        assert folder_of(file) or used == set()
+
+
+@functools.cache
+def module_names() -> set[str]:
+    """The names of modules of all architectures, for all tasks, that are no common words."""
+    paths: set[str] = set()
+    for family in FAMILIES:
+        for task in family.config.tasks:
+            config = family.config(model_type=next(iter(family.config.stems)), task_type=task)
+            paths |= family.param_shapes(config).keys()
+    parts = {part for path in paths for part in path.split(".")[:-1]}
+    return {part for part in parts if len(part) > 2 and ("_" in part or not part[1:].islower())}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "models" in file.parts], ids=lambda file: file.stem)
+def test_architectures_do_not_import_one_another(file: Path) -> None:
+    """Nor do the modules that they share import any of them: an architecture's folder can be removed."""
+    if folder_of(file) or "modules" in file.parts:
+        prefix = "peft_jax.models."
+        imported = {name.removeprefix(prefix).split(".")[0] for name in imported_names(file) if name.startswith(prefix)}
+        assert imported & set(FOLDERS.values()) <= {folder_of(file)}
 
 
 @pytest.mark.parametrize("name", [name.rsplit(".")[-1] for name in imported_names(ROOT / "peft_jax" / "__init__.py")])

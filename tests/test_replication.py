@@ -113,7 +113,7 @@ def test_what_does_not_suit_is_named(case, base):
 def test_models_that_have_no_such_layers_are_named(base):
     config = GPT2Config(vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4)
     replicated = lora(layer_replication=RANGES)
-    with pytest.raises(ValueError, match="models like Llama and for BERT, as PEFT has it, and this is GPT2LMHeadModel"):
+    with pytest.raises(ValueError, match="PEFT has no layer_replication for models like this GPT2LMHeadModel"):
         pj.get_peft_model(CausalLM(gpt2_params(config, jax.random.key(0)), config), replicated)
     with pytest.raises(ValueError, match="is for a model handle, which knows its layers"):
         pj.apply_adapter(base.params, replicated)

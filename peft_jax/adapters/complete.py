@@ -63,7 +63,7 @@ def _with_storage(config: M, found: Sequence[Leaf]) -> M:
         return config
     if config.fan_in_fan_out and not any(leaf.layout.stored_in_out for leaf in linear):
         raise ValueError(
-            "fan_in_fan_out=True is for layers stored (in, out), as GPT-2's. This model has none: leave it."
+            "fan_in_fan_out=True is for layers stored (in, out), such as Conv1D. This model has none: leave it."
         )
     if not config.notes_storage:
         return config

@@ -36,6 +36,11 @@ class Handle(abc.ABC):
     def input_module(self) -> str:
         """Path of the input embedding."""
 
+    @property
+    @abc.abstractmethod
+    def adaption_carrier(self) -> str:
+        """Name of the matrix of an attention module whose leaf carries adaption prompts; empty if there is none."""
+
     @abc.abstractmethod
     def defaults(self, peft_type: str) -> Mapping[str, Any]:
         """PEFT's defaults for such a model, by field of the method's config."""

@@ -9,8 +9,6 @@ from peft_jax.interop.checkpoint import Row
 from peft_jax.models.config import FEATURE_EXTRACTION, ModelConfig
 from peft_jax.models.family import LANGUAGE_MODELS, Family
 
-OLD_NAMES = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}  # of TensorFlow's BERTs
-
 Tensors = Mapping[str, np.ndarray]
 
 
@@ -23,7 +21,7 @@ def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str,
         >>> list(fit_keys(GPT2, GPT2Config(), {"wte.weight": np.zeros((2, 2))}))
         ['transformer.wte.weight']
     """
-    found = {_new_name(key): tensor for key, tensor in tensors.items()}
+    found = {_new_name(family, key): tensor for key, tensor in tensors.items()}
     prefix = f"{family.backbone}." if family.backbone else ""
     has_prefix = any(key.startswith(prefix) for key in found)
     if config.task_type == FEATURE_EXTRACTION:
@@ -49,8 +47,11 @@ def unused(family: Family) -> list[str]:
     return [*family.ignored, *(rf"{re.escape(name)}\..*" for name in _head_names(family)), *family.extras]
 
 
-def _new_name(key: str) -> str:
-    return next((key.removesuffix(old) + new for old, new in OLD_NAMES.items() if key.endswith(old)), key)
+def _new_name(family: Family, key: str) -> str:
+    for old, new in family.renamed.items():
+        if key.endswith(old):
+            return key.removesuffix(old) + new
+    return key
 
 
 def _head_names(family: Family) -> set[str]:

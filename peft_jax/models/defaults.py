@@ -1,70 +1,10 @@
-"""PEFT's defaults for configs that do not say where to adapt, by method and model type (PEFT 0.21.2)."""
-
-from collections.abc import Iterable, Mapping
-from typing import Any
+"""What PEFT fills in where a config leaves it open: modules to adapt, sizes of prompts."""
 
 from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig
+from peft_jax.models.family import OTHERWISE, Fields
+from peft_jax.models.registry import BY_MODEL_TYPE
 
-Fields = Mapping[str, Any]
-
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
-BERTS = ("bert", "roberta", "xlm-roberta")
-
-
-def _targets(kinds: Iterable[str], *names: str, **more: Any) -> dict[str, Fields]:
-    return {kind: {"target_modules": names, **more} for kind in kinds}
-
-
-# Of all methods but those below.
-ATTENTION: Mapping[str, Fields] = {
-    **_targets(LLAMAS, "q_proj", "v_proj"),
-    **_targets(["gpt2"], "c_attn"),
-    **_targets(BERTS, "query", "value"),
-    **_targets(["t5", "mt5"], "q", "v"),
-}
-NO_WINDOW = {kind: ATTENTION[kind] for kind in ("llama", "qwen2", "qwen3", "gpt2", "bert", "roberta")}
-T5_ALL = _targets(["t5"], "q", "k", "v", "o", "wi", "wo")
-GPT2_MLP = {**ATTENTION, **_targets(["gpt2"], "mlp.c_proj")}
-
-# A model type that is not there has no default: the config has to name its targets.
-DEFAULTS: Mapping[str, Mapping[str, Fields]] = {
-    "ADALORA": {
-        **NO_WINDOW,
-        **_targets(["roberta"], "query", "key", "value", "dense"),
-        **T5_ALL,
-        **_targets(["mt5"], "q", "k", "v", "o", "wi_0", "wi_1", "wo"),
-    },
-    "ADAPTION_PROMPT": {
-        **dict.fromkeys(("llama", "mistral"), {"target_modules": "self_attn"}),
-        "gpt2": {"target_modules": "attn"},
-    },
-    "BEFT": {
-        **_targets(LLAMAS, "v_proj"),
-        **_targets(("bert", "roberta"), "value"),
-        **_targets(["t5", "mt5"], "v"),
-    },
-    "C3A": GPT2_MLP,
-    "FOURIERFT": GPT2_MLP,
-    "IA3": {
-        **_targets(("llama", "mistral"), "k_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",)),
-        **_targets(("qwen2", "qwen3"), "q_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",)),
-        **_targets(["gpt2"], "c_attn", "mlp.c_proj", feedforward_modules=("mlp.c_proj",)),
-        **_targets(("bert", "roberta"), "key", "value", "output.dense", feedforward_modules=("output.dense",)),
-        **_targets(["t5"], "k", "v", "wo", feedforward_modules=("wo",)),
-        **_targets(["mt5"], "k", "v", "wi_1", feedforward_modules=()),
-    },
-    "LN_TUNING": {
-        **_targets(("llama", "mistral"), "input_layernorm", "post_attention_layernorm", "norm"),
-        **_targets(("qwen2", "qwen3"), "post_attention_layernorm"),
-        **_targets(["gpt2"], "ln_1", "ln_2", "ln_f"),
-        **_targets(["t5", "mt5"], "layer_norm", "final_layer_norm"),
-    },
-    "VBLORA": {**NO_WINDOW, **T5_ALL},
-    "WAVEFT": GPT2_MLP,
-}
-
-
-ONLY = ("ADAPTION_PROMPT",)  # methods that are for the model types of their table alone
+ONLY = ("ADAPTION_PROMPT",)  # methods that are for the model types with an entry of theirs alone
 
 
 def method_defaults(peft_type: str, model_type: str) -> Fields:
@@ -77,10 +17,11 @@ def method_defaults(peft_type: str, model_type: str) -> Fields:
         >>> method_defaults("IA3", "llama")["feedforward_modules"]
         ('down_proj',)
     """
-    table = DEFAULTS.get(peft_type, ATTENTION)
-    if peft_type in ONLY and model_type not in table:
-        raise ValueError(f"{peft_type} is for {', '.join(table)} models, as in PEFT, not for {model_type}.")
-    return table.get(model_type, {})
+    by_method = BY_MODEL_TYPE[model_type].peft_defaults[model_type]
+    if peft_type in ONLY and peft_type not in by_method:
+        able = [name for name, family in BY_MODEL_TYPE.items() if peft_type in family.peft_defaults[name]]
+        raise ValueError(f"{peft_type} is for {', '.join(able)} models, as in PEFT, not for {model_type}.")
+    return by_method.get(peft_type, by_method[OTHERWISE])
 
 
 def prompt_sizes(peft_type: str, config: ModelConfig) -> Fields:

@@ -1,4 +1,4 @@
-"""What the handles, checkpoints and commands need to know of an architecture: one record each."""
+"""The record of an architecture: the facts of it that handles, checkpoints, meshes and commands need."""
 
 import dataclasses
 import functools
@@ -22,7 +22,34 @@ from peft_jax.prompts.base import without_prompts
 KNOWN = "known to the model"
 LANGUAGE_MODELS = (CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM)
 
+OTHERWISE = "OTHERWISE"  # the key of PEFT's defaults for methods that have no entry of their own
+
 Tensors = Mapping[str, np.ndarray]
+Fields = Mapping[str, Any]
+
+
+def targets(*names: str, **more: Any) -> Fields:
+    """Defaults of a method's config that adapts modules of these names.
+
+    Example:
+        >>> targets("wo", feedforward_modules=("wo",))
+        {'target_modules': ('wo',), 'feedforward_modules': ('wo',)}
+    """
+    return {"target_modules": names, **more}
+
+
+class Sharding(NamedTuple):
+    """The modules whose weights a mesh splits, each a regex of the end of their paths.
+
+    Attributes:
+        columns: Those whose outputs are split among devices that compute one product together.
+        rows: Those whose inputs are, as they are the outputs of such modules.
+        tables: Embeddings, which are split by rows.
+    """
+
+    columns: str
+    rows: str
+    tables: str
 
 
 class EncoderDecoder(NamedTuple):
@@ -40,7 +67,7 @@ class EncoderDecoder(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Family:
-    """An architecture and its kin, by functions of a config of theirs.
+    """An architecture and its kin: facts, and functions of a config of theirs.
 
     Attributes:
         config: The class of the configs, which names the model types and tasks.
@@ -55,9 +82,16 @@ class Family:
             lack it. Empty if a model with a head has no such module either.
         embedding: Path of the token embedding below the backbone.
         heads: Path of the module beside the backbone that gives the output, by task; none for a bare model.
+        peft_defaults: Fields that PEFT fills in where a config does not say where to adapt, by model type and method
+            (PEFT 0.21.2); `OTHERWISE` is for the methods that are not named. Without fields a method has no default.
+        sharding: How a mesh splits the weights.
+        adaption_carrier: The matrix of an attention module whose leaf carries adaption prompts; empty if PEFT has none
+            for these models.
+        class_layers: By task, the layer of a head of several whose outputs are the classes.
         extras: Regexes of further leaves that only some tasks have, as a pooler's: a checkpoint of another task may
             lack them, as it lacks the head, and then they start at random.
         ignored: Regexes of tensors in checkpoints that no model has use for.
+        renamed: What the keys of old checkpoints end in, and what they end in since.
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
         float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
@@ -74,8 +108,13 @@ class Family:
     backbone: str
     embedding: str
     heads: Mapping[str, str]
+    peft_defaults: Mapping[str, Mapping[str, Fields]]
+    sharding: Sharding
+    adaption_carrier: str = ""
+    class_layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extras: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     float32: str = ""
     replicable: Collection[str] = ()
@@ -102,6 +141,10 @@ class Family:
     def output_module(self, config: ModelConfig) -> str | None:
         """Path of the module that gives the output; None for a bare model."""
         return self.heads.get(config.task_type)
+
+    def class_layer(self, config: ModelConfig) -> str:
+        """Path of the layer that gives a classifier's outputs: its head, or the last layer of it."""
+        return self.class_layers.get(config.task_type, self.heads[config.task_type])
 
     def head_weight(self, config: ModelConfig, params: Any) -> tuple[Any, bool]:
         """What a language model's logits are the product with, and whether it is the embedding."""
@@ -130,10 +173,7 @@ class Family:
             ValueError: if there is no such layer, or PEFT replicates none of such a model.
         """
         if config.task_type not in self.replicable:
-            raise ValueError(
-                "layer_replication is for models like Llama and for BERT, as PEFT has it, and this is "
-                f"{config.architecture}. Leave it out."
-            )
+            raise ValueError(f"PEFT has no layer_replication for models like this {config.architecture}. Leave it out.")
         if max(order) >= config.num_hidden_layers:
             raise ValueError(
                 f"layer_replication names layer {max(order)}, and the model has layers 0 to "
@@ -184,7 +224,7 @@ def rows_by_layout(family: Family, config: ModelConfig) -> tuple[Row, ...]:
 
     Example:
         >>> from peft_jax.models.registry import LLAMA
-        >>> from peft_jax.models.llama.model import LlamaConfig
+        >>> from peft_jax.models.llama.config import LlamaConfig
         >>> rows = rows_by_layout(LLAMA, LlamaConfig(num_hidden_layers=2))
         >>> next(row.keys[1] for row in rows if row.path == "model.layers.self_attn.q_proj.kernel")
         'model.layers.1.self_attn.q_proj.weight'

@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.handle import Handle
 from peft_jax.methods.base import Arrays, register
 from peft_jax.prompts.base import Adaption, Prompt, PromptMethod
-
-CARRIERS = ("k_proj", "c_attn")  # the attention's matrix, by model, whose leaf carries the arrays
 
 
 @register("ADAPTION_PROMPT")
@@ -51,10 +50,10 @@ class AdaptionPromptConfig(PromptMethod):
             if not isinstance(value := getattr(self, field), int) or value < 1:
                 raise ValueError(f"AdaptionPromptConfig needs {field} of at least 1, got {value!r}.")
 
-    def places(self, modules: Sequence[str], input_module: str) -> list[str]:
+    def places(self, modules: Sequence[str], handle: Handle) -> list[str]:
         """The matrices of the attention of the top layers."""
-        ends = tuple(f".{self.target_modules}.{carrier}" for carrier in CARRIERS)
-        found = [module for module in modules if module.endswith(ends)]
+        end = f".{self.target_modules}.{handle.adaption_carrier}"
+        found = [module for module in modules if module.endswith(end)]
         if len(found) < (self.adapter_layers or 0):
             raise ValueError(
                 f"adapter_layers={self.adapter_layers}, but the model has {len(found)} modules "

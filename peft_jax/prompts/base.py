@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.handle import Handle
 from peft_jax.core.ids import is_outside
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError, Weight
@@ -60,8 +61,12 @@ class PromptMethod(Method):
         return True
 
     @abc.abstractmethod
-    def places(self, modules: Sequence[str], input_module: str) -> list[str]:
-        """Which modules' matrices carry the arrays, of all modules of a model and its input embedding.
+    def places(self, modules: Sequence[str], handle: Handle) -> list[str]:
+        """Which modules' matrices carry the arrays.
+
+        Args:
+            modules: Paths of all modules of the model that have a matrix.
+            handle: The model.
 
         Raises:
             ValueError: if the model has none.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import jax
 import numpy as np
 
+from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.methods.base import Arrays
 from peft_jax.prompts.base import PROMPT, Prompt, PromptMethod
@@ -68,9 +69,9 @@ class PromptLearning(PromptMethod):
         """``num_virtual_tokens``."""
         return self.num_virtual_tokens or 0
 
-    def places(self, modules: Sequence[str], input_module: str) -> list[str]:
+    def places(self, modules: Sequence[str], handle: Handle) -> list[str]:
         """The input embedding."""
-        return [input_module]
+        return [handle.input_module]
 
     def init(
         self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array

@@ -1,4 +1,4 @@
-"""Many devices: a mesh with the axes data, fsdp and tensor, and one table that says how each array lies on it.
+"""Many devices: a mesh with the axes data, fsdp and tensor, and the rules by which each array lies on it.
 
 ``data`` and ``fsdp`` split the rows of a batch. ``fsdp`` and ``tensor`` split weights, adapters and the optimizer's
 moments, so that each device holds a part; XLA puts in the communication. Devices may be those of several processes:
@@ -20,24 +20,25 @@ from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted, tied
 from peft_jax.core.partition_specs import put
 from peft_jax.core.paths import dotted
 from peft_jax.core.weight import is_weight
+from peft_jax.models.registry import FAMILIES
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.loop import State
 
 T = TypeVar("T")
 AXES = ("data", "fsdp", "tensor")
 
-# The table: by the end of a path, the mesh axes of an array's last dimensions. What is not here lies whole everywhere.
+# By the end of a path, the mesh axes of an array's last dimensions. What is not here lies whole everywhere. Each
+# architecture names its modules (`peft_jax.models.family.Sharding`), and the rules of all hold for any tree.
 # Quantized weights and adapters lie as the weight that they stand for, or are on: the axes that they share with it are
 # split as its are, and a rank never is. The optimizer's moments lie as what they are of.
 # Of embeddings only the rows are split: with split features, what is looked up has them too, and XLA then has every
 # device compute all rows of a batch.
 BATCH = P(("data", "fsdp"))  # the rows
+COLUMNS, ROWS, TABLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P(("tensor", "fsdp"), None)
 RULES: tuple[tuple[str, P], ...] = (
-    (r"((q|k|v|gate|up)_proj|c_attn|c_fc|self\.(query|key|value)|intermediate\.dense)\.kernel", P("fsdp", "tensor")),
-    (r"((Self|EncDec)Attention\.(q|k|v)|DenseReluDense\.(wi|wi_0|wi_1))\.kernel", P("fsdp", "tensor")),
-    (r"((o|down)_proj|c_proj|output\.dense|(Self|EncDec)Attention\.o|DenseReluDense\.wo)\.kernel", P("tensor", "fsdp")),
-    (r"(embed_tokens|wte|word_embeddings|shared)\.embedding", P(("tensor", "fsdp"), None)),
-    (r"lm_head\.kernel", P("fsdp", "tensor")),
+    *((rf"({family.sharding.columns})\.kernel", COLUMNS) for family in FAMILIES),
+    *((rf"({family.sharding.rows})\.kernel", ROWS) for family in FAMILIES),
+    *((rf"({family.sharding.tables})\.embedding", TABLE) for family in FAMILIES),
 )
 
 

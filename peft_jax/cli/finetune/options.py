@@ -18,7 +18,7 @@ class ModelOptions:
     TITLE = "Model"
 
     model: Annotated[str, MODEL]
-    """Folder (or hub id) of a Hugging Face checkpoint: Llama, Mistral, Qwen2, Qwen3, GPT-2, T5, BERT or RoBERTa."""
+    """Folder (or hub id) of a Hugging Face checkpoint of one of the architectures in the README's table."""
     task: Annotated[Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None, Option(aliases=("--task-type",))] = None
     """What to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to tell texts'
     classes, with a fresh head where the checkpoint has none; by default what the adapter or the checkpoint is for."""

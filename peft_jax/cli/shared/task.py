@@ -255,11 +255,11 @@ def classes_of_adapter(adapter: Path, model: str) -> dict[int, str] | None:
     if (adapter / LABELS_FILE).is_file():
         return _read_labels(adapter)
     config = dataclasses.replace(read_architecture(read_config(find_checkpoint(model))), task_type=SEQ_CLS)
-    head = family_of(config).output_module(config)
-    ends = (f"{head}.weight", f"{head}.out_proj.weight")  # RoBERTa's has two layers
-    tensors = read_adapter(adapter).tensors or {}
-    count = next((tensor.shape[0] for key, tensor in tensors.items() if key.endswith(ends)), config.num_labels)
-    return None if count == config.num_labels else numbered_labels(count)
+    key_end = f"{family_of(config).class_layer(config)}.weight"
+    for key, tensor in (read_adapter(adapter).tensors or {}).items():
+        if key.endswith(key_end) and tensor.shape[0] != config.num_labels:
+            return numbered_labels(tensor.shape[0])
+    return None
 
 
 def _read_labels(adapter: Path) -> dict[int, str]:

@@ -71,8 +71,8 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
             the order in which PyTorch's module declares them, since PEFT's file counts on it; of one shape they cannot
             be told apart there, but for transformers' experts, whose order is known.
         layer_replication: Ranges ``[start, end)`` of layers, which in this order are the layers of the model that is
-            adapted: each with an adapter of its own, on weights that are shared. For handles of models like Llama and
-            of BERT; targets are numbered in the new order. Merged, each layer has its own weights.
+            adapted: each with an adapter of its own, on weights that are shared. For handles of models whose
+            layers PEFT replicates; targets are numbered in the new order. Merged, each layer has its own weights.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
 
     Every other field of PEFT's ``LoraConfig`` is known, and refused away from its default.

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.interop.checkpoint import Row
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
 from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
-from peft_jax.models.family import Family, rows_by_layout
 from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.heads import head_width
 from peft_jax.models.modules.layers import LayerNorm, linear_maker
@@ -104,15 +102,6 @@ def run_head(module: Any, config: BertConfig, h: jax.Array, pooled: jax.Array | 
         return ModelOutput((module.lm_head if is_roberta else module.cls)(h, table))
     head = getattr(module, CLASSIFIERS[task])
     return ModelOutput(head(pooled if task == SEQ_CLS and not is_roberta else h))
-
-
-def rows(family: Family, config: BertConfig) -> tuple[Row, ...]:
-    """Rows of all leaves; a decoder that is not tied has the bias by another name."""
-    found = rows_by_layout(family, config)
-    if config.task_type != MASKED_LM or config.tie_word_embeddings:
-        return found
-    bias = f"{family.heads[MASKED_LM].rpartition('.')[0]}.bias"
-    return tuple(row._replace(key=f"{family.heads[MASKED_LM]}.bias") if row.path == bias else row for row in found)
 
 
 def _add_decoder(module: Any, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:

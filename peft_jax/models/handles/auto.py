@@ -105,7 +105,7 @@ class AutoHandle:
 
 
 class AutoModelForCausalLM(AutoHandle):
-    """Makes causal language models: Llama, Mistral, Qwen2, Qwen3, GPT-2.
+    """Makes causal language models, of decoders.
 
     Example:
         >>> from peft_jax.cli.demo_data import MODEL
@@ -118,28 +118,28 @@ class AutoModelForCausalLM(AutoHandle):
 
 
 class AutoModel(AutoHandle):
-    """Makes bare models, which give hidden states: of every architecture but T5."""
+    """Makes bare models, which give hidden states: of encoders and of decoders."""
 
     handle = FeatureExtractor
 
 
 class AutoModelForSeq2SeqLM(AutoHandle):
-    """Makes sequence-to-sequence language models: T5, T5 v1.1, FLAN-T5, mT5.
+    """Makes sequence-to-sequence language models, of encoder-decoders.
 
-    With float16 the last matrix of T5's feed-forward networks stays float32, as in transformers.
+    With float16 the leaves that it would overflow stay float32, as in transformers.
     """
 
     handle = Seq2SeqLM
 
 
 class AutoModelForMaskedLM(AutoHandle):
-    """Makes masked language models: BERT, RoBERTa."""
+    """Makes masked language models, of encoders."""
 
     handle = MaskedLM
 
 
 class AutoModelForQuestionAnswering(AutoHandle):
-    """Makes models that find spans: BERT, RoBERTa, GPT-2."""
+    """Makes models that find spans, of encoders and of some decoders."""
 
     handle = QuestionAnswerer
 
@@ -192,12 +192,12 @@ class _AutoClassifier(AutoHandle):
 
 
 class AutoModelForSequenceClassification(_AutoClassifier):
-    """Makes classifiers and regressors of texts: BERT, RoBERTa, GPT-2, the Llama family."""
+    """Makes classifiers and regressors of texts, of encoders and of decoders."""
 
     handle = SequenceClassifier
 
 
 class AutoModelForTokenClassification(_AutoClassifier):
-    """Makes classifiers of tokens: BERT, RoBERTa, GPT-2, the Llama family."""
+    """Makes classifiers of tokens, of encoders and of decoders."""
 
     handle = TokenClassifier

@@ -160,6 +160,11 @@ class ModelHandle(Handle):
         """The input embedding."""
         return self.family.embedding_module(self.config)
 
+    @property
+    def adaption_carrier(self) -> str:
+        """Name of the matrix of an attention module whose leaf carries adaption prompts; empty if there is none."""
+        return self.family.adaption_carrier
+
     def defaults(self, peft_type: str) -> Mapping[str, Any]:
         """PEFT's defaults for this model, by field of the method's config."""
         if issubclass(by_name(peft_type), PromptLearning):

@@ -1,4 +1,4 @@
-"""What the leaves of a T5 are: the tensors of a Hugging Face checkpoint, and an embedding that four modules share."""
+"""What is known of the T5 family beside its numbers, and its embedding, which four modules share."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.models.family import Family, Tensors, dense_table, with_leaf
+from peft_jax.models.config import SEQ_2_SEQ_LM
+from peft_jax.models.family import (
+    OTHERWISE,
+    EncoderDecoder,
+    Family,
+    Sharding,
+    Tensors,
+    dense_table,
+    stacked_layouts,
+    targets,
+    with_leaf,
+)
+from peft_jax.models.t5 import forward
+from peft_jax.models.t5.config import T5Config
 
 SHARED = "shared"
 LOOKED_UP = ("encoder.embed_tokens", "decoder.embed_tokens")
@@ -49,3 +62,44 @@ class T5Family(Family):
         rest = {key: tensor for key, tensor in tensors.items() if key.removesuffix(".weight") not in names}
         own = {f"{name}.weight": found.get(name, table) for name in kept}
         return dataclasses.replace(config, share_embeddings=share, tie_word_embeddings=tied), {**own, **rest}
+
+
+ALL_OF_UNGATED = targets("q", "k", "v", "o", "wi", "wo")
+NORMS = targets("layer_norm", "final_layer_norm")
+
+T5 = T5Family(
+    config=T5Config,
+    init_params=forward.init_params,
+    param_shapes=forward.param_shapes,
+    apply=forward.apply,
+    layouts=stacked_layouts("block"),
+    backbone="",
+    embedding=SHARED,
+    heads={SEQ_2_SEQ_LM: HEAD},
+    peft_defaults={
+        "t5": {
+            OTHERWISE: targets("q", "v"),
+            "ADALORA": ALL_OF_UNGATED,
+            "BEFT": targets("v"),
+            "IA3": targets("k", "v", "wo", feedforward_modules=("wo",)),
+            "LN_TUNING": NORMS,
+            "VBLORA": ALL_OF_UNGATED,
+        },
+        "mt5": {
+            OTHERWISE: targets("q", "v"),
+            "ADALORA": targets("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+            "BEFT": targets("v"),
+            "IA3": targets("k", "v", "wi_1", feedforward_modules=()),
+            "LN_TUNING": NORMS,
+            "VBLORA": {},
+        },
+    },
+    sharding=Sharding(
+        columns=r"(Self|EncDec)Attention\.(q|k|v)|DenseReluDense\.(wi|wi_0|wi_1)|lm_head",
+        rows=r"(Self|EncDec)Attention\.o|DenseReluDense\.wo",
+        tables="shared|embed_tokens",
+    ),
+    ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),  # unused, in old ones
+    float32=r".*\.wo\.kernel",
+    encoder_decoder=EncoderDecoder(forward.encode, forward.init_cache, forward.decode),
+)
