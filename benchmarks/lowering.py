@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ import peft_jax as pj
 from peft_jax.cli.shared.forward_pass import apply_lazily
 from peft_jax.core.partition import partition
 from peft_jax.models import LlamaConfig
-from peft_jax.models.llama import model as llama
-from peft_jax.models.modules.positions import KVCache
+from peft_jax.models.llama.family import LLAMA
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import KVCache
 from peft_jax.train import cross_entropy, init_optimizer, make_optimizer, make_training_step
 from peft_jax.train.mesh import (
     BATCH,
@@ -162,7 +164,7 @@ def decoding(case: Case, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
     ids = jax.ShapeDtypeStruct((case.rows, 1), jnp.int32, sharding=NamedSharding(mesh, BATCH))
 
     def step(params: Any, cache: KVCache, ids: Any) -> Any:
-        out = pj.adapt(lambda params: llama.apply(config, params, ids, cache=cache))(params)
+        out = pj.adapt(partial(LLAMA.apply, config))(params, ForwardInputs(input_ids=ids, cache=cache))
         return jnp.argmax(out.logits[:, -1], axis=-1), out.cache
 
     params = on(layout(model, mesh), model).params

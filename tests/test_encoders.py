@@ -1,5 +1,6 @@
 """BERT, RoBERTa and the heads of decoders against PyTorch transformers: outputs, losses, checkpoints, fresh heads."""
 
+import dataclasses
 import json
 import warnings
 from functools import partial
@@ -11,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
-from peft_jax.models.bert import model as bert
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.registry import family_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -135,10 +137,11 @@ def test_a_prefix_is_transformers_past(kind, rows, pair):
         cache.update(*wide, layer)
     mask = np.concatenate([np.ones((3, 5), int), MASK], axis=1)
     want = torch_outputs(model, input_ids=IDS, attention_mask=mask, past_key_values=cache)
-    run = partial(bert.apply, ours.config, ours.params, jnp.asarray(IDS), attention_mask=jnp.asarray(MASK))
-    got = run(prefix=(jnp.asarray(keys), jnp.asarray(values)))
+    run = partial(family_of(ours.config).apply, ours.config, ours.params)
+    inputs = ForwardInputs(input_ids=jnp.asarray(IDS), attention_mask=jnp.asarray(MASK))
+    got = run(dataclasses.replace(inputs, prefix=(jnp.asarray(keys), jnp.asarray(values))))
     close(got.last_hidden_state, want.last_hidden_state)
-    assert np.abs(run().last_hidden_state - got.last_hidden_state).max() > 1e-2
+    assert np.abs(run(inputs).last_hidden_state - got.last_hidden_state).max() > 1e-2
 
 
 @pytest.mark.parametrize(

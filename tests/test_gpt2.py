@@ -1,5 +1,6 @@
 """GPT-2 against PyTorch transformers: logits with padding and positions, the cache, generation, checkpoints, int8."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -10,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
-from peft_jax.models.gpt2 import model as gpt2
 from peft_jax.models.gpt2.config import GPT2Config
+from peft_jax.models.gpt2.family import GPT2
+from peft_jax.models.modules.inputs import ForwardInputs
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -91,7 +93,8 @@ def test_inputs(inputs, pair):
     model, ours, _ = pair()
     with torch.no_grad():
         want = model(**tensors(input_ids=IDS, **inputs)).logits
-    got = gpt2.apply(ours.config, ours.params, jnp.asarray(IDS), **{k: jnp.asarray(v) for k, v in inputs.items()})
+    given = ForwardInputs(input_ids=jnp.asarray(IDS), **{k: jnp.asarray(v) for k, v in inputs.items()})
+    got = GPT2.apply(ours.config, ours.params, given)
     close(got.logits, want)
 
 
@@ -114,9 +117,11 @@ def test_a_prefix_is_transformers_past(rows, pair):
     mask = np.concatenate([np.ones((2, 5), int), RIGHT], axis=1)
     with torch.no_grad():
         want = model(**tensors(input_ids=IDS, attention_mask=mask), past_key_values=cache).logits
-    run = partial(gpt2.apply, ours.config, ours.params, jnp.asarray(IDS), attention_mask=jnp.asarray(RIGHT))
-    close(run(prefix=(jnp.asarray(keys), jnp.asarray(values))).logits, want)
-    assert np.abs(run().logits - want.numpy()).max() > 1e-2
+    run = partial(GPT2.apply, ours.config, ours.params)
+    inputs = ForwardInputs(input_ids=jnp.asarray(IDS), attention_mask=jnp.asarray(RIGHT))
+    prefix = (jnp.asarray(keys), jnp.asarray(values))
+    close(run(dataclasses.replace(inputs, prefix=prefix)).logits, want)
+    assert np.abs(run(inputs).logits - want.numpy()).max() > 1e-2
 
 
 def test_texts_packed_into_a_row_do_not_see_each_other(pair):
@@ -142,7 +147,8 @@ def test_gradients_are_the_same_with_remat(pair):
 
     def gradient(remat):
         def loss(params):
-            return jnp.sum(gpt2.apply(ours.config, params, jnp.asarray(IDS), remat=remat).logits ** 2)
+            inputs = ForwardInputs(input_ids=jnp.asarray(IDS), remat=remat)
+            return jnp.sum(GPT2.apply(ours.config, params, inputs).logits ** 2)
 
         return jax.grad(loss)(ours.params)
 
@@ -226,11 +232,11 @@ def test_matrices_of_all_layers_are_laid_out_over_a_mesh():
     from jax.sharding import PartitionSpec
 
     from peft_jax.models.bert.config import BertConfig
-    from peft_jax.models.bert.model import param_shapes as bert_shapes
+    from peft_jax.models.bert.family import BERT
     from peft_jax.train.mesh import make_mesh, spec
 
     mesh = make_mesh({"fsdp": 2, "tensor": 2})
-    for shapes in (gpt2.param_shapes(GPT2Config()), bert_shapes(BertConfig())):
+    for shapes in (GPT2.param_shapes(GPT2Config()), BERT.param_shapes(BertConfig())):
         stacked = {path: shape for path, shape in shapes.items() if path.endswith("kernel") and len(shape) == 3}
         assert len(stacked) in (4, 6)
         for path, shape in stacked.items():

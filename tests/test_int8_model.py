@@ -9,7 +9,7 @@ import pytest
 
 import peft_jax as pj
 from peft_jax.models import CausalLM, LlamaConfig
-from peft_jax.models.llama.model import init_params
+from peft_jax.models.llama.family import LLAMA
 from peft_jax.quant import Int8
 
 IDS = np.array([[5, 17, 2, 40, 9, 61, 33], [8, 8, 50, 3, 21, 77, 1]])
@@ -130,7 +130,7 @@ SHAPES = {
 
 @pytest.mark.parametrize(("config", "dtype"), SHAPES.values(), ids=SHAPES)
 def test_the_base_takes_at_most_0_3_of_its_float32_bytes(config, dtype):
-    make = partial(init_params, config, jax.random.key(0), dtype)
+    make = partial(LLAMA.init_params, config, jax.random.key(0), dtype)
     shapes = jax.eval_shape(lambda: pj.quantize(CausalLM(make(), config)))
     full = sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(jax.eval_shape(make)))
     total = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

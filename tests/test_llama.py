@@ -14,8 +14,10 @@ from flax import nnx
 
 from peft_jax.models.llama import model as llama
 from peft_jax.models.llama.config import LlamaConfig, RopeScaling
+from peft_jax.models.llama.family import LLAMA
 from peft_jax.models.llama.rotary import inverse_frequencies
 from peft_jax.models.modules.attention import BLOCKS, LEAST, attend
+from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.weights_io import load_model
 
 SIZES = {
@@ -98,12 +100,12 @@ def theirs(model, **inputs):
         return model(**{k: torch.tensor(np.asarray(v)) for k, v in inputs.items()}, output_hidden_states=True)
 
 
-forward = jax.jit(llama.apply, static_argnums=0, static_argnames=("output_hidden_states", "remat"))
+forward = jax.jit(LLAMA.apply, static_argnums=0)
 
 
 def ours(config, params, **inputs):
     static = {name: inputs.pop(name) for name in ("output_hidden_states",) if name in inputs}
-    return forward(config, params, **jax.tree.map(jnp.asarray, inputs), **static)
+    return forward(config, params, ForwardInputs(**jax.tree.map(jnp.asarray, inputs), **static))
 
 
 def close(got, want, factor=1.0):
@@ -133,7 +135,7 @@ def test_every_leaf_matters(name, pair):
     for index, leaf in enumerate(leaves):
         noise = 0.1 * jax.random.normal(jax.random.key(index), leaf.shape)
         changed = jax.tree.unflatten(treedef, [*leaves[:index], leaf + noise, *leaves[index + 1 :]])
-        path = list(llama.param_shapes(config))[index]
+        path = list(LLAMA.param_shapes(config))[index]
         assert np.abs(ours(config, changed, input_ids=IDS, attention_mask=MASK).logits - logits).max() > 1e-3, path
 
 
@@ -194,7 +196,8 @@ def test_remat_changes_neither_values_nor_gradients(name, pair):
     _, config, params = pair(name)
 
     def loss(params, remat):
-        out = llama.apply(config, params, jnp.asarray(IDS), attention_mask=jnp.asarray(MASK), remat=remat)
+        inputs = ForwardInputs(input_ids=jnp.asarray(IDS), attention_mask=jnp.asarray(MASK), remat=remat)
+        out = LLAMA.apply(config, params, inputs)
         return jnp.mean(jnp.square(out.logits))
 
     value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, False)
@@ -216,9 +219,8 @@ def test_gradients_are_those_of_torch(name, pair, tmp_path):
     (out * torch.tensor(weights)).mean().backward()
 
     def loss(params):
-        return jnp.mean(
-            llama.apply(config, params, jnp.asarray(IDS), attention_mask=jnp.asarray(MASK)).logits * weights
-        )
+        inputs = ForwardInputs(input_ids=jnp.asarray(IDS), attention_mask=jnp.asarray(MASK))
+        return jnp.mean(LLAMA.apply(config, params, inputs).logits * weights)
 
     gradient = jax.jit(jax.grad(loss))(params)["model"]
     want = dict(model.named_parameters())
@@ -272,7 +274,9 @@ def test_bfloat16_is_as_near_to_float32_as_in_torch(pair, tmp_path):
 def test_compile_time_does_not_grow_with_depth():
     def size(layers):
         config = dataclasses.replace(SMALL, num_hidden_layers=layers, layer_types=None)
-        return len(str(jax.make_jaxpr(partial(llama.apply, config))(shapes(config), IDS)).splitlines())
+        return len(
+            str(jax.make_jaxpr(partial(LLAMA.apply, config))(shapes(config), ForwardInputs(input_ids=IDS))).splitlines()
+        )
 
     assert size(2) == size(20)
 
@@ -280,7 +284,7 @@ def test_compile_time_does_not_grow_with_depth():
 def test_the_module_and_the_function_agree():
     model = llama.Llama(SMALL, rngs=nnx.Rngs(3))
     params = nnx.to_pure_dict(nnx.state(model))
-    got = nnx.jit(lambda model: model(jnp.asarray(IDS)).logits)(model)
+    got = nnx.jit(lambda model: model(ForwardInputs(input_ids=jnp.asarray(IDS))).logits)(model)
     np.testing.assert_array_equal(got, ours(SMALL, params, input_ids=IDS).logits)
     spread = float(jnp.std(params["model"]["layers"]["mlp"]["up_proj"]["kernel"]))
     assert spread == pytest.approx(SMALL.initializer_range, rel=0.1)
@@ -289,10 +293,13 @@ def test_the_module_and_the_function_agree():
 
 
 def test_a_wider_scale_does_not_widen_the_stream():
-    params = jax.eval_shape(lambda: llama.init_params(SMALL, jax.random.key(0), jnp.bfloat16))
+    params = jax.eval_shape(lambda: LLAMA.init_params(SMALL, jax.random.key(0), jnp.bfloat16))
     params["model"]["layers"]["input_layernorm"]["scale"] = jax.ShapeDtypeStruct((2, 32), jnp.float32)
     with jax.numpy_dtype_promotion("standard"):
-        assert jax.eval_shape(partial(llama.apply, SMALL), params, IDS).logits.dtype == jnp.bfloat16
+        assert (
+            jax.eval_shape(partial(LLAMA.apply, SMALL), params, ForwardInputs(input_ids=IDS)).logits.dtype
+            == jnp.bfloat16
+        )
 
 
 @pytest.mark.parametrize(
@@ -308,24 +315,26 @@ def test_a_wider_scale_does_not_widen_the_stream():
 )
 def test_wrong_inputs_are_errors(inputs, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(partial(llama.apply, SMALL), shapes(SMALL), **inputs)
+        jax.eval_shape(partial(LLAMA.apply, SMALL), shapes(SMALL), ForwardInputs(**inputs))
 
 
 def shapes(config):
-    return jax.eval_shape(lambda: llama.init_params(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: LLAMA.init_params(config, jax.random.key(0)))
 
 
 def test_a_cache_that_is_too_short_is_an_error():
     with pytest.raises(ValueError, match="room for 11 positions, got 12"):
-        jax.eval_shape(partial(llama.apply, SMALL), shapes(SMALL), IDS, cache=llama.init_cache(SMALL, 4, 11))
+        inputs = ForwardInputs(input_ids=IDS, cache=llama.init_cache(SMALL, 4, 11))
+        jax.eval_shape(partial(LLAMA.apply, SMALL), shapes(SMALL), inputs)
 
 
 def test_parameters_of_another_config_are_an_error():
     tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
     with pytest.raises(ValueError, match=r"missing \[\], surplus \['lm_head.kernel'\]"):
-        jax.eval_shape(partial(llama.apply, tied), shapes(SMALL), IDS)
+        jax.eval_shape(partial(LLAMA.apply, tied), shapes(SMALL), ForwardInputs(input_ids=IDS))
     with pytest.raises(ValueError, match=r"lm_head.kernel is \(32, 50\), not \(32, 51\)"):
-        jax.eval_shape(partial(llama.apply, dataclasses.replace(SMALL, vocab_size=51)), shapes(SMALL), IDS)
+        wider = dataclasses.replace(SMALL, vocab_size=51)
+        jax.eval_shape(partial(LLAMA.apply, wider), shapes(SMALL), ForwardInputs(input_ids=IDS))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -390,7 +399,7 @@ def test_a_config_without_a_hugging_face_class_is_not_written():
 def test_logits_of_the_last_positions_alone(keep, pair):
     _, config, params = pair("biases")
     whole = ours(config, params, input_ids=IDS, attention_mask=MASK).logits
-    program = jax.jit(partial(llama.apply, config, logits_to_keep=keep))
-    last = program(params, input_ids=jnp.asarray(IDS), attention_mask=jnp.asarray(MASK)).logits
+    inputs = ForwardInputs(input_ids=jnp.asarray(IDS), attention_mask=jnp.asarray(MASK), logits_to_keep=keep)
+    last = jax.jit(partial(LLAMA.apply, config))(params, inputs).logits
     assert last.shape[1] == keep
     close(last, whole[:, -keep:])

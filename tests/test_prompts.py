@@ -14,7 +14,8 @@ from peft_jax.core.adapted import map_adapted
 from peft_jax.core.weight import MergeError
 from peft_jax.methods import base
 from peft_jax.models import LlamaConfig
-from peft_jax.models.llama.model import apply
+from peft_jax.models.llama.family import LLAMA
+from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train import make_evaluation_step, make_training_step
 from peft_jax.train.mesh import make_mesh, place
@@ -117,7 +118,8 @@ def test_nothing_merges_a_prompt(config):
     with pytest.raises(MergeError, match="has no merged form"):
         pj.merge(model.params)
     with pytest.raises(MergeError, match="takes effect in a model handle's call"):
-        pj.adapt(lambda params, ids: apply(model.config, params, ids))(model.params, IDS)
+        inputs = ForwardInputs(input_ids=IDS)
+        pj.adapt(lambda params: LLAMA.apply(model.config, params, inputs))(model.params)
     close(logits(pj.merge(model.disable_adapter())), logits(llama()))
 
 

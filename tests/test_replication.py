@@ -12,8 +12,8 @@ import peft_jax as pj
 from peft_jax.core.repeated import Repeated
 from peft_jax.models import CausalLM, LlamaConfig
 from peft_jax.models.gpt2.config import GPT2Config
-from peft_jax.models.gpt2.model import init_params as gpt2_params
-from peft_jax.models.llama.model import init_params
+from peft_jax.models.gpt2.family import GPT2
+from peft_jax.models.llama.family import LLAMA
 
 IDS = np.array([[5, 17, 2, 40, 9, 61, 33]])
 ARCHITECTURE = LlamaConfig(
@@ -29,7 +29,7 @@ def lora(**options):
 
 @pytest.fixture(scope="module")
 def base():
-    return CausalLM(init_params(ARCHITECTURE, jax.random.key(0)), ARCHITECTURE)
+    return CausalLM(LLAMA.init_params(ARCHITECTURE, jax.random.key(0)), ARCHITECTURE)
 
 
 def copied(base):
@@ -114,7 +114,7 @@ def test_models_that_have_no_such_layers_are_named(base):
     config = GPT2Config(vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4)
     replicated = lora(layer_replication=RANGES)
     with pytest.raises(ValueError, match="PEFT has no layer_replication for models like this GPT2LMHeadModel"):
-        pj.get_peft_model(CausalLM(gpt2_params(config, jax.random.key(0)), config), replicated)
+        pj.get_peft_model(CausalLM(GPT2.init_params(config, jax.random.key(0)), config), replicated)
     with pytest.raises(ValueError, match="is for a model handle, which knows its layers"):
         pj.apply_adapter(base.params, replicated)
     with pytest.raises(ValueError, match=r"on which there are adapters already: \['default'\]. Attach"):

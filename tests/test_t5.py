@@ -16,8 +16,10 @@ from transformers.models.t5.modeling_t5 import T5Attention as TorchAttention
 import peft_jax as pj
 from peft_jax.models import T5Config
 from peft_jax.models.family import leaf_at
-from peft_jax.models.modules.positions import prefilled
-from peft_jax.models.t5 import forward
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import prefilled
+from peft_jax.models.t5 import model as t5
+from peft_jax.models.t5.family import T5
 from peft_jax.models.t5.relative_attention import relative_buckets
 
 __all__ = ["pair"]
@@ -101,7 +103,7 @@ def test_every_leaf_matters(name, pair):
     _, ours = pair(name)
     logits = ours(**INPUTS).logits
     leaves, treedef = jax.tree.flatten(ours.params)
-    for index, path in enumerate(forward.param_shapes(ours.config)):
+    for index, path in enumerate(T5.param_shapes(ours.config)):
         noise = 0.1 * jax.random.normal(jax.random.key(index), leaves[index].shape)
         changed = ours.replace(
             jax.tree.unflatten(treedef, [*leaves[:index], leaves[index] + noise, *leaves[index + 1 :]])
@@ -152,11 +154,11 @@ def test_prefixes_stand_before_keys_and_values(pair):
         )[0]
         want = model.lm_head(h * model.config.d_model**-0.5)
     inputs = {name: jnp.asarray(array) for name, array in INPUTS.items()}
-    apply = jax.jit(forward.apply, static_argnums=0)
-    got = apply(config, ours.params, **inputs, prefix=prefix, cross_prefix=cross_prefix).logits
+    apply = jax.jit(T5.apply, static_argnums=0)
+    got = apply(config, ours.params, ForwardInputs(**inputs, prefix=prefix, cross_prefix=cross_prefix)).logits
     close(got, want)
     for given in ({"prefix": prefix}, {"cross_prefix": cross_prefix}):
-        assert np.abs(got - apply(config, ours.params, **inputs, **given).logits).max() > 1e-2
+        assert np.abs(got - apply(config, ours.params, ForwardInputs(**inputs, **given)).logits).max() > 1e-2
 
 
 @pytest.mark.parametrize("with_prefixes", [False, True])
@@ -165,20 +167,21 @@ def test_a_cache_is_as_good_as_the_whole(with_prefixes, pair):
     config, params = ours.config, ours.params
     given = dict(zip(("prefix", "cross_prefix"), prefixes(config), strict=True)) if with_prefixes else {}
     inputs = {name: jnp.asarray(array) for name, array in INPUTS.items()}
-    want = jax.jit(forward.apply, static_argnums=0)(config, params, **inputs, **given).logits
+    want = jax.jit(T5.apply, static_argnums=0)(config, params, ForwardInputs(**inputs, **given)).logits
     mask, ids = inputs["attention_mask"], inputs["decoder_input_ids"]
     prefix, virtual = given.pop("prefix", None), 3 if with_prefixes else 0
 
     def begin(params):
-        encoded = forward.encode(config, params, inputs["input_ids"], attention_mask=mask).last_hidden_state
-        return forward.init_cache(config, params, encoded, 16 + virtual, attention_mask=mask, **given)
+        given_encoder = ForwardInputs(input_ids=inputs["input_ids"], attention_mask=mask)
+        encoded = t5.encode(config, params, given_encoder).last_hidden_state
+        return t5.init_cache(config, params, encoded, 16 + virtual, attention_mask=mask, **given)
 
     cache = jax.jit(begin)(params)
     cache = cache if prefix is None else prefilled(cache, prefix)
-    step, found = jax.jit(forward.decode, static_argnums=0), []
+    step, found = jax.jit(t5.decode, static_argnums=0), []
     for start, end in [(0, 6), (6, 7), (7, 8), (8, 13)]:
         seen = jnp.pad(inputs["decoder_attention_mask"][:, :end], ((0, 0), (virtual, 0)), constant_values=1)
-        out = step(config, params, ids[:, start:end], attention_mask=seen, cache=cache)
+        out = step(config, params, ForwardInputs(input_ids=ids[:, start:end], attention_mask=seen, cache=cache))
         found.append(out.logits)
         cache = out.cache
     alive = DECODER_MASK.cumsum(axis=1) > 0 if not with_prefixes else np.ones_like(DECODER_MASK, bool)

@@ -17,6 +17,8 @@ from peft_jax.core.repeated import Repeated
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
+from peft_jax.models.modules import functional
+from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.prompts.base import without_prompts
 
 KNOWN = "known to the model"
@@ -53,11 +55,11 @@ class Sharding(NamedTuple):
 
 
 class EncoderDecoder(NamedTuple):
-    """The parts of an encoder-decoder's ``apply``, as generation needs them.
+    """The parts of an encoder-decoder's forward pass, as generation needs them.
 
-    ``encode(config, params, input_ids, *, inputs_embeds, attention_mask)`` has ``.last_hidden_state``;
-    ``init_cache(config, params, encoded, max_len, *, attention_mask, cross_prefix)`` holds keys and values of the
-    encoder's output; ``decode(config, params, input_ids, *, attention_mask, cache)`` has ``.logits`` and ``.cache``.
+    ``encode(config, params, inputs)`` has ``.last_hidden_state``; ``init_cache(config, params, encoded, max_len, *,
+    attention_mask, cross_prefix)`` holds keys and values of the encoder's output; ``decode(config, params, inputs)``
+    has ``.logits`` and ``.cache``, where ids and mask among the inputs are the decoder's.
     """
 
     encode: Callable[..., Any]
@@ -71,11 +73,8 @@ class Family:
 
     Attributes:
         config: The class of the configs, which names the model types and tasks.
-        init_params: ``init_params(config, key, dtype)``, a nested dict of arrays by Hugging Face module names.
-        param_shapes: ``param_shapes(config)``, shapes by dotted path.
-        apply: ``apply(config, params, input_ids, *, inputs_embeds, attention_mask, ..., output_hidden_states, remat)``,
-            a `peft_jax.models.modules.outputs.ModelOutput`; decoders' takes ``head`` too, False for what goes into the
-            head.
+        module: The class of the Flax module, as `peft_jax.models.modules.functional` has it; attributes have Hugging
+            Face module names.
         layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front.
             Int8 loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
         backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names
@@ -101,9 +100,7 @@ class Family:
     """
 
     config: type[ModelConfig]
-    init_params: Callable[..., dict[str, Any]]
-    param_shapes: Callable[[Any], dict[str, tuple[int, ...]]]
-    apply: Callable[..., Any]
+    module: Any
     layouts: Mapping[str, Layout]
     backbone: str
     embedding: str
@@ -120,6 +117,34 @@ class Family:
     replicable: Collection[str] = ()
     init_cache: Callable[..., Any] | None = None
     encoder_decoder: EncoderDecoder | None = None
+
+    def init_params(self, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+        """Random parameters: a nested dict of arrays by Hugging Face module names."""
+        return functional.init_params(self.module, config, key, dtype)
+
+    def param_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter by its dotted path; no parameters are made."""
+        return functional.param_shapes(self.module, config)
+
+    def apply(self, config: ModelConfig, params: Mapping[str, Any], inputs: ForwardInputs) -> Any:
+        """Run the model as a pure function of its parameters; the config is static under `jax.jit`.
+
+        Returns:
+            What the module returns: a `peft_jax.models.modules.outputs.ModelOutput`, or an encoder-decoder's output.
+
+        Raises:
+            ValueError: The leaves of params are not those of config, or an input is unknown or of a wrong shape.
+
+        Example:
+            >>> from peft_jax.models.registry import LLAMA
+            >>> from peft_jax.models.llama.config import LlamaConfig
+            >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+            ...                      num_attention_heads=2)
+            >>> params = LLAMA.init_params(config, jax.random.key(0))
+            >>> LLAMA.apply(config, params, ForwardInputs(input_ids=jnp.array([[1, 2, 3]]))).logits.shape
+            (1, 3, 16)
+        """
+        return functional.apply(self.module, config, params, inputs)
 
     def rows(self, config: ModelConfig) -> tuple[Row, ...]:
         """One row for each leaf of ``init_params(config, ...)``."""

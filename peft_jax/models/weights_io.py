@@ -123,7 +123,7 @@ def save_model(
     """Write a checkpoint that transformers reads, in the element types of the leaves.
 
     Args:
-        params: The parameters, dense arrays, as from `peft_jax.models.llama.model.init_params`.
+        params: The parameters, dense arrays, as from `Family.init_params`.
         config: Their architecture.
         folder: Folder to write to; made if need be. Weights of a former checkpoint in it are removed.
         generation_config: Contents of generation_config.json; not written if there are none.
@@ -135,11 +135,12 @@ def save_model(
 
     Example:
         >>> import tempfile
-        >>> from peft_jax.models.llama.model import LlamaConfig, init_params
+        >>> from peft_jax.models import LlamaConfig
+        >>> from peft_jax.models.registry import LLAMA
         >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
         ...                      num_attention_heads=2)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_model(init_params(config, jax.random.key(0)), config, folder)
+        ...     save_model(LLAMA.init_params(config, jax.random.key(0)), config, folder)
         ...     load_model(folder)[0] == config
         True
     """

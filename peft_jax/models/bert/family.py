@@ -3,8 +3,8 @@
 import dataclasses
 
 from peft_jax.interop.checkpoint import Row
-from peft_jax.models.bert import model
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
+from peft_jax.models.bert.model import Bert, Roberta
 from peft_jax.models.bert.task_heads import CLASSIFIERS
 from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, SEQ_CLS
 from peft_jax.models.family import OTHERWISE, Family, Sharding, rows_by_layout, stacked_layouts, targets
@@ -25,9 +25,7 @@ def rows(family: Family, config: BertConfig) -> tuple[Row, ...]:
 
 BERT = Family(
     config=BertConfig,
-    init_params=model.init_params,
-    param_shapes=model.param_shapes,
-    apply=model.apply,
+    module=Bert,
     layouts=stacked_layouts("layer"),
     backbone="bert",
     embedding="embeddings.word_embeddings",
@@ -53,6 +51,7 @@ BERT = Family(
 ROBERTA = dataclasses.replace(
     BERT,
     config=RobertaConfig,
+    module=Roberta,
     backbone="roberta",
     heads={MASKED_LM: "lm_head.decoder", **CLASSIFIERS},
     class_layers={SEQ_CLS: "classifier.out_proj"},

@@ -13,20 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.models.bert.config import BertConfig, RobertaConfig
+from peft_jax.models.bert.config import BertConfig
 from peft_jax.models.bert.task_heads import add_head, run_head
-from peft_jax.models.modules import functional
 from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import attend
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import Prefix
 from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
-from peft_jax.models.modules.positions import (
-    Prefix,
-    check_positions,
-    put_before,
-    seen_slots,
-    with_prefix,
-)
+from peft_jax.models.modules.positions import check_positions, put_before, seen_slots, with_prefix
 from peft_jax.models.modules.remat import kept, rematerialized
 
 
@@ -156,43 +151,46 @@ class Bert(nnx.Module):
     """A BERT with the head of its task."""
 
     backbone = "bert"
+    takes = frozenset(
+        (
+            "input_ids",
+            "inputs_embeds",
+            "attention_mask",
+            "token_type_ids",
+            "position_ids",
+            "prefix",
+            "output_hidden_states",
+            "remat",
+        )
+    )
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
         setattr(self, self.backbone, BertModel(config, dtype, rngs))
         add_head(self, config, dtype, rngs)
 
-    def __call__(
-        self,
-        input_ids: jax.Array | None = None,
-        *,
-        inputs_embeds: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        prefix: Prefix | None = None,
-        output_hidden_states: bool = False,
-        remat: bool = False,
-    ) -> ModelOutput:
-        """Run the model; the arguments are those of `apply`."""
-        inner = getattr(self, self.backbone)
-        x = inner.embeddings.word_embeddings.either(input_ids, inputs_embeds)
+    def __call__(self, inputs: ForwardInputs) -> ModelOutput:
+        """Compute the head's outputs, and hidden states where they are asked for."""
+        inner, prefix = getattr(self, self.backbone), inputs.prefix
+        x = inner.embeddings.word_embeddings.either(inputs.input_ids, inputs.inputs_embeds)
         batch, length, _ = x.shape
-        positions = self.positions(input_ids, length, prefix) if position_ids is None else position_ids
+        positions, types = inputs.position_ids, inputs.token_type_ids
+        if positions is None:
+            positions = self.positions(inputs.input_ids, length, inputs.virtual)
         check_positions(positions, batch, length)
-        types = jnp.zeros((1, length), jnp.int32) if token_type_ids is None else token_type_ids
+        if types is None:
+            types = jnp.zeros((1, length), jnp.int32)
         mask = jnp.ones((1, 1, length), bool)
-        if attention_mask is not None:
-            mask = seen_slots(attention_mask, batch, length, length, False)[:, None, :]
+        if inputs.attention_mask is not None:
+            mask = seen_slots(inputs.attention_mask, batch, length, length, False)[:, None, :]
         x = inner.embeddings(x, types, positions)
-        h, states = inner.encoder(x, with_prefix(mask, prefix), prefix, output_hidden_states, remat)
+        h, states = inner.encoder(x, with_prefix(mask, prefix), prefix, inputs.output_hidden_states, inputs.remat)
         pooled = inner.pooler(h) if self.config.has_pooler else None
         table = inner.embeddings.word_embeddings.embedding
         return run_head(self, self.config, h, pooled, table)._replace(hidden_states=states)
 
-    def positions(self, input_ids: jax.Array | None, length: int, prefix: Prefix | None) -> jax.Array:
-        """Positions (batch or 1, length) where none are told: they count on from the prefix's."""
-        virtual = 0 if prefix is None else prefix[0].shape[2]
+    def positions(self, input_ids: jax.Array | None, length: int, virtual: int) -> jax.Array:
+        """Positions (batch or 1, length) where none are told: they count on from the virtual ones."""
         self.check_room(length + virtual)
         return virtual + jnp.arange(length)[None]
 
@@ -210,50 +208,12 @@ class Roberta(Bert):
 
     backbone = "roberta"
 
-    def positions(self, input_ids: jax.Array | None, length: int, prefix: Prefix | None) -> jax.Array:
+    def positions(self, input_ids: jax.Array | None, length: int, virtual: int) -> jax.Array:
         """Positions as transformers counts them: over the tokens that are not padding, which stays at its id."""
-        virtual = 0 if prefix is None or input_ids is None else prefix[0].shape[2]
+        virtual = 0 if input_ids is None else virtual
         pad = self.config.pad_token_id or 0
         self.check_room(length + virtual + pad + 1)
         if input_ids is None:
             return pad + 1 + jnp.arange(length)[None]
         is_token = (input_ids != pad).astype(jnp.int32)
         return (jnp.cumsum(is_token, axis=1) + virtual) * is_token + pad
-
-
-def _module(config: BertConfig) -> type[Bert]:
-    return Roberta if isinstance(config, RobertaConfig) else Bert
-
-
-def init_params(config: BertConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Make random parameters: normal matrices of deviation initializer_range, scales of one, biases of zero."""
-    return functional.init_params(_module(config), config, key, dtype)
-
-
-def param_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    """Map each parameter's dotted path to its shape.
-
-    Example:
-        >>> param_shapes(BertConfig())["bert.encoder.layer.intermediate.dense.kernel"]
-        (12, 768, 3072)
-    """
-    return functional.param_shapes(_module(config), config)
-
-
-def apply(config: BertConfig, params: dict[str, Any], *args: Any, **kwargs: Any) -> ModelOutput:
-    """Run the model as a pure function of its parameters.
-
-    Args:
-        config: The architecture; static under `jax.jit`.
-        params: A nested dict of arrays as from `init_params`. Results have the dtype of the embedding.
-        *args: ``input_ids``, token ids ``(batch, length)``.
-        **kwargs: ``inputs_embeds`` ``(batch, length, hidden)`` instead of them; ``attention_mask``,
-            ``token_type_ids`` and ``position_ids``, each ``(batch, length)``; ``prefix``, keys and values
-            ``(layers, batch or 1, n_virtual, heads, head_dim)`` before all positions, which then count from n_virtual;
-            ``output_hidden_states``; ``remat``.
-
-    Raises:
-        ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
-    """
-    output: ModelOutput = functional.apply(_module(config), config, params, *args, **kwargs)
-    return output

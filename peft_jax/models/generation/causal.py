@@ -1,5 +1,6 @@
 """Generation with causal language models: what was asked and what the checkpoint says, made a compiled program."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from functools import partial
@@ -20,7 +21,8 @@ from peft_jax.models.generation.decode import (
 )
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.handles.prompted import Cached
-from peft_jax.models.modules.positions import KVCache
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import KVCache
 from peft_jax.models.registry import family_of
 from peft_jax.prompts.base import take_prompt, virtual_slots
 
@@ -100,11 +102,15 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
     make_cache = family.init_cache
     if make_cache is None:
         raise ValueError(f"A {config.model_type} model does not generate.")
+    run, embed = adapt(partial(family.apply, config)), adapt(partial(family.embed, config))
 
     def decoder(params: Any) -> Decoder:
         rest, prompt = take_prompt(*params)
-        apply = partial(adapt(partial(family.apply, config, logits_to_keep=1)), rest)
-        model = Cached(apply, partial(adapt(partial(family.embed, config)), rest), prompt)
+
+        def apply(inputs: ForwardInputs) -> Any:
+            return run(rest, dataclasses.replace(inputs, logits_to_keep=1))
+
+        model = Cached(apply, partial(embed, rest), prompt)
         return Decoder(model, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
 
     def cache(params: Any, batch: int, positions: int) -> KVCache:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.models.generation.sampling import Sampling, choose, process
-from peft_jax.models.modules.positions import KVCache
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import KVCache
 
 CHUNK = 4  # tokens of a stream that are decoded before the host looks at them
 
@@ -42,11 +43,11 @@ class CachedModel(Protocol):
     def slots(self) -> int:
         """Slots of the cache that something takes before the inputs."""
 
-    def first(self, input_ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: KVCache) -> Any:
-        """Read inputs into an empty cache; the result has ``.logits`` and ``.cache``."""
+    def first(self, inputs: ForwardInputs) -> Any:
+        """Read ids, with mask and positions, into an empty cache; the result has ``.logits`` and ``.cache``."""
 
-    def apply(self, input_ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: KVCache) -> Any:
-        """Read further inputs."""
+    def apply(self, inputs: ForwardInputs) -> Any:
+        """Read further ids, with the mask of all positions."""
 
 
 class Decoder(NamedTuple):
@@ -80,7 +81,8 @@ class Decoder(NamedTuple):
         counts = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
         positions = jnp.maximum(counts - 1, 0)
         mask = jnp.pad(attention_mask.astype(jnp.int32), room)
-        out = self.model.first(input_ids, attention_mask=mask, position_ids=positions, cache=cache)
+        inputs = ForwardInputs(input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache)
+        out = self.model.first(inputs)
         tokens = jnp.pad(input_ids, room, constant_values=self.pad_token_id)
         done = jnp.zeros(len(tokens), bool)
         state = State(jnp.int32(0), tokens, mask, counts[:, -1] - 1, done, out.cache, key)
@@ -94,12 +96,13 @@ class Decoder(NamedTuple):
 
         def step(state: State) -> State:
             at = self._filled(state)  # the place of the last token, which the cache does not have yet
-            out = self.model.apply(
-                jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1),
+            inputs = ForwardInputs(
+                input_ids=jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1),
                 attention_mask=state.mask,
                 position_ids=state.positions[:, None],
                 cache=state.cache,
             )
+            out = self.model.apply(inputs)
             return self._add(state._replace(cache=out.cache), out.logits[:, -1])
 
         return jax.lax.while_loop(wanted, step, state)

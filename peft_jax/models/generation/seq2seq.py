@@ -1,5 +1,6 @@
 """Generation with encoder-decoders: the encoder runs once, and the decoder goes on from a start token."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from functools import partial
@@ -24,6 +25,7 @@ from peft_jax.models.generation.decode import (
 )
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.handles.prompted import Cached, apply_prompted, seen_before
+from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.registry import family_of
 from peft_jax.prompts.base import Prompt, take_prompt
 
@@ -119,8 +121,8 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
     def decoder(given: tuple[Any, Question]) -> Decoder:
         params, prompt = take_prompt(given[0], given[1].task_ids)
 
-        def apply(ids: jax.Array, *, position_ids: jax.Array, **arrays: Any) -> Any:
-            return decode(params, ids, **arrays)  # positions are the cache's slots
+        def apply(inputs: ForwardInputs) -> Any:
+            return decode(params, dataclasses.replace(inputs, position_ids=None))  # they are the cache's slots
 
         model = Cached(apply, partial(embed, params), Prompt(prefix=prompt.prefix))
         return Decoder(model, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
@@ -129,11 +131,12 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
         params, prompt = take_prompt(given[0], given[1].task_ids)
         encoded, mask = given[1].encoder_outputs, given[1].attention_mask
         if encoded is None:
-            arrays = {"inputs_embeds": given[1].inputs_embeds, "attention_mask": mask}
-            arrays = {name: array for name, array in arrays.items() if array is not None}
+            question = given[1]
+            inputs = ForwardInputs(
+                input_ids=question.input_ids, inputs_embeds=question.inputs_embeds, attention_mask=mask
+            )
             tokens = Prompt(tokens=prompt.tokens)
-            out = apply_prompted(partial(encode, params), partial(embed, params), tokens, given[1].input_ids, arrays)
-            encoded = out.last_hidden_state
+            encoded = apply_prompted(partial(encode, params), partial(embed, params), tokens, inputs).last_hidden_state
         elif prompt.tokens is not None:
             raise ValueError("encoder_outputs leave the prompt no place among the inputs. Give input_ids.")
         if mask is not None and prompt.tokens is not None:

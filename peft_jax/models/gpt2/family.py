@@ -6,9 +6,7 @@ from peft_jax.models.gpt2.config import GPT2Config
 
 GPT2 = Family(
     config=GPT2Config,
-    init_params=model.init_params,
-    param_shapes=model.param_shapes,
-    apply=model.apply,
+    module=model.GPT2,
     layouts=stacked_layouts("h", stored_in_out=True),
     backbone="transformer",
     embedding="wte",

@@ -15,24 +15,14 @@ from flax import nnx
 
 from peft_jax.models.config import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.gpt2.config import GPT2Config
-from peft_jax.models.modules import functional
 from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import attend, attend_to
 from peft_jax.models.modules.heads import DecoderHead
+from peft_jax.models.modules.inputs import CAUSAL, ForwardInputs
+from peft_jax.models.modules.kv_cache import Buffers, KVCache, extend, filled, make_cache
 from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
-from peft_jax.models.modules.positions import (
-    Beside,
-    Buffers,
-    KVCache,
-    Places,
-    Prefix,
-    causal_places,
-    extend,
-    filled,
-    make_cache,
-    put_before,
-)
+from peft_jax.models.modules.positions import Beside, Places, causal_places, put_before
 from peft_jax.models.modules.remat import kept, rematerialized
 from peft_jax.prompts.base import Adaption
 
@@ -144,86 +134,37 @@ class GPT2(nnx.Module):
     """A GPT-2 with the head of its task."""
 
     backbone = "transformer"
+    takes = CAUSAL | {"token_type_ids"}
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
         self.transformer = GPT2Model(config, dtype, rngs)
         HEAD.add(self, config, linear_maker(config, dtype, rngs))
 
-    def __call__(
-        self,
-        input_ids: jax.Array | None = None,
-        *,
-        inputs_embeds: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
-        prefix: Prefix | None = None,
-        adaption: Adaption | None = None,
-        output_hidden_states: bool = False,
-        logits_to_keep: int = 0,
-        head: bool = True,
-        remat: bool = False,
-    ) -> ModelOutput:
-        """Run the model; the arguments are those of `apply`."""
-        inner = self.transformer
-        x = inner.wte.either(input_ids, inputs_embeds)
-        places = causal_places(
-            *x.shape[:2],
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            segment_ids=segment_ids,
-            cache=cache,
-            prefix=prefix,
-        )
-        if position_ids is None and places.mask.shape[2] > self.config.max_position_embeddings:
+    def __call__(self, inputs: ForwardInputs) -> ModelOutput:
+        """Compute logits, hidden states and the filled cache, where they are asked for."""
+        inner, cache = self.transformer, inputs.cache
+        x = inner.wte.either(inputs.input_ids, inputs.inputs_embeds)
+        places = causal_places(*x.shape[:2], inputs)
+        if inputs.position_ids is None and places.mask.shape[2] > self.config.max_position_embeddings:
             raise ValueError(
                 f"{places.mask.shape[2]} positions are needed, but this model has {self.config.max_position_embeddings}"
                 ". Shorten the inputs."
             )
-        if token_type_ids is not None:
-            x = x + inner.wte(token_type_ids)
+        if inputs.token_type_ids is not None:
+            x = x + inner.wte(inputs.token_type_ids)
         x = x + inner.wpe(places.positions)
         buffers = None if cache is None else (cache.keys, cache.values)
-        h, states, buffers = inner(x, places, Beside(prefix, adaption), buffers, output_hidden_states, remat)
+        beside = Beside(inputs.prefix, inputs.adaption)
+        h, states, buffers = inner(x, places, beside, buffers, inputs.output_hidden_states, inputs.remat)
         output = ModelOutput(last_hidden_state=h)
-        if head:
-            output = HEAD.run(self, self.config, h[:, -logits_to_keep:], input_ids, inner.wte.embedding)
+        if inputs.head:
+            last = h[:, -inputs.logits_to_keep :]
+            output = HEAD.run(self, self.config, last, inputs.input_ids, inner.wte.embedding)
         return output._replace(hidden_states=states, cache=filled(buffers, places.index, x.shape[1]))
 
 
 HEAD = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "classifier", QUESTION_ANS: "qa_outputs"})
-
-
-def init_params(config: GPT2Config, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Make random parameters: normal matrices of deviation initializer_range, scales of one, biases of zero."""
-    return functional.init_params(GPT2, config, key, dtype)
-
-
-def param_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Map each parameter's dotted path to its shape.
-
-    Example:
-        >>> param_shapes(GPT2Config())["transformer.h.attn.c_attn.kernel"]
-        (12, 768, 2304)
-    """
-    return functional.param_shapes(GPT2, config)
-
-
-def apply(config: GPT2Config, params: dict[str, Any], *args: Any, **kwargs: Any) -> ModelOutput:
-    """Run the model as a pure function of its parameters; arguments as those of `peft_jax.models.llama.model.apply`.
-
-    Beside those: ``token_type_ids`` ``(batch, length)``, ids of tokens whose embeddings are added, and ``prefix``, keys
-    and values ``(layers, batch or 1, n_virtual, heads, head_dim)`` before all positions, which then count from
-    n_virtual, and ``adaption``, gated prompts beside each layer's attention.
-
-    Raises:
-        ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
-    """
-    output: ModelOutput = functional.apply(GPT2, config, params, *args, **kwargs)
-    return output
 
 
 def init_cache(config: GPT2Config, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:

@@ -21,6 +21,7 @@ from peft_jax.models.config import MASKED_LM, ModelConfig
 from peft_jax.models.defaults import method_defaults, prompt_sizes
 from peft_jax.models.family import Family
 from peft_jax.models.handles.prompted import apply_prompted
+from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.registry import family_of
@@ -75,8 +76,15 @@ class ModelHandle(Handle):
     source: Source = Source()
     remat: bool = False
 
-    def run(self, input_ids: Any, output_hidden_states: bool, head: bool = True, **arrays: Any) -> ModelOutput:
-        """Run the architecture, compiled once per shape; an array that is None is not handed on.
+    def run(
+        self,
+        input_ids: Any,
+        output_hidden_states: bool,
+        head: bool = True,
+        task_ids: jax.Array | None = None,
+        **arrays: Any,
+    ) -> ModelOutput:
+        """Run the architecture, compiled once per shape; the other arrays are those of `ForwardInputs`.
 
         Without the head, which is for language models, the output's logits are `LazyLogits`.
         """
@@ -88,8 +96,9 @@ class ModelHandle(Handle):
                     f"{name} are from {found[0]} to {found[1]}, but this model has 0 to {rows - 1}. Give these alone."
                 )
         given = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
-        forward = _forward(self.config, self.remat, output_hidden_states, head)
-        output: ModelOutput = forward(self.params, ids, given)
+        options = {"output_hidden_states": output_hidden_states, "head": head, "remat": self.remat}
+        inputs = ForwardInputs(input_ids=ids, **given, **options)
+        output: ModelOutput = _forward(self.config)(self.params, inputs, task_ids)
         if not head:
             weight, tied = self.family.head_weight(self.config, without_prompts(self.params))
             output = output._replace(logits=LazyLogits(output.last_hidden_state, weight, tied))
@@ -210,17 +219,17 @@ def token_ids(ids: Any, vocabulary: int, name: str = "input_ids") -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _forward(config: ModelConfig, remat: bool, output_hidden_states: bool, head: bool) -> Callable[..., Any]:
+def _forward(config: ModelConfig) -> Callable[..., Any]:
+    """The compiled forward pass of an architecture, from parameters, inputs and each row's task."""
     family = family_of(config)
-    options = {"output_hidden_states": output_hidden_states, "remat": remat} | ({} if head else {"head": False})
 
-    def run(params: Any, prompt: Prompt, input_ids: Any, given: dict[str, Any]) -> Any:
-        apply = partial(family.apply, config, params, **options)
+    def run(params: Any, prompt: Prompt, inputs: ForwardInputs) -> Any:
+        apply = partial(family.apply, config, params)
         embed = partial(family.embed, config, params)
-        return apply_prompted(apply, embed, prompt, input_ids, given, config.task_type)
+        return apply_prompted(apply, embed, prompt, inputs, config.task_type)
 
-    def forward(params: Any, input_ids: Any, given: dict[str, Any]) -> Any:
-        rest, prompt = take_prompt(params, given.pop("task_ids", None))
-        return adapt(run)(rest, prompt, input_ids, given)
+    def forward(params: Any, inputs: ForwardInputs, task_ids: jax.Array | None) -> Any:
+        rest, prompt = take_prompt(params, task_ids)
+        return adapt(run)(rest, prompt, inputs)
 
     return jax.jit(forward)

@@ -1,13 +1,15 @@
 """A prompt in a model's forward pass: before the inputs, before keys and values, or beside the attention."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.models.config import SEQ_CLS, TOKEN_CLS
-from peft_jax.models.modules.positions import KVCache, prefilled
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import prefilled
 from peft_jax.prompts.base import Prompt
 
 REFUSED = {
@@ -18,69 +20,77 @@ TYPED = (SEQ_CLS, TOKEN_CLS)  # the tasks for which PEFT hands token types on; v
 
 
 def apply_prompted(
-    apply: Callable[..., Any],
+    apply: Callable[[ForwardInputs], Any],
     embed: Callable[[jax.Array], jax.Array],
     prompt: Prompt,
-    input_ids: jax.Array | None,
-    given: Mapping[str, Any],
+    inputs: ForwardInputs,
     task: str = "",
 ) -> Any:
     """Call an architecture with a prompt.
 
     Args:
-        apply: ``apply(input_ids, **arrays)``.
+        apply: The architecture.
         embed: The input embedding, from ids to ``(batch, length, hidden)``.
-        prompt: What to put in.
-        input_ids: Token ids ``(batch, length)``, or None if ``given`` has embeddings.
-        given: The other arrays of the call, by name.
+        prompt: The prompt.
+        inputs: The inputs of the call.
         task: What the model does, by PEFT's name for it.
 
     Raises:
-        ValueError: if ``given`` has what makes no sense beside virtual tokens, or the prompt is for other rows.
+        ValueError: if an input makes no sense beside virtual tokens, or the prompt is for other rows.
     """
-    given = dict(given)
-    if (prompt.tokens is not None or prompt.prefix is not None) and "token_type_ids" in given and task not in TYPED:
+    has_virtual = prompt.tokens is not None or prompt.prefix is not None
+    if has_virtual and inputs.token_type_ids is not None and task not in TYPED:
         raise ValueError(
             f"token_type_ids= cannot be given beside a prompt for {task}, where PEFT drops them. Leave it out."
         )
     if prompt.adaption is not None:
-        given["adaption"] = prompt.adaption
+        inputs = dataclasses.replace(inputs, adaption=prompt.adaption)
     if prompt.prefix is not None:
-        given["prefix"] = prompt.prefix
-        if "position_ids" in given:
-            given["position_ids"] = given["position_ids"] + prompt.prefix[0].shape[2]
-    if prompt.tokens is None:
-        return apply(input_ids, **given)
-    for name, why in REFUSED.items():
-        if name in given:
-            raise ValueError(f"{name}= cannot be given beside virtual tokens: {why}. Leave it out.")
-    count = prompt.tokens.shape[1]
-    if "attention_mask" in given:
-        given["attention_mask"] = seen_before(given["attention_mask"], count)
-    if "token_type_ids" in given:
-        given["token_type_ids"] = jnp.pad(given["token_type_ids"], ((0, 0), (count, 0)))
+        inputs = dataclasses.replace(inputs, prefix=prompt.prefix)
+        if inputs.position_ids is not None:
+            inputs = dataclasses.replace(inputs, position_ids=inputs.position_ids + inputs.virtual)
     if prompt.decoder_tokens is not None:
-        given = _in_decoder(prompt.decoder_tokens, embed, given)
-    embeds = given.pop("inputs_embeds", None)
-    if embeds is None and input_ids is not None:
-        embeds = embed(input_ids)
-    elif embeds is None or input_ids is not None:
-        found = "neither" if input_ids is None else "both"
+        inputs = _in_decoder(prompt.decoder_tokens, embed, inputs)
+    if prompt.tokens is not None:
+        inputs = _with_tokens(prompt.tokens, embed, inputs)
+    return apply(inputs)
+
+
+def _with_tokens(tokens: jax.Array, embed: Callable[[jax.Array], jax.Array], inputs: ForwardInputs) -> ForwardInputs:
+    """The inputs of a call with virtual tokens before them."""
+    for name, why in REFUSED.items():
+        if getattr(inputs, name) is not None:
+            raise ValueError(f"{name}= cannot be given beside virtual tokens: {why}. Leave it out.")
+    count = tokens.shape[1]
+    if inputs.attention_mask is not None:
+        inputs = dataclasses.replace(inputs, attention_mask=seen_before(inputs.attention_mask, count))
+    if inputs.token_type_ids is not None:
+        inputs = dataclasses.replace(inputs, token_type_ids=jnp.pad(inputs.token_type_ids, ((0, 0), (count, 0))))
+    ids, embeds = inputs.input_ids, inputs.inputs_embeds
+    if ids is not None and embeds is None:
+        embeds = embed(ids)
+    elif embeds is None or ids is not None:
+        found = "neither" if ids is None else "both"
         raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
-    return apply(None, inputs_embeds=after_tokens(prompt.tokens, embeds), **given)
+    return dataclasses.replace(inputs, input_ids=None, inputs_embeds=after_tokens(tokens, embeds))
 
 
-def _in_decoder(tokens: jax.Array, embed: Callable[[jax.Array], jax.Array], given: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a call with virtual tokens before the decoder's inputs."""
-    ids, embeds = given.pop("decoder_input_ids", None), given.pop("decoder_inputs_embeds", None)
-    if (ids is None) == (embeds is None):
+def _in_decoder(tokens: jax.Array, embed: Callable[[jax.Array], jax.Array], inputs: ForwardInputs) -> ForwardInputs:
+    """The inputs of a call with virtual tokens before the decoder's."""
+    ids, embeds, mask = inputs.decoder_input_ids, inputs.decoder_inputs_embeds, inputs.decoder_attention_mask
+    if ids is not None and embeds is None:
+        embeds = embed(ids)
+    elif embeds is None or ids is not None:
         found = "neither" if ids is None else "both"
         raise ValueError(
             f"A call needs decoder_input_ids, decoder_inputs_embeds or labels, got {found} of the first two."
         )
-    if "decoder_attention_mask" in given:
-        given["decoder_attention_mask"] = seen_before(given["decoder_attention_mask"], tokens.shape[1])
-    return given | {"decoder_inputs_embeds": after_tokens(tokens, embed(ids) if embeds is None else embeds)}
+    if mask is not None:
+        mask = seen_before(mask, tokens.shape[1])
+    embeds = after_tokens(tokens, embeds)
+    return dataclasses.replace(
+        inputs, decoder_input_ids=None, decoder_inputs_embeds=embeds, decoder_attention_mask=mask
+    )
 
 
 def after_tokens(tokens: jax.Array, embeds: jax.Array) -> jax.Array:
@@ -101,31 +111,32 @@ class Cached:
     """An architecture with a prompt that goes into its cache once, before the inputs.
 
     Args:
-        apply: ``apply(input_ids, **arrays)``.
+        apply: The architecture.
         embed: The input embedding, from ids to ``(batch, length, hidden)``.
         prompt: What to put in.
     """
 
-    def __init__(self, apply: Callable[..., Any], embed: Callable[[jax.Array], jax.Array], prompt: Prompt) -> None:
+    def __init__(
+        self, apply: Callable[[ForwardInputs], Any], embed: Callable[[jax.Array], jax.Array], prompt: Prompt
+    ) -> None:
         self._apply, self._embed, self._prompt = apply, embed, prompt
         self.slots = 0 if prompt.tokens is None else prompt.tokens.shape[1]
         self.slots += 0 if prompt.prefix is None else prompt.prefix[0].shape[2]
 
-    def first(self, input_ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: KVCache) -> Any:
-        """Read the inputs, into an empty cache."""
+    def first(self, inputs: ForwardInputs) -> Any:
+        """Read ids, with their mask and positions, into an empty cache."""
         if self._prompt.prefix is not None:
-            cache = prefilled(cache, self._prompt.prefix)
+            inputs = dataclasses.replace(inputs, cache=prefilled(inputs.cache, self._prompt.prefix))
         if self._prompt.tokens is None:
-            return self.apply(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache)
-        mask = seen_before(attention_mask, self.slots)
-        embeds = after_tokens(self._prompt.tokens, self._embed(input_ids))
-        return self._apply(None, inputs_embeds=embeds, attention_mask=mask, cache=cache)
+            return self.apply(inputs)
+        inputs = dataclasses.replace(inputs, position_ids=None)
+        return self._apply(_with_tokens(self._prompt.tokens, self._embed, inputs))
 
-    def apply(self, input_ids: jax.Array, *, attention_mask: jax.Array, position_ids: jax.Array, cache: KVCache) -> Any:
+    def apply(self, inputs: ForwardInputs) -> Any:
         """Read more of them. After virtual tokens positions are slots, padding included, as in PEFT."""
-        given: dict[str, Any] = {"attention_mask": seen_before(attention_mask, self.slots), "cache": cache}
-        if self._prompt.adaption is not None:
-            given["adaption"] = self._prompt.adaption
-        if self._prompt.tokens is None:
-            given["position_ids"] = position_ids + self.slots
-        return self._apply(input_ids, **given)
+        positions = None
+        if self._prompt.tokens is None and inputs.position_ids is not None:
+            positions = inputs.position_ids + self.slots
+        if inputs.attention_mask is not None:
+            inputs = dataclasses.replace(inputs, attention_mask=seen_before(inputs.attention_mask, self.slots))
+        return self._apply(dataclasses.replace(inputs, position_ids=positions, adaption=self._prompt.adaption))

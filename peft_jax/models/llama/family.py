@@ -17,9 +17,7 @@ QWEN = {
 
 LLAMA = Family(
     config=LlamaConfig,
-    init_params=model.init_params,
-    param_shapes=model.param_shapes,
-    apply=model.apply,
+    module=model.Llama,
     layouts=stacked_layouts("layers"),
     backbone="model",
     embedding="embed_tokens",

@@ -17,28 +17,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
-from peft_jax.models.llama.config import FULL, SLIDING, LlamaConfig, RopeScaling
+from peft_jax.models.llama.config import FULL, SLIDING, LlamaConfig
 from peft_jax.models.llama.rotary import Context, make_context, rotate
-from peft_jax.models.modules import functional
 from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import attend, attend_to
 from peft_jax.models.modules.heads import DecoderHead
+from peft_jax.models.modules.inputs import CAUSAL, ForwardInputs
+from peft_jax.models.modules.kv_cache import Buffers, KVCache, extend, filled, make_cache
 from peft_jax.models.modules.layers import Embed, RMSNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
-from peft_jax.models.modules.positions import (
-    Beside,
-    Buffers,
-    KVCache,
-    Prefix,
-    extend,
-    filled,
-    make_cache,
-    put_before,
-)
+from peft_jax.models.modules.positions import Beside, put_before
 from peft_jax.models.modules.remat import kept, rematerialized
 from peft_jax.prompts.base import Adaption
-
-__all__ = ["KVCache", "Llama", "LlamaConfig", "RopeScaling", "apply", "init_cache", "init_params", "param_shapes"]
 
 
 class LlamaAttention(nnx.Module):
@@ -172,143 +162,33 @@ class Llama(nnx.Module):
     Example:
         >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
         ...                      num_attention_heads=2)
-        >>> Llama(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).logits.shape
+        >>> Llama(config, rngs=nnx.Rngs(0))(ForwardInputs(input_ids=jnp.array([[1, 2, 3]]))).logits.shape
         (1, 3, 16)
     """
 
     backbone = "model"
+    takes = CAUSAL
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
         self.model = LlamaModel(config, dtype, rngs)
         HEAD.add(self, config, linear_maker(config, dtype, rngs))
 
-    def __call__(
-        self,
-        input_ids: jax.Array | None = None,
-        *,
-        inputs_embeds: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
-        prefix: Prefix | None = None,
-        adaption: Adaption | None = None,
-        output_hidden_states: bool = False,
-        logits_to_keep: int = 0,
-        head: bool = True,
-        remat: bool = False,
-    ) -> ModelOutput:
-        """Compute logits; the arguments are those of `apply`."""
-        table = self.model.embed_tokens
-        x = table.either(input_ids, inputs_embeds)
-        context = make_context(self.config, x, attention_mask, position_ids, cache, segment_ids, prefix)
+    def __call__(self, inputs: ForwardInputs) -> ModelOutput:
+        """Compute logits, hidden states and the filled cache, where they are asked for."""
+        table, cache = self.model.embed_tokens, inputs.cache
+        x = table.either(inputs.input_ids, inputs.inputs_embeds)
+        context = make_context(self.config, x, inputs)
         buffers = None if cache is None else (cache.keys, cache.values)
-        h, states, buffers = self.model(x, context, Beside(prefix, adaption), buffers, output_hidden_states, remat)
+        beside = Beside(inputs.prefix, inputs.adaption)
+        h, states, buffers = self.model(x, context, beside, buffers, inputs.output_hidden_states, inputs.remat)
         output = ModelOutput(last_hidden_state=h)
-        if head:
-            output = HEAD.run(self, self.config, h[:, -logits_to_keep:], input_ids, table.embedding)
+        if inputs.head:
+            output = HEAD.run(self, self.config, h[:, -inputs.logits_to_keep :], inputs.input_ids, table.embedding)
         return output._replace(hidden_states=states, cache=filled(buffers, context.index, x.shape[1]))
 
 
 HEAD = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
-
-
-def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Make random parameters: normal matrices of deviation initializer_range, scales of one, biases of zero.
-
-    Returns:
-        A nested dict of arrays with the names of the Hugging Face modules. Kernels are (in, out), the embedding
-        (vocab, hidden); everything below `model.layers` has a leading axis of length num_hidden_layers.
-
-    Example:
-        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        ...                      num_attention_heads=2)
-        >>> init_params(config, jax.random.key(0))["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
-        (2, 8, 12)
-    """
-    return functional.init_params(Llama, config, key, dtype)
-
-
-def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Map each parameter's dotted path to its shape, without making the parameters.
-
-    Example:
-        >>> param_shapes(LlamaConfig())["model.norm.scale"]
-        (4096,)
-    """
-    return functional.param_shapes(Llama, config)
-
-
-def apply(
-    config: LlamaConfig,
-    params: dict[str, Any],
-    input_ids: jax.Array | None = None,
-    *,
-    inputs_embeds: jax.Array | None = None,
-    attention_mask: jax.Array | None = None,
-    position_ids: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    cache: KVCache | None = None,
-    prefix: Prefix | None = None,
-    adaption: Adaption | None = None,
-    output_hidden_states: bool = False,
-    logits_to_keep: int = 0,
-    head: bool = True,
-    remat: bool = False,
-) -> ModelOutput:
-    """Run the model as a pure function of its parameters.
-
-    Args:
-        config: The architecture; static under `jax.jit`.
-        params: A nested dict of arrays as from `init_params`. Results have the dtype of the embedding.
-        input_ids: Token ids (batch, length).
-        inputs_embeds: Instead of input_ids, embeddings (batch, length, hidden).
-        attention_mask: 0/1 (batch, length), or with a cache (batch, index + length) up to (batch, max_len).
-        position_ids: (batch, length) or (1, length). By default 0, 1, ..., counted on from the cache's index.
-        segment_ids: (batch, length), the number of the text that each token belongs to, for several texts packed into
-            one row: each sees itself alone, and its positions count from 0. Not with a cache.
-        cache: Keys and values of earlier positions, as from `init_cache`. The caller sees to it that index + length
-            does not exceed max_len (an index is an array, whose value a compiled program cannot check).
-        prefix: Keys and values that all positions see before those of the inputs, each (layers, batch or 1, n_virtual,
-            kv_heads, head_dim). Positions count on from n_virtual.
-        adaption: Gated prompts beside each layer's attention.
-        output_hidden_states: Also return the hidden states.
-        logits_to_keep: Compute the logits at so many last positions only; 0 for all.
-        head: Whether to compute logits; if not, the output has what goes into the head.
-        remat: Keep only each layer's input for the backward pass and compute the rest again.
-
-    Returns:
-        Logits at every position asked for, and hidden states and the filled cache where asked for.
-
-    Raises:
-        ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
-
-    Example:
-        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
-        ...                      num_attention_heads=2)
-        >>> params = init_params(config, jax.random.key(0))
-        >>> apply(config, params, jnp.array([[1, 2, 3]])).logits.shape
-        (1, 3, 16)
-    """
-    output: ModelOutput = functional.apply(
-        Llama,
-        config,
-        params,
-        input_ids,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
-        cache=cache,
-        prefix=prefix,
-        adaption=adaption,
-        output_hidden_states=output_hidden_states,
-        logits_to_keep=logits_to_keep,
-        head=head,
-        remat=remat,
-    )
-    return output
 
 
 def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.models.llama.config import FULL, SLIDING, LlamaConfig
-from peft_jax.models.modules.positions import KVCache, Prefix, causal_places
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.positions import causal_places
 
 
 class Context(NamedTuple):
@@ -42,39 +43,21 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     return ((1 - smooth) * slow + smooth * frequencies).astype(np.float32)
 
 
-def make_context(
-    config: LlamaConfig,
-    x: jax.Array,
-    attention_mask: jax.Array | None,
-    position_ids: jax.Array | None,
-    cache: KVCache | None,
-    segment_ids: jax.Array | None = None,
-    prefix: Prefix | None = None,
-) -> Context:
+def make_context(config: LlamaConfig, x: jax.Array, inputs: ForwardInputs) -> Context:
     """Compute rotation and masks for embeddings x (batch, length, hidden).
 
-    Positions default to slot numbers, as in transformers, whatever the attention mask. They turn queries and keys;
-    what sees what depends on the slots, the mask and the segments. Several texts packed into one row are told apart by
-    segment_ids (batch, length): a text sees itself alone, and its positions count from 0. A prefix takes the first
-    slots, and is seen by all.
+    Positions turn queries and keys; what sees what depends on the slots, the mask and the segments
+    (`peft_jax.models.modules.positions.causal_places`).
 
     Raises:
         ValueError: A shape does not fit the embeddings or the cache.
     """
-    places = causal_places(
-        *x.shape[:2],
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
-        cache=cache,
-        prefix=prefix,
-    )
+    places = causal_places(*x.shape[:2], inputs)
     positions = places.positions.astype(jnp.float32)[:, :, None, None]
     angles = positions * np.tile(inverse_frequencies(config), 2)[None, None, None]
     masks = {FULL: places.mask}
     if config.sliding_window is not None:
-        virtual = 0 if prefix is None else prefix[0].shape[2]
-        query = (jnp.arange(x.shape[1]) + places.index + virtual)[None, :, None]
+        query = (jnp.arange(x.shape[1]) + places.index + inputs.virtual)[None, :, None]
         key = jnp.arange(places.mask.shape[2])[None, None, :]
         masks[SLIDING] = places.mask & (key > query - config.sliding_window)
     return Context(jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype), masks, places.index)

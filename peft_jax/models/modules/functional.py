@@ -1,7 +1,8 @@
 """Flax modules as pure functions of a configuration and a tree of parameters.
 
-A module is made by ``module(config, rngs=, dtype=)``; ``module.backbone`` is the attribute that holds all of it but the
-head. A bare model (``FEATURE_EXTRACTION``) has the parameters of its backbone alone, whose names then lack that part.
+A module is made by ``module(config, rngs=, dtype=)`` and called with `ForwardInputs`, of which ``module.takes`` names
+those that it knows. ``module.backbone`` is the attribute that holds all of it but the head. A bare model
+(``FEATURE_EXTRACTION``) has the parameters of its backbone alone, whose names then lack that part.
 """
 
 import functools
@@ -13,12 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models.config import FEATURE_EXTRACTION, ModelConfig
+from peft_jax.models.modules.inputs import ForwardInputs
 
 Module = Callable[..., nnx.Module]
 
 
 def init_params(module: Any, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Make random parameters: a nested dict of arrays by the names of the module's attributes."""
+    """Make random parameters: a nested dict of arrays by the names of the module's attributes.
+
+    Kernels are ``(in, out)``, embeddings ``(vocabulary, hidden)``; those of stacked layers have an axis in front.
+    """
     tree: dict[str, Any] = nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key), dtype=dtype)))
     return tree[module.backbone] if config.task_type == FEATURE_EXTRACTION else tree
 
@@ -30,13 +35,14 @@ def param_shapes(module: Any, config: ModelConfig) -> dict[str, tuple[int, ...]]
     return {path: leaf.shape for path, leaf in _leaves(tree)}
 
 
-def apply(module: Any, config: ModelConfig, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+def apply(module: Any, config: ModelConfig, params: Mapping[str, Any], inputs: ForwardInputs) -> Any:
     """Call the module with these parameters.
 
     Raises:
-        ValueError: if they are not those of the config; also what the module raises.
+        ValueError: if they are not those of the config, or the module does not take what is given; also what it raises.
     """
-    return bind(module, config, params)(*args, **kwargs)
+    inputs.check(module.takes, config.architecture)
+    return bind(module, config, params)(inputs)
 
 
 def bind(module: Any, config: ModelConfig, params: Mapping[str, Any]) -> Any:

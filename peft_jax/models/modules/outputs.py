@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from peft_jax.models.modules.positions import KVCache
+from peft_jax.models.modules.kv_cache import KVCache
 
 
 class ModelOutput(NamedTuple):
-    """What an architecture's ``apply`` returns.
+    """What an architecture returns.
 
     Attributes:
         logits: Outputs of the head: ``(batch, length, n)``, or ``(batch, n)`` of a sequence classifier; None of a bare

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import Prefix
 from peft_jax.prompts.base import Adaption
-
-Prefix = tuple[jax.Array, jax.Array]
-Buffers = tuple[jax.Array, jax.Array]
-
-
-class KVCache(NamedTuple):
-    """Keys and values of the positions seen so far.
-
-    keys and values are (layers, batch, max_len, kv_heads, head_dim), the keys after rotation. The first `index` (a
-    scalar int32) of the max_len slots are filled.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    index: jax.Array  # type: ignore[assignment]  # a field, not the method of tuples
 
 
 class Beside(NamedTuple):
@@ -50,16 +37,7 @@ class Places(NamedTuple):
     index: jax.Array | int  # type: ignore[assignment]  # a field, not the method of tuples
 
 
-def causal_places(
-    batch: int,
-    length: int,
-    *,
-    attention_mask: jax.Array | None = None,
-    position_ids: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    cache: KVCache | None = None,
-    prefix: Prefix | None = None,
-) -> Places:
+def causal_places(batch: int, length: int, inputs: ForwardInputs) -> Places:
     """Positions and mask of a causal model's inputs.
 
     Positions default to slot numbers, as in transformers, whatever the attention mask; those of a prefix come first.
@@ -69,20 +47,17 @@ def causal_places(
     Args:
         batch: Rows of the inputs.
         length: New positions.
-        attention_mask: 0/1 (batch, length), or with a cache (batch, index + length) up to (batch, max_len).
-        position_ids: (batch, length) or (1, length).
-        segment_ids: (batch, length), without a cache.
-        cache: Keys and values of earlier positions.
-        prefix: Keys and values (layers, batch or 1, n_virtual, kv_heads, head_dim) before all positions.
+        inputs: The masks and positions that are given, and keys and values of earlier positions.
 
     Raises:
         ValueError: A shape does not fit.
 
     Example:
-        >>> places = causal_places(1, 3, attention_mask=jnp.array([[0, 1, 1]]))
+        >>> places = causal_places(1, 3, ForwardInputs(attention_mask=jnp.array([[0, 1, 1]])))
         >>> places.mask[0].astype(int).tolist()
         [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
     """
+    cache, segment_ids, position_ids = inputs.cache, inputs.segment_ids, inputs.position_ids
     index: jax.Array | int = 0 if cache is None else cache.index
     kv_len = length if cache is None else cache.keys.shape[2]
     if kv_len < length:
@@ -91,15 +66,15 @@ def causal_places(
         raise ValueError(f"segment_ids must be {(batch, length)}, without a cache, got {segment_ids.shape}.")
     slots = jnp.arange(length) + index
     mask = jnp.arange(kv_len)[None, None, :] <= slots[None, :, None]
-    if attention_mask is not None:
-        mask &= seen_slots(attention_mask, batch, length, kv_len, cache is not None)[:, None, :]
+    if inputs.attention_mask is not None:
+        mask &= seen_slots(inputs.attention_mask, batch, length, kv_len, cache is not None)[:, None, :]
     if segment_ids is not None:
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    virtual = 0 if prefix is None else prefix[0].shape[2]
     if position_ids is None:
-        position_ids = virtual + (slots[None] if segment_ids is None else segment_positions(segment_ids))
+        counted = slots[None] if segment_ids is None else segment_positions(segment_ids)
+        position_ids = inputs.virtual + counted
     check_positions(position_ids, batch, length)
-    return Places(position_ids, with_prefix(mask, prefix), index)
+    return Places(position_ids, with_prefix(mask, inputs.prefix), index)
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
@@ -143,39 +118,3 @@ def seen_slots(mask: jax.Array, batch: int, length: int, kv_len: int, cached: bo
         columns = f"{length} to {kv_len} (what the cache holds)" if cached else f"{length}, like the inputs"
         raise ValueError(f"attention_mask must have {batch} rows and {columns} columns, got shape {mask.shape}.")
     return jnp.pad(mask.astype(bool), ((0, 0), (0, kv_len - mask.shape[1])))
-
-
-def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
-    """An empty cache for max_len positions."""
-    shape = (layers, batch, max_len, kv_heads, head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
-
-
-def prefilled(cache: Any, prefix: Prefix) -> Any:
-    """An empty cache with a prefix, (layers, batch or 1, n_virtual, kv_heads, head_dim), in its first slots."""
-    buffers = []
-    for buffer, part in zip((cache.keys, cache.values), prefix, strict=True):
-        first = jnp.broadcast_to(part, (part.shape[0], buffer.shape[1], *part.shape[2:])).astype(buffer.dtype)
-        buffers.append(jax.lax.dynamic_update_slice(buffer, first, (0,) * buffer.ndim))
-    return cache._replace(keys=buffers[0], values=buffers[1], index=cache.index + prefix[0].shape[2])
-
-
-def extend(
-    buffers: Buffers | None, k: jax.Array, v: jax.Array, layer: jax.Array, index: jax.Array | int
-) -> tuple[jax.Array, jax.Array, Buffers | None]:
-    """Put a layer's new keys and values into the cache's buffers, and take out all that it holds for the layer."""
-    if buffers is None:
-        return k, v, None
-    start = (layer, 0, index, 0, 0)
-    written = (_write(buffers[0], k, start), _write(buffers[1], v, start))
-    keys, values = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False).astype(k.dtype) for b in written)
-    return keys, values, written
-
-
-def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
-
-
-def filled(buffers: Buffers | None, index: jax.Array | int, length: int) -> KVCache | None:
-    """The cache whose buffers took length new positions from index on."""
-    return None if buffers is None else KVCache(*buffers, jnp.asarray(index + length))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models.modules.activations import ACTIVATIONS
-from peft_jax.models.modules.positions import extend, put_before
+from peft_jax.models.modules.kv_cache import extend
+from peft_jax.models.modules.positions import put_before
 from peft_jax.models.t5.config import T5Config
 from peft_jax.models.t5.relative_attention import (
     KeysValues,

@@ -18,7 +18,7 @@ from peft_jax.models.family import (
     targets,
     with_leaf,
 )
-from peft_jax.models.t5 import forward
+from peft_jax.models.t5 import model
 from peft_jax.models.t5.config import T5Config
 
 SHARED = "shared"
@@ -69,9 +69,7 @@ NORMS = targets("layer_norm", "final_layer_norm")
 
 T5 = T5Family(
     config=T5Config,
-    init_params=forward.init_params,
-    param_shapes=forward.param_shapes,
-    apply=forward.apply,
+    module=model.T5,
     layouts=stacked_layouts("block"),
     backbone="",
     embedding=SHARED,
@@ -101,5 +99,5 @@ T5 = T5Family(
     ),
     ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),  # unused, in old ones
     float32=r".*\.wo\.kernel",
-    encoder_decoder=EncoderDecoder(forward.encode, forward.init_cache, forward.decode),
+    encoder_decoder=EncoderDecoder(model.encode, model.init_cache, model.decode),
 )

@@ -11,7 +11,7 @@ The model is plain Flax and knows nothing of adapters or quantization. Its numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.core.ids import rows_at
+from peft_jax.models.modules import functional
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import make_cache
+from peft_jax.models.modules.positions import seen_slots
 from peft_jax.models.t5.blocks import (
     T5LayerCrossAttention,
     T5LayerFF,
@@ -30,9 +34,13 @@ from peft_jax.models.t5.relative_attention import (
     KeysValues,
     Seen,
     T5Cache,
+    behind,
     linear,
     relative_buckets,
 )
+
+OF_ENCODER = ("input_ids", "inputs_embeds", "attention_mask", "output_hidden_states", "remat")
+OF_DECODER = (*OF_ENCODER, "cache", "prefix", "cross_prefix")
 
 
 class Encoded(NamedTuple):
@@ -66,6 +74,15 @@ class Decoded(NamedTuple):
     logits: jax.Array
     hidden_states: jax.Array | None = None
     cache: T5Cache | None = None
+
+
+class Seq2SeqOutput(NamedTuple):
+    """What a T5 returns: logits (batch, length, vocab), hidden states where asked for, and the encoder's."""
+
+    logits: jax.Array
+    decoder_hidden_states: jax.Array | None
+    encoder_last_hidden_state: jax.Array
+    encoder_hidden_states: jax.Array | None
 
 
 class T5Blocks(nnx.Module):
@@ -123,7 +140,7 @@ class T5Stack(nnx.Module):
 
 
 class T5(nnx.Module):
-    """An encoder-decoder of the T5 family with its output head; its methods are called by `peft_jax.models.t5.forward`.
+    """An encoder-decoder of the T5 family with its output head.
 
     Example:
         >>> config = T5Config(vocab_size=16, hidden_size=8, head_dim=4, intermediate_size=8, num_hidden_layers=2,
@@ -134,6 +151,22 @@ class T5(nnx.Module):
         (1, 3, 8)
     """
 
+    takes = frozenset(
+        (
+            "input_ids",
+            "inputs_embeds",
+            "attention_mask",
+            "encoder_outputs",
+            "decoder_input_ids",
+            "decoder_inputs_embeds",
+            "decoder_attention_mask",
+            "prefix",
+            "cross_prefix",
+            "output_hidden_states",
+            "remat",
+        )
+    )
+
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
         self.shared = embedding(config, dtype, rngs)
@@ -142,8 +175,69 @@ class T5(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = linear(config, config.hidden_size, config.vocab_size, 1.0, dtype, rngs)
 
+    def __call__(self, inputs: ForwardInputs) -> Seq2SeqOutput:
+        """Run encoder and decoder; the attention mask is also for what the decoder sees of the encoder's output."""
+        if inputs.encoder_outputs is None:
+            encoded = self.read(inputs)
+        elif inputs.input_ids is None and inputs.inputs_embeds is None:
+            encoded = Encoded(inputs.encoder_outputs)
+        else:
+            raise ValueError("encoder_outputs stand for the encoder's inputs. Leave input_ids and inputs_embeds out.")
+        of_decoder = ForwardInputs(
+            input_ids=inputs.decoder_input_ids,
+            inputs_embeds=inputs.decoder_inputs_embeds,
+            attention_mask=inputs.decoder_attention_mask,
+            prefix=inputs.prefix,
+            cross_prefix=inputs.cross_prefix,
+            output_hidden_states=inputs.output_hidden_states,
+            remat=inputs.remat,
+        )
+        out = self.write(of_decoder, encoded.last_hidden_state, inputs.attention_mask)
+        return Seq2SeqOutput(out.logits, out.hidden_states, encoded.last_hidden_state, encoded.hidden_states)
+
+    def read(self, inputs: ForwardInputs) -> Encoded:
+        """Run the encoder on its inputs."""
+        x = self.embed("encoder", inputs.input_ids, inputs.inputs_embeds)
+        mask = as_mask("attention_mask", inputs.attention_mask, *x.shape[:2])
+        return self.encode(x, mask, keep=inputs.output_hidden_states, remat=inputs.remat)
+
+    def write(
+        self, inputs: ForwardInputs, encoded: jax.Array | None, encoder_attention_mask: jax.Array | None
+    ) -> Decoded:
+        """Run the decoder on its inputs, as `decode` says."""
+        cache, prefix = inputs.cache, inputs.prefix
+        x = self.embed("decoder", inputs.input_ids, inputs.inputs_embeds)
+        (batch, length), slot = x.shape[:2], jnp.int32(0)
+        buffers: KeysValues | None = None
+        if cache is not None:
+            if any(one is not None for one in (encoded, encoder_attention_mask, prefix, inputs.cross_prefix)):
+                raise ValueError("A cache holds encoded, its mask and the prefixes. Leave them out here.")
+            buffers, slot, kv_len = (cache.keys, cache.values), cache.index, cache.keys.shape[2]
+            mask = jnp.ones((1, kv_len), bool)
+            if inputs.attention_mask is not None:
+                mask = seen_slots(inputs.attention_mask, batch, length, kv_len, cached=True)
+            cross = Cross(cache.cross_mask, ready=(cache.cross_keys, cache.cross_values))
+        elif encoded is not None:
+            mask = as_mask("decoder_attention_mask", inputs.attention_mask, batch, length)
+            seen = cross_mask(encoded, encoder_attention_mask, inputs.cross_prefix)
+            cross = Cross(seen, encoded, inputs.cross_prefix)
+        else:
+            raise ValueError("decode needs encoded= (the output of encode) or cache= (of init_cache), got neither.")
+        static = {"keep": inputs.output_hidden_states, "remat": inputs.remat}
+        h, states, buffers = self.decode(x, behind(prefix, mask), slot, buffers, prefix, cross, **static)
+        if cache is not None and buffers is not None:
+            cache = cache._replace(keys=buffers[0], values=buffers[1], index=cache.index + length)
+        return Decoded(self.logits(h), states, cache)
+
     def embed(self, name: str, ids: jax.Array | None, embeds: jax.Array | None) -> jax.Array:
-        """Inputs of a stack (batch, length, hidden), in the dtype of its residual stream."""
+        """Inputs of a stack (batch, length, hidden), in the dtype of its residual stream.
+
+        Raises:
+            ValueError: None or both are given.
+        """
+        if (ids is None) == (embeds is None):
+            found, of = "neither" if ids is None else "both", "decoder_" if name == "decoder" else ""
+            raise ValueError(f"A call needs {of}input_ids or {of}inputs_embeds, one of them, got {found}.")
         stack = self.encoder if name == "encoder" else self.decoder
         table = self.shared if self.config.share_embeddings else stack.embed_tokens
         rows = table.embedding[...]
@@ -221,3 +315,94 @@ def embedding(config: T5Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Embed:
     """A table (vocab, hidden)."""
     init = nnx.initializers.normal(config.initializer_factor)
     return nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, param_dtype=dtype, rngs=rngs)
+
+
+def encode(config: T5Config, params: Mapping[str, Any], inputs: ForwardInputs) -> Encoded:
+    """Run the encoder.
+
+    Args:
+        config: The architecture; static under `jax.jit`.
+        params: A nested dict of arrays by Hugging Face module names.
+        inputs: The encoder's.
+
+    Raises:
+        ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
+    """
+    inputs.check(OF_ENCODER, "an encoder")
+    encoded: Encoded = functional.bind(T5, config, params).read(inputs)
+    return encoded
+
+
+def decode(
+    config: T5Config,
+    params: Mapping[str, Any],
+    inputs: ForwardInputs,
+    *,
+    encoded: jax.Array | None = None,
+    encoder_attention_mask: jax.Array | None = None,
+) -> Decoded:
+    """Run the decoder, on the encoder's output or on a cache that holds the keys and values of it.
+
+    Args:
+        config: The architecture; static under `jax.jit`.
+        params: A nested dict of arrays by Hugging Face module names.
+        inputs: The decoder's. The cache is one of `init_cache`, in place of encoded, its mask and the prefixes. In a
+            cache a prefix takes the first positions (`peft_jax.models.modules.kv_cache.prefilled`).
+        encoded: The encoder's output (batch, encoder's length, hidden).
+        encoder_attention_mask: 0/1 (batch, encoder's length).
+
+    Raises:
+        ValueError: The leaves of params are not those of config, or an argument's shape does not fit.
+    """
+    inputs.check(OF_DECODER, "a decoder")
+    decoded: Decoded = functional.bind(T5, config, params).write(inputs, encoded, encoder_attention_mask)
+    return decoded
+
+
+def init_cache(
+    config: T5Config,
+    params: dict[str, Any],
+    encoded: jax.Array,
+    max_len: int,
+    *,
+    attention_mask: jax.Array | None = None,
+    cross_prefix: KeysValues | None = None,
+) -> T5Cache:
+    """Make a cache for max_len positions of the decoder, with the keys and values of the encoder's output.
+
+    Args:
+        config: The architecture; static under `jax.jit`.
+        params: A nested dict of arrays by Hugging Face module names.
+        encoded: The encoder's output (batch, length, hidden).
+        max_len: How many positions there is room for.
+        attention_mask: 0/1 (batch, length), of the encoder's.
+        cross_prefix: As in `decode`.
+
+    Example:
+        >>> config = T5Config(vocab_size=16, hidden_size=8, head_dim=4, intermediate_size=12, num_hidden_layers=2,
+        ...                   num_attention_heads=3)
+        >>> params = functional.init_params(T5, config, jax.random.key(0))
+        >>> cache = init_cache(config, params, jnp.ones((5, 7, 8)), max_len=9)
+        >>> cache.keys.shape, cache.cross_keys.shape
+        ((2, 5, 9, 3, 4), (2, 5, 7, 3, 4))
+    """
+    model = functional.bind(T5, config, params)
+    cross_keys, cross_values = model.cross_keys_values(encoded, cross_prefix)
+    sizes = config.depths["decoder"], len(encoded), max_len, config.num_attention_heads, config.head_dim
+    keys, values, index = make_cache(*sizes, cross_keys.dtype)
+    mask = cross_mask(encoded, attention_mask, cross_prefix)
+    return T5Cache(keys, values, cross_keys, cross_values, mask, index)
+
+
+def as_mask(name: str, mask: jax.Array | None, batch: int, length: int) -> jax.Array:
+    """A 0/1 mask as bool (batch, length); (1, length) without one."""
+    if mask is None:
+        return jnp.ones((1, length), bool)
+    if mask.shape != (batch, length):
+        raise ValueError(f"{name} must be {(batch, length)}, like the inputs, got shape {mask.shape}.")
+    return mask.astype(bool)
+
+
+def cross_mask(encoded: jax.Array, mask: jax.Array | None, prefix: KeysValues | None) -> jax.Array:
+    """What may be seen of the encoder's output (batch, length, hidden), with a prefix of it in front."""
+    return behind(prefix, as_mask("attention_mask", mask, *encoded.shape[:2]))

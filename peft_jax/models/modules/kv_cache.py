@@ -1,0 +1,59 @@
+"""Keys and values that are kept: of earlier positions in a cache, and of a prompt before all positions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Prefix = tuple[jax.Array, jax.Array]
+Buffers = tuple[jax.Array, jax.Array]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far.
+
+    keys and values are (layers, batch, max_len, kv_heads, head_dim), the keys after rotation. The first `index` (a
+    scalar int32) of the max_len slots are filled.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # a field, not the method of tuples
+
+
+def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
+    """An empty cache for max_len positions."""
+    shape = (layers, batch, max_len, kv_heads, head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+
+def prefilled(cache: Any, prefix: Prefix) -> Any:
+    """An empty cache with a prefix, (layers, batch or 1, n_virtual, kv_heads, head_dim), in its first slots."""
+    buffers = []
+    for buffer, part in zip((cache.keys, cache.values), prefix, strict=True):
+        first = jnp.broadcast_to(part, (part.shape[0], buffer.shape[1], *part.shape[2:])).astype(buffer.dtype)
+        buffers.append(jax.lax.dynamic_update_slice(buffer, first, (0,) * buffer.ndim))
+    return cache._replace(keys=buffers[0], values=buffers[1], index=cache.index + prefix[0].shape[2])
+
+
+def extend(
+    buffers: Buffers | None, k: jax.Array, v: jax.Array, layer: jax.Array, index: jax.Array | int
+) -> tuple[jax.Array, jax.Array, Buffers | None]:
+    """Put a layer's new keys and values into the cache's buffers, and take out all that it holds for the layer."""
+    if buffers is None:
+        return k, v, None
+    start = (layer, 0, index, 0, 0)
+    written = (_write(buffers[0], k, start), _write(buffers[1], v, start))
+    keys, values = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False).astype(k.dtype) for b in written)
+    return keys, values, written
+
+
+def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
+
+
+def filled(buffers: Buffers | None, index: jax.Array | int, length: int) -> KVCache | None:
+    """The cache whose buffers took length new positions from index on."""
+    return None if buffers is None else KVCache(*buffers, jnp.asarray(index + length))
