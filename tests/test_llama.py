@@ -12,12 +12,14 @@ import torch
 import transformers
 from flax import nnx
 
+import peft_jax as pj
 from peft_jax.models.llama import model as llama
 from peft_jax.models.llama.config import LlamaConfig, RopeScaling
 from peft_jax.models.llama.family import LLAMA
 from peft_jax.models.llama.rotary import inverse_frequencies
 from peft_jax.models.modules.attention import BLOCKS, LEAST, attend
-from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.inputs import ARRAYS, OPTIONS, ForwardInputs
+from peft_jax.models.registry import FAMILIES
 from peft_jax.models.weights_io import load_model
 
 SIZES = {
@@ -316,6 +318,23 @@ def test_a_wider_scale_does_not_widen_the_stream():
 def test_wrong_inputs_are_errors(inputs, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(partial(LLAMA.apply, SMALL), shapes(SMALL), ForwardInputs(**inputs))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.backbone or family.embedding)
+def test_an_input_that_an_architecture_does_not_take_is_an_error(family):
+    takes = family.module.takes
+    assert takes <= {*ARRAYS, *OPTIONS}
+    config = family.config()
+    for name in {*ARRAYS, *OPTIONS} - takes:
+        given = {name: not OPTIONS[name] if name in OPTIONS else IDS}
+        with pytest.raises(ValueError, match=f"{name} is given, which {config.architecture} does not take"):
+            family.apply(config, {}, ForwardInputs(**given))
+
+
+def test_a_call_names_the_input_that_its_architecture_does_not_take():
+    model = pj.AutoModelForSequenceClassification.from_config(dataclasses.replace(SMALL, pad_token_id=0))
+    with pytest.raises(ValueError, match="token_type_ids is given, which LlamaForSequenceClassification does not take"):
+        model(IDS, token_type_ids=np.zeros_like(IDS))
 
 
 def shapes(config):

@@ -145,7 +145,8 @@ class GPT2(nnx.Module):
         """Compute logits, hidden states and the filled cache, where they are asked for."""
         inner, cache = self.transformer, inputs.cache
         x = inner.wte.either(inputs.input_ids, inputs.inputs_embeds)
-        places = causal_places(*x.shape[:2], inputs)
+        batch, length, _ = x.shape
+        places = causal_places(batch, length, inputs)
         if inputs.position_ids is None and places.mask.shape[2] > self.config.max_position_embeddings:
             raise ValueError(
                 f"{places.mask.shape[2]} positions are needed, but this model has {self.config.max_position_embeddings}"
@@ -161,7 +162,7 @@ class GPT2(nnx.Module):
         if inputs.head:
             last = h[:, -inputs.logits_to_keep :]
             output = HEAD.run(self, self.config, last, inputs.input_ids, inner.wte.embedding)
-        return output._replace(hidden_states=states, cache=filled(buffers, places.index, x.shape[1]))
+        return output._replace(hidden_states=states, cache=filled(buffers, places.index, length))
 
 
 HEAD = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "classifier", QUESTION_ANS: "qa_outputs"})

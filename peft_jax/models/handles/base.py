@@ -95,9 +95,10 @@ class ModelHandle(Handle):
                 raise ValueError(
                     f"{name} are from {found[0]} to {found[1]}, but this model has 0 to {rows - 1}. Give these alone."
                 )
-        given = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
-        options = {"output_hidden_states": output_hidden_states, "head": head, "remat": self.remat}
-        inputs = ForwardInputs(input_ids=ids, **given, **options)
+        given: dict[str, Any] = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
+        inputs = ForwardInputs(
+            input_ids=ids, output_hidden_states=output_hidden_states, head=head, remat=self.remat, **given
+        )
         output: ModelOutput = _forward(self.config)(self.params, inputs, task_ids)
         if not head:
             weight, tied = self.family.head_weight(self.config, without_prompts(self.params))

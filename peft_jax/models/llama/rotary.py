@@ -52,12 +52,13 @@ def make_context(config: LlamaConfig, x: jax.Array, inputs: ForwardInputs) -> Co
     Raises:
         ValueError: A shape does not fit the embeddings or the cache.
     """
-    places = causal_places(*x.shape[:2], inputs)
+    batch, length, _ = x.shape
+    places = causal_places(batch, length, inputs)
     positions = places.positions.astype(jnp.float32)[:, :, None, None]
     angles = positions * np.tile(inverse_frequencies(config), 2)[None, None, None]
     masks = {FULL: places.mask}
     if config.sliding_window is not None:
-        query = (jnp.arange(x.shape[1]) + places.index + inputs.virtual)[None, :, None]
+        query = (jnp.arange(length) + places.index + inputs.virtual)[None, :, None]
         key = jnp.arange(places.mask.shape[2])[None, None, :]
         masks[SLIDING] = places.mask & (key > query - config.sliding_window)
     return Context(jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype), masks, places.index)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from typing import Any
 
 import jax
 
-from peft_jax.models.modules.kv_cache import KVCache, Prefix
+from peft_jax.models.modules.kv_cache import Prefix
 from peft_jax.prompts.base import Adaption
 
 # Fields that every causal model takes.
@@ -47,8 +48,8 @@ class ForwardInputs:
         decoder_input_ids: The decoder's token ids ``(batch, decoder's length)``.
         decoder_inputs_embeds: Instead of them, embeddings ``(batch, decoder's length, hidden)``.
         decoder_attention_mask: 0/1 ``(batch, decoder's length)``.
-        cache: Keys and values of earlier positions. The caller sees to it that index + length does not exceed max_len
-            (an index is an array, whose value a compiled program cannot check).
+        cache: Keys and values of earlier positions, a `KVCache` or an architecture's own. The caller sees to it that
+            index + length does not exceed max_len (an index is an array, which a compiled program cannot check).
         prefix: Keys and values that all positions see before those of the inputs, each
             ``(layers, batch or 1, n_virtual, kv_heads, head_dim)``. Positions count on from n_virtual.
         cross_prefix: The same before the encoder's output, for the attention to it.
@@ -69,7 +70,7 @@ class ForwardInputs:
     decoder_input_ids: jax.Array | None = None
     decoder_inputs_embeds: jax.Array | None = None
     decoder_attention_mask: jax.Array | None = None
-    cache: KVCache | None = None
+    cache: Any = None
     prefix: Prefix | None = None
     cross_prefix: Prefix | None = None
     adaption: Adaption | None = None

@@ -205,7 +205,8 @@ class T5(nnx.Module):
         self, inputs: ForwardInputs, encoded: jax.Array | None, encoder_attention_mask: jax.Array | None
     ) -> Decoded:
         """Run the decoder on its inputs, as `decode` says."""
-        cache, prefix = inputs.cache, inputs.prefix
+        cache: T5Cache | None = inputs.cache
+        prefix = inputs.prefix
         x = self.embed("decoder", inputs.input_ids, inputs.inputs_embeds)
         (batch, length), slot = x.shape[:2], jnp.int32(0)
         buffers: KeysValues | None = None
