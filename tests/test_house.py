@@ -173,6 +173,12 @@ def test_an_architecture_is_named_in_its_folder_and_the_registry_alone(file: Pat
         assert {name for name in named if FOLDERS[name] != folder_of(file)} == set()
 
 
+def test_the_readme_names_every_architecture() -> None:
+    """Help texts point to its table."""
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| Models |")]
+    assert architectures_named(row) == set(BY_MODEL_TYPE)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_modules_of_an_architecture_are_named_in_its_folder_alone(file: Path) -> None:
     path, words = str(file.relative_to(ROOT)), words_of(file, with_docstrings=False)

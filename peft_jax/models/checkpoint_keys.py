@@ -28,7 +28,9 @@ def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str,
         return {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix) or not has_prefix}
     if has_prefix:
         return found
-    return {key if _is_head(family, key) else prefix + key: tensor for key, tensor in found.items()}
+    heads = {key: tensor for key, tensor in found.items() if _is_head(family, key)}
+    rest = {prefix + key: tensor for key, tensor in found.items() if key not in heads}
+    return {**heads, **rest}
 
 
 def fresh_rows(family: Family, config: ModelConfig, rows: Sequence[Row], tensors: Tensors) -> list[Row]:
@@ -39,7 +41,7 @@ def fresh_rows(family: Family, config: ModelConfig, rows: Sequence[Row], tensors
     if config.task_type in LANGUAGE_MODELS:
         return []
     mine = [row for row in rows if _is_head(family, row.path) or _is_extra(family, row.path)]
-    return [row for row in mine if not any(key in tensors for key in row.keys)]
+    return [row for row in mine if tensors.keys().isdisjoint(row.keys)]
 
 
 def unused(family: Family) -> list[str]:

@@ -1,4 +1,4 @@
-"""What PEFT fills in where a config leaves it open: modules to adapt, sizes of prompts."""
+"""Fields that PEFT fills in where a config leaves them open: modules to adapt, sizes of prompts."""
 
 from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig
 from peft_jax.models.family import OTHERWISE, Fields

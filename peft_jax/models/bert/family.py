@@ -1,4 +1,4 @@
-"""What is known of BERT, RoBERTa and XLM-RoBERTa beside their numbers."""
+"""The records of BERT, and of RoBERTa and XLM-RoBERTa."""
 
 import dataclasses
 
@@ -20,7 +20,10 @@ def rows(family: Family, config: BertConfig) -> tuple[Row, ...]:
         return found
     decoder = family.heads[MASKED_LM]
     bias = f"{decoder.rpartition('.')[0]}.bias"
-    return tuple(row._replace(key=f"{decoder}.bias") if row.path == bias else row for row in found)
+    renamed = []
+    for row in found:
+        renamed.append(row._replace(key=f"{decoder}.bias") if row.path == bias else row)
+    return tuple(renamed)
 
 
 BERT = Family(

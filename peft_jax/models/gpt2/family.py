@@ -1,4 +1,4 @@
-"""What is known of GPT-2 beside its numbers."""
+"""The record of GPT-2."""
 
 from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
 from peft_jax.models.gpt2 import model

@@ -50,9 +50,10 @@ def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> 
         ValueError: The labels' shape does not fit.
     """
     count = logits.shape[-1]
-    if problem is None:
-        is_integer = jnp.issubdtype(labels.dtype, jnp.integer)
-        problem = REGRESSION if count == 1 else SINGLE if is_integer else MULTI
+    if problem is None and count == 1:
+        problem = REGRESSION
+    elif problem is None:
+        problem = SINGLE if jnp.issubdtype(labels.dtype, jnp.integer) else MULTI
     if problem == SINGLE:
         return cross_entropy(logits, _reshaped(labels, logits.shape[:1], problem))
     wide = logits.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What is known of the Llama family beside its numbers: Llama 1 to 3, Mistral, Qwen2 and Qwen3."""
+"""The record of the Llama family: Llama 1 to 3, Mistral, Qwen2 and Qwen3."""
 
 from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
 from peft_jax.models.llama import model

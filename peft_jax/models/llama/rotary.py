@@ -15,7 +15,7 @@ from peft_jax.models.modules.positions import causal_places
 
 
 class Context(NamedTuple):
-    """What all layers of one call share.
+    """Rotation and masks, which all layers of one call share.
 
     cos and sin are (batch or 1, length, 1, head_dim); masks maps each kind of layer to what a query may see, a bool
     (batch or 1, length, kv_len); index is the slot of the cache that the first new position takes.

@@ -1,4 +1,4 @@
-"""What architectures return."""
+"""The output of architectures."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from peft_jax.models.modules.kv_cache import KVCache
 
 
 class ModelOutput(NamedTuple):
-    """What an architecture returns.
+    """Output of an architecture.
 
     Attributes:
         logits: Outputs of the head: ``(batch, length, n)``, or ``(batch, n)`` of a sequence classifier; None of a bare

@@ -1,4 +1,4 @@
-"""What is known of the T5 family beside its numbers, and its embedding, which four modules share."""
+"""The record of the T5 family, and its embedding, which four modules share."""
 
 import dataclasses
 from typing import Any
@@ -58,7 +58,9 @@ class T5Family(Family):
         differs = [name for name in names if name in found and not np.array_equal(found[name], table)]
         share = not set(LOOKED_UP) & set(differs)
         tied = share and HEAD not in differs
-        kept = (SHARED,) if tied else (SHARED, HEAD) if share else names
+        kept: tuple[str, ...] = names
+        if share:
+            kept = (SHARED,) if tied else (SHARED, HEAD)
         rest = {key: tensor for key, tensor in tensors.items() if key.removesuffix(".weight") not in names}
         own = {f"{name}.weight": found.get(name, table) for name in kept}
         return dataclasses.replace(config, share_embeddings=share, tie_word_embeddings=tied), {**own, **rest}

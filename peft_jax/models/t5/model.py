@@ -44,7 +44,7 @@ OF_DECODER = (*OF_ENCODER, "cache", "prefix", "cross_prefix")
 
 
 class Encoded(NamedTuple):
-    """What the encoder returns.
+    """Output of the encoder.
 
     last_hidden_state is (batch, length, hidden). hidden_states, if asked for, are (layers + 1, batch, length,
     hidden): the embeddings, the output of each block but the last, and the output of the final norm.
@@ -55,7 +55,7 @@ class Encoded(NamedTuple):
 
 
 class Cross(NamedTuple):
-    """What a decoder sees of the encoder.
+    """The encoder's part in the decoder's attention.
 
     Either encoded, its output (batch, length, hidden), with a prefix (layers, batch or 1, n_virtual, heads, head_dim)
     of the keys and values of it; or these, ready, (layers, batch, kv_len, heads, head_dim), as from a cache. mask is
@@ -69,7 +69,7 @@ class Cross(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What the decoder returns: logits (batch, length, vocab), hidden states as the encoder's, the filled cache."""
+    """Output of the decoder: logits (batch, length, vocab), hidden states as the encoder's, the filled cache."""
 
     logits: jax.Array
     hidden_states: jax.Array | None = None
@@ -77,7 +77,7 @@ class Decoded(NamedTuple):
 
 
 class Seq2SeqOutput(NamedTuple):
-    """What a T5 returns: logits (batch, length, vocab), hidden states where asked for, and the encoder's."""
+    """Output of a T5: logits (batch, length, vocab), hidden states where asked for, and the encoder's."""
 
     logits: jax.Array
     decoder_hidden_states: jax.Array | None
@@ -405,5 +405,5 @@ def as_mask(name: str, mask: jax.Array | None, batch: int, length: int) -> jax.A
 
 
 def cross_mask(encoded: jax.Array, mask: jax.Array | None, prefix: KeysValues | None) -> jax.Array:
-    """What may be seen of the encoder's output (batch, length, hidden), with a prefix of it in front."""
+    """The mask of the encoder's output (batch, length, hidden), with a prefix of it in front."""
     return behind(prefix, as_mask("attention_mask", mask, *encoded.shape[:2]))
