@@ -33,7 +33,7 @@ from peft_jax.train import (
     train,
     training_batches,
 )
-from peft_jax.train.data import encode
+from peft_jax.train.data.encode import encode
 from peft_jax.train.mesh import (
     PlacedBatches,
     make_mesh,
