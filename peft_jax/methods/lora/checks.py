@@ -37,7 +37,7 @@ def check_initializer(config: Any) -> None:
             raise ValueError(
                 f"{row.options_field} goes with init_lora_weights={row.value!r}, got {init!r}. Remove one of them."
             )
-        options = given if isinstance(given, row.options) else _from_fields(row.options, given, row.options_field)
+        options: Any = given if isinstance(given, row.options) else _from_fields(row.options, given, row.options_field)
         object.__setattr__(config, row.options_field, dataclasses.asdict(options))
 
 
