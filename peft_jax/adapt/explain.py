@@ -153,7 +153,7 @@ class _Note:
 def _report(path: str, leaf: Any, note: _Note) -> LeafReport:
     kinds, node = [], leaf
     while is_adapted(node):
-        kinds.append(f"{node.tag.name}: {node.tag.config.label}{'' if node.active else ' (not active)'}")
+        kinds.append(f"{node.tag.name}: {node.method.label}{'' if node.active else ' (not active)'}")
         node = node.base
     kinds += [type(node).__name__.lower()] if is_weight(node) else []
     return LeafReport(path, leaf.shape, tuple(kinds), leaf.layout, tuple(note.uses), whole=not leaf.side_path)

@@ -1,14 +1,13 @@
 """Attach an adapter to a tree."""
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapt.left_out import left_out, report
+from peft_jax.adapters.build import build, initial_contents
 from peft_jax.adapters.complete import (
     completed,
     expand_all_linear,
@@ -17,26 +16,16 @@ from peft_jax.adapters.complete import (
     untied_for,
     with_replicas,
 )
-from peft_jax.adapters.plan import (
-    FOLLOWS,
-    TOKENS,
-    Choice,
-    choose,
-    matrix_sizes,
-    may_be_target,
-    modules_with_followers,
-)
+from peft_jax.adapters.plan import Target, may_be_target, plan
 from peft_jax.adapters.target_parameters import is_parameter, parameters_of, with_parameters
-from peft_jax.core.adapted import Adapted, Tag, check_adapter_name, tied
+from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float, replace_leaves
-from peft_jax.core.partition_specs import sharded_like_base
+from peft_jax.core.leaves import Layouts, find_leaves, is_float
 from peft_jax.core.targets import check_targets, is_saved_module, is_target
-from peft_jax.core.weight import as_leaf, as_weight, is_weight
+from peft_jax.core.weight import Weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
-from peft_jax.methods.trainable_tokens import Tokens, tokens_by_module
-from peft_jax.methods.whole import Follower, Whole
+from peft_jax.methods.trainable_tokens import tokens_by_module
 
 EMBEDDING = "embed_tokens"  # where PEFT looks for input tokens in what is no model of transformers'
 LEFT_OUT = (
@@ -164,57 +153,13 @@ def _attached(
     modules = [name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)]
     modules = [*(name for name in modules if not is_parameter(config, name)), *aliases]
     vectors = [name for leaf in found if not may_be_target(config, leaf) and is_float(leaf) for name in leaf.names.flat]
-    targets = {*check_targets(config, modules, every, config.patterns, parameters, vectors), *parameters}
-
+    modules_of_targets = {*check_targets(config, modules, every, config.patterns, parameters, vectors), *parameters}
     tokens = tokens_by_module(config.trainable_token_indices, modules, embedding)
 
-    def begin(leaf: Leaf, hit: np.ndarray) -> Any:
-        return config.begin_on(as_weight(leaf.value, leaf.layout), leaf.names, hit, key)
+    planned = plan(found, config, modules_of_targets, tokens)
 
-    return place(params, found, config, targets, adapter_name, begin, tokens)
+    def initialize(target: Target, base: Weight) -> Any:
+        return config.begin_on(base, target.leaf.names, target.hit, key)
 
-
-def place(
-    params: Any,
-    found: Sequence[Leaf],
-    config: Method,
-    targets: set[str],
-    adapter_name: str,
-    begin: Callable[[Leaf, np.ndarray], Any],
-    tokens: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
-) -> Any:
-    """The tree of the leaves ``found`` with an adapter.
-
-    Its arrays at a target, and the base that they go on, ``begin(leaf, hit)`` gives; ``tokens`` are as in `choose`.
-    """
-    nodes = {}
-    choices = list(choose(found, config, targets, tokens))
-    biased = modules_with_followers(choices)
-    shared = config.shared(matrix_sizes(choices))
-    for choice in choices:
-        position, leaf, hit, role, _ = choice
-        tagged, (arrays, state) = beside_target(config, choice)
-        base = as_weight(leaf.value, leaf.layout)
-        if role is None:
-            arrays, state, base = begin(leaf, hit)
-            state |= config.lone_state(leaf.names, hit, biased)
-            state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), hit.shape)
-        tag = Tag(adapter_name, tagged)
-        adapted = Adapted(as_leaf(base), arrays, state, leaf.layout, tag, trainable=not config.inference_mode)
-        nodes[position] = sharded_like_base(adapted)
-    return tied(replace_leaves(params, nodes))
-
-
-def beside_target(config: Method, choice: Choice) -> tuple[Any, Any]:
-    """What a leaf that has a role is tagged with, and its arrays; the config and no arrays for a target's matrix."""
-    _, leaf, hit, role, tokens = choice
-    if role == TOKENS:
-        some = Tokens(config, role, tokens)
-        return some, some.init(as_weight(leaf.value, leaf.layout), leaf.names, hit)
-    if role is None:
-        return config, ({}, {})
-    if role == FOLLOWS:
-        follower = Follower(config, role)
-        return follower, follower.init(leaf.names, hit)
-    whole = Whole(config, role)
-    return whole, whole.init(as_weight(leaf.value, leaf.layout), hit)
+    contents_of = initial_contents(config, planned, initialize)
+    return build(params, adapter_name, config, planned, contents_of, trainable=not config.inference_mode)

@@ -37,7 +37,6 @@ from peft_jax.methods.lora.initializers.base import Initialize
 from peft_jax.methods.lora.initializers.stacked import initialize_layers
 from peft_jax.methods.lora.initializers.table import from_data
 from peft_jax.methods.lora.nested_configs import CordaConfig, EvaConfig, LoraGAConfig
-from peft_jax.methods.whole import Part, config_of
 
 T = TypeVar("T")
 MOST = 1000  # batches after which EVA's components have to have been found
@@ -149,7 +148,7 @@ def _targets(adapted: Any, adapter_name: str) -> dict[str, Adapted]:
 
 def _matrices(tree: Any, adapter_name: str, *, lookup: bool) -> Iterator[tuple[str, Adapted]]:
     for path, leaf in adapted_leaves(tree):
-        if leaf.tag.name == adapter_name and not isinstance(leaf.tag.config, Part) and leaf.layout.lookup == lookup:
+        if leaf.tag.name == adapter_name and leaf.tag.role is None and leaf.layout.lookup == lookup:
             yield path, leaf
 
 
@@ -213,7 +212,7 @@ def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | No
         if leaf.tag.name != adapter_name:
             return leaf
         tag = retagged(leaf.tag, config)
-        if path not in sums or isinstance(leaf.tag.config, Part):
+        if path not in sums or leaf.tag.role is not None:
             return dataclasses.replace(leaf, tag=tag)
         names, hit = layers_of(path, leaf)
         base = as_weight(leaf.base, leaf.layout)
@@ -230,9 +229,8 @@ def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | No
 def retagged(tag: Tag, start: LoraConfig) -> Tag:
     """The tag with the start of a config, whose other fields the model has completed."""
     fields = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config")
-    config = config_of(tag.config).replace(**{name: getattr(start, name) for name in fields})
-    whole = dataclasses.replace(tag.config, config=config) if isinstance(tag.config, Part) else config
-    return dataclasses.replace(tag, config=whole)
+    config = tag.config.replace(**{name: getattr(start, name) for name in fields})
+    return dataclasses.replace(tag, config=config)
 
 
 def _initializer(config: LoraConfig, seen: jax.Array, stored_in_out: bool) -> Initialize:
@@ -288,7 +286,7 @@ def _eva(
             )
         search.take(moments if number == 0 else look(batch))
     tree = adapted.params if isinstance(adapted, Handle) else adapted
-    completed = config_of(adapters(tree)[adapter_name])
+    completed = adapters(tree)[adapter_name]
     assert isinstance(completed, LoraConfig)
     ranked = _ranked(completed, config, options, search, _lookups(tree, adapter_name))
     return ranked, {name: search.start(name, options.whiten) for name in moments}
@@ -340,7 +338,7 @@ def _with_components(adapted: Any, config: LoraConfig, components: Sums, adapter
         if leaf.tag.name != adapter_name:
             return leaf
         tag = retagged(leaf.tag, config)
-        if isinstance(leaf.tag.config, Part) or leaf.layout.lookup:
+        if leaf.tag.role is not None or leaf.layout.lookup:
             return dataclasses.replace(leaf, tag=tag)
         (names, hit), a = layers_of(path, leaf), jnp.zeros_like(leaf.params["lora_A"])
         for index in np.ndindex(hit.shape):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted
+from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, nested_adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Lookup, Product
@@ -57,19 +57,16 @@ def with_adapter_rows(params: T, names: Sequence[str]) -> T:
     used = [name for name in known if name in names]
 
     def by_row(node: Any) -> Any:
-        found = {}
-        base = node
-        while is_adapted(base):
-            found[base.tag.name] = base
-            base = base.base
+        found = nested_adapters(node)
+        innermost = list(found.values())[-1].base if found else node
         nodes = [found[name] for name in used if name in found]
         if not nodes:
-            return base
+            return innermost
         places = {one.tag.name: place for place, one in enumerate(nodes, 1)}
         rows = np.array([places.get(name, 0) for name in names], np.int32)
         stack = node.layout.stack_shape(node.shape)
         return Rows(
-            base,
+            innermost,
             tuple(dict(one.params) for one in nodes),
             tuple({name: value for name, value in one.state.items() if name != "dropout"} for one in nodes),
             jnp.broadcast_to(jnp.asarray(rows), (*stack, len(rows))),
@@ -151,7 +148,7 @@ class Rows(Weight):
             y = self._with_factors(gathered, y, x, product)
         for i, tag in enumerate(self.tags):
             if i not in gathered:
-                own = tag.config.apply(self.params[i], self.states[i], base, x, product)
+                own = tag.rule.apply(self.params[i], self.states[i], base, x, product)
                 y = jnp.where(jnp.reshape(self.rows == i + 1, (-1, *[1] * (y.ndim - 1))), own, y)
         return y
 

@@ -1,6 +1,7 @@
-"""Which leaves an adapter changes, and in which role."""
+"""Plan an adapter: which leaves it changes, and in which roles. `peft_jax.adapters.build` then builds it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -9,85 +10,113 @@ from peft_jax.adapters.target_parameters import is_parameter
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
-from peft_jax.methods.whole import REPLACED
-
-TOKENS = "trainable_token_indices"
-FOLLOWS = "bias of its layer"  # the role of a bias that the adapter of its layer's matrix changes too
+from peft_jax.methods.roles import BIAS, REPLACED, SAVED, Follower, Role, Whole
+from peft_jax.methods.trainable_tokens import Tokens
 
 
-class Choice(NamedTuple):
-    """A leaf that an adapter changes: its position, which stacked layers, and its role if it is no target's matrix.
+class Target(NamedTuple):
+    """A leaf that an adapter changes.
 
-    ``tokens`` are ids of tokens that are trained in it, if that is its role.
+    Attributes:
+        position: Its position among the leaves of the tree.
+        leaf: The leaf.
+        hit: Which of its stacked layers are changed, of its stacked shape.
+        role: Its role; None for the matrix of a target module.
     """
 
     position: int
     leaf: Leaf
     hit: np.ndarray
-    role: str | None
-    tokens: tuple[int, ...] = ()
+    role: Role | None
 
 
-def choose(
-    found: Sequence[Leaf], config: Method, targets: set[str], tokens: Mapping[str, tuple[int, ...]]
-) -> Iterator[Choice]:
-    """The leaves that an adapter changes.
+def plan(
+    found: Sequence[Leaf],
+    config: Method,
+    modules: Collection[str],
+    tokens: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> list[Target]:
+    """The leaves that an adapter changes, and their roles in it.
 
     Args:
-        found: All leaves.
-        config: What to change.
-        targets: Names of the modules that get a low-rank or other update.
+        found: All leaves of the tree.
+        config: The adapter's config.
+        modules: Names of the modules whose matrices get the method's arrays.
         tokens: Ids of trained tokens by module.
 
     Raises:
         ValueError: if one of them has ambiguous axes, or is to be changed in two ways; or two of them have one name in
             PEFT's files.
     """
+    targets = []
     seen: dict[tuple[str, str], str] = {}
     for position, leaf in enumerate(found):
-        role = None
-        hit = np.vectorize(lambda name: is_saved_module(config, name), otypes=[bool])(leaf.names)
-        if hit.any():
-            role = "modules_to_save"
-            if both := sorted({str(name) for name in leaf.names.flat} & targets - set(leaf.names[hit].flat)):
-                raise ValueError(
-                    f"Leaf '{leaf.path}' stacks layers of which {both[:3]} are targets and others are in "
-                    "modules_to_save, which one leaf cannot be. Save all of its layers, or none."
-                )
-        elif config.replaces and is_float(leaf):
-            role = REPLACED
-            hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
-        elif leaf.is_bias:
-            role = "bias" if config.bias != "none" else FOLLOWS
-            hit = np.vectorize(lambda name: _changes_bias(config, name, targets), otypes=[bool])(leaf.names)
-        elif is_matrix(leaf):
-            hit = np.vectorize(lambda name: name in targets, otypes=[bool])(leaf.names)
-        own = next((tokens[name] for name in leaf.names.flat if name in tokens), ()) if is_matrix(leaf) else ()
-        if own and hit.any():
+        role, hit = _role_of(leaf, config, modules)
+        ids = _tokens_of(leaf, tokens)
+        if ids and hit.any():
             raise ValueError(
                 f"Tokens of '{leaf.names.flat[0]}' are named in trainable_token_indices, and the module in "
-                f"{role or 'target_modules'} too. Name it in one of them."
+                f"{'target_modules' if role is None else role.name} too. Name it in one of them."
             )
-        if own:
-            role, hit = TOKENS, np.vectorize(lambda name: name in tokens, otypes=[bool])(leaf.names)
-        if hit.any():
-            layout = leaf.required_layout()
-            if layout.unnamed and not is_parameter(config, str(leaf.names.flat[0])):
-                raise ValueError(
-                    f"Leaf '{leaf.path}' of shape {leaf.value.shape} stacks experts without names of their own. Name "
-                    "it in target_parameters."
-                )
-            _check_names(leaf, hit, role, seen)
-            yield Choice(position, leaf, hit, role, own)
+        if ids:
+            role, hit = Tokens(ids), _where(leaf, lambda name: name in tokens)
+        if not hit.any():
+            continue
+        layout = leaf.required_layout()
+        if layout.unnamed and not is_parameter(config, str(leaf.names.flat[0])):
+            raise ValueError(
+                f"Leaf '{leaf.path}' of shape {leaf.value.shape} stacks experts without names of their own. Name "
+                "it in target_parameters."
+            )
+        target = Target(position, leaf, hit, role)
+        _check_names(target, seen)
+        targets.append(target)
+    return targets
 
 
-def _check_names(leaf: Leaf, hit: np.ndarray, role: str | None, seen: dict[tuple[str, str], str]) -> None:
-    """Note PEFT's names of a chosen leaf, and raise ValueError if another leaf has one of them.
+def _role_of(leaf: Leaf, config: Method, modules: Collection[str]) -> tuple[Role | None, np.ndarray]:
+    """The role of a leaf, and in which of its stacked layers it has it; trained tokens are left out."""
+    saved = _where(leaf, lambda name: is_saved_module(config, name))
+    if saved.any():
+        both = sorted({str(name) for name in leaf.names.flat} & set(modules) - set(leaf.names[saved].flat))
+        if both:
+            raise ValueError(
+                f"Leaf '{leaf.path}' stacks layers of which {both[:3]} are targets and others are in "
+                "modules_to_save, which one leaf cannot be. Save all of its layers, or none."
+            )
+        return Whole(SAVED), saved
+    if config.replaces and is_float(leaf):
+        return Whole(REPLACED), _where(leaf, lambda name: name in modules)
+    if leaf.is_bias:
+        role = Follower() if config.bias == "none" else Whole(BIAS)
+        return role, _where(leaf, lambda name: _changes_bias(config, name, modules))
+    if is_matrix(leaf):
+        return None, _where(leaf, lambda name: name in modules)
+    return None, np.zeros(leaf.names.shape, bool)
+
+
+def _where(leaf: Leaf, condition: Callable[[str], bool]) -> np.ndarray:
+    """Which of a leaf's layers have names that meet a condition, of its stacked shape."""
+    return np.vectorize(condition, otypes=[bool])(leaf.names)
+
+
+def _tokens_of(leaf: Leaf, tokens: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Ids of the tokens that are trained in a leaf."""
+    if is_matrix(leaf):
+        for name in leaf.names.flat:
+            if name in tokens:
+                return tokens[name]
+    return ()
+
+
+def _check_names(target: Target, seen: dict[tuple[str, str], str]) -> None:
+    """Note PEFT's names of a target, and raise ValueError if another leaf has one of them.
 
     A matrix has the name of its module, as PEFT adapts modules; a leaf that is trained whole has one of its own there.
     """
-    own = "" if role in (None, TOKENS) else leaf.torch_name
-    for name in {str(name) for name in leaf.names[hit]}:
+    leaf, has_name_of_module = target.leaf, target.role is None or isinstance(target.role, Tokens)
+    own = "" if has_name_of_module else leaf.torch_name
+    for name in {str(name) for name in leaf.names[target.hit]}:
         other = seen.setdefault((name, own), leaf.path)
         if other != leaf.path:
             raise ValueError(
@@ -96,20 +125,29 @@ def _check_names(leaf: Leaf, hit: np.ndarray, role: str | None, seen: dict[tuple
             )
 
 
-def _changes_bias(config: Method, module: str, targets: set[str]) -> bool:
+def _changes_bias(config: Method, module: str, modules: Collection[str]) -> bool:
     if config.bias != "none":
-        return config.bias == "all" or module in targets or f"{module}.weight" in targets
-    return module in targets and config.changes_bias(module)
+        return config.bias == "all" or module in modules or f"{module}.weight" in modules
+    return module in modules and config.changes_bias(module)
 
 
-def modules_with_followers(choices: Sequence[Choice]) -> set[str]:
+def matrices(targets: Iterable[Target]) -> list[Target]:
+    """Those that are matrices of target modules."""
+    return [target for target in targets if target.role is None]
+
+
+def following_modules(targets: Iterable[Target]) -> set[str]:
     """Names of the modules whose bias changes with their matrix."""
-    return {str(name) for _, leaf, hit, role, _ in choices if role == FOLLOWS for name in leaf.names[hit]}
+    names: set[str] = set()
+    for target in targets:
+        if isinstance(target.role, Follower):
+            names |= {str(name) for name in target.leaf.names[target.hit]}
+    return names
 
 
-def matrix_sizes(choices: Sequence[Choice]) -> list[tuple[int, int]]:
-    """``(in, out)`` of the targets' matrices."""
-    return [leaf.layout.sizes(leaf.value.shape) for _, leaf, _, role, _ in choices if role is None]
+def matrix_sizes(targets: Iterable[Target]) -> list[tuple[int, int]]:
+    """``(in, out)`` of the matrices of target modules."""
+    return [target.leaf.layout.sizes(target.leaf.value.shape) for target in matrices(targets)]
 
 
 def may_be_target(config: Method, leaf: Leaf) -> bool:

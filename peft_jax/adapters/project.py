@@ -21,9 +21,9 @@ def projected(params: Any) -> Any:
     """
 
     def put_back(_: str, leaf: Adapted) -> Adapted:
-        config = leaf.tag.config
-        if not (leaf.active and isinstance(config, Method)):
+        method = leaf.method
+        if not (leaf.active and isinstance(method, Method)):
             return leaf
-        return dataclasses.replace(leaf, params=dict(config.project(leaf.params, leaf.state)))
+        return dataclasses.replace(leaf, params=dict(method.project(leaf.params, leaf.state)))
 
     return map_adapted(put_back, params)

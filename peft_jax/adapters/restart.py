@@ -48,7 +48,8 @@ def without_starts(params: T, adapter_name: str = "default") -> T:
 
     def take_out(path: str, leaf: Adapted) -> Adapted:
         config = leaf.tag.config
-        if leaf.tag.name != adapter_name or not leaves_base(config) or leaf.layout.lookup:
+        is_matrix = leaf.tag.role is None and not leaf.layout.lookup
+        if leaf.tag.name != adapter_name or not is_matrix or not leaves_base(config):
             return leaf
         names, hit = layers_of(path, leaf)
         a, b = (jnp.reshape(leaf.params[role], (-1, *leaf.params[role].shape[-2:])) for role in ("lora_A", "lora_B"))

@@ -5,7 +5,6 @@ from typing import TypeVar
 
 from peft_jax.core.adapted import Adapted, adapters, map_adapted
 from peft_jax.core.handle import Handle
-from peft_jax.methods.whole import config_of
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ def scale_adapter(params: T, scale: float, adapter_name: str | None = None) -> T
     """
     if isinstance(params, Handle):
         return params.replace(scale_adapter(params.params, scale, adapter_name))
-    known = {name: config_of(config) for name, config in adapters(params).items()}
+    known = adapters(params)
     if adapter_name is not None and adapter_name not in known:
         raise ValueError(f"No adapter is named '{adapter_name}'. Found: {sorted(known)}.")
     changed = set()

@@ -13,25 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, Tag, apply_merged, map_adapted
+from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.paths import leaf_names
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
-from peft_jax.methods.whole import Part
+from peft_jax.methods.roles import Role
 
 MASK = "mask"
 Moment = Callable[..., jax.Array]  # of inputs (tokens, in), and which tokens count
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class Inputs(Role):
     """Sums ``moment(x)`` over the products of a weight, ``(in + 1, in + 1)``; ``x`` has a row for each token."""
 
     moment: Moment
+    name: ClassVar[str] = "inputs"
     side_path: ClassVar[bool] = True
-    first: ClassVar[str | None] = None
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"sum": ("in", "in")}
 
     def structure(self) -> tuple[Any, ...]:
@@ -62,11 +62,11 @@ class Inputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gradients:
+class Gradients(Role):
     """Sums the gradients of a weight's matrix, ``(in, out)``."""
 
+    name: ClassVar[str] = "gradients"
     side_path: ClassVar[bool] = True
-    first: ClassVar[str | None] = None
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"sum": ("in", "out")}
 
     def structure(self) -> tuple[Any, ...]:
@@ -81,10 +81,6 @@ class Gradients:
     def merge(self, params: Any, state: Any, matrix: jax.Array) -> jax.Array:
         """The matrix plus zeros."""
         return matrix + params["sum"].astype(matrix.dtype)
-
-    def apply(self, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
-        """The product with it."""
-        return apply_merged(self, params, state, base, x, product)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,17 +109,18 @@ def changed(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
     return map_adapted(change, tree)
 
 
-def observing(adapted: Any, adapter_name: str, method: Inputs | Gradients) -> Any:
+def observing(adapted: Any, adapter_name: str, role: Inputs | Gradients) -> Any:
     """The tree with arrays of zeros where it has the matrices of an adapter; nothing else in it is trained."""
 
     def put(_: str, leaf: Adapted) -> Any:
-        if leaf.tag.name != adapter_name or isinstance(leaf.tag.config, Part):
+        if leaf.tag.name != adapter_name or leaf.tag.role is not None:
             return dataclasses.replace(leaf, trainable=False)
         if leaf.layout.lookup:
             return dataclasses.replace(leaf, trainable=False)
         stack = leaf.layout.stack_shape(leaf.shape)
-        zeros = jnp.zeros((*stack, *method.zeros(*leaf.layout.sizes(leaf.shape))))
-        return dataclasses.replace(leaf, params={"sum": zeros}, state={}, tag=Tag(adapter_name, method))
+        zeros = jnp.zeros((*stack, *role.zeros(*leaf.layout.sizes(leaf.shape))))
+        tag = dataclasses.replace(leaf.tag, role=role)
+        return dataclasses.replace(leaf, params={"sum": zeros}, state={}, tag=tag)
 
     return changed(put, adapted)
 
@@ -143,7 +140,7 @@ def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[An
         found: dict[str, jax.Array] = {}
 
         def note(path: str, leaf: Adapted) -> Adapted:
-            if isinstance(leaf.tag.config, (Inputs, Gradients)):
+            if isinstance(leaf.tag.role, (Inputs, Gradients)):
                 found[path] = leaf.params["sum"]
             return leaf
 
@@ -155,7 +152,7 @@ def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[An
 
 def _masked(mask: Any) -> Callable[[str, Adapted], Adapted]:
     def put(_: str, leaf: Adapted) -> Adapted:
-        if mask is None or not isinstance(leaf.tag.config, Inputs):
+        if mask is None or not isinstance(leaf.tag.role, Inputs):
             return leaf
         stack = leaf.layout.stack_shape(leaf.shape)
         return dataclasses.replace(leaf, state={MASK: jnp.broadcast_to(mask, (*stack, *mask.shape))})

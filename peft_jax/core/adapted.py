@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from peft_jax.core.file_names import is_file_name
@@ -18,8 +19,16 @@ from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight,
 LAYER = "layer"  # in the state of a bias: the arrays of the adapter of its layer's matrix, where both share them
 
 
-class Method(Protocol):
-    """What an adapted leaf needs of its method (`peft_jax.methods.base.Method` says more)."""
+class Rule(Protocol):
+    """What computes with the arrays of an adapted leaf: a method, or a role (`peft_jax.methods.roles`)."""
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+
+    @property
+    def dropout_rates(self) -> Mapping[str, float]:
+        """The probabilities of all that it drops in training, by name."""
 
     @property
     def side_path(self) -> bool:
@@ -36,6 +45,10 @@ class Method(Protocol):
     def structure(self) -> tuple[Any, ...]:
         """What makes two adapters run in one compiled program."""
 
+    @staticmethod
+    def sizes(params: Any, state: Any) -> np.ndarray:
+        """Number of trained elements of each stacked layer."""
+
     def merge(self, params: Any, state: Any, matrix: jax.Array) -> jax.Array:
         """The adapted matrix of one layer."""
 
@@ -43,31 +56,49 @@ class Method(Protocol):
         """``product.full(x, ...)`` with the adapted matrix of one layer."""
 
 
+class Role(Protocol):
+    """How a leaf takes part in an adapter if it is not the matrix of a target."""
+
+    def rule(self, config: Any) -> Rule:
+        """What computes with the leaf's arrays, in an adapter of a config."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tag:
-    """The adapter's name and config.
+    """The adapter that a leaf belongs to, and the leaf's role in it.
 
-    ``dtypes`` remembers the element types in which the adapter's file stored its tensors, by role, for saving again.
-
-    Tags are equal if their methods compute the same from the same arrays: names and descriptive fields stay out of
+    Tags are equal if their rules compute the same from the same arrays: names and descriptive fields stay out of
     the tree's structure, so that adapters of one shape share their compiled programs.
+
+    Attributes:
+        name: The adapter's name.
+        config: The adapter's config, the same for all of its leaves.
+        role: The leaf's role; None for the matrix of a target.
+        dtypes: The element types in which the adapter's file stored the leaf's tensors, by key, for saving again.
     """
 
     name: str
     config: Any
+    role: Any = None
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_folder_name(self.name)
 
+    @property
+    def rule(self) -> Rule:
+        """What computes with the leaf's arrays: the config, or the role's rule."""
+        rule: Rule = self.config if self.role is None else self.role.rule(self.config)
+        return rule
+
     def __repr__(self) -> str:
         return f"Tag({self.name!r}, {type(self.config).__name__})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tag) and self.config.structure() == other.config.structure()
+        return isinstance(other, Tag) and self.rule.structure() == other.rule.structure()
 
     def __hash__(self) -> int:
-        return hash(self.config.structure())
+        return hash(self.rule.structure())
 
 
 @partial(
@@ -84,7 +115,7 @@ class Adapted(Weight):
         params: The adapter's trained arrays by role (``lora_A``, ...), stacked axes first.
         state: The adapter's frozen arrays (scales, ranks, dropout keys), stacked axes first.
         layout: Axes of the base.
-        tag: Name and config of the adapter.
+        tag: The adapter's name and config, and the leaf's role in it.
         active: Whether the adapter takes part; if not, the leaf stands for its base.
         trainable: Whether `partition` gives ``params`` to the trainable twin while the adapter is active.
     """
@@ -98,9 +129,9 @@ class Adapted(Weight):
     trainable: bool = True
 
     @property
-    def method(self) -> Method:
-        """The method that made the adapter."""
-        return self.tag.config
+    def method(self) -> Rule:
+        """What computes with the leaf's arrays."""
+        return self.tag.rule
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -223,6 +254,15 @@ def adapted_leaves(tree: Any) -> list[tuple[str, Adapted]]:
         return leaf
 
     map_adapted(note, tree)
+    return found
+
+
+def nested_adapters(leaf: Any) -> dict[str, Adapted]:
+    """The adapters on one leaf by name, the outermost first; none on a leaf that is not adapted."""
+    found = {}
+    while is_adapted(leaf):
+        found[leaf.tag.name] = leaf
+        leaf = leaf.base
     return found
 
 

@@ -35,7 +35,7 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
     """
 
     def switch_on(path: str, leaf: Adapted) -> Adapted:
-        rates = {name: rate for name, rate in leaf.tag.config.dropout_rates.items() if rate}
+        rates = {name: rate for name, rate in leaf.method.dropout_rates.items() if rate}
         if not rates or not (leaf.active and leaf.trainable):
             return leaf
         if leaf.layout.lookup and not leaf.tag.config.dropout_in_lookups:

@@ -99,7 +99,7 @@ def count_parameters(params: Any) -> tuple[int, int]:
     leaves = [leaf.array if is_weight(leaf) else leaf for leaf in jax.tree.leaves(params, is_leaf=is_weight)]
     trained, total = 0, sum(math.prod(leaf.shape) for leaf in leaves if hasattr(leaf, "shape"))
     for _, leaf in adapted_leaves(params):
-        size = int(np.sum(leaf.tag.config.sizes(leaf.params, leaf.state)))
+        size = int(np.sum(leaf.method.sizes(leaf.params, leaf.state)))
         total += size
         trained += size if leaf.active and leaf.trainable else 0
     return trained, total

@@ -37,9 +37,8 @@ def summary(params: Any) -> str:
     """
     rows = [("path", "shape", "adapter", "method", "trainable")]
     for path, leaf in adapted_leaves(params.params if isinstance(params, Handle) else params):
-        config = leaf.tag.config
-        size = int(np.sum(config.sizes(leaf.params, leaf.state))) if leaf.active and leaf.trainable else 0
-        rows.append((path, str(leaf.shape), leaf.tag.name, config.label, f"{size:,d}"))
+        size = int(np.sum(leaf.method.sizes(leaf.params, leaf.state))) if leaf.active and leaf.trainable else 0
+        rows.append((path, str(leaf.shape), leaf.tag.name, leaf.method.label, f"{size:,d}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, trainable_parameters(params)])

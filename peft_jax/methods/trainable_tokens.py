@@ -17,7 +17,7 @@ from peft_jax.core.targets import names_module, nothing_hit
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_tokens
-from peft_jax.methods.whole import Part
+from peft_jax.methods.roles import Role
 
 ROWS, COLUMNS = "trainable_tokens_delta", "trainable_tokens_head"  # roles: tokens of an embedding, of a head
 NONE = np.iinfo(np.int32).max  # from here down are indices that no matrix has
@@ -98,17 +98,24 @@ class TrainableTokensConfig(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens(Part):
-    """Tokens that are trained beside another method's matrices, its ``trainable_token_indices``."""
+class Tokens(Role):
+    """Tokens that are trained beside another method's matrices, its ``trainable_token_indices``.
 
-    tokens: tuple[int, ...] = ()
+    Attributes:
+        tokens: Their ids.
+    """
+
+    tokens: tuple[int, ...]
+    name: ClassVar[str] = "trainable_token_indices"
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = TrainableTokensConfig.axes
 
     def structure(self) -> tuple[Any, ...]:
-        """What two adapters share if they run in the same compiled program."""
+        """Equal for two adapters exactly if they run in the same compiled program."""
         return (Tokens,)
 
-    def init(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    def init(
+        self, config: Method, base: Weight, names: np.ndarray, hit: np.ndarray
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """The base's vectors."""
         return start_at_base(self.tokens, base, names, hit)
 
@@ -117,8 +124,7 @@ class Tokens(Part):
         """Number of trained elements of each stacked layer."""
         return Method.sizes(params, state)
 
-    @staticmethod
-    def merge(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """The matrix with the trained vectors in their places."""
         return merge_tokens(params, state, matrix)
 

@@ -60,7 +60,7 @@ def scheduled_leaves(params: Any) -> tuple[Scheduled, dict[str, Adapted]] | None
     tree = params.params if isinstance(params, Handle) else params
     found: dict[str, dict[str, Adapted]] = {}
     for path, leaf in adapted_leaves(tree):
-        if isinstance(leaf.tag.config, Scheduled) and leaf.active and leaf.trainable:
+        if isinstance(leaf.method, Scheduled) and leaf.active and leaf.trainable:
             found.setdefault(leaf.tag.name, {})[path] = leaf
     if len(found) > 1:
         raise ValueError(

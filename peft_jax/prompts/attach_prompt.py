@@ -4,13 +4,14 @@ from typing import Any, TypeVar
 
 import jax
 
-from peft_jax.adapters.attach import place
+from peft_jax.adapters.build import build, initial_contents
 from peft_jax.adapters.complete import completed, untied_for
+from peft_jax.adapters.plan import Target, plan
 from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves, is_matrix
 from peft_jax.core.targets import check_saved, is_saved_module
-from peft_jax.core.weight import as_weight
+from peft_jax.core.weight import Weight
 from peft_jax.prompts.base import PromptMethod
 
 H = TypeVar("H", bound=Handle)
@@ -41,13 +42,14 @@ def attach_prompt(handle: H, config: PromptMethod, *, key: jax.Array | None = No
     found = find_leaves(handle.params, handle.layouts())
     check_saved(config, sorted({name for leaf in found for name in leaf.names.flat}))
     base_key = jax.random.key(0) if key is None else key
-    targets = prompt_places(config, found, handle)
+    targets = plan(found, config, prompt_places(config, found, handle))
 
-    def begin(leaf: Leaf, hit: Any) -> Any:
-        base = as_weight(leaf.value, leaf.required_layout())
-        return *config.begin(base, leaf.names, hit, base_key), base
+    def initialize(target: Target, base: Weight) -> Any:
+        return *config.begin(base, target.leaf.names, target.hit, base_key), base
 
-    return handle.replace(place(handle.params, found, config, targets, adapter_name, begin))
+    contents_of = initial_contents(config, targets, initialize)
+    trainable = not config.inference_mode
+    return handle.replace(build(handle.params, adapter_name, config, targets, contents_of, trainable=trainable))
 
 
 def prompt_places(config: PromptMethod, found: list[Leaf], handle: Handle) -> set[str]:

@@ -1,18 +1,19 @@
 """Make one IA3 of several on the same base, as PEFT's ``IA3Model.add_weighted_adapter``: their vectors added up."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.plan import FOLLOWS
-from peft_jax.core.adapted import Adapted, Tag, is_adapted, tied
-from peft_jax.core.partition_specs import sharded_like_base
-from peft_jax.core.paths import dotted, leaf_names
+from peft_jax.adapters.build import build, initial_contents
+from peft_jax.adapters.plan import Target
+from peft_jax.core.adapted import Adapted, nested_adapters
+from peft_jax.core.leaves import find_leaves
+from peft_jax.core.weight import Weight
 from peft_jax.methods.ia3 import IA3Config
-from peft_jax.methods.whole import Follower
+from peft_jax.methods.roles import Follower
 
 ROLES = ("ia3_in", "ia3_out")
 FIELDS = ("target_modules", "feedforward_modules")
@@ -34,34 +35,43 @@ def weighted_ia3(tree: Any, weighted: Mapping[str, float], configs: Sequence[IA3
     """
     config = _united(configs, list(weighted))
 
-    def add(key_path: Any, node: Any) -> Any:
-        found, inner = {}, node
-        while is_adapted(inner):
-            found[inner.tag.name] = inner
-            inner = inner.base
-        sources = {name: found[name] for name in weighted if name in found}
+    targets, vectors = [], {}
+    for position, leaf in enumerate(find_leaves(tree, None)):
+        there = nested_adapters(leaf.value)
+        sources = {name: there[name] for name in weighted if name in there}
         if not sources:
-            return node
-        path = dotted(key_path)
-        names = leaf_names(path, node.layout, node.shape)
-        used = {role: np.any([np.asarray(one.state[role]) for one in sources.values()], axis=0) for role in ROLES}
-        if not node.layout.inp:  # a bias that changes with its layer's outputs
-            follower = Follower(config, FOLLOWS)
-            arrays, state = follower.init(names, used["ia3_out"])
-            return sharded_like_base(Adapted(node, arrays, state, node.layout, Tag(new_name, follower), active=False))
-        if (used["ia3_in"] & used["ia3_out"]).any():
+            continue
+        scales_inputs, scales_outputs = (_used(sources.values(), role) for role in ROLES)
+        if not leaf.layout.inp:
+            targets.append(Target(position, leaf, scales_outputs, Follower()))
+            continue
+        if (scales_inputs & scales_outputs).any():
             raise ValueError(
-                f"'{path}' is scaled at its inputs by some of {list(weighted)} and at its outputs by others."
+                f"'{leaf.path}' is scaled at its inputs by some of {list(weighted)} and at its outputs by others."
             )
-        params = {}
-        for role in ROLES:
-            own = [weighted[name] * _vector(one, role) for name, one in sources.items() if role in one.params]
-            if own:
-                params[role] = jnp.sum(jnp.stack(own), axis=0)
-        state = config.state(names, used["ia3_in"] | used["ia3_out"])
-        return sharded_like_base(Adapted(node, params, state, node.layout, Tag(new_name, config), active=False))
+        targets.append(Target(position, leaf, scales_inputs | scales_outputs, None))
+        vectors[position] = _weighted_sums(sources, weighted)
 
-    return tied(jax.tree_util.tree_map_with_path(add, tree, is_leaf=is_adapted))
+    def initialize(target: Target, base: Weight) -> Any:
+        return vectors[target.position], config.state(target.leaf.names, target.hit), base
+
+    return build(tree, new_name, config, targets, initial_contents(config, targets, initialize), active=False)
+
+
+def _used(sources: Iterable[Adapted], role: str) -> np.ndarray:
+    """Which stacked layers any of some adapters scales, of inputs or of outputs by role."""
+    masks = [np.asarray(source.state[role]) for source in sources]
+    return np.any(masks, axis=0)
+
+
+def _weighted_sums(sources: Mapping[str, Adapted], weighted: Mapping[str, float]) -> dict[str, jax.Array]:
+    """The weighted sum of the vectors of each role that one of the adapters has."""
+    sums = {}
+    for role in ROLES:
+        vectors = [weighted[name] * _vector(one, role) for name, one in sources.items() if role in one.params]
+        if vectors:
+            sums[role] = jnp.sum(jnp.stack(vectors), axis=0)
+    return sums
 
 
 def _vector(node: Adapted, role: str) -> jax.Array:

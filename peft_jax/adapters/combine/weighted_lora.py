@@ -1,22 +1,25 @@
 """Make one adapter of several on the same base, as PEFT's ``add_weighted_adapter``, with the scales where PEFT errs."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.adapters.build import Contents, build
 from peft_jax.adapters.combine.task_vectors import PRUNED, combine
 from peft_jax.adapters.combine.weighted_ia3 import weighted_ia3
-from peft_jax.core.adapted import Adapted, Tag, adapters, check_adapter_name, is_adapted, tied
+from peft_jax.adapters.plan import Target
+from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.partition_specs import sharded_like_base
-from peft_jax.core.paths import dotted, keys_from_names, leaf_names
+from peft_jax.core.leaves import Leaf, find_leaves
+from peft_jax.core.paths import keys_from_names
+from peft_jax.core.weight import as_weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
 from peft_jax.methods.lora.grouped_conv import groups_of
-from peft_jax.methods.whole import Follower, config_of
+from peft_jax.methods.roles import Follower
 
 T = TypeVar("T")
 FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # each factor by itself
@@ -108,7 +111,7 @@ def add_weighted_adapter(
         (4, 4)
     """
     tree = params.params if isinstance(params, Handle) else params
-    known = {name: config_of(config) for name, config in adapters(tree).items()}
+    known = adapters(tree)
     vectors = [config for name in adapter_names if isinstance(config := known.get(name), IA3Config)]
     if vectors and len(vectors) == len(adapter_names):
         _check_names(known, adapter_names, weights)
@@ -126,54 +129,42 @@ def add_weighted_adapter(
     rank = sum(ranks) if way == "cat" else (svd_rank or max(ranks)) if way in MATRICES else max(ranks)
     weighted = dict(zip(adapter_names, weights, strict=True))
     key = jax.random.key(0) if key is None else key
-    made = {}
-    for key_path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_adapted):
-        found = _sources(node, weighted)
-        if found and node.layout.inp:
-            made[dotted(key_path)] = _made(dotted(key_path), found, weighted, how, rank, key)
+    targets, made = [], {}
+    for position, leaf in enumerate(find_leaves(tree, None)):
+        there = nested_adapters(leaf.value)
+        sources = [there[name] for name in weighted if name in there]
+        if not sources:
+            continue
+        if leaf.layout.inp:
+            made[position] = _made(leaf, sources, weighted, how, rank, key)
+            targets.append(Target(position, leaf, made[position].ranks > 0, None))
+        else:
+            ranks = [np.asarray(source.state["rank"]) for source in sources]
+            targets.append(Target(position, leaf, np.any(ranks, axis=0), Follower()))
     config = _new_config(configs, made.values(), rank)
 
-    def add(key_path: Any, node: Any) -> Any:
-        found = _sources(node, weighted)
-        if not found:
-            return node
-        tag = Tag(new_name, config)
-        if node.layout.inp:
-            one = made[dotted(key_path)]
-            arrays, state = one.params, one.state
-        else:  # a bias that changes with its layer's matrix
-            names = leaf_names(dotted(key_path), node.layout, node.shape)
-            hit = np.any([np.asarray(source.state["rank"]) > 0 for source in found], axis=0)
-            follower = Follower(config, found[0].tag.config.role)
-            arrays, state = follower.init(names, hit)
-            tag = Tag(new_name, follower)
-        return sharded_like_base(Adapted(node, arrays, state, node.layout, tag, active=False))
+    def contents_of(target: Target) -> Contents:
+        base = as_weight(target.leaf.value, target.leaf.layout)
+        if target.role is not None:
+            return Contents(*target.role.init(config, base, target.leaf.names, target.hit), base)
+        return Contents(made[target.position].params, made[target.position].state, base)
 
-    new = tied(jax.tree_util.tree_map_with_path(add, tree, is_leaf=is_adapted))
+    new = build(tree, new_name, config, targets, contents_of, active=False)
     return params.replace(new) if isinstance(params, Handle) else new
 
 
-def _sources(node: Any, names: Collection[str]) -> list[Adapted]:
-    """The adapters of these names on a leaf, in the order of the names."""
-    found = {}
-    while is_adapted(node):
-        found[node.tag.name] = node
-        node = node.base
-    return [found[name] for name in names if name in found]
-
-
 def _made(
-    path: str, found: Sequence[Adapted], weighted: Mapping[str, float], how: How, rank: int, key: jax.Array
+    leaf: Leaf, found: Sequence[Adapted], weighted: Mapping[str, float], how: How, rank: int, key: jax.Array
 ) -> Made:
     """The new adapter of a leaf, layer by layer."""
-    names = leaf_names(path, found[0].layout, found[0].shape)
+    names = leaf.names
     keys = jnp.reshape(keys_from_names(key, names), (-1,))
     n_in, n_out = found[0].layout.sizes(found[0].shape)
     has_bias = any(BIAS in node.params for node in found)
     groups = max(groups_of(node.params) for node in found)
     if groups > 1 and how.way not in FACTORS:
         raise ValueError(
-            f"combination_type='{how.way}' multiplies or joins factors, which those of '{path}', a convolution of "
+            f"combination_type='{how.way}' multiplies or joins factors, which those of '{leaf.path}', a convolution of "
             f"{groups} groups, are not for. Write one of {', '.join(FACTORS)}."
         )
     layers, ranks = [], np.zeros(names.shape, np.int32)
@@ -194,8 +185,9 @@ def _made(
     if has_bias:
         params[BIAS] = jnp.reshape(jnp.stack([bias for _, _, bias in layers]), (*names.shape, n_out))
     state: dict[str, Any] = {"scaling": jnp.asarray(ranks > 0, jnp.float32), "rank": jnp.asarray(ranks)}
-    if lone := [node.state[UNBIASED] for node in found if UNBIASED in node.state]:
-        state[UNBIASED] = lone[0]
+    without_bias = [node.state[UNBIASED] for node in found if UNBIASED in node.state]
+    if without_bias:
+        state[UNBIASED] = without_bias[0]
     return Made(params, state, names, ranks)
 
 
@@ -278,7 +270,7 @@ def _checked(
     tree: Any, names: Sequence[str], weights: Sequence[float], new_name: str, how: How, density: float | None
 ) -> list[LoraConfig]:
     """The configs of the adapters, once it is certain that they can be combined."""
-    known = {name: config_of(config) for name, config in adapters(tree).items()}
+    known = adapters(tree)
     _check_names(known, names, weights)
     check_adapter_name(new_name, tree)
     if how.way not in WAYS:

@@ -15,7 +15,7 @@ from peft_jax.cli.shared.forward_pass import apply, apply_lazily
 from peft_jax.core.adapted import adapted_leaves
 from peft_jax.interop.checkpoint import find_checkpoint, read_config
 from peft_jax.interop.describe import read_adapter, read_adapter_config
-from peft_jax.methods.whole import Whole
+from peft_jax.methods.roles import Whole
 from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -271,7 +271,7 @@ def _read_labels(adapter: Path) -> dict[int, str]:
 
 def fresh_modules(model: Any) -> list[str]:
     """The modules that a checkpoint lacks and no adapter on it holds, which are random and would not be saved."""
-    held = {path for path, leaf in adapted_leaves(model.params) if isinstance(leaf.tag.config, Whole)}
+    held = {path for path, leaf in adapted_leaves(model.params) if isinstance(leaf.tag.role, Whole)}
     return list(dict.fromkeys(path.rpartition(".")[0] for path in model.source.fresh if path not in held))
 
 

@@ -30,7 +30,6 @@ from peft_jax.methods.training_hooks import (
     Trained,
     scheduled_leaves,
 )
-from peft_jax.methods.whole import Part
 
 
 @register("ADALORA")
@@ -244,12 +243,10 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, Scheduled):
         config = self.replace(rank_pattern=pattern)
 
         def trim(path: str, leaf: Adapted) -> Adapted:
-            tagged = leaf.tag.config
             if leaf.tag.name not in trained:
                 return leaf
-            new = dataclasses.replace(tagged, config=config) if isinstance(tagged, Part) else config
-            leaf = dataclasses.replace(leaf, tag=dataclasses.replace(leaf.tag, config=new))
-            if isinstance(tagged, Part):
+            leaf = dataclasses.replace(leaf, tag=dataclasses.replace(leaf.tag, config=config))
+            if leaf.tag.role is not None:
                 return leaf
             state = {**leaf.state, **config.state(names[path], np.asarray(leaf.state["hit"]))}
             return dataclasses.replace(leaf, params=rank_allocator.compacted(leaf.params, kept[path]), state=state)

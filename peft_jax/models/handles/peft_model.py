@@ -15,7 +15,6 @@ from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.adapter import load_adapter, save_adapter
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.alora import is_invoked, with_invocations
-from peft_jax.methods.whole import config_of
 from peft_jax.models.handles.base import ModelHandle, register_handle
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.handles.encoders import (
@@ -112,7 +111,7 @@ class PeftModel(ModelHandle):
     @property
     def peft_config(self) -> dict[str, Method]:
         """The config of every adapter by its name."""
-        return {name: config_of(config) for name, config in adapters(self.params).items()}
+        return adapters(self.params)
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -1,0 +1,107 @@
+"""The one builder of adapted leaves: of fresh adapters, of those from files, of prompts and of combined adapters."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+
+from peft_jax.adapters.plan import Target, following_modules, matrix_sizes
+from peft_jax.core.adapted import Adapted, Tag, tied
+from peft_jax.core.leaves import replace_leaves
+from peft_jax.core.partition_specs import sharded_like_base
+from peft_jax.core.weight import Weight, as_leaf, as_weight
+from peft_jax.methods.base import Method
+
+
+class Contents(NamedTuple):
+    """What an adapted leaf is built of.
+
+    Attributes:
+        params: Trained arrays by role, stacked axes first.
+        state: Frozen arrays.
+        base: The weight that they go on.
+        dtypes: Element types of the tensors of a file, by key.
+    """
+
+    params: dict[str, jax.Array]
+    state: dict[str, Any]
+    base: Weight
+    dtypes: Mapping[str, str] = MappingProxyType({})
+
+
+ContentsOf = Callable[[Target], Contents]
+
+
+def build(
+    tree: Any,
+    adapter_name: str,
+    config: Method,
+    targets: Sequence[Target],
+    contents_of: ContentsOf,
+    *,
+    active: bool = True,
+    trainable: bool = True,
+) -> Any:
+    """The tree with one more adapter.
+
+    Args:
+        tree: A tree of parameters.
+        adapter_name: The adapter's name, new to the tree.
+        config: Its config.
+        targets: The leaves that it changes, at their positions in ``tree``.
+        contents_of: Gives the arrays of each of them.
+        active: Whether it takes part.
+        trainable: Whether its arrays are trained.
+    """
+    nodes = {}
+    for target in targets:
+        contents = contents_of(target)
+        tag = Tag(adapter_name, config, target.role, dict(contents.dtypes))
+        base = as_leaf(contents.base)
+        node = Adapted(base, contents.params, contents.state, target.leaf.layout, tag, active, trainable)
+        nodes[target.position] = sharded_like_base(node)
+    return tied(replace_leaves(tree, nodes))
+
+
+def initial_contents(
+    config: Method,
+    targets: Sequence[Target],
+    initialize: Callable[[Target, Weight], tuple[dict[str, jax.Array], dict[str, Any], Weight]],
+) -> ContentsOf:
+    """The contents of a fresh adapter.
+
+    Args:
+        config: The adapter's config.
+        targets: All leaves that it changes.
+        initialize: From a target's matrix to its trained and frozen arrays, and the base that they go on.
+    """
+    following = following_modules(targets)
+    shared = config.shared(matrix_sizes(targets))
+
+    def contents_of(target: Target) -> Contents:
+        base = as_weight(target.leaf.value, target.leaf.layout)
+        if target.role is not None:
+            params, state = target.role.init(config, base, target.leaf.names, target.hit)
+            return Contents(params, state, base)
+        params, state, base = initialize(target, base)
+        return Contents(params, state | state_beside(config, target, following, shared), base)
+
+    return contents_of
+
+
+def state_beside(
+    config: Method, target: Target, following: Collection[str], shared: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The frozen arrays of a target's matrix that depend on the adapter's other leaves.
+
+    Args:
+        config: The adapter's config.
+        target: The target.
+        following: Names of all modules whose bias follows their matrix.
+        shared: The arrays that all layers share.
+    """
+    leaf = target.leaf
+    sizes = leaf.layout.sizes(leaf.value.shape)
+    alone = config.lone_state(leaf.names, target.hit, following)
+    return {**alone, **config.share(shared, sizes, target.hit.shape)}

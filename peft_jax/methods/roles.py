@@ -1,0 +1,143 @@
+"""Roles: how a leaf takes part in an adapter if it is not the matrix of a target.
+
+It is trained whole, or it is a bias that follows its layer's matrix; `peft_jax.methods.trainable_tokens` has one more.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.adapted import LAYER, apply_merged
+from peft_jax.core.product import Product
+from peft_jax.core.weight import Weight
+from peft_jax.methods.base import Arrays, Method
+
+SAVED, BIAS = "modules_to_save", "bias"  # names of the role of weights that are trained whole
+REPLACED = "ln_tuning_layers"  # and of those of a method that trains nothing else
+
+
+class Role:
+    """The part that a leaf has in an adapter; `rule` is what computes with its arrays.
+
+    Attributes:
+        name: The role's name in tables.
+    """
+
+    name: str
+    side_path: ClassVar[bool] = False
+    first: ClassVar[str | None] = None
+    dropout_rates: ClassVar[Mapping[str, float]] = {}
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, in place of a method's."""
+        return self.name
+
+    def rule(self, config: Method) -> "Role":
+        """The rule by which a leaf in this role computes, in an adapter of a config."""
+        return self
+
+    def init(
+        self, config: Method, base: Weight, names: np.ndarray, hit: np.ndarray
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """Trained and frozen arrays of a leaf that stands for the layers ``names``, changed where ``hit``."""
+        raise NotImplementedError
+
+    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+        """The changed matrix or vector of one layer."""
+        raise NotImplementedError
+
+    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+        """The product with the merged matrix."""
+        return apply_merged(self, params, state, base, x, product)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Role):
+    """A weight trained whole: PEFT's ``modules_to_save``, ``bias``, and LN_TUNING.
+
+    The trained copy is float32 and in matrix form, ``(*stack, in, out)`` or ``(*stack, out)``; only the layers in
+    ``state["hit"]`` use theirs.
+
+    Attributes:
+        name: The role's name, and that of the copy among the trained arrays.
+    """
+
+    name: str
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """A copy has the base's axes."""
+        return {self.name: ("in", "out")}
+
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for two adapters exactly if they run in the same compiled program."""
+        return (Whole, self.name)
+
+    def init(
+        self, config: Method, base: Weight, names: np.ndarray, hit: np.ndarray
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The copy, and which stacked layers it replaces."""
+        copy = jnp.array(base.layout.matrix(base.dense()), jnp.float32, copy=True)
+        return {self.name: copy}, {"hit": jnp.asarray(hit)}
+
+    @staticmethod
+    def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
+        """Number of trained elements of each stacked layer."""
+        hit = np.asarray(state["hit"])
+        (copy,) = params.values()
+        return hit * np.prod(copy.shape[hit.ndim :], dtype=int)
+
+    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
+        """The copy in layers that are trained, else the base."""
+        (copy,) = params.values()
+        return jnp.where(state["hit"], copy.astype(matrix.dtype), matrix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Follower(Role):
+    """A bias that the adapter of its layer's matrix changes too, with the same arrays.
+
+    They are trained, counted and saved with the matrix; the bias has them as ``state["layer"]``
+    (`peft_jax.core.adapted.tied` hands them over).
+
+    Attributes:
+        method: The method of the matrix, in a rule.
+    """
+
+    name: ClassVar[str] = "bias of its layer"
+    method: Method | None = None
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def rule(self, config: Method) -> "Follower":
+        """The method changes the bias."""
+        return Follower(method=config)
+
+    @property
+    def _method(self) -> Method:
+        assert self.method is not None, "a rule has its method"
+        return self.method
+
+    def structure(self) -> tuple[Any, ...]:
+        """As for the method."""
+        return (Follower, *self._method.structure())
+
+    def init(
+        self, config: Method, base: Weight, names: np.ndarray, hit: np.ndarray
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """Nothing to train, and the method's state."""
+        return {}, {**config.state(names, hit), LAYER: {}}
+
+    @staticmethod
+    def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
+        """None."""
+        return np.zeros((), int)
+
+    def merge(self, params: Arrays, state: Mapping[str, Any], bias: jax.Array) -> jax.Array:
+        """As the method changes a bias."""
+        own = {name: array for name, array in state.items() if name != LAYER}
+        return self._method.merge_bias(state[LAYER], own, bias)
