@@ -29,7 +29,7 @@ from peft_jax.core.leaves import Layouts, Leaf, find_leaves
 from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
-from peft_jax.methods.roles import REPLACED, SAVED
+from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.trainable_tokens import tokens_by_module
 from peft_jax.prompts.attach_prompt import prompt_places
 from peft_jax.prompts.base import PromptMethod
@@ -88,7 +88,7 @@ def get_peft_model_state_dict(
             tensors[entry.key] = entry.to_file(array)
         if role is None and save_embedding_layers:
             tensors |= base_tensors(leaf, config, at_the_ends(params, adapted))
-        elif role is not None and role.name == SAVED:
+        elif role == Whole(SAVED):
             copies = copied_biases(leaf, _hit(node), config, tensors, adapter_name)
             tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
@@ -229,7 +229,7 @@ def _check_trainable(config: PromptMethod) -> None:
 def _misfits(file_plan: FilePlan, bases: Tensors, tensors: Tensors) -> list[str]:
     """What is missing, left over or of another shape; the keys of ``bases`` may be there or not."""
     problems = []
-    if not any(target.role is None or target.role.name == REPLACED for target in file_plan.targets):
+    if not any(target.role in (None, Whole(REPLACED)) for target in file_plan.targets):
         problems.append("its config names no module of this base to adapt")
     tensors = without_copies(file_plan.config, tensors)
     entries = [*(entry for some in file_plan.entries for entry in some), *file_plan.common]

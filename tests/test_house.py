@@ -80,6 +80,15 @@ def test_every_package_is_in_the_wheel() -> None:
     assert (ROOT / "peft_jax" / "py.typed").exists()
 
 
+def test_adapted_leaves_have_one_builder() -> None:
+    """A leaf with rows of adapters is not built: it asks what each of them would be alone."""
+    allowed = {"peft_jax/adapters/build.py", "peft_jax/adapters/per_row.py", "peft_jax/core/adapted.py"}
+    for file in FILES:
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        builds = any(isinstance(call.func, ast.Name) and call.func.id == "Adapted" for call in calls)
+        assert not builds or str(file.relative_to(ROOT)) in allowed, f"{file} builds an adapted leaf by itself"
+
+
 def test_no_two_modules_share_a_basename() -> None:
     """A reader who has an open file called `plan.py` knows which one it is."""
     shared = {"__init__", "base", "config", "model", "family", "registry"}

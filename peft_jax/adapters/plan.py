@@ -56,7 +56,7 @@ def plan(
         if ids and hit.any():
             raise ValueError(
                 f"Tokens of '{leaf.names.flat[0]}' are named in trainable_token_indices, and the module in "
-                f"{'target_modules' if role is None else role.name} too. Name it in one of them."
+                f"{'target_modules' if role is None else role.label} too. Name it in one of them."
             )
         if ids:
             role, hit = Tokens(ids), _where(leaf, lambda name: name in tokens)

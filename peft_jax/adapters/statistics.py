@@ -30,7 +30,6 @@ class Inputs(Role):
     """Sums ``moment(x)`` over the products of a weight, ``(in + 1, in + 1)``; ``x`` has a row for each token."""
 
     moment: Moment
-    name: ClassVar[str] = "inputs"
     side_path: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"sum": ("in", "in")}
 
@@ -65,7 +64,6 @@ class Inputs(Role):
 class Gradients(Role):
     """Sums the gradients of a weight's matrix, ``(in, out)``."""
 
-    name: ClassVar[str] = "gradients"
     side_path: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"sum": ("in", "out")}
 

@@ -21,13 +21,8 @@ REPLACED = "ln_tuning_layers"  # and of those of a method that trains nothing el
 
 
 class Role:
-    """The part that a leaf has in an adapter; `rule` is what computes with its arrays.
+    """The part that a leaf has in an adapter; `rule` is what computes with its arrays."""
 
-    Attributes:
-        name: The role's name in tables.
-    """
-
-    name: str
     side_path: ClassVar[bool] = False
     first: ClassVar[str | None] = None
     dropout_rates: ClassVar[Mapping[str, float]] = {}
@@ -35,7 +30,7 @@ class Role:
     @property
     def label(self) -> str:
         """Its name in tables, in place of a method's."""
-        return self.name
+        raise NotImplementedError
 
     def rule(self, config: Method) -> "Role":
         """The rule by which a leaf in this role computes, in an adapter of a config."""
@@ -68,6 +63,11 @@ class Whole(Role):
     """
 
     name: str
+
+    @property
+    def label(self) -> str:
+        """The role's name."""
+        return self.name
 
     @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:
@@ -109,9 +109,13 @@ class Follower(Role):
         method: The method of the matrix, in a rule.
     """
 
-    name: ClassVar[str] = "bias of its layer"
     method: Method | None = None
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @property
+    def label(self) -> str:
+        """A bias of an adapted layer."""
+        return "bias of its layer"
 
     def rule(self, config: Method) -> "Follower":
         """The method changes the bias."""

@@ -106,8 +106,12 @@ class Tokens(Role):
     """
 
     tokens: tuple[int, ...]
-    name: ClassVar[str] = "trainable_token_indices"
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = TrainableTokensConfig.axes
+
+    @property
+    def label(self) -> str:
+        """The config's field."""
+        return "trainable_token_indices"
 
     def structure(self) -> tuple[Any, ...]:
         """Equal for two adapters exactly if they run in the same compiled program."""

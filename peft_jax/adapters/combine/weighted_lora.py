@@ -139,8 +139,8 @@ def add_weighted_adapter(
             made[position] = _made(leaf, sources, weighted, how, rank, key)
             targets.append(Target(position, leaf, made[position].ranks > 0, None))
         else:
-            ranks = [np.asarray(source.state["rank"]) for source in sources]
-            targets.append(Target(position, leaf, np.any(ranks, axis=0), Follower()))
+            of_layers = [np.asarray(source.state["rank"]) for source in sources]
+            targets.append(Target(position, leaf, np.any(of_layers, axis=0), Follower()))
     config = _new_config(configs, made.values(), rank)
 
     def contents_of(target: Target) -> Contents:
