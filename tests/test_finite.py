@@ -8,7 +8,8 @@ from peft_jax.interop import load_adapter, save_adapter
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
-from peft_jax.models.llama.model import LlamaConfig, init_params
+from peft_jax.models.llama.config import LlamaConfig
+from peft_jax.models.llama.family import LLAMA
 from peft_jax.models.weights_io import load_model, save_model
 from peft_jax.quant import quantize_array
 from peft_jax.quant.nf4 import round_to_nf4
@@ -82,7 +83,7 @@ def test_an_initialization_from_data_that_is_not_finite_is_refused(init):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    save_model(init_params(CONFIG, jax.random.key(0)), CONFIG, path)
+    save_model(LLAMA.init_params(CONFIG, jax.random.key(0)), CONFIG, path)
     return path
 
 
@@ -110,7 +111,7 @@ def test_reading_names_the_tensor_that_float16_does_not_hold(folder, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path):
-    params = init_params(CONFIG, jax.random.key(0))
+    params = LLAMA.init_params(CONFIG, jax.random.key(0))
     params["model"]["norm"]["scale"] = params["model"]["norm"]["scale"].at[0].set(jnp.inf)
     with pytest.raises(ValueError, match="not written: leaf 'model.norm.scale' holds NaN or infinity in float32"):
         save_model(params, CONFIG, tmp_path / "out")
