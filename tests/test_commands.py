@@ -1,5 +1,6 @@
 """The commands that use an adapter, against PyTorch: generate, eval and merge."""
 
+import dataclasses
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import peft_jax as pj
 from peft_jax.cli.generate.printer import Printer
 from peft_jax.cli.generate.prompt_input import encode
 from peft_jax.cli.main import main
+from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.train import Record, tokenize_prompts
 
@@ -221,6 +223,19 @@ def test_generation_config_is_heeded_and_the_command_line_goes_first(
     if "eos_token_id" in expected:
         expected["eos_token_id"] = (1, 5, tokenizer_of(workplace / "model").get_vocab()["a"])
     assert {name: given[name] for name in expected} == expected
+
+
+def test_a_field_of_generation_config_that_is_null_is_not_set(workplace: Path, calls: Calls) -> None:
+    plain = asked(calls)
+    (workplace / "model" / "generation_config.json").write_text('{"max_new_tokens": null, "max_length": null}')
+    assert asked(calls)["max_new_tokens"] == plain["max_new_tokens"] > 20
+
+
+def test_the_model_gets_all_options_at_once(workplace: Path, calls: Calls) -> None:
+    (workplace / "model" / "generation_config.json").write_text('{"pad_token_id": 7}')
+    given = asked(calls)
+    names = {field.name for field in dataclasses.fields(GenerateOptions)}
+    assert given.keys() - {"key", "streamer", "generation_config"} == names and given["pad_token_id"] == 7
 
 
 def test_max_length_counts_the_prompt_without_its_padding(workplace: Path, calls: Calls) -> None:

@@ -1,7 +1,9 @@
 """Generation against transformers' generate: the same tokens, and draws of the same distribution."""
 
+import inspect
 import json
 import shutil
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,11 @@ import transformers
 
 import peft_jax as pj
 from peft_jax.models.generation import causal
-from peft_jax.models.generation.generation_config import Generation
+from peft_jax.models.generation.generate_options import GenerateKeywords, GenerateOptions
+from peft_jax.models.generation.generation_config import Generation, resolve, with_defaults
 from peft_jax.models.generation.sampling import Sampling, choose, process
+from peft_jax.models.handles.causal_lm import CausalLM
+from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
 
 SIZES = {
     "vocab_size": 60,
@@ -365,3 +370,62 @@ def test_a_stream_compiles_two_programs_whatever_its_length(pair):
 def test_arguments_out_of_range(options, message, pair):
     with pytest.raises(ValueError, match=message):
         pair("llama")[1].generate(IDS, **{"attention_mask": MASK, **options})
+
+
+def test_the_keywords_of_generate_are_the_fields_of_its_options():
+    """A type checker reads the keywords, and a reader the documentation of the fields."""
+    assert typing.get_type_hints(GenerateKeywords) == typing.get_type_hints(GenerateOptions)
+    assert not GenerateKeywords.__required_keys__ and GenerateOptions().given == {}
+    for name in typing.get_type_hints(GenerateOptions):
+        assert f"\n    {name}: " in inspect.getdoc(GenerateOptions), f"{name} is not documented"
+
+
+@pytest.mark.parametrize("handle", [CausalLM, Seq2SeqLM, pj.PeftModelForCausalLM, pj.PeftModelForSeq2SeqLM])
+def test_a_type_checker_sees_the_keywords_of_every_handle(handle):
+    parameters = inspect.signature(handle.generate).parameters
+    assert parameters["options"].annotation == typing.Unpack[GenerateKeywords]
+    assert typing.get_type_hints(GenerateOptions).keys().isdisjoint(parameters)
+
+
+def test_options_that_transformers_alone_has_are_an_error_that_says_so(pair):
+    model = pair("llama")[1]
+    arguments = set(inspect.signature(transformers.GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
+    arguments |= {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    taken = {*typing.get_type_hints(GenerateOptions), *inspect.signature(model.generate).parameters}
+    assert {"num_beams", "num_return_sequences", "typical_p", "max_length", "stopping_criteria"} <= arguments - taken
+    for name in arguments - taken - {"transformers_version"}:
+        with pytest.raises(TypeError, match=f"generate does not support transformers' {name}. Its arguments are input"):
+            model.generate(IDS, **{name: 1})
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_unknown_option_is_an_error_that_says_what_there_is(adapted, pair):
+    model = pair("llama")[1]
+    if adapted:
+        model = pj.get_peft_model(model, pj.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(
+        TypeError, match=r"^generate has no argument max_tokens\. Its arguments are ([a-z_]+, )+"
+    ) as error:
+        model.generate(IDS, MASK, max_tokens=5)
+    named = str(error.value).partition("are ")[2].rstrip(".").split(", ")
+    assert named[:2] == ["input_ids", "attention_mask"] and {"key", "streamer", "generation_config"} <= set(named)
+    assert named[-9:] == list(typing.get_type_hints(GenerateOptions))
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        ({}, {}),
+        ({"do_sample": True}, {}),
+        ({"do_sample": True, "top_k": 0, "top_p": 0.9}, {"temperature": 0.5, "pad_token_id": 3}),
+        ({"do_sample": False, "eos_token_id": 4}, {"do_sample": True, "min_p": 0.5, "pad_token_id": 3}),
+        ({"repetition_penalty": 1.5}, {"do_sample": True, "top_k": 7, "repetition_penalty": 3.0}),
+    ],
+)
+def test_complete_options_need_no_generation_config(options, saved):
+    """The command completes the options once, and gives them to the model in place of the file."""
+    sizes = {"length": 4, "positions": 64, "eos_token_id": 9, "pad_token_id": 8}
+    want = resolve(GenerateOptions(**options), saved, **sizes)
+    complete = with_defaults(GenerateOptions(**options), saved, eos_token_id=9, pad_token_id=8)
+    assert resolve(complete, {}, **sizes) == want
+    assert (want == resolve(GenerateOptions(**options), {}, **sizes)) == (not saved), "the file is dead"

@@ -182,3 +182,13 @@ def test_int8_generates_what_its_dense_twin_does(lively_pair):
 def test_wrong_arguments_are_told(options, message, lively_pair):
     with pytest.raises(ValueError, match=message):
         lively_pair("v1.0")[1].generate(**options)
+
+
+def test_an_unknown_option_is_an_error_that_says_what_there_is(lively_pair):
+    _, ours = lively_pair("v1.0")
+    for name, message in (
+        ("max_tokens", "has no argument max_tokens"),
+        ("num_beams", "support transformers' num_beams"),
+    ):
+        with pytest.raises(TypeError, match=f"{message}. Its arguments are input_ids, .*decoder_input_ids, .*top_k"):
+            ours.generate(IDS, **{name: 5})

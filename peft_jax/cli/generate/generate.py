@@ -1,7 +1,8 @@
 """`peft-jax generate`: continue prompts with a model, with or without an adapter."""
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +23,12 @@ from peft_jax.cli.shared.adapter_base import (
     load_model,
 )
 from peft_jax.cli.shared.terminal import verbatim
-from peft_jax.models.generation.generation_config import Generation, resolve
-from peft_jax.models.generation.sampling import DRAWING
+from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
+from peft_jax.models.generation.generation_config import new_tokens, with_defaults
 from peft_jax.prompts.base import prompt_tasks
 from peft_jax.train.data.batches import rounded_up
 
-NEW_TOKENS = 256  # where nobody says how many
+NEW_TOKENS = 256  # the default length of an answer
 
 
 def generate(options: Generate) -> None:
@@ -45,7 +46,7 @@ def generate(options: Generate) -> None:
     if task.has_classes:
         raise ValueError(
             f"{options.adapter or options.model} tells classes of texts, and writes none. Give it to peft-jax eval, "
-            "which tells how often it is right."
+            "which reports its accuracy."
         )
     tokenizer = find_tokenizer(options.model, options.adapter)
     encoded = [encode(prompt, options.prompt_template, tokenizer, goes_on=task.next_token) for prompt in prompts]
@@ -53,122 +54,157 @@ def generate(options: Generate) -> None:
         raise ValueError(
             f"prompt {encoded.index([]) + 1} has no tokens. Leave it out, or give --prompt-template short."
         )
-    ends = [stop_token(text, tokenizer) for text in options.stop_token]
+    stop_tokens = [stop_token(text, tokenizer) for text in options.stop_token]
     model = load_model(options, task)
-    tasks = task_ids(options.task_id, prompt_tasks(model), min(options.batch_size, len(prompts)))
-    found = {} if options.ignore_generation_config else model.generation_config
-    begun = max(map(len, encoded)) if task.next_token else 1  # an encoder-decoder's answer begins with a start token
-    wanted = settle(options, found, model.config, begun, ends or None)
-    asked = {
-        **wanted.sampling._asdict(),
-        "top_k": wanted.sampling.top_k or 0,
-        "max_new_tokens": wanted.max_new_tokens,
-        "eos_token_id": wanted.eos_token_ids,
-        "generation_config": {},
-        **tasks,
-    }
-    if not wanted.sampling.do_sample:
-        asked |= dict.fromkeys(DRAWING)
+    rows = min(options.batch_size, len(prompts))
+    keywords: dict[str, Any] = task_ids(options.task_id, prompt_tasks(model), rows)
+    length = 1  # an encoder-decoder's answer follows a start token
+    if task.next_token:
+        length = max(len(ids) for ids in encoded)
+    generation_config = {} if options.ignore_generation_config else model.generation_config
+    chosen = generate_options(options, generation_config, model.config, length, stop_tokens)
+    # The options are complete, so that the model is not to read its file again.
+    keywords |= {**dataclasses.asdict(chosen), "generation_config": {}}
     if len(prompts) == 1 and not options.json:
         ids, mask = pad(encoded, 1, rounded_up(len(encoded[0])))
         key = jax.random.fold_in(jax.random.key(options.seed), 0)
-        model.generate(ids, mask, key=key, streamer=Printer(tokenizer, verbatim()), **asked)
+        model.generate(ids, mask, key=key, streamer=Printer(tokenizer, verbatim()), **keywords)
         return
-    said = answers(options, model, encoded, asked, goes_on=task.next_token)
-    for number, (prompt, answer) in enumerate(zip(prompts, said, strict=True), 1):
+    all_answers = answers(options, model, encoded, keywords, goes_on=task.next_token)
+    for number, (prompt, answer) in enumerate(zip(prompts, all_answers, strict=True), 1):
         text = text_of(answer, tokenizer)
         if options.json:
-            reason = "stop" if answer and answer[-1] in wanted.eos_token_ids else "length"
-            print(
-                json.dumps({"prompt": prompt, "text": text, "tokens": len(answer), "finish_reason": reason}), flush=True
-            )
-        else:
-            print(f"{'' if number == 1 else chr(10)}[{number}] {title(prompt)}")
-            print(text, flush=True, file=verbatim())
+            is_stopped = bool(answer) and answer[-1] in chosen.eos_token_ids
+            reason = "stop" if is_stopped else "length"
+            fields = {"prompt": prompt, "text": text, "tokens": len(answer), "finish_reason": reason}
+            print(json.dumps(fields), flush=True)
+            continue
+        if number > 1:
+            print()
+        print(f"[{number}] {title(prompt)}")
+        print(text, flush=True, file=verbatim())
 
 
 def check(options: Generate) -> None:
-    """Raise ValueError for numbers that cannot work, and for words that contradict each other."""
+    """Raise ValueError for numbers that cannot work, and for options that contradict each other."""
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}. Give a number above 0.")
     if options.seed < 0:
         raise ValueError(f"--seed is {options.seed}. Give 0 or a number above.")
-    drawing = [name for name in ("do_sample", *DRAWING) if getattr(options, name) not in (None, False)]
-    if options.greedy and drawing:
-        raise ValueError(f"--greedy and --{drawing[0].replace('_', '-')} contradict each other. Give one of them.")
+    sampling = given_sampling_options(options)
+    if options.do_sample:
+        sampling = ["do-sample", *sampling]
+    if options.greedy and sampling:
+        raise ValueError(f"--greedy and --{sampling[0]} contradict each other. Give one of them.")
 
 
-def settle(
-    options: Generate, found: Mapping[str, Any], config: Any, longest: int, ends: Sequence[int] | None
-) -> Generation:
-    """Decide how to generate: the command line first, then generation_config.json, then transformers' defaults.
+def given_sampling_options(options: Generate) -> list[str]:
+    """The names of the options on the command line that greedy decoding ignores."""
+    return [name.replace("_", "-") for name in SAMPLING_OPTIONS if getattr(options, name) is not None]
+
+
+def generate_options(
+    options: Generate, generation_config: Mapping[str, Any], config: Any, length: int, stop_tokens: Sequence[int]
+) -> GenerateOptions:
+    """The options of all answers: from the command line, else generation_config.json, else transformers' defaults.
+
+    Args:
+        options: The command line.
+        generation_config: Contents of generation_config.json.
+        config: The model's config.
+        length: Tokens of the longest prompt that is continued.
+        stop_tokens: Further tokens that end an answer.
 
     Raises:
         ValueError: If a value is out of range, or prompt and answer exceed the model's positions.
     """
-    drawing = [name for name in DRAWING if getattr(options, name) is not None]
-    if drawing and not options.do_sample and not found.get("do_sample"):
-        raise ValueError(f"--{drawing[0].replace('_', '-')} is for drawing, but decoding is greedy. Add --do-sample.")
-    room = config.max_position_embeddings - longest
+    sampling = given_sampling_options(options)
+    if sampling and not options.do_sample and not generation_config.get("do_sample"):
+        raise ValueError(f"--{sampling[0]} is for sampling, but decoding is greedy. Add --do-sample.")
+    positions = config.max_position_embeddings
+    room = positions - length
     if room < 1:
-        raise ValueError(
-            f"a prompt has {longest} tokens, and the model {config.max_position_embeddings} positions. Shorten it."
-        )
-    asked: dict[str, Any] = {name: getattr(options, name) for name in (*DRAWING, "repetition_penalty")}
-    asked["do_sample"] = True if options.do_sample else False if options.greedy else None
-    asked["max_new_tokens"] = options.max_new_tokens
-    if options.max_new_tokens is None and not {"max_new_tokens", "max_length"} & found.keys():
-        asked["max_new_tokens"] = min(NEW_TOKENS, room)
-    wanted = resolve(
-        asked,
-        found,
-        length=longest,
-        positions=config.max_position_embeddings,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
+        raise ValueError(f"a prompt has {length} tokens, and the model {positions} positions. Shorten it.")
+    do_sample = None  # as generation_config.json says
+    if options.do_sample or options.greedy:
+        do_sample = options.do_sample
+    given = GenerateOptions(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=do_sample,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
     )
-    if options.max_new_tokens is None:
-        wanted = wanted._replace(max_new_tokens=min(wanted.max_new_tokens, room))
-    elif options.max_new_tokens > room:
+    chosen = with_defaults(given, generation_config, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    if options.max_new_tokens is not None and options.max_new_tokens > room:
         raise ValueError(
-            f"--max-new-tokens is {options.max_new_tokens}, but behind {longest} tokens of prompt the model has {room} "
+            f"--max-new-tokens is {options.max_new_tokens}, but after {length} tokens of prompt the model has {room} "
             f"positions left. Give --max-new-tokens {room} or less."
         )
-    return wanted._replace(eos_token_ids=tuple(dict.fromkeys((*wanted.eos_token_ids, *(ends or ())))))
+    count = new_tokens(chosen, generation_config, length=length, positions=positions, default=NEW_TOKENS)
+    ends = dict.fromkeys((*chosen.eos_token_ids, *stop_tokens))  # each once
+    return dataclasses.replace(chosen, max_new_tokens=min(count, room), eos_token_id=tuple(ends))
 
 
 def answers(
-    options: Generate, model: Any, encoded: Sequence[list[int]], asked: Mapping[str, Any], *, goes_on: bool
+    options: Generate, model: Any, encoded: Sequence[list[int]], keywords: Mapping[str, Any], *, goes_on: bool
 ) -> Iterator[list[int]]:
     """The new tokens of each prompt, up to the one that ends it; all batches have one shape, hence one program.
 
-    They stand behind the prompt where the model goes on with it, else behind a start token.
+    Args:
+        options: The command line.
+        model: The model.
+        encoded: Token ids of each prompt.
+        keywords: Arguments of the model's ``generate``.
+        goes_on: Whether answers follow the prompt in the tokens that are returned, or a start token.
     """
-    rows, length = min(options.batch_size, len(encoded)), rounded_up(max(map(len, encoded)))
+    rows = min(options.batch_size, len(encoded))
+    length = rounded_up(max(len(ids) for ids in encoded))
+    first = length if goes_on else 1
     for number, start in enumerate(range(0, len(encoded), rows)):
         batch = encoded[start : start + rows]
         ids, mask = pad(batch, rows, length)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
-        whole = np.asarray(model.generate(ids, mask, key=key, **asked))
-        for row in whole[: len(batch), length if goes_on else 1 :].tolist():
-            end = next((place for place, token in enumerate(row, 1) if token in asked["eos_token_id"]), len(row))
-            yield row[:end]
+        tokens = np.asarray(model.generate(ids, mask, key=key, **keywords))
+        for row in tokens[: len(batch), first:].tolist():
+            yield up_to_end(row, keywords["eos_token_id"])
 
 
-def task_ids(asked: int | None, tasks: int, rows: int) -> dict[str, np.ndarray]:
-    """The task of each row, for a prompt that has several; nothing for another adapter.
+def up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens up to the first that is an end, with it.
+
+    Example:
+        >>> up_to_end([5, 6, 2, 0], ends=(2, 3))
+        [5, 6, 2]
+    """
+    for index, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: index + 1]
+    return tokens
+
+
+def task_ids(task_id: int | None, tasks: int, rows: int) -> dict[str, Any]:
+    """The argument ``task_ids`` for a prompt that has several tasks; nothing for another adapter.
+
+    Args:
+        task_id: The task that the command line names.
+        tasks: The number of tasks; 0 for another adapter.
+        rows: The number of rows.
 
     Raises:
         ValueError: If the prompt's task is not named, or one is named that there is not.
     """
-    if not tasks and asked is None:
+    if not tasks and task_id is None:
         return {}
     if not tasks:
-        raise ValueError(f"--task-id is {asked}, but no adapter has a prompt of several tasks. Leave it out.")
-    if asked is None or not 0 <= asked < tasks:
-        said = "not given" if asked is None else str(asked)
-        raise ValueError(f"--task-id is {said}, and the prompt has {tasks} tasks. Give 0 to {tasks - 1}.")
-    return {"task_ids": np.full(rows, asked, np.int32)}
+        raise ValueError(f"--task-id is {task_id}, but no adapter has a prompt of several tasks. Leave it out.")
+    if task_id is None:
+        raise ValueError(f"--task-id is not given, and the prompt has {tasks} tasks. Give 0 to {tasks - 1}.")
+    if not 0 <= task_id < tasks:
+        raise ValueError(f"--task-id is {task_id}, and the prompt has {tasks} tasks. Give 0 to {tasks - 1}.")
+    return {"task_ids": np.full(rows, task_id, np.int32)}
 
 
 def stop_token(text: str, tokenizer: Any) -> int:
@@ -190,9 +226,13 @@ def title(prompt: Prompt) -> str:
     """A prompt in one line of at most 72 characters."""
     if isinstance(prompt, dict):
         if "messages" in prompt:
-            asked = [m for m in prompt["messages"] if m.get("role") == "user"] or prompt["messages"]
-            prompt = str(asked[-1].get("content"))
+            messages = prompt["messages"]
+            questions = [message for message in messages if message.get("role") == "user"]
+            last = questions[-1] if questions else messages[-1]
+            prompt = str(last.get("content"))
         else:
             prompt = " ".join(prompt[name] for name in ("instruction", "input", "prompt") if name in prompt)
     line = " ".join(prompt.split())
-    return line if len(line) <= 72 else line[:69] + "..."
+    if len(line) <= 72:
+        return line
+    return line[:69] + "..."

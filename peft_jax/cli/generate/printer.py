@@ -1,11 +1,11 @@
-"""Prints one answer while its tokens come."""
+"""Prints one answer while its tokens are generated."""
 
 import sys
 from typing import Any, TextIO
 
 import numpy as np
 
-UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are not a character yet
+UNFINISHED = "\ufffd"  # a tokenizer's text for bytes that are no whole character yet
 
 
 class Printer:
@@ -30,13 +30,13 @@ class Printer:
         self.tokens, self.printed = list[int](), ""
 
     def put(self, value: np.ndarray) -> None:
-        """Take the prompt, which is not printed, then tokens (1,)."""
+        """Take the prompt (1, length), which is not printed, then tokens (1,)."""
         if value.ndim == 1:
             self.tokens += value.tolist()
             self._print(text_of(self.tokens, self.tokenizer).rstrip(UNFINISHED))
 
     def end(self) -> None:
-        """Print what is left, finished or not, and end the line."""
+        """Print the rest of the text, a cut character too, and end the line."""
         self._print(text_of(self.tokens, self.tokenizer))
         print(flush=True, file=self.file)
 
@@ -48,5 +48,5 @@ class Printer:
 
 
 def text_of(tokens: list[int], tokenizer: Any) -> str:
-    """The text of an answer's tokens, without special ones."""
+    """The text of an answer without its special tokens."""
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -16,11 +16,11 @@ KINDS = "a text, or an object with instruction (and input), prompt, or messages"
 
 
 def read_prompts(words: Sequence[str], file: Path | None, stdin: TextIO) -> list[Prompt]:
-    """The prompts that are asked for: words, or a file's, or the lines of standard input.
+    """The prompts: the words of the command line, or those in a file, or the lines of standard input.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If there are none, both words and a file, or the file is not what its name says.
+        ValueError: If there are none, both words and a file, or the file is not of the format that its name says.
     """
     if words and file is not None:
         raise ValueError("prompts are given as words and with --file. Give one of them.")
@@ -29,18 +29,19 @@ def read_prompts(words: Sequence[str], file: Path | None, stdin: TextIO) -> list
     if file is None:
         if stdin.isatty():
             raise ValueError("no prompt is given. Give it as a word, with --file, or on standard input.")
-        return _some(_lines(stdin.read()), "standard input")
+        return _not_empty(_lines(stdin.read()), "standard input")
     text = read_text(file, "file of prompts", "Give JSON, JSONL, or a text file of one prompt a line.")
     if file.suffix not in (".json", ".jsonl"):
-        return _some(_lines(text), str(file))
-    return _some([_checked(value, number, file) for number, value in enumerate(_values(text, file), 1)], str(file))
+        return _not_empty(_lines(text), str(file))
+    prompts = [_checked(value, number, file) for number, value in enumerate(_values(text, file), 1)]
+    return _not_empty(prompts, str(file))
 
 
 def _lines(text: str) -> list[Prompt]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _some(prompts: list[Prompt], where: str) -> list[Prompt]:
+def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{where} holds no prompts. Give at least one.")
     return prompts
@@ -57,41 +58,58 @@ def _values(text: str, file: Path) -> list[Any]:
 
 
 def _checked(value: Any, number: int, file: Path) -> Prompt:
-    texts = [value] if isinstance(value, str) else []
-    if isinstance(value, dict):
-        names = next((n for n in (("instruction", "input"), ("prompt",)) if n[0] in value), ())
-        texts = [value[name] for name in names if name in value]
-        messages = value.get("messages")
-        if not names and isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-            return value
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"prompt {number} of {file} is {json.dumps(value)[:60]}. Each prompt is {KINDS}.")
-    return value
+    """A prompt from a file; ``number`` is its place there."""
+    if isinstance(value, str) or _is_conversation(value) or _is_instruction(value):
+        return value
+    raise ValueError(f"prompt {number} of {file} is {json.dumps(value)[:60]}. Each prompt is {KINDS}.")
+
+
+def _is_instruction(value: Any) -> bool:
+    """Whether a value is an object with texts instruction and perhaps input, or prompt."""
+    if not isinstance(value, dict):
+        return False
+    if "instruction" in value:
+        return isinstance(value["instruction"], str) and isinstance(value.get("input", ""), str)
+    return isinstance(value.get("prompt"), str)
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is an object with messages, and neither instruction nor prompt."""
+    if not isinstance(value, dict) or "instruction" in value or "prompt" in value:
+        return False
+    messages = value.get("messages")
+    return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
 
 
 def render(prompt: Prompt, template: str, tokenizer: Any) -> tuple[str, bool]:
-    """The text that the model is to continue, and whether it is a chat template's, which writes special tokens itself.
+    """The text of a prompt, and whether it is a chat template's, which writes special tokens itself.
 
-    As in training, texts and instructions are laid out by the template, ``prompt`` is taken as it is, and ``messages``
-    go through the tokenizer's chat template.
+    As in training, the template formats texts and instructions, ``prompt`` is used unchanged, and the tokenizer's chat
+    template formats ``messages``.
 
     Raises:
         FileNotFoundError: If there is no such template.
-        ValueError: If it is damaged, the tokenizer has no chat template, or that refuses the messages.
+        ValueError: If it is damaged, the tokenizer has no chat template, or the chat template refuses the messages.
     """
     if isinstance(prompt, dict) and "messages" in prompt:
         messages = prompt["messages"]
-        answered = messages[-1].get("role") == "assistant"  # as in a file of training data
-        return _chat(messages[:-1] if answered else messages, tokenizer), True
+        if messages[-1].get("role") == "assistant":  # the answer, in a file of training data
+            messages = messages[:-1]
+        return _chat(messages, tokenizer), True
     if isinstance(prompt, dict) and "instruction" not in prompt:
         return prompt["prompt"], False
-    instruction, given = (prompt, "") if isinstance(prompt, str) else (prompt["instruction"], prompt.get("input", ""))
+    if isinstance(prompt, str):
+        record = Record(instruction=prompt, input="", output="")
+    else:
+        record = Record(instruction=prompt["instruction"], input=prompt.get("input", ""), output="")
     if template == "chat":
-        content = "\n\n".join(part for part in (instruction, given) if part)
+        content = "\n\n".join(part for part in (record.instruction, record.input) if part)
         return _chat([{"role": "user", "content": content}], tokenizer), True
+    if template == "raw" and record.input:
+        return f"{record.instruction}\n{record.input}", False
     if template == "raw":
-        return f"{instruction}\n{given}" if given else instruction, False
-    return load_template(template)(Record(instruction=instruction, input=given, output="")).prompt, False
+        return record.instruction, False
+    return load_template(template)(record).prompt, False
 
 
 def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> str:
@@ -99,20 +117,21 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> str:
         raise ValueError("the tokenizer has no chat template. Give --prompt-template short or raw, and no messages.")
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates are programs of the checkpoint's, and raise what they like
+    except Exception as error:  # a template is a program in the checkpoint, which may raise any error
         raise ValueError(f"the chat template refuses the messages ({error}). Give --prompt-template raw.") from error
 
 
 def encode(prompt: Prompt, template: str, tokenizer: Any, *, goes_on: bool = True) -> list[int]:
-    """Token ids of a prompt: with what the tokenizer puts in front of a text, without what it puts behind.
+    """Token ids of a prompt, with the special tokens that the tokenizer puts before a text.
 
-    Where the answer does not go on behind the prompt, as that of an encoder-decoder, with that too.
+    Those after a text are left out if the model is to continue the prompt. An encoder-decoder, for which ``goes_on`` is
+    False, gets them.
     """
-    text, whole = render(prompt, template, tokenizer)
-    ids = list(tokenizer(text, add_special_tokens=not whole, verbose=False)["input_ids"])
-    if ids[1:] and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brings one along too
+    text, is_chat = render(prompt, template, tokenizer)
+    ids = list(tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"])
+    if ids[1:] and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text has one of its own
         ids = ids[1:]
-    if not goes_on or whole or not ids:
+    if not goes_on or is_chat or not ids:
         return ids
     if ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         ids.pop()

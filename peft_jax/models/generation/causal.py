@@ -1,4 +1,4 @@
-"""Generation with causal language models: what was asked and what the checkpoint says, made a compiled program."""
+"""Generation with causal language models."""
 
 import dataclasses
 import functools
@@ -19,6 +19,7 @@ from peft_jax.models.generation.decode import (
     make_programs,
     stream,
 )
+from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.handles.prompted import Cached
 from peft_jax.models.modules.inputs import ForwardInputs
@@ -32,49 +33,65 @@ def continue_prompts(
     params: tuple[Any, jax.Array | None],
     ids: jax.Array,
     attention_mask: Any,
-    asked: Mapping[str, Any],
-    found: Mapping[str, Any],
+    options: GenerateOptions,
+    generation_config: Mapping[str, Any],
     key: jax.Array | None,
     streamer: Streamer | None,
 ) -> jax.Array:
-    """Prompts ``ids`` with their continuations; the arguments are those of `CausalLM.generate`.
+    """Generate what follows prompts.
 
-    ``params`` has the task of each row beside the parameters.
+    Args:
+        config: The architecture.
+        params: The parameters, and the task of each row for an adapter that is a prompt of several tasks.
+        ids: Prompts (batch, length).
+        attention_mask: As in `CausalLM.generate`, like the arguments after it.
+        options: The options that the call gives.
+        generation_config: Contents of generation_config.json.
+        key: Random key.
+        streamer: Receiver of the tokens.
+
+    Returns:
+        Token ids (batch, length + n).
 
     Raises:
         ValueError: If a prompt ends in padding; also as `resolve`.
     """
-    wanted = resolve(
-        asked,
-        found,
+    generation = resolve(
+        options,
+        generation_config,
         length=ids.shape[1] + virtual_slots(params[0]),
         positions=config.max_position_embeddings,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    mask = padding_mask(ids, attention_mask, wanted)
+    mask = padding_mask(ids, attention_mask, generation)
     refuse_padding_at_the_end(mask, "prompt")
-    wanted = with_padding(wanted)
-    return run_programs(programs(config, wanted), params, ids, mask, wanted, key, streamer)
+    generation = with_padding(generation)
+    return run_programs(programs(config, generation), params, ids, mask, generation, key, streamer)
 
 
-def padding_mask(ids: jax.Array, attention_mask: Any, wanted: Generation) -> jax.Array:
-    """The mask of ids (batch, length) as told, else by the id of padding, unless that ends a text too."""
+def padding_mask(ids: jax.Array, attention_mask: Any, generation: Generation) -> jax.Array:
+    """The mask of ids (batch, length): the given one, else 0 on the ids of padding, unless they end a row too."""
     if attention_mask is not None:
         return jnp.asarray(attention_mask, bool)
-    pad = wanted.pad_token_id
-    return jnp.ones_like(ids, bool) if pad is None or pad in wanted.eos_token_ids else ids != pad
+    pad = generation.pad_token_id
+    if pad is None or pad in generation.eos_token_ids:
+        return jnp.ones_like(ids, bool)
+    return ids != pad
 
 
-def refuse_padding_at_the_end(mask: jax.Array, what: str) -> None:
+def refuse_padding_at_the_end(mask: jax.Array, kind: str) -> None:
     """Raise ValueError if a row of a mask ends in 0."""
     if not np.asarray(mask)[:, -1].all():
-        raise ValueError(f"A {what} ends in padding. Pad {what}s on the left (tokenizer.padding_side = 'left').")
+        raise ValueError(f"A {kind} ends in padding. Pad {kind}s on the left (tokenizer.padding_side = 'left').")
 
 
-def with_padding(wanted: Generation) -> Generation:
-    """A generation whose finished rows go on with some token: the first that ends a text, where none is told."""
-    return wanted if wanted.pad_token_id is not None else wanted._replace(pad_token_id=(*wanted.eos_token_ids, 0)[0])
+def with_padding(generation: Generation) -> Generation:
+    """The generation with a token for finished rows: without a token for padding, the first that ends a row."""
+    if generation.pad_token_id is not None:
+        return generation
+    fillers = (*generation.eos_token_ids, 0)
+    return generation._replace(pad_token_id=fillers[0])
 
 
 def run_programs(
@@ -82,21 +99,22 @@ def run_programs(
     params: Any,
     ids: jax.Array,
     mask: jax.Array,
-    wanted: Generation,
+    generation: Generation,
     key: jax.Array | None,
     streamer: Streamer | None,
 ) -> jax.Array:
-    """Ids (batch, length) with their continuations (batch, length + n), handed to a streamer on the way."""
-    arguments = (params, ids, mask, jax.random.key(0) if key is None else key)
+    """Run a generation from ids (batch, length) to (batch, length + n), with a streamer if there is one."""
+    if key is None:
+        key = jax.random.key(0)
     if streamer is None:
-        tokens, count = run.whole(*arguments)
+        tokens, count = run.whole(params, ids, mask, key)
     else:
-        tokens, count = stream(run, *arguments, wanted.max_new_tokens, streamer)
+        tokens, count = stream(run, params, ids, mask, key, generation.max_new_tokens, streamer)
     return tokens[:, : ids.shape[1] + int(count)]
 
 
 @functools.lru_cache(maxsize=64)
-def programs(config: ModelConfig, wanted: Generation) -> Programs:
+def programs(config: ModelConfig, generation: Generation) -> Programs:
     """The compiled programs of a generation, the same for all parameters and prompts."""
     family = family_of(config)
     make_cache = family.init_cache
@@ -111,11 +129,11 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
             return run(rest, dataclasses.replace(inputs, logits_to_keep=1))
 
         model = Cached(apply, partial(embed, rest), prompt)
-        return Decoder(model, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
+        return Decoder(model, generation.eos_token_ids, generation.pad_token_id or 0, generation.sampling)
 
     def cache(params: Any, batch: int, positions: int) -> KVCache:
         dtype = family.embedding_table(config, params[0]).dtype
         empty: KVCache = make_cache(config, batch, positions + virtual_slots(params[0]), dtype)
         return empty
 
-    return make_programs(decoder, cache, wanted.max_new_tokens)
+    return make_programs(decoder, cache, generation.max_new_tokens)

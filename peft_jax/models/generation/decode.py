@@ -1,4 +1,4 @@
-"""Generation with a KV cache: prefill and decoding in one compiled program, or in two where tokens are streamed."""
+"""Generation with a KV cache: prefill and decoding in one compiled program, or in two for a stream."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -11,25 +11,25 @@ from peft_jax.models.generation.sampling import Sampling, choose, process
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import KVCache
 
-CHUNK = 4  # tokens of a stream that are decoded before the host looks at them
+CHUNK = 4  # tokens of a stream that are decoded before they are copied to the host
 
 
 class Streamer(Protocol):
-    """What receives a stream; transformers' streamers do too."""
+    """A receiver of tokens while they are generated; transformers' streamers are receivers too."""
 
     def put(self, value: np.ndarray) -> None:
-        """Take the prompts (batch, length) at first, then the token of each row (batch,), one after another."""
+        """Take the prompts (batch, length) first, then at each step the new token of each row (batch,)."""
 
     def end(self) -> None:
         """Take the end of the stream."""
 
 
 class State(NamedTuple):
-    """Where a generation stands."""
+    """The state of a generation between two tokens."""
 
     count: jax.Array  # type: ignore[assignment]  # new tokens so far; a field, not the method of tuples
     tokens: jax.Array  # (batch, prompt + new)
-    mask: jax.Array  # (batch, prompt + new), 1 on what may be seen
+    mask: jax.Array  # (batch, prompt + new), 1 on the tokens that are attended to
     positions: jax.Array  # (batch,), of the last token
     done: jax.Array  # (batch,)
     cache: KVCache
@@ -41,7 +41,7 @@ class CachedModel(Protocol):
 
     @property
     def slots(self) -> int:
-        """Slots of the cache that something takes before the inputs."""
+        """The number of slots that virtual tokens take in the cache, before the inputs."""
 
     def first(self, inputs: ForwardInputs) -> Any:
         """Read ids, with mask and positions, into an empty cache; the result has ``.logits`` and ``.cache``."""
@@ -54,9 +54,9 @@ class Decoder(NamedTuple):
     """A model and the choices of a generation.
 
     Attributes:
-        model: What reads the tokens.
-        eos_token_ids: A row is done after one of these; later positions hold ``pad_token_id``.
-        pad_token_id: See ``eos_token_ids``.
+        model: The model.
+        eos_token_ids: The tokens that end a row.
+        pad_token_id: The token that fills a row after its end.
         sampling: How tokens are chosen.
     """
 
@@ -75,15 +75,15 @@ class Decoder(NamedTuple):
             input_ids: (batch, length).
             attention_mask: (batch, length), 0 on the padding at the left.
             key: A JAX random key; greedy decoding ignores it.
-            max_new_tokens: What there is room for, at least 1.
+            max_new_tokens: The number of tokens to make space for, at least 1.
         """
-        room = ((0, 0), (0, max_new_tokens))
+        padding = ((0, 0), (0, max_new_tokens))
         counts = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
         positions = jnp.maximum(counts - 1, 0)
-        mask = jnp.pad(attention_mask.astype(jnp.int32), room)
+        mask = jnp.pad(attention_mask.astype(jnp.int32), padding)
         inputs = ForwardInputs(input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache)
         out = self.model.first(inputs)
-        tokens = jnp.pad(input_ids, room, constant_values=self.pad_token_id)
+        tokens = jnp.pad(input_ids, padding, constant_values=self.pad_token_id)
         done = jnp.zeros(len(tokens), bool)
         state = State(jnp.int32(0), tokens, mask, counts[:, -1] - 1, done, out.cache, key)
         return self._add(state, out.logits[:, -1])
@@ -91,11 +91,11 @@ class Decoder(NamedTuple):
     def proceed(self, state: State, count: jax.Array | int) -> State:
         """Decode until there are ``count`` new tokens or all rows are done."""
 
-        def wanted(state: State) -> jax.Array:
+        def is_unfinished(state: State) -> jax.Array:
             return (state.count < count) & ~jnp.all(state.done)
 
         def step(state: State) -> State:
-            at = self._filled(state)  # the place of the last token, which the cache does not have yet
+            at = self._filled(state)  # index of the last token, which is not in the cache yet
             inputs = ForwardInputs(
                 input_ids=jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1),
                 attention_mask=state.mask,
@@ -105,10 +105,10 @@ class Decoder(NamedTuple):
             out = self.model.apply(inputs)
             return self._add(state._replace(cache=out.cache), out.logits[:, -1])
 
-        return jax.lax.while_loop(wanted, step, state)
+        return jax.lax.while_loop(is_unfinished, step, state)
 
     def _filled(self, state: State) -> jax.Array:
-        """How many tokens the cache has."""
+        """The number of tokens in the cache."""
         return state.cache.index - self.model.slots
 
     def _add(self, state: State, logits: jax.Array) -> State:
@@ -129,10 +129,12 @@ class Decoder(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The compiled programs of a generation, each of the model's parameters first.
+    """The compiled programs of a generation.
 
-    ``whole(params, ids, mask, key) -> (tokens, count)``; for a stream ``start(params, ids, mask, key) -> state`` and
-    ``proceed(params, state, count) -> state``, which takes over the state's memory.
+    Attributes:
+        whole: ``(params, ids, mask, key) -> (tokens, count)``.
+        start: The first part of a stream, ``(params, ids, mask, key) -> state``.
+        proceed: Each further part, ``(params, state, count) -> state``; it reuses the memory of its argument.
     """
 
     whole: Callable[..., Any]
@@ -146,9 +148,9 @@ def make_programs(
     """Compile a generation.
 
     Args:
-        decoder: From parameters to what decodes with them.
-        make_cache: From parameters, batch size and positions to an empty cache.
-        max_new_tokens: At most so many new tokens.
+        decoder: Makes a decoder of parameters.
+        make_cache: Makes an empty cache of parameters, batch size and number of positions.
+        max_new_tokens: The largest number of new tokens.
     """
 
     def start(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> State:
@@ -174,16 +176,17 @@ def stream(
     max_new_tokens: int,
     streamer: Streamer,
 ) -> tuple[jax.Array, int]:
-    """Generate as ``programs.whole`` does, and hand on each token of the rows as soon as its chunk is decoded."""
+    """Generate like ``programs.whole``, and pass each token to the streamer as soon as its chunk is decoded."""
     streamer.put(np.asarray(ids))
     state = programs.start(params, ids, mask, key)
-    seen, count = 0, 1
+    streamed, count = 0, 1
     while True:
-        for column in np.asarray(state.tokens)[:, ids.shape[1] + seen : ids.shape[1] + count].T:
+        new_tokens = np.asarray(state.tokens)[:, ids.shape[1] + streamed : ids.shape[1] + count]
+        for column in new_tokens.T:
             streamer.put(column)
         if count >= max_new_tokens or bool(jnp.all(state.done)):
             break
         state = programs.proceed(params, state, min(count + CHUNK, max_new_tokens))
-        seen, count = count, int(state.count)
+        streamed, count = count, int(state.count)
     streamer.end()
     return state.tokens, count

@@ -1,48 +1,19 @@
-"""What ``generate`` does where it is not told: a checkpoint's generation_config.json, else transformers' defaults."""
+"""The options of ``generate`` that a call leaves out: from generation_config.json, else transformers' defaults."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from peft_jax.models.generation.sampling import DRAWING, Sampling, told
+from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
+from peft_jax.models.generation.sampling import Sampling
+from peft_jax.models.generation.unsupported_options import refuse_unsupported
 
-TOP_K = 50  # transformers' default for drawing
-NEW_TOKENS = 20  # and for the length
-
-# Fields of generation_config.json that would change the tokens, with the values that do not.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "max_time": (),
-    "guidance_scale": (1,),
-    "bad_words_ids": ([],),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "sequence_bias": ({}, []),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "stop_strings": ([],),
-    "watermarking_config": ({},),
-    "dola_layers": (),
-    "token_healing": (False,),
-}
-_FIXED_IN_DRAWING: dict[str, tuple[Any, ...]] = {
-    "typical_p": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "top_h": (),
-}
+TOP_K = 50  # transformers' default in sampling
+NEW_TOKENS = 20  # transformers' default length
 
 
 class Generation(NamedTuple):
-    """What a generation does, all choices made."""
+    """A generation with all choices made."""
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...]
@@ -51,76 +22,97 @@ class Generation(NamedTuple):
 
 
 def resolve(
-    asked: Mapping[str, Any],
-    found: Mapping[str, Any],
+    options: GenerateOptions,
+    generation_config: Mapping[str, Any],
     *,
     length: int,
     positions: int,
     eos_token_id: int | tuple[int, ...] | None = None,
     pad_token_id: int | None = None,
 ) -> Generation:
-    """Decide what is generated: by what was asked, else by generation_config.json, else as transformers does.
+    """Make all choices of a generation.
 
     Args:
-        asked: Arguments of ``generate``; None where nothing was asked.
-        found: Contents of generation_config.json.
+        options: The options that the call gives.
+        generation_config: Contents of generation_config.json, for the options that are None.
         length: Tokens of the prompts, padding included.
         positions: The model's max_position_embeddings.
         eos_token_id: The model config's.
         pad_token_id: The model config's.
 
     Raises:
-        ValueError: if a value is out of range, or the file has a field that is not supported and would change the
+        ValueError: If a value is out of range, or the file has a field that is not supported and would change the
             tokens.
 
     Example:
-        >>> found = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 7]}
-        >>> resolve({"temperature": 0.5, "max_new_tokens": 8}, found, length=4, positions=64)[:2]
+        >>> saved = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 7]}
+        >>> resolve(GenerateOptions(temperature=0.5, max_new_tokens=8), saved, length=4, positions=64)[:2]
         (8, (2, 7))
     """
-    asked = {name: value for name, value in asked.items() if value is not None}
-    found = {name: value for name, value in found.items() if value is not None}
-    both = {**found, **asked}
-    drawing = bool(both.get("do_sample", False))
-    if not drawing:  # what the file says of drawing does not matter then; what the call says is checked
-        both = {name: value for name, value in both.items() if name not in DRAWING or name in asked}
-    _refuse(found, {**_FIXED, **(_FIXED_IN_DRAWING if drawing else {})})
-    top_k = both.get("top_k", TOP_K if drawing else None)
-    sampling = Sampling(
-        drawing,
-        both.get("temperature", 1.0),
-        None if top_k == 0 else top_k,
-        both.get("top_p"),
-        both.get("min_p"),
-        both.get("repetition_penalty", 1.0),
-    )
-    sampling.check()
-    eos = both.get("eos_token_id", eos_token_id)
-    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return Generation(_new_tokens(both, length, positions), ids, both.get("pad_token_id", pad_token_id), sampling)
+    options = with_defaults(options, generation_config, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+    count = new_tokens(options, generation_config, length=length, positions=positions)
+    return Generation(count, options.eos_token_ids, options.pad_token_id, options.sampling)
 
 
-def _new_tokens(both: Mapping[str, Any], length: int, positions: int) -> int:
-    """``max_new_tokens``, else what ``max_length`` leaves, else 20 or what the positions leave."""
-    if "max_new_tokens" in both:
-        count = both["max_new_tokens"]
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"max_new_tokens is at least 1, got {count}.")
-        return count
-    if "max_length" not in both:
-        return max(1, min(NEW_TOKENS, positions - length))
-    if both["max_length"] <= length:
+def with_defaults(
+    options: GenerateOptions,
+    generation_config: Mapping[str, Any],
+    *,
+    eos_token_id: int | tuple[int, ...] | None = None,
+    pad_token_id: int | None = None,
+) -> GenerateOptions:
+    """Fill in the options that are None, but for ``max_new_tokens``, whose default depends on the prompts.
+
+    The arguments and errors are those of `resolve`.
+
+    Example:
+        >>> options = with_defaults(GenerateOptions(do_sample=True), {"top_p": 0.9})
+        >>> options.top_p, options.top_k
+        (0.9, 50)
+    """
+    saved = {name: value for name, value in generation_config.items() if value is not None}
+    do_sample = bool(options.do_sample)
+    if options.do_sample is None:
+        do_sample = bool(saved.get("do_sample"))
+    refuse_unsupported(saved, do_sample=do_sample)
+    values: dict[str, Any] = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    if do_sample:
+        values["top_k"] = TOP_K
+    for field in dataclasses.fields(GenerateOptions):
+        # What the file says of sampling is for calls that sample.
+        is_used = do_sample or field.name not in SAMPLING_OPTIONS
+        if field.name in saved and is_used:
+            values[field.name] = saved[field.name]
+    values |= options.given
+    values["do_sample"] = do_sample
+    filled = GenerateOptions(**values)
+    filled.refuse_ignored()
+    return filled
+
+
+def new_tokens(
+    options: GenerateOptions,
+    generation_config: Mapping[str, Any],
+    *,
+    length: int,
+    positions: int,
+    default: int = NEW_TOKENS,
+) -> int:
+    """The largest number of new tokens: ``max_new_tokens``, else as many as the file's ``max_length`` leaves.
+
+    Where neither is given, ``default`` or as many as the positions leave. The other arguments are those of `resolve`.
+
+    Raises:
+        ValueError: If ``max_length`` leaves none.
+    """
+    if options.max_new_tokens is not None:
+        return options.max_new_tokens
+    max_length = generation_config.get("max_length")
+    if max_length is None:
+        return max(1, min(default, positions - length))
+    if max_length <= length:
         raise ValueError(
-            f"generation_config.json has max_length={both['max_length']}, but the prompt has {length} tokens already. "
+            f"generation_config.json has max_length={max_length}, but the prompt has {length} tokens already. "
             "Say max_new_tokens."
         )
-    return int(both["max_length"]) - length
-
-
-def _refuse(found: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
-    odd = {name: found[name] for name in fixed if name in found and found[name] not in fixed[name]}
-    if odd:
-        raise ValueError(
-            f"generation_config.json asks for {told(odd)}, which is not supported. Remove it there, or leave the file "
-            "aside: generation_config={}, on the command line --ignore-generation-config."
-        )
+    return int(max_length) - length

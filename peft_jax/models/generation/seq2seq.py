@@ -1,4 +1,4 @@
-"""Generation with encoder-decoders: the encoder runs once, and the decoder goes on from a start token."""
+"""Generation with encoder-decoders: the encoder runs once, and the decoder continues a start token."""
 
 import dataclasses
 import functools
@@ -23,6 +23,7 @@ from peft_jax.models.generation.decode import (
     Streamer,
     make_programs,
 )
+from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.handles.prompted import Cached, apply_prompted, seen_before
 from peft_jax.models.modules.inputs import ForwardInputs
@@ -31,7 +32,7 @@ from peft_jax.prompts.base import Prompt, take_prompt
 
 
 class Question(NamedTuple):
-    """What the encoder is given, or has given, with its mask, and each row's task for a prompt that has several."""
+    """The inputs of the encoder, or its outputs, with their mask, and each row's task for a prompt that has several."""
 
     input_ids: jax.Array | None = None
     inputs_embeds: jax.Array | None = None
@@ -46,33 +47,49 @@ class Question(NamedTuple):
         Raises:
             ValueError: if there is not one of them.
         """
-        found = [one for one in (self.input_ids, self.inputs_embeds, self.encoder_outputs) if one is not None]
-        if len(found) != 1:
-            raise ValueError(f"Give one of input_ids, inputs_embeds and encoder_outputs, got {len(found)} of them.")
-        return found[0]
+        arrays = [array for array in (self.input_ids, self.inputs_embeds, self.encoder_outputs) if array is not None]
+        if len(arrays) != 1:
+            raise ValueError(f"Give one of input_ids, inputs_embeds and encoder_outputs, got {len(arrays)} of them.")
+        return arrays[0]
 
 
 def answer(
     config: Any,
     params: Any,
     question: Question,
-    start: tuple[Any, Any],
-    asked: Mapping[str, Any],
-    found: Mapping[str, Any],
+    decoder_prompt: tuple[jax.Array | None, Any],
+    options: GenerateOptions,
+    generation_config: Mapping[str, Any],
     key: jax.Array | None,
     streamer: Streamer | None,
 ) -> jax.Array:
-    """The decoder's ids (batch, length + n), which begin with ``start``: its ids and their mask, or None.
+    """Generate the decoder's ids.
 
-    The other arguments are those of `Seq2SeqLM.generate`.
+    Args:
+        config: The architecture.
+        params: The parameters.
+        question: The encoder's inputs.
+        decoder_prompt: ``decoder_input_ids`` and ``decoder_attention_mask`` of `Seq2SeqLM.generate`.
+        options: The options that the call gives.
+        generation_config: Contents of generation_config.json.
+        key: Random key.
+        streamer: Receiver of the tokens.
+
+    Returns:
+        Token ids (batch, length + n), the decoder's prompt in front.
 
     Raises:
-        ValueError: if there is nothing to start with, or it ends in padding; also as `resolve`.
+        ValueError: If there is no start token, or the decoder's prompt ends in padding; also as `resolve`.
     """
-    ids, mask = _begin(config, len(question.given), *start, found)
-    wanted = resolve(
-        asked,
-        found,
+    first = generation_config.get("decoder_start_token_id")
+    if first is None:
+        first = config.decoder_start_token_id
+    if first is None:
+        raise ValueError("The model has no decoder_start_token_id. Set it in generation_config.json or in the config.")
+    ids, mask = with_start_token(first, len(question.given), *decoder_prompt)
+    generation = resolve(
+        options,
+        generation_config,
         length=ids.shape[1],
         positions=config.max_position_embeddings,
         eos_token_id=config.eos_token_id,
@@ -81,17 +98,13 @@ def answer(
     if question.attention_mask is not None:
         question = question._replace(attention_mask=jnp.asarray(question.attention_mask, bool))
     elif question.input_ids is not None:
-        question = question._replace(attention_mask=padding_mask(question.input_ids, None, wanted))
-    wanted = with_padding(wanted)
-    return run_programs(programs(config, wanted), (params, question), ids, mask, wanted, key, streamer)
+        question = question._replace(attention_mask=padding_mask(question.input_ids, None, generation))
+    generation = with_padding(generation)
+    return run_programs(programs(config, generation), (params, question), ids, mask, generation, key, streamer)
 
 
-def _begin(config: Any, batch: int, ids: Any, mask: Any, found: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """The decoder's first ids and their mask; the start token is put in front where no row begins with it."""
-    told = found.get("decoder_start_token_id")
-    first = config.decoder_start_token_id if told is None else told
-    if first is None:
-        raise ValueError("The model has no decoder_start_token_id. Set it in generation_config.json or in the config.")
+def with_start_token(first: int, batch: int, ids: jax.Array | None, mask: Any) -> tuple[jax.Array, jax.Array]:
+    """The decoder's prompt and its mask, with the start token in front unless a row has it there already."""
     if ids is None and mask is not None:
         raise ValueError("decoder_attention_mask is for decoder_input_ids, which are not given. Leave it out.")
     column = jnp.full((batch, 1), first, jnp.int32)
@@ -110,7 +123,7 @@ def _begin(config: Any, batch: int, ids: Any, mask: Any, found: Mapping[str, Any
 
 
 @functools.lru_cache(maxsize=64)
-def programs(config: ModelConfig, wanted: Generation) -> Programs:
+def programs(config: ModelConfig, generation: Generation) -> Programs:
     """The compiled programs of a generation, whose first argument is the parameters and a `Question`."""
     family = family_of(config)
     if family.encoder_decoder is None:
@@ -118,30 +131,33 @@ def programs(config: ModelConfig, wanted: Generation) -> Programs:
     embed = adapt(partial(family.embed, config))
     encode, fill, decode = (adapt(partial(part, config)) for part in family.encoder_decoder)
 
-    def decoder(given: tuple[Any, Question]) -> Decoder:
-        params, prompt = take_prompt(given[0], given[1].task_ids)
+    def decoder(inputs: tuple[Any, Question]) -> Decoder:
+        adapted, question = inputs
+        params, prompt = take_prompt(adapted, question.task_ids)
 
         def apply(inputs: ForwardInputs) -> Any:
             return decode(params, dataclasses.replace(inputs, position_ids=None))  # they are the cache's slots
 
         model = Cached(apply, partial(embed, params), Prompt(prefix=prompt.prefix))
-        return Decoder(model, wanted.eos_token_ids, wanted.pad_token_id or 0, wanted.sampling)
+        return Decoder(model, generation.eos_token_ids, generation.pad_token_id or 0, generation.sampling)
 
-    def cache(given: tuple[Any, Question], batch: int, positions: int) -> Any:
-        params, prompt = take_prompt(given[0], given[1].task_ids)
-        encoded, mask = given[1].encoder_outputs, given[1].attention_mask
+    def cache(inputs: tuple[Any, Question], batch: int, positions: int) -> Any:
+        adapted, question = inputs
+        params, prompt = take_prompt(adapted, question.task_ids)
+        encoded, mask = question.encoder_outputs, question.attention_mask
         if encoded is None:
-            question = given[1]
-            inputs = ForwardInputs(
+            encoder_inputs = ForwardInputs(
                 input_ids=question.input_ids, inputs_embeds=question.inputs_embeds, attention_mask=mask
             )
             tokens = Prompt(tokens=prompt.tokens)
-            encoded = apply_prompted(partial(encode, params), partial(embed, params), tokens, inputs).last_hidden_state
+            output = apply_prompted(partial(encode, params), partial(embed, params), tokens, encoder_inputs)
+            encoded = output.last_hidden_state
         elif prompt.tokens is not None:
             raise ValueError("encoder_outputs leave the prompt no place among the inputs. Give input_ids.")
         if mask is not None and prompt.tokens is not None:
             mask = seen_before(mask, prompt.tokens.shape[1])
-        room = positions + (0 if prompt.prefix is None else prompt.prefix[0].shape[2])
-        return fill(params, encoded, room, attention_mask=mask)
+        if prompt.prefix is not None:
+            positions += prompt.prefix[0].shape[2]
+        return fill(params, encoded, positions, attention_mask=mask)
 
-    return make_programs(decoder, cache, wanted.max_new_tokens)
+    return make_programs(decoder, cache, generation.max_new_tokens)

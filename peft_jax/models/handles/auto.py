@@ -1,4 +1,4 @@
-"""Makes model handles by what a checkpoint's config says it is."""
+"""Makes model handles for the architecture that a checkpoint's config names."""
 
 import dataclasses
 import os
@@ -42,13 +42,13 @@ class AutoHandle:
         remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
-        """Read a Hugging Face checkpoint; a head (or pooler) that it lacks starts at random, which a warning says.
+        """Read a Hugging Face checkpoint; a head (or pooler) that it lacks is initialized at random, with a warning.
 
         Args:
             name_or_path: Folder, or id on the Hugging Face hub.
             dtype: Element type of the parameters; None for the one that config.json names.
-            load_in_8bit: Quantize the layers' matmul weights on the way, tensor by tensor; embeddings, norms and the
-                output head stay in float.
+            load_in_8bit: Quantize the layers' matmul weights while they are read, tensor by tensor; embeddings,
+                norms and the output head stay in float.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
 
@@ -96,16 +96,16 @@ class AutoHandle:
     ) -> ModelHandle:
         folder = find_checkpoint(name_or_path)
         config, params, fresh = read_model(folder, task_type=cls.handle.task, **options)
-        told = read_config(folder).get("id2label") or {}
-        if id2label is None and len(told) == config.num_labels:
-            id2label = {int(number): label for number, label in told.items()}
+        saved_labels = read_config(folder).get("id2label") or {}
+        if id2label is None and len(saved_labels) == config.num_labels:
+            id2label = {int(number): label for number, label in saved_labels.items()}
         source = Source(os.fspath(name_or_path), read_generation_config(folder), id2label or {}, fresh)
         handle: ModelHandle = cls.handle(params, config, source, remat)
         return handle
 
 
 class AutoModelForCausalLM(AutoHandle):
-    """Makes causal language models, of decoders.
+    """Makes causal language models of decoders.
 
     Example:
         >>> from peft_jax.cli.demo_data import MODEL
@@ -118,7 +118,7 @@ class AutoModelForCausalLM(AutoHandle):
 
 
 class AutoModel(AutoHandle):
-    """Makes bare models, which give hidden states: of encoders and of decoders."""
+    """Makes bare models, whose outputs are hidden states, of encoders and of decoders."""
 
     handle = FeatureExtractor
 
@@ -126,7 +126,7 @@ class AutoModel(AutoHandle):
 class AutoModelForSeq2SeqLM(AutoHandle):
     """Makes sequence-to-sequence language models, of encoder-decoders.
 
-    With float16 the leaves that it would overflow stay float32, as in transformers.
+    With float16 the leaves that would overflow stay float32, as in transformers.
     """
 
     handle = Seq2SeqLM
@@ -158,17 +158,17 @@ class _AutoClassifier(AutoHandle):
         remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
-        """Read a Hugging Face checkpoint; a head that it lacks starts at random, which a warning says.
+        """Read a Hugging Face checkpoint; a head that it lacks is initialized at random, with a warning.
 
         Args:
             name_or_path: Folder, or id on the Hugging Face hub.
-            num_labels: Outputs of the head; None for those that config.json names, or 2.
-            id2label: Their names, instead of a number.
+            num_labels: The number of the head's outputs; None for the number in config.json, or 2.
+            id2label: The names of the outputs, instead of their number.
             problem_type: For classifiers of texts "regression", "single_label_classification" or
-                "multi_label_classification"; None as config.json says, or else by the labels.
+                "multi_label_classification"; None for the one in config.json, or else by the labels.
             dtype: Element type of the parameters; None for the one that config.json names.
-            load_in_8bit: Quantize the layers' matmul weights on the way, tensor by tensor; embeddings, norms and the
-                output head stay in float.
+            load_in_8bit: Quantize the layers' matmul weights while they are read, tensor by tensor; embeddings,
+                norms and the output head stay in float.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
 
@@ -185,9 +185,13 @@ class _AutoClassifier(AutoHandle):
             raise ValueError(f"num_labels is at least 1, got {num_labels}.")
         if problem_type not in (None, *PROBLEMS):
             raise ValueError(f"problem_type is one of {', '.join(PROBLEMS)}, got {problem_type!r}.")
-        count = len(id2label) if id2label is not None else num_labels
-        changes = {"num_labels": count, "problem_type": problem_type}
-        changes = {name: value for name, value in changes.items() if value is not None}
+        changes: dict[str, Any] = {}
+        if id2label is not None:
+            changes["num_labels"] = len(id2label)
+        elif num_labels is not None:
+            changes["num_labels"] = num_labels
+        if problem_type is not None:
+            changes["problem_type"] = problem_type
         return cls._read(name_or_path, remat, id2label, dtype=dtype, load_in_8bit=load_in_8bit, key=key, **changes)
 
 

@@ -9,7 +9,7 @@ from peft_jax.models.handles.peft_model import PeftModel
 
 
 class AutoPeftModel:
-    """Loads an adapter together with the base model that its config names; a subclass says for which task."""
+    """Loads an adapter together with the base model that its config names; each task has a subclass."""
 
     auto: type[auto.AutoHandle]
 
@@ -26,7 +26,7 @@ class AutoPeftModel:
 
         Args:
             directory: Folder of the adapter.
-            is_trainable: Whether it is to be trained on.
+            is_trainable: Whether its arrays are trainable.
             adapter_name: Name to give it.
             **options: For the base model's ``from_pretrained``, e.g. ``load_in_8bit=True`` or ``num_labels=3``.
 

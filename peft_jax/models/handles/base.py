@@ -43,7 +43,7 @@ class Source:
         name_or_path: Folder or hub id.
         generation_config: Contents of its generation_config.json.
         id2label: Names of a classifier's labels, where it has any.
-        fresh: Paths of the leaves that the checkpoint lacks, and that started at random.
+        fresh: Paths of the leaves that the checkpoint lacks, and that were initialized at random.
     """
 
     name_or_path: str | None = None
@@ -60,7 +60,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class ModelHandle(Handle):
-    """What the handles of all tasks have in common; a subclass adds the call, with its labels and outputs.
+    """Base class of the handles of all tasks; a subclass adds the call, with its labels and outputs.
 
     Attributes:
         params: Nested dict of arrays and weights, by Hugging Face module names; layers are stacked.
@@ -69,7 +69,7 @@ class ModelHandle(Handle):
         remat: Whether backward recomputes each layer instead of keeping its activations.
     """
 
-    task: ClassVar[str]  # the task types of the configs that a subclass is for
+    task: ClassVar[str]  # the task type of the configs that a subclass is for
 
     params: Any
     config: ModelConfig
@@ -86,14 +86,16 @@ class ModelHandle(Handle):
     ) -> ModelOutput:
         """Run the architecture, compiled once per shape; the other arrays are those of `ForwardInputs`.
 
-        Without the head, which is for language models, the output's logits are `LazyLogits`.
+        Without the head, an option of language models, the output's logits are `LazyLogits`.
         """
         ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
         for name, rows in (("position_ids", self._position_rows()), ("token_type_ids", self.config.type_rows)):
             array = arrays.get(name)
-            if array is not None and rows is not None and (found := is_outside(array, rows)):
+            if array is None or rows is None:
+                continue
+            if bounds := is_outside(array, rows):
                 raise ValueError(
-                    f"{name} are from {found[0]} to {found[1]}, but this model has 0 to {rows - 1}. Give these alone."
+                    f"{name} are from {bounds[0]} to {bounds[1]}, but this model has 0 to {rows - 1}. Give these alone."
                 )
         given: dict[str, Any] = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
         inputs = ForwardInputs(
@@ -106,7 +108,7 @@ class ModelHandle(Handle):
         return output
 
     def _position_rows(self) -> int | None:
-        """How many positions ``position_ids`` may name, beside those of a prefix; None where any is computed."""
+        """The number of positions that ``position_ids`` may name, without a prefix's; None for any number."""
         rows = self.config.position_rows
         return None if rows is None else rows - virtual_slots(self.params)
 
@@ -114,8 +116,8 @@ class ModelHandle(Handle):
         """Write the files that transformers reads: configs, and safetensors in the leaves' element types.
 
         Args:
-            directory: Folder to write to; made if need be.
-            max_shard_size: Bytes of one weights file at most.
+            directory: Folder to write to; it is created if there is none.
+            max_shard_size: Largest size of a weights file, in bytes.
 
         Raises:
             ValueError: if a leaf is quantized, adapted or a repeated layer.
@@ -136,13 +138,16 @@ class ModelHandle(Handle):
         )
 
     def num_parameters(self) -> int:
-        """Elements of all parameters, of quantized ones as of dense ones; repeated layers count once."""
-        leaves = jax.tree.leaves(self.params, is_leaf=is_weight)
-        return sum(int(np.prod((leaf.array if is_weight(leaf) else leaf).shape)) for leaf in leaves)
+        """The number of elements of all parameters, quantized ones included; repeated layers count once."""
+        count = 0
+        for leaf in jax.tree.leaves(self.params, is_leaf=is_weight):
+            array = leaf.array if is_weight(leaf) else leaf
+            count += int(np.prod(array.shape))
+        return count
 
     @property
     def family(self) -> Family:
-        """What is known of the architecture."""
+        """The architecture's functions and facts."""
         return family_of(self.config)
 
     @property
@@ -157,17 +162,17 @@ class ModelHandle(Handle):
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's name of the task; None for masked language models, which it has none for."""
+        """PEFT's name of the task; None for masked language modeling, for which PEFT has no name."""
         return None if self.config.task_type == MASKED_LM else self.config.task_type
 
     @property
     def output_module(self) -> str | None:
-        """The output head."""
+        """Path of the output head."""
         return self.family.output_module(self.config)
 
     @property
     def input_module(self) -> str:
-        """The input embedding."""
+        """Path of the input embedding."""
         return self.family.embedding_module(self.config)
 
     @property
@@ -183,7 +188,7 @@ class ModelHandle(Handle):
 
     @property
     def tied_modules(self) -> tuple[str, ...]:
-        """Embedding and head, where they share a leaf."""
+        """Paths of the embedding and the head if they share a leaf."""
         return self.family.tied_modules(self.config)
 
     def layouts(self) -> Mapping[str, Layout]:
@@ -191,12 +196,12 @@ class ModelHandle(Handle):
         return self.family.layouts_of(self.config)
 
     def untied(self) -> Self:
-        """The same model with a leaf of its own for each of the `tied_modules`."""
+        """The same model with a separate leaf for each of the `tied_modules`."""
         config, params = self.family.untied(self.config, self.params)
         return dataclasses.replace(self, config=config, params=params)
 
     def replicated(self, order: Sequence[int]) -> Self:
-        """The same model whose layers are those of ``order``, with the weights that they had."""
+        """The same model with the layers numbered by ``order``, with this one's weights."""
         config, params = self.family.replicated(self.config, self.params, order)
         return dataclasses.replace(self, config=config, params=params)
 
@@ -211,9 +216,9 @@ def token_ids(ids: Any, vocabulary: int, name: str = "input_ids") -> jax.Array:
     Raises:
         ValueError: if an id is not one of the vocabulary.
     """
-    if found := is_outside(ids, vocabulary):
+    if bounds := is_outside(ids, vocabulary):
         raise ValueError(
-            f"{name} are from {found[0]} to {found[1]}, but the vocabulary has ids 0 to {vocabulary - 1}. "
+            f"{name} are from {bounds[0]} to {bounds[1]}, but the vocabulary has ids 0 to {vocabulary - 1}. "
             "Use the tokenizer of this model, and -100 in labels alone."
         )
     return jnp.asarray(ids)

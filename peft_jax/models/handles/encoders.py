@@ -1,4 +1,4 @@
-"""Handles of models that read texts: classifiers of texts and of tokens, spans, features, masked tokens."""
+"""Handles of encoders' tasks: classes of texts and of tokens, spans, features, and masked tokens."""
 
 import dataclasses
 from typing import NamedTuple
@@ -27,12 +27,12 @@ def token_loss(model: ModelHandle, logits: jax.Array, labels: jax.Array) -> jax.
 
 
 class ClassifierOutput(NamedTuple):
-    """What a classifier gives.
+    """The outputs of a classifier, or of a masked language model.
 
     Attributes:
         logits: ``(batch, n)`` of texts, ``(batch, length, n)`` of tokens.
         loss: Mean over the labels, float32; None without labels.
-        hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+        hidden_states: ``(layers + 1, batch, length, hidden)``; None without ``output_hidden_states=True``.
     """
 
     logits: jax.Array
@@ -41,13 +41,13 @@ class ClassifierOutput(NamedTuple):
 
 
 class SpanOutput(NamedTuple):
-    """What a question-answering model gives.
+    """The outputs of a question-answering model.
 
     Attributes:
         start_logits: ``(batch, length)``, of the answer's first token.
-        end_logits: ``(batch, length)``, of its last.
+        end_logits: ``(batch, length)``, of the answer's last token.
         loss: Mean over both, float32; None without positions.
-        hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+        hidden_states: ``(layers + 1, batch, length, hidden)``; None without ``output_hidden_states=True``.
     """
 
     start_logits: jax.Array
@@ -57,12 +57,12 @@ class SpanOutput(NamedTuple):
 
 
 class FeatureOutput(NamedTuple):
-    """What a bare model gives.
+    """The outputs of a bare model.
 
     Attributes:
         last_hidden_state: ``(batch, length, hidden)``.
         pooler_output: ``(batch, hidden)``; None of a model without a pooler.
-        hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+        hidden_states: ``(layers + 1, batch, length, hidden)``; None without ``output_hidden_states=True``.
     """
 
     last_hidden_state: jax.Array
@@ -189,8 +189,8 @@ class QuestionAnswerer(ModelHandle):
     ) -> SpanOutput:
         """Logits of the answer's ends; arguments as those of `SequenceClassifier`.
 
-        With start_positions and end_positions ``(batch,)`` there is a loss; positions outside the text count for
-        nothing. Where a prompt's virtual tokens stand in front, positions count them, as in PEFT.
+        With start_positions and end_positions ``(batch,)`` there is a loss, in which positions outside the text are
+        ignored. If there are virtual tokens of a prompt before the text, positions count them, as in PEFT.
         """
         out = self.run(
             input_ids,

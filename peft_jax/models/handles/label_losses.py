@@ -1,4 +1,4 @@
-"""The losses that transformers' heads compute from labels, in float32; labels of -100 count for nothing."""
+"""The losses that transformers' heads compute from labels, in float32; labels of -100 are ignored."""
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ PROBLEMS = (REGRESSION, SINGLE, MULTI)
 
 @jax.jit
 def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Mean cross entropy over the labels; NaN if one of them is no class.
+    """Mean cross entropy over the labels; NaN if one of them is not a class.
 
     Args:
         logits: ``(..., n)``.
         labels: Classes ``(...)``.
-        weights: What each label's loss is multiplied by ``(...)``; by default 1.
+        weights: Factor of each label's loss ``(...)``; by default 1.
     """
     counted = labels != IGNORED_LABEL
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
@@ -34,7 +34,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
 
 def shifted_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean cross entropy of the logits ``(batch, length, n)`` at each position with the label at the next."""
-    return cross_entropy(logits[:, :-1], labels[:, 1:], None if weights is None else weights[:, 1:])
+    if weights is not None:
+        weights = weights[:, 1:]
+    return cross_entropy(logits[:, :-1], labels[:, 1:], weights)
 
 
 def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> jax.Array:
@@ -42,8 +44,8 @@ def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> 
 
     Args:
         logits: ``(batch, n)``.
-        labels: Classes ``(batch,)``; numbers, as many as logits; or for several labels of one text 0/1 ``(batch, n)``.
-        problem: Which of these: "single_label_classification", "regression" or "multi_label_classification". None
+        labels: Classes ``(batch,)``; numbers, one for each logit; or for several labels of one text 0/1 ``(batch, n)``.
+        problem: The kind of labels: "single_label_classification", "regression" or "multi_label_classification". None
             decides as transformers does: regression for n of 1, else by whether labels are integers.
 
     Raises:
@@ -64,7 +66,7 @@ def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> 
 
 
 def span_loss(start_logits: jax.Array, end_logits: jax.Array, starts: jax.Array, ends: jax.Array) -> jax.Array:
-    """The loss of logits ``(batch, length)`` of a span's ends at ``(batch,)``; ends outside count for nothing."""
+    """The loss of logits ``(batch, length)`` of a span's ends at ``(batch,)``; ends outside are ignored."""
 
     def loss(logits: jax.Array, positions: jax.Array) -> jax.Array:
         length = logits.shape[1]
@@ -81,10 +83,10 @@ def class_labels(labels: jax.Array | np.ndarray, count: int) -> jax.Array:
         ValueError: if a class is neither one of ``count`` nor -100.
     """
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
-    if np.issubdtype(labels.dtype, np.integer) and (found := is_outside(labels, count, IGNORED_LABEL)):
+    if np.issubdtype(labels.dtype, np.integer) and (bounds := is_outside(labels, count, IGNORED_LABEL)):
         raise ValueError(
-            f"labels are from {found[0]} to {found[1]}, but this model has classes 0 to {count - 1}. "
-            f"Load it with num_labels={found[1] + 1}, or write -100 where there is no label."
+            f"labels are from {bounds[0]} to {bounds[1]}, but this model has classes 0 to {count - 1}. "
+            f"Load it with num_labels={bounds[1] + 1}, or write -100 where there is no label."
         )
     return jnp.asarray(labels)
 
@@ -95,9 +97,9 @@ def token_labels(labels: jax.Array | np.ndarray, vocabulary: int) -> jax.Array:
     Raises:
         ValueError: if a label is neither an id of the vocabulary nor -100.
     """
-    if found := is_outside(labels, vocabulary, IGNORED_LABEL):
+    if bounds := is_outside(labels, vocabulary, IGNORED_LABEL):
         raise ValueError(
-            f"labels are from {found[0]} to {found[1]}, but the vocabulary has ids 0 to {vocabulary - 1}. "
+            f"labels are from {bounds[0]} to {bounds[1]}, but the vocabulary has ids 0 to {vocabulary - 1}. "
             "Use the tokenizer of this model, and -100 where there is no label."
         )
     return jnp.asarray(labels)

@@ -5,6 +5,7 @@ import os
 from typing import Any, ClassVar, Literal, Self
 
 import jax
+import numpy as np
 
 from peft_jax.adapters.attach import apply_adapter
 from peft_jax.core.adapted import adapters
@@ -41,10 +42,10 @@ def get_peft_model(
 
     Args:
         model: A base model, or one with adapters.
-        peft_config: What to attach, and where. ``"all-linear"`` leaves the output head out, as in PEFT.
+        peft_config: The adapter's method, sizes and targets. ``"all-linear"`` excludes the output head, as in PEFT.
         adapter_name: Name of the adapter.
-        key: Random key of its start; None means ``jax.random.key(0)``.
-        autocast_adapter_dtype: Whether the adapter is float32 on a base of half precision; else it is as the base.
+        key: Random key of its initialization; None means ``jax.random.key(0)``.
+        autocast_adapter_dtype: Whether the adapter is float32 on a base of half precision, else in the base's dtype.
 
     Raises:
         ValueError: as `peft_jax.apply_adapter`.
@@ -58,9 +59,9 @@ def get_peft_model(
         ['default']
     """
     tokens = getattr(peft_config, "alora_invocation_tokens", None)
-    if tokens and (found := is_outside(tokens, model.config.vocab_size)):
+    if tokens and (bounds := is_outside(tokens, model.config.vocab_size)):
         raise ValueError(
-            f"alora_invocation_tokens are from {found[0]} to {found[1]}, but the vocabulary has ids 0 to "
+            f"alora_invocation_tokens are from {bounds[0]} to {bounds[1]}, but the vocabulary has ids 0 to "
             f"{model.config.vocab_size - 1}: such an adapter never counts. Use the tokenizer of this model."
         )
     if isinstance(peft_config, PromptMethod):
@@ -72,7 +73,7 @@ def get_peft_model(
 
 @dataclasses.dataclass(frozen=True)
 class PeftModel(ModelHandle):
-    """A model with adapters; it is called, and generates, like its base, whose task has a class of its own here."""
+    """A model with adapters, which is called and generates like its base; each task has a subclass."""
 
     base: ClassVar[type[ModelHandle]]
 
@@ -98,8 +99,8 @@ class PeftModel(ModelHandle):
             model: The base model, or one with other adapters.
             directory: Folder of the adapter.
             adapter_name: Name to give it.
-            is_trainable: Whether it is to be trained on.
-            autocast_adapter_dtype: Whether it is float32 on a base of half precision; else it is as the base.
+            is_trainable: Whether its arrays are trainable.
+            autocast_adapter_dtype: Whether it is float32 on a base of half precision, else in the base's dtype.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -125,8 +126,8 @@ class PeftModel(ModelHandle):
         Args:
             directory: Folder to write to; made if need be.
             path_initial_model_for_weight_conversion: As in `peft_jax.interop.save_adapter`.
-            save_embedding_layers: Whether the base's embedding and output head are written too: ``"auto"`` those that
-                are targets; True those, or both if neither is one; False none.
+            save_embedding_layers: Whether to write the base's embedding and output head too. ``"auto"`` writes those
+                that are targets; True does too, or writes both if neither is a target; False writes neither.
         """
         for name in self.peft_config:
             save_adapter(
@@ -146,7 +147,7 @@ class PeftModel(ModelHandle):
         return self.base_handle(merge(self.params))
 
     def unload(self) -> Any:
-        """The base model, bit for bit; quantized where it was."""
+        """The base model, bit-identical to the one that was adapted; quantized where that was."""
         return self.base_handle(unload(self.params))
 
     def set_adapter(self, adapter_name: str) -> Self:
@@ -170,15 +171,8 @@ class PeftModelForCausalLM(PeftModel, CausalLM):
 
     base = CausalLM
 
-    def __call__(self, input_ids: Any = None, *args: Any, **options: Any) -> Any:
-        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
-        return super(PeftModelForCausalLM, self._invoked(input_ids)).__call__(input_ids, *args, **options)
-
-    def generate(self, input_ids: Any, *args: Any, **options: Any) -> jax.Array:
-        """As the base, with adapters that an invocation switches on told where it is in ``input_ids``."""
-        return super(PeftModelForCausalLM, self._invoked(input_ids)).generate(input_ids, *args, **options)
-
-    def _invoked(self, input_ids: Any) -> Self:
+    def prepared_for(self, input_ids: jax.Array | np.ndarray | None) -> Self:
+        """The model whose aLoRA adapters have the places of their invocations in ``input_ids``."""
         if input_ids is None or not is_invoked(self.params):
             return self
         return with_invocations(self, input_ids)

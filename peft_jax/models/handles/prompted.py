@@ -16,7 +16,7 @@ REFUSED = {
     "position_ids": "Positions count from the first of them",
     "segment_ids": "Each text would need tokens of its own",
 }
-TYPED = (SEQ_CLS, TOKEN_CLS)  # the tasks for which PEFT hands token types on; virtual tokens are of type 0
+TYPED = (SEQ_CLS, TOKEN_CLS)  # the tasks for which PEFT passes token types to the model; virtual tokens are of type 0
 
 
 def apply_prompted(
@@ -33,7 +33,7 @@ def apply_prompted(
         embed: The input embedding, from ids to ``(batch, length, hidden)``.
         prompt: The prompt.
         inputs: The inputs of the call.
-        task: What the model does, by PEFT's name for it.
+        task: PEFT's name of the model's task.
 
     Raises:
         ValueError: if an input makes no sense beside virtual tokens, or the prompt is for other rows.
@@ -70,8 +70,8 @@ def _with_tokens(tokens: jax.Array, embed: Callable[[jax.Array], jax.Array], inp
     if ids is not None and embeds is None:
         embeds = embed(ids)
     elif embeds is None or ids is not None:
-        found = "neither" if ids is None else "both"
-        raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
+        given = "neither" if ids is None else "both"
+        raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {given}.")
     return dataclasses.replace(inputs, input_ids=None, inputs_embeds=after_tokens(tokens, embeds))
 
 
@@ -81,9 +81,9 @@ def _in_decoder(tokens: jax.Array, embed: Callable[[jax.Array], jax.Array], inpu
     if ids is not None and embeds is None:
         embeds = embed(ids)
     elif embeds is None or ids is not None:
-        found = "neither" if ids is None else "both"
+        given = "neither" if ids is None else "both"
         raise ValueError(
-            f"A call needs decoder_input_ids, decoder_inputs_embeds or labels, got {found} of the first two."
+            f"A call needs decoder_input_ids, decoder_inputs_embeds or labels, got {given} of the first two."
         )
     if mask is not None:
         mask = seen_before(mask, tokens.shape[1])
@@ -108,20 +108,23 @@ def seen_before(mask: jax.Array, count: int) -> jax.Array:
 
 
 class Cached:
-    """An architecture with a prompt that goes into its cache once, before the inputs.
+    """An architecture with a prompt, which is written into its cache once, before the inputs.
 
     Args:
         apply: The architecture.
         embed: The input embedding, from ids to ``(batch, length, hidden)``.
-        prompt: What to put in.
+        prompt: The prompt.
     """
 
     def __init__(
         self, apply: Callable[[ForwardInputs], Any], embed: Callable[[jax.Array], jax.Array], prompt: Prompt
     ) -> None:
         self._apply, self._embed, self._prompt = apply, embed, prompt
-        self.slots = 0 if prompt.tokens is None else prompt.tokens.shape[1]
-        self.slots += 0 if prompt.prefix is None else prompt.prefix[0].shape[2]
+        self.slots = 0
+        if prompt.tokens is not None:
+            self.slots += prompt.tokens.shape[1]
+        if prompt.prefix is not None:
+            self.slots += prompt.prefix[0].shape[2]
 
     def first(self, inputs: ForwardInputs) -> Any:
         """Read ids, with their mask and positions, into an empty cache."""
@@ -133,7 +136,7 @@ class Cached:
         return self._apply(_with_tokens(self._prompt.tokens, self._embed, inputs))
 
     def apply(self, inputs: ForwardInputs) -> Any:
-        """Read more of them. After virtual tokens positions are slots, padding included, as in PEFT."""
+        """Read further ids. After virtual tokens positions are slots of the cache, padding included, as in PEFT."""
         positions = None
         if self._prompt.tokens is None and inputs.position_ids is not None:
             positions = inputs.position_ids + self.slots

@@ -1,8 +1,8 @@
 """Handles on sequence-to-sequence language models: an encoder, a decoder, and a head over the vocabulary."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from peft_jax.models.config import SEQ_2_SEQ_LM
 from peft_jax.models.generation.decode import Streamer
+from peft_jax.models.generation.generate_options import GenerateKeywords, from_keywords
 from peft_jax.models.generation.seq2seq import Question, answer
 from peft_jax.models.handles.base import ModelHandle, register_handle, token_ids
 from peft_jax.models.handles.label_losses import IGNORED_LABEL, cross_entropy, token_labels
@@ -17,14 +18,16 @@ from peft_jax.prompts.base import task_array, with_virtual_labels
 
 
 class Seq2SeqLMOutput(NamedTuple):
-    """What a call of a sequence-to-sequence model gives.
+    """The outputs of a sequence-to-sequence language model.
 
     Attributes:
         logits: ``(batch, decoder's length, vocabulary)``.
         loss: Mean cross entropy over the labels, float32; None without labels.
-        decoder_hidden_states: ``(decoder's layers + 1, batch, decoder's length, hidden)``; None unless asked for.
+        decoder_hidden_states: ``(decoder's layers + 1, batch, decoder's length, hidden)``; None without
+            ``output_hidden_states=True``.
         encoder_last_hidden_state: The encoder's output, ``(batch, length, hidden)``.
-        encoder_hidden_states: ``(layers + 1, batch, length, hidden)``; None unless asked for.
+        encoder_hidden_states: ``(layers + 1, batch, length, hidden)``; None without
+            ``output_hidden_states=True``.
     """
 
     logits: jax.Array
@@ -70,15 +73,15 @@ class Seq2SeqLM(ModelHandle):
 
         Args:
             input_ids: The encoder's token ids ``(batch, length)``.
-            attention_mask: 1 on tokens and 0 on padding, ``(batch, length)``, for the encoder and what the decoder
-                sees of it.
+            attention_mask: 1 on tokens and 0 on padding, ``(batch, length)``, for the encoder's attention and the
+                decoder's cross-attention.
             decoder_input_ids: The decoder's token ids ``(batch, decoder's length)``; None makes them of the labels,
-                one position to the right behind the start token.
+                shifted one position to the right after the start token.
             decoder_attention_mask: The same for the decoder, ``(batch, decoder's length)``.
-            labels: Token ids ``(batch, decoder's length)`` for the loss; -100 counts for nothing. Logits at a position
+            labels: Token ids ``(batch, decoder's length)`` for the loss; -100 is ignored. Logits at a position
                 are compared with the label at the same position.
             encoder_outputs: The encoder's output ``(batch, length, hidden)``, as ``encoder_last_hidden_state`` of a
-                former call, instead of ``input_ids``.
+                previous call, instead of ``input_ids``.
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             decoder_inputs_embeds: Embeddings ``(batch, decoder's length, hidden)`` instead of ``decoder_input_ids``.
             task_ids: Each row's task ``(batch,)``, for a prompt that has several.
@@ -103,15 +106,16 @@ class Seq2SeqLM(ModelHandle):
             decoder_inputs_embeds=decoder_inputs_embeds,
             task_ids=task_array(self.params, task_ids),
         )
-        asked = labels
-        if asked is not None and asked.shape != out.logits.shape[:2]:  # virtual tokens of the decoder have logits too
-            asked, _ = with_virtual_labels(self.params, asked)
-        loss = None if asked is None else cross_entropy(out.logits, asked)
+        loss = None
+        if labels is not None:
+            if labels.shape != out.logits.shape[:2]:  # virtual tokens of the decoder have logits too
+                labels, _ = with_virtual_labels(self.params, labels)
+            loss = cross_entropy(out.logits, labels)
         states = out.decoder_hidden_states, out.encoder_last_hidden_state, out.encoder_hidden_states
         return Seq2SeqLMOutput(out.logits, loss, *states)
 
     def shifted_right(self, labels: jax.Array | np.ndarray) -> jax.Array:
-        """Labels ``(batch, length)`` as the decoder's inputs: behind the start token, with padding for -100.
+        """Labels ``(batch, length)`` as the decoder's inputs: after the start token, with padding for -100.
 
         Raises:
             ValueError: if the model's config names no start token or no padding.
@@ -134,72 +138,46 @@ class Seq2SeqLM(ModelHandle):
         encoder_outputs: jax.Array | None = None,
         decoder_input_ids: jax.Array | np.ndarray | None = None,
         decoder_attention_mask: jax.Array | np.ndarray | None = None,
-        max_new_tokens: int | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
         key: jax.Array | None = None,
         task_ids: jax.Array | np.ndarray | None = None,
         generation_config: Mapping[str, Any] | None = None,
         streamer: Streamer | None = None,
+        **options: Unpack[GenerateKeywords],
     ) -> jax.Array:
         """Answers to inputs, in one compiled program per shape; the encoder runs once.
 
-        The arguments that are not told of here are those of `CausalLM.generate`.
-
         Args:
             input_ids: The encoder's token ids ``(batch, length)``, padded on any side.
-            attention_mask: 0 on the padding; None takes ``pad_token_id`` for padding, unless it ends a text too.
+            attention_mask: 0 on the padding. None takes ``pad_token_id`` for padding, unless that token ends a row too.
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             encoder_outputs: The encoder's output ``(batch, length, hidden)``, instead of either.
-            decoder_input_ids: What the answers begin with ``(batch, n)``, padded on the left; the start token comes
-                first where no row begins with it. None means the start token alone.
+            decoder_input_ids: The first tokens of the answers ``(batch, n)``, padded on the left; the start token is
+                put in front unless a row has it there. None means the start token alone.
             decoder_attention_mask: 0 on its padding.
-            max_new_tokens: At most so many tokens are added.
-            do_sample: Draw tokens instead of taking the likeliest.
-            temperature: As there.
-            top_k: As there.
-            top_p: As there.
-            min_p: As there.
-            repetition_penalty: As there, by the decoder's tokens.
-            eos_token_id: What ends a row; also several.
-            pad_token_id: What follows; unless told otherwise, the first ``eos_token_id``.
-            key: Random key for drawing; None means ``jax.random.key(0)``.
+            key: Random key for sampling; None means ``jax.random.key(0)``.
             task_ids: Each row's task ``(batch,)``, for a prompt that has several.
-            generation_config: In place of the contents of generation_config.json; ``{}`` leaves that file aside.
-            streamer: Is given what the answers begin with, then each token as it comes.
+            generation_config: Used instead of the contents of generation_config.json; ``{}`` ignores that file.
+            streamer: Receives the first tokens of the answers, then each token as soon as it is decoded, as in
+                `CausalLM.generate`.
+            **options: The fields of `peft_jax.models.generation.generate_options.GenerateOptions`.
 
         Returns:
             Token ids ``(batch, n + new)``, with the start token in front.
 
         Raises:
+            TypeError: if there is no such option.
             ValueError: if an argument is out of range, the decoder's inputs end in padding, or generation_config.json
-                asks for what is not supported.
+                asks for an option that is not supported.
         """
-        asked = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": do_sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id,
-        }
-        ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
-        begun = (
-            None
-            if decoder_input_ids is None
-            else token_ids(decoder_input_ids, self.config.vocab_size, "decoder_input_ids")
-        )
+        chosen = from_keywords(options, self.generate)
+        vocabulary = self.config.vocab_size
+        ids = None if input_ids is None else token_ids(input_ids, vocabulary)
+        decoder_ids = None
+        if decoder_input_ids is not None:
+            decoder_ids = token_ids(decoder_input_ids, vocabulary, "decoder_input_ids")
         tasks = task_array(self.params, task_ids)
         question = Question(ids, inputs_embeds, encoder_outputs, attention_mask, tasks)
-        found = self.generation_config if generation_config is None else generation_config
-        start = (begun, decoder_attention_mask)
-        return answer(self.config, self.params, question, start, asked, found, key, streamer)
+        if generation_config is None:
+            generation_config = self.generation_config
+        decoder_prompt = (decoder_ids, decoder_attention_mask)
+        return answer(self.config, self.params, question, decoder_prompt, chosen, generation_config, key, streamer)
