@@ -63,7 +63,7 @@ def generate(options: Generate) -> None:
         length = max(len(ids) for ids in encoded)
     generation_config = {} if options.ignore_generation_config else model.generation_config
     chosen = generate_options(options, generation_config, model.config, length, stop_tokens)
-    # The options are complete, so that the model is not to read its file again.
+    # The options are complete. {} keeps the model from applying its generation_config.json again.
     keywords |= {**dataclasses.asdict(chosen), "generation_config": {}}
     if len(prompts) == 1 and not options.json:
         ids, mask = pad(encoded, 1, rounded_up(len(encoded[0])))
@@ -125,7 +125,7 @@ def generate_options(
     room = positions - length
     if room < 1:
         raise ValueError(f"a prompt has {length} tokens, and the model {positions} positions. Shorten it.")
-    do_sample = None  # as generation_config.json says
+    do_sample = None  # the value in generation_config.json
     if options.do_sample or options.greedy:
         do_sample = options.do_sample
     given = GenerateOptions(

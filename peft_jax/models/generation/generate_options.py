@@ -16,7 +16,7 @@ SAMPLING_OPTIONS: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": Non
 class GenerateOptions:
     """Options of `CausalLM.generate` and `Seq2SeqLM.generate`; they mean what they mean in transformers.
 
-    An option that is None is as the checkpoint's generation_config.json says, else as transformers' default: 20 new
+    An option that is None has the value in the checkpoint's generation_config.json, else transformers' default: 20 new
     tokens, greedy.
 
     Attributes:
@@ -80,7 +80,7 @@ class GenerateOptions:
 
     @property
     def sampling(self) -> Sampling:
-        """How the next token is chosen, greedily unless the options say otherwise."""
+        """How the next token is chosen; greedily by default."""
         chosen = {name: value for name, value in self.given.items() if name in Sampling._fields}
         if self.top_k == 0:
             del chosen["top_k"]

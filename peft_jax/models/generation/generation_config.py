@@ -79,7 +79,7 @@ def with_defaults(
     if do_sample:
         values["top_k"] = TOP_K
     for field in dataclasses.fields(GenerateOptions):
-        # What the file says of sampling is for calls that sample.
+        # Greedy decoding ignores the file's sampling options; those of the call are an error below.
         is_used = do_sample or field.name not in SAMPLING_OPTIONS
         if field.name in saved and is_used:
             values[field.name] = saved[field.name]

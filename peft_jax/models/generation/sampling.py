@@ -26,7 +26,7 @@ def process(logits: jax.Array, sampling: Sampling, tokens: jax.Array, counted: j
         logits: (batch, vocabulary).
         sampling: How the token is to be chosen.
         tokens: Token ids so far (batch, length), for the repetition penalty.
-        counted: Which of them count, bool (batch, length): not the padding.
+        counted: False on the padding, bool (batch, length).
 
     Returns:
         (batch, vocabulary).
