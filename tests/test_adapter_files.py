@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import every_method as every_row
+from cases import tiny_configs
 from peft_jax.interop.formats import ROWS
 from safetensors.numpy import save_file
-from test_methods import CASES
 
 import peft_jax as pj
 from peft_jax.methods import base
 
+CASES = tiny_configs()
 every_method = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 
 
@@ -103,15 +105,7 @@ def test_a_file_without_tensors_of_its_method_is_refused(tmp_path: Any) -> None:
         pj.interop.load_adapter(tree(), tmp_path)
 
 
-NEEDED: dict[str, dict[str, Any]] = {  # what PEFT's config does not ask for and cannot do without
-    "ADALORA": {"total_step": 10},
-    "TRAINABLE_TOKENS": {"token_indices": [1]},
-    "ADAPTION_PROMPT": {"adapter_len": 2, "adapter_layers": 1},
-    "CPT": {"task_type": "CAUSAL_LM", "cpt_token_ids": [3], "cpt_mask": [1], "cpt_tokens_type_mask": [4]},
-    **dict.fromkeys(
-        ("MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"), {"num_virtual_tokens": 2}
-    ),
-}
+NEEDED = {name: row.needed for name, row in every_row().items()}
 
 
 @pytest.mark.filterwarnings("ignore")

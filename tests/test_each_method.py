@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import METHODS, Adapter
 from jax.sharding import PartitionSpec as P
 
 import peft_jax as pj
@@ -299,8 +300,9 @@ def test_delora_of_a_matrix_spread_over_devices(split):
 
 
 INPUTS_DROPPED = {
-    "HIRA": pj.HiraConfig(r=2, hira_dropout=0.5, init_weights=False, target_modules=["dense"]),
-    "DELORA": pj.DeloraConfig(r=2, module_dropout=0.5, init_weights=False, target_modules=["dense"]),
+    name: Adapter(method.config, method.drops_inputs).make(pj, init_weights=False, target_modules=["dense"])
+    for name, method in METHODS.items()
+    if method.drops_inputs is not None
 }
 
 
@@ -318,9 +320,9 @@ def test_the_inputs_of_the_change_only_are_dropped(config, dense):
 
 
 OUTPUTS_DROPPED = {
-    "LOHA": ("LoHaConfig", {"r": 3}),
-    "LOKR": ("LoKrConfig", {"r": 2}),
-    "LOKR rescaled": ("LoKrConfig", {"r": 2, "rank_dropout_scale": True}),
+    name: Adapter(method.config, options)
+    for method in METHODS.values()
+    for name, options in method.drops_outputs.items()
 }
 
 
@@ -541,34 +543,7 @@ def test_miss_says_which_sizes_fit(options, message, dense):
 
 
 STARTS = {
-    "ADALORA": ("AdaLoraConfig", {"total_step": 9}),
-    "ADALORA random": ("AdaLoraConfig", {"total_step": 9, "init_r": 32, "init_lora_weights": False}),
-    "BOFT": ("BOFTConfig", {}),
-    "BOFT random": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 64, "init_weights": False}),
-    "BEFT": ("BeftConfig", {}),
-    "BEFT random": ("BeftConfig", {"init_weights": False}),
-    "VERA": ("VeraConfig", {}),
-    "VERA random": ("VeraConfig", {"init_weights": False}),
-    "IA3": ("IA3Config", {"feedforward_modules": []}),
-    "IA3 random": ("IA3Config", {"feedforward_modules": ["dense"], "init_ia3_weights": False}),
-    "OFT": ("OFTConfig", {}),
-    "OFT random": ("OFTConfig", {"init_weights": False}),
-    "HRA": ("HRAConfig", {"r": 32}),
-    "HRA random": ("HRAConfig", {"r": 31}),
-    "LOHA": ("LoHaConfig", {"r": 16}),
-    "LOHA random": ("LoHaConfig", {"r": 16, "init_weights": False}),
-    "LOKR": ("LoKrConfig", {"r": 4, "decompose_both": True, "decompose_factor": 16}),
-    "LOKR lycoris": ("LoKrConfig", {"r": 64, "decompose_factor": 16, "init_weights": "lycoris"}),
-    "LOKR random": ("LoKrConfig", {"r": 4, "decompose_factor": 16, "init_weights": False}),
-    "HIRA": ("HiraConfig", {}),
-    "HIRA gaussian": ("HiraConfig", {"init_weights": "gaussian"}),
-    "HIRA random": ("HiraConfig", {"init_weights": False}),
-    "DELORA": ("DeloraConfig", {"r": 32}),
-    "DELORA random": ("DeloraConfig", {"r": 32, "init_weights": False}),
-    "MISS": ("MissConfig", {}),
-    "MISS bat": ("MissConfig", {"init_weights": "bat"}),
-    "MISS mini": ("MissConfig", {"init_weights": "mini", "mini_r": 4}),
-    "MISS random": ("MissConfig", {"init_weights": False}),
+    name: Adapter(method.config, options) for method in METHODS.values() for name, options in method.starts.items()
 }
 
 
@@ -578,12 +553,10 @@ def test_starts_are_drawn_as_peft_draws_them(name, monkeypatch):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # it would try to compile one
     torch.manual_seed(0)
-    kind, options = STARTS[name]
-    options = {**options, "target_modules": ["dense"]}
     model = torch.nn.ModuleDict({"dense": torch.nn.Linear(512, 256)})
     tree = {"dense": {"kernel": jnp.array(model["dense"].weight.detach().numpy().T), "bias": jnp.zeros(256)}}
-    theirs = peft.get_peft_model_state_dict(peft.get_peft_model(model, getattr(peft, kind)(**options)))
-    ours = pj.get_peft_model_state_dict(pj.apply_adapter(tree, getattr(pj, kind)(**options)))
+    theirs = peft.get_peft_model_state_dict(peft.get_peft_model(model, STARTS[name].make(peft, target_modules=["dense"])))
+    ours = pj.get_peft_model_state_dict(pj.apply_adapter(tree, STARTS[name].make(pj, target_modules=["dense"])))
     assert {key: array.shape for key, array in ours.items()} == {key: tuple(t.shape) for key, t in theirs.items()}
     for key, array in ours.items():
         want = theirs[key].numpy()

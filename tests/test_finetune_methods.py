@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import every_method
 from safetensors.numpy import load_file
 
 from peft_jax.cli.finetune.adapter_config import make_config
@@ -21,22 +22,7 @@ RECORDS = [
     {"instruction": "Say the number.", "input": str(n), "output": f"number {n}", "task_id": n % 2} for n in range(8)
 ]
 WORDS = "finetune --model model --data data.json --batch-size 4 --learning-rate 0.02 --cutoff-len 64".split()
-FIELDS: dict[str, dict[str, Any]] = {
-    "ADALORA": {"init_r": 4, "target_r": 2, "tfinal": 1, "lora_alpha": 32},
-    "DELORA": {"r": 4, "delora_lambda": 1},
-    "HIRA": {"r": 4},
-    "LOHA": {"r": 4},
-    "LOKR": {"r": 4},
-    "MISS": {"r": 4},
-    "VERA": {"r": 32, "d_initial": 1.0},
-    "TRAINABLE_TOKENS": {"token_indices": list(range(2, 60))},
-    "PREFIX_TUNING": {"num_virtual_tokens": 4},
-    "PROMPT_TUNING": {"num_virtual_tokens": 4},
-    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 4, "num_tasks": 2},
-    "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
-    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
-    "CPT": {"cpt_token_ids": [3, 4, 5, 6], "cpt_tokens_type_mask": [1, 2, 3, 4], "cpt_mask": [1, 1, 1, 1]},
-}
+FIELDS = {name: dict(row.finetune) for name, row in every_method().items()}
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +40,7 @@ def losses(folder: str) -> list[float]:
 
 @pytest.mark.parametrize("name", base.names())
 def test_each_method_trains_by_its_name(name: str) -> None:
-    fields = json.dumps(FIELDS.get(name, {}))
+    fields = json.dumps(FIELDS[name])
     assert main([*WORDS, "--max-steps", "3", "--output", "out", "--peft", name.lower(), "--peft-config", fields]) == 0
     written = json.loads(Path("out/adapter_config.json").read_text())
     assert written["peft_type"] == name and written["task_type"] == "CAUSAL_LM"
@@ -63,7 +49,7 @@ def test_each_method_trains_by_its_name(name: str) -> None:
     assert found[-1] < found[0]
 
 
-@pytest.mark.parametrize("name", ["LORA", "ADALORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "ADAPTION_PROMPT"])
+@pytest.mark.parametrize("name", [name for name, row in every_method().items() if row.name_is_enough])
 def test_a_name_is_enough(name: str) -> None:
     assert make_config(AdapterOptions(peft=name)).peft_type == name
 

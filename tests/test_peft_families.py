@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from cases import ARCHITECTURES, METHODS, TASKS, adapters_of, auto_class
 from conformance import close, plain, same_files, tolerance
 from peft_jax.interop.extras import tied_copies
 from safetensors.numpy import load_file
@@ -26,115 +27,39 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = np.array([[5, 17, 2, 40, 9, 61, 33], [8, 8, 50, 3, 21, 77, 1]])
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
-SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
-ENCODER = dict(SIZES, intermediate_size=40, max_position_embeddings=64, num_labels=3)
 
-
-class Family(NamedTuple):
-    """A model type, what it does, and the names of its modules that take the place of others' in the rows."""
+# All rows on GPT-2; on BERT's classifier of texts all methods, and LoRA where layers or heads of others matter; on the
+# others what their heads meet.
+class Model(NamedTuple):
+    """A model type for a task of PEFT."""
 
     kind: str
     task: str
-    head: str
-    options: dict
-    first: str  # an attention's projection
-    second: str
-    last: str  # of the feed-forward network
-    layers: str
-    norm: str
-    part: str  # a module in each layer
-    embedding: str
 
 
-GPT2 = Family(
-    "gpt2",
-    "CAUSAL_LM",
-    "CausalLM",
-    dict(SIZES, max_position_embeddings=64, pad_token_id=1, eos_token_id=None, num_labels=3),
-    *("c_attn", "attn.c_proj", "mlp.c_proj", "h", "ln_f", "mlp", "wte"),
-)
-NAMES = ("query", "value", "output.dense", "layer", "LayerNorm", "intermediate", "word_embeddings")
 FAMILIES = {
-    "gpt2": GPT2,
-    "gpt2-seq": GPT2._replace(task="SEQ_CLS", head="SequenceClassification"),
-    "bert-seq": Family("bert", "SEQ_CLS", "SequenceClassification", ENCODER, *NAMES),
-    "roberta-seq": Family("roberta", "SEQ_CLS", "SequenceClassification", ENCODER, *NAMES),
-    "roberta-token": Family("roberta", "TOKEN_CLS", "TokenClassification", ENCODER, *NAMES),
-    "bert-spans": Family("bert", "QUESTION_ANS", "QuestionAnswering", dict(ENCODER, num_labels=2), *NAMES),
-    "bert-features": Family("bert", "FEATURE_EXTRACTION", "", ENCODER, *NAMES),
+    f"{kind}{TASKS[task][1]}": Model(kind, task)
+    for kind, architecture in ARCHITECTURES.items()
+    for task in architecture.adapters
+    if task != "SEQ_2_SEQ_LM"  # see test_t5_peft.py
 }
 
 
-def rows(f: Family) -> dict[str, dict]:
-    targets = [f.first, f.second, f.last]
-    return {
-        "default": {},
-        "plain": {"target_modules": targets},
-        "rslora": {"target_modules": targets, "use_rslora": True},
-        "patterns": {
-            "target_modules": targets,
-            "rank_pattern": {f.second: 2, rf"{f.layers}\.1\..*{f.first}": 6},
-            "alpha_pattern": {rf"{f.layers}\.0\..*{f.first}": 3, f.last: 11},
-        },
-        "layers_to_transform": {"target_modules": targets, "layers_to_transform": [0, 2], "layers_pattern": f.layers},
-        "modules_to_save": {"target_modules": [f.first], "modules_to_save": [f.norm]},
-        "a saved container": {
-            "target_modules": [f.first],
-            "modules_to_save": [f"{f.layers}.1.{f.part}", f.embedding],
-        },
-        "bias all": {"target_modules": [f.first, f.last], "bias": "all"},
-        "bias lora_only": {"target_modules": [f.second, f.last], "bias": "lora_only", "layers_to_transform": [1]},
-        "embedding": {"target_modules": [f.embedding, f.second]},
-        "all-linear": {"target_modules": "all-linear", "exclude_modules": [f.second]},
-        "regex": {"target_modules": rf".*{f.layers}\.[02]\..*{f.last}"},
-        "IA3": {"config": "IA3Config"},
-        "ADALORA": {"config": "AdaLoraConfig", "init_r": 3, "target_r": 2, "total_step": 9, "target_modules": targets},
-        "BEFT": {"config": "BeftConfig", "target_modules": targets},
-        "BOFT": {"config": "BOFTConfig", "target_modules": targets, "bias": "boft_only"},
-        "DELORA": {"config": "DeloraConfig", "r": 4, "delora_lambda": 3, "target_modules": targets},
-        "HIRA": {"config": "HiraConfig", "r": 4, "target_modules": [f.embedding, *targets]},
-        "HRA": {"config": "HRAConfig", "r": 4, "target_modules": targets},
-        "LN_TUNING": {"config": "LNTuningConfig", "target_modules": [f.norm]},
-        "LOHA": {"config": "LoHaConfig", "r": 4, "alpha": 7, "target_modules": targets},
-        "LOKR": {"config": "LoKrConfig", "r": 2, "alpha": 3, "target_modules": targets},
-        "MISS": {"config": "MissConfig", "r": 6, "target_modules": targets},
-        "OFT": {"config": "OFTConfig", "oft_block_size": 8, "target_modules": targets},
-        "TRAINABLE_TOKENS": {
-            "config": "TrainableTokensConfig",
-            "token_indices": [5, 17],
-            "target_modules": [f.embedding],
-        },
-        "VERA": {"config": "VeraConfig", "r": 24, "target_modules": targets, "bias": "vera_only"},
-    }
+def pairs_of(name):
+    """The adapters that are compared on a model, by model and name."""
+    kind, task = FAMILIES[name]
+    architecture = ARCHITECTURES[kind]
+    rows = architecture.adapters[task]
+    found = {}
+    for row, adapter in adapters_of(architecture).items():
+        refused = kind == "gpt2" and row in NOT_ON_CONV1D
+        if (rows is None or row in rows) and not refused:
+            found[name, row] = adapter
+    return found
 
 
-NOT_ON_CONV1D = ("BEFT", "BOFT", "DELORA", "HRA", "LOHA", "LOKR", "MISS", "OFT")
-# All rows on GPT-2; on BERT's classifier of texts all methods, and LoRA where layers or heads of others matter; on the
-# others what their heads meet. (With all-linear PEFT adapts a classifier of tokens, which it then cannot save whole.)
-FOR_DECODERS = ("plain", "rslora", "patterns", "layers_to_transform", "regex")
-ONLY = {
-    "gpt2-seq": ["default"],
-    "roberta-seq": ["all-linear", "bias all"],
-    "roberta-token": ["plain", "patterns", "layers_to_transform", "a saved container", "bias all", "embedding", "IA3"],
-    "bert-spans": ["default"],
-    "bert-features": ["all-linear"],
-}
-MORE = {
-    "gpt2": {
-        "output head": {"target_modules": ["lm_head", "c_attn"]},
-        "both embeddings": {"target_modules": ["lm_head", "wte"]},
-    },
-    "bert-seq": {
-        "layer_replication": {"layer_replication": [[0, 3], [0, 1]], "target_modules": ["query", "output.dense"]},
-    },
-}
-PAIRS = {
-    (name, row): options
-    for name, family in FAMILIES.items()
-    for row, options in (rows(family) | MORE.get(name, {})).items()
-    if row in ONLY.get(name, [row]) and (name, row) not in [("bert-seq", other) for other in FOR_DECODERS]
-    if family.kind != "gpt2" or row not in NOT_ON_CONV1D
-}
+NOT_ON_CONV1D = [row for method in METHODS.values() if not method.conv1d for row in method.models]
+PAIRS = {pair: adapter for name in FAMILIES for pair, adapter in pairs_of(name).items()}
 pairs = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 COPY = r"\.(original_module|modules_to_save)\."  # with bias="all" PEFT saves biases of saved modules three times
 SHIFTS = ("self.key",)  # its bias adds the same to all scores of a query, and so changes nothing
@@ -142,17 +67,11 @@ SHIFTS = ("self.key",)  # its bias adds the same to all scores of a query, and s
 
 def described(name, row):
     family = FAMILIES[name]
-    return PAIRS[name, row].get("config", "LoraConfig"), f"{family.kind} {family.task}", row
+    return PAIRS[name, row].config, f"{family.kind} {family.task}", row
 
 
 def without_copies(keys):
     return {key for key in keys if not re.search(COPY, key)}
-
-
-def torch_class(family):
-    import transformers
-
-    return getattr(transformers, f"AutoModelFor{family.head}" if family.head else "AutoModel")
 
 
 @pytest.fixture(autouse=True)
@@ -171,8 +90,10 @@ def bases(tmp_path_factory):
         if name not in made:
             torch.manual_seed(1)
             family = FAMILIES[name]
-            config = transformers.AutoConfig.for_model(family.kind, **family.options)
-            model = torch_class(family).from_config(config)
+            labels = 2 if family.task == "QUESTION_ANS" else 3
+            sizes = {**ARCHITECTURES[family.kind].sizes, "num_labels": labels}
+            config = transformers.AutoConfig.for_model(family.kind, **sizes)
+            model = auto_class(transformers, family.task).from_config(config)
             with torch.no_grad():
                 for path, parameter in model.named_parameters():
                     if path.endswith("bias") or "orm" in path or "ln_" in path:
@@ -185,12 +106,11 @@ def bases(tmp_path_factory):
 
 
 def torch_base(name, bases):
-    return torch_class(FAMILIES[name]).from_pretrained(bases(name), dtype=torch.float32).eval()
+    return auto_class(transformers, FAMILIES[name].task).from_pretrained(bases(name), dtype=torch.float32).eval()
 
 
 def load(name, bases):
-    head = FAMILIES[name].head
-    return getattr(pj, f"AutoModelFor{head}" if head else "AutoModel").from_pretrained(bases(name), dtype="float32")
+    return auto_class(pj, FAMILIES[name].task).from_pretrained(bases(name), dtype="float32")
 
 
 def output(out):
@@ -207,10 +127,7 @@ def torch_output(model):
 
 
 def config_of(library, name, row):
-    options = {"config": "LoraConfig", **PAIRS[name, row]}
-    kind = options.pop("config")
-    options |= {"r": 4, "lora_alpha": 7} if kind == "LoraConfig" else {}
-    return getattr(library, kind)(task_type=FAMILIES[name].task, **options)
+    return PAIRS[name, row].make(library, task_type=FAMILIES[name].task)
 
 
 @pairs
@@ -225,7 +142,7 @@ def test_pefts_adapter_gives_the_same_outputs_file_and_merge(name, row, bases, t
     want = torch_output(theirs)
     base = load(name, bases)
     model = pj.PeftModel.from_pretrained(base, tmp_path / "theirs")
-    assert type(model).__name__ == f"PeftModelFor{FAMILIES[name].head or 'FeatureExtraction'}"
+    assert type(model).__name__ == f"PeftModelFor{TASKS[FAMILIES[name].task][0] or 'FeatureExtraction'}"
     close(output(model(IDS, MASK)), want)
     assert np.abs(want - output(base(IDS, MASK))).max() > 100 * tolerance(want), "the adapter is dead"
     close(output(model.merge_and_unload()(IDS, MASK)), want)
@@ -338,12 +255,11 @@ def test_targets_that_are_all_saved_whole_are_no_adapter(bases):
 
 @pytest.mark.parametrize("row", NOT_ON_CONV1D)
 def test_what_peft_has_not_for_conv1d_is_refused(row, bases):
-    options = dict(rows(GPT2)[row], task_type="CAUSAL_LM")
-    kind = options.pop("config")
+    adapter = adapters_of(ARCHITECTURES["gpt2"])[row]
     with pytest.raises((TypeError, NotImplementedError, ValueError), match="Conv1D.* is not supported|not supported"):
-        peft.get_peft_model(torch_base("gpt2", bases), getattr(peft, kind)(**options))
+        peft.get_peft_model(torch_base("gpt2", bases), adapter.make(peft, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=f"{row} takes no 'transformer.h.0..*': PyTorch stores it as .*Conv1D"):
-        pj.get_peft_model(load("gpt2", bases), getattr(pj, kind)(**options))
+        pj.get_peft_model(load("gpt2", bases), adapter.make(pj, task_type="CAUSAL_LM"))
 
 
 def test_fan_in_fan_out_is_for_gpt2(bases):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import ARCHITECTURES, METHODS, llama_adapters
 from conformance import close, same_files, tolerance
 from peft_jax.interop import formats
 from peft_jax.interop.extras import tied_copies
@@ -19,242 +20,20 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 IDS = np.array([[5, 17, 2, 40, 9, 61, 33], [8, 8, 50, 3, 21, 77, 1]])
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    initializer_range=0.2,  # large, so that no module is hidden by a small base
-    eos_token_id=None,
-)
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-FULL = {"q_proj": 32, "v_proj": 16, "down_proj": 32}
-ROWS = {
-    "plain": {"target_modules": TARGETS},
-    "rslora": {"target_modules": TARGETS, "use_rslora": True},
-    "patterns": {
-        "target_modules": TARGETS,
-        "rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn\.q_proj": 6},
-        "alpha_pattern": {"layers.0.mlp.down_proj": 3, "q_proj": 11},
-    },
-    "layers_to_transform": {"target_modules": TARGETS, "layers_to_transform": [0, 2], "layers_pattern": "layers"},
-    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
-    "a saved container": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp", "embed_tokens"]},
-    "bias all": {"target_modules": ["q_proj", "o_proj"], "bias": "all"},
-    "bias lora_only": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only", "layers_to_transform": [1]},
-    "embedding": {"target_modules": ["embed_tokens", "k_proj"]},
-    "output head": {"target_modules": ["lm_head", "k_proj"]},
-    "both embeddings": {"target_modules": ["lm_head", "embed_tokens"]},
-    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
-    "regex": {"target_modules": r".*layers\.[02]\.mlp\.(up|gate)_proj"},
-    "DoRA": {
-        "target_modules": ["embed_tokens", "lm_head", *TARGETS],
-        "use_dora": True,
-        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
-    },
-    # All singular values: where the r-th is near the next, what is left of the base depends on the last digits.
-    "pissa": {
-        "target_modules": ["embed_tokens", *TARGETS],
-        "init_lora_weights": "pissa",
-        "use_rslora": True,
-        "rank_pattern": FULL,
-    },
-    "olora": {"target_modules": TARGETS, "init_lora_weights": "olora", "rank_pattern": {"v_proj": 2}},
-    "pissa with DoRA": {
-        "target_modules": TARGETS,
-        "init_lora_weights": "pissa",
-        "use_dora": True,
-        "rank_pattern": FULL,
-    },
-    "mica": {"target_modules": ["embed_tokens", *TARGETS], "init_lora_weights": "mica", "rank_pattern": {"v_proj": 2}},
-    "orthogonal": {"target_modules": TARGETS, "init_lora_weights": "orthogonal"},
-    "LoRA and tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 17, 3]},
-    "LoRA and tokens of two modules": {
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": {"embed_tokens": [5, 17], "lm_head": [3, 40, 8]},
-    },
-    "LoRA and tokens of a head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}},
-    "kept ties": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
-    "kept ties of saved modules": {
-        "target_modules": ["q_proj"],
-        "modules_to_save": ["embed_tokens"],
-        "ensure_weight_tying": True,
-    },
-    "aLoRA": {"target_modules": ["q_proj", "o_proj", "lm_head"], "alora_invocation_tokens": [2, 40]},
-    "target_parameters": {
-        "target_modules": ["v_proj"],
-        "target_parameters": ["q_proj.weight", "layers.1.mlp.down_proj.weight"],
-        "rank_pattern": {r"layers\.1\.self_attn\.q_proj\.weight": 6},
-        "alpha_pattern": {"down_proj.weight": 3},
-        "bias": "lora_only",
-    },
-    "layer_replication": {
-        "layer_replication": [[0, 2], [1, 3]],
-        "target_modules": ["embed_tokens", *TARGETS],
-        "rank_pattern": {r"layers\.3\.self_attn\.q_proj": 6},
-        "modules_to_save": ["layers.2.input_layernorm"],
-    },
-    "lora_bias": {"target_modules": ["q_proj", "o_proj", "up_proj"], "lora_bias": True},
-    "IA3": {"config": "IA3Config", "modules_to_save": ["norm"]},
-    "OFT": {"config": "OFTConfig", "target_modules": TARGETS, "bias": "oft_only", "modules_to_save": ["norm"]},
-    "OFT constrained": {
-        "config": "OFTConfig",
-        "oft_block_size": 8,
-        "target_modules": ["embed_tokens", "k_proj"],
-        "coft": True,
-        "eps": 3.0,  # so that some of the blocks are out of their balls, and some in
-    },
-    "OFT by number": {
-        "config": "OFTConfig",
-        "r": 4,
-        "oft_block_size": 0,
-        "target_modules": ["embed_tokens", "k_proj"],
-        "block_share": True,
-        "use_cayley_neumann": False,
-        "layers_to_transform": [0, 2],
-    },
-    "ADALORA": {
-        "config": "AdaLoraConfig",
-        "init_r": 4,
-        "target_r": 2,
-        "total_step": 10,
-        "lora_alpha": 7,
-        "target_modules": TARGETS,
-        "bias": "lora_only",
-        "modules_to_save": ["norm"],
-        "layers_to_transform": [0, 2],
-    },
-    "ADALORA narrowed": {
-        "config": "AdaLoraConfig",
-        "init_r": 4,
-        "target_r": 3,
-        "total_step": 10,
-        "lora_alpha": 7,
-        "init_lora_weights": False,
-        "target_modules": r".*(v_proj|layers\.[12]\.mlp\.down_proj)",
-        "rank_pattern": {
-            "model.layers.0.self_attn.v_proj.lora_E": [True, False, False, True],
-            "model.layers.1.self_attn.v_proj.lora_E": [True, True, True, True],
-            "model.layers.2.self_attn.v_proj.lora_E": [False, False, True, False],
-            "model.layers.1.mlp.down_proj.lora_E": [False, True, True, True],
-            "model.layers.2.mlp.down_proj.lora_E": [True, True, True, False],
-        },
-    },
-    "BOFT": {"config": "BOFTConfig", "target_modules": TARGETS, "bias": "boft_only", "modules_to_save": ["norm"]},
-    "BOFT by number": {
-        "config": "BOFTConfig",
-        "boft_block_size": 0,
-        "boft_block_num": 8,
-        "target_modules": ["k_proj", "down_proj"],
-        "layers_to_transform": [0, 2],
-    },
-    "VERA": {"config": "VeraConfig", "r": 24, "target_modules": TARGETS, "bias": "vera_only"},
-    "VERA of some layers": {
-        "config": "VeraConfig",
-        "r": 16,
-        "d_initial": 0.3,
-        "projection_prng_key": 5,
-        "save_projection": False,
-        "target_modules": ["up_proj"],
-        "layers_to_transform": [1, 2],
-        "modules_to_save": ["norm"],
-    },
-    "BEFT": {"config": "BeftConfig", "target_modules": TARGETS, "modules_to_save": ["norm"]},
-    "LN_TUNING": {"config": "LNTuningConfig", "exclude_modules": r".*layers\.1\.input_layernorm"},
-    "LN_TUNING of other modules": {
-        "config": "LNTuningConfig",
-        "target_modules": ["norm", "q_proj"],
-        "modules_to_save": ["lm_head"],
-    },
-    "HRA": {"config": "HRAConfig", "r": 4, "target_modules": TARGETS, "bias": "all"},
-    "HRA orthogonal": {
-        "config": "HRAConfig",
-        "r": 3,
-        "apply_GS": True,
-        "init_weights": False,
-        "target_modules": ["up_proj"],
-        "layers_to_transform": [1],
-    },
-    "LOHA": {
-        "config": "LoHaConfig",
-        "r": 4,
-        "alpha": 7,
-        "target_modules": TARGETS,
-        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
-        "alpha_pattern": {"v_proj": 3},
-    },
-    "HIRA": {
-        "config": "HiraConfig",
-        "r": 4,
-        "target_modules": ["embed_tokens", "q_proj", "down_proj"],
-    },
-    "DELORA": {
-        "config": "DeloraConfig",
-        "r": 4,
-        "delora_lambda": 3,
-        "target_modules": TARGETS,
-        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
-        "lambda_pattern": {"v_proj": 2.5},
-        "bias": "delora_only",
-        "modules_to_save": ["model.norm"],  # "norm" is the end of PEFT's own delora_w_norm too, which it would copy
-    },
-    "DELORA of some layers": {
-        "config": "DeloraConfig",
-        "init_weights": False,
-        "module_dropout": 0.1,
-        "target_modules": ["up_proj"],
-        "layers_to_transform": [0, 2],
-    },
-    "LOKR": {
-        "config": "LoKrConfig",
-        "r": 2,
-        "alpha": 3,
-        "decompose_both": True,
-        "target_modules": TARGETS,
-        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 5, r"layers\.2\.mlp\.down_proj": 3},
-    },
-    "MISS": {"config": "MissConfig", "r": 6, "target_modules": TARGETS, "bias": "MiSS_only"},
-    "MISS bat": {"config": "MissConfig", "r": 4, "init_weights": "bat", "target_modules": TARGETS},
-    "MISS mini": {
-        "config": "MissConfig",
-        "r": 8,
-        "mini_r": 4,
-        "init_weights": "mini",
-        "target_modules": TARGETS,
-        "layers_to_transform": [1],
-    },
-    "trainable tokens": {"config": "TrainableTokensConfig", "token_indices": [5, 17, 3]},
-    "trainable tokens of a head": {
-        "config": "TrainableTokensConfig",
-        "token_indices": [2, 95],
-        "target_modules": ["lm_head"],
-    },
-    "trainable tokens of both": {
-        "config": "TrainableTokensConfig",
-        "token_indices": [8, 40],
-        "target_modules": ["embed_tokens", "lm_head"],
-    },
-    "IA3 of one stack": {
-        "config": "IA3Config",
-        "target_modules": ["q_proj", "o_proj"],
-        "feedforward_modules": r".*layers\.[12]\.self_attn\.q_proj",
-    },
-}
+SIZES = {**ARCHITECTURES["llama"].sizes, "max_position_embeddings": 128, "eos_token_id": None}
+ROWS = llama_adapters()
 SUFFIXES = {"weight", "bias", "base_layer.bias", formats.TOKEN_SUFFIX} | {
     row.suffix for tables in formats.ROWS.values() for table in tables.values() for row in table
 }
 IN_THE_BASE = ("pissa", "olora")  # starts that take a part out of the base
-ON_BOTH = ("LoraConfig", "IA3Config", "TrainableTokensConfig")
 FAMILIES = ["llama", "qwen2"]  # untied with biases everywhere; tied with biases on q, k and v
 # The methods whose rows meet ties and biases on both; the others see nothing of either family's own.
+ON_BOTH = [row for method in METHODS.values() if method.meets_ties for row in method.llama]
 PAIRS = [
     (family, row)
     for family in FAMILIES
     for row in ROWS
-    if family == "llama" or ROWS[row].get("config", "LoraConfig") in ON_BOTH
+    if family == "llama" or row in ON_BOTH
     # PEFT's forward fails where both are tied, and where there are more layers than Qwen2's config has kinds of.
     if (family, row) not in [("qwen2", "trainable tokens of both"), ("qwen2", "layer_replication")]
 ]
@@ -290,7 +69,7 @@ def bases(tmp_path_factory):
 
 
 def described(family, row):
-    return ROWS[row].get("config", "LoraConfig"), family, row
+    return ROWS[row].config, family, row
 
 
 def torch_base(folder):
@@ -301,10 +80,7 @@ def torch_base(folder):
 
 def config_of(library, row):
     """The config of a row, as PEFT's class or ours."""
-    options = {"config": "LoraConfig", **ROWS[row]}
-    name = options.pop("config")
-    options |= {"r": 4, "lora_alpha": 7} if name == "LoraConfig" else {}
-    return getattr(library, name)(task_type="CAUSAL_LM", **options)
+    return ROWS[row].make(library, task_type="CAUSAL_LM")
 
 
 def torch_adapter(folder, row, save_to):
@@ -344,7 +120,7 @@ def test_pefts_adapter_gives_the_same_logits_file_and_merge(family, row, bases, 
             model.merge_and_unload()
     else:
         close(model.merge_and_unload()(IDS).logits, want)
-    if ROWS[row].get("init_lora_weights") not in IN_THE_BASE and row != "layer_replication":
+    if ROWS[row].options.get("init_lora_weights") not in IN_THE_BASE and row != "layer_replication":
         close(model.unload()(IDS).logits, base(IDS).logits)
     # Ours saved again is PEFT's file in every key and byte.
     model.save_pretrained(tmp_path / "ours")

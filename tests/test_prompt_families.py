@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import ARCHITECTURES, PROMPTS, auto_class, prompts
 from conformance import close
 from safetensors.numpy import load_file
 
@@ -24,58 +25,22 @@ TAGS = {"labels": np.where(MASK, IDS % 3, -100)}
 SPANS = {"start_positions": np.array([1, 3]), "end_positions": np.array([2, 4])}
 NEXT = {"labels": np.where(MASK, IDS, -100)}
 ANSWER = {"labels": np.array([[7, 9, 1, -100], [30, 31, 32, 1]])}
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-    pad_token_id=1,
-)
-MODELS = {
-    "gpt2": dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, pad_token_id=1),
-    "bert": SIZES,
-    "roberta": {**SIZES, "type_vocab_size": 2},
-    "llama": {**SIZES, "num_key_value_heads": 2},
-    "t5": dict(vocab_size=96, d_model=32, d_kv=8, d_ff=40, num_layers=3, num_heads=4, decoder_start_token_id=0),
-}
-TASKS = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", NEXT),
-    "SEQ_CLS": ("AutoModelForSequenceClassification", CLASSES),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", TAGS),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", SPANS),
-    "FEATURE_EXTRACTION": ("AutoModel", {}),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", ANSWER),
-}
-PROMPTS = {
-    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
-    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
-    "p-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 3}),
-    "multitask": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2}),
-    "CPT": ("CPTConfig", {"cpt_token_ids": [3, 14, 15, 9], "cpt_tokens_type_mask": [1, 2, 3, 4]}),
-    "adaption": ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}),
+INPUTS = {
+    "CAUSAL_LM": NEXT,
+    "SEQ_CLS": CLASSES,
+    "TOKEN_CLS": TAGS,
+    "QUESTION_ANS": SPANS,
+    "FEATURE_EXTRACTION": {},
+    "SEQ_2_SEQ_LM": ANSWER,
 }
 CASES = [
-    *[("gpt2", "CAUSAL_LM", row) for row in ("prefix", "p-tuning", "CPT", "adaption")],
-    ("gpt2", "SEQ_CLS", "prompt"),
-    ("llama", "SEQ_CLS", "prefix"),
-    ("llama", "TOKEN_CLS", "p-tuning"),
-    ("bert", "SEQ_CLS", "prefix"),
-    ("bert", "SEQ_CLS", "multitask"),
-    ("bert", "TOKEN_CLS", "prompt"),
-    ("bert", "QUESTION_ANS", "prefix"),
-    ("bert", "QUESTION_ANS", "prompt"),
-    ("bert", "FEATURE_EXTRACTION", "p-tuning"),
-    ("roberta", "SEQ_CLS", "p-tuning"),
-    ("roberta", "TOKEN_CLS", "prefix"),
-    ("t5", "SEQ_2_SEQ_LM", "prefix"),
-    ("t5", "SEQ_2_SEQ_LM", "prompt"),
-    ("t5", "SEQ_2_SEQ_LM", "p-tuning"),
-    ("t5", "SEQ_2_SEQ_LM", "multitask"),
+    (family, task, row)
+    for family, architecture in ARCHITECTURES.items()
+    for task, rows in architecture.prompts.items()
+    for row in rows
 ]
 every_case = pytest.mark.parametrize(("family", "task", "row"), CASES, ids=["-".join(case) for case in CASES])
+ROWS = prompts()
 FIELDS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -90,12 +55,14 @@ def bases(tmp_path_factory):
     def folder(family, task):
         if (family, task) not in made:
             torch.manual_seed(1)
-            config = transformers.AutoConfig.for_model(family, **MODELS[family], num_labels=3)
+            architecture = ARCHITECTURES[family]
+            padding = {} if task == "SEQ_2_SEQ_LM" else {"pad_token_id": 1}
+            config = transformers.AutoConfig.for_model(family, **{**architecture.sizes, **padding}, num_labels=3)
             config.num_labels = 2 if task == "QUESTION_ANS" else 3
-            model = getattr(transformers, TASKS[task][0]).from_config(config)
+            model = auto_class(transformers, task).from_config(config)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.add_((0.2 if family == "t5" else 0.05) * torch.randn_like(parameter))
+                    parameter.add_(architecture.lively * torch.randn_like(parameter))
             made[family, task] = tmp_path_factory.mktemp(f"{family}-{task}")
             model.save_pretrained(made[family, task])
         return made[family, task]
@@ -104,26 +71,31 @@ def bases(tmp_path_factory):
 
 
 def described(family, task, row):
-    return PROMPTS[row][0], f"{family} {task}", row
+    return ROWS[row].config, f"{family} {task}", row
 
 
 def torch_base(folder, task):
     import transformers
 
-    return getattr(transformers, TASKS[task][0]).from_pretrained(folder, dtype=torch.float32).eval()
+    return auto_class(transformers, task).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def load(folder, task):
-    return getattr(pj, TASKS[task][0]).from_pretrained(folder, dtype="float32")
+    return auto_class(pj, task).from_pretrained(folder, dtype="float32")
 
 
 def inputs_of(family, task, row):
-    given = {"input_ids": IDS, "attention_mask": MASK, **TASKS[task][1]}
-    if family in ("bert", "roberta") and task in ("SEQ_CLS", "TOKEN_CLS"):  # PEFT drops types for the other tasks
+    given = {"input_ids": IDS, "attention_mask": MASK, **INPUTS[task]}
+    if ARCHITECTURES[family].types and task in ("SEQ_CLS", "TOKEN_CLS"):  # PEFT drops types for the other tasks
         given["token_type_ids"] = TYPES
     if task == "TOKEN_CLS" and row != "prefix":
         given.pop("labels")  # PEFT has none for virtual tokens, and fails
-    return given | ({"task_ids": np.array([2, 0])} if row == "multitask" else {})
+    return given | tasks_of(row)
+
+
+def tasks_of(row):
+    has_tasks = row in [prompt.row for prompt in PROMPTS.values() if prompt.has_tasks]
+    return {"task_ids": np.array([2, 0])} if has_tasks else {}
 
 
 def as_torch(arrays):
@@ -152,9 +124,8 @@ def first_output(output):
 @every_case
 def test_pefts_prompt_gives_the_same_outputs_losses_and_file(family, task, row, bases, tmp_path):
     folder = bases(family, task)
-    name, options = PROMPTS[row]
     torch.manual_seed(2)
-    theirs = peft.get_peft_model(torch_base(folder, task), getattr(peft, name)(task_type=task, **options)).eval()
+    theirs = peft.get_peft_model(torch_base(folder, task), ROWS[row].make(peft, task_type=task)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
@@ -183,8 +154,7 @@ def test_pefts_prompt_gives_the_same_outputs_losses_and_file(family, task, row, 
 @every_case
 def test_our_prompt_gives_the_same_outputs_in_peft(family, task, row, bases, tmp_path):
     folder = bases(family, task)
-    name, options = PROMPTS[row]
-    model = attach_prompt(load(folder, task), getattr(pj, name)(task_type=task, **options))
+    model = attach_prompt(load(folder, task), ROWS[row].make(pj, task_type=task))
     trainable, frozen = pj.partition(model)
     leaves, treedef = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -197,26 +167,22 @@ def test_our_prompt_gives_the_same_outputs_in_peft(family, task, row, bases, tmp
     same_outputs(model, theirs, inputs_of(family, task, row))
 
 
-GENERATED = [("gpt2", row) for row in ("prefix", "prompt", "multitask", "adaption")] + [
-    ("t5", "prefix"),
-    ("t5", "prompt"),
-    ("t5", "multitask"),
-]
+GENERATED = [(family, row) for family, architecture in ARCHITECTURES.items() for row in architecture.generates]
 
 
 @pytest.mark.parametrize(("family", "row"), GENERATED, ids=["-".join(case) for case in GENERATED])
 def test_generation_gives_pefts_tokens(family, row, bases, tmp_path):
-    task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
-    folder, (name, options) = bases(family, task), PROMPTS[row]
+    (task,) = {"CAUSAL_LM", "SEQ_2_SEQ_LM"} & set(ARCHITECTURES[family].prompts)
+    folder = bases(family, task)
     torch.manual_seed(3)
-    theirs = peft.get_peft_model(torch_base(folder, task), getattr(peft, name)(task_type=task, **options)).eval()
+    theirs = peft.get_peft_model(torch_base(folder, task), ROWS[row].make(peft, task_type=task)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path)
     given = {"input_ids": IDS[:, ::-1].copy(), "attention_mask": MASK[:, ::-1].copy()}
-    told = {"task_ids": np.array([2, 0])} if row == "multitask" else {}
+    told = tasks_of(row)
     want = theirs.generate(**as_torch(given | told), max_new_tokens=12, do_sample=False, eos_token_id=None).numpy()
     base = load(folder, task)
     model = pj.PeftModel.from_pretrained(base, tmp_path)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import ARCHITECTURES, PROMPTS, llama_prompts
 from conformance import close, tolerance
 from safetensors.numpy import load_file
 
@@ -22,53 +23,10 @@ peft = pytest.importorskip("peft")
 IDS = np.array([[0, 0, 5, 17, 2, 40], [8, 8, 50, 3, 21, 77]])
 LEFT = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])  # padding on the left, and on the right
 RIGHT = LEFT[:, ::-1].copy()
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-    bos_token_id=0,
-    eos_token_id=None,
-)
-ROWS = {
-    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
-    "prefix with saved modules": ("PrefixTuningConfig", {"num_virtual_tokens": 3, "modules_to_save": ["norm"]}),
-    "prefix with projection": (
-        "PrefixTuningConfig",
-        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12},
-    ),
-    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 3, "modules_to_save": ["lm_head"]}),
-    "prompt of vocabulary": ("PromptTuningConfig", {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}),
-    "p-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 3}),
-    "p-tuning with LSTM": (
-        "PromptEncoderConfig",
-        {
-            "num_virtual_tokens": 4,
-            "encoder_reparameterization_type": "LSTM",
-            "encoder_hidden_size": 8,
-        },
-    ),
-    "multitask": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2}),
-    "CPT": (
-        "CPTConfig",
-        {
-            "cpt_token_ids": [3, 14, 15, 9, 26, 5, 35, 8],
-            "cpt_tokens_type_mask": [1, 2, 3, 4, 5, 6, 7, 8],
-            "opt_weighted_loss_type": "decay",
-            "opt_loss_decay_factor": 0.7,
-            "opt_projection_epsilon": 2.0,
-            "opt_projection_format_epsilon": 3.0,
-        },
-    ),
-    "adaption": ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}),
-}
-# Untied with biases; with a sliding window; tied.
+SIZES = {**ARCHITECTURES["llama"].sizes, "bos_token_id": 0, "eos_token_id": None}
+ROWS = llama_prompts()
 PAIRS = [("llama", row) for row in ROWS]
-PAIRS += [("mistral", "prefix"), ("mistral", "adaption"), ("qwen2", "p-tuning")]
+PAIRS += [(family, row) for prompt in PROMPTS.values() for family, row in prompt.others.items()]
 pairs = pytest.mark.parametrize(("family", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -78,7 +36,7 @@ def bases(tmp_path_factory):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folders = {}
-    for name, options in [
+    for name, options in [  # untied with biases; with a sliding window; tied
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("mistral", {"sliding_window": 4}),
         ("qwen2", {"tie_word_embeddings": True}),
@@ -105,13 +63,12 @@ def load(folder):
 
 
 def described(family, row):
-    return ROWS[row][0], family, row
+    return ROWS[row].config, family, row
 
 
 def config_of(library, row):
     """The config of a row, as PEFT's class or ours."""
-    name, options = ROWS[row]
-    return getattr(library, name)(task_type="CAUSAL_LM", **options)
+    return ROWS[row].make(library, task_type="CAUSAL_LM")
 
 
 def torch_prompt(folder, row):
@@ -126,7 +83,8 @@ def torch_prompt(folder, row):
 
 
 def tasks(row):
-    return {"task_ids": np.array([2, 0])} if row == "multitask" else {}
+    has_tasks = row in [prompt.row for prompt in PROMPTS.values() if prompt.has_tasks]
+    return {"task_ids": np.array([2, 0])} if has_tasks else {}
 
 
 def torch_call(model, row, mask=None, labels=None):
@@ -203,7 +161,7 @@ def perturbed(model):
     return pj.combine(jax.tree.unflatten(treedef, leaves), frozen)
 
 
-GENERATED = [("llama", "prefix"), ("llama", "prompt"), ("llama", "multitask"), ("llama", "adaption")]
+GENERATED = [("llama", prompt.row) for prompt in PROMPTS.values() if prompt.generates]
 GENERATED += [("mistral", "prefix"), ("qwen2", "p-tuning")]
 
 
@@ -275,13 +233,11 @@ def with_arrays(model, arrays):
     return map_adapted(change, jax.tree.map(lambda leaf: leaf, model))
 
 
-TRAINED = [row for row in ROWS if row not in ("prefix with saved modules", "prompt", "prefix with projection")]
-
-
+TRAINED = [row for prompt in PROMPTS.values() for row in prompt.trained]
 TYPES = {"input_type_mask": np.array([[1, 2, 4, 5, 8, 0], [2, 4, 4, 3, 4, 7]])}  # other outputs in each row
 
 
-@pytest.mark.parametrize("row", [*TRAINED, "prefix with projection", "CPT of typed inputs"])
+@pytest.mark.parametrize("row", [*TRAINED, "CPT of typed inputs"])
 def test_training_is_pefts(row, bases):
     """20 steps of AdamW from the same arrays, on padded batches whose virtual tokens have no labels."""
     row, types = (row.removesuffix(" of typed inputs"), TYPES if row.endswith("inputs") else {})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import PROMPTS, Adapter
 
 import peft_jax as pj
 from peft_jax import interop
@@ -30,21 +31,14 @@ SIZES = dict(
     num_key_value_heads=2,
     initializer_range=0.3,
 )
-CASES = {
-    "PREFIX_TUNING": pj.PrefixTuningConfig(num_virtual_tokens=3),
-    "PROMPT_TUNING": pj.PromptTuningConfig(num_virtual_tokens=3),
-    "P_TUNING": pj.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
-    "MULTITASK_PROMPT_TUNING": pj.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2),
-    "CPT": pj.CPTConfig(cpt_token_ids=[4, 5, 6], cpt_tokens_type_mask=[1, 2, 4]),
-    "ADAPTION_PROMPT": pj.AdaptionPromptConfig(adapter_len=3, adapter_layers=2),
-}
-SIDES = ("PREFIX_TUNING", "PROMPT_TUNING", "ADAPTION_PROMPT")  # one for each thing that a prompt gives a model
+CASES = {name: Adapter(prompt.config, prompt.tiny).make(pj) for name, prompt in PROMPTS.items()}
+SIDES = [name for name, prompt in PROMPTS.items() if prompt.is_a_side]  # one for each thing that a prompt gives a model
 every_side = pytest.mark.parametrize("config", [CASES[name] for name in SIDES], ids=SIDES)
 every_prompt = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 
 
 def tasks(config):
-    return {"task_ids": np.array([1, 0])} if config.peft_type == "MULTITASK_PROMPT_TUNING" else {}
+    return {"task_ids": np.array([1, 0])} if PROMPTS[config.peft_type].has_tasks else {}
 
 
 def llama(**options):
@@ -80,10 +74,6 @@ def close(got, want, tolerance=1e-5):
 
 def apart(got, want):
     assert np.abs(got - want).max() > 1e-3
-
-
-def test_every_registered_prompt_has_a_case():
-    assert set(CASES) == {name for name in base.names() if issubclass(base.by_name(name), PromptMethod)}
 
 
 @every_prompt

@@ -6,30 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import METHODS, stacked_configs
 
 import peft_jax as pj
 from peft_jax.core.adapted import map_adapted
 
 TARGETS = ["up", "down"]
 CONFIGS = {
-    "LORA": pj.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS),
+    **stacked_configs(TARGETS),
     "another LORA": pj.LoraConfig(r=5, lora_alpha=2, use_rslora=True, target_modules=["up"]),
-    "LORA with DoRA": pj.LoraConfig(r=2, use_dora=True, target_modules=TARGETS),
     "LORA of an embedding": pj.LoraConfig(r=2, target_modules=["embed", "down"]),
-    "tokens": pj.TrainableTokensConfig(token_indices=[3, 1], target_modules=["embed"]),
-    "IA3": pj.IA3Config(target_modules=TARGETS, feedforward_modules=["down"]),
-    "OFT": pj.OFTConfig(oft_block_size=4, target_modules=TARGETS),
-    "HRA": pj.HRAConfig(r=4, target_modules=TARGETS),
-    "LOHA": pj.LoHaConfig(r=2, target_modules=TARGETS),
-    "LOKR": pj.LoKrConfig(r=2, target_modules=["down"]),
-    "HIRA": pj.HiraConfig(r=2, target_modules=TARGETS),
-    "DELORA": pj.DeloraConfig(r=2, delora_lambda=1, target_modules=TARGETS),
-    "MISS": pj.MissConfig(r=4, target_modules=TARGETS),
-    "BOFT": pj.BOFTConfig(target_modules=TARGETS),
-    "VERA": pj.VeraConfig(r=6, d_initial=1.0, target_modules=TARGETS),
-    "ADALORA": pj.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=TARGETS),
-    "BEFT": pj.BeftConfig(target_modules=TARGETS),
-    "LN_TUNING": pj.LNTuningConfig(target_modules=["norm"]),
     "saved": pj.LoraConfig(r=2, target_modules=["up"], modules_to_save=["down", "norm"]),
     "biases": pj.LoraConfig(r=2, target_modules=["up"], bias="all"),
 }
@@ -212,7 +198,7 @@ def test_what_cannot_differ_by_row_is_named():
     assert not jax.tree.leaves(pj.partition(rows)[0])
 
 
-@pytest.mark.parametrize("name", ["LORA", "LOHA", "LOKR", "HIRA"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.scales])
 def test_a_scaled_adapter_counts_as_much_more(name):
     params = pj.set_adapter(with_adapters(base(), sorted({"LORA", "HIRA", name})), name)
     plain = pj.merge(base())
@@ -222,9 +208,14 @@ def test_a_scaled_adapter_counts_as_much_more(name):
     jax.tree.map(np.testing.assert_array_equal, pj.merge(same), once)
 
 
-def test_what_cannot_be_scaled_is_named():
+def test_an_adapter_that_is_scaled_is_there():
     params = with_adapters(base(), ["OFT", "LORA"])
     with pytest.raises(ValueError, match="No adapter is named 'x'. Found: .*'LORA', 'OFT'"):
         pj.scale_adapter(params, 2, "x")
-    with pytest.raises(ValueError, match=r"has a scale: found \['OFT'\]"):
-        pj.scale_adapter(params, 2, "OFT")
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.scales])
+def test_what_cannot_be_scaled_is_named(name):
+    params = with_adapters(base(), [name, "LORA"])
+    with pytest.raises(ValueError, match=rf"has a scale: found \['{name}'\]"):
+        pj.scale_adapter(params, 2, name)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from cases import ARCHITECTURES, adapters_of
 from conformance import close, same_files, tolerance
 from safetensors.numpy import load_file
 from t5_pairs import SIZES, as_torch, lively_pair, pair
@@ -23,38 +24,7 @@ INPUTS = {
     "attention_mask": MASK,
     "decoder_input_ids": RANDOM.integers(2, SIZES["vocab_size"], (2, 7)),
 }
-TARGETS = ["q", "EncDecAttention.v", "wo"]
-TOKENS = INPUTS["input_ids"][0, :3].tolist()
-ROWS = {
-    "defaults": {},
-    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["o"]},
-    "one layer": {"target_modules": ["k", "wo"], "layers_to_transform": [1], "rank_pattern": {"k": 2}},
-    "embeddings": {"target_modules": ["embed_tokens", "v"]},
-    "output head": {"target_modules": ["lm_head", "wo"]},
-    "relative positions": {"target_modules": ["relative_attention_bias", "q"]},
-    "modules_to_save": {"target_modules": ["q"], "modules_to_save": ["final_layer_norm", "lm_head"]},
-    "IA3": {"config": "IA3Config"},
-    "ADALORA": {
-        "config": "AdaLoraConfig",
-        "init_r": 3,
-        "target_r": 2,
-        "total_step": 9,
-        "lora_alpha": 7,
-        "target_modules": TARGETS,
-    },
-    "BEFT": {"config": "BeftConfig", "target_modules": TARGETS},
-    "BOFT": {"config": "BOFTConfig", "target_modules": TARGETS},
-    "DELORA": {"config": "DeloraConfig", "r": 4, "delora_lambda": 3, "target_modules": TARGETS},
-    "HIRA": {"config": "HiraConfig", "r": 4, "target_modules": TARGETS},
-    "HRA": {"config": "HRAConfig", "r": 4, "target_modules": TARGETS},
-    "LN_TUNING": {"config": "LNTuningConfig", "exclude_modules": r"decoder.*\.0\.layer_norm"},
-    "LOHA": {"config": "LoHaConfig", "r": 4, "alpha": 7, "target_modules": TARGETS},
-    "LOKR": {"config": "LoKrConfig", "r": 2, "alpha": 3, "target_modules": TARGETS},
-    "MISS": {"config": "MissConfig", "r": 6, "target_modules": TARGETS},
-    "OFT": {"config": "OFTConfig", "oft_block_size": 8, "target_modules": TARGETS},
-    "TRAINABLE_TOKENS": {"config": "TrainableTokensConfig", "token_indices": TOKENS},
-    "VERA": {"config": "VeraConfig", "r": 24, "d_initial": 1.0, "target_modules": TARGETS},
-}
+ROWS = adapters_of(ARCHITECTURES["t5"])
 PAIRS = [("v1.0", row) for row in ROWS] + [("v1.1", row) for row in ("all-linear", "output head")]
 pairs_and_rows = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -67,15 +37,12 @@ def no_cuda_extension(monkeypatch):
 
 
 def described(name, row):
-    return ROWS[row].get("config", "LoraConfig"), f"t5 {name} SEQ_2_SEQ_LM", row
+    return ROWS[row].config, f"t5 {name} SEQ_2_SEQ_LM", row
 
 
 def config_of(library, row):
     """The config of a row, as PEFT's class or ours."""
-    options = {"config": "LoraConfig", **ROWS[row]}
-    name = options.pop("config")
-    options |= {"r": 4, "lora_alpha": 7} if name == "LoraConfig" else {}
-    return getattr(library, name)(task_type="SEQ_2_SEQ_LM", **options)
+    return ROWS[row].make(library, task_type="SEQ_2_SEQ_LM")
 
 
 def torch_base(ours):

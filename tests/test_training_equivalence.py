@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import METHODS, Adapter
 from peft_training import train_in_peft
 from safetensors.numpy import load_file
 
@@ -16,13 +17,7 @@ from peft_jax.cli.shared.forward_pass import apply
 
 STEPS, RATE = 20, 1e-3
 ROWS = {
-    "LORA": ("LoraConfig", {"r": 4, "lora_alpha": 8}),
-    "ADALORA": (
-        "AdaLoraConfig",
-        {"init_r": 4, "target_r": 2, "lora_alpha": 16, "total_step": 18, "tinit": 3, "tfinal": 5, "deltaT": 2},
-    ),
-    # Of the blocks of 8 angles some start out of their ball.
-    "COFT": ("OFTConfig", {"oft_block_size": 8, "coft": True, "eps": 1.25}),
+    name: Adapter(method.config, options) for method in METHODS.values() for name, options in method.trained.items()
 }
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -82,8 +77,7 @@ def train_ours(base: Path, start: Path, end: Path) -> list[float]:
 @pytest.mark.filterwarnings("ignore")  # of PEFT's, which a loaded AdaLoRA's ranknum draws
 @pytest.mark.parametrize("name", ROWS)
 def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path) -> None:
-    kind, options = ROWS[name]
-    config = getattr(pj, kind)(target_modules=TARGETS, task_type="CAUSAL_LM", **options)
+    config = ROWS[name].make(pj, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = pj.get_peft_model(pj.AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
     trainable, frozen = pj.partition(model)
     leaves, treedef = jax.tree.flatten(trainable)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import ARCHITECTURES, auto_class, trained_elsewhere
 from safetensors.numpy import load_file
 
 import peft_jax as pj
@@ -24,38 +25,9 @@ from test_training_equivalence import kept  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS, RATE, ROWS = 20, 1e-3, 4
-SIZES: dict[str, Any] = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 24}
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2": (
-        "CausalLM",
-        "CAUSAL_LM",
-        {**SIZES, "n_positions": 32, "initializer_range": 0.2}
-        | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
-    ),
-    "bert": (
-        "SequenceClassification",
-        "SEQ_CLS",
-        {**SIZES, "intermediate_size": 32, "max_position_embeddings": 32, "initializer_range": 0.2, "num_labels": 3}
-        | dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
-    ),
-    "t5": (
-        "Seq2SeqLM",
-        "SEQ_2_SEQ_LM",
-        dict(vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, dropout_rate=0.0)
-        | {"decoder_start_token_id": 0},
-    ),
-}
-SCHEDULE = {"init_r": 4, "target_r": 2, "lora_alpha": 16, "total_step": 18, "tinit": 3, "tfinal": 5, "deltaT": 2}
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "LORA": ("LoraConfig", {"r": 4, "lora_alpha": 8}),
-    "ADALORA": ("AdaLoraConfig", SCHEDULE),
-    "PREFIX_TUNING": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
-    "PROMPT_TUNING": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
-    "P_TUNING": ("PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 12}),
-    "ADAPTION_PROMPT": ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 2}),
-}
-NOT_IN_PEFT = {("bert", "ADAPTION_PROMPT"), ("t5", "ADAPTION_PROMPT")}
-CASES = [(family, method) for family in FAMILIES for method in METHODS if (family, method) not in NOT_IN_PEFT]
+MODELS = {name: row.training for name, row in ARCHITECTURES.items() if row.training is not None}
+METHODS = trained_elsewhere()
+CASES = [(family, method) for family in MODELS for method in METHODS if method not in ARCHITECTURES[family].not_trained]
 
 
 def batches(family: str) -> list[dict[str, np.ndarray]]:
@@ -85,9 +57,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(family: str) -> Path:
         if family not in made:
             torch.manual_seed(0)
-            head, _, options = FAMILIES[family]
-            config = transformers.AutoConfig.for_model(family, **options)
-            model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+            task, changes = MODELS[family]
+            config = transformers.AutoConfig.for_model(family, **{**ARCHITECTURES[family].sizes, **changes})
+            model = auto_class(transformers, task).from_config(config)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
@@ -122,20 +94,20 @@ def train_ours(model: Any, family: str) -> tuple[list[float], Any]:
 def test_twenty_steps_are_those_of_peft(family: str, method: str, bases: Any, tmp_path: Path) -> None:
     import transformers
 
-    head, task, _ = FAMILIES[family]
-    kind, options = METHODS[method]
+    task, _ = MODELS[family]
+    adapter = METHODS[method]
     torch.manual_seed(1)
-    base = getattr(transformers, f"AutoModelFor{head}").from_pretrained(bases(family), attn_implementation="eager")
-    theirs = peft.get_peft_model(base, getattr(peft, kind)(task_type=task, **options))
+    base = auto_class(transformers, task).from_pretrained(bases(family), attn_implementation="eager")
+    theirs = peft.get_peft_model(base, adapter.make(peft, task_type=task))
     has_encoder = method == "P_TUNING"  # which the file leaves out
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad and not has_encoder:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "start")
-    base = getattr(pj, f"AutoModelFor{head}").from_pretrained(bases(family), dtype="float32")
+    base = auto_class(pj, task).from_pretrained(bases(family), dtype="float32")
     if has_encoder:
-        ours = pj.get_peft_model(base, getattr(pj, kind)(task_type=task, **options))
+        ours = pj.get_peft_model(base, adapter.make(pj, task_type=task))
         ours = with_arrays(ours, {role: array.copy() for role, array in torch_arrays(theirs).items()})
     else:
         ours = pj.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)

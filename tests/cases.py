@@ -1,0 +1,937 @@
+"""One row per method, per prompt and per architecture: the tests over all of them take their cases from here.
+
+A new method adds a row to METHODS (or PROMPTS), a new architecture one to ARCHITECTURES; test_cases.py checks that
+each is there. What a row need not say has a default. Neither torch nor peft is imported: a row names the classes that
+both libraries have, and `made` makes a config of either.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import peft_jax as pj
+
+Options = Mapping[str, Any]
+
+# The names of an architecture's modules, which `filled` puts in; see `Modules`.
+TARGETS = ["{first}", "{second}", "{last}"]
+
+
+def nothing() -> Any:
+    """The default of a field of options."""
+    return dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodCase:
+    """What the tests need to know of a method that changes weights.
+
+    Attributes:
+        config: Name of its config class, here and in PEFT.
+        tiny: Options for trees of matrices of 8 and 12 features, without targets.
+        variants: Other options for such trees that compute in another way, by their names in test ids.
+        stacked: What is different from `tiny` in the scanned model of test_rows.py, its targets among it.
+        needed: What a config cannot do without, though it is no error in PEFT.
+        common: What all options of `llama` and `models` have.
+        llama: Options that are compared with PEFT on Llama, by their names in test ids and docs/conformance.md.
+        models: Options that are compared with PEFT on every other architecture, by name.
+        starts: Options whose start is compared with PEFT's draws on a matrix of 512 x 256, by name; targets are added.
+        trained: Options of 20 training steps that are compared with PEFT's on Llama, by name; targets are added.
+        trained_elsewhere: Those names of `trained` that are compared on the other architectures too.
+        finetune: Options of a few steps of ``peft-jax finetune``.
+        name_is_enough: Whether that command needs no options for it.
+        changes_matrix: Whether it changes a matrix; False if it trains biases alone.
+        rounds: Cases of `tiny` and `variants` in which a fresh adapter changes the last digit of a weight.
+        conv1d: Whether PEFT has it for layers that PyTorch stores as (in, out), as GPT-2's; if not it is an error.
+        meets_ties: Whether Qwen2's ties and biases matter to it, so that `llama` is compared on Qwen2 too.
+        scales: Whether an adapter of it has a scale for `pj.scale_adapter`; if not that is an error.
+        drops_inputs: Options with a dropout of the inputs of its change, if it has one.
+        drops_outputs: Options with a rank of their own for its dropout of outputs, by name, if it has one.
+    """
+
+    config: str
+    tiny: Options = nothing()
+    variants: Mapping[str, Options] = nothing()
+    stacked: Options = nothing()
+    needed: Options = nothing()
+    common: Options = nothing()
+    llama: Mapping[str, Options]
+    models: Mapping[str, Options]
+    starts: Mapping[str, Options] = nothing()
+    trained: Mapping[str, Options] = nothing()
+    trained_elsewhere: tuple[str, ...] = ()
+    finetune: Options = nothing()
+    name_is_enough: bool = False
+    changes_matrix: bool = True
+    rounds: tuple[str, ...] = ()
+    conv1d: bool = True
+    meets_ties: bool = False
+    scales: bool = False
+    drops_inputs: Options | None = None
+    drops_outputs: Mapping[str, Options] = nothing()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptCase:
+    """What the tests need to know of a prompt.
+
+    Attributes:
+        config: Name of its config class, here and in PEFT.
+        row: Its name in test ids and docs/conformance.md.
+        tiny: Options for the models of test_prompts.py.
+        needed: What a config cannot do without, though it is no error in PEFT.
+        llama: Options that are compared with PEFT on Llama, by name; `row` is one of the names.
+        model: Options that are compared with PEFT on every other architecture.
+        others: Which of `llama` are compared on other model types of Llama's family.
+        generates: Whether its tokens are compared with PEFT's on Llama.
+        trained: Which of `llama` are trained beside PEFT.
+        trained_elsewhere: Options of the training steps on the other architectures, if there are any.
+        finetune: Options of a few steps of ``peft-jax finetune``.
+        name_is_enough: Whether that command needs no options for it.
+        is_a_side: Whether it is the one whose kind of input to a model the slower tests take: keys and values, virtual
+            tokens, or an addition to attention.
+        has_tasks: Whether a call needs ``task_ids``.
+    """
+
+    config: str
+    row: str
+    tiny: Options
+    needed: Options = nothing()
+    llama: Mapping[str, Options]
+    model: Options
+    others: Mapping[str, str] = nothing()
+    generates: bool = False
+    trained: tuple[str, ...] = ()
+    trained_elsewhere: Options | None = None
+    finetune: Options
+    name_is_enough: bool = False
+    is_a_side: bool = False
+    has_tasks: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Modules:
+    """Names of modules that options of methods have in braces.
+
+    Attributes:
+        first: A projection of attention.
+        second: Another one.
+        last: A matrix of the feed-forward network.
+        layers: The list of layers.
+        norm: A normalization.
+        part: A module in each layer.
+        embedding: The embedding of tokens.
+    """
+
+    first: str
+    second: str
+    last: str
+    layers: str
+    norm: str
+    part: str
+    embedding: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What the tests need to know of an architecture.
+
+    Attributes:
+        sizes: Fields of a tiny config, in the words of transformers, for each of its model types.
+        model_types: Its model types, the first being the one of the row, and what their configs have beside `sizes`.
+        modules: The names of its modules.
+        heads: Ends of the names of its classes ``AutoModelFor...``, without that of language models.
+        adapters: By task, the rows of methods that are compared with PEFT for it; None for all that there are.
+        left_out: Rows of LoRA that are not compared, as another architecture shows the same.
+        more: Rows of LoRA that it has beside those of `MethodCase.models`, by name.
+        instead: Options of some rows that are others here, by name.
+        prompts: By task, the prompts that are compared with PEFT for it.
+        generates: Prompts whose tokens are compared with PEFT's.
+        training: The task that is trained beside PEFT, and what its config has instead of `sizes`, if there is one.
+        not_trained: Prompts that PEFT does not have for it.
+        lively: By how much random weights of it are moved for prompts, so that its outputs differ.
+        types: Whether it takes ``token_type_ids`` for classes of texts and of tokens.
+    """
+
+    sizes: Options
+    model_types: Mapping[str, Options]
+    modules: Modules
+    heads: tuple[str, ...] = ()
+    adapters: Mapping[str, Sequence[str] | None] = nothing()
+    left_out: tuple[str, ...] = ()
+    more: Mapping[str, Options] = nothing()
+    instead: Mapping[str, Options] = nothing()
+    prompts: Mapping[str, tuple[str, ...]] = nothing()
+    generates: tuple[str, ...] = ()
+    training: tuple[str, Options] | None = None
+    not_trained: tuple[str, ...] = ()
+    lively: float = 0.05
+    types: bool = False
+
+
+# Of each task of PEFT: the end of the names of classes, and of the names of models in test ids.
+TASKS = {
+    "CAUSAL_LM": ("CausalLM", ""),
+    "SEQ_CLS": ("SequenceClassification", "-seq"),
+    "TOKEN_CLS": ("TokenClassification", "-token"),
+    "QUESTION_ANS": ("QuestionAnswering", "-spans"),
+    "FEATURE_EXTRACTION": ("", "-features"),
+    "SEQ_2_SEQ_LM": ("Seq2SeqLM", ""),
+}
+
+FULL = {"q_proj": 32, "v_proj": 16, "down_proj": 32}
+SCHEDULE = {"init_r": 4, "target_r": 2, "lora_alpha": 16, "total_step": 18, "tinit": 3, "tfinal": 5, "deltaT": 2}
+
+METHODS: dict[str, MethodCase] = {
+    "ADALORA": MethodCase(
+        config="AdaLoraConfig",
+        tiny={"init_r": 4, "target_r": 2, "total_step": 9, "lora_alpha": 5},
+        needed={"total_step": 10},
+        llama={
+            "ADALORA": {
+                "init_r": 4,
+                "target_r": 2,
+                "total_step": 10,
+                "lora_alpha": 7,
+                "target_modules": TARGETS,
+                "bias": "lora_only",
+                "modules_to_save": ["norm"],
+                "layers_to_transform": [0, 2],
+            },
+            "ADALORA narrowed": {
+                "init_r": 4,
+                "target_r": 3,
+                "total_step": 10,
+                "lora_alpha": 7,
+                "init_lora_weights": False,
+                "target_modules": r".*(v_proj|layers\.[12]\.mlp\.down_proj)",
+                "rank_pattern": {
+                    "model.layers.0.self_attn.v_proj.lora_E": [True, False, False, True],
+                    "model.layers.1.self_attn.v_proj.lora_E": [True, True, True, True],
+                    "model.layers.2.self_attn.v_proj.lora_E": [False, False, True, False],
+                    "model.layers.1.mlp.down_proj.lora_E": [False, True, True, True],
+                    "model.layers.2.mlp.down_proj.lora_E": [True, True, True, False],
+                },
+            },
+        },
+        models={"ADALORA": {"init_r": 3, "target_r": 2, "total_step": 9, "target_modules": TARGETS}},
+        starts={
+            "ADALORA": {"total_step": 9},
+            "ADALORA random": {"total_step": 9, "init_r": 32, "init_lora_weights": False},
+        },
+        trained={"ADALORA": SCHEDULE},
+        trained_elsewhere=("ADALORA",),
+        finetune={"init_r": 4, "target_r": 2, "tfinal": 1, "lora_alpha": 32},
+        name_is_enough=True,
+        scales=True,
+    ),
+    "BOFT": MethodCase(
+        config="BOFTConfig",
+        tiny={"boft_block_size": 2, "boft_n_butterfly_factor": 2},
+        llama={
+            "BOFT": {"target_modules": TARGETS, "bias": "boft_only", "modules_to_save": ["norm"]},
+            "BOFT by number": {
+                "boft_block_size": 0,
+                "boft_block_num": 8,
+                "target_modules": ["k_proj", "down_proj"],
+                "layers_to_transform": [0, 2],
+            },
+        },
+        models={"BOFT": {"target_modules": TARGETS, "bias": "boft_only"}},
+        starts={"BOFT": {}, "BOFT random": {"boft_block_size": 0, "boft_block_num": 64, "init_weights": False}},
+        conv1d=False,
+    ),
+    "VERA": MethodCase(
+        config="VeraConfig",
+        tiny={"r": 5},
+        stacked={"d_initial": 1.0},
+        llama={
+            "VERA": {"r": 24, "target_modules": TARGETS, "bias": "vera_only"},
+            "VERA of some layers": {
+                "r": 16,
+                "d_initial": 0.3,
+                "projection_prng_key": 5,
+                "save_projection": False,
+                "target_modules": ["up_proj"],
+                "layers_to_transform": [1, 2],
+                "modules_to_save": ["norm"],
+            },
+        },
+        models={"VERA": {"r": 24, "target_modules": TARGETS, "bias": "vera_only"}},
+        starts={"VERA": {}, "VERA random": {"init_weights": False}},
+        finetune={"r": 32, "d_initial": 1.0},
+    ),
+    "BEFT": MethodCase(
+        config="BeftConfig",
+        llama={"BEFT": {"target_modules": TARGETS, "modules_to_save": ["norm"]}},
+        models={"BEFT": {"target_modules": TARGETS}},
+        starts={"BEFT": {}, "BEFT random": {"init_weights": False}},
+        changes_matrix=False,  # its bias has tests of its own
+        conv1d=False,
+    ),
+    "LN_TUNING": MethodCase(
+        config="LNTuningConfig",
+        stacked={"target_modules": ["norm"]},
+        llama={
+            "LN_TUNING": {"exclude_modules": r".*layers\.1\.input_layernorm"},
+            "LN_TUNING of other modules": {"target_modules": ["norm", "q_proj"], "modules_to_save": ["lm_head"]},
+        },
+        models={"LN_TUNING": {"target_modules": ["{norm}"]}},
+    ),
+    "IA3": MethodCase(
+        config="IA3Config",
+        tiny={"feedforward_modules": []},
+        stacked={"feedforward_modules": ["down"]},
+        llama={
+            "IA3": {"modules_to_save": ["norm"]},
+            "IA3 of one stack": {
+                "target_modules": ["q_proj", "o_proj"],
+                "feedforward_modules": r".*layers\.[12]\.self_attn\.q_proj",
+            },
+        },
+        models={"IA3": {}},
+        starts={
+            "IA3": {"feedforward_modules": []},
+            "IA3 random": {"feedforward_modules": ["dense"], "init_ia3_weights": False},
+        },
+        meets_ties=True,
+    ),
+    "OFT": MethodCase(
+        config="OFTConfig",
+        tiny={"oft_block_size": 4},
+        llama={
+            "OFT": {"target_modules": TARGETS, "bias": "oft_only", "modules_to_save": ["norm"]},
+            "OFT constrained": {
+                "oft_block_size": 8,
+                "target_modules": ["embed_tokens", "k_proj"],
+                "coft": True,
+                "eps": 3.0,  # so that some of the blocks are out of their balls, and some in
+            },
+            "OFT by number": {
+                "r": 4,
+                "oft_block_size": 0,
+                "target_modules": ["embed_tokens", "k_proj"],
+                "block_share": True,
+                "use_cayley_neumann": False,
+                "layers_to_transform": [0, 2],
+            },
+        },
+        models={"OFT": {"oft_block_size": 8, "target_modules": TARGETS}},
+        starts={"OFT": {}, "OFT random": {"init_weights": False}},
+        # Of the blocks of 8 angles some start out of their ball.
+        trained={"COFT": {"oft_block_size": 8, "coft": True, "eps": 1.25}},
+        conv1d=False,
+    ),
+    "HRA": MethodCase(
+        config="HRAConfig",
+        tiny={"r": 4},
+        llama={
+            "HRA": {"r": 4, "target_modules": TARGETS, "bias": "all"},
+            "HRA orthogonal": {
+                "r": 3,
+                "apply_GS": True,
+                "init_weights": False,
+                "target_modules": ["up_proj"],
+                "layers_to_transform": [1],
+            },
+        },
+        models={"HRA": {"r": 4, "target_modules": TARGETS}},
+        starts={"HRA": {"r": 32}, "HRA random": {"r": 31}},
+        rounds=("HRA",),  # pairs of reflections, which cancel but for the last digit
+        conv1d=False,
+    ),
+    "LOHA": MethodCase(
+        config="LoHaConfig",
+        tiny={"r": 3, "alpha": 5},
+        llama={
+            "LOHA": {
+                "r": 4,
+                "alpha": 7,
+                "target_modules": TARGETS,
+                "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
+                "alpha_pattern": {"v_proj": 3},
+            },
+        },
+        models={"LOHA": {"r": 4, "alpha": 7, "target_modules": TARGETS}},
+        starts={"LOHA": {"r": 16}, "LOHA random": {"r": 16, "init_weights": False}},
+        finetune={"r": 4},
+        conv1d=False,
+        scales=True,
+        drops_outputs={"LOHA": {"r": 3}},
+    ),
+    "HIRA": MethodCase(
+        config="HiraConfig",
+        tiny={"r": 3},
+        llama={"HIRA": {"r": 4, "target_modules": ["embed_tokens", "q_proj", "down_proj"]}},
+        models={"HIRA": {"r": 4, "target_modules": ["{embedding}", *TARGETS]}},
+        starts={"HIRA": {}, "HIRA gaussian": {"init_weights": "gaussian"}, "HIRA random": {"init_weights": False}},
+        finetune={"r": 4},
+        scales=True,
+        drops_inputs={"r": 2, "hira_dropout": 0.5},
+    ),
+    "DELORA": MethodCase(
+        config="DeloraConfig",
+        tiny={"r": 3, "delora_lambda": 2},
+        llama={
+            "DELORA": {
+                "r": 4,
+                "delora_lambda": 3,
+                "target_modules": TARGETS,
+                "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
+                "lambda_pattern": {"v_proj": 2.5},
+                "bias": "delora_only",
+                "modules_to_save": ["model.norm"],  # "norm" is the end of PEFT's own delora_w_norm, which it would copy
+            },
+            "DELORA of some layers": {
+                "init_weights": False,
+                "module_dropout": 0.1,
+                "target_modules": ["up_proj"],
+                "layers_to_transform": [0, 2],
+            },
+        },
+        models={"DELORA": {"r": 4, "delora_lambda": 3, "target_modules": TARGETS}},
+        starts={"DELORA": {"r": 32}, "DELORA random": {"r": 32, "init_weights": False}},
+        finetune={"r": 4, "delora_lambda": 1},
+        conv1d=False,
+        scales=True,
+        drops_inputs={"r": 2, "module_dropout": 0.5},
+    ),
+    "LOKR": MethodCase(
+        config="LoKrConfig",
+        tiny={"r": 1, "alpha": 2, "decompose_both": True},
+        llama={
+            "LOKR": {
+                "r": 2,
+                "alpha": 3,
+                "decompose_both": True,
+                "target_modules": TARGETS,
+                "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 5, r"layers\.2\.mlp\.down_proj": 3},
+            },
+        },
+        models={"LOKR": {"r": 2, "alpha": 3, "target_modules": TARGETS}},
+        starts={
+            "LOKR": {"r": 4, "decompose_both": True, "decompose_factor": 16},
+            "LOKR lycoris": {"r": 64, "decompose_factor": 16, "init_weights": "lycoris"},
+            "LOKR random": {"r": 4, "decompose_factor": 16, "init_weights": False},
+        },
+        finetune={"r": 4},
+        conv1d=False,
+        scales=True,
+        drops_outputs={"LOKR": {"r": 2}, "LOKR rescaled": {"r": 2, "rank_dropout_scale": True}},
+    ),
+    "MISS": MethodCase(
+        config="MissConfig",
+        tiny={"r": 5},
+        llama={
+            "MISS": {"r": 6, "target_modules": TARGETS, "bias": "MiSS_only"},
+            "MISS bat": {"r": 4, "init_weights": "bat", "target_modules": TARGETS},
+            "MISS mini": {
+                "r": 8,
+                "mini_r": 4,
+                "init_weights": "mini",
+                "target_modules": TARGETS,
+                "layers_to_transform": [1],
+            },
+        },
+        models={"MISS": {"r": 6, "target_modules": TARGETS}},
+        starts={
+            "MISS": {},
+            "MISS bat": {"init_weights": "bat"},
+            "MISS mini": {"init_weights": "mini", "mini_r": 4},
+            "MISS random": {"init_weights": False},
+        },
+        finetune={"r": 4},
+        conv1d=False,
+    ),
+    "TRAINABLE_TOKENS": MethodCase(
+        config="TrainableTokensConfig",
+        tiny={"token_indices": [3, 5]},
+        stacked={"token_indices": [3, 1], "target_modules": ["embed"]},
+        needed={"token_indices": [1]},
+        llama={
+            "trainable tokens": {"token_indices": [5, 17, 3]},
+            "trainable tokens of a head": {"token_indices": [2, 95], "target_modules": ["lm_head"]},
+            "trainable tokens of both": {"token_indices": [8, 40], "target_modules": ["embed_tokens", "lm_head"]},
+        },
+        models={"TRAINABLE_TOKENS": {"token_indices": [5, 17], "target_modules": ["{embedding}"]}},
+        finetune={"token_indices": list(range(2, 60))},
+        meets_ties=True,
+    ),
+    "LORA": MethodCase(
+        config="LoraConfig",
+        tiny={"r": 3, "lora_alpha": 5},
+        variants={"LORA with DoRA": {"r": 3, "lora_alpha": 5, "use_dora": True}},
+        common={"r": 4, "lora_alpha": 7},
+        llama={
+            "plain": {"target_modules": TARGETS},
+            "rslora": {"target_modules": TARGETS, "use_rslora": True},
+            "patterns": {
+                "target_modules": TARGETS,
+                "rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn\.q_proj": 6},
+                "alpha_pattern": {"layers.0.mlp.down_proj": 3, "q_proj": 11},
+            },
+            "layers_to_transform": {
+                "target_modules": TARGETS,
+                "layers_to_transform": [0, 2],
+                "layers_pattern": "layers",
+            },
+            "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+            "a saved container": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp", "embed_tokens"]},
+            "bias all": {"target_modules": ["q_proj", "o_proj"], "bias": "all"},
+            "bias lora_only": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only", "layers_to_transform": [1]},
+            "embedding": {"target_modules": ["embed_tokens", "k_proj"]},
+            "output head": {"target_modules": ["lm_head", "k_proj"]},
+            "both embeddings": {"target_modules": ["lm_head", "embed_tokens"]},
+            "all-linear": {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+            "regex": {"target_modules": r".*layers\.[02]\.mlp\.(up|gate)_proj"},
+            "DoRA": {
+                "target_modules": ["embed_tokens", "lm_head", *TARGETS],
+                "use_dora": True,
+                "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
+            },
+            # All singular values: where the r-th is near the next, what is left of the base depends on the last digits.
+            "pissa": {
+                "target_modules": ["embed_tokens", *TARGETS],
+                "init_lora_weights": "pissa",
+                "use_rslora": True,
+                "rank_pattern": FULL,
+            },
+            "olora": {"target_modules": TARGETS, "init_lora_weights": "olora", "rank_pattern": {"v_proj": 2}},
+            "pissa with DoRA": {
+                "target_modules": TARGETS,
+                "init_lora_weights": "pissa",
+                "use_dora": True,
+                "rank_pattern": FULL,
+            },
+            "mica": {
+                "target_modules": ["embed_tokens", *TARGETS],
+                "init_lora_weights": "mica",
+                "rank_pattern": {"v_proj": 2},
+            },
+            "orthogonal": {"target_modules": TARGETS, "init_lora_weights": "orthogonal"},
+            "LoRA and tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 17, 3]},
+            "LoRA and tokens of two modules": {
+                "target_modules": ["q_proj"],
+                "trainable_token_indices": {"embed_tokens": [5, 17], "lm_head": [3, 40, 8]},
+            },
+            "LoRA and tokens of a head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}},
+            "kept ties": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+            "kept ties of saved modules": {
+                "target_modules": ["q_proj"],
+                "modules_to_save": ["embed_tokens"],
+                "ensure_weight_tying": True,
+            },
+            "aLoRA": {"target_modules": ["q_proj", "o_proj", "lm_head"], "alora_invocation_tokens": [2, 40]},
+            "target_parameters": {
+                "target_modules": ["v_proj"],
+                "target_parameters": ["q_proj.weight", "layers.1.mlp.down_proj.weight"],
+                "rank_pattern": {r"layers\.1\.self_attn\.q_proj\.weight": 6},
+                "alpha_pattern": {"down_proj.weight": 3},
+                "bias": "lora_only",
+            },
+            "layer_replication": {
+                "layer_replication": [[0, 2], [1, 3]],
+                "target_modules": ["embed_tokens", *TARGETS],
+                "rank_pattern": {r"layers\.3\.self_attn\.q_proj": 6},
+                "modules_to_save": ["layers.2.input_layernorm"],
+            },
+            "lora_bias": {"target_modules": ["q_proj", "o_proj", "up_proj"], "lora_bias": True},
+        },
+        models={
+            "default": {},
+            "plain": {"target_modules": TARGETS},
+            "rslora": {"target_modules": TARGETS, "use_rslora": True},
+            "patterns": {
+                "target_modules": TARGETS,
+                "rank_pattern": {"{second}": 2, r"{layers}\.1\..*{first}": 6},
+                "alpha_pattern": {r"{layers}\.0\..*{first}": 3, "{last}": 11},
+            },
+            "layers_to_transform": {
+                "target_modules": TARGETS,
+                "layers_to_transform": [0, 2],
+                "layers_pattern": "{layers}",
+            },
+            "modules_to_save": {"target_modules": ["{first}"], "modules_to_save": ["{norm}"]},
+            "a saved container": {
+                "target_modules": ["{first}"],
+                "modules_to_save": ["{layers}.1.{part}", "{embedding}"],
+            },
+            "bias all": {"target_modules": ["{first}", "{last}"], "bias": "all"},
+            "bias lora_only": {
+                "target_modules": ["{second}", "{last}"],
+                "bias": "lora_only",
+                "layers_to_transform": [1],
+            },
+            "embedding": {"target_modules": ["{embedding}", "{second}"]},
+            "all-linear": {"target_modules": "all-linear", "exclude_modules": ["{second}"]},
+            "regex": {"target_modules": r".*{layers}\.[02]\..*{last}"},
+        },
+        trained={"LORA": {"r": 4, "lora_alpha": 8}},
+        trained_elsewhere=("LORA",),
+        name_is_enough=True,
+        rounds=("LORA with DoRA",),  # norms cancel in a quotient, but for the last digit
+        meets_ties=True,
+        scales=True,
+    ),
+}
+
+PROMPTS: dict[str, PromptCase] = {
+    "PREFIX_TUNING": PromptCase(
+        config="PrefixTuningConfig",
+        row="prefix",
+        tiny={"num_virtual_tokens": 3},
+        needed={"num_virtual_tokens": 2},
+        llama={
+            "prefix": {"num_virtual_tokens": 3},
+            "prefix with saved modules": {"num_virtual_tokens": 3, "modules_to_save": ["norm"]},
+            "prefix with projection": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12},
+        },
+        model={"num_virtual_tokens": 3},
+        others={"mistral": "prefix"},
+        generates=True,
+        trained=("prefix", "prefix with projection"),
+        trained_elsewhere={"num_virtual_tokens": 3},
+        finetune={"num_virtual_tokens": 4},
+        name_is_enough=True,
+        is_a_side=True,
+    ),
+    "PROMPT_TUNING": PromptCase(
+        config="PromptTuningConfig",
+        row="prompt",
+        tiny={"num_virtual_tokens": 3},
+        needed={"num_virtual_tokens": 2},
+        llama={
+            "prompt": {"num_virtual_tokens": 3, "modules_to_save": ["lm_head"]},
+            "prompt of vocabulary": {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"},
+        },
+        model={"num_virtual_tokens": 3},
+        generates=True,
+        trained=("prompt of vocabulary",),
+        trained_elsewhere={"num_virtual_tokens": 3},
+        finetune={"num_virtual_tokens": 4},
+        name_is_enough=True,
+        is_a_side=True,
+    ),
+    "P_TUNING": PromptCase(
+        config="PromptEncoderConfig",
+        row="p-tuning",
+        tiny={"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+        needed={"num_virtual_tokens": 2},
+        llama={
+            "p-tuning": {"num_virtual_tokens": 3},
+            "p-tuning with LSTM": {
+                "num_virtual_tokens": 4,
+                "encoder_reparameterization_type": "LSTM",
+                "encoder_hidden_size": 8,
+            },
+        },
+        model={"num_virtual_tokens": 3},
+        others={"qwen2": "p-tuning"},
+        trained=("p-tuning", "p-tuning with LSTM"),
+        trained_elsewhere={"num_virtual_tokens": 3, "encoder_hidden_size": 12},
+        finetune={"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+        name_is_enough=True,
+    ),
+    "MULTITASK_PROMPT_TUNING": PromptCase(
+        config="MultitaskPromptTuningConfig",
+        row="multitask",
+        tiny={"num_virtual_tokens": 3, "num_tasks": 2},
+        needed={"num_virtual_tokens": 2},
+        llama={"multitask": {"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2}},
+        model={"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2},
+        generates=True,
+        trained=("multitask",),
+        finetune={"num_virtual_tokens": 4, "num_tasks": 2},
+        has_tasks=True,
+    ),
+    "CPT": PromptCase(
+        config="CPTConfig",
+        row="CPT",
+        tiny={"cpt_token_ids": [4, 5, 6], "cpt_tokens_type_mask": [1, 2, 4]},
+        needed={"task_type": "CAUSAL_LM", "cpt_token_ids": [3], "cpt_mask": [1], "cpt_tokens_type_mask": [4]},
+        llama={
+            "CPT": {
+                "cpt_token_ids": [3, 14, 15, 9, 26, 5, 35, 8],
+                "cpt_tokens_type_mask": [1, 2, 3, 4, 5, 6, 7, 8],
+                "opt_weighted_loss_type": "decay",
+                "opt_loss_decay_factor": 0.7,
+                "opt_projection_epsilon": 2.0,
+                "opt_projection_format_epsilon": 3.0,
+            },
+        },
+        model={"cpt_token_ids": [3, 14, 15, 9], "cpt_tokens_type_mask": [1, 2, 3, 4]},
+        trained=("CPT",),
+        finetune={"cpt_token_ids": [3, 4, 5, 6], "cpt_tokens_type_mask": [1, 2, 3, 4], "cpt_mask": [1, 1, 1, 1]},
+    ),
+    "ADAPTION_PROMPT": PromptCase(
+        config="AdaptionPromptConfig",
+        row="adaption",
+        tiny={"adapter_len": 3, "adapter_layers": 2},
+        needed={"adapter_len": 2, "adapter_layers": 1},
+        llama={"adaption": {"adapter_len": 4, "adapter_layers": 2}},
+        model={"adapter_len": 4, "adapter_layers": 2},
+        others={"mistral": "adaption"},
+        generates=True,
+        trained=("adaption",),
+        trained_elsewhere={"adapter_len": 3, "adapter_layers": 2},
+        finetune={"adapter_len": 4, "adapter_layers": 2},
+        name_is_enough=True,
+        is_a_side=True,
+    ),
+}
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,  # large, so that no module is hidden by a small base
+}
+SMALLER = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+ENCODER = {**SIZES, "intermediate_size": 40, "max_position_embeddings": 64}
+OF_AN_ENCODER = Modules(
+    first="query",
+    second="value",
+    last="output.dense",
+    layers="layer",
+    norm="LayerNorm",
+    part="intermediate",
+    embedding="word_embeddings",
+)
+# Rows of LoRA that concern layers and names, which GPT-2 and Llama show as well.
+OF_DECODERS = ("plain", "rslora", "patterns", "layers_to_transform", "regex")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    # Its adapters are `MethodCase.llama`, and its prompts for language models `PromptCase.llama`.
+    "llama": Architecture(
+        sizes={**ENCODER, "num_key_value_heads": 2},
+        model_types={"llama": {}, "mistral": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}},
+        modules=Modules(
+            first="q_proj",
+            second="v_proj",
+            last="down_proj",
+            layers="layers",
+            norm="norm",
+            part="mlp",
+            embedding="embed_tokens",
+        ),
+        heads=("SequenceClassification", "TokenClassification", ""),
+        prompts={"SEQ_CLS": ("prefix",), "TOKEN_CLS": ("p-tuning",)},
+    ),
+    "gpt2": Architecture(
+        sizes={**SIZES, "max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": None},
+        model_types={"gpt2": {}},
+        modules=Modules(
+            first="c_attn",
+            second="attn.c_proj",
+            last="mlp.c_proj",
+            layers="h",
+            norm="ln_f",
+            part="mlp",
+            embedding="wte",
+        ),
+        heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        adapters={"CAUSAL_LM": None, "SEQ_CLS": ["default"]},
+        more={
+            "output head": {"target_modules": ["lm_head", "c_attn"]},
+            "both embeddings": {"target_modules": ["lm_head", "wte"]},
+        },
+        prompts={"CAUSAL_LM": ("prefix", "p-tuning", "CPT", "adaption"), "SEQ_CLS": ("prompt",)},
+        generates=("prefix", "prompt", "multitask", "adaption"),
+        training=(
+            "CAUSAL_LM",
+            {**SMALLER, "max_position_embeddings": 32, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        ),
+    ),
+    "bert": Architecture(
+        sizes=ENCODER,
+        model_types={"bert": {}},
+        modules=OF_AN_ENCODER,
+        heads=("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        adapters={"SEQ_CLS": None, "QUESTION_ANS": ["default"], "FEATURE_EXTRACTION": ["all-linear"]},
+        left_out=OF_DECODERS,
+        more={"layer_replication": {"layer_replication": [[0, 3], [0, 1]], "target_modules": ["query", "output.dense"]}},
+        prompts={
+            "SEQ_CLS": ("prefix", "multitask"),
+            "TOKEN_CLS": ("prompt",),
+            "QUESTION_ANS": ("prefix", "prompt"),
+            "FEATURE_EXTRACTION": ("p-tuning",),
+        },
+        training=(
+            "SEQ_CLS",
+            {
+                **SMALLER,
+                "intermediate_size": 32,
+                "max_position_embeddings": 32,
+                "num_labels": 3,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+        ),
+        not_trained=("ADAPTION_PROMPT",),
+        types=True,
+    ),
+    "roberta": Architecture(
+        sizes={**ENCODER, "type_vocab_size": 2},
+        model_types={"roberta": {}, "xlm-roberta": {"type_vocab_size": 1}},
+        modules=OF_AN_ENCODER,
+        heads=("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        # With all-linear PEFT adapts a classifier of tokens, which it then cannot save whole.
+        adapters={
+            "SEQ_CLS": ["all-linear", "bias all"],
+            "TOKEN_CLS": [
+                *("plain", "patterns", "layers_to_transform", "a saved container", "bias all", "embedding", "IA3")
+            ],
+        },
+        prompts={"SEQ_CLS": ("p-tuning",), "TOKEN_CLS": ("prefix",)},
+        types=True,
+    ),
+    "t5": Architecture(
+        sizes={
+            "vocab_size": 96,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 40,
+            "num_layers": 3,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+        model_types={"t5": {}, "mt5": {}},
+        modules=Modules(
+            first="q",
+            second="EncDecAttention.v",
+            last="wo",
+            layers="block",
+            norm="layer_norm",
+            part="SelfAttention",
+            embedding="embed_tokens",
+        ),
+        adapters={"SEQ_2_SEQ_LM": None},
+        left_out=tuple(METHODS["LORA"].models),
+        more={
+            "defaults": {},
+            "all-linear": {"target_modules": "all-linear", "exclude_modules": ["o"]},
+            "one layer": {"target_modules": ["k", "wo"], "layers_to_transform": [1], "rank_pattern": {"k": 2}},
+            "embeddings": {"target_modules": ["embed_tokens", "v"]},
+            "output head": {"target_modules": ["lm_head", "wo"]},
+            "relative positions": {"target_modules": ["relative_attention_bias", "q"]},
+            "modules_to_save": {"target_modules": ["q"], "modules_to_save": ["final_layer_norm", "lm_head"]},
+        },
+        instead={
+            "ADALORA": {"init_r": 3, "target_r": 2, "total_step": 9, "lora_alpha": 7, "target_modules": TARGETS},
+            "BOFT": {"target_modules": TARGETS},
+            "HIRA": {"r": 4, "target_modules": TARGETS},
+            "LN_TUNING": {"exclude_modules": r"decoder.*\.0\.layer_norm"},
+            "TRAINABLE_TOKENS": {"token_indices": [36, 47, 44]},  # which are in the inputs of test_t5_peft.py
+            "VERA": {"r": 24, "d_initial": 1.0, "target_modules": TARGETS},
+        },
+        prompts={"SEQ_2_SEQ_LM": ("prefix", "prompt", "p-tuning", "multitask")},
+        generates=("prefix", "prompt", "multitask"),
+        training=(
+            "SEQ_2_SEQ_LM",
+            {"vocab_size": 64, "d_model": 24, "d_ff": 32, "num_layers": 2, "num_heads": 3, "dropout_rate": 0.0},
+        ),
+        not_trained=("ADAPTION_PROMPT",),
+        lively=0.2,
+    ),
+}
+
+
+class Adapter(NamedTuple):
+    """A config that PEFT has too."""
+
+    config: str
+    options: Options
+
+    def make(self, library: ModuleType, **more: Any) -> Any:
+        """The config, of `peft_jax` or of `peft`."""
+        return getattr(library, self.config)(**{**self.options, **more})
+
+
+def filled(value: Any, modules: Modules) -> Any:
+    """Options with the names of an architecture's modules in place of those in braces."""
+    if isinstance(value, str):
+        return value.format_map(dataclasses.asdict(modules))
+    if isinstance(value, Mapping):
+        return {filled(key, modules): filled(one, modules) for key, one in value.items()}
+    if isinstance(value, list):
+        return [filled(one, modules) for one in value]
+    return value
+
+
+def tiny_configs() -> dict[str, Any]:
+    """A config of each method, and of its variants, for a layer ``dense``."""
+    found = {}
+    for name, method in METHODS.items():
+        for case, options in {name: method.tiny, **method.variants}.items():
+            found[case] = Adapter(method.config, options).make(pj, target_modules=["dense"])
+    return found
+
+
+def stacked_configs(targets: Sequence[str]) -> dict[str, Any]:
+    """A config of each method, and of its variants, for the scanned model of test_rows.py."""
+    found = {}
+    for name, method in METHODS.items():
+        for case, options in {name: method.tiny, **method.variants}.items():
+            found[case] = Adapter(method.config, options).make(pj, **{"target_modules": targets, **method.stacked})
+    return found
+
+
+def llama_adapters() -> dict[str, Adapter]:
+    """The adapters that are compared with PEFT on Llama, by name."""
+    found = {}
+    for method in METHODS.values():
+        for name, options in method.llama.items():
+            found[name] = Adapter(method.config, filled({**method.common, **options}, ARCHITECTURES["llama"].modules))
+    return found
+
+
+def adapters_of(architecture: Architecture) -> dict[str, Adapter]:
+    """The adapters that are compared with PEFT on another architecture, by name."""
+    found = {}
+    for method in METHODS.values():
+        for name, options in method.models.items():
+            if name not in architecture.left_out:
+                found[name] = Adapter(method.config, {**method.common, **architecture.instead.get(name, options)})
+    lora = METHODS["LORA"]
+    for name, options in architecture.more.items():
+        found[name] = Adapter(lora.config, {**lora.common, **options})
+    return {name: Adapter(config, filled(options, architecture.modules)) for name, (config, options) in found.items()}
+
+
+def llama_prompts() -> dict[str, Adapter]:
+    """The prompts that are compared with PEFT on Llama, by name."""
+    found = {}
+    for prompt in PROMPTS.values():
+        for name, options in prompt.llama.items():
+            found[name] = Adapter(prompt.config, options)
+    return found
+
+
+def prompts() -> dict[str, Adapter]:
+    """The prompts that are compared with PEFT on other architectures and tasks, by the name of their row."""
+    return {prompt.row: Adapter(prompt.config, prompt.model) for prompt in PROMPTS.values()}
+
+
+def trained_elsewhere() -> dict[str, Adapter]:
+    """The adapters that are trained beside PEFT on other architectures than Llama, by name."""
+    found = {}
+    for method in METHODS.values():
+        for name in method.trained_elsewhere:
+            found[name] = Adapter(method.config, method.trained[name])
+    for name, prompt in PROMPTS.items():
+        if prompt.trained_elsewhere is not None:
+            found[name] = Adapter(prompt.config, prompt.trained_elsewhere)
+    return found
+
+
+def auto_class(library: ModuleType, task: str) -> Any:
+    """The class of models for a task of PEFT, of `peft_jax` or of `transformers`."""
+    head, _ = TASKS[task]
+    return getattr(library, f"AutoModelFor{head}" if head else "AutoModel")
+
+
+def every_method() -> dict[str, MethodCase | PromptCase]:
+    """All rows of methods and of prompts, by ``peft_type``."""
+    return {**METHODS, **PROMPTS}
