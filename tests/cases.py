@@ -45,6 +45,7 @@ class MethodCase:
         rounds: Cases of `tiny` and `variants` in which a fresh adapter changes the last digit of a weight.
         conv1d: Whether PEFT has it for layers that PyTorch stores as (in, out), as GPT-2's; if not it is an error.
         meets_ties: Whether Qwen2's ties and biases matter to it, so that `llama` is compared on Qwen2 too.
+        narrows: Whether training changes its ranks by a schedule, which its file has as ``rank_pattern``.
         scales: Whether an adapter of it has a scale for `pj.scale_adapter`; if not that is an error.
         drops_inputs: Options with a dropout of the inputs of its change, if it has one.
         drops_outputs: Options with a rank of their own for its dropout of outputs, by name, if it has one.
@@ -67,6 +68,7 @@ class MethodCase:
     rounds: tuple[str, ...] = ()
     conv1d: bool = True
     meets_ties: bool = False
+    narrows: bool = False
     scales: bool = False
     drops_inputs: Options | None = None
     drops_outputs: Mapping[str, Options] = nothing()
@@ -92,6 +94,7 @@ class PromptCase:
         is_a_side: Whether it is the one whose kind of input to a model the slower tests take: keys and values, virtual
             tokens, or an addition to attention.
         has_tasks: Whether a call needs ``task_ids``.
+        file_is_whole: Whether its file holds all that is trained; if not it is an error to train on from a file.
     """
 
     config: str
@@ -108,6 +111,7 @@ class PromptCase:
     name_is_enough: bool = False
     is_a_side: bool = False
     has_tasks: bool = False
+    file_is_whole: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,6 +228,7 @@ METHODS: dict[str, MethodCase] = {
         trained_elsewhere=("ADALORA",),
         finetune={"init_r": 4, "target_r": 2, "tfinal": 1, "lora_alpha": 32},
         name_is_enough=True,
+        narrows=True,
         scales=True,
     ),
     "BOFT": MethodCase(
@@ -632,6 +637,7 @@ PROMPTS: dict[str, PromptCase] = {
         trained_elsewhere={"num_virtual_tokens": 3, "encoder_hidden_size": 12},
         finetune={"num_virtual_tokens": 4, "encoder_hidden_size": 16},
         name_is_enough=True,
+        file_is_whole=False,  # it holds what the encoder gave
     ),
     "MULTITASK_PROMPT_TUNING": PromptCase(
         config="MultitaskPromptTuningConfig",
@@ -663,6 +669,7 @@ PROMPTS: dict[str, PromptCase] = {
         model={"cpt_token_ids": [3, 14, 15, 9], "cpt_tokens_type_mask": [1, 2, 3, 4]},
         trained=("CPT",),
         finetune={"cpt_token_ids": [3, 4, 5, 6], "cpt_tokens_type_mask": [1, 2, 3, 4], "cpt_mask": [1, 1, 1, 1]},
+        file_is_whole=False,  # it holds the embeddings where they were moved to
     ),
     "ADAPTION_PROMPT": PromptCase(
         config="AdaptionPromptConfig",
@@ -746,7 +753,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "bert": Architecture(
         sizes=ENCODER,
-        model_types={"bert": {}},
+        model_types={"bert": {"type_vocab_size": 3, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new"}},
         modules=OF_AN_ENCODER,
         heads=("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
         adapters={"SEQ_CLS": None, "QUESTION_ANS": ["default"], "FEATURE_EXTRACTION": ["all-linear"]},
@@ -843,6 +850,12 @@ class Adapter(NamedTuple):
 
     config: str
     options: Options
+
+    @property
+    def method(self) -> MethodCase | PromptCase:
+        """The row that it is of."""
+        peft_type: str = getattr(pj, self.config).peft_type
+        return METHODS[peft_type] if peft_type in METHODS else PROMPTS[peft_type]
 
     def make(self, library: ModuleType, **more: Any) -> Any:
         """The config, of `peft_jax` or of `peft`."""

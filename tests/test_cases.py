@@ -38,6 +38,13 @@ def test_a_row_says_what_the_method_says(name: str) -> None:
     assert set(row.trained_elsewhere) <= set(row.trained)
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_row_says_what_the_prompt_says(name: str) -> None:
+    row = PROMPTS[name]
+    assert row.row in row.llama and set(row.trained) <= set(row.llama)
+    assert set(row.others.values()) <= set(row.llama)
+
+
 def test_no_name_of_a_comparison_is_taken_twice() -> None:
     for rows in ([row.llama for row in METHODS.values()], [row.models for row in METHODS.values()]):
         names = [name for row in rows for name in row]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cases import ARCHITECTURES
 from peft_jax.interop import files
 from peft_jax.interop.checkpoint import Row, find_checkpoint, load_params, open_tensors, save_checkpoint
 from safetensors.numpy import load_file, save_file
@@ -23,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 import peft_jax as pj
 from peft_jax.models.weights_io import load_model, save_model
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = tuple(ARCHITECTURES["llama"].model_types)
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 32,

@@ -506,7 +506,7 @@ def test_a_merge_that_fails_leaves_nothing(workplace: Path, monkeypatch: pytest.
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("peft_jax.cli.merge._copy_tokenizer", full)
+    monkeypatch.setattr(shutil, "copyfile", full)  # the tokenizer is copied last
     before = tree(workplace)
     assert main(["merge", "--adapter", "adapter", "--output", "deep/out"]) == 2
     assert tree(workplace) == before and not (workplace / "deep").exists()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import ARCHITECTURES
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
@@ -20,27 +21,21 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 PAD = 1
-SIZES = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
-ENCODER = dict(intermediate_size=48, max_position_embeddings=40, pad_token_id=PAD)
-GPT2 = dict(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=40, initializer_range=0.2, pad_token_id=PAD)
-LLAMA = dict(SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=PAD, eos_token_id=None)
 NAMES = dict(id2label={0: "A", 1: "B", 2: "C"}, label2id={"A": 0, "B": 1, "C": 2})
+
+
+def architecture_of(kind):
+    """The row of a model type."""
+    return next(row for row in ARCHITECTURES.values() if kind in row.model_types)
+
+
 KINDS = {
-    "bert": dict(SIZES, **ENCODER, type_vocab_size=3, layer_norm_eps=1e-5, hidden_act="gelu_new"),
-    "roberta": dict(SIZES, **ENCODER, type_vocab_size=2),
-    "xlm-roberta": dict(SIZES, **ENCODER, type_vocab_size=1),
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "qwen2": dict(LLAMA, tie_word_embeddings=True),
+    kind: {**architecture.sizes, "vocab_size": 61, "max_position_embeddings": 40, "pad_token_id": PAD, **options}
+    for name, architecture in ARCHITECTURES.items()
+    for kind, options in architecture.model_types.items()
+    if options or kind == name  # the others are of the same fields
 }
-HEADS = {
-    "MaskedLM": ["bert", "roberta", "xlm-roberta"],
-    "SequenceClassification": list(KINDS),
-    "TokenClassification": list(KINDS),
-    "QuestionAnswering": ["bert", "roberta", "gpt2"],
-    "": list(KINDS),
-}
-CASES = [(kind, head) for head, kinds in HEADS.items() for kind in kinds]
+CASES = [(kind, head) for kind in KINDS for head in architecture_of(kind).heads]
 cases = pytest.mark.parametrize(("kind", "head"), CASES, ids=[f"{kind}-{head or 'bare'}" for kind, head in CASES])
 
 IDS = np.random.default_rng(0).integers(2, 61, (3, 9))

@@ -92,7 +92,7 @@ def torch_adapter(folder, row, save_to):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    if pattern := getattr(config, "rank_pattern", None) if config.peft_type == "ADALORA" else None:
+    if pattern := ROWS[row].method.narrows and config.rank_pattern:
         model.base_model.rankallocator.mask_using_rank_pattern(model.base_model.model, pattern)
     model.save_pretrained(save_to)
     return model
