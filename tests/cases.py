@@ -40,7 +40,7 @@ class MethodCase:
         trained: Options of 20 training steps that are compared with PEFT's on Llama, by name; targets are added.
         trained_elsewhere: Those names of `trained` that are compared on the other architectures too.
         finetune: Options of a few steps of ``peft-jax finetune``.
-        name_is_enough: Whether that command needs no options for it.
+        name_is_enough: Whether that command needs no options for it; if not its name alone is an error.
         changes_matrix: Whether it changes a matrix; False if it trains biases alone.
         rounds: Cases of `tiny` and `variants` in which a fresh adapter changes the last digit of a weight.
         conv1d: Whether PEFT has it for layers that PyTorch stores as (in, out), as GPT-2's; if not it is an error.
@@ -63,7 +63,7 @@ class MethodCase:
     trained: Mapping[str, Options] = nothing()
     trained_elsewhere: tuple[str, ...] = ()
     finetune: Options = nothing()
-    name_is_enough: bool = False
+    name_is_enough: bool = True
     changes_matrix: bool = True
     rounds: tuple[str, ...] = ()
     conv1d: bool = True
@@ -90,7 +90,7 @@ class PromptCase:
         trained: Which of `llama` are trained beside PEFT.
         trained_elsewhere: Options of the training steps on the other architectures, if there are any.
         finetune: Options of a few steps of ``peft-jax finetune``.
-        name_is_enough: Whether that command needs no options for it.
+        name_is_enough: Whether that command needs no options for it; if not its name alone is an error.
         is_a_side: Whether it is the one whose kind of input to a model the slower tests take: keys and values, virtual
             tokens, or an addition to attention.
         has_tasks: Whether a call needs ``task_ids``.
@@ -108,7 +108,7 @@ class PromptCase:
     trained: tuple[str, ...] = ()
     trained_elsewhere: Options | None = None
     finetune: Options
-    name_is_enough: bool = False
+    name_is_enough: bool = True
     is_a_side: bool = False
     has_tasks: bool = False
     file_is_whole: bool = True
@@ -145,6 +145,7 @@ class Architecture:
         sizes: Fields of a tiny config, in the words of transformers, for each of its model types.
         model_types: Its model types, the first being the one of the row, and what their configs have beside `sizes`.
         modules: The names of its modules.
+        conv1d: Whether PyTorch stores its matrices as (in, out), which is not for every method.
         heads: Ends of the names of its classes ``AutoModelFor...``, without that of language models.
         adapters: By task, the rows of methods that are compared with PEFT for it; None for all that there are.
         left_out: Rows of LoRA that are not compared, as another architecture shows the same.
@@ -161,6 +162,7 @@ class Architecture:
     sizes: Options
     model_types: Mapping[str, Options]
     modules: Modules
+    conv1d: bool = False
     heads: tuple[str, ...] = ()
     adapters: Mapping[str, Sequence[str] | None] = nothing()
     left_out: tuple[str, ...] = ()
@@ -227,7 +229,6 @@ METHODS: dict[str, MethodCase] = {
         trained={"ADALORA": SCHEDULE},
         trained_elsewhere=("ADALORA",),
         finetune={"init_r": 4, "target_r": 2, "tfinal": 1, "lora_alpha": 32},
-        name_is_enough=True,
         narrows=True,
         scales=True,
     ),
@@ -461,6 +462,7 @@ METHODS: dict[str, MethodCase] = {
         },
         models={"TRAINABLE_TOKENS": {"token_indices": [5, 17], "target_modules": ["{embedding}"]}},
         finetune={"token_indices": list(range(2, 60))},
+        name_is_enough=False,
         meets_ties=True,
     ),
     "LORA": MethodCase(
@@ -574,7 +576,6 @@ METHODS: dict[str, MethodCase] = {
         },
         trained={"LORA": {"r": 4, "lora_alpha": 8}},
         trained_elsewhere=("LORA",),
-        name_is_enough=True,
         rounds=("LORA with DoRA",),  # norms cancel in a quotient, but for the last digit
         meets_ties=True,
         scales=True,
@@ -598,7 +599,6 @@ PROMPTS: dict[str, PromptCase] = {
         trained=("prefix", "prefix with projection"),
         trained_elsewhere={"num_virtual_tokens": 3},
         finetune={"num_virtual_tokens": 4},
-        name_is_enough=True,
         is_a_side=True,
     ),
     "PROMPT_TUNING": PromptCase(
@@ -615,7 +615,6 @@ PROMPTS: dict[str, PromptCase] = {
         trained=("prompt of vocabulary",),
         trained_elsewhere={"num_virtual_tokens": 3},
         finetune={"num_virtual_tokens": 4},
-        name_is_enough=True,
         is_a_side=True,
     ),
     "P_TUNING": PromptCase(
@@ -636,7 +635,6 @@ PROMPTS: dict[str, PromptCase] = {
         trained=("p-tuning", "p-tuning with LSTM"),
         trained_elsewhere={"num_virtual_tokens": 3, "encoder_hidden_size": 12},
         finetune={"num_virtual_tokens": 4, "encoder_hidden_size": 16},
-        name_is_enough=True,
         file_is_whole=False,  # it holds what the encoder gave
     ),
     "MULTITASK_PROMPT_TUNING": PromptCase(
@@ -683,7 +681,6 @@ PROMPTS: dict[str, PromptCase] = {
         trained=("adaption",),
         trained_elsewhere={"adapter_len": 3, "adapter_layers": 2},
         finetune={"adapter_len": 4, "adapter_layers": 2},
-        name_is_enough=True,
         is_a_side=True,
     ),
 }
@@ -706,7 +703,7 @@ OF_AN_ENCODER = Modules(
     part="intermediate",
     embedding="word_embeddings",
 )
-# Rows of LoRA that concern layers and names, which GPT-2 and Llama show as well.
+# Rows of LoRA that concern layers and names, which GPT-2 and Llama show as well; BERT's own are about heads and biases.
 OF_DECODERS = ("plain", "rslora", "patterns", "layers_to_transform", "regex")
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -729,6 +726,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
         sizes={**SIZES, "max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": None},
         model_types={"gpt2": {}},
+        conv1d=True,
         modules=Modules(
             first="c_attn",
             second="attn.c_proj",
@@ -758,7 +756,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         heads=("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
         adapters={"SEQ_CLS": None, "QUESTION_ANS": ["default"], "FEATURE_EXTRACTION": ["all-linear"]},
         left_out=OF_DECODERS,
-        more={"layer_replication": {"layer_replication": [[0, 3], [0, 1]], "target_modules": ["query", "output.dense"]}},
+        more={
+            "layer_replication": {"layer_replication": [[0, 3], [0, 1]], "target_modules": ["query", "output.dense"]}
+        },
         prompts={
             "SEQ_CLS": ("prefix", "multitask"),
             "TOKEN_CLS": ("prompt",),
@@ -901,16 +901,28 @@ def llama_adapters() -> dict[str, Adapter]:
 
 
 def adapters_of(architecture: Architecture) -> dict[str, Adapter]:
-    """The adapters that are compared with PEFT on another architecture, by name."""
+    """The adapters that are compared with PEFT on another architecture than Llama, by name."""
     found = {}
     for method in METHODS.values():
         for name, options in method.models.items():
-            if name not in architecture.left_out:
-                found[name] = Adapter(method.config, {**method.common, **architecture.instead.get(name, options)})
+            is_refused = architecture.conv1d and not method.conv1d
+            if name not in architecture.left_out and not is_refused:
+                options = architecture.instead.get(name, options)
+                found[name] = Adapter(method.config, filled({**method.common, **options}, architecture.modules))
     lora = METHODS["LORA"]
     for name, options in architecture.more.items():
-        found[name] = Adapter(lora.config, {**lora.common, **options})
-    return {name: Adapter(config, filled(options, architecture.modules)) for name, (config, options) in found.items()}
+        found[name] = Adapter(lora.config, filled({**lora.common, **options}, architecture.modules))
+    return found
+
+
+def refused_of(architecture: Architecture) -> dict[str, Adapter]:
+    """The adapters that an architecture does not take, as PyTorch stores its matrices as (in, out), by name."""
+    found = {}
+    for method in METHODS.values():
+        if architecture.conv1d and not method.conv1d:
+            for name, options in method.models.items():
+                found[name] = Adapter(method.config, filled({**method.common, **options}, architecture.modules))
+    return found
 
 
 def llama_prompts() -> dict[str, Adapter]:

@@ -555,7 +555,9 @@ def test_starts_are_drawn_as_peft_draws_them(name, monkeypatch):
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"dense": torch.nn.Linear(512, 256)})
     tree = {"dense": {"kernel": jnp.array(model["dense"].weight.detach().numpy().T), "bias": jnp.zeros(256)}}
-    theirs = peft.get_peft_model_state_dict(peft.get_peft_model(model, STARTS[name].make(peft, target_modules=["dense"])))
+    theirs = peft.get_peft_model_state_dict(
+        peft.get_peft_model(model, STARTS[name].make(peft, target_modules=["dense"]))
+    )
     ours = pj.get_peft_model_state_dict(pj.apply_adapter(tree, STARTS[name].make(pj, target_modules=["dense"])))
     assert {key: array.shape for key, array in ours.items()} == {key: tuple(t.shape) for key, t in theirs.items()}
     for key, array in ours.items():

@@ -54,6 +54,12 @@ def test_a_name_is_enough(name: str) -> None:
     assert make_config(AdapterOptions(peft=name)).peft_type == name
 
 
+@pytest.mark.parametrize("name", [name for name, row in every_method().items() if not row.name_is_enough])
+def test_what_a_method_needs_beside_its_name_is_said(name: str) -> None:
+    with pytest.raises(ValueError, match=next(iter(every_method()[name].needed))):
+        make_config(AdapterOptions(peft=name))
+
+
 def test_a_prompt_has_no_place_in_packed_rows(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*WORDS, "--max-steps", "3", "--output", "out", "--peft", "P_TUNING", "--packing"]
     assert main([*words, "--peft-config", '{"num_virtual_tokens": 4}']) == 2

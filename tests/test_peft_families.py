@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from cases import ARCHITECTURES, METHODS, TASKS, adapters_of, auto_class
+from cases import ARCHITECTURES, TASKS, adapters_of, auto_class, refused_of
 from conformance import close, plain, same_files, tolerance
 from peft_jax.interop.extras import tied_copies
 from safetensors.numpy import load_file
@@ -28,8 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = np.array([[5, 17, 2, 40, 9, 61, 33], [8, 8, 50, 3, 21, 77, 1]])
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
 
-# All rows on GPT-2; on BERT's classifier of texts all methods, and LoRA where layers or heads of others matter; on the
-# others what their heads meet.
+
 class Model(NamedTuple):
     """A model type for a task of PEFT."""
 
@@ -48,18 +47,14 @@ FAMILIES = {
 def pairs_of(name):
     """The adapters that are compared on a model, by model and name."""
     kind, task = FAMILIES[name]
-    architecture = ARCHITECTURES[kind]
-    rows = architecture.adapters[task]
-    found = {}
-    for row, adapter in adapters_of(architecture).items():
-        refused = kind == "gpt2" and row in NOT_ON_CONV1D
-        if (rows is None or row in rows) and not refused:
-            found[name, row] = adapter
-    return found
+    rows = ARCHITECTURES[kind].adapters[task]
+    return {
+        (name, row): adapter for row, adapter in adapters_of(ARCHITECTURES[kind]).items() if rows is None or row in rows
+    }
 
 
-NOT_ON_CONV1D = [row for method in METHODS.values() if not method.conv1d for row in method.models]
 PAIRS = {pair: adapter for name in FAMILIES for pair, adapter in pairs_of(name).items()}
+REFUSED = refused_of(ARCHITECTURES["gpt2"])
 pairs = pytest.mark.parametrize(("name", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 COPY = r"\.(original_module|modules_to_save)\."  # with bias="all" PEFT saves biases of saved modules three times
 SHIFTS = ("self.key",)  # its bias adds the same to all scores of a query, and so changes nothing
@@ -253,9 +248,9 @@ def test_targets_that_are_all_saved_whole_are_no_adapter(bases):
         pj.get_peft_model(load("bert-seq", bases), pj.LoraConfig(**options))
 
 
-@pytest.mark.parametrize("row", NOT_ON_CONV1D)
+@pytest.mark.parametrize("row", REFUSED)
 def test_what_peft_has_not_for_conv1d_is_refused(row, bases):
-    adapter = adapters_of(ARCHITECTURES["gpt2"])[row]
+    adapter = REFUSED[row]
     with pytest.raises((TypeError, NotImplementedError, ValueError), match="Conv1D.* is not supported|not supported"):
         peft.get_peft_model(torch_base("gpt2", bases), adapter.make(peft, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=f"{row} takes no 'transformer.h.0..*': PyTorch stores it as .*Conv1D"):

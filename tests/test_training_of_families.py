@@ -123,7 +123,9 @@ def test_twenty_steps_are_those_of_peft(family: str, method: str, bases: Any, tm
     configs = [pj.PeftConfig.from_pretrained(tmp_path / folder) for folder in ("theirs", "ours")]
     assert got_file.keys() == want_file.keys() == first.keys()
     pattern = getattr(configs[0], "rank_pattern", None) or {}
-    assert bool(pattern) == getattr(adapter.method, "narrows", False) and (not pattern or pattern == configs[1].rank_pattern)
+    assert bool(pattern) == getattr(adapter.method, "narrows", False) and (
+        not pattern or pattern == configs[1].rank_pattern
+    )
     moved: dict[str, float] = {}
     for key, tensor in want_file.items():
         np.testing.assert_allclose(got_file[key], tensor, rtol=0, atol=5e-5, err_msg=key)
