@@ -284,3 +284,19 @@ def test_public_names_are_imported_on_first_use(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PUBLIC_NAMES, *listed]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def patched_names(file: Path) -> Iterator[str]:
+    """What a file of tests replaces by `setattr`: names with dots, or attributes."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            for argument in node.args[:2]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield argument.value
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").glob("*.py")), ids=lambda file: file.name)
+def test_no_test_patches_a_private_name(file: Path) -> None:
+    for name in patched_names(file):
+        last = name.rpartition(".")[2]
+        assert not last.startswith("_") or last.startswith("__"), f"{file.name} patches {name}"
