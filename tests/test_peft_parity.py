@@ -1,6 +1,7 @@
 """Adapters between PyTorch PEFT and us: the same logits, files and tokens in both directions."""
 
 import dataclasses
+import resource
 import warnings
 
 import jax
@@ -307,16 +308,18 @@ def test_damaged_and_absent_files_are_errors(bases, tmp_path):
         pj.PeftModel.from_pretrained(base, tmp_path)
 
 
-def test_saving_leaves_nothing_half_written(bases, tmp_path, monkeypatch):
+def test_saving_leaves_nothing_half_written(bases, tmp_path):
     model = pj.get_peft_model(load(bases["llama"]), pj.LoraConfig(target_modules=["q_proj"]))
 
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("peft_jax.interop.files.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path / "whole")  # compiles what it needs while files may be of any size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(OSError, match="adapter_model.safetensors cannot be written: .*File too large"):
+            model.save_pretrained(tmp_path / "half")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "whole").iterdir()) and not list((tmp_path / "half").iterdir())
     warnings.resetwarnings()
 
 
