@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peft_jax.core.file_names import is_path_below
+from peft_jax.core.text_files import parse_object, read_text
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,18 +37,13 @@ def read_config(folder: Path, file: str = CONFIG) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is not a JSON object.
+        ValueError: if it is not UTF-8 text or not a JSON object.
     """
     path = pathlib.Path(folder) / file
     if not path.is_file():
         raise FileNotFoundError(f"No {file} in '{folder}'. Save the checkpoint with save_pretrained('{folder}').")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}). Copy or save the checkpoint again.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"'{path}' is not a JSON object but {type(found).__name__}. Save the checkpoint again.")
-    return found
+    rule = "Copy or save the checkpoint again."
+    return parse_object(read_text(path, file, rule), f"'{path}'", rule)
 
 
 def open_tensors(folder: Path, ignored: Sequence[str] = ()) -> dict[str, np.ndarray]:

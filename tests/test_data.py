@@ -2,15 +2,29 @@
 
 import itertools
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import save_tokenizer
+from peft_jax.interop.checkpoint import read_config
 from transformers import AutoTokenizer
 
-from peft_jax.train import Record, evaluation_batches, read_records, tokenize, tokenize_prompts, training_batches
+from peft_jax import PeftConfig
+from peft_jax.cli.finetune.adapter_config import make_config
+from peft_jax.cli.finetune.options import AdapterOptions
+from peft_jax.train import (
+    Record,
+    evaluation_batches,
+    load_template,
+    read_records,
+    tokenize,
+    tokenize_prompts,
+    training_batches,
+)
 from peft_jax.train.data.encode import IGNORE
 
 RECORDS = [
@@ -155,3 +169,32 @@ def test_evaluation_batches_hold_everything_once(tokenizer: Any) -> None:
     assert {batch["labels"].shape for batch in batches} == {(2, data.length)}
     labels = list(itertools.chain.from_iterable(batch["labels"] for batch in batches))
     assert np.array_equal(labels[:3], data.labels) and np.all(labels[3] == IGNORE)
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a checkpoint's config": ("config.json", lambda file: read_config(file.parent)),
+    "an adapter's config": ("adapter_config.json", lambda file: PeftConfig.from_pretrained(file.parent)),
+    "the file of --adapter-config": ("mine.json", lambda file: make_config(AdapterOptions(adapter_config=file))),
+    "the file of --peft-config": ("mine.json", lambda file: make_config(AdapterOptions(peft_config=str(file)))),
+    "a prompt template": ("mine.json", load_template),
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00", "is not UTF-8 text."),
+        (b"{", "is not JSON ("),
+        (b"[]", "is not a JSON object but list."),
+        (b"[1]", "is not a JSON object but list."),
+        (b"3", "is not a JSON object but int."),
+    ],
+    ids=["not text", "not JSON", "an empty list", "a list", "a number"],
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_of_a_json_object_says_the_same(tmp_path: Path, reader: str, content: bytes, said: str) -> None:
+    name, read = READERS[reader]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)

@@ -20,6 +20,7 @@ from peft_jax.core.adapted import apply_merged
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
+from peft_jax.core.text_files import parse_object, read_text
 from peft_jax.core.weight import Weight
 from peft_jax.methods.fields import check_fields, is_kind
 
@@ -100,16 +101,13 @@ class PeftConfig:
 
         Raises:
             FileNotFoundError: if the folder holds no ``adapter_config.json``.
-            ValueError: if it is not JSON, or as in `from_dict`.
+            ValueError: if it is not a JSON object, or as in `from_dict`.
         """
         path = pathlib.Path(directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"No {CONFIG_FILE} in '{directory}'. Give the folder of a saved adapter.")
-        try:
-            fields = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}' is not JSON ({error}). Save the adapter again.") from None
-        return cls.from_dict(fields)
+        rule = "Save the adapter again."
+        return cls.from_dict(parse_object(read_text(path, CONFIG_FILE, rule), f"'{path}'", rule))
 
 
 class Method(PeftConfig):

@@ -23,12 +23,12 @@ from peft_jax.cli.shared.task import (
     task_of,
 )
 from peft_jax.core.targets import SAVED_HEADS
+from peft_jax.core.text_files import read_object
 from peft_jax.methods.base import Method, PeftConfig, by_name
 from peft_jax.methods.lora.initializers.table import from_data
 from peft_jax.methods.training_hooks import Scheduled
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train.data.batches import Data
-from peft_jax.train.data.text_files import read_object
 
 # Where they are not PEFT's, which has none for prompts.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {

@@ -8,8 +8,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from peft_jax.core.text_files import read_text
 from peft_jax.train import Record, load_template
-from peft_jax.train.data.text_files import read_text
 
 Prompt = str | dict[str, Any]
 KINDS = "a text, or an object with instruction (and input), prompt, or messages"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_jax.train.data.text_files import read_text
+from peft_jax.core.text_files import read_text
 
 FIELDS = "instruction, input and output"
 FORMATS = "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label"

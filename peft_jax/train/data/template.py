@@ -4,8 +4,8 @@ import dataclasses
 import string
 from pathlib import Path
 
+from peft_jax.core.text_files import read_object
 from peft_jax.train.data.records import Completion, Record
-from peft_jax.train.data.text_files import read_object
 
 
 @dataclasses.dataclass(frozen=True)

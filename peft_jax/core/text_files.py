@@ -1,0 +1,59 @@
+"""Reading text files and JSON objects: the one place that opens them and says in one line why they cannot be used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_text(file: Path, called: str, rule: str) -> str:
+    """Read a file as UTF-8 text, without a byte order mark.
+
+    Args:
+        file: The file.
+        called: What the file is, for errors: "data file".
+        rule: What to write instead, for errors.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not text.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no {called} at {file}. {rule}")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text. {rule}") from error
+
+
+def parse_object(text: str, subject: str, rule: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        text: The text.
+        subject: The file that the text is from, as errors are to name it.
+        rule: What to write instead, for errors.
+
+    Raises:
+        ValueError: If it is not JSON or not an object.
+
+    Example:
+        >>> parse_object('{"r": 4}', "adapter_config.json", "Save the adapter again.")
+        {'r': 4}
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{subject} is not JSON ({error}). {rule}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{subject} is not a JSON object but {type(found).__name__}. {rule}")
+    return found
+
+
+def read_object(file: Path, called: str, rule: str) -> dict[str, Any]:
+    """Read a JSON object from a file; arguments are those of `read_text`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not text, not JSON or not an object.
+    """
+    return parse_object(read_text(file, called, rule), f"the {called} {file}", rule)
