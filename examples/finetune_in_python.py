@@ -19,6 +19,8 @@ from peft_jax import train as pt
 from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
 from peft_jax.models import LazyLogits
 
+LENGTH = 96  # tokens of an example
+
 
 def main(
     output: Path = Path("my-adapter"), steps: int = 300, batch_size: int = 16, learning_rate: float = 2e-3
@@ -26,9 +28,12 @@ def main(
     """Run all steps."""
     # The data: prompts are masked out of the loss, every example has one length.
     tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
-    data = pt.tokenize(pt.read_records(TRAIN), tokenizer, cutoff_len=96)
     records = pt.read_records(HELD_OUT)
-    held_out = pt.tokenize(records, tokenizer, pad_to=data.length)
+    examples, too_long = pt.encode(pt.read_records(TRAIN), tokenizer, cutoff_len=LENGTH)
+    held_out_examples, held_out_too_long = pt.encode(records, tokenizer, cutoff_len=LENGTH)
+    print(f"{too_long + held_out_too_long} examples are longer than {LENGTH} tokens and left out")
+    data = pt.Padded(examples, LENGTH, shortest=LENGTH)
+    held_out = pt.Padded(held_out_examples, LENGTH, shortest=LENGTH)
 
     # The model: weights in int8, a LoRA adapter on every matmul of the layers.
     base = pj.AutoModelForCausalLM.from_pretrained(MODEL, load_in_8bit=True)

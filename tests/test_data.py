@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from peft_jax import PeftConfig
 from peft_jax.cli.finetune.adapter_config import make_config
 from peft_jax.cli.finetune.options import AdapterOptions
 from peft_jax.train import (
+    Padded,
     Record,
+    encode,
     evaluation_batches,
     load_template,
     read_records,
-    tokenize,
     tokenize_prompts,
     training_batches,
 )
@@ -77,14 +78,27 @@ def test_missing_file(tmp_path: Path) -> None:
         read_records(tmp_path / "none.json")
 
 
+def test_data_of_another_format_is_not_read_as_instructions(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text('[{"prompt": "a", "completion": "b"}]')
+    with pytest.raises(ValueError, match="have prompt and completion, not instruction and output. Read .* read_data"):
+        read_records(tmp_path / "data.json")
+
+
 def test_prompt_is_the_short_one() -> None:
     assert RECORDS[0].prompt == "### Instruction:\nReverse the word.\n\n### Input:\nabc\n\n### Response:\n"
     assert RECORDS[1].prompt == "### Instruction:\nSay hello.\n\n### Response:\n"
 
 
+def rows_of(records: Sequence[Record], tokenizer: Any) -> Padded:
+    """The records as rows, of which none is too long."""
+    examples, too_long = encode(records, tokenizer, cutoff_len=256)
+    assert too_long == 0
+    return Padded(examples)
+
+
 def test_only_the_answer_and_eos_are_trained(tokenizer: Any) -> None:
-    data = tokenize(RECORDS, tokenizer)
-    assert data.length % 32 == 0 and data.too_long == 0
+    data = rows_of(RECORDS, tokenizer)
+    assert data.lengths[-1] % 32 == 0
     for row, record in zip(data, RECORDS, strict=True):  # type: ignore[call-overload]
         ids = row["input_ids"][row["attention_mask"] == 1].tolist()
         starts_with_bos = bool(tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id)
@@ -102,8 +116,8 @@ def test_a_token_that_straddles_prompt_and_answer_is_trained() -> None:
         return {"input_ids": [ord(c) for c in pairs]}
 
     merging.eos_token_id = 2  # type: ignore[attr-defined]
-    data = tokenize([Record("a", "", "bc")], merging)  # type: ignore[arg-type]
-    assert [label for label in data.labels[0] if label != IGNORE] == [1, ord("c"), 2]
+    [example], _ = encode([Record("a", "", "bc")], merging, cutoff_len=256)
+    assert [label for label in example.labels if label != IGNORE] == [1, ord("c"), 2]
 
 
 def test_eos_is_not_doubled(tokenizer: Any) -> None:
@@ -113,23 +127,34 @@ def test_eos_is_not_doubled(tokenizer: Any) -> None:
         def __call__(self, text: str, *, verbose: bool) -> dict[str, list[int]]:
             return {"input_ids": [*tokenizer(text)["input_ids"], self.eos_token_id]}
 
+    [batch] = evaluation_batches(rows_of(RECORDS, AddsEos()), 3)
+    [wanted] = evaluation_batches(rows_of(RECORDS, tokenizer), 3)
     for field in ("input_ids", "labels", "attention_mask"):
-        assert np.array_equal(
-            getattr(tokenize(RECORDS, AddsEos()), field), getattr(tokenize(RECORDS, tokenizer), field)
-        )
+        assert np.array_equal(batch[field], wanted[field])
     for left, right in zip(tokenize_prompts(RECORDS, AddsEos()), tokenize_prompts(RECORDS, tokenizer), strict=True):
         assert np.array_equal(left, right)
 
 
 def test_examples_over_the_cutoff_are_counted(tokenizer: Any) -> None:
     records = [*RECORDS, Record("a", "b" * 300, "c")]
-    assert tokenize(records, tokenizer, cutoff_len=128).too_long == 1
-    assert len(tokenize(records, tokenizer, cutoff_len=128)) == 3
-    assert tokenize(records, tokenizer, pad_to=64).input_ids.shape == (3, 64)
-    exact = sum(tokenize(RECORDS[:1], tokenizer).attention_mask[0])
-    assert tokenize(RECORDS[:1], tokenizer, cutoff_len=exact).length == exact
+    assert encode(records, tokenizer, cutoff_len=128).too_long == 1
+    assert len(encode(records, tokenizer, cutoff_len=128).examples) == 3
+    exact = encode(RECORDS[:1], tokenizer, cutoff_len=128).examples[0].length
+    assert Padded(encode(RECORDS[:1], tokenizer, cutoff_len=exact).examples, exact).lengths[-1] == exact
     with pytest.raises(ValueError, match=f"none of 1 examples fits .* Raise cutoff_len to {exact} or"):
-        tokenize(RECORDS[:1], tokenizer, cutoff_len=exact - 1)
+        encode(RECORDS[:1], tokenizer, cutoff_len=exact - 1)
+
+
+def test_batches_of_one_length(tokenizer: Any) -> None:
+    examples, too_long = encode([*RECORDS, Record("a", "b" * 300, "c")], tokenizer, cutoff_len=64)
+    data = Padded(examples, 64, shortest=64)
+    assert too_long == 1
+    assert [batch["input_ids"].shape for batch in evaluation_batches(data, 3)] == [(3, 64)]
+    short = Padded(examples[1:2], 96, shortest=96)  # longer than any example needs
+    assert [batch["labels"].shape for batch in evaluation_batches(short, 1)] == [(1, 96)]
+    assert Padded(examples[1:2], shortest=96).lengths == (96,)
+    with pytest.raises(ValueError, match="the smallest length of batches is 0. Give 1 or more"):
+        Padded(examples, shortest=0)
 
 
 def test_a_tokenizer_without_eos_is_an_error(tokenizer: Any) -> None:
@@ -138,11 +163,11 @@ def test_a_tokenizer_without_eos_is_an_error(tokenizer: Any) -> None:
         __call__ = tokenizer.__call__
 
     with pytest.raises(ValueError, match="no eos_token"):
-        tokenize(RECORDS, NoEos())
+        encode(RECORDS, NoEos(), cutoff_len=256)
 
 
 def test_prompts_are_padded_on_the_left_and_end_where_the_answer_begins(tokenizer: Any) -> None:
-    data = tokenize(RECORDS, tokenizer)
+    data = rows_of(RECORDS, tokenizer)
     for ids, mask, row in zip(*tokenize_prompts(RECORDS, tokenizer), data, strict=True):  # type: ignore[call-overload]
         assert np.all(np.diff(mask) >= 0)
         prompt = row["input_ids"][(row["attention_mask"] == 1) & (row["labels"] == IGNORE)]
@@ -150,13 +175,17 @@ def test_prompts_are_padded_on_the_left_and_end_where_the_answer_begins(tokenize
 
 
 def test_training_batches_shuffle_each_epoch_and_repeat(tokenizer: Any) -> None:
-    data = tokenize([Record(f"number {n}", "", str(n)) for n in range(10)], tokenizer)
+    data = rows_of([Record(f"number {n}", "", str(n)) for n in range(10)], tokenizer)
     batches = training_batches(data, 4, seed=1)
     epoch = [0, 1, 2], [3, 4, 5]  # batches of 4, 4 and 2
     rows = [tuple(ids) for steps in epoch for ids in itertools.chain(*(batches[n]["input_ids"] for n in steps))]
     assert all(np.all(batches[n]["labels"][2:] == IGNORE) and not np.any(batches[n]["input_ids"][2:]) for n in (2, 5))
     rows = rows[:10] + rows[12:22]
-    assert set(rows[:10]) == set(rows[10:]) == {tuple(ids) for ids in data.input_ids}
+    assert (
+        set(rows[:10])
+        == set(rows[10:])
+        == {tuple(ids) for batch in evaluation_batches(data, 1) for ids in batch["input_ids"]}
+    )
     assert rows[:10] != rows[10:]
     again, other = training_batches(data, 4, seed=1), training_batches(data, 4, seed=2)
     assert np.array_equal(batches[3]["labels"], again[3]["labels"])
@@ -164,11 +193,14 @@ def test_training_batches_shuffle_each_epoch_and_repeat(tokenizer: Any) -> None:
 
 
 def test_evaluation_batches_hold_everything_once(tokenizer: Any) -> None:
-    data = tokenize(RECORDS, tokenizer)
+    examples, _ = encode(RECORDS, tokenizer, cutoff_len=256)
+    data = Padded(examples, 96, shortest=96)
     batches = list(evaluation_batches(data, 2))
-    assert {batch["labels"].shape for batch in batches} == {(2, data.length)}
+    assert {batch["labels"].shape for batch in batches} == {(2, 96)}
     labels = list(itertools.chain.from_iterable(batch["labels"] for batch in batches))
-    assert np.array_equal(labels[:3], data.labels) and np.all(labels[3] == IGNORE)
+    for found, example in zip(labels, examples, strict=False):
+        assert np.array_equal(found[: example.length], example.labels) and np.all(found[example.length :] == IGNORE)
+    assert len(labels) == 4 and np.all(labels[3] == IGNORE)
 
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 import peft_jax as pj
 from peft_jax.train import (
     Diverged,
+    Padded,
     cross_entropy,
     evaluate,
     evaluation_batches,
@@ -26,8 +27,7 @@ from peft_jax.train import (
     train,
     training_batches,
 )
-from peft_jax.train.data.encode import IGNORE
-from peft_jax.train.data.instructions import Tokens
+from peft_jax.train.data.encode import IGNORE, Example
 from peft_jax.train.metrics import MetricsLog, read_metrics
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 8
@@ -50,11 +50,11 @@ def adapted(seed: int, **fields: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def data() -> Tokens:
+def data() -> Padded:
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (10, LENGTH)).astype(np.int32)
-    mask = (np.arange(LENGTH) < np.arange(4, 14)[:, None]).astype(np.int32)
-    labels = np.where((mask == 1) & (np.arange(LENGTH) > 1), ids, IGNORE)
-    return Tokens(ids, mask, labels, too_long=0)
+    labels = np.where(np.arange(LENGTH) > 1, ids, IGNORE).astype(np.int32)
+    examples = [Example(ids[row, : row + 4], labels[row, : row + 4]) for row in range(len(ids))]
+    return Padded(examples, LENGTH)
 
 
 def test_cross_entropy_equals_transformers() -> None:
@@ -78,9 +78,9 @@ def test_cross_entropy_of_bf16_logits_is_summed_in_float32() -> None:
     np.testing.assert_allclose(float(total), int(count) * np.log(16), rtol=1e-6)
 
 
-def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(data: Tokens) -> None:
+def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(data: Padded) -> None:
     trainable, frozen = pj.partition(adapted(0, init_lora_weights=False))
-    batch = data[:4]
+    batch = next(evaluation_batches(data, 4))
     asked = batch["labels"][:, 1:] != IGNORE
     labels = np.where(asked, batch["labels"][:, 1:], 0)[..., None]
 
@@ -104,28 +104,29 @@ def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(data: Tokens) -> No
         assert np.abs(one - old).max() > 1e-3
 
 
-def test_dropout_acts_in_training_and_not_in_evaluation(data: Tokens) -> None:
+def test_dropout_acts_in_training_and_not_in_evaluation(data: Padded) -> None:
     optimizer = optax.sgd(0.0)
     step, evaluation = make_training_step(pj.adapt(apply), optimizer), make_evaluation_step(pj.adapt(apply))
+    batch = next(evaluation_batches(data, 4))
     for rate in (0.0, 0.5):
         params = adapted(0, init_lora_weights=False, lora_dropout=rate)
-        expected = evaluate(evaluation, params, [data[:4]])
+        expected = evaluate(evaluation, params, [batch])
         trainable, frozen = pj.partition(params)
         state = optimizer.init(trainable)
         losses = []
         for seed in (1, 2):
-            trainable, state, metrics = step(trainable, state, frozen, data[:4], jax.random.key(seed))
+            trainable, state, metrics = step(trainable, state, frozen, batch, jax.random.key(seed))
             losses.append(float(metrics.loss))
         assert (losses[0] == losses[1] and np.isclose(losses[0], expected, rtol=1e-6)) == (rate == 0.0)
 
 
-def test_the_batch_size_of_an_evaluation_does_not_matter(data: Tokens) -> None:
+def test_the_batch_size_of_an_evaluation_does_not_matter(data: Padded) -> None:
     step, params = make_evaluation_step(pj.adapt(apply)), adapted(0, init_lora_weights=False)
     losses = [evaluate(step, params, evaluation_batches(data, size)) for size in (1, 3, 10, 16)]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
-def test_the_loop_learns_compiles_once_and_repeats_bit_for_bit(data: Tokens) -> None:
+def test_the_loop_learns_compiles_once_and_repeats_bit_for_bit(data: Padded) -> None:
     optimizer = make_optimizer(0.05, 60)
     step = make_training_step(pj.adapt(apply), optimizer)
     evaluation = make_evaluation_step(pj.adapt(apply))
@@ -152,7 +153,7 @@ def test_the_loop_learns_compiles_once_and_repeats_bit_for_bit(data: Tokens) -> 
     assert step._cache_size() == evaluation._cache_size() == 1  # type: ignore[attr-defined]
 
 
-def test_frozen_weights_do_not_move(data: Tokens) -> None:
+def test_frozen_weights_do_not_move(data: Padded) -> None:
     optimizer = make_optimizer(0.1, 3)
     base = jax.tree.map(np.asarray, pj.unload(adapted(0)))
     step = make_training_step(pj.adapt(apply), optimizer)
@@ -163,7 +164,7 @@ def test_frozen_weights_do_not_move(data: Tokens) -> None:
         assert np.array_equal(before, after)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(data: Tokens) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(data: Padded) -> None:
     optimizer = optax.sgd(3e38)  # what it gives is finite, and too large to compute with
     step = make_training_step(pj.adapt(apply), optimizer)
     with pytest.raises(ValueError, match="the loss is nan at step 2. Lower the learning rate"):

@@ -21,8 +21,9 @@ from peft_jax.cli.shared.output_folder import new_folder
 from peft_jax.cli.shared.progress_bar import progress
 from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import (
+    Padded,
     Record,
-    Tokens,
+    encode,
     evaluate,
     evaluation_batches,
     make_evaluation_step,
@@ -31,7 +32,6 @@ from peft_jax.train import (
     plot_losses,
     read_records,
     start,
-    tokenize,
     tokenize_prompts,
     train,
     training_batches,
@@ -73,14 +73,22 @@ class Bench:
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.held_out = read_records(HELD_OUT)[: settings.held_out]
-        self.held_out_tokens = tokenize(self.held_out, tokenizer, pad_to=settings.length)
+        self.held_out_rows = self.rows(self.held_out)
         self.optimizer = make_optimizer(settings.learning_rate, settings.max_steps)
         self.training_step = make_training_step(apply_lazily, self.optimizer)
         self.evaluation_step = make_evaluation_step(apply_lazily)
 
+    def rows(self, records: Sequence[Record]) -> Padded:
+        """Tokenize records and pad them to one length, so that each step is compiled once."""
+        length = self.settings.length
+        examples, too_long = encode(records, self.tokenizer, cutoff_len=length)
+        if too_long:
+            raise ValueError(f"{too_long} records are longer than {length} tokens. Raise the length in Settings.")
+        return Padded(examples, length, shortest=length)
+
     def held_out_loss(self, model: Any) -> float:
         """Mean loss over the held-out items, in nats per answer token."""
-        batches = evaluation_batches(self.held_out_tokens, self.settings.batch_size)
+        batches = evaluation_batches(self.held_out_rows, self.settings.batch_size)
         return evaluate(self.evaluation_step, model, batches)
 
     def answers(self, model: Any) -> list[str]:
@@ -96,7 +104,7 @@ class Bench:
         hits = sum(answer == record.output for answer, record in zip(answers, self.held_out, strict=True))
         return f"{hits} of {len(answers)} answers exact"
 
-    def train(self, model: Any, data: Tokens) -> tuple[Any, Points, Points]:
+    def train(self, model: Any, data: Padded) -> tuple[Any, Points, Points]:
         """Train an adapter; return the model and its training and held-out curves."""
         settings = self.settings
         batches = training_batches(data, settings.batch_size, seed=0)
@@ -132,8 +140,7 @@ def _demo(folder: Path, settings: Settings) -> None:
     tokenizer = read_tokenizer(MODEL)
     bench = Bench(tokenizer, settings)
     records = read_records(TRAIN)
-    data = tokenize(records, tokenizer, pad_to=settings.length)
-    control_data = tokenize(with_shuffled_answers(records), tokenizer, pad_to=settings.length)
+    data, control_data = bench.rows(records), bench.rows(with_shuffled_answers(records))
     config = pj.LoraConfig(
         r=settings.r, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )

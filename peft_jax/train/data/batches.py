@@ -1,6 +1,5 @@
 """Batches of a few fixed lengths, so that each length is compiled once: by padding, or by packing texts into rows."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -56,18 +55,25 @@ class Padded:
     Args:
         examples: From `peft_jax.train.data.encode`.
         longest: The largest length; by default that of the longest example, rounded up to a multiple of 32.
-        pad: The token id that fills rows up, for models that tell padding by it.
+        pad: The token id that fills rows up, for models that recognize padding by it.
+        shortest: The smallest length. With ``longest`` the same, all batches have this one length.
 
     Example:
         >>> example = Example(np.array([5, 6, 7]), np.array([-100, 6, 7]))
         >>> Padded([example] * 3).lengths
         (32,)
+        >>> Padded([example] * 3, longest=96, shortest=96).lengths
+        (96,)
     """
 
-    def __init__(self, examples: Sequence[Example], longest: int | None = None, pad: int = 0) -> None:
+    def __init__(
+        self, examples: Sequence[Example], longest: int | None = None, pad: int = 0, *, shortest: int = SHORTEST
+    ) -> None:
         self.examples, self.pad = examples, pad
-        found = max(example.length for example in examples)
-        self.lengths = fixed_lengths(min(rounded_up(found), longest or rounded_up(found)))
+        last = max(shortest, rounded_up(max(example.length for example in examples)))
+        if longest is not None:
+            last = min(last, longest)
+        self.lengths = fixed_lengths(last, shortest)
 
     def __len__(self) -> int:
         """Count the examples."""
@@ -127,15 +133,26 @@ def rounded_up(length: int) -> int:
     return -(-length // SHORTEST) * SHORTEST
 
 
-def fixed_lengths(longest: int) -> tuple[int, ...]:
-    """Return 32, 64, 128, ... up to ``longest``, which is the last one.
+def fixed_lengths(longest: int, shortest: int = SHORTEST) -> tuple[int, ...]:
+    """Return 32, 64, 128, ... up to ``longest``, which is the last one; ``shortest`` replaces the 32.
+
+    Raises:
+        ValueError: If ``shortest`` is no length.
 
     Example:
         >>> fixed_lengths(96)
         (32, 64, 96)
+        >>> fixed_lengths(96, 96)
+        (96,)
     """
-    powers = range(max(0, math.ceil(math.log2(longest / SHORTEST))))
-    return (*(SHORTEST << power for power in powers), longest)
+    if shortest < 1:
+        raise ValueError(f"the smallest length of batches is {shortest}. Give 1 or more.")
+    lengths = []
+    length = shortest
+    while length < longest:
+        lengths.append(length)
+        length *= 2
+    return (*lengths, longest)
 
 
 def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int], pad: int = 0) -> Batch:

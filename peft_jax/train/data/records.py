@@ -11,7 +11,6 @@ from typing import Any
 
 from peft_jax.core.text_files import read_text
 
-FIELDS = "instruction, input and output"
 FORMATS = "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label"
 
 
@@ -114,15 +113,15 @@ def read_data(file: str | Path) -> list[AnyRecord]:
         >>> read_data("data.jsonl")
         [Completion(prompt='1, 2,', completion=' 3')]
     """
-    return to_records(_read(Path(file), FORMATS), str(file))
+    return to_records(_read(Path(file)), str(file))
 
 
 def read_records(file: str | Path) -> list[Record]:
-    """Read a JSON or JSONL file of records with alpaca's fields.
+    """Read a file by `read_data` whose records have alpaca's fields.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not JSON, is empty, or a record lacks `instruction` or `output`.
+        ValueError: As `read_data` does, or if the records are of another format.
 
     Example:
         >>> Path("data.jsonl").write_text('{"instruction": "Reverse.", "input": "abc", "output": "cba"}')
@@ -130,8 +129,14 @@ def read_records(file: str | Path) -> list[Record]:
         >>> read_records("data.jsonl")
         [Record(instruction='Reverse.', input='abc', output='cba')]
     """
-    objects = _read(Path(file), FIELDS)
-    return [_alpaca(value, f"record {number} of {file}") for number, value in enumerate(objects, 1)]
+    records = []
+    for record in read_data(file):
+        if not isinstance(record, Record):
+            raise ValueError(
+                f"the records of {file} have {named(type(record))}, not {named(Record)}. Read them with read_data."
+            )
+        records.append(record)
+    return records
 
 
 def to_records(objects: Sequence[Any], source: str) -> list[AnyRecord]:
@@ -171,9 +176,12 @@ def named(*kinds: type) -> str:
 
 
 def _record(value: Any, where: str) -> AnyRecord:
-    _must_be_object(value, where, f"Each record needs {FORMATS}.")
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is of type {type(value).__name__}, not an object. Each record needs {FORMATS}.")
     record = _by_fields(value, where)
-    return dataclasses.replace(record, task_id=value["task_id"]) if "task_id" in value else record
+    if "task_id" in value:
+        return dataclasses.replace(record, task_id=value["task_id"])
+    return record
 
 
 def _by_fields(value: dict[str, Any], where: str) -> AnyRecord:
@@ -189,9 +197,8 @@ def _by_fields(value: dict[str, Any], where: str) -> AnyRecord:
     raise ValueError(f"{where} lacks instruction and output; it has {', '.join(value) or 'no fields'}. {rule}")
 
 
-def _alpaca(value: Any, where: str) -> Record:
+def _alpaca(value: dict[str, Any], where: str) -> Record:
     rule = "Each record needs the fields instruction and output, and may have input."
-    _must_be_object(value, where, rule)
     return Record(**_texts(value, ("instruction", "output"), ("input",), where, rule))
 
 
@@ -202,11 +209,6 @@ def _labelled(value: dict[str, Any], where: str) -> Labelled:
     if not isinstance(label, str | int) or isinstance(label, bool) or (isinstance(label, int) and label < 0):
         raise ValueError(f"{where} has the label {label!r}. Give the name of a class, or its number from 0 on.")
     return Labelled(texts["text"], label, texts["text_pair"])
-
-
-def _must_be_object(value: Any, where: str, rule: str) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is of type {type(value).__name__}, not an object. {rule}")
 
 
 def _texts(
@@ -234,15 +236,12 @@ def _chat(messages: Any, where: str) -> Chat:
     return Chat(tuple(messages))
 
 
-def _read(file: Path, fields: str) -> list[Any]:
+def _read(file: Path) -> list[Any]:
     """Return the values in a file: a JSON list's items, or one value a line."""
-    text = read_text(file, "data file", f"Give a JSON or JSONL file of records with {fields}.")
+    text = read_text(file, "data file", f"Give a JSON or JSONL file of records with {FORMATS}.")
     if not text.strip():
-        raise ValueError(f"{file} is empty. Give at least one record with {fields}.")
-    objects = _parse(text, file)
-    if not objects:
-        raise ValueError(f"{file} holds no records. Give at least one with {fields}.")
-    return objects
+        raise ValueError(f"{file} is empty. Give at least one record with {FORMATS}.")
+    return _parse(text, file)
 
 
 def _parse(text: str, file: Path) -> list[Any]:
