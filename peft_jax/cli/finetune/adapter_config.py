@@ -26,6 +26,7 @@ from peft_jax.core.targets import SAVED_HEADS
 from peft_jax.core.text_files import read_object
 from peft_jax.methods.base import Method, PeftConfig, by_name
 from peft_jax.methods.lora.initializers.table import from_data
+from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 from peft_jax.methods.training_hooks import Scheduled
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train.data.batches import Data
@@ -68,12 +69,19 @@ def make_config(options: AdapterOptions) -> PeftConfig:
 
 
 OWN = {field.name for field in dataclasses.fields(PeftConfig)}  # fields that the command sets itself
+SHARED = {field.name for group in (TargetFields, ExcludeFields, LayerFields) for field in dataclasses.fields(group)}
 
 
 def _settable(kind: type[PeftConfig]) -> list[str]:
-    """The fields of a config that may have another value than their default."""
-    fixed = ("default", "unused")
-    return [f.name for f in dataclasses.fields(kind) if f.name not in OWN and not f.metadata.keys() & set(fixed)]
+    """The fields of a config that may have another value than their default, the method's own before the shared."""
+    own, shared = [], []
+    for field in dataclasses.fields(kind):
+        is_fixed = "default" in field.metadata or "unused" in field.metadata
+        if field.name in OWN or is_fixed:
+            continue
+        part = shared if field.name in SHARED else own
+        part.append(field.name)
+    return own + shared
 
 
 def _fields_of(kind: type[PeftConfig]) -> str:
