@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from text_rows import TextRows
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertTokenizerFast
 
@@ -57,20 +58,6 @@ class Options:
     learning_rate: float = 5e-3
 
 
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """Token ids and mask ``(texts, length)``, and the class of each."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
-
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
-        """Some texts, drawn at random."""
-        rows = rng.choice(len(self.ids), size)
-        return self.ids[rows], self.mask[rows], self.labels[rows]
-
-
 def read_texts(classes: int) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
     """The names of the packages, and the first lines of docstrings with their classes: to train on, and held out."""
     found = [(f.module.split(".")[0], f.name, " ".join(f.doc.split())) for f in cpython_text.functions() if f.doc]
@@ -82,10 +69,12 @@ def read_texts(classes: int) -> tuple[list[str], list[tuple[str, int]], list[tup
     return names, *parts
 
 
-def encode(pairs: list[tuple[str, int]], tokenizer: Any, length: int) -> Texts:
+def encode(pairs: list[tuple[str, int]], tokenizer: Any, length: int) -> TextRows:
     """Token ids of texts, padded on the right."""
     rows = tokenizer([text for text, _ in pairs], padding="max_length", truncation=True, max_length=length)
-    return Texts(np.array(rows["input_ids"]), np.array(rows["attention_mask"]), np.array([label for _, label in pairs]))
+    return TextRows(
+        np.array(rows["input_ids"]), np.array(rows["attention_mask"]), np.array([label for _, label in pairs])
+    )
 
 
 def pretrain(folder: Path, pairs: list[tuple[str, int]], options: Options) -> None:
@@ -125,7 +114,7 @@ def pretrain(folder: Path, pairs: list[tuple[str, int]], options: Options) -> No
     model.save_pretrained(folder)
 
 
-def train(model: Any, trained: Any, frozen: Any, texts: Texts, options: Options) -> Any:
+def train(model: Any, trained: Any, frozen: Any, texts: TextRows, options: Options) -> Any:
     """The model after training one twin of it and leaving the other alone."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(options.learning_rate, options.steps), weight_decay=0.0)
 
@@ -141,7 +130,7 @@ def train(model: Any, trained: Any, frozen: Any, texts: Texts, options: Options)
     return pj.combine(trained, frozen)
 
 
-def accuracy(model: Any, texts: Texts) -> float:
+def accuracy(model: Any, texts: TextRows) -> float:
     """Share of texts whose likeliest class is theirs."""
     return float(np.mean(np.argmax(model(texts.ids, texts.mask).logits, axis=-1) == texts.labels))
 

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 import tyro
+from text_rows import TextRows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -57,20 +58,6 @@ class Options:
     learning_rate: float = 0.3
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Inputs, their mask, and labels with -100 on padding."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
-
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
-        """Some pairs, drawn at random."""
-        rows = rng.choice(len(self.ids), size)
-        return self.ids[rows], self.mask[rows], self.labels[rows]
-
-
 def signatures(longest: int) -> tuple[list[cpython_text.Function], list[cpython_text.Function]]:
     """Functions with parameters, each signature once: to train on, and held out."""
     once = {f.signature: f for f in cpython_text.functions() if f.parameters and len(f.signature) <= longest}
@@ -80,12 +67,12 @@ def signatures(longest: int) -> tuple[list[cpython_text.Function], list[cpython_
     return parts[0], parts[1]
 
 
-def encode(pairs: list[tuple[str, str]], tokenizer: Any) -> Pairs:
+def encode(pairs: list[tuple[str, str]], tokenizer: Any) -> TextRows:
     """Token ids of inputs and outputs, padded on the right to the longest."""
     inputs = tokenizer([text for text, _ in pairs], padding=True, return_tensors="np")
     outputs = tokenizer([answer for _, answer in pairs], padding=True, return_tensors="np")
     labels = np.where(outputs["attention_mask"] == 1, outputs["input_ids"], -100)
-    return Pairs(inputs["input_ids"], inputs["attention_mask"], labels)
+    return TextRows(inputs["input_ids"], inputs["attention_mask"], labels)
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -99,7 +86,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
-def fit(trained: Any, frozen: Any, optimizer: optax.GradientTransformation, pairs: Pairs, steps: int, size: int) -> Any:
+def fit(
+    trained: Any, frozen: Any, optimizer: optax.GradientTransformation, pairs: TextRows, steps: int, size: int
+) -> Any:
     """The model after training one twin of it and leaving the other alone."""
 
     def loss_fn(trained: Any, frozen: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> jax.Array:
