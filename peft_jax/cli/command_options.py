@@ -20,7 +20,7 @@ from peft_jax.cli.shared.common_options import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """What a model is to continue."""
+    """The prompts that a model continues."""
 
     TITLE = "Prompts"
 

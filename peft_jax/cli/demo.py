@@ -42,7 +42,7 @@ Points = list[tuple[int, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the demo trains with.
+    """Hyperparameters of the demo.
 
     Attributes:
         r: Rank of the adapter.

@@ -51,9 +51,13 @@ def evaluate_model(options: Eval) -> None:
         found["perplexity"] = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
     targets = sum(int(np.sum(example.labels != IGNORE)) for example in examples)
     if options.json:
-        printed = {name: None if math.isinf(value) else value for name, value in found.items()}  # JSON has no infinity
-        counts = {"examples": len(data), "too_long": too_long}
-        print(json.dumps({**printed, **({} if task.has_classes else {"target_tokens": targets}), **counts}))
+        printed: dict[str, float | int | None] = dict(found)
+        if math.isinf(found.get("perplexity", 0)):
+            printed["perplexity"] = None  # JSON has no infinity
+        if not task.has_classes:
+            printed["target_tokens"] = targets
+        printed |= {"examples": len(data), "too_long": too_long}
+        print(json.dumps(printed))
         return
     left_out = f", {too_long} longer than {options.cutoff_len} left out" if too_long else ""
     if task.has_classes:

@@ -151,7 +151,7 @@ def demo(options: Demo) -> None:
 
 
 def _is_want_of_memory(error: RuntimeError) -> bool:
-    """Whether JAX found no room on a device."""
+    """Whether a device ran out of memory."""
     import jax
 
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

@@ -62,7 +62,11 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> list[str]:
-    files = {file.name: file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
+    files = {}
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                files[file.name] = file
     for name, file in files.items():
         shutil.copyfile(file, target / name)
     return sorted(files)

@@ -86,9 +86,10 @@ def _sum_over_chunks(logits: LazyLogits, parts: tuple[jax.Array, ...]) -> jax.Ar
 
     def backward(gradients: Any, factor: jax.Array) -> Any:
         of_weight, of_hidden = gradients
-        kinds = [leaf.dtype for leaf in leaves]
-        of_weight = [g if g is None else (g * factor).astype(kind) for g, kind in zip(of_weight, kinds, strict=True)]
-        return of_weight, (of_hidden.astype(factor.dtype) * factor).astype(of_hidden.dtype), None, None
+        scaled = []
+        for gradient, leaf in zip(of_weight, leaves, strict=True):
+            scaled.append(None if gradient is None else (gradient * factor).astype(leaf.dtype))
+        return scaled, (of_hidden.astype(factor.dtype) * factor).astype(of_hidden.dtype), None, None
 
     total.defvjp(forward, backward, symbolic_zeros=True)
     return total(leaves, *parts)

@@ -45,7 +45,8 @@ def finite_or_old(
         no fault, as some optimizers start with one.
     """
     faults = [~jnp.isfinite(loss), ~jnp.isfinite(grad_norm)]
-    faults += [~all_finite(array) if _is_float(array) else jnp.array(False) for array in jax.tree.leaves(new[0])]
+    for array in jax.tree.leaves(new[0]):
+        faults.append(~all_finite(array) if _is_float(array) else jnp.array(False))
     for array, before in zip(jax.tree.leaves(new[1]), jax.tree.leaves(old[1]), strict=True):
         broken = ~jnp.isfinite(array) & jnp.isfinite(before) if _is_float(array) else jnp.array(False)
         faults.append(jnp.any(broken))

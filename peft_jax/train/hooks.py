@@ -23,11 +23,11 @@ class ScheduledState(NamedTuple):
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """The state that a training step needs beside the trainable twin: the optimizer's, and that of a schedule.
+    """The state that a training step needs beside the trainable partition: the optimizer's, and that of a schedule.
 
     Args:
         optimizer: The optimizer.
-        params: The whole tree or model handle, not a twin of it.
+        params: The whole tree or model handle, not a partition of it.
 
     Returns:
         ``optimizer.init(trainable)``; for a method with a schedule a `ScheduledState`.
@@ -80,19 +80,20 @@ def split_state(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
 
 
 def advance(trainable: T, gradients: Any, opt_state: Any, schedule: Any) -> tuple[T, Any]:
-    """The trainable twin after the schedule's part of a step, and the state to go on with."""
+    """The trainable partition after the schedule's part of a step, and the state to go on with."""
     if schedule is None:
         return trainable, opt_state
     config, leaves = scheduled_leaves(trainable) or (None, {})
     _, slopes = scheduled_leaves(gradients) or (None, {})
     assert config is not None
-    arrays, slope = ({path: leaf.params for path, leaf in part.items()} for part in (leaves, slopes))
-    found, schedule = config.advance(arrays, slope, schedule)
+    arrays = {path: leaf.params for path, leaf in leaves.items()}
+    gradients_of_arrays = {path: leaf.params for path, leaf in slopes.items()}
+    found, schedule = config.advance(arrays, gradients_of_arrays, schedule)
     return _with_params(trainable, found), ScheduledState(opt_state, schedule)
 
 
 def finished(trainable: Any, frozen: Any, opt_state: Any) -> Any:
-    """The tree or handle as it is to be saved: `peft_jax.combine`, without what a schedule took away.
+    """The tree or handle to save: `peft_jax.combine`, without the ranks that a schedule removed.
 
     Example:
         >>> import peft_jax as pj

@@ -14,11 +14,11 @@ from peft_jax.train.step import StepMetrics, TrainingStep
 
 
 class State(NamedTuple):
-    """Where a run stands: all that it needs to go on, beside the frozen twin and the data.
+    """The state of a run: all that it needs to go on, beside the frozen partition and the data.
 
     Attributes:
-        step: How many steps are done, which is also the place in the data.
-        trainable: The trainable twin.
+        step: The number of steps done, which is also the position in the data.
+        trainable: The trainable partition.
         opt_state: The optimizer's state, and that of the method's schedule, if it has one.
         key: The run's random key; each step folds its number in.
     """
@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 def start(params: Any, optimizer: optax.GradientTransformation, *, seed: int) -> tuple[State, Any]:
-    """Split a tree or model handle with an adapter into the state of a run at step 0 and the frozen twin."""
+    """Split a tree or model handle with an adapter into the state of a run at step 0 and the frozen partition."""
     trainable, frozen = partition(params)
     return State(0, trainable, init_optimizer(optimizer, params), jax.random.key(seed)), frozen
 
@@ -43,13 +43,13 @@ def train(
     Args:
         step: From `make_training_step`.
         state: From `start`, or an earlier state of this run. Its memory is taken over, so do not use it afterwards.
-        frozen: The frozen twin; ``peft_jax.combine(state.trainable, frozen)`` is the model, and
+        frozen: The frozen partition; ``peft_jax.combine(state.trainable, frozen)`` is the model, and
             ``peft_jax.train.finished(state.trainable, frozen, state.opt_state)`` the one to save.
         batches: From `training_batches`; item ``n`` is that of step ``n``.
         max_steps: The step at which to end.
 
     Yields:
-        The state (usable until the next step), and what the step tells.
+        The state (usable until the next step), and the step's metrics.
 
     Raises:
         Diverged: A ValueError, if the loss, the gradient's norm, a parameter or the optimizer's state is not finite

@@ -1,4 +1,4 @@
-"""Many devices: a mesh with the axes data, fsdp and tensor, and the rules by which each array lies on it.
+"""Many devices: a mesh with the axes data, fsdp and tensor, and the rules by which each array is sharded.
 
 ``data`` and ``fsdp`` split the rows of a batch. ``fsdp`` and ``tensor`` split weights, adapters and the optimizer's
 moments, so that each device holds a part; XLA puts in the communication. Devices may be those of several processes:
@@ -80,7 +80,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
-    """How a weight lies on a mesh: by the first rule for its path; an axis that does not divide is left out.
+    """How a weight is sharded on a mesh: by the first rule for its path; an axis that does not divide is left out.
 
     Example:
         >>> tuple(spec("model.layers.mlp.up_proj.kernel", (2, 6, 8), make_mesh({})))
@@ -93,15 +93,17 @@ def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
 
 
 def _dividing(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    named = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
-    fits = [
-        size % math.prod(mesh.shape[name] for name in names) == 0 for size, names in zip(shape, named, strict=False)
-    ]
-    return P(*(axis if fit else None for axis, fit in zip(spec, fits, strict=True)))
+    """The spec without the mesh axes that do not divide an array's axis."""
+    kept = []
+    for size, axis in zip(shape[: len(spec)], spec, strict=True):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        devices = math.prod(mesh.shape[name] for name in names)
+        kept.append(axis if size % devices == 0 else None)
+    return P(*kept)
 
 
 def layout(tree: T, mesh: Mesh) -> T:
-    """How a tree or model handle lies on a mesh: a `NamedSharding` in place of every array.
+    """How a tree or model handle is sharded on a mesh: a `NamedSharding` in place of every array.
 
     Example:
         >>> import jax.numpy as jnp, peft_jax as pj
@@ -110,20 +112,20 @@ def layout(tree: T, mesh: Mesh) -> T:
         (None, 'tensor')
     """
 
-    def lie(key_path: Any, leaf: Any) -> Any:
+    def sharding_of(key_path: Any, leaf: Any) -> Any:
         found = spec(dotted(key_path), leaf.shape, mesh)
         if not is_weight(leaf):
             return NamedSharding(mesh, found)
         specs = leaf.specs((*found, *(None,) * (leaf.ndim - len(found))))
         return jax.tree.map(lambda array, part: NamedSharding(mesh, _dividing(part, array.shape, mesh)), leaf, specs)
 
-    return jax.tree_util.tree_map_with_path(lie, tree, is_leaf=is_weight)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree, is_leaf=is_weight)
 
 
 def place(tree: T, mesh: Mesh) -> T:
-    """Lay a tree or model handle out on a mesh; what `peft_jax.train.start` makes of it lies there too.
+    """Shard a tree or model handle on a mesh; the state that `peft_jax.train.start` makes of it is sharded alike.
 
-    An adapter may be on it, or be attached afterwards: it lies in the same way.
+    An adapter may be on it, or be attached afterwards: it is sharded like its base.
     """
     return tied(jax.tree.map(put, tree, layout(tree, mesh)))
 
@@ -140,7 +142,7 @@ def place_state(state: State, mesh: Mesh) -> State:
 
 
 def shardings(tree: T) -> T:
-    """How arrays lie: the sharding of each in its place, as `jax.jit` takes it."""
+    """Return the sharding of each array in its place, as `jax.jit` takes it."""
     return jax.tree.map(lambda array: array.sharding, tree)
 
 

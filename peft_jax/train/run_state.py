@@ -1,8 +1,8 @@
-"""Checkpoints of a run through orbax: each appears whole or not at all, and brings the run back bit for bit.
+"""Checkpoints of a run through orbax: each is written whole or not at all, and restores the run bit-identically.
 
 Each carries a hash of its arrays and one of its step and notes. Both are verified on reading, so that a checkpoint that
 was damaged on the disk is refused. The hash of the arrays is over whole arrays, however devices and processes share
-them. Once a checkpoint has its name, a list of its files and their hashes is added, which tells what is damaged before
+them. Once a checkpoint has its name, a list of its files and their hashes is added, which shows what is damaged before
 the storage layer reads it. A run that is killed in between leaves a whole checkpoint without that list.
 """
 
@@ -27,15 +27,15 @@ from peft_jax.train.loop import State
 
 STATE, NOTES, FILES = "state", "notes", "files.json"
 SPARE = 2**18  # bytes of a checkpoint beside its arrays, at most
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step, and every error in each of its threads
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every step, and every error in each of its threads
 
 
 class Checkpoints:
     """The checkpoints in a folder: arrays of the state by path, and notes in JSON.
 
     Args:
-        folder: Where they lie; made with the first one.
-        keep: How many are kept; older ones are removed once a new one is whole.
+        folder: Their folder; made with the first one.
+        keep: The number to keep; older ones are removed once a new one is whole.
 
     Example:
         >>> import optax, peft_jax as pj
@@ -112,7 +112,7 @@ class Checkpoints:
         return self._unsealed(self._restore({NOTES: ocp.args.JsonRestore()})[NOTES])[0]
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
-        """Read the last checkpoint, onto the devices on which ``like``'s arrays lie.
+        """Read the last checkpoint, onto the devices of ``like``'s arrays.
 
         Args:
             like: A state of the same run, as from `peft_jax.train.start`.
@@ -223,7 +223,7 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 
 def _sealed(step: int, notes: dict[str, Any], arrays: str) -> dict[str, Any]:
-    """What is written beside the arrays: step, notes, the hash of the arrays, and a hash of these three."""
+    """The data written beside the arrays: step, notes, the hash of the arrays, and a hash of these three."""
     found = {"step": step, "notes": notes, "arrays": arrays}
     text = json.dumps(found, sort_keys=True)
     return {**found, "hash": hashlib.sha256(text.encode()).hexdigest()}

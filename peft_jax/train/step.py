@@ -31,7 +31,7 @@ HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids", "token_type_ids")  
 
 
 class StepMetrics(NamedTuple):
-    """What a training step tells.
+    """The results of a training step.
 
     Attributes:
         loss: Mean over the batch's target tokens in nats, float32; with the method's penalty, if it has one.
@@ -62,23 +62,23 @@ def make_training_step(
 ) -> TrainingStep:
     """Build the step ``(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``.
 
-    Gradients are taken with respect to the trainable twin alone. The step is one compiled program, so build it once
-    and use it for every run over the same shapes. It takes over the memory of ``trainable`` and ``opt_state``: what
-    was passed in, and the tree it was split from, cannot be used afterwards.
+    Gradients are taken with respect to the trainable partition alone. The step is one compiled program, so build it
+    once and use it for every run over the same shapes. It takes over the memory of ``trainable`` and ``opt_state``:
+    the arguments, and the tree they were split from, cannot be used afterwards.
 
-    A step whose loss, gradient or result is not finite changes nothing, and says so in ``metrics.fault``; see
+    A step whose loss, gradient or result is not finite changes nothing and reports it in ``metrics.fault``; see
     `peft_jax.train.check_finite`.
 
     Args:
         apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary), or
             to the `LazyLogits` of a handle.
-        optimizer: Any optax transformation, initialised with the trainable twin; for a method with a schedule, as
-            AdaLoRA, by `peft_jax.train.init_optimizer`, and the step runs the schedule.
+        optimizer: Any optax transformation, initialized with the trainable partition. A method with a schedule,
+            such as AdaLoRA, needs `peft_jax.train.init_optimizer` instead, and the step runs the schedule.
         next_token: Whether logits predict the label at the next position, as a causal language model's do; False for
             classifiers of texts or tokens and for encoder-decoders. See `cross_entropy`.
         micro_batch_size: Rows that go through the model at once; the gradients of a batch's parts are summed in one
             scan. It divides the batch. By default the whole batch at once.
-        out_shardings: How trainable, optimizer state and metrics lie on a mesh, as `jax.jit` takes it.
+        out_shardings: Shardings of trainable, optimizer state and metrics on a mesh, as `jax.jit` takes them.
 
     Returns:
         The step; ``key`` is for dropout. The loss is normalised by the target tokens of the whole batch, so that its
@@ -144,7 +144,7 @@ def _labels_of(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
 
 
 def _targets(params: Any, batch: Batch, next_token: bool) -> jax.Array:
-    """How many labels a batch has that count."""
+    """Count the labels of a batch that are not ignored."""
     labels = _labels_of(params, batch)[0][:, 1:] if next_token else jnp.asarray(batch["labels"])
     return jnp.sum(labels != IGNORE)
 
@@ -160,7 +160,7 @@ def _loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple
 
 
 def logits_of(apply: Apply, params: Any, batch: Batch) -> Any:
-    """What a model gives for a batch, packed or not: logits (batch, length, vocabulary), lazy or not, or of classes."""
+    """Run a model on a batch: logits (batch, length, vocabulary), perhaps lazy, or logits of classes."""
     named: dict[str, Any] = dict(batch)
     more = {name: named[name] for name in HANDED_ON if name in named}
     return apply(params, batch["input_ids"], batch["attention_mask"], **more)
@@ -182,5 +182,9 @@ def make_evaluation_step(apply: Apply, *, next_token: bool = True) -> Evaluation
 
 def evaluate(step: EvaluationStep, params: Any, batches: Iterable[Batch]) -> float:
     """Mean loss in nats over all target tokens of the batches; ``step`` is from `make_evaluation_step`."""
-    sums = [(float(total), int(count)) for total, count in (step(params, batch) for batch in batches)]
-    return sum(total for total, _ in sums) / sum(count for _, count in sums)
+    totals, counts = [], []
+    for batch in batches:
+        total, count = step(params, batch)
+        totals.append(float(total))
+        counts.append(int(count))
+    return sum(totals) / sum(counts)

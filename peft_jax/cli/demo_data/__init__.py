@@ -1,4 +1,4 @@
-"""Where the checkpoint and the instruction data lie that ship with the package."""
+"""Paths of the checkpoint and the instruction data that ship with the package."""
 
 from pathlib import Path
 

@@ -74,7 +74,8 @@ SHARED = {field.name for group in (TargetFields, ExcludeFields, LayerFields) for
 
 def _settable(kind: type[PeftConfig]) -> list[str]:
     """The fields of a config that may have another value than their default, the method's own before the shared."""
-    own, shared = [], []
+    own: list[str] = []
+    shared: list[str] = []
     for field in dataclasses.fields(kind):
         is_fixed = "default" in field.metadata or "unused" in field.metadata
         if field.name in OWN or is_fixed:
@@ -128,7 +129,7 @@ def choose_task(options: Finetune, config: PeftConfig) -> Task:
 
 
 def attach(base: Any, config: PeftConfig, options: Finetune, max_steps: int, data: Data) -> Any:
-    """Attach a fresh adapter for a run of so many steps, or the one to start from; data is what it trains on."""
+    """Attach a fresh adapter for a run of ``max_steps`` on ``data``, or the adapter to start from."""
     model = _attached(base, config, options, max_steps, data)
     refuse_random(model)
     return model
@@ -160,7 +161,7 @@ def with_fresh_modules(config: Method, base: Any) -> Method:
     PEFT leaves a pooler that starts at random as it is, and out of the file, which then fits no base.
     """
     heads = SAVED_HEADS.get(config.task_type, ())
-    rest = [name for name in fresh_modules(base) if not any(part in heads for part in name.split("."))]
+    rest = [name for name in fresh_modules(base) if not set(name.split(".")) & set(heads)]
     if not rest or not any(field.name == "modules_to_save" for field in dataclasses.fields(config)):
         return config
     print(f"The checkpoint has no {', '.join(rest)}: trained whole, beside the adapter.")

@@ -64,6 +64,6 @@ def resumed(base: Any, output: Path) -> Any:
 
 
 def initial(model: Any, output: Path) -> Path | None:
-    """Folder of the start that the run's adapter is to be freed of on saving; None where the base is as it was."""
+    """Folder of the initial adapter, which is subtracted on saving; None where the base is unchanged."""
     start = output / START
     return start if start.is_dir() and leaves_base(model.peft_config["default"]) else None

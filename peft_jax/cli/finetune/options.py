@@ -135,7 +135,7 @@ class ProcessOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What is written, and when."""
+    """Files to write, and when."""
 
     TITLE = "Output"
 
@@ -232,4 +232,8 @@ EXCLUSIVE = {
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value

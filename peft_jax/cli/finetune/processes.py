@@ -28,8 +28,10 @@ def joined(options: ProcessOptions) -> Iterator[None]:
     Raises:
         ValueError: If what finds them is missing or wrong, or they cannot be reached.
     """
-    given = {name: getattr(options, name) for name in NAMED}
-    found: dict[str, Any] = {name: _from_environment(name) if value is None else value for name, value in given.items()}
+    found: dict[str, Any] = {}
+    for name in NAMED:
+        value = getattr(options, name)
+        found[name] = _from_environment(name) if value is None else value
     if not options.distributed and all(value is None for value in found.values()):
         yield
         return

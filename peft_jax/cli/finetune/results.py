@@ -1,4 +1,4 @@
-"""What a finished run writes beside its checkpoints: the adapter, the loss curve and the model card."""
+"""Files of a finished run beside its checkpoints: the adapter, the loss curve and the model card."""
 
 import os
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What `peft-jax finetune` makes of its options: base model, data, and the fingerprint of a run."""
+"""The base model, the data and the fingerprint of a run, made from the options of `peft-jax finetune`."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ class Examples:
     Attributes:
         training: Rows to train on.
         validation: Rows kept apart, or None.
-        said: What is to be told about it.
+        said: The report on it that is printed.
         digest: Hash of all tokens and labels.
     """
 
@@ -49,7 +49,7 @@ class Examples:
 
     @property
     def parts(self) -> list[Data]:
-        """Rows of both kinds, as far as there are any."""
+        """The training rows and, if there are any, the validation rows."""
         return [self.training] if self.validation is None else [self.training, self.validation]
 
 
@@ -123,7 +123,7 @@ def make_data(
 
 
 def padded(task: Task, examples: Sequence[Example], longest: int, model: Any) -> Padded:
-    """Examples one a row; where there is no end of text to be told by the mask alone, padding has the model's id."""
+    """Examples, one a row. Padding has the model's id, except for causal models, which go by the mask alone."""
     return Padded(examples, longest, 0 if task.next_token else model.config.pad_token_id or 0)
 
 
@@ -136,14 +136,19 @@ def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Ex
         )
     order = np.random.default_rng(seed).permutation(len(examples))
     kept = set(order[:count].tolist())
-    parts = [[example for n, example in enumerate(examples) if (n in kept) == wanted] for wanted in (False, True)]
-    return parts[0], parts[1]
+    training = [example for number, example in enumerate(examples) if number not in kept]
+    validation = [example for number, example in enumerate(examples) if number in kept]
+    return training, validation
 
 
 def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
-    """Raise ValueError for tokens that the model has no embedding or, after so many virtual ones, no position for."""
-    rows = (part[index] for part in parts for index in range(len(part)))
-    largest = max(int(ids.max()) for row in rows for name, ids in row.items() if name.endswith("input_ids"))
+    """Raise ValueError for tokens that the model has no embedding or, after the virtual ones, no position for."""
+    largest = 0
+    for part in parts:
+        for index in range(len(part)):
+            for name, ids in part[index].items():
+                if name.endswith("input_ids"):
+                    largest = max(largest, int(ids.max()))
     if largest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
@@ -229,4 +234,8 @@ def refuse_others(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _typed(value: Any) -> str:
-    return "not given" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if value is None:
+        return "not given"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)

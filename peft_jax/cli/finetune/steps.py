@@ -1,7 +1,8 @@
 """The compiled steps and the schedule of a run of `peft-jax finetune`, on one device or on a mesh."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ from peft_jax.train.step import TrainingStep
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run does.
+    """The steps of a run and their data.
 
     Attributes:
         task: What is trained.
@@ -53,7 +54,7 @@ class Plan:
         rows: How many of them go through the model at once.
         step: The compiled training step.
         evaluation_step: The compiled evaluation step.
-        mesh: Where all of it lies; None for one device.
+        mesh: The devices that all of it is sharded over; None for one device.
     """
 
     task: Task
@@ -69,7 +70,7 @@ class Plan:
     mesh: Mesh | None
 
     def row(self, state: State, metrics: StepMetrics) -> dict[str, float | int]:
-        """What a step adds to the metrics."""
+        """The row that a step adds to the metrics."""
         return {
             "step": state.step,
             "epoch": state.step / self.epoch,
@@ -84,11 +85,12 @@ class Plan:
         return self.validation_data is not None and (step % self.eval_steps == 0 or step == self.max_steps)
 
     def validation(self, state: State, frozen: Any) -> dict[str, float]:
-        """What the rows kept apart tell, for the metrics: ``eval_loss`` in nats per label, of classes the accuracy."""
+        """Metrics of the validation rows: ``eval_loss`` in nats per label, and for classes the accuracy."""
         assert self.validation_data is not None
-        batches = evaluation_batches(self.validation_data, self.rows)
-        placed = batches if self.mesh is None else (place_batch(batch, self.mesh) for batch in batches)
-        found = self.task.evaluate(self.evaluation_step, combine(state.trainable, frozen), placed)
+        batches: Iterable[Batch] = evaluation_batches(self.validation_data, self.rows)
+        if self.mesh is not None:
+            batches = map(partial(place_batch, mesh=self.mesh), batches)
+        found = self.task.evaluate(self.evaluation_step, combine(state.trainable, frozen), batches)
         return {f"eval_{name}": value for name, value in found.items()}
 
     def finished(self, state: State, frozen: Any) -> Any:
@@ -98,7 +100,7 @@ class Plan:
 
 
 def make_plan(options: Finetune, task: Task, model: Any, data: Examples, mesh: Mesh | None) -> tuple[Plan, State, Any]:
-    """Build the steps, and split the model into the state at step 0 and the frozen twin."""
+    """Build the steps, and split the model into the state at step 0 and the frozen partition."""
     training = options.training
     max_steps, epoch = count_steps(options, data.training), steps_per_epoch(data.training, training.batch_size)
     warmup = default_warmup(max_steps) if training.warmup_steps is None else training.warmup_steps
@@ -144,6 +146,6 @@ def check_mesh(options: Finetune, mesh: Mesh | None) -> None:
 
 
 def surroundings() -> dict[str, Any]:
-    """What a run's last bits depend on beside its settings."""
+    """Versions and devices, on which a run's last bits depend beside its settings."""
     devices = jax.devices()
     return {"jax": jax.__version__, "numpy": np.__version__, "devices": f"{len(devices)} {devices[0].device_kind}"}

@@ -112,6 +112,9 @@ def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def as_json(adapter: AdapterFolder, model: str | None, reasons: list[str] | None) -> dict[str, Any]:
     """Everything, for programs."""
     tensors = adapter.tensors
+    described = None
+    if tensors is not None:
+        described = {key: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for key, t in sorted(tensors.items())}
     found: dict[str, Any] = {
         "folder": str(adapter.path),
         "config": adapter.config,
@@ -121,9 +124,7 @@ def as_json(adapter: AdapterFolder, model: str | None, reasons: list[str] | None
             module: {"rank": rank, "scaling": adapter.scaling(module)} for module, rank in adapter.ranks.items()
         },
         "frozen": adapter.frozen,
-        "tensors": None
-        if tensors is None
-        else {key: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for key, t in sorted(tensors.items())},
+        "tensors": described,
         "servers": {one.program: {"takes": one.takes, "note": one.note} for one in verdicts(adapter)},
     }
     if reasons is not None:
@@ -217,18 +218,21 @@ def _table(adapter: AdapterFolder) -> Iterator[str]:
         kinds.setdefault((name, spell(tensor.shape), tensor.dtype), []).append(tensor.nbytes)
     lines = [("Tensor", "Shape", "Type", "Count", "Bytes")]
     lines += [(*kind, str(len(sizes)), _bytes(sum(sizes))) for kind, sizes in kinds.items()]
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 8)
     for line in lines:
         name = line[0] if len(line[0]) <= widths[0] else "..." + line[0][3 - widths[0] :]
-        yield "  ".join(
-            cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip((name, *line[1:]), widths, strict=True))
-        ).rstrip()
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[0], cells[2] = name.ljust(widths[0]), line[2].ljust(widths[2])  # names and types begin at the left
+        yield "  ".join(cells).rstrip()
 
 
 def _natural(key: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+    """A key to sort by: numbers in a name by their value."""
+    parts: list[tuple[int, int, str]] = []
+    for part in key.split("."):
+        parts.append((0, int(part), "") if part.isdigit() else (1, 0, part))
+    return parts
 
 
 def _verdict(verdict: Verdict) -> Iterator[str]:

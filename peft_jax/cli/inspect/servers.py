@@ -72,7 +72,7 @@ def _server(name: str, adapter: AdapterFolder, more: Any) -> Verdict:
 
 
 def _not_plain(adapter: AdapterFolder) -> Iterator[str]:
-    """What neither server does."""
+    """Reasons why neither server takes the adapter."""
     config = adapter.config
     if adapter.peft_type != "LORA":
         yield f"it serves LoRA alone, not {adapter.peft_type}"
@@ -108,12 +108,15 @@ def _vllm(adapter: AdapterFolder) -> Iterator[str]:
 def _vllm_flags(adapter: AdapterFolder) -> str:
     enough = next(limit for limit in VLLM_RANKS if limit >= _top_rank(adapter))
     flags = "--enable-lora" + (f" --max-lora-rank {enough}" if enough > VLLM_DEFAULT else "")
-    heads = [end for end in ("embed_tokens", "lm_head") if any(m.endswith(end) for m in adapter.ranks)]
+    heads = []
+    for end in ("embed_tokens", "lm_head"):
+        if any(module.endswith(end) for module in adapter.ranks):
+            heads.append(end)
     return flags + (f"; {' and '.join(heads)} for some architectures only" if heads else "")
 
 
 def _top_rank(adapter: AdapterFolder) -> int:
-    """The largest rank that a server must have room for; vLLM looks at the config's."""
+    """The largest rank that a server must allow; vLLM looks at the config's."""
     return max(adapter.config.get("r", 8), *adapter.ranks.values(), 0)
 
 

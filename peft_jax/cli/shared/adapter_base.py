@@ -1,4 +1,4 @@
-"""What the commands that use an adapter share: which base it sits on, and how both are read."""
+"""Reading an adapter and its base model, for the commands that use an adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def find_task(model: str | None, adapter: Path | None) -> Task:
 
 
 def find_base(model: str | None, adapter: Path | None) -> tuple[str, Path]:
-    """Name of the base model, and the folder in which it lies.
+    """Name of the base model, and its folder.
 
     Raises:
         ValueError: If neither the words nor the adapter name one.

@@ -24,12 +24,12 @@ KINDS = {int: "a whole number", float: "a number"}
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What an option has beside its type.
+    """Properties of an option beside its type.
 
     Attributes:
         aliases: Other flags for it, as other programs call it.
         presets: Flags that stand for the option with a value.
-        metavar: What its value is called in the help; by default its type.
+        metavar: Name of its value in the help; by default its type.
         positional: Whether it is given without a flag.
         repeatable: Whether its flag takes one value and may be given several times.
     """
@@ -70,7 +70,7 @@ class Parameter:
 
     @property
     def metavar(self) -> str:
-        """What its value is called."""
+        """Name of its value."""
         choices = f"{{{','.join(self.choices)}}}" if self.choices else None
         return self.option.metavar or choices or METAVARS.get(self.type, "NAME")
 
@@ -140,11 +140,11 @@ def parse_command(command: type[Command], name: str, words: Sequence[str]) -> Co
     if missing:
         usages = ", ".join(parameter.usage for parameter in missing)
         raise ValueError(f"{name} needs {usages}. peft-jax {name} --help says what that is.")
-    values = {
-        parameter.name: typed[parameter.name] if parameter.type is bool else parameter.value(typed[parameter.name])
-        for parameter in parameters
-        if parameter.name in typed
-    }
+    values = {}
+    for parameter in parameters:
+        if parameter.name in typed:
+            value = typed[parameter.name]
+            values[parameter.name] = value if parameter.type is bool else parameter.value(value)
     return _construct(command, values)
 
 

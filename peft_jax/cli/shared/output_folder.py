@@ -40,7 +40,7 @@ def refuse_used(output: Path, own: str | None = None) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """Yield a hidden folder to write into, and put what it holds in place if the block ends well.
 
-    It lies beside `output`, or inside where `output` is an empty folder, which may be a link, a mounted volume or the
+    It is beside `output`, or inside where `output` is an empty folder, which may be a link, a mounted volume or the
     current folder. If the block raises, nothing is left, folders made above `output` included. A lock keeps other
     processes from making the same folder meanwhile.
 

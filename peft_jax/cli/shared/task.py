@@ -1,7 +1,7 @@
-"""What the commands do for a task, and which task a checkpoint or an adapter is for. The one place that tells them.
+"""The tasks of the commands, and the task that a checkpoint or an adapter is for. No other module branches on tasks.
 
 A new task is an entry in `TASKS`: the class that reads its models, the records that it learns from, how they become
-rows, and what an evaluation tells.
+rows, and what an evaluation reports.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class Task:
         encode: Rows from records, a tokenizer, a model and a layout.
         pipeline: The hub's name of it.
         next_token: Whether prompt and answer are one text, and logits predict the label at the next position.
-        has_classes: Whether it tells classes, whose names lie beside an adapter.
+        has_classes: Whether it predicts classes, whose names are in a file beside an adapter.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Task:
 
     @property
     def apply(self) -> Callable[..., Any]:
-        """What the steps compute of a batch."""
+        """The function of model and batch that the steps compute."""
         return apply_lazily if self.next_token else apply
 
     def make_evaluation_step(self) -> Any:
@@ -98,7 +98,7 @@ class Task:
         return make_evaluation_step(self.apply, next_token=self.next_token)
 
     def evaluate(self, step: Any, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        """What is told of rows kept apart: the loss, of classes the accuracy too."""
+        """Evaluate on batches: the loss, and for classes the accuracy."""
         return score(step, model, batches) if self.has_classes else {"loss": evaluate(step, model, batches)}
 
     def check(self, records: Sequence[AnyRecord]) -> None:
@@ -115,7 +115,7 @@ class Task:
         return self.read(model, told, **options)
 
     def read(self, model: str, id2label: Mapping[int, str] | None = None, **options: Any) -> Any:
-        """Read a base model, with the names of its classes where they are told; `fresh_modules` says what it lacks."""
+        """Read a base model, with the names of its classes if they are given; `fresh_modules` says what it lacks."""
         if self.has_classes:
             options["id2label"] = id2label
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of leaves that start at random
@@ -220,7 +220,7 @@ def classes_of_data(model: str, records: Sequence[AnyRecord]) -> dict[int, str]:
     """The names of the classes to learn: those of a checkpoint that is a classifier, else those of the records.
 
     Raises:
-        ValueError: If the checkpoint tells numbers or several labels of a text, or the records do not name classes.
+        ValueError: If the checkpoint predicts numbers or several labels of a text, or records do not name classes.
     """
     hf = read_config(find_checkpoint(model))
     config = read_architecture(hf)
@@ -247,7 +247,7 @@ def write_labels(model: Any, file: Path) -> None:
 
 
 def classes_of_adapter(adapter: Path, model: str) -> dict[int, str] | None:
-    """The names that lie beside an adapter; else numbers for the rows of its head, or None if they are the model's.
+    """The names in the file beside an adapter; else numbers for the rows of its head, or None for the model's own.
 
     Raises:
         ValueError: If a file is damaged.

@@ -1,4 +1,4 @@
-r"""What the commands print, with control characters of names, fields and texts escaped.
+r"""Output of the commands, with control characters of names, fields and texts escaped.
 
 A terminal obeys such characters: an escape sequence in the name of a folder could hide or forge lines. Everything that
 a command prints is escaped, whoever wrote it and wherever it goes, with one exception: texts that a model generates

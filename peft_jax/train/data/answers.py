@@ -39,7 +39,7 @@ def encode_answers(
         records: Alpaca's, or prompts with completions.
         tokenizer: A `transformers` tokenizer with an end-of-sequence token.
         cutoff_len: Examples whose prompt or answer has more tokens are left out and counted.
-        start_token_id: What the decoder's inputs begin with, the config's ``decoder_start_token_id``.
+        start_token_id: The first of the decoder's inputs, the config's ``decoder_start_token_id``.
         template: Lays out alpaca's fields.
         tasks: As `peft_jax.train.data.encode` takes it.
 

@@ -16,9 +16,9 @@ class Batch(TypedDict):
 
     attention_mask is 0 on padding, labels are `IGNORE` where nothing is trained. Packed rows have segment_ids: the
     number of each token's text, from 1 on, and 0 on padding. Where a prompt has several tasks, task_ids (batch,) names
-    each row's; where it knows types of tokens, input_type_mask names each token's. Of classes of texts labels are
-    (batch,), and token_type_ids tell two texts of one row apart; of an encoder-decoder labels are the decoder's,
-    (batch, its length), and so are decoder_input_ids.
+    each row's; where it knows types of tokens, input_type_mask names each token's. For classes of texts, labels are
+    (batch,), and token_type_ids distinguish two texts of one row. For an encoder-decoder, labels and decoder_input_ids
+    are (batch, length of the decoder).
     """
 
     input_ids: np.ndarray
@@ -32,7 +32,7 @@ class Batch(TypedDict):
 
 
 class Data(Protocol):
-    """What batches are made of: rows (the fields of `Batch`, without the batch axis), and the lengths they may get."""
+    """Rows (the fields of `Batch`, without the batch axis) to batch, and the lengths that batches may have."""
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -161,10 +161,14 @@ def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int], pad: i
     batch = {}
     for name, first in rows[0].items():
         longest = max(np.size(row[name]) for row in rows)
-        shape = (next(length for length in lengths if length >= longest),) if np.ndim(first) else ()
-        batch[name] = np.full((batch_size, *shape), fill.get(name, 0), np.int32)
+        if np.ndim(first) == 0:  # one number a row, such as a class
+            batch[name] = np.full((batch_size,), fill.get(name, 0), np.int32)
+            batch[name][: len(rows)] = [row[name] for row in rows]
+            continue
+        width = next(length for length in lengths if length >= longest)
+        batch[name] = np.full((batch_size, width), fill.get(name, 0), np.int32)
         for number, row in enumerate(rows):
-            batch[name][(number, slice(len(row[name]))) if shape else number] = row[name]
+            batch[name][number, : len(row[name])] = row[name]
     return Batch(**batch)  # type: ignore[typeddict-item]
 
 

@@ -1,4 +1,4 @@
-"""Texts and their classes: names, token ids, and the share that a model tells right."""
+"""Texts and their classes: names, token ids, and a model's accuracy."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from peft_jax.train.data.records import AnyRecord, Labelled, named
 from peft_jax.train.losses import cross_entropy
 from peft_jax.train.step import Apply, logits_of
 
-MOST = 2**16  # classes that are told by numbers
+MOST = 2**16  # classes that are named by numbers
 ScoringStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 
 
@@ -74,7 +74,7 @@ def encode_texts(
         tokenizer: A `transformers` tokenizer.
         cutoff_len: Texts of more tokens are left out and counted.
         id2label: Names of the classes by number, from 0 on.
-        token_types: Whether the model tells two texts of a row apart by ``token_type_ids``.
+        token_types: Whether the model distinguishes two texts of a row by ``token_type_ids``.
         tasks: As `peft_jax.train.data.encode` takes it.
 
     Returns:
@@ -129,6 +129,11 @@ def make_scoring_step(apply: Apply) -> ScoringStep:
 
 def score(step: ScoringStep, params: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss in nats and accuracy over the batches; ``step`` is from `make_scoring_step`."""
-    sums = [[float(one) for one in step(params, batch)] for batch in batches]
-    loss, right, count = (sum(column) for column in zip(*sums, strict=True))
-    return {"loss": loss / count, "accuracy": right / count}
+    losses, rights, counts = [], [], []
+    for batch in batches:
+        loss, right, count = step(params, batch)
+        losses.append(float(loss))
+        rights.append(float(right))
+        counts.append(float(count))
+    total = sum(counts)
+    return {"loss": sum(losses) / total, "accuracy": sum(rights) / total}

@@ -1,7 +1,7 @@
-"""Records as token ids and labels: what is trained, how a text begins, and how it ends.
+"""Records as token ids and labels.
 
-Labels are `IGNORE` on what is not trained. BOS is there if the tokenizer or the chat template puts it there, never
-twice; every text ends with a trained end mark.
+Labels are `IGNORE` on tokens that are not trained. A text has BOS if the tokenizer or the chat template adds it, never
+twice; every text ends with a trained end-of-sequence mark.
 """
 
 import re
@@ -24,7 +24,7 @@ IGNORE = -100
 
 
 class Tokenizer(Protocol):
-    """What is used of a `transformers` tokenizer; chats need its ``apply_chat_template`` too."""
+    """The part of a `transformers` tokenizer that is used; chats need its ``apply_chat_template`` too."""
 
     eos_token_id: Any
 
@@ -144,7 +144,7 @@ def kept(examples: Sequence[Example], cutoff_len: int) -> Encoded:
 
 
 def task_field(record: Asked, number: int, tasks: int) -> dict[str, np.ndarray]:
-    """A row's ``task_ids`` for a prompt of so many tasks; nothing where it has none.
+    """Return a row's ``task_ids`` for a prompt of ``tasks`` tasks; an empty dict for 0.
 
     Raises:
         ValueError: If the record names none of them.
@@ -232,5 +232,7 @@ def _by_turns(messages: list[Mapping[str, Any]], tokenizer: Any, where: str) -> 
             spans.append((len(before), len(after)))
     found = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = found["offset_mapping"]
-    trained = [any(start < after and before < end for before, after in spans) for start, end in offsets]
+    trained = []
+    for start, end in offsets:
+        trained.append(any(start < after and before < end for before, after in spans))
     return list(found["input_ids"]), trained

@@ -16,7 +16,7 @@ FORMATS = "instruction and output (and perhaps input), or prompt and completion,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What records of all formats may say.
+    """Fields that records of all formats may have.
 
     Attributes:
         task_id: The number of the record's task, for prompts that have several; as the file has it.
