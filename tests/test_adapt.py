@@ -10,6 +10,7 @@ import pytest
 
 import peft_jax as pj
 from peft_jax.adapt.rules import RULES
+from peft_jax.methods.base import by_name, names
 
 
 def normal(seed, *shape):
@@ -163,7 +164,7 @@ def calls_in(jaxpr):
 
 
 @pytest.mark.parametrize("dropout, products", [(0.0, 8), (0.5, 10)])
-def test_products_of_one_input_begin_together(dropout, products):
+def test_products_of_one_input_share_their_first_product(dropout, products):
     """Four bases, three second factors, and one product with the first factors of all three.
 
     With dropout each of them has inputs of its own, and a product of its own.
@@ -188,6 +189,92 @@ def test_products_of_one_input_begin_together(dropout, products):
         for way in ways
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, want)
+
+
+def project(params, x, names="qkv"):
+    return [x @ params[name]["kernel"] for name in names]
+
+
+def count_products(fn, *args):
+    return jax.jit(fn).lower(*args).as_text().count("stablehlo.dot_general")
+
+
+def products_saved(params):
+    """By how many products q, k and v together need fewer than each by itself; the numbers are the same."""
+    each = [count_products(pj.adapt(lambda params, x, name=name: project(params, x, name)), params, X) for name in "qkv"]
+    got, want = pj.adapt(project)(params, X), project(pj.merge(params), X)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+    return sum(each) - count_products(pj.adapt(project), params, X)
+
+
+TREE = {name: {"kernel": normal(i, 8, 4 + i)} for i, name in enumerate("qkv")}
+LORA = pj.LoraConfig(r=2, target_modules=["q", "k", "v"], init_lora_weights=False)
+FIRST = {"LORA": [LORA, LORA.replace(use_dora=True), LORA.replace(use_rslora=True, lora_alpha=3)]}
+IA3 = pj.IA3Config(target_modules=["q", "k", "v"], feedforward_modules=["q"], init_ia3_weights=False)
+
+
+def test_every_method_with_a_first_factor_shares_its_product():
+    declaring = {name for name in names() if getattr(by_name(name), "first", None) is not None}
+    assert declaring == FIRST.keys(), "a method that declares its first factor needs a config here"
+    for configs in FIRST.values():
+        for config in configs:
+            assert products_saved(pj.apply_adapter(TREE, config)) == 2, config
+
+
+def test_adapters_in_each_other_share_the_first_products_of_all():
+    """They have the same role on the same leaf, and each gets its own part; the base's product is no part of it."""
+    params = pj.apply_lora(TREE, LORA, adapter_name="inner")
+    params = pj.apply_lora(params, LORA.replace(r=3), adapter_name="outer", key=jax.random.key(7))
+    assert products_saved(params) == 5
+    assert products_saved(pj.set_adapter(params, "inner")) == products_saved(pj.set_adapter(params, "outer")) == 2
+
+
+@pytest.mark.parametrize("outer, saved", [(IA3, 1), (pj.HRAConfig(r=2, target_modules=["q", "k", "v"]), 0)])
+def test_a_shared_first_product_is_not_that_of_an_input_changed_since(outer, saved):
+    """IA3 scales the inputs of q before LoRA meets them, and HRA reflects those of all three.
+
+    With IA3 the shared product serves k and v, with HRA nobody, and it is not in the program.
+    """
+    params = pj.apply_adapter(pj.apply_lora(TREE, LORA), outer, adapter_name="outer")
+    trainable, frozen = pj.partition(params)
+    trainable = jax.tree.map(lambda array: array + 0.5 * normal(5, *array.shape), trainable)
+    assert products_saved(pj.combine(trainable, frozen)) == saved
+
+
+def test_an_adapter_under_one_with_dropout_shares_the_product_of_the_plain_input():
+    params = pj.apply_lora(TREE, LORA, adapter_name="inner")
+    params = pj.apply_lora(params, LORA.replace(lora_dropout=0.5), adapter_name="outer")
+    params = pj.with_dropout(params, jax.random.key(2))
+    assert count_products(pj.adapt(project), params, X) == 3 + 1 + 3 + 2 * 3  # bases, shared, second factors, outer
+    each = [pj.adapt(lambda params, x, name=name: project(params, x, name))(params, X)[0] for name in "qkv"]
+    for got, want in zip(pj.adapt(project)(params, X), each, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_product_of_a_changed_first_factor_is_an_error(monkeypatch):
+    """An array that a method changed has no shared product; a single weight computes it, so that nothing else tells."""
+
+    def apply(self, params, state, base, x, product):
+        changed = {**params, "lora_A": params["lora_A"].astype(jnp.float16)}
+        return product.up(product.down_by_role(x, changed, "lora_A"), params["lora_B"])
+
+    monkeypatch.setattr(pj.LoraConfig, "apply", apply)
+    with pytest.raises(ValueError, match=r"got another array as 'lora_A'.*Write product.down\(x, array\)"):
+        pj.adapt(project)(pj.apply_lora(TREE, LORA), X)
+
+
+def test_what_is_under_a_shared_product_stays_a_plain_product():
+    """EVA's observer notes the inputs of plain products, and a copy that is trained whole has no first factor."""
+    adapted = pj.apply_lora(TREE, LORA)
+    eva = LORA.replace(init_lora_weights="eva")
+    params = pj.apply_lora_from_data(adapted, eva, [X], fn=project, adapter_name="second")
+    alone = pj.apply_lora_from_data(TREE, eva, [X], fn=project)
+    for name in "qkv":
+        got, want = (tree[name]["kernel"].params["lora_A"] for tree in (params, alone))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    whole = pj.apply_lora(TREE, LORA.replace(target_modules=["v"], modules_to_save=["q"]), adapter_name="whole")
+    assert products_saved(pj.apply_lora(whole, LORA, adapter_name="second")) == 3
 
 
 def test_scopes_of_the_users_program_stay_in_the_compiled_one():

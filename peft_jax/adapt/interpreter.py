@@ -14,7 +14,7 @@ import jax
 from peft_jax.adapt import compat
 from peft_jax.adapt.nnx_state import holds_objects, run_with_state
 from peft_jax.adapt.rules import RULES, merged
-from peft_jax.adapt.shared_inputs import begin_together
+from peft_jax.adapt.shared_inputs import run_products_of_one_input
 from peft_jax.adapt.splice import splice
 from peft_jax.adapt.view import View
 from peft_jax.core.weight import as_sliced, is_weight
@@ -107,7 +107,9 @@ def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
 
 
 def _equations(eqns: Sequence[Any], values: list[Any]) -> list[Any]:
-    return begin_together(_equation, eqns, values) if len(eqns) > 1 else _equation(eqns[0], values)
+    if len(eqns) == 1:
+        return _equation(eqns[0], values)
+    return run_products_of_one_input(_equation, eqns, values)
 
 
 def _equation(eqn: Any, values: list[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import jax
 from jax.extend import core
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.shared_inputs import siblings
+from peft_jax.adapt.shared_inputs import products_of_one_input
 from peft_jax.adapt.view import is_view
 
 LEAF: Any = jax.tree.structure(0)
@@ -57,7 +57,7 @@ def splice(jaxpr: core.ClosedJaxpr, args: Sequence[Any], run: Run) -> tuple[core
             inputs += zip(atoms, leaves, strict=True)
 
     eqns, traced = [], dict[Any, Any]()
-    mates, gone = siblings(jaxpr.jaxpr.eqns), set[int]()
+    mates, gone = products_of_one_input(jaxpr.jaxpr.eqns), set[int]()
     for place, eqn in enumerate(jaxpr.jaxpr.eqns):
         if place in gone:
             continue

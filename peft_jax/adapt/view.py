@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, varying, varying_over
 
+Value = Any  # what a variable of a program stands for: an array, or a `View` of a weight
+
 BROADCAST, FREE = -1, -2  # in place of an axis: that of a broadcast, and one of the other operand
 
 

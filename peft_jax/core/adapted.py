@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from peft_jax.core.file_names import is_file_name
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted, matrix_path, module_path
-from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.product import MATMUL, FirstFactor, Product
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight, role_specs
 
 LAYER = "layer"  # in the state of a bias: the arrays of the adapter of its layer's matrix, where both share them
@@ -36,7 +36,7 @@ class Rule(Protocol):
 
     @property
     def first(self) -> str | None:
-        """Role of the trained matrix that the inputs are multiplied by first."""
+        """Role of the trained matrix that `apply` multiplies its inputs by, with ``product.down_by_role``."""
 
     @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:
@@ -173,13 +173,21 @@ class Adapted(Weight):
         """The product with the adapted matrix, by the method's cheapest way."""
         if not self.active:
             return self._base.apply(x, product)
-        return self.method.apply(self.params, self.state, self._base, x, product)
+        own = product.for_adapter(self._base.depth)
+        return self.method.apply(self.params, self.state, self._base, x, own)
 
-    def first_factors(self) -> list[jax.Array]:
+    @property
+    def depth(self) -> int:
+        """Number of adapters here and in the base."""
+        return 1 + self._base.depth
+
+    def first_factors(self) -> dict[FirstFactor, jax.Array]:
         """The method's, unless dropout changes its inputs, and the base's."""
-        role = self.method.first if self.active and "dropout" not in self.state else None
-        own = [self.params[role]] if role in self.params else []
-        return [*own, *self._base.first_factors()]
+        base, role = self._base, self.method.first
+        factors = {}
+        if role is not None and role in self.params and self.active and "dropout" not in self.state:
+            factors[FirstFactor(base.depth, role)] = self.params[role]
+        return factors | base.first_factors()
 
     def astype(self, dtype: jnp.dtype) -> "Adapted":
         """The leaf with its base converted; the adapter keeps its precision."""

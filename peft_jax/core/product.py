@@ -5,27 +5,68 @@ A method that adds ``A B`` to a matrix needs no sum of matrices: ``full(x, A @ B
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 
+class FirstFactor(NamedTuple):
+    """Which first factor: that of an adapter on a leaf, by the number of adapters under it, and its role there."""
+
+    depth: int
+    role: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SharedFirstProducts:
+    """The products of one input with the first factors of a leaf's adapters, computed before the adapters run.
+
+    Attributes:
+        x: The input.
+        factors: The first factors, ``(in, rank)``, as `peft_jax.core.weight.Weight.first_factors` gives them.
+        results: For each of them the product with ``x``.
+    """
+
+    x: jax.Array
+    factors: Mapping[FirstFactor, jax.Array]
+    results: Mapping[FirstFactor, jax.Array]
+
+    def result(self, x: jax.Array, which: FirstFactor, factor: jax.Array) -> jax.Array | None:
+        """The product of ``x`` with a factor; None if it is of another input, as dropout or an outer adapter makes one.
+
+        Raises:
+            ValueError: if the factor is another one than the product was computed with.
+        """
+        if x is not self.x or which not in self.results:
+            return None
+        if factor is not self.factors[which]:
+            raise ValueError(
+                f"product.down_by_role got another array as '{which.role}' than the adapter's own, with which its "
+                "product is computed already. Write product.down(x, array) for an array that apply has changed."
+            )
+        return self.results[which]
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """``x @ matrix``, for ``x`` of shape ``(..., in)``; the other products are its kin.
+    """``x @ matrix``, for ``x`` of shape ``(..., in)``, and base class of the other products.
 
     Attributes:
         precision: As ``jax.lax.dot_general`` takes it.
         preferred_element_type: Element type of the result; None for that of ``x``.
-        out_sharding: Sharding of the result, where a mesh of explicit axes wants to be told.
+        out_sharding: Sharding of the result, which a mesh of explicit axes has to be given.
+        shared: Products with first factors that are computed already.
+        depth: Number of adapters under the one that the product is handed to.
     """
 
     precision: Any = None
     preferred_element_type: Any = None
     out_sharding: Any = None
+    shared: SharedFirstProducts | None = None
+    depth: int = 0
 
     @property
     def looks_up(self) -> bool:
@@ -47,8 +88,24 @@ class Product:
             inner = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec[:-1], None))
         return _in_rows(lambda x: jnp.matmul(x, a, precision=self.precision, out_sharding=inner), x.astype(a.dtype))
 
+    def down_by_role(self, x: jax.Array, params: Mapping[str, jax.Array], role: str) -> jax.Array:
+        """`down` with ``params[role]``, the array that a method names as its ``first``.
+
+        Weights that are multiplied by one input share one product with their first factors. Its part is returned here
+        if ``x`` is that input.
+        """
+        factor = params[role]
+        result = None
+        if self.shared is not None:
+            result = self.shared.result(x, FirstFactor(self.depth, role), factor)
+        return self.down(x, factor) if result is None else result
+
+    def for_adapter(self, depth: int) -> Self:
+        """The product as the adapter with this number of adapters under it gets it."""
+        return self if self.shared is None else self.replace(depth=depth)
+
     def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
-        """What `down` gave, times the second factor, ``(rank, out)``."""
+        """The result of `down` times the second factor, ``(rank, out)``."""
         return _in_rows(lambda h: jnp.matmul(h, b, precision=self.precision, out_sharding=self.out_sharding), h)
 
     def scale(self, y: jax.Array, scale: jax.Array) -> jax.Array:
@@ -58,24 +115,6 @@ class Product:
     def replace(self, **changes: Any) -> Self:
         """The same product with other options."""
         return dataclasses.replace(self, **changes)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Begun(Product):
-    """A product of ``x`` whose first halves are there already.
-
-    Attributes:
-        x: What they are products of.
-        halves: First factors, and what `down` gives for them.
-    """
-
-    x: Any = None
-    halves: tuple[tuple[jax.Array, jax.Array], ...] = ()
-
-    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
-        """What is there, if it is for this very ``x`` (dropout makes another one of it) and factor."""
-        found = next((half for factor, half in self.halves if x is self.x and a is factor), None)
-        return super().down(x, a) if found is None else found
 
 
 @dataclasses.dataclass(frozen=True)

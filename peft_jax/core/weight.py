@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
-from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.product import MATMUL, FirstFactor, Product
 
 Change = Callable[[jax.Array, int], jax.Array]
 
@@ -66,9 +66,14 @@ class Weight(abc.ABC):
     def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
         """``product.full(x, matrix)``. No stacked axes, save for the groups of a grouped product."""
 
-    def first_factors(self) -> list[jax.Array]:
-        """The matrices ``(in, rank)`` that `apply` hands to ``product.down`` with the inputs as they are."""
-        return []
+    @property
+    def depth(self) -> int:
+        """Number of adapters on the weight, one on another."""
+        return 0
+
+    def first_factors(self) -> dict[FirstFactor, jax.Array]:
+        """The matrices ``(in, rank)`` that its adapters multiply the inputs by with ``product.down_by_role``."""
+        return {}
 
     @abc.abstractmethod
     def astype(self, dtype: jnp.dtype) -> "Weight":

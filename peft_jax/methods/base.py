@@ -124,7 +124,7 @@ class Method(PeftConfig):
 
     structural: ClassVar[tuple[str, ...]] = ()
     side_path: ClassVar[bool] = True
-    first: ClassVar[str | None] = None  # role of the trained ``(in, rank)`` that `apply` multiplies its inputs by first
+    first: ClassVar[str | None] = None  # role of the trained ``(in, rank)`` that `apply` gives to product.down_by_role
     dropout_in_lookups: ClassVar[bool] = False  # whether dropout is for what lies on an embedding too
     on_model: ClassVar[bool] = False  # whether the adapter goes on a model handle and changes no weight
     on_input: ClassVar[bool] = False  # whether its default target is a model's input embedding

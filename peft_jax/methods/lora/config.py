@@ -267,10 +267,11 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
             return dora.apply(self, params, state, base, x, product)
         y, a = base.apply(x, product), params["lora_A"]
         scaling = state["scaling"].astype(a.dtype)
+        dropped = x if product.looks_up else dropout(x, state)
         if scaling.ndim:  # each group has its own
-            a = a * scaling[..., None, None]
-        inner = product.down(x if product.looks_up else dropout(x, state), a)
-        inner = inner if scaling.ndim else inner * scaling  # not A: backward would keep a scaled copy of it
+            inner = product.down(dropped, a * scaling[..., None, None])
+        else:  # the product is scaled, and not A, of which backward would keep a scaled copy
+            inner = product.down_by_role(dropped, params, "lora_A") * scaling
         update = product.up(inner, _second(params, state))
         if UNBIASED in state:
             update = update + product.scale(jnp.ones_like(update), scaling[..., None] * params[BIAS])

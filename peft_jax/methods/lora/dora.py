@@ -44,10 +44,11 @@ def apply(
     """``m / n (x W + s (x A) B)``; with dropout switched on ``x W``, and what is added to it has dropped inputs."""
     if base.layout.stack:  # a grouped product
         return apply_merged(method, params, state, base, x, product)
-    a, b = params["lora_A"], params["lora_B"]
+    b = params["lora_B"]
     factor = _factor(params, state, _squares(params, state, base))
     y, dropped = base.apply(x, product), x if product.looks_up else dropout(x, state)
-    update = product.up(product.down(dropped, a) * state["scaling"].astype(a.dtype), b)
+    inner = product.down_by_role(dropped, params, "lora_A") * state["scaling"].astype(params["lora_A"].dtype)
+    update = product.up(inner, b)
     if dropped is x:
         return product.scale(y.astype(b.dtype) + update, factor).astype(y.dtype)
     again = base.apply(dropped, product).astype(b.dtype)
