@@ -1,7 +1,9 @@
-"""Which leaf is the bias of which matrix: what a program adds to the result of the product with the matrix."""
+"""Which leaf is the bias of which matrix: a program adds it to the result of the product with the matrix."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from peft_jax.adapt import compat
 
@@ -15,7 +17,7 @@ CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "clo
 
 
 class Origin(NamedTuple):
-    """What a variable is: a leaf, or the result of a product with it."""
+    """Where a variable comes from: it is a leaf, or the result of a product with it."""
 
     path: str
     is_result: bool
@@ -24,41 +26,56 @@ class Origin(NamedTuple):
 Origins = Sequence[Origin | None]
 
 
-def read_biases(jaxpr: Any, paths: Sequence[str | None]) -> dict[str, str]:
+def read_biases(jaxpr: ClosedJaxpr, paths: Sequence[str | None]) -> dict[str, str]:
     """The path of the matrix by that of its bias.
 
     A leaf that is added to products with several matrices, as in a recurrent cell, is the bias of none of them.
 
     Args:
-        jaxpr: A closed jaxpr.
-        paths: Of each of its inputs the path of the leaf, or None.
+        jaxpr: The program.
+        paths: For each of its inputs the path of the leaf, or None.
     """
+    inputs = [None if path is None else Origin(path, is_result=False) for path in paths]
     found: dict[str, set[str]] = {}
-    _walk(jaxpr, [path and Origin(path, is_result=False) or None for path in paths], found)
-    return {bias: next(iter(matrices)) for bias, matrices in found.items() if len(matrices) == 1}
+    _walk(jaxpr, inputs, found)
+    biases = {}
+    for bias, matrices in found.items():
+        if len(matrices) == 1:
+            (biases[bias],) = matrices
+    return biases
 
 
-def _walk(jaxpr: Any, inputs: Origins, found: dict[str, set[str]]) -> list[Origin | None]:
+def _walk(program: Jaxpr | ClosedJaxpr, inputs: Origins, found: dict[str, set[str]]) -> Origins:
     """The origins of the outputs; biases are put into ``found``."""
-    jaxpr = compat.closed(jaxpr).jaxpr
-    known = {variable: origin for variable, origin in zip(jaxpr.invars, inputs, strict=True) if origin is not None}
-
-    def origins(atoms: Sequence[Any]) -> list[Origin | None]:
-        return [None if compat.is_literal(atom) else known.get(atom) for atom in atoms]
-
+    jaxpr = compat.closed(program).jaxpr
+    known: dict[Var, Origin] = {}
+    _note(jaxpr.invars, inputs, known)
     for eqn in jaxpr.eqns:
-        operands = origins(eqn.invars)
-        if any(origin is not None for origin in operands):
-            results = _results(eqn, operands, found)
-            known |= {out: origin for out, origin in zip(eqn.outvars, results, strict=False) if origin is not None}
-    return origins(jaxpr.outvars)
+        operands = _origins(eqn.invars, known)
+        if any(operands):
+            _note(eqn.outvars, _results(eqn, operands, found), known)
+    return _origins(jaxpr.outvars, known)
 
 
-def _results(eqn: Any, operands: Origins, found: dict[str, set[str]]) -> Origins:
+def _note(variables: Sequence[Var], origins: Origins, known: dict[Var, Origin]) -> None:
+    """Enter the origins of variables that have one; there may be fewer origins than variables."""
+    for variable, origin in zip(variables, origins, strict=False):
+        if origin is not None:
+            known[variable] = origin
+
+
+def _origins(atoms: Sequence[Var | Literal], known: Mapping[Var, Origin]) -> Origins:
+    """The origins of operands."""
+    return [None if compat.is_literal(atom) else known.get(atom) for atom in atoms]
+
+
+def _results(eqn: JaxprEqn, operands: Origins, found: dict[str, set[str]]) -> Origins:
     """The origins of an equation's outputs; fewer than there are if the others have none."""
     kind = eqn.primitive.name
-    leaves = [origin for origin in operands if origin is not None and not origin.is_result]
-    results = [origin for origin in operands if origin is not None and origin.is_result]
+    leaves, results = [], []
+    for origin in operands:
+        if origin is not None:
+            (results if origin.is_result else leaves).append(origin)
     if kind in MOVES:
         return operands
     if kind in PRODUCTS and len(leaves) == 1:
@@ -74,18 +91,19 @@ def _results(eqn: Any, operands: Origins, found: dict[str, set[str]]) -> Origins
     return []
 
 
-def _bodies(eqn: Any, operands: Origins) -> Iterator[tuple[Any, Origins]]:
+def _bodies(eqn: JaxprEqn, operands: Origins) -> Iterator[tuple[Jaxpr | ClosedJaxpr, Origins]]:
     """Programs that an equation runs in a loop, by choice or by device, with the origins of their inputs."""
-    kind, p = eqn.primitive.name, eqn.params
+    kind, params = eqn.primitive.name, eqn.params
     if kind == "scan":
         parts = compat.scan_parts(eqn)
-        carried = range(parts.num_consts, parts.num_consts + parts.num_carry)
-        yield parts.body, [None if i in carried else origin for i, origin in enumerate(operands)]
+        end = parts.num_consts + parts.num_carry
+        yield parts.body, [*operands[: parts.num_consts], *[None] * parts.num_carry, *operands[end:]]
     elif kind == "while":
-        consts = operands[p["cond_nconsts"] :][: p["body_nconsts"]]
-        yield p["body_jaxpr"], [*consts, *[None] * (len(operands) - p["cond_nconsts"] - p["body_nconsts"])]
+        start = params["cond_nconsts"]
+        end = start + params["body_nconsts"]
+        yield params["body_jaxpr"], [*operands[start:end], *[None] * (len(operands) - end)]
     elif kind == "cond":
-        for branch in p["branches"]:
+        for branch in params["branches"]:
             yield branch, operands[1:]
     elif kind == "shard_map":
         yield compat.shard_map_parts(eqn).body, operands

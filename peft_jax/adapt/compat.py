@@ -1,4 +1,4 @@
-"""All that differs between the JAX versions we support (0.10 to 0.12), and all we read of a jaxpr's insides."""
+"""The differences between the JAX versions we support (0.10 to 0.12), and all reading of a jaxpr's insides."""
 
 import functools
 import pathlib
@@ -13,12 +13,15 @@ from jax.extend import core
 from peft_jax.core.weight import Weight
 
 LIBRARIES = ("jax", "flax", "equinox", "optax")
+CALLS_AND_SCANS = ("jit", "pjit", "checkpoint", "remat", "remat2", "scan")
+
+Program = core.Jaxpr | core.ClosedJaxpr
 
 
 class Scan(NamedTuple):
-    """A scan equation, version by version the same."""
+    """A scan equation, the same for all versions."""
 
-    body: Any
+    body: core.ClosedJaxpr
     num_consts: int
     num_carry: int
     length: int
@@ -30,22 +33,23 @@ def scan_parts(eqn: core.JaxprEqn) -> Scan:
     """The parts of a scan equation."""
     p = eqn.params
     if "ft_in" in p:  # jax >= 0.11
-        num_consts, num_carry, _ = (len(list(part.vals)) for part in p["ft_in"].unpack())
+        consts, carry, _ = p["ft_in"].unpack()
+        num_consts, num_carry = len(list(consts.vals)), len(list(carry.vals))
     else:
         num_consts, num_carry = p["num_consts"], p["num_carry"]
     return Scan(p["jaxpr"], num_consts, num_carry, p["length"], p["reverse"], p["unroll"])
 
 
 class ShardMap(NamedTuple):
-    """A shard_map equation, version by version the same."""
+    """A shard_map equation, the same for all versions."""
 
-    body: Any
+    body: Program
     in_specs: tuple[Any, ...]
     again: Callable[..., Callable[..., Any]]
 
 
 def shard_map_parts(eqn: core.JaxprEqn) -> ShardMap:
-    """The parts of a shard_map equation, and how to make another one of it."""
+    """The parts of a shard_map equation; ``again`` makes another one of it."""
     p = eqn.params
     axes = p.get("newly_manual_axes", p.get("manual_axes"))
     again = functools.partial(
@@ -54,7 +58,7 @@ def shard_map_parts(eqn: core.JaxprEqn) -> ShardMap:
     return ShardMap(p["jaxpr"], tuple(p["in_specs"]), again)
 
 
-def closed(jaxpr: Any) -> core.ClosedJaxpr:
+def closed(jaxpr: Program) -> core.ClosedJaxpr:
     """A jaxpr that an equation holds, with its constants (checkpoint's has none and is stored bare)."""
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
@@ -69,10 +73,11 @@ def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 def run(program: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
     """Run a jaxpr: inside of a program that is being traced as one call in it, else equation by equation.
 
-    That JAX does not go through the equations again makes tracing cheap. Those with effects it has to see, and under
-    ``jax.disable_jit`` there are no calls.
+    Tracing is cheap because JAX does not go through the equations of a call again. It has to see those with effects,
+    and under ``jax.disable_jit`` there are no calls.
     """
-    traced = isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer)  # what takes no operand tells; it is dead code
+    # A result without operands is a tracer exactly inside of a traced program, where it is dead code.
+    traced = isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer)
     if program.effects or not traced or jax.config.values["jax_disable_jit"]:
         return core.jaxpr_as_fun(program)(*inputs)
     (call,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
@@ -84,11 +89,18 @@ def run(program: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
     return bind(call.replace(params=params), list(inputs))
 
 
-def make_jaxpr(invars: list[Any], outvars: list[Any], eqns: list[Any], like: core.ClosedJaxpr) -> core.ClosedJaxpr:
+def make_jaxpr(
+    invars: list[core.Var],
+    outvars: list[core.Var | core.Literal],
+    eqns: list[core.JaxprEqn],
+    like: core.ClosedJaxpr,
+) -> core.ClosedJaxpr:
     """A closed jaxpr without constants, from ``like`` with other inputs, equations and outputs."""
-    effects = frozenset[Any]().union(*(eqn.effects for eqn in eqns))
+    effects = set[Any]()
+    for eqn in eqns:
+        effects |= eqn.effects
     info = like.jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-    return core.ClosedJaxpr(core.Jaxpr((), invars, outvars, eqns, effects, info), ())
+    return core.ClosedJaxpr(core.Jaxpr((), invars, outvars, eqns, frozenset(effects), info), ())
 
 
 def passed_through(jaxpr: core.Jaxpr) -> list[int | None]:
@@ -96,9 +108,9 @@ def passed_through(jaxpr: core.Jaxpr) -> list[int | None]:
 
     An input that goes through a ``jit``, a checkpoint or a scan unchanged stays what it is.
     """
-    source: dict[Any, int | None] = {variable: number for number, variable in enumerate(jaxpr.invars)}
+    source: dict[core.Var, int] = dict(zip(jaxpr.invars, range(len(jaxpr.invars)), strict=True))
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name not in ("jit", "pjit", "checkpoint", "remat", "remat2", "scan"):
+        if eqn.primitive.name not in CALLS_AND_SCANS:
             continue
         scan = scan_parts(eqn) if eqn.primitive.name == "scan" else None
         for place, inner in enumerate(passed_through(closed(eqn.params["jaxpr"]).jaxpr)):
@@ -109,7 +121,7 @@ def passed_through(jaxpr: core.Jaxpr) -> list[int | None]:
     return [None if is_literal(atom) else source.get(atom) for atom in jaxpr.outvars]
 
 
-def is_hashable(value: Any) -> bool:
+def is_hashable(value: object) -> bool:
     """Whether a value can be the key of a dictionary."""
     try:
         hash(value)
@@ -132,7 +144,7 @@ def where(eqn: core.JaxprEqn) -> str | None:
     return None
 
 
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: core.Var | core.Literal) -> bool:
     """Whether an operand is a literal, which holds its value."""
     return isinstance(atom, core.Literal)
 
@@ -145,7 +157,7 @@ def is_array(value: Any) -> bool:
 
 
 def dense_type(weight: Weight) -> Any:
-    """What a function is traced on in place of a weight: shape, element type, and place in an explicit mesh."""
+    """The shape, element type, and sharding on an explicit mesh that a function is traced on in place of a weight."""
     stored = weight.array
     if isinstance(stored, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
@@ -166,10 +178,12 @@ def out_shardings(eqn: core.JaxprEqn) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=256)  # the same function for the same jaxpr, so that its second call traces nothing
 def _jitted(
-    run: Any, jaxpr: Any, name: str, inline: Any, donated: tuple[bool, ...], keep_unused: bool, out_shardings: Any
+    run: Callable[..., Any], jaxpr: core.ClosedJaxpr, name: str, inline: bool, donated: tuple[bool, ...], keep_unused: bool, out_shardings: Any
 ) -> Callable[..., Any]:
     inner = functools.partial(run, jaxpr)
     inner.__name__ = name  # type: ignore[attr-defined]
-    options: dict[str, Any] = {"out_shardings": list(out_shardings)} if any(out_shardings) else {}
+    options: dict[str, Any] = {}
+    if any(out_shardings):
+        options["out_shardings"] = list(out_shardings)
     numbers = tuple(number for number, given in enumerate(donated) if given)
     return jax.jit(inner, inline=inline, donate_argnums=numbers, keep_unused=keep_unused, **options)

@@ -1,20 +1,21 @@
-"""What a program does with each adapted leaf, told before any training."""
+"""Report how a program uses each adapted leaf, before any training."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.interpreter import evaluate, trace
 from peft_jax.adapt.rules import merged
-from peft_jax.adapt.view import View
-from peft_jax.core.adapted import is_adapted
+from peft_jax.adapt.view import Value, View
+from peft_jax.core.adapted import Adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted
-from peft_jax.core.weight import is_weight
+from peft_jax.core.weight import Weight, is_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +33,15 @@ class Use:
     merged: bool
 
     def __str__(self) -> str:
-        place = "returned by the function" if self.primitive == "output" else f"{self.primitive} at {self.where}"
+        place = f"{self.primitive} at {self.where}"
+        if self.primitive == "output":
+            place = "returned by the function"
         return f"{place}: {'merged' if self.merged else 'side path'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafReport:
-    """An adapted or quantized leaf and what becomes of it.
+    """An adapted or quantized leaf and its uses.
 
     Attributes:
         path: Dotted path of the leaf.
@@ -46,7 +49,7 @@ class LeafReport:
         kinds: Adapters on it, outermost first, as ``name: method``; ``int8`` for a quantized base.
         layout: Its axes; ``layout.source`` says how they were found.
         uses: Each use in the program, in order; a loop's body counts once.
-        whole: Whether a copy that is trained whole stands in its place wherever it is used.
+        whole: Whether a copy that is trained whole is used in its place everywhere.
     """
 
     path: str
@@ -57,12 +60,16 @@ class LeafReport:
     whole: bool = False
 
     def __str__(self) -> str:
-        axes = [("stack", self.layout.stack), ("in", self.layout.inp), ("out", self.layout.out)]
-        told = ", ".join(f"{name} {axis}" for name, axis in axes if axis)
-        uses = ["its trained copy, wherever it is used"] if self.whole else list(map(str, self.uses))
-        uses = uses if self.uses else ["never used by this function"]
-        lines = [f"{self.path} {self.shape}  {', '.join(self.kinds)}", f"  axes  {told} ({self.layout.source})"]
-        return "\n".join([*lines, f"  uses  {uses[0]}", *(f"        {use}" for use in uses[1:])])
+        roles = {"stack": self.layout.stack, "in": self.layout.inp, "out": self.layout.out}
+        axes = ", ".join(f"{name} {axis}" for name, axis in roles.items() if axis)
+        if not self.uses:
+            uses = "never used by this function"
+        elif self.whole:
+            uses = "its trained copy, wherever it is used"
+        else:
+            uses = "\n        ".join(map(str, self.uses))
+        first_line = f"{self.path} {self.shape}  {', '.join(self.kinds)}"
+        return "\n".join([first_line, f"  axes  {axes} ({self.layout.source})", f"  uses  {uses}"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +84,25 @@ class Explanation:
         return tuple(leaf.path for leaf in self.leaves if not leaf.uses)
 
     def __str__(self) -> str:
-        used = [leaf for leaf in self.leaves if leaf.uses]
-        whole = sum(leaf.whole for leaf in used)
-        merging = sum(any(use.merged for use in leaf.uses) and not leaf.whole for leaf in used)
-        side = len(used) - whole - merging
-        parts = [f"{side} on the side path", f"{merging} merged somewhere", f"{whole} trained whole"]
-        count = f"{len(self.leaves)} leaves: {', '.join(parts)}, {len(self.unused)} never used."
+        side = merging = whole = unused = 0
+        for leaf in self.leaves:
+            if not leaf.uses:
+                unused += 1
+            elif leaf.whole:
+                whole += 1
+            elif any(use.merged for use in leaf.uses):
+                merging += 1
+            else:
+                side += 1
+        count = (
+            f"{len(self.leaves)} leaves: {side} on the side path, {merging} merged somewhere, {whole} trained whole, "
+            f"{unused} never used."
+        )
         return "\n".join([*map(str, self.leaves), count])
 
 
 def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Explanation:
-    """What ``fn(params, *args)`` does with each adapted or quantized leaf; only shapes are evaluated.
+    """Report how ``fn(params, *args)`` uses each adapted or quantized leaf; only shapes are evaluated.
 
     Args:
         fn: The function, plain or through `adapt`.
@@ -117,21 +132,27 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
         3 leaves: 1 on the side path, 1 merged somewhere, 0 trained whole, 1 never used.
     """
     tree = params.params if isinstance(params, Handle) else params
-    found = [pair for pair in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight) if is_weight(pair[1])]
-    notes = [_Note([]) for _ in found]
+    found: list[tuple[str, Weight, _Note]] = []
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight):
+        if is_weight(leaf):
+            found.append((dotted(key_path), leaf, _Note([])))
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs), is_leaf=is_weight)
     jaxpr, values, _ = trace(fn, leaves, treedef, keep=True)
-    watches = iter(notes)
-    views = [View.of(value, next(watches, None)) if is_weight(value) else value for value in values]
-    jax.eval_shape(lambda views: [merged(value, None) for value in evaluate(jaxpr, *views)], views)
-    return Explanation(
-        tuple(_report(dotted(path), leaf, note) for note, (path, leaf) in zip(notes, found, strict=True))
-    )
+    watches = iter([note for _, _, note in found])  # the leaves of params come first
+    views: list[Value] = []
+    for value in values:
+        views.append(View.of(value, next(watches, None)) if is_weight(value) else value)
+
+    def run(views: list[Value]) -> list[jax.Array]:
+        return [merged(value, None) for value in evaluate(jaxpr, *views)]
+
+    jax.eval_shape(run, views)
+    return Explanation(tuple(_report(path, leaf, note) for path, leaf, note in found))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Note:
-    """Collects the uses of one leaf; ``place`` is where the function was called that they are in."""
+    """Collects the uses of one leaf; ``place`` is the call of the function that is being watched."""
 
     uses: list[Use]
     place: str | None = None
@@ -142,18 +163,24 @@ class _Note:
     def product(self, *_: Any) -> None:
         pass
 
-    def done(self, view: View, eqn: Any, merged: bool) -> None:
-        place = "" if eqn is None else compat.where(eqn) or self.place or "a place inside a library"
-        self.uses.append(Use("output" if eqn is None else eqn.primitive.name, place, merged))
+    def done(self, view: View, eqn: JaxprEqn | None, merged: bool) -> None:
+        if eqn is None:
+            self.uses.append(Use("output", "", merged))
+            return
+        place = compat.where(eqn) or self.place or "a place inside a library"
+        self.uses.append(Use(eqn.primitive.name, place, merged))
 
-    def inside(self, eqn: Any) -> "_Note":
+    def inside(self, eqn: JaxprEqn) -> "_Note":
         return _Note(self.uses, compat.where(eqn) or self.place)
 
 
-def _report(path: str, leaf: Any, note: _Note) -> LeafReport:
-    kinds, node = [], leaf
-    while is_adapted(node):
-        kinds.append(f"{node.tag.name}: {node.method.label}{'' if node.active else ' (not active)'}")
+def _report(path: str, leaf: Weight, note: _Note) -> LeafReport:
+    kinds = []
+    node: Any = leaf
+    while isinstance(node, Adapted):
+        suffix = "" if node.active else " (not active)"
+        kinds.append(f"{node.tag.name}: {node.method.label}{suffix}")
         node = node.base
-    kinds += [type(node).__name__.lower()] if is_weight(node) else []
+    if is_weight(node):
+        kinds.append(type(node).__name__.lower())
     return LeafReport(path, leaf.shape, tuple(kinds), leaf.layout, tuple(note.uses), whole=not leaf.side_path)

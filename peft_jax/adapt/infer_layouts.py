@@ -2,18 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.biases import read_biases
 from peft_jax.adapt.interpreter import evaluate, trace
-from peft_jax.adapt.view import Atom, View
+from peft_jax.adapt.view import Atom, Value, View
 from peft_jax.core.layout import LISTS, READ, Ambiguous, Layout, conventional_layout
 from peft_jax.core.leaves import Program
 from peft_jax.core.paths import dotted, module_path, named_leaves
@@ -54,7 +55,7 @@ class Probe(Weight):
         cut: Those of which one layer was chosen.
     """
 
-    part: Any
+    part: jax.Array
     ndims: int
     labels: tuple[int, ...]
     cut: tuple[int, ...] = ()
@@ -95,32 +96,42 @@ class Probe(Weight):
         """The leaf without an axis, or with a part of it."""
         array, label = change(self.part, position), self.labels[position]
         if drop:
-            return dataclasses.replace(self, part=array, labels=tuple(i for i in self.labels if i != label))
-        return dataclasses.replace(self, part=array, cut=(*self.cut, label) if array.shape[position] == 1 else self.cut)
+            return dataclasses.replace(self, part=array, labels=_without(self.labels, [label]))
+        if array.shape[position] == 1:
+            return dataclasses.replace(self, part=array, cut=(*self.cut, label))
+        return dataclasses.replace(self, part=array)
 
     def relaid(self, layout: Layout) -> "Probe":
-        """Itself: it has no layout to change."""
+        """The leaf itself, which has no layout to change."""
         return self
 
     def specs(self, entries: tuple[Any, ...]) -> "Probe":
         """The entries."""
-        return dataclasses.replace(self, part=PartitionSpec(*entries))
+        return dataclasses.replace(self, part=PartitionSpec(*entries))  # type: ignore[arg-type]
 
     def use(self, contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> Use:
         """A product over some digits, in terms of the leaf's axes."""
-        inp = tuple(sorted({self.labels[atom.axis] for atom in contracted if atom.axis >= 0}))
-        met = {i: math.prod(atom.size for atom in contracted if atom.axis == i) for i in range(len(self.labels))}
-        partly = {self.labels[i] for i, n in met.items() if 1 < n < self.shape[i]}
-        kept = {self.labels[atom.axis] for atom in stacked if atom.axis >= 0}
-        stack = tuple(i for i in range(self.ndims) if i not in self.labels or i in kept or i in self.cut)
-        out = tuple(i for i in range(self.ndims) if i not in (*stack, *inp) or i in partly or i in {*stack} & {*inp})
+        inp, partly = set[int](), set[int]()
+        for i, label in enumerate(self.labels):
+            sizes = [atom.size for atom in contracted if atom.axis == i]
+            if sizes:
+                inp.add(label)
+            if 1 < math.prod(sizes) < self.shape[i]:
+                partly.add(label)
         layers, _ = self.sliced()
-        return Use(stack, inp, out, looks_up, tuple(i for i in stack if i not in layers))
+        stack = set(layers)
+        for atom in stacked:
+            if atom.axis >= 0:
+                stack.add(self.labels[atom.axis])
+        # An axis that is contracted in part, or stacked and contracted in one, is an output too: a contradiction.
+        out = set(range(self.ndims)) - stack - inp | partly | stack & inp
+        batched = stack - set(layers)
+        return Use(_in_order(stack), _in_order(inp), _in_order(out), looks_up, _in_order(batched))
 
     def sliced(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The leaf's axes that are layers of it, by a loop or a choice, and its other axes."""
-        layers = tuple(i for i in range(self.ndims) if i not in self.labels or i in self.cut)
-        return layers, tuple(i for i in range(self.ndims) if i not in layers)
+        rest = _without(self.labels, self.cut)
+        return _without(range(self.ndims), rest), _in_order(rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,11 +145,15 @@ class _Note:
     def kernel(self, view: View, axes: Sequence[int], groups: int) -> None:
         probe = view.weight
         assert isinstance(probe, Probe)
-        ones = [axis for axis in range(len(probe.labels)) if probe.shape[axis] == 1]  # any of these is as good
+        ones = [axis for axis, size in enumerate(probe.shape) if size == 1]  # any of these is as good
         found = []
         for i in axes:
-            at = view.axes[i][0].axis if view.axes[i] else i if i in ones else ones[0]
-            ones = [axis for axis in ones if axis != at]
+            if view.axes[i]:
+                at = view.axes[i][0].axis
+            else:
+                at = i if i in ones else ones[0]
+            if at in ones:
+                ones.remove(at)
             found.append(probe.labels[at])
         self.kernels.add((tuple(found), groups))
 
@@ -146,18 +161,22 @@ class _Note:
         assert isinstance(view.weight, Probe)
         self.uses.append(view.weight.use(contracted, stacked, looks_up))
 
-    def done(self, view: View, eqn: Any, merged: bool) -> None:
+    def done(self, view: View, eqn: JaxprEqn | None, merged: bool) -> None:
         assert isinstance(view.weight, Probe)
-        is_product = eqn is not None and eqn.primitive.name == "dot_general"
-        elementwise = is_product and not eqn.params["dimension_numbers"][0][0]
+        elementwise = False
+        if eqn is not None and eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            elementwise = not contracted
         self.touches.append(Touch(*view.weight.sliced(), elementwise))
 
-    def inside(self, eqn: Any) -> "_Note":
+    def inside(self, eqn: JaxprEqn) -> "_Note":
         return self
 
     def vector(self) -> Touch | None:
         """One of the uses, if by all of them one layer of the leaf is a vector: it has one axis, or takes no inputs."""
-        if any(use.inp and use.out for use in self.uses) or len({touch.layers for touch in self.touches}) != 1:
+        if any(use.inp and use.out for use in self.uses):
+            return None
+        if len({touch.layers for touch in self.touches}) != 1:
             return None
         has_one_axis = all(touch.layers and len(touch.rest) < 2 for touch in self.touches)
         is_elementwise = all(touch.elementwise for touch in self.touches)
@@ -175,7 +194,7 @@ def read_layouts(
 
 
 def read_program(params: Any, fn: Callable[..., Any], args: Sequence[Any], fan_in_fan_out: bool = False) -> Program:
-    """What ``fn(params, *args)`` tells of its leaves: axes of matrices and of stacked vectors, and whose bias is which.
+    """Read ``fn(params, *args)`` for axes of matrices and of stacked vectors, and for the matrix of each bias.
 
     A leaf that is looked up has its rows as inputs. A leaf that is used both as it is and transposed has the side
     that the framework's convention says.
@@ -187,10 +206,13 @@ def read_program(params: Any, fn: Callable[..., Any], args: Sequence[Any], fan_i
         fan_in_fan_out: As in `conventional_layout`.
 
     Returns:
-        Layouts, for a matrix whose uses contradict each other what they are, and for a bias the path of its matrix.
+        Layouts; for a matrix whose uses contradict each other, the uses; for a bias the path of its matrix.
     """
     found = named_leaves(params, is_leaf=is_weight)
-    notes = {path: _Note([]) for path, leaf in found.items() if not is_weight(leaf) and getattr(leaf, "ndim", 0) > 1}
+    notes: dict[str, _Note] = {}
+    for path, leaf in found.items():
+        if not is_weight(leaf) and getattr(leaf, "ndim", 0) > 1:
+            notes[path] = _Note([])
 
     def probed(key_path: Any, leaf: Any) -> Any:
         if dotted(key_path) not in notes:
@@ -205,28 +227,39 @@ def read_program(params: Any, fn: Callable[..., Any], args: Sequence[Any], fan_i
     jax.eval_shape(lambda views: evaluate(jaxpr, *views), views)
     matrices: dict[str, Layout | Ambiguous] = {}
     vectors: dict[str, Layout] = {}
-    for name, leaf in found.items():
-        if name not in notes:
-            continue
-        convention = conventional_layout(name, leaf.shape, fan_in_fan_out)
-        vector = None if convention is not None and convention.lookup else notes[name].vector()
+    for path, note in notes.items():
+        convention = conventional_layout(path, found[path].shape, fan_in_fan_out)
+        is_lookup = convention is not None and convention.lookup
+        vector = None if is_lookup else note.vector()
         if vector is not None:
-            after = _index_after(name, vector.layers, ())
-            vectors[name] = Layout(vector.layers, (), vector.rest, index_after=after, source=READ)
-        elif notes[name].uses:
-            settled = _settled(name, notes[name].uses, convention)
-            kernel = next(iter(notes[name].kernels)) if len(notes[name].kernels) == 1 else ((), 1)
-            matrices[name] = _of_kernel(settled, *kernel) if isinstance(settled, Layout) else settled
-    inputs = jax.tree_util.tree_leaves_with_path((tree, *args), is_leaf=is_weight)
-    traced = [path for path, leaf in inputs if is_weight(leaf) or compat.is_array(leaf)]
-    paths = [dotted(path[1:]) if path[0].idx == 0 else None for path in traced]
+            after = _index_after(path, vector.layers, ())
+            vectors[path] = Layout(vector.layers, (), vector.rest, index_after=after, source=READ)
+        elif note.uses:
+            settled = _settled(path, note.uses, convention)
+            if isinstance(settled, Layout) and len(note.kernels) == 1:
+                settled = _of_kernel(settled, *next(iter(note.kernels)))
+            matrices[path] = settled
+    paths: list[str | None] = []  # for each input of the program that of the leaf in params
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path((tree, *args), is_leaf=is_weight):
+        if is_weight(leaf) or compat.is_array(leaf):
+            argument, *rest = key_path
+            paths.append(dotted(tuple(rest)) if argument.idx == 0 else None)
     return Program(matrices, vectors, read_biases(jaxpr, paths))
 
 
-def _view(value: Any, watches: Any) -> Any:
+def _view(value: Value, watches: Iterator[_Note]) -> Value:
     if isinstance(value, Probe):
         return View.of(value, next(watches))
     return View.of(value) if is_weight(value) else value
+
+
+def _without(axes: Iterable[int], gone: Collection[int]) -> tuple[int, ...]:
+    """The axes but those that are gone, in order."""
+    return tuple(axis for axis in axes if axis not in gone)
+
+
+def _in_order(axes: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(axes))
 
 
 def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layout | Ambiguous:
@@ -234,36 +267,44 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
     uses = [use for use in uses if use.inp and use.out]
     if not uses:  # axes of length 1 leave no trace in a product
         return convention or Ambiguous("its axes of length 1 do not tell what they are")
-    rows = [use for use in uses if use.looks_up]
+    descriptions = tuple(map(_words, dict.fromkeys(uses)))
+    by_input = {use.inp: use for use in reversed(uses)}  # of several like it the first
+    lookups = [use for use in uses if use.looks_up]
+    if any(use.inp == (0,) and len(use.out) > 1 for use in lookups):
+        return Ambiguous("its first axis is looked up, which may be a choice of layers or of rows", descriptions)
     sides = {(use.stack, frozenset((use.inp, use.out))) for use in uses}
-    if any(use.looks_up and use.inp == (0,) and len(use.out) > 1 for use in uses):
-        told = tuple(map(_words, dict.fromkeys(uses)))
-        return Ambiguous("its first axis is looked up, which may be a choice of layers or of rows", told)
     if len(sides) > 1 or any(set(use.inp) & set(use.out) for use in uses):
-        return Ambiguous("the program uses its axes in more than one way", tuple(map(_words, dict.fromkeys(uses))))
-    first = rows[0] if rows else uses[0]
-    turned = {use.inp for use in uses if not use.looks_up}
-    if not rows and len(turned) > 1:
-        if convention is None or convention.inp not in turned:
-            told = tuple(map(_words, dict.fromkeys(uses)))
-            return Ambiguous("the program uses it both as it is and transposed", told)
-        first = next(use for use in uses if use.inp == convention.inp)
-    layered = {axis for use in uses for axis in use.stack if axis not in use.batched}
-    after = _index_after(path, first.stack, [axis for axis in first.stack if axis not in layered])
-    multiplied = len(rows) < len(uses)
-    return Layout(first.stack, first.inp, first.out, bool(rows), after, READ, multiplied=multiplied)
+        return Ambiguous("the program uses its axes in more than one way", descriptions)
+    if lookups:
+        first = lookups[0]
+    elif len(by_input) == 1:
+        first = uses[0]
+    elif convention is None or convention.inp not in by_input:
+        return Ambiguous("the program uses it both as it is and transposed", descriptions)
+    else:
+        first = by_input[convention.inp]
+    layered = set[int]()
+    for use in uses:
+        layered |= set(use.stack) - set(use.batched)
+    after = _index_after(path, first.stack, _without(first.stack, layered))
+    rows, multiplied = bool(lookups), len(lookups) < len(uses)
+    return Layout(first.stack, first.inp, first.out, rows, after, READ, multiplied=multiplied)
 
 
 def _of_kernel(layout: Layout, taps: tuple[int, ...], groups: int) -> Layout:
     """The layout with positions in a kernel, those of length 1 too, among the inputs."""
     if not set(taps) <= {*layout.inp, *layout.out}:
         return layout
-    inp, out = tuple(sorted({*layout.inp, *taps})), tuple(axis for axis in layout.out if axis not in taps)
-    return dataclasses.replace(layout, inp=inp, out=out, taps=taps, groups=groups) if out else layout
+    inp, out = _in_order({*layout.inp, *taps}), _without(layout.out, taps)
+    if not out:
+        return layout
+    return dataclasses.replace(layout, inp=inp, out=out, taps=taps, groups=groups)
 
 
 def _words(use: Use) -> str:
-    return f"stack={use.stack}, inp={use.inp}, out={use.out}" + (", looked up" if use.looks_up else "")
+    """A use as a message says it."""
+    lookup = ", looked up" if use.looks_up else ""
+    return f"stack={use.stack}, inp={use.inp}, out={use.out}{lookup}"
 
 
 def _index_after(path: str, stack: Sequence[int], batched: Collection[int]) -> tuple[str, ...]:
@@ -273,11 +314,17 @@ def _index_after(path: str, stack: Sequence[int], batched: Collection[int]) -> t
     Where the path has an index of its own, and for axes that are batches of a product and no layers, it is in front.
     """
     parts = module_path(path).split(".")
-    numbered = [i for i, part in enumerate(parts) if part.isdigit() and i > 0]
-    lists = [name for name in LISTS if name in parts and parts.index(name) + 1 not in numbered][:1]
+    is_numbered = any(part.isdigit() for part in parts[1:])
+    lists: list[str] = []
+    for name in LISTS:
+        if name in parts and not "".join(parts[parts.index(name) + 1 :][:1]).isdigit():
+            lists = [name]
+            break
     layers = len(stack) - len(batched)
-    if layers > len(lists) and not numbered:
+    if layers > len(lists) and not is_numbered:
         lists = parts[: min(layers, len(parts) - 1)]
     names = iter([*[""] * (layers - len(lists)), *lists][:layers])
-    after = ["" if axis in batched else next(names) for axis in stack]
+    after = []
+    for axis in stack:
+        after.append("" if axis in batched else next(names))
     return tuple(after)

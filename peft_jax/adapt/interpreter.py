@@ -1,25 +1,35 @@
 """Run any JAX function over adapted and quantized leaves: trace it on dense shapes, then rewrite and run the jaxpr.
 
-An equation with no weight among its operands stays as it stands. One with a weight is rewritten by the rule of its
+An equation with no weight among its operands is kept. One with a weight is rewritten by the rule of its
 primitive; without a rule, or where the rule does not apply, the weight is merged first, so that an unknown primitive
 costs speed and never correctness.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.tree_util import PyTreeDef
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.nnx_state import holds_objects, run_with_state
 from peft_jax.adapt.rules import RULES, merged
 from peft_jax.adapt.shared_inputs import run_products_of_one_input
 from peft_jax.adapt.splice import splice
-from peft_jax.adapt.view import View
+from peft_jax.adapt.view import Value, View
 from peft_jax.core.weight import as_sliced, is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Traced(NamedTuple):
+    """A function as a program: its jaxpr on dense shapes, its inputs, weights among them, and its output's structure."""
+
+    jaxpr: ClosedJaxpr
+    values: list[Value]
+    structure: PyTreeDef
 
 
 def adapt(fn: F) -> F:
@@ -70,58 +80,72 @@ def adapt(fn: F) -> F:
     return adapted  # type: ignore[return-value]
 
 
-def _run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any, Any]:
-    """What a pure function gives, views of weights among it; the structure of that; the function's jaxpr."""
+def _run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Value], PyTreeDef, ClosedJaxpr]:
+    """The leaves of a pure function's result, views of weights among them; their structure; the function's jaxpr."""
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
-    jaxpr, values, structure = trace(fn, leaves, treedef)
-    out = evaluate(jaxpr, *(View.of(value) if is_weight(value) else value for value in values))
-    return out, structure, jaxpr
+    program = trace(fn, leaves, treedef)
+    inputs = [View.of(value) if is_weight(value) else value for value in program.values]
+    return evaluate(program.jaxpr, *inputs), program.structure, program.jaxpr
 
 
-def trace(fn: Callable[..., Any], leaves: list[Any], treedef: Any, *, keep: bool = False) -> tuple[Any, list[Any], Any]:
-    """The jaxpr of a function on dense shapes; its inputs, weights among them; the structure of its output.
+def trace(fn: Callable[..., Any], leaves: Sequence[Any], treedef: PyTreeDef, *, keep: bool = False) -> Traced:
+    """Trace a function on dense shapes.
 
-    Weights without a side path are merged at once, unless they are to be kept.
+    Args:
+        fn: The function.
+        leaves: Those of its arguments ``(args, kwargs)``; what is no array is static.
+        treedef: The structure of the arguments.
+        keep: Whether weights without a side path stay among the inputs; if not, they are merged at once.
     """
-    leaves = [as_sliced(leaf) if is_weight(leaf) else leaf for leaf in leaves]
-    leaves = [leaf.dense() if is_weight(leaf) and not (keep or leaf.side_path) else leaf for leaf in leaves]
-    traced = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or compat.is_array(leaf)]
+    filled: list[Any] = []
+    places: list[int] = []  # of the inputs among the leaves
+    types: list[Any] = []
+    for place, leaf in enumerate(leaves):
+        if is_weight(leaf):
+            leaf = as_sliced(leaf)
+            if not keep and not leaf.side_path:
+                leaf = leaf.dense()
+        filled.append(leaf)
+        if is_weight(leaf):
+            places.append(place)
+            types.append(compat.dense_type(leaf))
+        elif compat.is_array(leaf):
+            places.append(place)
+            types.append(leaf)
 
-    def flat(*arrays: Any) -> Any:
-        filled = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            filled[i] = array
-        args, kwargs = jax.tree.unflatten(treedef, filled)
+    def flat(*arrays: jax.Array) -> Any:
+        own = list(filled)
+        for place, array in zip(places, arrays, strict=True):
+            own[place] = array
+        args, kwargs = jax.tree.unflatten(treedef, own)
         return fn(*args, **kwargs)
 
-    values = [leaves[i] for i in traced]
-    types = [compat.dense_type(value) if is_weight(value) else value for value in values]
     jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*types)
-    return jaxpr, values, jax.tree.structure(shapes)
+    return Traced(jaxpr, [filled[place] for place in places], jax.tree.structure(shapes))
 
 
-def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
-    """The outputs of a closed jaxpr on arrays and views of weights; an output may be such a view."""
+def evaluate(jaxpr: Jaxpr | ClosedJaxpr, *args: Value) -> list[Value]:
+    """The outputs of a jaxpr on arrays and views of weights; an output may be such a view."""
     program, inputs, structure = splice(compat.closed(jaxpr), args, _equations)
     return list(jax.tree.unflatten(structure, compat.run(program, inputs)))
 
 
-def _equations(eqns: Sequence[Any], values: list[Any]) -> list[Any]:
+def _equations(eqns: Sequence[JaxprEqn], values: list[Value]) -> list[Value]:
     if len(eqns) == 1:
         return _equation(eqns[0], values)
     return run_products_of_one_input(_equation, eqns, values)
 
 
-def _equation(eqn: Any, values: list[Any]) -> list[Any]:
+def _equation(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     rule = RULES.get(eqn.primitive.name)
-    out = rule(evaluate, eqn, values) if rule else None
+    out = None if rule is None else rule(evaluate, eqn, values)
     return _merging(eqn, values) if out is None else out
 
 
-def _merging(eqn: Any, values: list[Any]) -> list[Any]:
+def _merging(eqn: JaxprEqn, values: list[Value]) -> list[jax.Array]:
     """Run an equation on merged weights, which backward forms again rather than keeps."""
 
-    def run(*values: Any) -> list[Any]:
+    def run(*values: Value) -> list[jax.Array]:
         return compat.bind(eqn, [merged(value, eqn) for value in values])
 
     return run(*values) if eqn.effects else jax.checkpoint(run)(*values)

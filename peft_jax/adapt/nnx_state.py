@@ -6,21 +6,23 @@ from typing import Any
 
 import jax
 from flax import errors, nnx
+from jax.tree_util import KeyPath
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import merged
 from peft_jax.core.paths import dotted
 from peft_jax.core.weight import is_weight
 
+PyTree = Any  # any pytree of arrays, weights and NNX objects; JAX has no type for it
 TAG = "peft_jax.adapt"  # of the context in which NNX remembers which object is which
 
 
-def is_object(node: Any) -> bool:
+def is_object(node: object) -> bool:
     """Whether a node of a tree is a module, a variable or another object whose state a function may change."""
     return isinstance(node, (nnx.Variable, nnx.Pytree))
 
 
-def holds_objects(tree: Any) -> bool:
+def holds_objects(tree: PyTree) -> bool:
     """Whether there is such an object in a tree."""
     return any(map(is_object, jax.tree.leaves(tree, is_leaf=is_object)))
 
@@ -30,27 +32,28 @@ class _After:
     """The objects after the function, noted while it is traced.
 
     Attributes:
-        definition: Their graph.
+        definition: Their graph, as NNX describes it.
         structure: The structure of their state.
         kept: For each leaf of the state, its place among the leaves before the function; None for another leaf.
         others: Key paths of the other leaves.
         is_other_graph: Whether the graph is another than before.
     """
 
-    definition: Any = None
-    structure: Any = None
-    kept: Sequence[int | None] = ()
-    others: Sequence[Any] = ()
+    definition: nnx.GraphDef[Any] | None = None
+    structure: jax.tree_util.PyTreeDef | None = None
+    kept: list[int | None] = dataclasses.field(default_factory=list)
+    others: list[KeyPath] = dataclasses.field(default_factory=list)
     is_other_graph: bool = False
 
-    def state(self, before: Sequence[Any], others: Sequence[Any]) -> Any:
+    def state(self, before: Sequence[Any], others: Sequence[Any]) -> PyTree:
         """The state, of leaves from before the function and the other ones."""
         rest = iter(others)
         leaves = [next(rest) if place is None else before[place] for place in self.kept]
+        assert self.structure is not None
         return jax.tree.unflatten(self.structure, leaves)
 
 
-def run_with_state(run: Callable[..., Any], fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run_with_state(run: Callable[..., Any], fn: Callable[..., Any], args: PyTree, kwargs: PyTree) -> PyTree:
     """``fn(*args, **kwargs)`` on copies of the objects among the arguments; the objects get the copies' changes.
 
     Args:
@@ -65,19 +68,27 @@ def run_with_state(run: Callable[..., Any], fn: Callable[..., Any], args: Any, k
             transform around this call.
     """
     found, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_object_or_weight)
-    places = [place for place, (_, part) in enumerate(found) if is_object(part)]
-    objects = tuple(found[place][1] for place in places)
-    others = [None if is_object(part) else part for _, part in found]
-    owners = [found[place][0][2:] for place in places]  # without the number of the argument
+    places: list[int] = []  # of the objects among the parts of the arguments
+    objects: list[Any] = []
+    owners: list[KeyPath] = []
+    others: list[Any] = []
+    for place, (key_path, part) in enumerate(found):
+        if is_object(part):
+            places.append(place)
+            objects.append(part)
+            owners.append(key_path[2:])  # without the number of the argument
+            others.append(None)
+        else:
+            others.append(part)
 
-    def name(key_path: tuple[Any, ...]) -> str:
+    def name(key_path: KeyPath) -> str:
         return dotted((*owners[key_path[0].key], *key_path[1:]))
 
     after = _After()
 
     with nnx.update_context(TAG):
         with nnx.split_context(TAG) as outside:
-            definition, state = outside.split(objects)
+            definition, state = outside.split(tuple(objects))
         leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_weight)
         before = [leaf for _, leaf in leaves]
         place_of = {path: place for place, (path, _) in enumerate(leaves)}
@@ -95,31 +106,46 @@ def run_with_state(run: Callable[..., Any], fn: Callable[..., Any], args: Any, k
             with nnx.split_context(TAG) as inside:
                 after.definition, state = inside.split(copies)
             left, after.structure = jax.tree_util.tree_flatten_with_path(state)
-            stays = [path in place_of and leaf is leaves[place_of[path]] for path, leaf in left]
-            after.kept = [place_of[path] if one else None for (path, _), one in zip(left, stays, strict=True)]
-            after.others = [path for (path, _), one in zip(left, stays, strict=True) if not one]
-            return out, [leaf for (_, leaf), one in zip(left, stays, strict=True) if not one]
+            after.kept, after.others, new = [], [], []
+            for path, leaf in left:
+                place = place_of.get(path)
+                if place is not None and leaf is leaves[place]:
+                    after.kept.append(place)
+                else:
+                    after.kept.append(None)
+                    after.others.append(path)
+                    new.append(leaf)
+            return out, new
 
         values, out_structure, jaxpr = run(pure, before, others)
         end = len(values) - len(after.others)
-        result, _ = jax.tree.unflatten(out_structure, [*(merged(value, None) for value in values[:end]), *after.others])
+        outputs = [merged(value, None) for value in values[:end]]
+        result, _ = jax.tree.unflatten(out_structure, [*outputs, *after.others])
         inputs = jax.tree.leaves((before, others), is_leaf=is_weight)
         traced = [leaf for leaf in inputs if is_weight(leaf) or compat.is_array(leaf)]
-        sources = [None if place is None else traced[place] for place in compat.passed_through(jaxpr.jaxpr)[end:]]
-        old = [before[place_of[path]] if path in place_of else None for path in after.others]
-        changed = [now is None or now is not was for now, was in zip(sources, old, strict=True)]
-        if any(changed) or after.is_other_graph:
-            paths = [path for path, one in zip(after.others, changed, strict=True) if one]
-            lost = [path for path in paths if path in place_of and is_weight(before[place_of[path]])]
-            _check_may_change(objects, sorted(map(name, paths)), sorted(map(name, lost)))
-            ends = zip(values[end:], sources, strict=True)
-            new = [merged(value, None) if source is None else source for value, source in ends]
+
+        sources: list[Any] = []  # for each of the other leaves the input that it is; None if it was computed
+        changed: list[str] = []
+        lost: list[str] = []
+        for path, number in zip(after.others, compat.passed_through(jaxpr.jaxpr)[end:], strict=True):
+            source = None if number is None else traced[number]
+            old = before[place_of[path]] if path in place_of else None
+            sources.append(source)
+            if source is None or source is not old:
+                changed.append(name(path))
+                if is_weight(old):
+                    lost.append(name(path))
+        if changed or after.is_other_graph:
+            _check_may_change(objects, sorted(changed), sorted(lost))
+            new = []
+            for value, source in zip(values[end:], sources, strict=True):
+                new.append(merged(value, None) if source is None else source)
             with nnx.merge_context(TAG, inner=False) as outside:
                 outside.merge(after.definition, after.state(before, new))
     return result
 
 
-def _is_object_or_weight(node: Any) -> bool:
+def _is_object_or_weight(node: object) -> bool:
     return is_object(node) or is_weight(node)
 
 

@@ -12,40 +12,53 @@ from jax.extend import core
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.shared_inputs import products_of_one_input
-from peft_jax.adapt.view import is_view
+from peft_jax.adapt.view import Value, is_view
 
-LEAF: Any = jax.tree.structure(0)
+LEAF = jax.tree.structure(0)
+Atom = core.Var | core.Literal
 
 # Equations on values of their operands, views of weights among them: of one all of its own; of several, which are
 # products of one input, that input and the other operand of each.
-Run = Callable[[Sequence[Any], list[Any]], list[Any]]
+Run = Callable[[Sequence[core.JaxprEqn], list[Value]], list[Value]]
+
+Program = tuple[core.ClosedJaxpr, list[jax.tree_util.PyTreeDef]]  # with the structures of its outputs
 
 
 class Stand(NamedTuple):
     """What stands for a variable: the atoms of a pytree of arrays, and its structure."""
 
-    atoms: tuple[Any, ...]
-    structure: Any
+    atoms: tuple[Atom, ...]
+    structure: jax.tree_util.PyTreeDef
 
     @property
     def watched(self) -> bool:
-        """Whether it is a weight that somebody watches, who wants to see every equation."""
+        """Whether it is a watched weight: who watches it has to see every equation."""
         value = jax.tree.unflatten(self.structure, self.atoms)
         return is_view(value) and value.watch is not None
 
 
-def splice(jaxpr: core.ClosedJaxpr, args: Sequence[Any], run: Run) -> tuple[core.ClosedJaxpr, list[Any], Any]:
+class Renamed(NamedTuple):
+    """A program in the variables of the one that it goes into."""
+
+    eqns: list[core.JaxprEqn]
+    outputs: list[Atom]
+    consts: list[tuple[core.Var, jax.Array]]
+
+
+def splice(
+    jaxpr: core.ClosedJaxpr, args: Sequence[Value], run: Run
+) -> tuple[core.ClosedJaxpr, list[jax.Array], jax.tree_util.PyTreeDef]:
     """The jaxpr with its equations on weights rewritten.
 
     Args:
-        jaxpr: What is to be run.
+        jaxpr: The program to run.
         args: Arrays, and views of weights.
-        run: What an equation does that has a view among its operands, or several together.
+        run: Runs an equation that has a view among its operands, or several together.
 
     Returns:
         A jaxpr of arrays alone, without constants; its inputs; the structure of its outputs, views among them.
     """
-    stands: dict[Any, Stand] = {}  # for those variables that something else stands for
+    stands: dict[core.Var, Stand] = {}  # for those variables that something else stands for
     inputs = list(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     for variable, arg in zip(jaxpr.jaxpr.invars, args, strict=True):
         leaves, structure = jax.tree.flatten(arg)
@@ -56,85 +69,136 @@ def splice(jaxpr: core.ClosedJaxpr, args: Sequence[Any], run: Run) -> tuple[core
             stands[variable] = Stand(tuple(atoms), structure)
             inputs += zip(atoms, leaves, strict=True)
 
-    eqns, traced = [], dict[Any, Any]()
-    mates, gone = products_of_one_input(jaxpr.jaxpr.eqns), set[int]()
+    eqns: list[core.JaxprEqn] = []
+    traced: dict[Any, Program] = {}
+    later_products = products_of_one_input(jaxpr.jaxpr.eqns)
+    done_before = set[int]()
     for place, eqn in enumerate(jaxpr.jaxpr.eqns):
-        if place in gone:
+        if place in done_before:
             continue
         operands = [_stand(atom, stands) for atom in eqn.invars]
-        if all(operand.structure == LEAF for operand in operands):
-            atoms = [atom for operand in operands for atom in operand.atoms]
-            eqns.append(eqn if atoms == eqn.invars else eqn.replace(invars=atoms))
+        if _all_arrays(operands):
+            eqns.append(_with_operands(eqn, operands))
             continue
-        same = [eqn]
-        for other in mates.get(place, ()):
+        together = [eqn]
+        for other in later_products.get(place, ()):
             weight = stands.get(jaxpr.jaxpr.eqns[other].invars[1])
             if weight is not None and operands[0].structure == LEAF and not (weight.watched or operands[1].watched):
-                same.append(jaxpr.jaxpr.eqns[other])
+                together.append(jaxpr.jaxpr.eqns[other])
                 operands.append(weight)
-                gone.add(other)
-        program, structures = _traced(same, operands, run, traced)
-        new, outputs, consts = _renamed(program, eqn, operands)
-        eqns += new
-        inputs += consts
-        outvars = [variable for one in same for variable in one.outvars]
-        for variable, structure in zip(outvars, structures, strict=True):
-            stands[variable] = Stand(tuple(outputs[: structure.num_leaves]), structure)
-            del outputs[: structure.num_leaves]
+                done_before.add(other)
+        program, structures = _traced(together, operands, run, traced)
+        new = _renamed(program, eqn, operands)
+        eqns += new.eqns
+        inputs += new.consts
+        _note_outputs(together, new.outputs, structures, stands)
 
     results = [_stand(atom, stands) for atom in jaxpr.jaxpr.outvars]
-    outvars = [atom for result in results for atom in result.atoms]
-    program = compat.make_jaxpr([variable for variable, _ in inputs], outvars, eqns, jaxpr)
-    return program, [value for _, value in inputs], jax.tree_util.treedef_tuple([r.structure for r in results])
+    variables = [variable for variable, _ in inputs]
+    program = compat.make_jaxpr(variables, _atoms(results), eqns, jaxpr)
+    structure = jax.tree_util.treedef_tuple([result.structure for result in results])
+    return program, [value for _, value in inputs], structure
 
 
-def _stand(atom: Any, stands: Mapping[Any, Stand]) -> Stand:
+def _stand(atom: Atom, stands: Mapping[core.Var, Stand]) -> Stand:
+    """What stands for an operand: itself, unless it is a weight."""
     own = Stand((atom,), LEAF)
     return own if compat.is_literal(atom) else stands.get(atom, own)
 
 
-def _traced(eqns: Sequence[Any], operands: Sequence[Stand], run: Run, traced: dict[Any, Any]) -> tuple[Any, list[Any]]:
+def _all_arrays(operands: Sequence[Stand]) -> bool:
+    """Whether there is no weight among some operands."""
+    return all(operand.structure == LEAF for operand in operands)
+
+
+def _atoms(operands: Sequence[Stand]) -> list[Atom]:
+    """The atoms of some operands, in order."""
+    atoms: list[Atom] = []
+    for operand in operands:
+        atoms += operand.atoms
+    return atoms
+
+
+def _with_operands(eqn: core.JaxprEqn, operands: Sequence[Stand]) -> core.JaxprEqn:
+    """An equation on arrays alone, with the atoms that stand for its operands."""
+    atoms = _atoms(operands)
+    return eqn if atoms == eqn.invars else eqn.replace(invars=atoms)
+
+
+def _note_outputs(
+    eqns: Sequence[core.JaxprEqn],
+    outputs: Sequence[Atom],
+    structures: Sequence[jax.tree_util.PyTreeDef],
+    stands: dict[core.Var, Stand],
+) -> None:
+    """Enter what stands for the outputs of equations: as many of the new outputs as the structure of each has."""
+    rest = list(outputs)
+    structure_of_next = iter(structures)
+    for eqn in eqns:
+        for variable in eqn.outvars:
+            structure = next(structure_of_next)
+            stands[variable] = Stand(tuple(rest[: structure.num_leaves]), structure)
+            del rest[: structure.num_leaves]
+
+
+def _traced(
+    eqns: Sequence[core.JaxprEqn], operands: Sequence[Stand], run: Run, traced: dict[Any, Program]
+) -> Program:
     """What equations on weights trace to, and the structures of their outputs."""
-    eqn = eqns[0]
-    atoms = [atom for operand in operands for atom in operand.atoms]
-    literals = tuple((i, atom.val) for i, atom in enumerate(atoms) if compat.is_literal(atom))
+    eqn, atoms = eqns[0], _atoms(operands)
+    literals = []
+    for i, atom in enumerate(atoms):
+        if compat.is_literal(atom):
+            literals.append((i, atom.val))
+    types = tuple(atom.aval for atom in atoms)
     structures = tuple(operand.structure for operand in operands)
-    key = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, literals, tuple(atom.aval for atom in atoms), structures)
-    if compat.is_hashable(key) and not any(operand.watched for operand in operands):
-        if key not in traced:
-            traced[key] = _trace(eqns, atoms, literals, structures, run)
-        return traced[key]
-    return _trace(eqns, atoms, literals, structures, run)
+    key = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, tuple(literals), types, structures)
+    if any(operand.watched for operand in operands) or not compat.is_hashable(key):
+        return _trace(eqns, types, literals, structures, run)
+    if key not in traced:
+        traced[key] = _trace(eqns, types, literals, structures, run)
+    return traced[key]
 
 
 def _trace(
-    eqns: Sequence[Any], atoms: Sequence[Any], literals: Sequence[tuple[int, Any]], structures: Sequence[Any], run: Run
-) -> tuple[Any, list[Any]]:
-    known = dict(literals)
+    eqns: Sequence[core.JaxprEqn],
+    types: Sequence[Any],
+    literals: Sequence[tuple[int, Any]],
+    structures: Sequence[jax.tree_util.PyTreeDef],
+    run: Run,
+) -> Program:
+    """Trace equations on values of these types; of the literals the numbers are known."""
+    structure = jax.tree_util.treedef_tuple(structures)
+    unknown = list(types)
+    for i, _ in reversed(literals):
+        del unknown[i]
 
-    def rule(arrays: list[Any]) -> list[Any]:
-        rest = iter(arrays)
-        leaves = [known[i] if i in known else next(rest) for i in range(len(atoms))]
-        return run(eqns, list(jax.tree.unflatten(jax.tree_util.treedef_tuple(structures), leaves)))
+    def rule(arrays: list[jax.Array]) -> list[Value]:
+        leaves: list[Any] = list(arrays)
+        for i, number in literals:
+            leaves.insert(i, number)
+        return run(eqns, list(jax.tree.unflatten(structure, leaves)))
 
-    types = [atom.aval for i, atom in enumerate(atoms) if i not in known]
-    program, shapes = jax.make_jaxpr(rule, return_shape=True)(types)
+    program, shapes = jax.make_jaxpr(rule, return_shape=True)(unknown)
     return program, [jax.tree.structure(shape) for shape in shapes]
 
 
-def _renamed(program: Any, eqn: Any, operands: Sequence[Stand]) -> tuple[list[Any], list[Any], list[tuple[Any, Any]]]:
-    """Equations and outputs of a program, in the variables of the operands and in new ones; its constants, likewise."""
-    atoms = (atom for operand in operands for atom in operand.atoms if not compat.is_literal(atom))
-    names = dict(zip(program.jaxpr.invars, atoms, strict=True))
-    consts = [(core.Var(old.aval), value) for old, value in zip(program.jaxpr.constvars, program.consts, strict=True)]
-    names |= zip(program.jaxpr.constvars, (new for new, _ in consts), strict=True)
+def _renamed(program: core.ClosedJaxpr, eqn: core.JaxprEqn, operands: Sequence[Stand]) -> Renamed:
+    """A program in the variables of the operands and in new ones, as written where ``eqn`` is."""
+    variables = [atom for atom in _atoms(operands) if not compat.is_literal(atom)]
+    names: dict[core.Var, Atom] = dict(zip(program.jaxpr.invars, variables, strict=True))
+    consts = []
+    for old, value in zip(program.jaxpr.constvars, program.consts, strict=True):
+        names[old] = new = core.Var(old.aval)
+        consts.append((new, value))
 
-    def renamed(atoms: Sequence[Any]) -> list[Any]:
+    def renamed(atoms: Sequence[Atom]) -> list[Atom]:
         return [atom if compat.is_literal(atom) else names[atom] for atom in atoms]
 
     eqns = []
     for inner in program.jaxpr.eqns:
-        names |= ((old, core.Var(old.aval)) for old in inner.outvars)
+        for old in inner.outvars:
+            names[old] = core.Var(old.aval)
         invars, outvars = renamed(inner.invars), renamed(inner.outvars)
         eqns.append(inner.replace(invars=invars, outvars=outvars, source_info=eqn.source_info))
-    return eqns, renamed(program.jaxpr.outvars), consts
+    return Renamed(eqns, renamed(program.jaxpr.outvars), consts)

@@ -1,6 +1,7 @@
-"""A weight on its way through a program: nothing moves until it is used, only the names of its axes do."""
+"""A lazy view of a weight: reshapes and transposes of it are recorded, not run, until the weight is used."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, varying, varying_over
@@ -29,7 +31,7 @@ Axis = tuple[Atom, ...]  # what is one axis now, major digit first
 
 
 class Watch(Protocol):
-    """Told of what becomes of a weight, equation by equation."""
+    """Is called with each use of a weight, equation by equation."""
 
     def product(self, view: "View", contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> None:
         """A product over these digits is next; the weight's roles decide whether it runs on the side path."""
@@ -37,11 +39,11 @@ class Watch(Protocol):
     def kernel(self, view: "View", axes: Sequence[int], groups: int) -> None:
         """Of the product that is next, these axes are positions in a kernel of so many groups of channels."""
 
-    def done(self, view: "View", eqn: Any, merged: bool) -> None:
+    def done(self, view: "View", eqn: JaxprEqn | None, merged: bool) -> None:
         """An equation has used the weight; None stands for the program's end."""
 
-    def inside(self, eqn: Any) -> "Watch":
-        """Who watches inside of the function that this equation calls."""
+    def inside(self, eqn: JaxprEqn) -> "Watch":
+        """The watch inside of the function that this equation calls."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("axes", "watch"))
@@ -56,7 +58,7 @@ class View:
     @classmethod
     def of(cls, weight: Weight, watch: Watch | None = None) -> "View":
         """A weight as it is."""
-        return cls(weight, tuple(_whole(axis, size) for axis, size in enumerate(weight.shape)), watch)
+        return cls(weight, tuple(map(_whole, range(weight.ndim), weight.shape)), watch)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +66,7 @@ class View:
         return tuple(map(length, self.axes))
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """Its element type."""
         return self.weight.dtype
 
@@ -74,16 +76,17 @@ class View:
 
     def digits(self, axes: Iterable[int]) -> tuple[Atom, ...]:
         """The digits of these axes of the weight, in canonical order."""
-        found = flat(self.axes)
-        return tuple(sorted((a for a in found if a.axis in axes), key=lambda a: (tuple(axes).index(a.axis), -a.stride)))
+        found: list[Atom] = []
+        for axis in axes:
+            own = [atom for atom in flat(self.axes) if atom.axis == axis]
+            found += sorted(own, key=lambda atom: -atom.stride)
+        return tuple(found)
 
     def dense(self) -> jax.Array:
         """The array."""
         have = self.digits(range(self.weight.ndim))
-        added = [atom for atom in flat(self.axes) if atom.axis == BROADCAST]
-        array = self.weight.dense()
-        array = jnp.broadcast_to(array, (*(atom.size for atom in added), *array.shape)) if added else array
-        return arrange(array, [*added, *have], self.axes)
+        added = _added(self.axes)
+        return arrange(_broadcast(self.weight.dense(), added), [*added, *have], self.axes)
 
     def by_row(self, shape: Sequence[int]) -> jax.Array | None:
         """The array, with rows of their own along its first axis, for an operand of what has this shape.
@@ -91,21 +94,23 @@ class View:
         None if the weight is one for all rows, or the first axis is not that of the rows.
         """
         rows = self.weight.by_row()
-        if rows is None or not self.axes or shape[:1] != rows.shape[:1] or any(a.axis >= 0 for a in self.axes[0]):
+        if rows is None or not self.axes or shape[:1] != rows.shape[:1]:
+            return None
+        if any(atom.axis >= 0 for atom in self.axes[0]):
             return None
         batch, have = Atom(FREE, 0, len(rows)), self.digits(range(self.weight.ndim))
-        added = [atom for atom in flat(self.axes[1:]) if atom.axis == BROADCAST]
-        array = jnp.broadcast_to(rows, (*(atom.size for atom in added), *rows.shape)) if added else rows
-        return arrange(array, [*added, batch, *have], [(batch,), *self.axes[1:]])
+        added = _added(self.axes[1:])
+        return arrange(_broadcast(rows, added), [*added, batch, *have], [(batch,), *self.axes[1:]])
 
-    def done(self, eqn: Any, *, merged: bool) -> None:
-        """Tell who watches."""
+    def done(self, eqn: JaxprEqn | None, *, merged: bool) -> None:
+        """Report a use to the watch, if there is one."""
         if self.watch is not None:
             self.watch.done(self, eqn, merged)
 
     def role(self, contracted: Iterable[int], stacked: Iterable[int] = (), *, looks_up: bool = False) -> str | None:
         """Which side of the matrix these axes are: ``"in"``, ``"out"`` or neither."""
-        digits, batch = (frozenset(flat(self.axes[i] for i in axes)) for axes in (contracted, stacked))
+        digits = frozenset(flat(self.axes[i] for i in contracted))
+        batch = frozenset(flat(self.axes[i] for i in stacked))
         if self.watch is not None:
             self.watch.product(self, digits, batch, looks_up)
         layout = self.weight.layout
@@ -118,7 +123,7 @@ class View:
     def as_kernel(self, out: int, matrix: jax.Array) -> jax.Array:
         """A matrix ``(in, k)`` in this shape, with ``k`` in place of the axis ``out``, which has all outputs."""
         channels = free(0, matrix.shape[1])
-        want = [channels if i == out else axis for i, axis in enumerate(self.axes)]
+        want = [*self.axes[:out], channels, *self.axes[out + 1 :]]
         return arrange(matrix, [*self.digits(self.weight.layout.inp), *channels], want)
 
     def reshaped(self, shape: Sequence[int]) -> "View | None":
@@ -145,9 +150,10 @@ class View:
 
     def stack_position(self, axis: int) -> int | None:
         """Which of the weight's stacked axes, counted from 0, this axis is; None if it is not one."""
-        stack, shape = self.weight.layout.stack, self.weight.shape
-        found = (position for position, one in enumerate(stack) if _whole(one, shape[one]) == self.axes[axis])
-        return next(found, None)
+        for position, stacked in enumerate(self.weight.layout.stack):
+            if _whole(stacked, self.weight.shape[stacked]) == self.axes[axis]:
+                return position
+        return None
 
     def mapped(self, axis: int, change: Change, *, drop: bool) -> "View | None":
         """The view after ``change(array, axis)`` along a stacked axis, which with ``drop`` is then gone."""
@@ -159,29 +165,33 @@ class View:
             axes = (*self.axes[:axis], _whole(gone, weight.shape[gone]), *self.axes[axis + 1 :])
             return self.replace(weight=weight, axes=axes)
         left = (*self.axes[:axis], *self.axes[axis + 1 :])
-        axes = tuple(tuple(a._replace(axis=a.axis - (a.axis > gone)) for a in one) for one in left)
-        return self.replace(weight=weight, axes=axes)
+        return self.replace(weight=weight, axes=tuple(_without_axis(one, gone) for one in left))
 
     def specs(self, entries: Sequence[Any]) -> "View | None":
         """Specs of all arrays, in the view's structure, for those of its axes; None if there are none such."""
-        wanted = [_whole(axis, size) for axis, size in enumerate(self.weight.shape)]
+        wanted = View.of(self.weight).axes
         if sorted(self.axes) != sorted(wanted):
             return None
+        of_weight: list[Any] = []
+        for axis in wanted:
+            of_weight.append(entries[self.axes.index(axis)] if axis else None)
         try:
-            specs = self.weight.specs(tuple(entries[self.axes.index(axis)] if axis else None for axis in wanted))
+            specs = self.weight.specs(tuple(of_weight))
         except MergeError:
             return None
         return self.replace(weight=specs)
 
     def refreshed(self) -> "View":
         """The view of a part of the weight, as ``shard_map`` hands it out, after `specs`."""
-        order = [axis[0].axis if axis else None for axis in self.axes]
         wanted = View.of(self.weight).axes
-        return self.replace(axes=tuple(() if axis is None else wanted[axis] for axis in order))
+        axes: list[Axis] = []
+        for axis in self.axes:
+            axes.append(wanted[axis[0].axis] if axis else ())
+        return self.replace(axes=tuple(axes))
 
 
-def is_view(value: Any) -> bool:
-    """Whether a value is a weight on its way."""
+def is_view(value: Value) -> bool:
+    """Whether a value is a view of a weight."""
     return isinstance(value, View)
 
 
@@ -192,7 +202,7 @@ def free(number: int, size: int) -> Axis:
 
 def flat(axes: Iterable[Axis]) -> tuple[Atom, ...]:
     """The digits of some axes, in order."""
-    return tuple(atom for axis in axes for atom in axis)
+    return tuple(itertools.chain.from_iterable(axes))
 
 
 def length(axis: Axis) -> int:
@@ -222,14 +232,21 @@ def through(
         product: The product.
     """
     layout = view.weight.layout
-    groups = [view.digits((axis,)) for axis in layout.stack]
-    met, kept = (view.digits(axes) for axes in (layout.inp, layout.out)[:: 1 if role == "in" else -1])
+    met, kept = view.digits(layout.inp), view.digits(layout.out)
+    if role == "out":
+        met, kept = kept, met
     there = flat(have)
-    batched = [all(atom in there for atom in group) for group in groups]
-    if any(atom in there for group, whole in zip(groups, batched, strict=True) for atom in group if not whole):
-        return None
+    groups, front = [view.digits((axis,)) for axis in layout.stack], []
+    batched = []
+    for group in groups:
+        found = set(group) & set(there)
+        if found and found != set(group):
+            return None
+        is_shared = found == set(group)
+        batched.append(is_shared)
+        if is_shared and group:
+            front.append(group)
     others = [(atom,) for atom in there if atom.axis < 0]
-    front = [group for group, whole in zip(groups, batched, strict=True) if whole and group]
     last = [] if product.looks_up else [met]
     result = [*flat(groups), *flat(others), *kept]
     if set(flat(want)) != set(result):
@@ -291,7 +308,25 @@ def in_front(array: jax.Array, axis: int) -> jax.Array:
     return jnp.moveaxis(array, axis, 0) if axis else array
 
 
+def _added(axes: Iterable[Axis]) -> list[Atom]:
+    """The digits of broadcasts among those of some axes."""
+    return [atom for atom in flat(axes) if atom.axis == BROADCAST]
+
+
+def _broadcast(array: jax.Array, added: Sequence[Atom]) -> jax.Array:
+    """The array with the axes of a broadcast in front."""
+    if not added:
+        return array
+    return jnp.broadcast_to(array, (*[atom.size for atom in added], *array.shape))
+
+
+def _without_axis(axis: Axis, gone: int) -> Axis:
+    """An axis of a view once its weight has lost one of its own axes."""
+    return tuple(atom._replace(axis=atom.axis - (atom.axis > gone)) for atom in axis)
+
+
 def _whole(axis: int, size: int) -> Axis:
+    """An axis of the view that is one of the weight's, unchanged."""
     return () if size == 1 else (Atom(axis, 1, size),)
 
 
