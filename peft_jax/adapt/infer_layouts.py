@@ -315,11 +315,7 @@ def _index_after(path: str, stack: Sequence[int], batched: Collection[int]) -> t
     """
     parts = module_path(path).split(".")
     is_numbered = any(part.isdigit() for part in parts[1:])
-    lists: list[str] = []
-    for name in LISTS:
-        if name in parts and not "".join(parts[parts.index(name) + 1 :][:1]).isdigit():
-            lists = [name]
-            break
+    lists = [name for name in LISTS if _is_unnumbered(name, parts)][:1]
     layers = len(stack) - len(batched)
     if layers > len(lists) and not is_numbered:
         lists = parts[: min(layers, len(parts) - 1)]
@@ -328,3 +324,11 @@ def _index_after(path: str, stack: Sequence[int], batched: Collection[int]) -> t
     for axis in stack:
         after.append("" if axis in batched else next(names))
     return tuple(after)
+
+
+def _is_unnumbered(name: str, parts: Sequence[str]) -> bool:
+    """Whether a path has a component of this name that no index follows."""
+    if name not in parts:
+        return False
+    following = parts[parts.index(name) + 1 :]
+    return not following or not following[0].isdigit()

@@ -15,18 +15,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.infer_layouts import Probe
 from peft_jax.adapt.interpreter import trace
-from peft_jax.adapt.rules import RULES
+from peft_jax.adapt.rules import RULES, is_wide_float
 from peft_jax.adapt.view import View
 from peft_jax.core.paths import dotted
 from peft_jax.core.weight import is_weight
 
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
-KERNELS = ("pallas_call", "ffi_call")  # nobody sees inside; a matrix that meets activations there may be multiplied
+KERNELS = ("pallas_call", "ffi_call")  # opaque: a matrix that meets activations there may be multiplied
 CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "scan", "while", "cond", "shard_map")
 MOVES = set(RULES) - {*PRODUCTS, *CALLS, "gather", "add", "sub", "mul", "div"}
 ONE_BY_ONE = ("optimization_barrier", "device_put")  # each output is the operand in its place
@@ -51,6 +51,7 @@ class Part(NamedTuple):
 
 
 Note = dict[str, Part] | None  # the leaves that a variable is made of, by path; None if it depends on the inputs
+Program = Jaxpr | ClosedJaxpr
 
 
 def left_out(params: Any, fn: Callable[..., Any], args: Sequence[Any], paths: Collection[str]) -> dict[str, Loss]:
@@ -63,6 +64,7 @@ def left_out(params: Any, fn: Callable[..., Any], args: Sequence[Any], paths: Co
         paths: Paths of the leaves to look for.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"up": {"kernel": jnp.ones((4, 8)), "gain": jnp.ones(8)}}
         >>> def model(params, x):
         ...     return params["up"]["gain"] * (x @ (0.5 * params["up"]["kernel"]))
@@ -74,11 +76,11 @@ def left_out(params: Any, fn: Callable[..., Any], args: Sequence[Any], paths: Co
         return {}
     leaves, treedef = jax.tree.flatten(((params, *args), {}), is_leaf=is_weight)
     program, _, _ = trace(fn, leaves, treedef)
-    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
-    names = [dotted(path) for path, leaf in found if is_weight(leaf) or compat.is_array(leaf)]
-    notes: list[Note] = [None] * len(program.jaxpr.invars)
-    for i, name in enumerate(names):
-        notes[i] = {name: Part(program.jaxpr.invars[i].aval.ndim)}
+    notes: list[Note] = []
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
+        if is_weight(leaf) or compat.is_array(leaf):
+            notes.append({dotted(key_path): Part(program.jaxpr.invars[len(notes)].aval.ndim)})
+    notes += [None] * (len(program.jaxpr.invars) - len(notes))  # the other arguments
     walk = _Walk({})
     walk.program(program, notes, None)
     return {path: loss for path, loss in walk.found.items() if path in paths}
@@ -108,43 +110,39 @@ def report(what: str, losses: Mapping[str, Loss], way_out: str, *, alone: bool, 
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Walks through programs; ``found`` has the leaves that they multiply by."""
+    """A walk through programs; ``found`` collects the leaves that they multiply by."""
 
     found: dict[str, Loss]
 
-    def program(self, program: Any, notes: Sequence[Note], place: str | None) -> list[Note]:
+    def program(self, program: Program, notes: Sequence[Note], place: str | None) -> list[Note]:
         """Notes of a program's outputs, given those of its inputs and where it was called."""
         jaxpr = compat.closed(program).jaxpr
-        known: dict[Any, Note] = dict(zip(jaxpr.invars, notes, strict=True))
-
-        def note(atom: Any) -> Note:
-            return {} if compat.is_literal(atom) else known.get(atom, {})
-
+        known: dict[Var, Note] = dict(zip(jaxpr.invars, notes, strict=True))
         for eqn in jaxpr.eqns:
-            outs = self.equation(eqn, [note(atom) for atom in eqn.invars], place)
+            outs = self.equation(eqn, _of_operands(eqn.invars, known), place)
             for variable, out in zip(eqn.outvars, outs, strict=True):
                 is_scalar = getattr(variable.aval, "ndim", 0) == 0
                 known[variable] = {} if out is None and is_scalar else out  # a weight times a number is still a weight
-        return [note(atom) for atom in jaxpr.outvars]
+        return _of_operands(jaxpr.outvars, known)
 
-    def equation(self, eqn: Any, notes: list[Note], place: str | None) -> list[Note]:
+    def equation(self, eqn: JaxprEqn, notes: list[Note], place: str | None) -> list[Note]:
         """Notes of an equation's outputs."""
-        name = eqn.primitive.name
-        loss = Loss(name, compat.where(eqn) or place or "a place inside a library")
+        name, place = eqn.primitive.name, compat.where(eqn) or place
+        loss = Loss(name, place or "a place inside a library")
+        inner = _inner(eqn)
         if name in CALLS:
-            return self.call(eqn, notes, loss, compat.where(eqn) or place)
+            return self.call(eqn, notes, loss, place)
         if name in PRODUCTS:
             self.product(notes[:2], loss)
-            return [None if None in notes else {}]
+            return [_without_leaves(notes)]
         if name in KERNELS:
             if None in notes:
                 self.product([_joined(notes, skip_inputs=True), None], loss)
-            return [None if None in notes else {}] * len(eqn.outvars)
-        if (inner := _inner(eqn)) is not None:
-            outs = self.program(inner, [_lost(note, loss) for note in notes], compat.where(eqn) or place)
-            return [_lost(out, loss) for out in outs]
+            return [_without_leaves(notes)] * len(eqn.outvars)
+        if inner is not None:
+            return _all_lost(self.program(inner, _all_lost(notes, loss), place), loss)
         if name in ONE_BY_ONE:
-            return notes if name in MOVES else [_lost(note, loss) for note in notes]
+            return notes if name in MOVES else _all_lost(notes, loss)
         if name in MOVES and _is_followed(eqn):
             return [_moved(eqn, notes[0])]
         if name == "dynamic_slice":
@@ -156,26 +154,27 @@ class _Walk:
         return [_with_axes(joined, len(shape)) for shape in shapes]
 
     def product(self, notes: Sequence[Note], loss: Loss) -> None:
-        """Take down the weights of a product of two operands.
+        """Record the weights of a product of two operands.
 
-        What was followed up to here is a weight, and a leaf that was not, if it meets one, is its input: as learned
-        queries are, which are normalised first.
+        A leaf that was followed up to here is a weight. If it meets another leaf that was not followed, that one is
+        its input, as learned queries are, which are normalised first.
         """
-        for note, other in (notes, notes[::-1]):
-            meets = any(part.loss is None and part.ndim > 1 for part in (other or {}).values())
-            for path, part in (note or {}).items():
-                if part.ndim > 1 and not (part.loss and meets):
+        left, right = notes
+        for note, other in ((left or {}, right or {}), (right or {}, left or {})):
+            meets_weight = any(part.loss is None and part.ndim > 1 for part in other.values())
+            for path, part in note.items():
+                if part.ndim > 1 and not (part.loss and meets_weight):
                     self.found.setdefault(path, part.loss or loss)
 
-    def call(self, eqn: Any, notes: list[Note], loss: Loss, place: str | None) -> list[Note]:
-        """Notes of what a call or a loop gives."""
+    def call(self, eqn: JaxprEqn, notes: list[Note], loss: Loss, place: str | None) -> list[Note]:
+        """Notes of the outputs of a call or a loop."""
         name, p = eqn.primitive.name, eqn.params
         if name == "scan":
             parts = compat.scan_parts(eqn)
             end = parts.num_consts + parts.num_carry
-            sliced = [
-                _with_axes(note, atom.aval.ndim - 1) for note, atom in zip(notes[end:], eqn.invars[end:], strict=True)
-            ]
+            sliced = []
+            for note, atom in zip(notes[end:], eqn.invars[end:], strict=True):
+                sliced.append(_with_axes(note, atom.aval.ndim - 1))
 
             def step(walk: "_Walk", carry: list[Note]) -> list[Note]:
                 return walk.program(parts.body, [*notes[: parts.num_consts], *carry, *sliced], place)
@@ -193,24 +192,34 @@ class _Walk:
             branches = [self.program(branch, notes[1:], place) for branch in p["branches"]]
             return [_lost(_joined(outs), loss) for outs in zip(*branches, strict=True)]
         if name == "shard_map":
-            outs = self.program(compat.shard_map_parts(eqn).body, notes, place)
-            return [_lost(out, loss) for out in outs]
+            return _all_lost(self.program(compat.shard_map_parts(eqn).body, notes, place), loss)
         return self.program(p["jaxpr"], notes, place)
 
     def loop(self, step: Callable[["_Walk", list[Note]], list[Note]], carry: list[Note], loss: Loss) -> list[Note]:
-        """Notes of what a loop gives; its body is walked through until those of what it carries stay."""
-        carry = [_lost(note, loss) for note in carry]
+        """Notes of a loop's outputs; its body is walked through until the notes of the carried values stay the same."""
+        carry = _all_lost(carry, loss)
         while True:
             outs = step(_Walk({}), carry)
-            now = [_lost(_joined(pair), loss) for pair in zip(carry, outs[: len(carry)], strict=True)]
-            if now == carry:
+            joined = [_joined(pair) for pair in zip(carry, outs[: len(carry)], strict=True)]
+            following = _all_lost(joined, loss)
+            if following == carry:
                 break
-            carry = now
-        return [_lost(out, loss) for out in (*carry, *step(self, carry)[len(carry) :])]
+            carry = following
+        return _all_lost([*carry, *step(self, carry)[len(carry) :]], loss)
+
+
+def _of_operands(atoms: Sequence[Var | Literal], known: Mapping[Var, Note]) -> list[Note]:
+    """The notes of operands."""
+    return [{} if compat.is_literal(atom) else known.get(atom, {}) for atom in atoms]
+
+
+def _without_leaves(notes: Sequence[Note]) -> Note:
+    """The note of a result whose leaves are not followed: None if any operand depends on the inputs."""
+    return None if None in notes else {}
 
 
 def _joined(notes: Sequence[Note], *, skip_inputs: bool = False) -> Note:
-    """The note of what is made of several variables."""
+    """The note of a variable that is made of several others."""
     joined: dict[str, Part] = {}
     for note in notes:
         if note is None and not skip_inputs:
@@ -222,16 +231,21 @@ def _joined(notes: Sequence[Note], *, skip_inputs: bool = False) -> Note:
 
 
 def _lost(note: Note, loss: Loss) -> Note:
+    """The note with the place where its leaves are no longer followed, for those that were."""
     return note and {path: part._replace(loss=part.loss or loss) for path, part in note.items()}
 
 
+def _all_lost(notes: Sequence[Note], loss: Loss) -> list[Note]:
+    return [_lost(note, loss) for note in notes]
+
+
 def _with_axes(note: Note, ndim: int) -> Note:
-    """The note where at most so many axes are left."""
+    """The note where at most ``ndim`` axes are left."""
     return note and {path: part._replace(ndim=min(part.ndim, ndim)) for path, part in note.items()}
 
 
-def _own(eqn: Any, operand: int, note: Note, shape: Sequence[int]) -> Note:
-    """The leaves of an operand but those that are broadcast, as a gain for each column is: those are no matrices."""
+def _own(eqn: JaxprEqn, operand: int, note: Note, shape: Sequence[int]) -> Note:
+    """The leaves of an operand without those that are broadcast, as a gain for each column is: these are no matrices."""
     if note is None:
         return None
     shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
@@ -241,31 +255,36 @@ def _own(eqn: Any, operand: int, note: Note, shape: Sequence[int]) -> Note:
     return {path: part for path, part in note.items() if not part.spread}
 
 
-def _is_followed(eqn: Any) -> bool:
-    """Whether a move leaves a weight what it is."""
+def _is_followed(eqn: JaxprEqn) -> bool:
+    """Whether the rule of a move keeps the weight."""
     if eqn.primitive.name == "convert_element_type":
-        dtype = eqn.params["new_dtype"]
-        return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+        return is_wide_float(eqn.params["new_dtype"])
     if eqn.primitive.name == "reshape":
         array = eqn.invars[0].aval
         return View.of(Probe(array, array.ndim, tuple(range(array.ndim)))).reshaped(eqn.params["new_sizes"]) is not None
     return True
 
 
-def _moved(eqn: Any, note: Note) -> Note:
+def _moved(eqn: JaxprEqn, note: Note) -> Note:
     """The note of an operand that is moved."""
     old, new = eqn.invars[0].aval, eqn.outvars[0].aval
     if math.prod(new.shape) > math.prod(old.shape):
         return note and {path: part._replace(spread=True) for path, part in note.items()}
-    joins = [n for n in old.shape if n > 1] != [n for n in new.shape if n > 1] and eqn.primitive.name == "reshape"
-    return note if joins else _with_axes(note, new.ndim)
+    if eqn.primitive.name == "reshape" and _longer_than_one(old.shape) != _longer_than_one(new.shape):
+        return note  # axes are joined or split, and each is still there
+    return _with_axes(note, new.ndim)
 
 
-def _inner(eqn: Any) -> Any:
+def _longer_than_one(shape: Sequence[int]) -> list[int]:
+    return [n for n in shape if n > 1]
+
+
+def _inner(eqn: JaxprEqn) -> Program | None:
     """The program in an equation that calls one with all of its operands, as of ``jax.custom_vjp``."""
     for value in eqn.params.values():
         jaxpr = getattr(value, "jaxpr", value)
         if hasattr(jaxpr, "eqns") and hasattr(jaxpr, "invars"):
             if (len(jaxpr.invars), len(jaxpr.outvars)) == (len(eqn.invars), len(eqn.outvars)):
-                return value
+                program: Program = value
+                return program
     return None

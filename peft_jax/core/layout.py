@@ -23,7 +23,7 @@ class Layout:
             ``model.layers.3.self_attn.q_proj`` for ``("layers",)``. None for the experts of one parameter, which
             have no names of their own (``target_parameters`` of a config). ``""`` puts it before the whole path,
             where no rule takes it for the index of a layer: ``1.model.layers.3.gate`` is that of expert 1.
-        source: Who says so; counts for nothing but `peft_jax.explain`.
+        source: How the axes were found; only `peft_jax.explain` reads it.
         stored_in_out: Whether PyTorch stores the matrix as ``(in, out)``; None if ``fan_in_fan_out`` says.
         multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
         taps: Those of the input axes that are positions in the kernel of a convolution, in PyTorch's order. Files of
@@ -59,7 +59,8 @@ class Layout:
     @property
     def unnamed(self) -> tuple[int, ...]:
         """Which of the stacked axes, counted from 0, have no part in names: experts of one parameter."""
-        return tuple(i for i, after in enumerate(self.index_after[: len(self.stack)]) if after is None)
+        names = self.index_after[: len(self.stack)]
+        return tuple(position for position, name in enumerate(names) if name is None)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -92,12 +93,14 @@ class Layout:
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """``(in, out)`` of the matrix; ``in`` is 1 for a vector."""
-        return math.prod(shape[a] for a in self.inp), math.prod(shape[a] for a in self.out)
+        n_in = math.prod(shape[axis] for axis in self.inp)
+        n_out = math.prod(shape[axis] for axis in self.out)
+        return n_in, n_out
 
     def matrix(self, array: jax.Array) -> jax.Array:
         """``array`` as ``(*stack, in, out)``, or ``(*stack, out)`` for a vector."""
-        stack, (n_in, n_out) = self.stack_shape(array.shape), self.sizes(array.shape)
-        last = (n_in, n_out) if self.inp else (n_out,)
+        stack, sizes = self.stack_shape(array.shape), self.sizes(array.shape)
+        last = sizes if self.inp else sizes[1:]
         return _transpose(array, self.order).reshape(*stack, *last)
 
     def unmatrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -112,9 +115,14 @@ class Layout:
         def left(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(axis - (axis > gone) for axis in axes if axis != gone)
 
-        index_after = self.index_after[:position] + self.index_after[position + 1 :]
-        axes = {name: left(getattr(self, name)) for name in ("stack", "inp", "out", "taps")}
-        return dataclasses.replace(self, index_after=index_after, **axes)  # type: ignore[arg-type]
+        return dataclasses.replace(
+            self,
+            stack=left(self.stack),
+            inp=left(self.inp),
+            out=left(self.out),
+            taps=left(self.taps),
+            index_after=self.index_after[:position] + self.index_after[position + 1 :],
+        )
 
 
 def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
@@ -123,14 +131,14 @@ def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Ambiguous:
-    """In place of a layout: why a leaf has none, and what was found."""
+    """Stands in place of a layout: why a leaf has none, and what was found."""
 
     why: str
     found: tuple[str, ...] = ()
 
 
-CONVENTION = "by convention"  # how the source of a layout begins that nobody but a leaf's name and rank tells
-READ = "read off the program"  # the source of a layout that knows axes, but not what stacked ones are called
+CONVENTION = "by convention"  # the source of a layout that a leaf's name and rank alone give begins so
+READ = "read off the program"  # the source of a layout with known axes, whose stacked ones have no known names
 LEAF_NAMES = ("kernel", "weight", "embedding", "bias", "scale")
 VECTOR_NAMES = ("bias", "scale", "gain", "gamma", "beta")  # one layer of such a leaf has one axis
 LISTS = ("layers", "h", "blocks", "block", "layer")  # what frameworks call their lists of layers
@@ -145,9 +153,9 @@ def conventional_layout(path: str, shape: tuple[int, ...], fan_in_fan_out: bool 
     """
     name = path.rsplit(".", 1)[-1]
     source = f"{CONVENTION} for '{name}'"
-    if name in VECTOR_NAMES or len(shape) < 2:
-        return Layout(inp=(), out=(0,), source=source) if len(shape) == 1 else None
-    if len(shape) > 2:
+    if len(shape) == 1:
+        return Layout(inp=(), out=(0,), source=source)
+    if name in VECTOR_NAMES or len(shape) != 2:
         return None
     if name == "weight" and not fan_in_fan_out:
         return Layout(inp=(1,), out=(0,), source=source)

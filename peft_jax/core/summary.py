@@ -1,4 +1,4 @@
-"""What an adapted tree holds, in words."""
+"""Descriptions of an adapted tree: a table of its leaves, and the number of trained elements."""
 
 from typing import Any
 
@@ -37,8 +37,13 @@ def summary(params: Any) -> str:
     """
     rows = [("path", "shape", "adapter", "method", "trainable")]
     for path, leaf in adapted_leaves(params.params if isinstance(params, Handle) else params):
-        size = int(np.sum(leaf.method.sizes(leaf.params, leaf.state))) if leaf.active and leaf.trainable else 0
+        size = 0
+        if leaf.active and leaf.trainable:
+            size = int(np.sum(leaf.method.sizes(leaf.params, leaf.state)))
         rows.append((path, str(leaf.shape), leaf.tag.name, leaf.method.label, f"{size:,d}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join([*lines, trainable_parameters(params)])

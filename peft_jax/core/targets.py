@@ -1,4 +1,4 @@
-"""Which modules a config means: PEFT's rules (PEFT 0.21.2, ``check_target_module_exists``), and nothing silent."""
+"""Which modules a config names: PEFT's rules (PEFT 0.21.2, ``check_target_module_exists``), errors included."""
 
 import difflib
 import re
@@ -26,7 +26,7 @@ class Targets(Protocol):
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's name of what the adapter is for."""
+        """PEFT's name of the task that the adapter is for."""
 
 
 def is_target(config: Targets, module: str) -> bool:
@@ -49,7 +49,7 @@ def is_target(config: Targets, module: str) -> bool:
 
 
 def layer_index(config: Targets, module: str) -> int | None:
-    """The index of the layer that a module lies in: the first number after a list's name, or after a given one."""
+    """The index of the layer that a module belongs to: the first number after a list's name, or after a given one."""
     patterns = config.layers_pattern or ()
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
@@ -66,8 +66,10 @@ def is_saved_module(config: Targets, module: str) -> bool:
 
 def saved_owner(config: Targets, module: str) -> str | None:
     """The outermost module around this one, or itself, that ``modules_to_save`` names; None if there is none."""
-    owners = (owner for owner in _owners(module) for name in config.modules_to_save or () if owner.endswith(name))
-    return next(owners, None)
+    for owner in _owners(module):
+        if owner.endswith(tuple(config.modules_to_save or ())):
+            return owner
+    return None
 
 
 def pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -86,7 +88,7 @@ def check_targets(
     parameters: Collection[str] = (),
     vectors: Sequence[str] = (),
 ) -> list[str]:
-    """The modules that a config means, once it is certain that every part of it means at least one.
+    """The modules that a config names, once it is certain that every part of it names at least one.
 
     Args:
         config: The config; ``all-linear`` has to be expanded before.
@@ -97,7 +99,7 @@ def check_targets(
         vectors: Paths of the modules with leaves that are no matrices, to say so if one is named.
 
     Raises:
-        ValueError: if a target, excluded name, saved module, layer index or pattern hits nothing.
+        ValueError: if a target, excluded name, saved module, layer index or pattern matches nothing.
     """
     hits = [module for module in modules if is_target(config, module)]
     targets = config.target_modules
@@ -130,8 +132,9 @@ def check_targets(
     check_saved(config, every)
     found = {layer_index(config, module) for module in hits}
     if missing := [index for index in _indices(config) if index not in found]:
-        there = sorted({index for module in modules if (index := layer_index(config, module)) is not None})
-        raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {there}.")
+        there = {layer_index(config, module) for module in modules}
+        layers = sorted(index for index in there if index is not None)
+        raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {layers}.")
     for pattern in patterns:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*hits, *parameters)):
             what = f"Pattern '{pattern}' of rank_pattern or alpha_pattern"
@@ -140,14 +143,20 @@ def check_targets(
 
 
 def check_saved(config: Targets, every: Sequence[str]) -> None:
-    """Raise ValueError if a name in ``modules_to_save`` hits no module of all those with any leaf."""
+    """Raise ValueError if a name in ``modules_to_save`` matches no module of all those with any leaf."""
     for name in config.modules_to_save or ():
-        is_hit = any(owner.endswith(name) for module in every for owner in _owners(module))
-        if not is_hit and name not in SAVED_HEADS.get(config.task_type, ()):
+        is_found = any(_saves([name], module) for module in every)
+        if not is_found and name not in SAVED_HEADS.get(config.task_type, ()):
             raise ValueError(nothing_hit(f"modules_to_save '{name}'", name, every))
 
 
+def _saves(names: Sequence[str], module: str) -> bool:
+    """Whether the module, or one around it, ends with one of some names."""
+    return any(owner.endswith(tuple(names)) for owner in _owners(module))
+
+
 def _owners(module: str) -> list[str]:
+    """The modules around a module, outermost first, and itself."""
     parts = module.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
@@ -158,7 +167,9 @@ def _ends(modules: Sequence[str]) -> set[str]:
 
 def _indices(config: Targets) -> list[int]:
     layers = config.layers_to_transform
-    return [] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    if layers is None:
+        return []
+    return [layers] if isinstance(layers, int) else list(layers)
 
 
 def names_module(targets: str | Sequence[str], module: str) -> bool:
@@ -169,18 +180,18 @@ def names_module(targets: str | Sequence[str], module: str) -> bool:
 
 
 def no_matrix(targets: str | Sequence[str], vectors: Sequence[str]) -> str:
-    """What a message says of targets that name a vector; nothing if they name none."""
-    named = next((name for name in vectors if names_module(targets, name)), None)
-    if named is None:
-        return ""
-    return (
-        f"'{named}' is a vector, which is added or multiplied elementwise and is no matrix of a product. Train it "
-        "whole: name it in modules_to_save, or in target_modules of LNTuningConfig."
-    )
+    """A hint for targets that name a vector; empty if they name none."""
+    for name in vectors:
+        if names_module(targets, name):
+            return (
+                f"'{name}' is a vector, which is added or multiplied elementwise and is no matrix of a product. Train "
+                "it whole: name it in modules_to_save, or in target_modules of LNTuningConfig."
+            )
+    return ""
 
 
 def nothing_hit(what: str, name: str, modules: Sequence[str], hint: str = "") -> str:
-    """The message for a name that hits none of the modules."""
+    """The message for a name that matches none of the modules."""
     ends = _ends(modules) | set(modules)
     near = difflib.get_close_matches(name, sorted(ends), n=3, cutoff=0.3) or sorted(ends)[:3]
     return f"{what} hits none of {len(modules)} modules. Nearest: {near}. {hint}".strip()
