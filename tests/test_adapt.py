@@ -201,7 +201,9 @@ def count_products(fn, *args):
 
 def products_saved(params):
     """By how many products q, k and v together need fewer than each by itself; the numbers are the same."""
-    each = [count_products(pj.adapt(lambda params, x, name=name: project(params, x, name)), params, X) for name in "qkv"]
+    each = [
+        count_products(pj.adapt(lambda params, x, name=name: project(params, x, name)), params, X) for name in "qkv"
+    ]
     got, want = pj.adapt(project)(params, X), project(pj.merge(params), X)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)

@@ -89,6 +89,56 @@ def test_adapted_leaves_have_one_builder() -> None:
         assert not builds or str(file.relative_to(ROOT)) in allowed, f"{file} builds an adapted leaf by itself"
 
 
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def expressions_of(statement: ast.stmt) -> Iterator[ast.expr]:
+    """The expressions of one statement, inner ones too; those of statements in its body are theirs."""
+    waiting = list(ast.iter_child_nodes(statement))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.stmt):
+            continue
+        if isinstance(node, ast.expr):
+            yield node
+        waiting += ast.iter_child_nodes(node)
+
+
+def crowded_statements(source: str) -> list[int]:
+    """Lines of statements with more than one comprehension or with a conditional expression in another one."""
+    found = []
+    for statement in ast.walk(ast.parse(source)):
+        if not isinstance(statement, ast.stmt):
+            continue
+        expressions = list(expressions_of(statement))
+        comprehensions = sum(isinstance(one, COMPREHENSIONS) for one in expressions)
+        conditionals = [one for one in expressions if isinstance(one, ast.IfExp)]
+        inner = [node for outer in conditionals for node in ast.walk(outer) if node is not outer]
+        if comprehensions > 1 or any(isinstance(node, ast.IfExp) for node in inner):
+            found.append(statement.lineno)
+    return found
+
+
+@pytest.mark.parametrize(
+    "line", ["y = [[a for a in b] for b in c]", "y = 1 if a else 2 if b else 3", "f(*(a for a in b), {c for c in d})"]
+)
+def test_a_crowded_statement_is_seen(line: str) -> None:
+    assert crowded_statements(f"if x:\n    {line}") == [2]
+    assert not crowded_statements(
+        "for a in [b for b in c]:\n    d = [e for e in a]\n    f = 1 if a else 2\n    g = 1 if b else 2"
+    )
+
+
+@pytest.mark.parametrize("room", ["core", "adapt"])
+def test_statements_are_plain(room: str) -> None:
+    """Statement by statement: at most one comprehension, and no conditional expression in another one."""
+    files = [file for file in FILES if module_name(file)[:2] == ["peft_jax", room]]
+    assert len(files) > 5
+    for file in files:
+        lines = crowded_statements(file.read_text())
+        assert not lines, f"{file.relative_to(ROOT)}: give the parts of the statements in lines {lines} names"
+
+
 def test_no_two_modules_share_a_basename() -> None:
     """A reader who has an open file called `plan.py` knows which one it is."""
     shared = {"__init__", "base", "config", "model", "family", "registry"}

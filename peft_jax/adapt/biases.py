@@ -17,7 +17,7 @@ CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "clo
 
 
 class Origin(NamedTuple):
-    """Where a variable comes from: it is a leaf, or the result of a product with it."""
+    """The leaf that a variable is, or the leaf that it is the result of a product with."""
 
     path: str
     is_result: bool
@@ -72,7 +72,8 @@ def _origins(atoms: Sequence[Var | Literal], known: Mapping[Var, Origin]) -> Ori
 def _results(eqn: JaxprEqn, operands: Origins, found: dict[str, set[str]]) -> Origins:
     """The origins of an equation's outputs; fewer than there are if the others have none."""
     kind = eqn.primitive.name
-    leaves, results = [], []
+    leaves: list[Origin] = []
+    results: list[Origin] = []
     for origin in operands:
         if origin is not None:
             (results if origin.is_result else leaves).append(origin)

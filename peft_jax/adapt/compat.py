@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ import numpy as np
 from jax.extend import core
 
 from peft_jax.core.weight import Weight
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 LIBRARIES = ("jax", "flax", "equinox", "optax")
 CALLS_AND_SCANS = ("jit", "pjit", "checkpoint", "remat", "remat2", "scan")
@@ -114,10 +117,13 @@ def passed_through(jaxpr: core.Jaxpr) -> list[int | None]:
             continue
         scan = scan_parts(eqn) if eqn.primitive.name == "scan" else None
         for place, inner in enumerate(passed_through(closed(eqn.params["jaxpr"]).jaxpr)):
-            if inner is None or is_literal(eqn.invars[inner]) or eqn.invars[inner] not in source:
+            if inner is None:
+                continue
+            atom = eqn.invars[inner]
+            if is_literal(atom) or atom not in source:
                 continue
             if scan is None or scan.num_consts + place == inner:  # in a scan a carry or a slice in its own place
-                source[eqn.outvars[place]] = source[eqn.invars[inner]]
+                source[eqn.outvars[place]] = source[atom]
     return [None if is_literal(atom) else source.get(atom) for atom in jaxpr.outvars]
 
 
@@ -144,9 +150,14 @@ def where(eqn: core.JaxprEqn) -> str | None:
     return None
 
 
-def is_literal(atom: core.Var | core.Literal) -> bool:
+def is_literal(atom: core.Var | core.Literal) -> "TypeIs[core.Literal]":
     """Whether an operand is a literal, which holds its value."""
     return isinstance(atom, core.Literal)
+
+
+def type_of(atom: core.Var | core.Literal) -> jax.core.ShapedArray:
+    """Shape and element type of an operand that is an array."""
+    return cast(jax.core.ShapedArray, atom.aval)
 
 
 def is_array(value: Any) -> bool:
@@ -178,7 +189,13 @@ def out_shardings(eqn: core.JaxprEqn) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=256)  # the same function for the same jaxpr, so that its second call traces nothing
 def _jitted(
-    run: Callable[..., Any], jaxpr: core.ClosedJaxpr, name: str, inline: bool, donated: tuple[bool, ...], keep_unused: bool, out_shardings: Any
+    run: Callable[..., Any],
+    jaxpr: core.ClosedJaxpr,
+    name: str,
+    inline: bool,
+    donated: tuple[bool, ...],
+    keep_unused: bool,
+    out_shardings: Any,
 ) -> Callable[..., Any]:
     inner = functools.partial(run, jaxpr)
     inner.__name__ = name  # type: ignore[attr-defined]

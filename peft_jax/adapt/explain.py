@@ -15,6 +15,7 @@ from peft_jax.core.adapted import Adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight, is_weight
 
 
@@ -101,7 +102,7 @@ class Explanation:
         return "\n".join([*map(str, self.leaves), count])
 
 
-def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Explanation:
+def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> Explanation:
     """Report how ``fn(params, *args)`` uses each adapted or quantized leaf; only shapes are evaluated.
 
     Args:

@@ -19,6 +19,7 @@ from peft_jax.core.layout import LISTS, READ, Ambiguous, Layout, conventional_la
 from peft_jax.core.leaves import Program
 from peft_jax.core.paths import dotted, module_path, named_leaves
 from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.pytree import KeyPath, PyTree
 from peft_jax.core.weight import Change, Weight, is_weight
 
 
@@ -55,7 +56,7 @@ class Probe(Weight):
         cut: Those of which one layer was chosen.
     """
 
-    part: jax.Array
+    part: Any  # an array or its shape, and a spec after `specs`
     ndims: int
     labels: tuple[int, ...]
     cut: tuple[int, ...] = ()
@@ -107,7 +108,7 @@ class Probe(Weight):
 
     def specs(self, entries: tuple[Any, ...]) -> "Probe":
         """The entries."""
-        return dataclasses.replace(self, part=PartitionSpec(*entries))  # type: ignore[arg-type]
+        return dataclasses.replace(self, part=PartitionSpec(*entries))
 
     def use(self, contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> Use:
         """A product over some digits, in terms of the leaf's axes."""
@@ -184,7 +185,7 @@ class _Note:
 
 
 def read_layouts(
-    params: Any, fn: Callable[..., Any], args: Sequence[Any], fan_in_fan_out: bool = False
+    params: PyTree, fn: Callable[..., Any], args: Sequence[Any], fan_in_fan_out: bool = False
 ) -> Mapping[str, Layout | Ambiguous]:
     """The layout of every leaf that ``fn(params, *args)`` uses as the matrix of a product, by its path.
 
@@ -193,14 +194,14 @@ def read_layouts(
     return read_program(params, fn, args, fan_in_fan_out).matrices
 
 
-def read_program(params: Any, fn: Callable[..., Any], args: Sequence[Any], fan_in_fan_out: bool = False) -> Program:
+def read_program(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], fan_in_fan_out: bool = False) -> Program:
     """Read ``fn(params, *args)`` for axes of matrices and of stacked vectors, and for the matrix of each bias.
 
     A leaf that is looked up has its rows as inputs. A leaf that is used both as it is and transposed has the side
     that the framework's convention says.
 
     Args:
-        params: Any pytree of arrays; quantized and adapted leaves have their layouts already.
+        params: PyTree pytree of arrays; quantized and adapted leaves have their layouts already.
         fn: The function that uses them.
         args: The rest of its arguments; arrays, or shapes as ``jax.ShapeDtypeStruct``.
         fan_in_fan_out: As in `conventional_layout`.
@@ -214,7 +215,7 @@ def read_program(params: Any, fn: Callable[..., Any], args: Sequence[Any], fan_i
         if not is_weight(leaf) and getattr(leaf, "ndim", 0) > 1:
             notes[path] = _Note([])
 
-    def probed(key_path: Any, leaf: Any) -> Any:
+    def probed(key_path: KeyPath, leaf: PyTree) -> PyTree:
         if dotted(key_path) not in notes:
             return leaf
         return Probe(leaf, leaf.ndim, tuple(range(leaf.ndim)))

@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Traced(NamedTuple):
-    """A function as a program: its jaxpr on dense shapes, its inputs, weights among them, and its output's structure."""
+    """A traced function: its jaxpr on dense shapes, its inputs, weights among them, and its output's structure."""
 
     jaxpr: ClosedJaxpr
     values: list[Value]

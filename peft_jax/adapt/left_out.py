@@ -23,6 +23,7 @@ from peft_jax.adapt.interpreter import trace
 from peft_jax.adapt.rules import RULES, is_wide_float
 from peft_jax.adapt.view import View
 from peft_jax.core.paths import dotted
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import is_weight
 
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
@@ -33,7 +34,7 @@ ONE_BY_ONE = ("optimization_barrier", "device_put")  # each output is the operan
 
 
 class Loss(NamedTuple):
-    """Where a leaf is no longer followed."""
+    """The equation at which a leaf is no longer followed."""
 
     primitive: str
     where: str
@@ -54,8 +55,8 @@ Note = dict[str, Part] | None  # the leaves that a variable is made of, by path;
 Program = Jaxpr | ClosedJaxpr
 
 
-def left_out(params: Any, fn: Callable[..., Any], args: Sequence[Any], paths: Collection[str]) -> dict[str, Loss]:
-    """Those of some leaves that ``fn(params, *args)`` multiplies by, and where they are no longer followed.
+def left_out(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], paths: Collection[str]) -> dict[str, Loss]:
+    """Find leaves that ``fn(params, *args)`` multiplies by unseen, and where they are no longer followed.
 
     Args:
         params: A tree.
@@ -79,7 +80,7 @@ def left_out(params: Any, fn: Callable[..., Any], args: Sequence[Any], paths: Co
     notes: list[Note] = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
         if is_weight(leaf) or compat.is_array(leaf):
-            notes.append({dotted(key_path): Part(program.jaxpr.invars[len(notes)].aval.ndim)})
+            notes.append({dotted(key_path): Part(compat.type_of(program.jaxpr.invars[len(notes)]).ndim)})
     notes += [None] * (len(program.jaxpr.invars) - len(notes))  # the other arguments
     walk = _Walk({})
     walk.program(program, notes, None)
@@ -174,7 +175,7 @@ class _Walk:
             end = parts.num_consts + parts.num_carry
             sliced = []
             for note, atom in zip(notes[end:], eqn.invars[end:], strict=True):
-                sliced.append(_with_axes(note, atom.aval.ndim - 1))
+                sliced.append(_with_axes(note, compat.type_of(atom).ndim - 1))
 
             def step(walk: "_Walk", carry: list[Note]) -> list[Note]:
                 return walk.program(parts.body, [*notes[: parts.num_consts], *carry, *sliced], place)
@@ -245,7 +246,7 @@ def _with_axes(note: Note, ndim: int) -> Note:
 
 
 def _own(eqn: JaxprEqn, operand: int, note: Note, shape: Sequence[int]) -> Note:
-    """The leaves of an operand without those that are broadcast, as a gain for each column is: these are no matrices."""
+    """The leaves of an operand without those that are broadcast, such as a gain: they are no matrices."""
     if note is None:
         return None
     shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
@@ -260,14 +261,14 @@ def _is_followed(eqn: JaxprEqn) -> bool:
     if eqn.primitive.name == "convert_element_type":
         return is_wide_float(eqn.params["new_dtype"])
     if eqn.primitive.name == "reshape":
-        array = eqn.invars[0].aval
+        array = compat.type_of(eqn.invars[0])
         return View.of(Probe(array, array.ndim, tuple(range(array.ndim)))).reshaped(eqn.params["new_sizes"]) is not None
     return True
 
 
 def _moved(eqn: JaxprEqn, note: Note) -> Note:
     """The note of an operand that is moved."""
-    old, new = eqn.invars[0].aval, eqn.outvars[0].aval
+    old, new = compat.type_of(eqn.invars[0]), compat.type_of(eqn.outvars[0])
     if math.prod(new.shape) > math.prod(old.shape):
         return note and {path: part._replace(spread=True) for path, part in note.items()}
     if eqn.primitive.name == "reshape" and _longer_than_one(old.shape) != _longer_than_one(new.shape):

@@ -6,14 +6,13 @@ from typing import Any
 
 import jax
 from flax import errors, nnx
-from jax.tree_util import KeyPath
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.rules import merged
 from peft_jax.core.paths import dotted
+from peft_jax.core.pytree import KeyPath, PyTree
 from peft_jax.core.weight import is_weight
 
-PyTree = Any  # any pytree of arrays, weights and NNX objects; JAX has no type for it
 TAG = "peft_jax.adapt"  # of the context in which NNX remembers which object is which
 
 
@@ -39,8 +38,8 @@ class _After:
         is_other_graph: Whether the graph is another than before.
     """
 
-    definition: nnx.GraphDef[Any] | None = None
-    structure: jax.tree_util.PyTreeDef | None = None
+    definition: Any = None  # of nnx.GraphDef and PyTreeDef once the function is traced
+    structure: Any = None
     kept: list[int | None] = dataclasses.field(default_factory=list)
     others: list[KeyPath] = dataclasses.field(default_factory=list)
     is_other_graph: bool = False
@@ -49,7 +48,6 @@ class _After:
         """The state, of leaves from before the function and the other ones."""
         rest = iter(others)
         leaves = [next(rest) if place is None else before[place] for place in self.kept]
-        assert self.structure is not None
         return jax.tree.unflatten(self.structure, leaves)
 
 
@@ -108,9 +106,9 @@ def run_with_state(run: Callable[..., Any], fn: Callable[..., Any], args: PyTree
             left, after.structure = jax.tree_util.tree_flatten_with_path(state)
             after.kept, after.others, new = [], [], []
             for path, leaf in left:
-                place = place_of.get(path)
-                if place is not None and leaf is leaves[place]:
-                    after.kept.append(place)
+                earlier = place_of.get(path)
+                if earlier is not None and leaf is leaves[earlier]:
+                    after.kept.append(earlier)
                 else:
                     after.kept.append(None)
                     after.others.append(path)

@@ -184,12 +184,12 @@ def _used(eqn: JaxprEqn, view: View, y: jax.Array | None) -> Outputs:
     if y is None:
         return None
     view.done(eqn, merged=False)
-    return [y.astype(eqn.outvars[0].aval.dtype)]
+    return [y.astype(compat.type_of(eqn.outvars[0]).dtype)]
 
 
 def elementwise(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     """A vector that each row has its own of; others are merged."""
-    shape = eqn.outvars[0].aval.shape
+    shape = compat.type_of(eqn.outvars[0]).shape
     rows = {}
     for i, value in enumerate(values):
         own = value.by_row(shape) if is_view(value) else None
@@ -389,8 +389,7 @@ def scan(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
 
 
 def _in_front(value: Value, eqn: JaxprEqn) -> Value:
-    """A value for a scan to slice: a stacked weight has the layers of all its arrays in front, and one layer's layout.
-    """
+    """A value for a scan to slice: of a stacked weight the layers are in front, under the layout of one."""
     moved = value.mapped(0, in_front, drop=True) if is_view(value) else value
     return merged(value, eqn) if moved is None else moved
 

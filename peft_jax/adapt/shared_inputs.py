@@ -44,9 +44,9 @@ def _is_plain_product(eqn: JaxprEqn) -> bool:
     if eqn.primitive.name != "dot_general" or eqn.params["out_sharding"] is not None:
         return False
     x, w = eqn.invars
-    if compat.is_literal(x) or compat.is_literal(w) or w.aval.ndim != 2:
+    if compat.is_literal(x) or compat.is_literal(w) or compat.type_of(w).ndim != 2:
         return False
-    return bool(eqn.params["dimension_numbers"] == (((x.aval.ndim - 1,), (0,)), ((), ())))
+    return bool(eqn.params["dimension_numbers"] == (((compat.type_of(x).ndim - 1,), (0,)), ((), ())))
 
 
 def run_products_of_one_input(run: RunEquation, eqns: Sequence[JaxprEqn], values: Sequence[Value]) -> list[Value]:
@@ -70,7 +70,7 @@ def run_products_of_one_input(run: RunEquation, eqns: Sequence[JaxprEqn], values
     for eqn, view, own, own_results in zip(eqns, views, factors, results, strict=True):
         if own:
             shared = product.replace(shared=SharedFirstProducts(x, own, own_results))
-            outs.append(view.weight.apply(x, shared).astype(eqn.outvars[0].aval.dtype))
+            outs.append(view.weight.apply(x, shared).astype(compat.type_of(eqn.outvars[0]).dtype))
         else:
             outs += run(eqn, [x, view])
     return outs
@@ -110,7 +110,7 @@ def _first_products(product: Product, x: jax.Array, factors: Sequence[FirstFacto
         ends.append(factor.shape[1] + (ends[-1] if ends else 0))
     joined = product.down(x, jnp.concatenate(every, axis=1))
     parts = iter(jnp.split(joined, ends[:-1], axis=-1))
-    results = []
+    results: list[FirstFactors] = []
     for own in factors:
         results.append({which: next(parts) for which in own})
     return results

@@ -14,7 +14,7 @@ from peft_jax.adapt import compat
 from peft_jax.adapt.shared_inputs import products_of_one_input
 from peft_jax.adapt.view import Value, is_view
 
-LEAF = jax.tree.structure(0)
+LEAF: Any = jax.tree.structure(0)
 Atom = core.Var | core.Literal
 
 # Equations on values of their operands, views of weights among them: of one all of its own; of several, which are
@@ -25,7 +25,7 @@ Program = tuple[core.ClosedJaxpr, list[jax.tree_util.PyTreeDef]]  # with the str
 
 
 class Stand(NamedTuple):
-    """What stands for a variable: the atoms of a pytree of arrays, and its structure."""
+    """The atoms of a pytree of arrays that stand for one variable, and its structure."""
 
     atoms: tuple[Atom, ...]
     structure: jax.tree_util.PyTreeDef
@@ -82,8 +82,12 @@ def splice(
             continue
         together = [eqn]
         for other in later_products.get(place, ()):
-            weight = stands.get(jaxpr.jaxpr.eqns[other].invars[1])
-            if weight is not None and operands[0].structure == LEAF and not (weight.watched or operands[1].watched):
+            weight = _stand(jaxpr.jaxpr.eqns[other].invars[1], stands)
+            if (
+                weight.structure != LEAF
+                and operands[0].structure == LEAF
+                and not (weight.watched or operands[1].watched)
+            ):
                 together.append(jaxpr.jaxpr.eqns[other])
                 operands.append(weight)
                 done_before.add(other)
@@ -101,7 +105,7 @@ def splice(
 
 
 def _stand(atom: Atom, stands: Mapping[core.Var, Stand]) -> Stand:
-    """What stands for an operand: itself, unless it is a weight."""
+    """The atoms that stand for an operand: itself, or the arrays of a weight."""
     own = Stand((atom,), LEAF)
     return own if compat.is_literal(atom) else stands.get(atom, own)
 
@@ -131,7 +135,7 @@ def _note_outputs(
     structures: Sequence[jax.tree_util.PyTreeDef],
     stands: dict[core.Var, Stand],
 ) -> None:
-    """Enter what stands for the outputs of equations: as many of the new outputs as the structure of each has."""
+    """Enter the atoms that stand for the outputs of equations: each takes as many as its structure has leaves."""
     rest = list(outputs)
     structure_of_next = iter(structures)
     for eqn in eqns:
@@ -141,10 +145,8 @@ def _note_outputs(
             del rest[: structure.num_leaves]
 
 
-def _traced(
-    eqns: Sequence[core.JaxprEqn], operands: Sequence[Stand], run: Run, traced: dict[Any, Program]
-) -> Program:
-    """What equations on weights trace to, and the structures of their outputs."""
+def _traced(eqns: Sequence[core.JaxprEqn], operands: Sequence[Stand], run: Run, traced: dict[Any, Program]) -> Program:
+    """Trace equations on weights, or find the program of equations like them."""
     eqn, atoms = eqns[0], _atoms(operands)
     literals = []
     for i, atom in enumerate(atoms):

@@ -14,7 +14,7 @@ from jax.extend.core import JaxprEqn
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, varying, varying_over
 
-Value = Any  # what a variable of a program stands for: an array, or a `View` of a weight
+Value = Any  # the value of a variable of a program: an array, or a `View` of a weight
 
 BROADCAST, FREE = -1, -2  # in place of an axis: that of a broadcast, and one of the other operand
 
@@ -27,7 +27,7 @@ class Atom(NamedTuple):
     size: int
 
 
-Axis = tuple[Atom, ...]  # what is one axis now, major digit first
+Axis = tuple[Atom, ...]  # the digits of one axis of a view, major digit first
 
 
 class Watch(Protocol):

@@ -34,12 +34,14 @@ def in_chunks(array: jax.Array, size: int) -> jax.Array:
     """
     batch, length, *rest = array.shape
     chunks = math.ceil(length / size)
-    array = jnp.pad(array, ((0, 0), (0, chunks * size - length), *((0, 0) for _ in rest)))
+    padding = [(0, 0)] * array.ndim
+    padding[1] = (0, chunks * size - length)
+    array = jnp.pad(array, padding)
     return jnp.swapaxes(array.reshape(batch, chunks, size, *rest), 0, 1)
 
 
 def out_of_chunks(parts: jax.Array, length: int) -> jax.Array:
-    """What `in_chunks` was given, of so many positions.
+    """The inverse of `in_chunks`, for an array of ``length`` positions.
 
     Example:
         >>> out_of_chunks(jnp.array([[[1, 2]], [[3, 0]]]), 3).tolist()

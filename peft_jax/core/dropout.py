@@ -10,9 +10,10 @@ import numpy as np
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 from peft_jax.core.paths import keys_from_names, leaf_names
+from peft_jax.core.pytree import PyTree
 
 
-def with_dropout(params: Any, key: jax.Array) -> Any:
+def with_dropout(params: PyTree, key: jax.Array) -> PyTree:
     """The tree with dropout switched on for this key; call it on the combined tree, in the loss, once a step.
 
     Only active adapters that are trained change, and of these the ones with a dropout rate above 0. Lookups of
@@ -42,13 +43,15 @@ def with_dropout(params: Any, key: jax.Array) -> Any:
             return leaf
         names = leaf_names(path, leaf.layout, leaf.shape)
         keys = keys_from_names(key, names)
-        arrays = {name: jnp.asarray(np.full(names.shape, rate, np.float32)) for name, rate in rates.items()}
-        return dataclasses.replace(leaf, state={**leaf.state, "dropout": {"key": keys, **arrays}})
+        switched_on = {"key": keys}
+        for name, rate in rates.items():
+            switched_on[name] = jnp.asarray(np.full(names.shape, rate, np.float32))
+        return dataclasses.replace(leaf, state={**leaf.state, "dropout": switched_on})
 
     return map_adapted(switch_on, params)
 
 
-def has_dropout(params: Any) -> bool:
+def has_dropout(params: PyTree) -> bool:
     """Whether `with_dropout` switched it on in any leaf of a tree."""
     return any("dropout" in leaf.state for _, leaf in adapted_leaves(params))
 
@@ -58,8 +61,8 @@ def dropout(x: jax.Array, state: Mapping[str, Any]) -> jax.Array:
     if "dropout" not in state:
         return x
     # A grouped product has one key a group, and each row of x belongs to one group: the first key serves all rows.
-    key, rate = (jnp.reshape(state["dropout"][name], -1)[0] for name in ("key", "rate"))
-    keep = 1 - rate
+    key = jnp.reshape(state["dropout"]["key"], -1)[0]
+    keep = 1 - jnp.reshape(state["dropout"]["rate"], -1)[0]
     kept = jax.random.bernoulli(key, keep, x.shape)
     return jnp.where(kept, x / keep.astype(x.dtype), 0)
 
@@ -68,7 +71,7 @@ def drop_change(change: jax.Array, state: Mapping[str, Any], *, rescale: bool) -
     """The change ``(in, out)`` of one layer's matrix, with outputs or all of it dropped if dropout is switched on.
 
     Args:
-        change: What is added to the matrix.
+        change: The array that is added to the matrix.
         state: The adapter's, in whose ``"dropout"`` are probabilities: ``"outputs"`` of each of them, ``"module"``.
         rescale: Whether the outputs that are left count more, by the share of them. (Of none left PEFT makes NaN.)
     """
@@ -77,7 +80,8 @@ def drop_change(change: jax.Array, state: Mapping[str, Any], *, rescale: bool) -
     rates, (outputs, module) = state["dropout"], jax.random.split(state["dropout"]["key"])
     if "outputs" in rates:
         kept = jax.random.bernoulli(outputs, 1 - rates["outputs"], change.shape[-1:]).astype(change.dtype)
-        kept = kept / jnp.maximum(jnp.mean(kept), 1 / kept.size) if rescale else kept
+        if rescale:
+            kept = kept / jnp.maximum(jnp.mean(kept), 1 / kept.size)
         change = change * kept[None]
     if "module" in rates:
         change = jnp.where(jax.random.bernoulli(module, 1 - rates["module"]), change, 0)

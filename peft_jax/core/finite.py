@@ -1,15 +1,14 @@
-"""Where a tree holds values that are not finite numbers: NaN and infinities."""
-
-from typing import Any
+"""Search a tree for values that are not finite numbers: NaN and infinities."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.paths import dotted
+from peft_jax.core.pytree import PyTree
 
 
-def non_finite(tree: Any) -> str | None:
+def non_finite(tree: PyTree) -> str | None:
     """The dotted path of the first array that holds a NaN or an infinity; None if all are finite.
 
     Traced and abstract arrays have no values yet and are passed over, so under `jax.jit` the answer is None.
@@ -24,7 +23,7 @@ def non_finite(tree: Any) -> str | None:
     return None
 
 
-def holds_finite(array: Any) -> bool:
+def holds_finite(array: object) -> bool:
     """Whether all elements of an array are finite numbers; True where there is nothing to look at yet."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array | np.ndarray):
         return True

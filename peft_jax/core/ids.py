@@ -1,13 +1,12 @@
-"""Ids of rows of a table: checked where they have values, and NaN instead of a wrapped index where they have none."""
-
-from typing import Any
+"""Ids of rows of a table: a check of those that have values, and NaN for wrong ones instead of a wrapped index."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 
-def id_range(ids: Any, ignored: int | None = None) -> tuple[int, int] | None:
+def id_range(ids: npt.ArrayLike | jax.Array, ignored: int | None = None) -> tuple[int, int] | None:
     """The smallest and the largest of some ids; None where there are none, or none yet, as under `jax.jit`.
 
     Of an array on a device this waits for its values and copies them to the host. Of one that spans several processes
@@ -15,7 +14,7 @@ def id_range(ids: Any, ignored: int | None = None) -> tuple[int, int] | None:
 
     Args:
         ids: Numbers, an array of NumPy or of JAX.
-        ignored: An id that does not count.
+        ignored: An id that is ignored.
 
     Example:
         >>> id_range(jnp.array([3, -100, 1]), ignored=-100)
@@ -30,13 +29,18 @@ def id_range(ids: Any, ignored: int | None = None) -> tuple[int, int] | None:
         found = np.asarray(ids)
     if ignored is not None:
         found = found[found != ignored]
-    return (int(found.min()), int(found.max())) if found.size else None
+    if not found.size:
+        return None
+    return int(found.min()), int(found.max())
 
 
-def is_outside(ids: Any, count: int, ignored: int | None = None) -> tuple[int, int] | None:
+def is_outside(ids: npt.ArrayLike | jax.Array, count: int, ignored: int | None = None) -> tuple[int, int] | None:
     """The range of ids if it leaves 0 to ``count - 1``, else None; see `id_range`."""
     found = id_range(ids, ignored)
-    return found if found is not None and (found[0] < 0 or found[1] >= count) else None
+    if found is None:
+        return None
+    smallest, largest = found
+    return found if smallest < 0 or largest >= count else None
 
 
 def rows_at(table: jax.Array, ids: jax.Array) -> jax.Array:

@@ -13,13 +13,14 @@ import numpy as np
 
 from peft_jax.core.layout import CONVENTION, VECTOR_NAMES, Ambiguous, Layout, conventional_layout
 from peft_jax.core.paths import TORCH_NAMES, leaf_names, module_path, named_leaves
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import is_weight
 
 Layouts = Mapping[str, Layout]
 
 
 class Program(NamedTuple):
-    """What a program tells of its leaves, by path.
+    """Facts about leaves that are read off a program, by path.
 
     Attributes:
         matrices: Axes of those that are the matrix of a product, or why they are unclear.
@@ -37,7 +38,7 @@ class Leaf(NamedTuple):
 
     path: str
     value: Any
-    layout: Any
+    layout: Any  # a Layout or None: `required_layout` tells type checkers which
     names: np.ndarray
     unclear: Ambiguous | None = None
 
@@ -59,9 +60,11 @@ class Leaf(NamedTuple):
             ValueError: if it is ambiguous.
         """
         if self.layout is None:
-            unclear = self.unclear or Ambiguous("no convention names the axes of such a leaf")
+            unclear, hint = self.unclear, ""
+            if unclear is None:
+                unclear = Ambiguous("no convention names the axes of such a leaf")
+                hint = ", or give fn= and args= to have the axes read off the program that uses it"
             found = f" ({'; '.join(unclear.found)})" if unclear.found else ""
-            hint = "" if self.unclear else ", or give fn= and args= to have the axes read off the program that uses it"
             raise ValueError(
                 f"Leaf '{self.path}' of shape {self.value.shape} is a target, and its input and output axes are "
                 f"ambiguous: {unclear.why}{found}. "
@@ -72,7 +75,7 @@ class Leaf(NamedTuple):
 
 
 def find_leaves(
-    params: Any,
+    params: PyTree,
     layouts: Layouts | None,
     fan_in_fan_out: bool = False,
     read: Program | None = None,
@@ -81,9 +84,9 @@ def find_leaves(
 
     Args:
         params: The tree.
-        layouts: What the user says, by regex over whole paths; it comes first.
-        fan_in_fan_out: What the conventions, which come last, are asked with.
-        read: What was read off a program, where one is given.
+        layouts: Layouts that the user gives, by regex over whole paths; they come first.
+        fan_in_fan_out: As in `conventional_layout`; conventions come last.
+        read: Facts that were read off a program, where one is given.
 
     Raises:
         ValueError: if a layout does not fit its leaf, or fits none; or two leaves have one path.
@@ -93,8 +96,13 @@ def find_leaves(
     found = []
     for path, value in named_leaves(params, is_leaf=is_weight).items():
         shape = getattr(value, "shape", ())
-        layout = value.layout if is_weight(value) else conventional_layout(path, shape, fan_in_fan_out)
-        layout = known.get(path, layout)
+        layout: Layout | Ambiguous | None
+        if path in known:
+            layout = known[path]
+        elif is_weight(value):
+            layout = value.layout
+        else:
+            layout = conventional_layout(path, shape, fan_in_fan_out)
         for pattern, given in (layouts or {}).items():
             if re.fullmatch(pattern, path):
                 given.check(shape, path)
@@ -108,10 +116,15 @@ def find_leaves(
                 layout = given
                 unused.discard(pattern)
                 break
-        unclear, layout = (layout, None) if isinstance(layout, Ambiguous) else (None, layout)
-        if read is not None and layout is None and unclear is None:
+        unclear = None
+        if isinstance(layout, Ambiguous):
+            unclear, layout = layout, None
+        elif layout is None and read is not None:
             unclear = Ambiguous("no convention names the axes of such a leaf, nor does a product in fn=")
-        names = leaf_names(path, layout, shape) if layout else np.array(module_path(path), dtype=object)
+        if layout is None:
+            names = np.array(module_path(path), dtype=object)
+        else:
+            names = leaf_names(path, layout, shape)
         found.append(Leaf(path, value, layout, names, unclear))
     if unused:
         raise ValueError(
@@ -121,11 +134,12 @@ def find_leaves(
     return _with_biases(found, None if read is None else read.biases)
 
 
-def _with_biases(found: Sequence[Leaf], told: Mapping[str, str] | None) -> list[Leaf]:
+def _with_biases(found: Sequence[Leaf], read: Mapping[str, str] | None) -> list[Leaf]:
     """The leaves, each bias with the names of its matrix and, where its own axes are unclear, with that one's outputs.
 
-    A bias is what the program adds to the product with a matrix (``told``). Without a program it is ``b`` beside the
-    only matrix of a module, or ``b1`` beside ``w1``; ``bias`` beside the only matrix is one in any case.
+    Args:
+        found: The leaves.
+        read: For each leaf that a program adds to the product with a matrix the path of that; None without a program.
     """
     by_path = {leaf.path: leaf for leaf in found}
     beside: dict[str, list[str]] = {}
@@ -134,23 +148,44 @@ def _with_biases(found: Sequence[Leaf], told: Mapping[str, str] | None) -> list[
             beside.setdefault(leaf.path.rpartition(".")[0], []).append(leaf.path)
     leaves = []
     for leaf in found:
-        parent, dot, last = leaf.path.rpartition(".")
-        siblings = [path for path in beside.get(parent, []) if path != leaf.path]
-        matrix = (told or {}).get(leaf.path)
-        if matrix is None and len(siblings) == 1 and last in (("bias", "b") if told is None else ("bias",)):
-            matrix = siblings[0]
-        elif told is None and last.startswith("b") and f"{parent}{dot}w{last[1:]}" in siblings:
-            matrix = f"{parent}{dot}w{last[1:]}"
-        is_new = is_float(leaf) and not is_weight(leaf.value)
-        leaves.append(_as_bias(leaf, by_path[matrix]) if is_new and matrix is not None else leaf)
+        if is_float(leaf) and not is_weight(leaf.value):
+            parent = leaf.path.rpartition(".")[0]
+            siblings = [path for path in beside.get(parent, []) if path != leaf.path]
+            matrix = _matrix_of(leaf.path, siblings, read)
+            if matrix is not None:
+                leaf = _as_bias(leaf, by_path[matrix])
+        leaves.append(leaf)
     return leaves
+
+
+def _matrix_of(path: str, siblings: Sequence[str], read: Mapping[str, str] | None) -> str | None:
+    """The path of the matrix that a leaf is the bias of, if it is a bias.
+
+    The program says so. Without one, the bias is ``b`` beside the only matrix of a module, or ``b1`` beside ``w1``;
+    ``bias`` beside the only matrix is one in any case.
+
+    Args:
+        path: Path of the leaf.
+        siblings: Paths of the matrices beside it.
+        read: As of `_with_biases`.
+    """
+    parent, dot, name = path.rpartition(".")
+    if read is not None:
+        if path in read:
+            return read[path]
+        return siblings[0] if len(siblings) == 1 and name == "bias" else None
+    if len(siblings) == 1 and name in ("bias", "b"):
+        return siblings[0]
+    numbered = f"{parent}{dot}w{name[1:]}"
+    return numbered if name.startswith("b") and numbered in siblings else None
 
 
 def _as_bias(leaf: Leaf, matrix: Leaf) -> Leaf:
     """The leaf as the bias of a matrix, if it has its stacked axes and its outputs."""
     if matrix.layout is None:
         return leaf
-    stack, (_, n_out) = matrix.layout.stack_shape(matrix.value.shape), matrix.layout.sizes(matrix.value.shape)
+    stack = matrix.layout.stack_shape(matrix.value.shape)
+    _, n_out = matrix.layout.sizes(matrix.value.shape)
     layout, shape = leaf.layout, leaf.value.shape
     if layout is None or layout.source.startswith(CONVENTION):
         depth = len(stack) if shape[: len(stack)] == stack else 0
@@ -167,7 +202,7 @@ def _as_bias(leaf: Leaf, matrix: Leaf) -> Leaf:
     return leaf._replace(layout=layout, names=matrix.names, unclear=None)
 
 
-def replace_leaves(params: Any, nodes: Mapping[int, Any]) -> Any:
+def replace_leaves(params: PyTree, nodes: Mapping[int, PyTree]) -> PyTree:
     """``params`` with other nodes at some positions of `find_leaves`."""
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
     return jax.tree.unflatten(treedef, [nodes.get(position, leaf) for position, leaf in enumerate(leaves)])
@@ -179,7 +214,7 @@ def is_float(leaf: Leaf) -> bool:
 
 
 def is_matrix(leaf: Leaf) -> bool:
-    """Whether a leaf is seen as a matrix, or may be once its axes are told."""
+    """Whether a leaf is seen as a matrix, or may be once its axes are given."""
     if not is_float(leaf):
         return False
     if leaf.layout is None:

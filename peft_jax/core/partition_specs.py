@@ -1,4 +1,4 @@
-"""How arrays get onto the devices, and where an adapter lies: as its base does."""
+"""Put arrays onto devices, and shard an adapter like its base."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from peft_jax.core.weight import MergeError
 
 
 def put(array: Any, sharding: NamedSharding) -> jax.Array:
-    """Lay an array out; where processes share a mesh, each has the whole array and gives its devices their parts."""
+    """Shard an array; where processes share a mesh, each has the whole array and gives its devices their parts."""
     if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -26,12 +26,15 @@ def put(array: Any, sharding: NamedSharding) -> jax.Array:
 def sharded_like_base(leaf: Adapted) -> Adapted:
     """The leaf with its adapter's arrays sharded along the axes that they share with the base; all else replicated.
 
-    A base that is not spread over a mesh leaves them where they are, and so does one inside a compiled program, where
-    only a mesh of explicit axes tells how an array lies. Where an inner one of several flattened axes is sharded, the
-    adapter is replicated.
+    They stay where they are if the base is not on a mesh of several devices. Inside a compiled program that is so
+    unless the mesh has explicit axes, because no other sharding is known there. Where an inner one of several
+    flattened axes is sharded, the adapter is replicated.
     """
     is_traced = isinstance(leaf.array, jax.core.Tracer)
-    sharding = jax.typeof(leaf.array).sharding if is_traced else getattr(leaf.array, "sharding", None)
+    if is_traced:
+        sharding = jax.typeof(leaf.array).sharding
+    else:
+        sharding = getattr(leaf.array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty or sharding.mesh.size == 1:
         return leaf
     if is_traced and not sharding.mesh.are_all_axes_explicit:

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from peft_jax.core.layout import LEAF_NAMES, Layout
+from peft_jax.core.pytree import KeyPath, PyTree
 
 # PyTorch's name of a leaf.
 TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "weight": "weight", "bias": "bias"}
 
 
-def dotted(key_path: tuple[Any, ...]) -> str:
+def dotted(key_path: KeyPath) -> str:
     """A JAX key path as a dotted string; the box that Flax NNX puts around each array adds nothing to it.
 
     Example:
@@ -23,11 +24,12 @@ def dotted(key_path: tuple[Any, ...]) -> str:
         >>> dotted(path)
         'mlp.0.kernel'
     """
-    is_boxed = len(key_path) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value"
-    return ".".join(str(_name(entry)) for entry in (key_path[:-1] if is_boxed else key_path))
+    if len(key_path) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value":
+        key_path = key_path[:-1]
+    return ".".join(str(_name(entry)) for entry in key_path)
 
 
-def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+def named_leaves(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None) -> dict[str, Any]:
     """The leaves of a tree by their dotted paths, in order.
 
     Args:
@@ -42,11 +44,11 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
         {'mlp.0.kernel': 1.0}
     """
     found: dict[str, Any] = {}
-    key_paths: dict[str, Any] = {}
+    key_paths: dict[str, KeyPath] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         path = dotted(key_path)
         if path in found:
-            first, second = (jax.tree_util.keystr(one) for one in (key_paths[path], key_path))
+            first, second = jax.tree_util.keystr(key_paths[path]), jax.tree_util.keystr(key_path)
             raise ValueError(
                 f"The leaves {first} and {second} are both called '{path}', and cannot be told apart by name. Rename "
                 "one of them, or write keys without dots."
@@ -139,7 +141,8 @@ def keys_from_names(key: jax.Array, names: np.ndarray) -> jax.Array:
     codes = np.empty(names.shape, np.uint32)
     for index in np.ndindex(names.shape):
         name = str(names[index])
-        codes[index] = zlib.crc32((f"{name}.{seen[name]}" if seen[name] else name).encode())
+        numbered = f"{name}.{seen[name]}" if seen[name] else name
+        codes[index] = zlib.crc32(numbered.encode())
         seen[name] += 1
     fold = jax.random.fold_in
     for _ in range(codes.ndim):

@@ -63,8 +63,8 @@ class Product:
     """
 
     precision: Any = None
-    preferred_element_type: Any = None
-    out_sharding: Any = None
+    preferred_element_type: jnp.dtype | None = None
+    out_sharding: NamedSharding | None = None
     shared: SharedFirstProducts | None = None
     depth: int = 0
 
@@ -121,7 +121,7 @@ class Product:
 class Lookup(Product):
     """Rows of the matrix at indices ``x``, whose last axis is no input: gives ``(*x.shape, out)``."""
 
-    options: Any = ()  # what jax.lax.gather does at the edges
+    options: tuple[tuple[str, Any], ...] = ()  # options of jax.lax.gather, as for indices at the edges
 
     @property
     def looks_up(self) -> bool:
@@ -145,7 +145,7 @@ class Lookup(Product):
 class Grouped(Product):
     """Each row of ``x`` times the matrix of its group: ``jax.lax.ragged_dot``; matrices come stacked."""
 
-    group_sizes: Any = None
+    group_sizes: Any = None  # rows of each group, int32 ``(groups,)``; always given
 
     def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
         """The product with ``(groups, in, out)``."""

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Change, MergeError, Weight, as_weight
 
 
@@ -85,7 +86,7 @@ class Repeated(Weight):
         """The product with the layers, which backward takes from the base again rather than keeps."""
 
         @jax.checkpoint
-        def product_with(leaf: Any, x: jax.Array) -> jax.Array:
+        def product_with(leaf: Repeated, x: jax.Array) -> jax.Array:
             y: jax.Array = leaf._taken().apply(x, product)
             return y
 
@@ -114,18 +115,18 @@ class Repeated(Weight):
         return dataclasses.replace(self, base=base, order=PartitionSpec())  # type: ignore[arg-type]
 
 
-def is_repeated(node: Any) -> bool:
+def is_repeated(node: PyTree) -> bool:
     """Whether a node of a tree is a leaf with repeated layers (for ``is_leaf``)."""
     return isinstance(node, Repeated)
 
 
-def without_bases(tree: Any) -> tuple[Any, Any]:
+def without_bases(tree: PyTree) -> tuple[PyTree, PyTree]:
     """A tree whose repeated layers have lost their bases, for a loop over what is left to slice; and the bases."""
     bases = jax.tree.map(lambda node: node.base if is_repeated(node) else None, tree, is_leaf=is_repeated)
     return jax.tree.map(lambda node: _on(None, node), tree, is_leaf=is_repeated), bases
 
 
-def with_bases(tree: Any, bases: Any) -> Any:
+def with_bases(tree: PyTree, bases: PyTree) -> PyTree:
     """The inverse of `without_bases`."""
     return jax.tree.map(lambda node, base: _on(base, node), tree, bases, is_leaf=is_repeated)
 

@@ -1,15 +1,14 @@
 """Descriptions of an adapted tree: a table of its leaves, and the number of trained elements."""
 
-from typing import Any
-
 import numpy as np
 
 from peft_jax.core.adapted import adapted_leaves
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition import count_parameters
+from peft_jax.core.pytree import PyTree
 
 
-def trainable_parameters(params: Any) -> str:
+def trainable_parameters(params: PyTree) -> str:
     """The line that PEFT's ``print_trainable_parameters`` prints.
 
     Example:
@@ -24,7 +23,7 @@ def trainable_parameters(params: Any) -> str:
     )
 
 
-def summary(params: Any) -> str:
+def summary(params: PyTree) -> str:
     """A table of the adapted leaves: path, shape, adapter, method, trained elements; then the trainable count.
 
     Example:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, FirstFactor, Product
+from peft_jax.core.pytree import PyTree
 
 Change = Callable[[jax.Array, int], jax.Array]
 
@@ -91,7 +92,7 @@ class Weight(abc.ABC):
         """The weight with another layout of the same arrays."""
 
     @abc.abstractmethod
-    def specs(self, entries: tuple[Any, ...]) -> Any:
+    def specs(self, entries: tuple[Any, ...]) -> PyTree:
         """Specs of all arrays, in the weight's structure, given the entry of each axis of the dense array.
 
         Raises:
@@ -120,7 +121,7 @@ def _warn_of_merging(kind: str) -> None:
     )
 
 
-def is_weight(node: Any) -> bool:
+def is_weight(node: PyTree) -> bool:
     """Whether a node of a tree is a `Weight` (for ``is_leaf``)."""
     return isinstance(node, Weight)
 
@@ -205,12 +206,12 @@ def as_sliced(weight: Weight) -> Weight:
     return weight.relaid(layout) if gone else weight
 
 
-def as_weight(leaf: Any, layout: Layout) -> Weight:
+def as_weight(leaf: PyTree, layout: Layout) -> Weight:
     """A leaf as a weight: itself, or `Dense` around an array."""
     return leaf if is_weight(leaf) else Dense(leaf, layout)
 
 
-def as_leaf(weight: Weight) -> Any:
+def as_leaf(weight: Weight) -> PyTree:
     """The inverse of `as_weight`."""
     return weight.array if isinstance(weight, Dense) else weight
 
