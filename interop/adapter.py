@@ -5,8 +5,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
-from typing import Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from peft_jax.interop.conversion import without_start
@@ -89,6 +89,8 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool = False,
     layout: Layouts | None = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
 ) -> T:
     """A new tree or handle with an adapter that PEFT, or `save_adapter`, wrote.
 
@@ -101,6 +103,8 @@ def load_adapter(
         adapter_name: Name to give the adapter.
         is_trainable: Whether it is to be trained on.
         layout: As in `peft_jax.apply_adapter`, for a bare tree.
+        fn: As there. Give it where it was given when the adapter was attached.
+        args: As there.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -112,7 +116,9 @@ def load_adapter(
         raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
     config = dataclasses.replace(config, inference_mode=not is_trainable)
     tensors = _read(pathlib.Path(directory) / WEIGHTS_FILE)
-    return set_peft_model_state_dict(params, config, tensors, adapter_name=adapter_name, layout=layout)
+    return set_peft_model_state_dict(
+        params, config, tensors, adapter_name=adapter_name, layout=layout, fn=fn, args=args
+    )
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:

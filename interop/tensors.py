@@ -1,6 +1,6 @@
 """Adapters to and from PEFT's tensors in memory: keys, transposes, and which layers of a stack."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from peft_jax.interop.extras import (
 )
 from peft_jax.interop.formats import PREFIX, SHARED, Row
 
+from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapters.attach import EMBEDDING
 from peft_jax.adapters.build import Contents, build, state_beside
 from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model_defaults, with_replicas
@@ -25,7 +26,7 @@ from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_s
 from peft_jax.adapters.target_parameters import check_apart, is_parameter, with_parameters
 from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves
+from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves
 from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
@@ -99,7 +100,14 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    params: Any, config: Method, tensors: Tensors, *, adapter_name: str = "default", layout: Layouts | None = None
+    params: Any,
+    config: Method,
+    tensors: Tensors,
+    *,
+    adapter_name: str = "default",
+    layout: Layouts | None = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
 ) -> Any:
     """A new tree or handle with an adapter made of PEFT's tensors; the config decides which layers are adapted.
 
@@ -109,13 +117,19 @@ def set_peft_model_state_dict(
         tensors: Tensors under PEFT's keys: those that the config asks for on this base, and no others.
         adapter_name: Name to give the adapter.
         layout: As in `peft_jax.apply_adapter`, for a bare tree.
+        fn: As there. Give it where it was given when the adapter was attached: a bias that the program alone tells is
+            scaled or trained with its matrix only then.
+        args: As there.
 
     Raises:
         ValueError: if keys are missing or left over or shapes are wrong, all of which are listed.
     """
     params = with_replicas(params, config)
     check_adapter_name(adapter_name, params)
-    file_plan, tensors = _planned(params, config, tensors, layout)
+    if fn is not None and isinstance(params, Handle):
+        raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
+    read = None if fn is None else read_program(params, fn, args, config.fan_in_fan_out)
+    file_plan, tensors = _planned(params, config, tensors, layout, read)
     bases: dict[str, np.ndarray] = {}
     for target in matrices(file_plan.targets):
         bases |= base_tensors(target.leaf, file_plan.config, file_plan.stored)
@@ -182,7 +196,13 @@ class FilePlan(NamedTuple):
 
 
 def _planned(
-    params: Any, config: Method, tensors: Tensors, layout: Layouts | None, *, values: bool = True
+    params: Any,
+    config: Method,
+    tensors: Tensors,
+    layout: Layouts | None,
+    read: Program | None = None,
+    *,
+    values: bool = True,
 ) -> tuple[FilePlan, Tensors]:
     """What a config asks for on a base, and the tensors of its file without copies of the base's."""
     handle = params if isinstance(params, Handle) else None
@@ -199,7 +219,7 @@ def _planned(
     else:
         handle = untied_for(handle, config, lambda name: is_target(config, name) or is_saved_module(config, name))
         tree, layouts, embedding = handle.params, {**handle.layouts(), **(layout or {})}, handle.input_module
-    found = find_leaves(tree, layouts, config.fan_in_fan_out)
+    found = find_leaves(tree, layouts, config.fan_in_fan_out, read)
     config = expand_all_linear(config, found, None if handle is None else handle.output_module)
     modules = {str(name) for leaf in found for name in leaf.names.flat}
     found = with_parameters(found, config)

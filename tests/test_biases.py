@@ -229,3 +229,15 @@ def test_by_convention_b1_goes_with_w1_and_what_does_not_fit_is_no_bias():
     base = {"w1": normal(0, 8, 6), "b1": normal(1, 6), "w2": normal(2, 6, 8), "b2": normal(3, 7), "b": normal(4, 8)}
     config = pj.LoraConfig(r=2, target_modules=["w1", "w2"], bias="lora_only")
     assert {path for path, _ in adapted_leaves(pj.apply_lora(base, config))} == {"w1", "w2", "b1"}
+
+
+def test_a_file_is_loaded_with_the_biases_that_a_program_has(tmp_path):
+    base = {"first": normal(0, 8, 6), "shift": normal(1, 6), "second": normal(2, 6, 8), "last": normal(3, 8)}
+    config = pj.IA3Config(target_modules=["first"], feedforward_modules=[])
+    params = trained(pj.apply_adapter(base, config, fn=mlp, args=(X,)))
+    pj.interop.save_adapter(params, tmp_path)
+    want = pj.adapt(mlp)(params, X)
+    again = pj.interop.load_adapter(base, tmp_path, fn=mlp, args=(X,))
+    np.testing.assert_allclose(pj.adapt(mlp)(again, X), want, rtol=0, atol=1e-6)
+    by_convention = pj.interop.load_adapter(base, tmp_path)
+    assert not np.allclose(pj.adapt(mlp)(by_convention, X), want, atol=1e-3), "the bias is what only the program tells"

@@ -5,7 +5,8 @@ leaves and constants alone. What depends on the inputs, activations, has no such
 product is one of its weights.
 
 Not seen are a weight that is changed by an array of the inputs, for which a gain or a table of positions would look
-the same, and one that is broadcast before it is changed.
+the same; one that is broadcast before it is changed; and one that is multiplied by another weight that is followed, as
+``w1`` in ``x @ (0.5 * w1 @ w2)``, which looks like a learned input of that product.
 """
 
 import dataclasses
