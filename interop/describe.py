@@ -1,4 +1,4 @@
-"""What lies in an adapter's folder, told from its JSON and the header of its tensors; no method has to be known."""
+"""Describe an adapter's folder from its JSON and the header of its tensors; its method need not be known."""
 
 import dataclasses
 import functools
@@ -180,7 +180,7 @@ class AdapterFolder:
         return list(found)
 
     def problems(self) -> list[str]:
-        """What contradicts itself: other modules or ranks than the config's, a LoRA matrix without its partner."""
+        """Contradictions: other modules or ranks than the config's, a LoRA matrix without its partner."""
         if self.tensors is None:
             return []
         found = [] if self.tensors else [f"{WEIGHTS_FILE} holds no tensors"]

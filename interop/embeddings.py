@@ -42,7 +42,7 @@ def whole_embeddings(
 
 
 def _names(params: Any, module: str) -> set[str]:
-    """What of the input embedding and the output head has the leaf of a module."""
+    """Which of the input embedding and the output head have the leaf of a module."""
     if not isinstance(params, Handle):
         return {module} if module.rsplit(".", 1)[-1] in EMBEDDING_MODULES else set()
     tied = set(params.tied_modules) if module in params.tied_modules else set()

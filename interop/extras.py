@@ -1,4 +1,4 @@
-"""What PEFT's files hold beside an adapter's own tensors: bases of embeddings, biases of saved modules again."""
+"""Tensors in PEFT's files beside an adapter's own: bases of embeddings, biases of saved modules again."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -43,7 +43,7 @@ def base_tensors(leaf: Leaf, config: Method, stored: set[str], *, values: bool =
 
 
 def tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What PEFT stores once more under the names of tied modules, where an adapter keeps them tied."""
+    """Tensors that PEFT stores once more under the names of tied modules, where an adapter keeps them tied."""
     copies = {}
     owner, *others = handle.tied_modules if config.keeps_ties and handle.tied_modules else ("",)
     for other in others:

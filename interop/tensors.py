@@ -179,7 +179,7 @@ def misfits(params: Any, config: Method, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 class FilePlan(NamedTuple):
-    """What an adapter of a file is on a base.
+    """The plan of an adapter of a file on a base.
 
     ``params`` is the tree or handle that gets it, with tied modules apart if need be; ``modules`` are the names of all
     its modules, and those that are ``stored`` may have their base's weight in the file too. ``entries`` are the tensors
@@ -204,7 +204,7 @@ def _planned(
     *,
     values: bool = True,
 ) -> tuple[FilePlan, Tensors]:
-    """What a config asks for on a base, and the tensors of its file without copies of the base's."""
+    """The plan of a config on a base, and the tensors of its file without copies of the base's."""
     handle = params if isinstance(params, Handle) else None
     if handle is None and config.on_model:
         raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
@@ -247,7 +247,7 @@ def _check_trainable(config: PromptMethod) -> None:
 
 
 def _misfits(file_plan: FilePlan, bases: Tensors, tensors: Tensors) -> list[str]:
-    """What is missing, left over or of another shape; the keys of ``bases`` may be there or not."""
+    """Tensors that are missing, left over or of another shape; the keys of ``bases`` may be there or not."""
     problems = []
     if not any(target.role in (None, Whole(REPLACED)) for target in file_plan.targets):
         problems.append("its config names no module of this base to adapt")

@@ -139,6 +139,17 @@ def test_statements_are_plain(room: str) -> None:
         assert not lines, f"{file.relative_to(ROOT)}: give the parts of the statements in lines {lines} names"
 
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_docstring_opens_with_a_sentence(file: Path) -> None:
+    """A verb or a noun, never "What ..."."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, DOCUMENTED)]
+    riddles = [node for node in nodes if (ast.get_docstring(node) or "").startswith("What ")]
+    assert not riddles, [ast.get_docstring(node) for node in riddles]
+
+
 def test_no_two_modules_share_a_basename() -> None:
     """A reader who has an open file called `plan.py` knows which one it is."""
     shared = {"__init__", "base", "config", "model", "family", "registry"}

@@ -15,7 +15,7 @@ from peft_jax.methods.base import Method
 
 
 class Contents(NamedTuple):
-    """What an adapted leaf is built of.
+    """The arrays and the base of an adapted leaf.
 
     Attributes:
         params: Trained arrays by role, stacked axes first.

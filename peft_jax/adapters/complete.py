@@ -1,4 +1,4 @@
-"""What a model tells a config: names, task, defaults, linear modules; and what the config asks of the model."""
+"""Complete a config with a model's names, task, defaults and linear modules, and the model as the config asks."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -127,7 +127,7 @@ class Rows(Weight):
         )
 
     def by_row(self) -> jax.Array | None:
-        """What each row has of a vector, ``(batch, *shape)``."""
+        """Each row's own vector, ``(batch, *shape)``."""
         if self.layout.inp or self.rows.ndim > 1:
             return None
         own = zip(self.params, self.states, self.tags, strict=True)

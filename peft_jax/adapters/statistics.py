@@ -1,4 +1,4 @@
-"""What a program does with adapted weights, summed over batches: the inputs that they meet, and their gradients.
+"""Statistics of adapted weights in a program, summed over batches: moments of their inputs, and their gradients.
 
 In place of an adapter a leaf has an array of zeros, whose gradient is what is asked for. So it is found through
 whatever a program is made of: scans over layers, `jax.jit`, checkpoints.
@@ -34,7 +34,7 @@ class Inputs(Role):
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"sum": ("in", "in")}
 
     def structure(self) -> tuple[Any, ...]:
-        """What is summed."""
+        """Equal for equal moments."""
         return (Inputs, self.moment)
 
     @staticmethod

@@ -49,7 +49,7 @@ def with_parameters(found: Sequence[Leaf], config: Method) -> list[Leaf]:
 
 
 def parameter_names(leaf: Leaf) -> np.ndarray:
-    """What PyTorch calls the parameters that a leaf stands for, of the leaf's stacked shape."""
+    """PyTorch's names of the parameters that a leaf stands for, of the leaf's stacked shape."""
     module, last = module_path(leaf.path), leaf.path.rpartition(".")[2]
     shape = getattr(leaf.value, "shape", ())
     names = np.array(module, dtype=object) if leaf.layout is None else stacked_names(module, _of_experts(leaf), shape)

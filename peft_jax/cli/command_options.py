@@ -30,7 +30,7 @@ class PromptOptions:
     """Prompts in a file: .json or .jsonl (texts, or objects with instruction and input, prompt, or messages), else a
     prompt a line."""
     prompt_template: Annotated[str, TEMPLATE] = "short"
-    """What is put around texts and instructions: short, alpaca, or a JSON file in alpaca-lora's format, as in finetune;
+    """Template around texts and instructions: short, alpaca, or a JSON file in alpaca-lora's format, as in finetune;
     chat for the tokenizer's chat template; raw for nothing."""
     task_id: int | None = None
     """The task of the prompts, by its number, for an adapter that is a prompt of several tasks."""

@@ -20,7 +20,7 @@ LAYER = "layer"  # in the state of a bias: the arrays of the adapter of its laye
 
 
 class Rule(Protocol):
-    """What computes with the arrays of an adapted leaf: a method, or a role (`peft_jax.methods.roles`)."""
+    """The computation with an adapted leaf's arrays: a method, or a role (`peft_jax.methods.roles`)."""
 
     @property
     def label(self) -> str:
@@ -43,7 +43,7 @@ class Rule(Protocol):
         """Axes of the arrays of a file after the stacked ones, by role."""
 
     def structure(self) -> tuple[Any, ...]:
-        """What makes two adapters run in one compiled program."""
+        """A key that is equal for two adapters exactly if they run in one compiled program."""
 
     @staticmethod
     def sizes(params: Any, state: Any) -> np.ndarray:
@@ -60,7 +60,7 @@ class Role(Protocol):
     """How a leaf takes part in an adapter if it is not the matrix of a target."""
 
     def rule(self, config: Any) -> Rule:
-        """What computes with the leaf's arrays, in an adapter of a config."""
+        """The computation with the leaf's arrays, in an adapter of a config."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Tag:
 
     @property
     def rule(self) -> Rule:
-        """What computes with the leaf's arrays: the config, or the role's rule."""
+        """The computation with the leaf's arrays: the config, or the role's rule."""
         rule: Rule = self.config if self.role is None else self.role.rule(self.config)
         return rule
 
@@ -130,7 +130,7 @@ class Adapted(Weight):
 
     @property
     def method(self) -> Rule:
-        """What computes with the leaf's arrays."""
+        """The computation with the leaf's arrays."""
         return self.tag.rule
 
     @property

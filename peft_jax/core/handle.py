@@ -1,4 +1,4 @@
-"""What the rooms below the models need to know of a model handle."""
+"""The interface of a model handle, for the packages below the models."""
 
 import abc
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a method is: one frozen dataclass of hyperparameters with ``init`` and ``merge``, and the registry of them.
+"""The interface of a method, one frozen dataclass of hyperparameters with ``init`` and ``merge``, and the registry.
 
 Config classes keep PEFT's class names, field names and defaults (PEFT 0.21.2).
 """
@@ -153,7 +153,7 @@ class Method(PeftConfig):
         check_fields(self, self.peft_type)
 
     def structure(self) -> tuple[Any, ...]:
-        """What two configs share exactly if their adapters run in the same compiled program.
+        """A key that two configs share exactly if their adapters run in the same compiled program.
 
         Dropout counts in training only, so that adapters to serve can be swapped whatever theirs was.
         """
@@ -257,7 +257,7 @@ class Method(PeftConfig):
         return True
 
     def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
-        """What a leaf's state has of them, stacked axes first."""
+        """A leaf's part of them, stacked axes first."""
         return {}
 
     def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:

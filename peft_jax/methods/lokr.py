@@ -101,7 +101,7 @@ class LoKrConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
-        """What each stacked layer has of full and low-rank factors."""
+        """The full and low-rank factors of each stacked layer."""
         rank = np.asarray(state["rank"])
         total = np.zeros(rank.shape, int)
         for role in FACTORS:

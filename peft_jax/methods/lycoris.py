@@ -1,4 +1,4 @@
-"""What LoHa and LoKr have in common, which come from LyCORIS (https://arxiv.org/abs/2309.14859): scale and dropout."""
+"""Shared base class of LoHa and LoKr, from LyCORIS (https://arxiv.org/abs/2309.14859): scale and dropout."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What methods with a rank have in common: ranks and scales by pattern, one each a stacked layer."""
+"""Base class of methods with a rank: ranks and scales by pattern, one for each stacked layer."""
 
 from collections.abc import Mapping
 from typing import Any

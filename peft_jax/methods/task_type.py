@@ -4,7 +4,7 @@ import enum
 
 
 class TaskType(enum.StrEnum):
-    """What an adapter is for, in the field ``task_type`` of every config; a plain string of the same name will do.
+    """The task of an adapter, for the field ``task_type`` of every config; a plain string of the same name will do.
 
     Example:
         >>> TaskType.CAUSAL_LM == "CAUSAL_LM"

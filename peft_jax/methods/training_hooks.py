@@ -1,4 +1,4 @@
-"""What some methods do in a training step beside following the gradient: a penalty, and a schedule."""
+"""Methods that do more in a training step than follow the gradient: they have a penalty and a schedule."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -25,7 +25,7 @@ class Scheduled(Method):
         return self
 
     def penalty(self, leaves: Leaves) -> jax.Array:
-        """What is added to the loss of every step, float32."""
+        """The penalty that is added to the loss of every step, float32."""
         raise NotImplementedError
 
     def begin_schedule(self, leaves: Leaves) -> Any:

@@ -121,7 +121,7 @@ class VeraConfig(TargetFields, LayerFields, Method):
 
 
 def _kaiming(generator: np.random.RandomState, shape: tuple[int, int]) -> np.ndarray:
-    """What PyTorch's CPU generator of the same seed, which is the same Mersenne Twister, draws for ``(out, in)``.
+    """The numbers that PyTorch's CPU generator, the same Mersenne Twister, draws for ``(out, in)`` from the same seed.
 
     Of 32 random bits it takes the lower 24; the product and the sum are rounded once, as by a fused instruction.
     """

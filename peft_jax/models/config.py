@@ -1,4 +1,4 @@
-"""What the configurations of all architectures have in common."""
+"""Base class of the configurations of all architectures."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def as_dict(hf: Any) -> dict[str, Any]:
 
 
 def task_of(hf: Mapping[str, Any], tasks: Mapping[str, str]) -> str:
-    """What a checkpoint does by the first of its ``architectures``, or the first of ``tasks`` where that says none.
+    """The task of a checkpoint: of the first of its ``architectures``, or the first of ``tasks`` where that has none.
 
     Example:
         >>> task_of({"architectures": ["BertForTokenClassification"]}, {})

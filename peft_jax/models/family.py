@@ -172,7 +172,7 @@ class Family:
         return self.class_layers.get(config.task_type, self.heads[config.task_type])
 
     def head_weight(self, config: ModelConfig, params: Any) -> tuple[Any, bool]:
-        """What a language model's logits are the product with, and whether it is the embedding."""
+        """The weight of a language model's output head, and whether it is the embedding."""
         if tied := bool(self.tied_modules(config)):
             return self.embedding_table(config, params), tied
         return leaf_at(params, f"{self.output_module(config)}.kernel"), tied
@@ -288,7 +288,7 @@ def dense_table(table: Any) -> jax.Array:
 
 
 def leaf_at(tree: Any, path: str) -> Any:
-    """What stands at a dotted path of a nested dict."""
+    """The entry at a dotted path of a nested dict."""
     return functools.reduce(lambda node, name: node[name], path.split("."), tree)
 
 

@@ -1,4 +1,4 @@
-"""What a prompt method is: arrays of its own, and what they give a model beside its inputs.
+"""The interface of a prompt method: arrays of its own, and what they give a model beside its inputs.
 
 A prompt changes no weight. Its arrays lie in the tree as an adapted leaf's do (on the input embedding, or for adaption
 prompts on a matrix of the attention), so that partition, switching, saving and the rest work on them as on any
@@ -37,7 +37,7 @@ class Adaption(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a prompt gives a model; one of the three.
+    """The arrays that a prompt gives a model; one of the three.
 
     tokens are embeddings (1 or batch, n, hidden) that stand before the inputs', and decoder_tokens those before the
     inputs of the decoder, where a prompt has tokens for both. prefix is keys and values, each
@@ -74,7 +74,7 @@ class PromptMethod(Method):
 
     @abc.abstractmethod
     def give(self, params: Arrays, state: Mapping[str, Any], task_ids: jax.Array | None) -> Prompt:
-        """What the arrays give the model; ``task_ids`` (batch,) only where a method has tasks."""
+        """The prompt that the arrays give the model; ``task_ids`` (batch,) only where a method has tasks."""
 
     def begin(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
@@ -98,7 +98,7 @@ class PromptMethod(Method):
         return 0
 
     def labelled(self, labels: jax.Array, input_types: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """What the loss asks of virtual tokens and inputs: nothing of the former, unless a method says so.
+        """Labels of virtual tokens and inputs for the loss: the former have none, unless a method says so.
 
         Args:
             labels: Those of the inputs ``(batch, length)``.

@@ -1,4 +1,4 @@
-"""What PEFT calls prompt learning: virtual tokens, or keys and values, of a number that the config says."""
+"""PEFT's prompt learning: a number of virtual tokens, or of keys and values, that the config gives."""
 
 import dataclasses
 import zlib

@@ -61,7 +61,7 @@ def _model_config(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Refused(ValueError):
-    """What a file asks for is not done, and the message says what that is."""
+    """The error of a file that asks for code to be run."""
 
 
 def _check_names(tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ class ModelOptions:
     model: Annotated[str, MODEL]
     """Folder (or hub id) of a Hugging Face checkpoint of one of the architectures in the README's table."""
     task: Annotated[Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None, Option(aliases=("--task-type",))] = None
-    """What to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to tell texts'
+    """Task to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to tell texts'
     classes, with a fresh head where the checkpoint has none; by default what the adapter or the checkpoint is for."""
     load_in_8bit: Annotated[bool, INT8] = False
     """Keep the frozen weights in int8."""
@@ -99,7 +99,7 @@ class TrainingOptions:
     lr_scheduler: Annotated[Literal["linear", "cosine", "constant"], Option(aliases=("--lr-scheduler-type",))] = (
         "linear"
     )
-    """What the learning rate does after the warm-up: fall to zero (linear, cosine), or stay (constant)."""
+    """Learning rate after the warm-up: falls to zero (linear, cosine), or stays (constant)."""
     warmup_steps: int | None = None
     """Steps in which the learning rate rises; by default a twentieth of all, a hundred at most."""
     weight_decay: float = 0

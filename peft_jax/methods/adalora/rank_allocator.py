@@ -16,7 +16,7 @@ Arrays = Mapping[str, Mapping[str, jax.Array]]  # by leaf and role
 
 
 class Allocation(NamedTuple):
-    """What the allocator remembers.
+    """The allocator's state.
 
     Attributes:
         step: Steps done, int32.

@@ -75,7 +75,7 @@ def last_counts(ids: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def masked(update: jax.Array, state: Mapping[str, Any]) -> jax.Array:
-    """What an adapter adds, zero before its invocation.
+    """An adapter's update, zero before its invocation.
 
     Raises:
         MergeError: if it is not known where that is.

@@ -42,7 +42,7 @@ class BertPredictions(nnx.Module):
 
 
 class BertOnlyMLMHead(nnx.Module):
-    """What transformers puts around the predictions."""
+    """The module that transformers puts around the predictions."""
 
     def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         self.predictions = BertPredictions(config, dtype, rngs)

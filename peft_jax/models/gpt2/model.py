@@ -60,7 +60,7 @@ class GPT2Attention(nnx.Module):
         return q, k, v
 
     def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
-        """What q (batch, length, heads, head_dim) sees of an adaption prompt; PEFT does not project it here."""
+        """Attention of q (batch, length, heads, head_dim) to an adaption prompt; PEFT does not project it here."""
         _, k, v = self._heads(adaption.prompts.astype(q.dtype)[None])
         return attend_to(adaption, q, k, v)
 

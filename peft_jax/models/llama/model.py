@@ -71,7 +71,7 @@ class LlamaAttention(nnx.Module):
         return self.o_proj(seen.reshape(batch, length, -1)) + self._second_bias(beside.adaption, x), buffers
 
     def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
-        """What q (batch, length, heads, head_dim) sees of an adaption prompt, through its gate."""
+        """Attention of q (batch, length, heads, head_dim) to an adaption prompt, through its gate."""
         prompt = adaption.prompts.astype(q.dtype)[None]
         heads = (1, prompt.shape[1], -1, self.head_dim)
         return attend_to(adaption, q, self.k_proj(prompt).reshape(heads), self.v_proj(prompt).reshape(heads))

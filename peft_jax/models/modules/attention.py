@@ -82,7 +82,7 @@ def _quotient_jvp(dtype: Any, primals: tuple[jax.Array, jax.Array], tangents: tu
 
 
 def attend_to(adaption: Adaption, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """What q (batch, length, heads, head_dim) sees of a layer's adaption prompt, through its gate.
+    """Attention of q (batch, length, heads, head_dim) to a layer's adaption prompt, through its gate.
 
     k and v (1, n, kv_heads, head_dim) are those of the prompt, which is seen whole from everywhere.
     """

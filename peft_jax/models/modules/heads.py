@@ -39,7 +39,7 @@ class DecoderHead:
         setattr(module, self.names[task], linear(config.hidden_size, head_width(config), use_bias=bias))
 
     def run(self, module: Any, config: ModelConfig, h: jax.Array, input_ids: jax.Array | None, table: Any) -> Any:
-        """What the head makes of the last layer's h (batch, length, hidden); table is the embedding."""
+        """The head's output for the last layer's h (batch, length, hidden); table is the embedding."""
         if config.task_type == FEATURE_EXTRACTION:
             return ModelOutput(last_hidden_state=h)
         if config.task_type == CAUSAL_LM and config.tie_word_embeddings:

@@ -13,7 +13,7 @@ from peft_jax.prompts.base import Adaption
 
 
 class Beside(NamedTuple):
-    """What a prompt puts beside the attention: in one layer, or with a leading axis of layers in all of them.
+    """A prompt's part in the attention: of one layer, or with a leading axis of layers of all of them.
 
     prefix is keys (after rotation) and values, each (batch or 1, n_virtual, kv_heads, head_dim), before those of the
     inputs; adaption is a prompt that the layer attends to as well.
@@ -24,7 +24,7 @@ class Beside(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What the layers of one call of a causal model share.
+    """Positions and masks that the layers of one call of a causal model share.
 
     Attributes:
         positions: ``(batch or 1, length)``.

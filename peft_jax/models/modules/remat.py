@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, and what it computes again."""
+"""Rematerialization: which values a layer keeps for its backward pass, and which it computes again."""
 
 import math
 from collections.abc import Callable

@@ -104,7 +104,7 @@ class T5Blocks(nnx.Module):
         setattr(self, "0", nnx.Dict(layer=nnx.Dict({"0": attention})))
 
     def bias(self, buckets: jax.Array) -> jax.Array:
-        """What all blocks add to the scores of keys in these buckets (length, kv_len): (1, heads, length, kv_len)."""
+        """The bias that all blocks add to scores, (1, heads, length, kv_len), for buckets of keys (length, kv_len)."""
         table = getattr(self, "0")["layer"]["0"]["SelfAttention"]["relative_attention_bias"]
         return jnp.transpose(table(buckets), (2, 0, 1))[None]
 

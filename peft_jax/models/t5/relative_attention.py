@@ -34,7 +34,7 @@ class T5Cache(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What all self-attentions of one call share.
+    """Values that all self-attentions of one call share.
 
     bias is (1, heads, length, n_virtual + kv_len); mask, a bool (batch or 1, 1, length, n_virtual + kv_len), is what a
     query may see; slot is the first new position's in the cache.

@@ -31,7 +31,7 @@ class Components(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a batch makes of components: part of the variance that each explains, and its cosine with the one before."""
+    """Components after a batch, the share of the variance that each explains, and its cosine with the one before."""
 
     components: Components
     explained: jax.Array

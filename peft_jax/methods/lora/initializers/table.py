@@ -17,7 +17,7 @@ Value = bool | str
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """What is true of one initializer.
+    """One row of the table.
 
     Attributes:
         value: The value of ``init_lora_weights``, as error messages write it.
