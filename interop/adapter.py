@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from peft_jax.interop.tensors import adapter_config, get_peft_model_state_dict, 
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from peft_jax.core.finite import non_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
 from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
@@ -62,7 +63,7 @@ def save_adapter(
     if path_initial_model_for_weight_conversion is not None:
         initial = _read(pathlib.Path(path_initial_model_for_weight_conversion) / WEIGHTS_FILE)
         config, tensors = without_start(config, tensors, initial)
-    if broken := _non_finite(tensors):
+    if broken := non_finite(tensors):
         raise ValueError(
             f"adapter '{adapter_name}' is not saved: its tensor '{broken}' holds NaN or infinity. "
             "Save the adapter as it was before training diverged, or in a wider element type."
@@ -128,11 +129,6 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the adapter again.") from None
-    if broken := _non_finite(tensors):
+    if broken := non_finite(tensors):
         raise ValueError(f"'{path}' holds NaN or infinity in its tensor '{broken}'. Take another copy of the adapter.")
     return tensors
-
-
-def _non_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """The key of the first tensor that holds a NaN or an infinity."""
-    return next((key for key, tensor in tensors.items() if not np.isfinite(tensor).all()), None)

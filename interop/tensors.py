@@ -130,9 +130,7 @@ def set_peft_model_state_dict(
         raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
     read = None if fn is None else read_program(params, fn, args, config.fan_in_fan_out)
     file_plan, tensors = _planned(params, config, tensors, layout, read)
-    bases: dict[str, np.ndarray] = {}
-    for target in matrices(file_plan.targets):
-        bases |= base_tensors(target.leaf, file_plan.config, file_plan.stored)
+    bases = _bases(file_plan)
     problems = _misfits(file_plan, bases, tensors)
     problems += [
         f"{key} differs from this base's"
@@ -172,10 +170,7 @@ def misfits(params: Any, config: Method, shapes: Mapping[str, tuple[int, ...]]) 
     """
     tensors: Tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
     file_plan, tensors = _planned(with_replicas(params, config), config, tensors, None, values=False)
-    bases: dict[str, np.ndarray] = {}
-    for target in matrices(file_plan.targets):
-        bases |= base_tensors(target.leaf, file_plan.config, file_plan.stored, values=False)
-    return _misfits(file_plan, bases, tensors)
+    return _misfits(file_plan, _bases(file_plan, values=False), tensors)
 
 
 class FilePlan(NamedTuple):
@@ -244,6 +239,14 @@ def _check_trainable(config: PromptMethod) -> None:
             f"The file of a {config.peft_type} adapter holds what its encoder gave, not the encoder, so it cannot be "
             "trained on. Load it without is_trainable, or train a fresh one."
         )
+
+
+def _bases(file_plan: FilePlan, *, values: bool = True) -> dict[str, np.ndarray]:
+    """The base's weights that a file may have beside the adapter."""
+    bases: dict[str, np.ndarray] = {}
+    for target in matrices(file_plan.targets):
+        bases |= base_tensors(target.leaf, file_plan.config, file_plan.stored, values=values)
+    return bases
 
 
 def _misfits(file_plan: FilePlan, bases: Tensors, tensors: Tensors) -> list[str]:
