@@ -109,7 +109,7 @@ def split(times: dict[str, list[float]], settings: Settings) -> dict[str, dict[s
             if min(seconds) > 0:
                 rows[one] = measure.row(Contender(one, lambda: None), seconds, batch * tokens)
             else:
-                rows[one] = {"name": one, "not_run": "too short to be told from the prefill; give a larger --new"}
+                rows[one] = {"name": one, "not_run": "too short to be separated from the prefill; give a larger --new"}
     return rows
 
 

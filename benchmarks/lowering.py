@@ -125,7 +125,7 @@ def model_of(case: Case, *, adapter: bool = True) -> Any:
 
 
 def on(where: Any, tree: Any) -> Any:
-    """Shapes that lie as told: by a tree of shardings, or all by one."""
+    """Shapes with shardings: from a tree of shardings, or one sharding for all."""
     where = jax.tree.map(lambda _: where, tree) if isinstance(where, NamedSharding) else where
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
 

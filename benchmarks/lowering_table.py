@@ -28,8 +28,8 @@ INTRODUCTION = """# Compiled ahead of time
 Written by `make lowering`: train and decode steps of Llama shapes, LoRA r=16 on all linear layers with AdamW, compiled
 for machines that are only described, and what the compiler says. Memory of a chip is arguments, temporaries and outputs
 less what outputs take over. Each layer is recomputed in the backward pass; a batch is rows x tokens / rows at once;
-decoding reads one token of each row on a cache of so many slots. TFLOP are those of all products in the program, on all
-chips (the compiler's own count, in the records, takes a loop's body once); without adapters means the loss and its
+decoding reads one token of each row on a cache of that many slots. TFLOP are those of all products in the program, on
+all chips (the compiler's own count, in the records, takes a loop's body once); without adapters means the loss and its
 gradient down to the embeddings. In every program it is asserted that no product has the shape of a frozen weight, as
 its gradient would have, and with an int8 base that no buffer between fusions is a weight in float.
 """
@@ -43,7 +43,7 @@ def _row(record: Record) -> str:
     batch = f"{record['rows']} x {record['length']}" + (f" / {record['micro']}" if record["micro"] else "")
     cells = [
         *(record["size"], record["base"], record["work"], record["chip"], record["mesh"], batch),
-        *(f"{gib['per_chip']:.2f}", room(record), f"{gib['argument']:.2f}", f"{gib['temp']:.2f}"),
+        *(f"{gib['per_chip']:.2f}", memory(record), f"{gib['argument']:.2f}", f"{gib['temp']:.2f}"),
         *(f"{record['operations'] / 1e12:.2f}", ratio, f"{record['compile_seconds']:.0f}"),
     ]
     return f"| {' | '.join(map(str, cells))} |"
@@ -52,8 +52,8 @@ def _row(record: Record) -> str:
 def fits(records: list[Record]) -> list[Record]:
     """Whether training 70B on int8 fits its chips: GiB of each."""
     return [
-        answer(f"70B with int8 LoRA fits 16 chips of {room(record)} GiB", record, used := record["per_chip"] / GIB)
-        | {"met": used <= room(record)}
+        answer(f"70B with int8 LoRA fits 16 chips of {memory(record)} GiB", record, used := record["per_chip"] / GIB)
+        | {"met": used <= memory(record)}
         for record in records
         if (record["size"], record["base"], record["work"]) == ("70b", "int8", "train")
     ]
@@ -87,6 +87,6 @@ def answer(target: str, record: Record, value: float) -> Record:
     return {"target": target, "at": f"{record['size']}, {record['base']}, {record['chip']}", "value": value}
 
 
-def room(record: Record) -> int:
+def memory(record: Record) -> int:
     """GiB of a chip."""
     return ROOM[record["chip"].split(":")[0]]

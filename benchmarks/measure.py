@@ -145,7 +145,7 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def row(contender: Contender, seconds: Sequence[float], tokens: int | None = None) -> dict[str, Any]:
-    """A contender's row of a record, with tokens per second if its runs handle so many."""
+    """A contender's row of a record, with tokens per second if the number of its tokens is known."""
     median = statistics.median(seconds)
     times = {"seconds": list(seconds), "median": median, "fastest": min(seconds), "slowest": max(seconds)}
     speed = {} if tokens is None else {"tokens_per_second": tokens / median}
@@ -170,7 +170,7 @@ def memory(build: Callable[[], Contender], side: Any) -> dict[str, int | None]:
     """What this process, which has imported ``side`` and done nothing else, takes to build and run a contender.
 
     Bytes beside what the imports and an idle device take: at the peak of a run once it has warmed up, and at the peak
-    of all, with reading the checkpoint, tracing and compiling. None where the system does not tell.
+    of all, with reading the checkpoint, tracing and compiling. None where the system does not report it.
     """
     side.wake()
     imported = status("VmRSS")

@@ -44,10 +44,10 @@ def finish(program: str, settings: Any, rows: Mapping[str, Any], ratios: Sequenc
 
 def write_record(folder: Path, name: str, settings: Any, rows: Sequence[Any], ratios: Sequence[Any]) -> Path:
     """Write a record, as JSON named after the program, the size and the dtype."""
-    told = {key: value for key, value in vars(settings).items() if key not in ("alone", "build")}
-    record = {"program": name, "settings": told, "machine": machine(), "rows": rows, "ratios": ratios}
+    chosen = {key: value for key, value in vars(settings).items() if key not in ("alone", "build")}
+    record = {"program": name, "settings": chosen, "machine": machine(), "rows": rows, "ratios": ratios}
     folder.mkdir(parents=True, exist_ok=True)
-    shape = "-".join(str(told[part]) for part in ("size", "dtype") if part in told)
+    shape = "-".join(str(chosen[part]) for part in ("size", "dtype") if part in chosen)
     file = folder / f"{name}-{shape}.json"
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return file

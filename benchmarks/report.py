@@ -29,7 +29,7 @@ class Target:
 
     Attributes:
         text: The target in words.
-        program: Whose records tell.
+        program: Whose records are read.
         ratio: Their ratio, as a regex.
         bound: What it is compared with.
         at: Whether it is to be at least or at most that.
@@ -46,7 +46,7 @@ class Target:
     dtype: str | None = None
 
     def judge(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """A row for each record and ratio that tells, or one that says that none does."""
+        """A row for each record that has the ratio, or one that says that none has it."""
         found = []
         for record in records:
             device = "cpu" if "cpu" in record["machine"]["device"].lower() else "gpu"
@@ -111,8 +111,8 @@ def read_records(folders: Sequence[Path]) -> list[Record]:
     """
     files = [file for folder in folders for file in sorted(folder.glob("*.json"))]
     if not files:
-        told = " or ".join(map(str, folders))
-        raise SystemExit(f"no records in {told}. Run make bench, or one of the programs beside this one.")
+        where = " or ".join(map(str, folders))
+        raise SystemExit(f"no records in {where}. Run make bench, or one of the programs beside this one.")
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
@@ -157,7 +157,7 @@ HEADS = {"tokens_per_second": "tokens/s", "flops_per_second": "GFLOP/s"}
 
 def section(record: Record) -> list[str]:
     """A record's part of the page."""
-    told = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if key != "contenders")
+    settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if key != "contenders")
     known = ("name", "seconds", "median", "fastest", "slowest", "not_run")
     fields = [field for row in record["rows"] for field in row if field not in known]
     fields = [field for field in dict.fromkeys(fields) if any(row.get(field) is not None for row in record["rows"])]
@@ -165,7 +165,7 @@ def section(record: Record) -> list[str]:
         HEADS.get(field, field.replace("_bytes", " MiB").replace("_seconds", " s").replace("_", " "))
         for field in fields
     ]
-    lines = [f"## {title(record).capitalize()}", "", machine_line(record), "", f"Settings: {told}.", ""]
+    lines = [f"## {title(record).capitalize()}", "", machine_line(record), "", f"Settings: {settings}.", ""]
     lines += table(["", "ms", "from, to", *heads], [row_cells(row, fields) for row in record["rows"]])
     if record["ratios"]:
         cells = [

@@ -1,4 +1,4 @@
-"""Llama shapes by name, and where their random checkpoints lie. Imports neither JAX nor PyTorch."""
+"""Llama shapes by name, and the folders of their random checkpoints. Imports neither JAX nor PyTorch."""
 
 import json
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ SHAPES: dict[Size, dict[str, Any]] = {
 
 
 def checkpoint_folder(build: Path, size: Size, dtype: Dtype) -> Path:
-    """Where the random checkpoint of a shape lies."""
+    """The folder of the random checkpoint of a shape."""
     return build / "checkpoints" / f"llama-{size}-{dtype}"
 
 

@@ -4,7 +4,7 @@
     python benchmarks/startup.py --size 1b --dtype bfloat16 --depths 4 16
 
 The first step is timed from the loaded base to the end of the step: attach LoRA, trace, compile, run; nothing compiled
-before is kept. peft_jax's models scan over their layers, so that its compiler sees one layer whatever the depth (what
+before is kept. peft_jax's models scan over their layers, so that its compiler sees one layer at any depth (what
 layers cost that are not in a scan, adapt_overhead.py prints). PEFT's first step is eager and compiles nothing.
 """
 

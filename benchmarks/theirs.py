@@ -104,7 +104,7 @@ def read_and_detach(model: Any, folder: Path) -> None:
 
 
 def first_step(model: Any, config: Any, ids: np.ndarray) -> dict[str, float]:
-    """Attach an adapter and take a training step, eagerly; no parts of it are told."""
+    """Attach an adapter and take a training step, eagerly; its parts are not timed."""
     model = attach(model, config)
     training_step("first step", model, ids)
     model.unload()

@@ -46,7 +46,8 @@ config = pj.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value", "up
 variables = pj.apply_lora(variables, config, fn=model.apply, args=(SAMPLE,))
 print(pj.summary(variables))
 
-# TrainState takes the trainable twin alone: over the whole tree it would train the base, so jax.grad is an error there.
+# TrainState takes the trainable partition alone. Over the whole tree it would train the base, so there jax.grad is an
+# error.
 trainable, frozen = pj.partition(variables)
 adapted = pj.adapt(model.apply)  # the same function, for adapted trees
 print("The adapter learns English")

@@ -48,7 +48,7 @@ config = pj.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value", "up
 params = pj.apply_lora(params, config, fn=run, args=(SAMPLE,))  # fn=, args= have the axes read off the program
 print(pj.summary(params))
 
-# Plain optax over the trainable twin. nnx.Optimizer(model, tx, wrt=nnx.Param) works over the whole model, the base
+# Plain optax over the trainable partition. nnx.Optimizer(model, tx, wrt=nnx.Param) works over the whole model, the base
 # included, so nnx.grad is an error there.
 trainable, frozen = pj.partition(params)
 adapted = pj.adapt(run)  # the same function, for adapted trees

@@ -43,8 +43,8 @@ config = pj.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 params = pj.apply_lora(params, config, fn=model, args=(SAMPLE,))
 print(pj.summary(params))
 
-# Give jax.grad and optax the trainable twin alone. Over the whole tree jax.grad is an error, so that the base is not
-# trained by mistake; optax.masked is no way out: it passes on the raw gradients of what it masks.
+# Give jax.grad and optax the trainable partition alone. Over the whole tree jax.grad is an error, so that the base is
+# not trained by mistake; optax.masked is no way out: it passes on the raw gradients of what it masks.
 trainable, frozen = pj.partition(params)
 adapted = pj.adapt(model)  # the same function, for adapted trees
 print("The adapter learns English")

@@ -1,4 +1,4 @@
-"""Teach a frozen BERT to tell which package of Python's standard library a docstring is from.
+"""Teach a frozen BERT to recognise the package of Python's standard library that a docstring is from.
 
     python examples/classify_docstrings.py
 
@@ -45,7 +45,7 @@ class Options:
         steps: Steps of each adapter.
         batch_size: Texts in a step.
         length: Tokens of a text.
-        classes: Packages to tell apart, those with most docstrings.
+        classes: Packages to distinguish, those with most docstrings.
         learning_rate: Peak of the adapters' learning rate.
     """
 
@@ -115,7 +115,7 @@ def pretrain(folder: Path, pairs: list[tuple[str, int]], options: Options) -> No
 
 
 def train(model: Any, trained: Any, frozen: Any, texts: TextRows, options: Options) -> Any:
-    """The model after training one twin of it and leaving the other alone."""
+    """The model after training its first partition and keeping the other."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(options.learning_rate, options.steps), weight_decay=0.0)
 
     @partial(jax.jit, donate_argnums=(0, 1))

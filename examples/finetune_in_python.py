@@ -49,7 +49,7 @@ def main(
     step = pt.make_training_step(apply, optimizer)
     evaluation_step = pt.make_evaluation_step(apply)
 
-    # The loop: only the trainable twin has gradients and optimizer state.
+    # The loop: only the trainable partition has gradients and optimizer state.
     trainable, frozen = pj.partition(model)
     opt_state = optimizer.init(trainable)
     batches = pt.training_batches(data, batch_size, seed=0)

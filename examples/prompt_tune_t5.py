@@ -89,7 +89,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def fit(
     trained: Any, frozen: Any, optimizer: optax.GradientTransformation, pairs: TextRows, steps: int, size: int
 ) -> Any:
-    """The model after training one twin of it and leaving the other alone."""
+    """The model after training its first partition and keeping the other."""
 
     def loss_fn(trained: Any, frozen: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> jax.Array:
         return pj.combine(trained, frozen)(ids, mask, labels=labels).loss
@@ -143,12 +143,12 @@ def report(name: str, model: Any, pairs: list[tuple[str, str]], tokenizer: Any) 
 def main(options: Options) -> None:
     """Pretrain if need be, then tune the prompt."""
     train, test = signatures(options.longest)
-    told = [(f"{question}: {f.signature}", answer(f)) for question, answer in QUESTIONS.items() for f in train]
+    pairs = [(f"{question}: {f.signature}", answer(f)) for question, answer in QUESTIONS.items() for f in train]
     asked, held_out = ([(f.signature, QUESTIONS[options.question](f)) for f in found] for found in (train, test[:100]))
     with TemporaryDirectory() as made:
         if options.model is None:
             print("pretraining")
-            pretrain(Path(made), told, options)
+            pretrain(Path(made), pairs, options)
         folder = options.model or made
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         base = pj.AutoModelForSeq2SeqLM.from_pretrained(folder)

@@ -74,7 +74,7 @@ def apply_lora_from_data(
             ``labels`` do not leave out; else all.
         key: As in `peft_jax.apply_adapter`, like the rest.
         adapter_name: Name of the adapter.
-        layout: Axes of leaves; those that are not told are read off ``fn`` on the first batch.
+        layout: Axes of leaves; those that are not given are read from ``fn`` on the first batch.
 
     Raises:
         ValueError: as `peft_jax.apply_adapter`; if there is no batch, a target is used in no product, the batches give
@@ -299,22 +299,22 @@ def _lookups(tree: Any, adapter_name: str) -> list[str]:
 
 
 def _search(moments: Sums, config: LoraConfig, options: EvaConfig) -> eva.Search:
-    counts, first, twins = {}, dict[bytes, str](), {}
+    counts, first, same_inputs = {}, dict[bytes, str](), {}
     for name, total in moments.items():
         counts[name] = round(config.rank(name) * options.rho)
         same = first.setdefault(np.asarray(total).tobytes(), name)
         if same != name:
-            twins[name] = same
-    for name, same in twins.items():
+            same_inputs[name] = same
+    for name, same in same_inputs.items():
         counts[same] = max(counts[same], counts[name])
-    counts |= {name: counts[same] for name, same in twins.items()}
+    counts |= {name: counts[same] for name, same in same_inputs.items()}
     for name, count in counts.items():
         if count > len(moments[name]) - 1:
             raise ValueError(
                 f"EVA looks for r * rho = {count} components of the inputs of '{name}', which are "
                 f"{len(moments[name]) - 1}. Choose a smaller r or rho."
             )
-    return eva.Search(counts, options.tau, twins, sum(config.rank(name) for name in moments))
+    return eva.Search(counts, options.tau, same_inputs, sum(config.rank(name) for name in moments))
 
 
 def _ranked(

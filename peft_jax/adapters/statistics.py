@@ -1,7 +1,7 @@
 """Statistics of adapted weights in a program, summed over batches: moments of their inputs, and their gradients.
 
 In place of an adapter a leaf has an array of zeros, whose gradient is what is asked for. So it is found through
-whatever a program is made of: scans over layers, `jax.jit`, checkpoints.
+in any program: scans over layers, `jax.jit`, checkpoints.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Gradients(Role):
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"sum": ("in", "out")}
 
     def structure(self) -> tuple[Any, ...]:
-        """All are alike."""
+        """All are equal."""
         return (Gradients,)
 
     @staticmethod
@@ -101,7 +101,7 @@ _noted.defvjp(_noted_forward, _noted_backward)
 
 
 def changed(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
-    """`map_adapted` over a tree or the parameters of a model handle, in which paths begin alike."""
+    """`map_adapted` over a tree or the parameters of a model handle, with the same paths for both."""
     if isinstance(tree, Handle):
         return tree.replace(map_adapted(change, tree.params))
     return map_adapted(change, tree)

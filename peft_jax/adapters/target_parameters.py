@@ -1,7 +1,7 @@
 """``target_parameters``: weights named themselves, not by their module, as the fused experts of a mixture have to be.
 
 PEFT 0.21.2 (``lora.ParamWrapper``) trains one LoRA for each expert of such a weight, and keeps them in one tensor;
-where it adapts several weights of one module, each lies around the one that the module declares before it.
+where it adapts several weights of one module, each wraps the one that the module declares before it.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def with_parameters(found: Sequence[Leaf], config: Method) -> list[Leaf]:
     for name in inside:
         if is_target(config, name) and any(name.startswith(f"{owner}.") for owner in owners):
             raise ValueError(
-                f"'{name}' is a target and lies in a module one of whose own weights is in target_parameters, which "
+                f"'{name}' is a target in a module one of whose own weights is in target_parameters, which "
                 "no file of PEFT's can hold. Leave one of them."
             )
     return leaves
@@ -72,7 +72,7 @@ def parameters_of(leaves: Sequence[Leaf], config: Method) -> set[str]:
 
 
 def depth(config: Method, parameter: str, adapted: set[str]) -> int:
-    """How many adapters of parameters of the same module lie around that of this one."""
+    """How many adapters of parameters of the same module wrap that of this one."""
     owner, _, own = parameter.rpartition(".")
     others = [name.rpartition(".")[2] for name in adapted if is_parameter(config, name)]
     others = [last for last in others if f"{owner}.{last}" in adapted]
@@ -87,7 +87,7 @@ def depth(config: Method, parameter: str, adapted: set[str]) -> int:
 
 
 def check_apart(leaves: Sequence[Leaf], config: Method) -> None:
-    """Raise ValueError if a file would not tell two parameters of one module apart, given `with_parameters`' leaves.
+    """Raise ValueError if a file would not distinguish two parameters of one module, given `with_parameters`' leaves.
 
     PEFT's keys count on the order in which the module declares them. Where we do not know it, and cannot see by shapes
     that it is another one, each would be given the other's adapter.
@@ -102,7 +102,7 @@ def check_apart(leaves: Sequence[Leaf], config: Method) -> None:
             if other != name and not {own, other.rpartition(".")[2]} <= {*DECLARED}:
                 raise ValueError(
                     f"target_parameters names '{other}' and '{name}', two of one shape in one module. PEFT's files "
-                    "tell them apart by the order alone in which PyTorch's module declares them, which is not known. "
+                    "distinguish them by the order alone in which PyTorch's module declares them, which is not known. "
                     "Give each an adapter of its own, or ranks that differ (rank_pattern)."
                 )
 

@@ -53,7 +53,7 @@ class DecodingOptions:
     temperature: Annotated[float | None, Option(aliases=("--temp",))] = None
     """Divides the logits before drawing."""
     top_k: int | None = None
-    """Draw from so many of the likeliest tokens; 0 for all."""
+    """Sample from this number of the likeliest tokens; 0 for all."""
     top_p: float | None = None
     """Draw from the fewest likeliest tokens of this probability."""
     min_p: float | None = None

@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 after an error of the user's or for want of memory, said in one line, or 130 after
-        Ctrl-C, or 141 where nobody reads on what is printed, as in ``peft-jax generate ... | head -1``. Any other
+        Ctrl-C, or 141 where the output's reader has closed it, as in ``peft-jax generate ... | head -1``. Any other
         exception is a bug and goes through with its traceback. All that is printed passes through
         `peft_jax.cli.shared.terminal`.
     """

@@ -117,7 +117,7 @@ class Adapted(Weight):
         layout: Axes of the base.
         tag: The adapter's name and config, and the leaf's role in it.
         active: Whether the adapter takes part; if not, the leaf stands for its base.
-        trainable: Whether `partition` gives ``params`` to the trainable twin while the adapter is active.
+        trainable: Whether `partition` gives ``params`` to the trainable partition while the adapter is active.
     """
 
     base: Any
@@ -307,7 +307,7 @@ def tied(tree: Any) -> Any:
     """The tree with the arrays that a bias shares with its layer's matrix taken from there.
 
     A method such as IA3 scales a layer's outputs, bias included, by one vector. It is trained in the matrix's leaf;
-    that the bias's leaf takes it from there, in every function of the trainable twin, adds the two gradients up.
+    that the bias's leaf takes it from there, in every function of the trainable partition, adds the two gradients up.
     """
     arrays: dict[tuple[str, str], Any] = {}
     biases = []

@@ -1,6 +1,6 @@
 """Work on long sequences in chunks of their positions, so that large results are never there at once.
 
-All rows of a batch are in each chunk: rows may lie on several devices, and may have adapters of their own.
+All rows of a batch are in each chunk: rows may be on several devices, and may have adapters of their own.
 """
 
 import math

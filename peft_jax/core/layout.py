@@ -44,7 +44,7 @@ class Layout:
     out: tuple[int, ...] = (1,)
     lookup: bool = False
     index_after: tuple[str | None, ...] = ("layers",)
-    source: str = dataclasses.field(default="told by layout=", compare=False, repr=False)
+    source: str = dataclasses.field(default="given by layout=", compare=False, repr=False)
     stored_in_out: bool | None = dataclasses.field(default=None, compare=False, repr=False)
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
     taps: tuple[int, ...] = dataclasses.field(default=(), compare=False, repr=False)
@@ -149,7 +149,7 @@ def conventional_layout(path: str, shape: tuple[int, ...], fan_in_fan_out: bool 
 
     ``kernel`` (Flax) is ``(in, out)``; ``weight`` (PyTorch, Equinox) is ``(out, in)``, or ``(in, out)`` with
     ``fan_in_fan_out``; ``embedding`` is ``(vocabulary, features)``; other matrices are ``(in, out)``.
-    A matrix of higher rank is ambiguous: no convention tells its stacked axes from its heads.
+    A matrix of higher rank is ambiguous: no convention distinguishes its stacked axes from its heads.
     """
     name = path.rsplit(".", 1)[-1]
     source = f"{CONVENTION} for '{name}'"

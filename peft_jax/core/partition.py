@@ -1,4 +1,4 @@
-"""Trainable and frozen twins of a tree, and the masks and labels that optax takes over the trainable one."""
+"""Trainable and frozen partitions of a tree, and the masks and labels that optax takes over the trainable one."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ import numpy as np
 from peft_jax.core.adapted import LAYER, adapted_leaves, is_adapted, tied
 from peft_jax.core.weight import is_weight
 
-SHARED = "shared"  # an array that is in neither twin at its place: `combine` takes it from the leaf that trains it
+SHARED = "shared"  # an array that is in neither partition at its place: `combine` takes it from the leaf that trains it
 
 
 def partition(params: Any) -> tuple[Any, Any]:
-    """Split a tree into twins: the arrays that are trained, and all others.
+    """Split a tree into two partitions: the arrays that are trained, and all others.
 
-    Gradients are taken with respect to the first twin alone, so that no frozen weight has a gradient.
+    Gradients are taken with respect to the first partition alone, so that no frozen weight has a gradient.
 
     Args:
         params: Any pytree, or a model handle. Trained are the arrays of active adapters attached for training.
@@ -44,20 +44,20 @@ def combine(trainable: Any, frozen: Any) -> Any:
     Adapter names and configs come from ``frozen``, which does not pass through compiled programs.
 
     Raises:
-        ValueError: if the twins do not belong to one tree.
+        ValueError: if the partitions do not belong to one tree.
     """
     pick = lambda kept, trained: trained if kept is None else kept  # noqa: E731
     return tied(jax.tree.map(pick, frozen, trainable, is_leaf=lambda leaf: leaf is None))
 
 
 def trainable_mask(trainable: Any, roles: tuple[str, ...] | None = None) -> Any:
-    """A tree of booleans over the trainable twin, for ``optax.masked``: True everywhere, or for some roles only.
+    """A tree of booleans over the trainable partition, for ``optax.masked``: True everywhere, or for some roles only.
 
-    Use it over the trainable twin, never over the whole tree: there ``optax.masked`` passes the gradients of what
+    Use it over the trainable partition, never over the whole tree: there ``optax.masked`` passes the gradients of what
     it masks through unchanged, and the base would move.
 
     Args:
-        trainable: The first twin of `partition`.
+        trainable: The first result of `partition`.
         roles: Names of the arrays to select, as `trainable_labels` gives them; None for all.
 
     Raises:
@@ -80,7 +80,7 @@ def trainable_labels(trainable: Any) -> Any:
     """The role of each trainable array (``lora_A``, ``lora_B``, ``bias``, ...), for ``optax.partition``.
 
     Raises:
-        ValueError: if the tree is not the trainable twin but the whole one.
+        ValueError: if the tree is not the trainable partition but the whole one.
 
     Example:
         A LoRA+ optimizer (Hayou et al., 2024, https://arxiv.org/abs/2402.12354), whose B learns 16 times faster:
@@ -130,7 +130,7 @@ def _relabel(trainable: Any, label: Callable[[Any, str], Any]) -> Any:
             return jax.tree.map(lambda leaf: label(leaf, "params"), node)
         if jax.tree.leaves(node.state) or not is_adapted(node.base) and jax.tree.leaves(node.base):
             raise ValueError(
-                "This is the whole tree, and an optimizer over it would train the base. Give the trainable twin: "
+                "This is the whole tree, and an optimizer over it would train the base. Give the trainable partition: "
                 "trainable, frozen = pj.partition(params)."
             )
         named = {role: None if leaf is None else label(leaf, role) for role, leaf in node.params.items()}

@@ -50,8 +50,8 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None) 
         if path in found:
             first, second = jax.tree_util.keystr(key_paths[path]), jax.tree_util.keystr(key_path)
             raise ValueError(
-                f"The leaves {first} and {second} are both called '{path}', and cannot be told apart by name. Rename "
-                "one of them, or write keys without dots."
+                f"The leaves {first} and {second} are both called '{path}', and cannot be told apart by name. "
+                "Rename one of them, or write keys without dots."
             )
         found[path], key_paths[path] = leaf, key_path
     return found

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def in_base_dtype(params: T, adapter_name: str = "default") -> T:
-    """The tree or model handle with an adapter's trained arrays in the element type of the leaf that they lie on.
+    """The tree or model handle with an adapter's trained arrays in the element type of the leaf that they adapt.
 
     Adapters are float32, so that small updates are not lost; this halves their memory on a bfloat16 base, at the cost
     of such updates. PEFT calls it ``autocast_adapter_dtype=False``.

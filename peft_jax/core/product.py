@@ -175,7 +175,7 @@ class Convolution(Product):
         kernel: Gives the matrix ``(in, k)`` the shape of a kernel with ``k`` output channels.
         bind: The convolution of ``x`` and a kernel.
         groups: Groups of channels; each sees its own part of the input channels.
-        rows: Rows of the matrix; those of a first factor that sees the inputs of all groups are so many for each.
+        rows: Rows of the matrix; for a first factor that sees the inputs of all groups, the rows of each group.
         in_axis: Axis of the input channels in a kernel.
         out_axis: Axis of the output channels in a kernel.
         channel_axis: Axis of the channels in what ``bind`` gives.

@@ -61,5 +61,5 @@ def prompt_places(config: PromptMethod, found: list[Leaf], handle: Handle) -> se
     modules = [str(name) for leaf in found if is_matrix(leaf) for name in leaf.names.flat]
     places = config.places(modules, handle)
     if both := [name for name in places if is_saved_module(config, name)]:
-        raise ValueError(f"modules_to_save names '{both[0]}', where the prompt's arrays lie. Leave it out.")
+        raise ValueError(f"modules_to_save names '{both[0]}', where the prompt's arrays lie. Remove it.")
     return set(places)

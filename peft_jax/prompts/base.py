@@ -1,8 +1,8 @@
 """The interface of a prompt method: arrays of its own, and what they give a model beside its inputs.
 
-A prompt changes no weight. Its arrays lie in the tree as an adapted leaf's do (on the input embedding, or for adaption
-prompts on a matrix of the attention), so that partition, switching, saving and the rest work on them as on any
-adapter; a model handle takes them out of the tree in its forward pass (`take_prompt`) and hands on what they give.
+A prompt changes no weight. Its arrays are stored in the tree like those of an adapted leaf (on the input embedding, or
+for adaption prompts on a matrix of the attention), so that partition, switching, saving and the rest work on them as on
+any adapter; a model handle takes them out of the tree in its forward pass (`take_prompt`) and hands on what they give.
 Config classes keep PEFT's class names, field names and defaults (PEFT 0.21.2).
 """
 
@@ -28,7 +28,7 @@ IGNORED_LABEL = -100
 class Adaption(NamedTuple):
     """Prompts on the side of each layer's attention.
 
-    prompts are (layers, length, hidden), gates (layers, 1), and on (layers,) tells which layers have one.
+    prompts are (layers, length, hidden), gates (layers, 1), and on (layers,) marks the layers that have one.
     """
 
     prompts: jax.Array
@@ -105,7 +105,7 @@ class PromptMethod(Method):
             input_types: The types of the inputs ``(batch, length)``, for a method that knows types.
 
         Returns:
-            Labels ``(batch, n + length)``, and how much the loss of each counts; None for all alike.
+            Labels ``(batch, n + length)``, and how much the loss of each counts; None for equal weights.
 
         Raises:
             ValueError: if types are given to a method that knows none.

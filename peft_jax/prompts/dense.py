@@ -1,4 +1,4 @@
-"""The layers that prompt encoders are made of, as PyTorch computes and starts them; arrays lie in a flat dictionary."""
+"""The layers of prompt encoders, as PyTorch computes and initializes them; arrays are in a flat dictionary."""
 
 from collections.abc import Mapping
 

@@ -36,7 +36,7 @@ class PromptEncoderConfig(PromptLearning):
         encoder_reparameterization_type: ``"MLP"`` (three linear layers) or ``"LSTM"`` (in both directions, and two
             linear layers).
         encoder_hidden_size: Hidden features of the network; None takes the model's.
-        encoder_num_layers: Layers of the LSTM. An MLP has three linear ones, whatever is said here.
+        encoder_num_layers: Layers of the LSTM. An MLP always has three linear ones.
         encoder_dropout: Probability of zeroing what an LSTM's layer hands to the next in training, in [0, 1). An MLP
             has no dropout.
 

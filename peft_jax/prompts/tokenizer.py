@@ -1,4 +1,4 @@
-"""Reads tokenizers. Code that lies in their folder never runs, whatever its files and the user's answers say."""
+"""Reads tokenizers. Code in their folder never runs, even if its files ask for it or the user answers yes."""
 
 import contextlib
 import os

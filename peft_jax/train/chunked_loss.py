@@ -32,14 +32,14 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    """The sum of losses times their weights, of which 0 leaves one out, whatever it is."""
+    """The sum of losses times their weights, of which 0 leaves one out, even if it is NaN."""
     return jnp.sum(losses * weights, where=weights != 0)
 
 
 def summed_loss(logits: LazyLogits, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """The `weighted_sum` of `token_losses`, float32.
 
-    A head whose adapter heeds a token's place (dropout, an invocation) sees all positions at once.
+    A head whose adapter depends on a token's position (dropout, an invocation) sees all positions at once.
 
     Args:
         logits: Of shape (batch, length, vocabulary).

@@ -27,10 +27,10 @@ from peft_jax.train.loop import State
 T = TypeVar("T")
 AXES = ("data", "fsdp", "tensor")
 
-# By the end of a path, the mesh axes of an array's last dimensions. What is not here lies whole everywhere. Each
+# By the end of a path, the mesh axes of an array's last dimensions. Other arrays are replicated. Each
 # architecture names its modules (`peft_jax.models.family.Sharding`), and the rules of all hold for any tree.
-# Quantized weights and adapters lie as the weight that they stand for, or are on: the axes that they share with it are
-# split as its are, and a rank never is. The optimizer's moments lie as what they are of.
+# Quantized weights and adapters are sharded like the weight that they represent or adapt: the axes that they share with
+# it are split as its are, and a rank never is. The optimizer's moments are sharded like their parameters.
 # Of embeddings only the rows are split: with split features, what is looked up has them too, and XLA then has every
 # device compute all rows of a batch.
 BATCH = P(("data", "fsdp"))  # the rows
@@ -58,8 +58,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = [sizes.get(axis, 1) for axis in AXES]
     needed = int(np.prod(shape))
     if not 1 <= needed <= len(devices):
-        told = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(f"the mesh {told} needs {needed} devices, but there are {len(devices)}. Give smaller sizes.")
+        shape = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(f"the mesh {shape} needs {needed} devices, but there are {len(devices)}. Give smaller sizes.")
     return Mesh(np.asarray(devices[:needed]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -123,7 +123,7 @@ def layout(tree: T, mesh: Mesh) -> T:
 
 
 def place(tree: T, mesh: Mesh) -> T:
-    """Shard a tree or model handle on a mesh; the state that `peft_jax.train.start` makes of it is sharded alike.
+    """Shard a tree or model handle on a mesh; the state that `peft_jax.train.start` makes of it is sharded like it.
 
     An adapter may be on it, or be attached afterwards: it is sharded like its base.
     """

@@ -1,4 +1,4 @@
-"""`peft-jax finetune`: train an adapter on your data, and survive whatever stops it."""
+"""`peft-jax finetune`: train an adapter on your data, and resume after any interruption."""
 
 import dataclasses
 import math

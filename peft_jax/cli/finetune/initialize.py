@@ -28,8 +28,7 @@ def started(base: Any, config: pj.LoraConfig, options: Finetune, data: Data) -> 
     init = config.init_lora_weights
     if init == "eva" and config.task_type == SEQ_2_SEQ_LM:
         raise ValueError(
-            "init_lora_weights 'eva' tells tokens from padding by one mask, and an encoder-decoder has two. Take "
-            "corda or lora_ga."
+            "init_lora_weights 'eva' finds padding by one mask, and an encoder-decoder has two. Take corda or lora_ga."
         )
     training = options.training
     rows = training.micro_batch_size or training.batch_size

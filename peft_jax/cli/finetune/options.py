@@ -20,7 +20,7 @@ class ModelOptions:
     model: Annotated[str, MODEL]
     """Folder (or hub id) of a Hugging Face checkpoint of one of the architectures in the README's table."""
     task: Annotated[Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None, Option(aliases=("--task-type",))] = None
-    """Task to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to tell texts'
+    """Task to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to predict texts'
     classes, with a fresh head where the checkpoint has none; by default what the adapter or the checkpoint is for."""
     load_in_8bit: Annotated[bool, INT8] = False
     """Keep the frozen weights in int8."""
@@ -127,8 +127,8 @@ class ProcessOptions:
     process_id: int | None = None
     """Number of this process, from 0 on; in the environment JAX_PROCESS_ID."""
     distributed: bool = False
-    """Join the others by the environment alone: by these variables, or by what Slurm, Open MPI, Kubernetes or a TPU pod
-    tells."""
+    """Join the others by the environment alone: by these variables, or by those of Slurm, Open MPI, Kubernetes or a TPU
+    pod."""
     initialization_timeout: int = 300
     """Seconds to wait for the others."""
 
@@ -145,7 +145,7 @@ class RunOptions:
     eval_steps: int | None = None
     """Steps between evaluations; by default once an epoch. The last step is always evaluated."""
     early_stopping: Annotated[int | None, Option(aliases=("--early-stopping-patience",))] = None
-    """Stop after so many evaluations without a better validation loss."""
+    """Stop after this number of evaluations without a better validation loss."""
     save_steps: int = 100
     """Steps between checkpoints. The last step is always saved."""
     save_total_limit: int = 2

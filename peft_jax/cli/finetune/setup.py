@@ -154,21 +154,21 @@ def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
             f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
             "Take tokenizer and weights from the same checkpoint."
         )
-    longest, room = max(part.lengths[-1] for part in parts), config.room
-    if longest + virtual > room:
+    longest, positions = max(part.lengths[-1] for part in parts), config.room
+    if longest + virtual > positions:
         after = f" after {virtual} virtual ones" if virtual else ""
         raise ValueError(
-            f"rows of {longest} tokens{after} exceed the model's {room} positions. "
-            f"Give --cutoff-len {room - virtual} or less."
+            f"rows of {longest} tokens{after} exceed the model's {positions} positions. "
+            f"Give --cutoff-len {positions - virtual} or less."
         )
 
 
 def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], adapter: Path | None) -> Any:
     """Read the base model; a classifier with the classes of the adapter that it is trained on, or of the records."""
-    told = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "remat": options.remat}
+    choices = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "remat": options.remat}
     if adapter is not None:
-        return task.read_for(options.model, adapter, **told)
-    return task.read(options.model, classes_of_data(options.model, records) if task.has_classes else None, **told)
+        return task.read_for(options.model, adapter, **choices)
+    return task.read(options.model, classes_of_data(options.model, records) if task.has_classes else None, **choices)
 
 
 def fingerprint(options: Finetune) -> dict[str, Any]:
@@ -216,20 +216,20 @@ def _sample(file: Path) -> str:
 def refuse_others(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError if a run was made with other settings than those given now, naming them."""
     options = [name for name in now if name not in ("contents", "tokens")]
-    told = [
+    differences = [
         f"{flag(name)} was {_typed(saved.get(name))}, is {_typed(now[name])}"
         for name in options
         if saved.get(name) != now[name]
     ]
     if saved["tokens"] != now.get("tokens", saved["tokens"]):
-        told.append("the data gives other tokens")
+        differences.append("the data gives other tokens")
     both = saved["contents"].keys() & now["contents"].keys()
     changed = [file for file in sorted(both) if saved["contents"][file] != now["contents"][file]]
-    told += [f"the contents of {file} have changed" for file in changed]
-    if told:
+    differences += [f"the contents of {file} have changed" for file in changed]
+    if differences:
         raise ValueError(
-            f"the run was made with other settings: {'; '.join(told)}. Give those, or start a new run with another "
-            "--output."
+            f"the run was made with other settings: {'; '.join(differences)}. Give those, or start a new run with "
+            "another --output."
         )
 
 

@@ -122,8 +122,8 @@ def generate_options(
     if sampling and not options.do_sample and not generation_config.get("do_sample"):
         raise ValueError(f"--{sampling[0]} is for sampling, but decoding is greedy. Add --do-sample.")
     positions = config.max_position_embeddings
-    room = positions - length
-    if room < 1:
+    free = positions - length
+    if free < 1:
         raise ValueError(f"a prompt has {length} tokens, and the model {positions} positions. Shorten it.")
     do_sample = None  # the value in generation_config.json
     if options.do_sample or options.greedy:
@@ -138,14 +138,14 @@ def generate_options(
         repetition_penalty=options.repetition_penalty,
     )
     chosen = with_defaults(given, generation_config, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
-    if options.max_new_tokens is not None and options.max_new_tokens > room:
+    if options.max_new_tokens is not None and options.max_new_tokens > free:
         raise ValueError(
-            f"--max-new-tokens is {options.max_new_tokens}, but after {length} tokens of prompt the model has {room} "
-            f"positions left. Give --max-new-tokens {room} or less."
+            f"--max-new-tokens is {options.max_new_tokens}, but after {length} tokens of prompt the model has {free} "
+            f"positions left. Give --max-new-tokens {free} or less."
         )
     count = new_tokens(chosen, generation_config, length=length, positions=positions, default=NEW_TOKENS)
     ends = dict.fromkeys((*chosen.eos_token_ids, *stop_tokens))  # each once
-    return dataclasses.replace(chosen, max_new_tokens=min(count, room), eos_token_id=tuple(ends))
+    return dataclasses.replace(chosen, max_new_tokens=min(count, free), eos_token_id=tuple(ends))
 
 
 def answers(

@@ -111,8 +111,8 @@ class Task:
 
     def read_for(self, model: str, adapter: Path | None, **options: Any) -> Any:
         """Read a base model for an adapter, or to run alone."""
-        told = classes_of_adapter(adapter, model) if adapter is not None and self.has_classes else None
-        return self.read(model, told, **options)
+        classes = classes_of_adapter(adapter, model) if adapter is not None and self.has_classes else None
+        return self.read(model, classes, **options)
 
     def read(self, model: str, id2label: Mapping[int, str] | None = None, **options: Any) -> Any:
         """Read a base model, with the names of its classes if they are given; `fresh_modules` says what it lacks."""
@@ -231,8 +231,8 @@ def classes_of_data(model: str, records: Sequence[AnyRecord]) -> dict[int, str]:
             f"{model} is for {config.problem_type or REGRESSION}, and finetune is for texts of one class each. Train "
             "it in Python: model(ids, mask, labels=labels).loss, as examples/classify_docstrings.py does."
         )
-    told = hf.get("id2label") or numbered_labels(config.num_labels)
-    return {int(number): name for number, name in told.items()}
+    names = hf.get("id2label") or numbered_labels(config.num_labels)
+    return {int(number): name for number, name in names.items()}
 
 
 def id2label_of(model: Any) -> dict[int, str]:

@@ -88,7 +88,7 @@ class Padded:
 class Packed:
     """Rows of one length, each filled with as many examples as fit; none is cut.
 
-    Each example goes into the first row that has room, in the order given.
+    Each example goes into the first row with enough free positions, in the order given.
 
     Args:
         examples: From `peft_jax.train.data.encode`, none longer than ``length``.
@@ -105,15 +105,15 @@ class Packed:
     def __init__(self, examples: Sequence[Example], length: int) -> None:
         self.lengths = (length,)
         self.rows: list[list[Example]] = []
-        room = np.zeros(len(examples), np.int64)
+        free = np.zeros(len(examples), np.int64)
         for example in examples:
-            fits = np.flatnonzero(room[: len(self.rows)] >= len(example.input_ids))
+            fits = np.flatnonzero(free[: len(self.rows)] >= len(example.input_ids))
             if len(fits) == 0:
-                room[len(self.rows)] = length
+                free[len(self.rows)] = length
                 self.rows.append([])
             row = fits[0] if len(fits) else len(self.rows) - 1
             self.rows[row].append(example)
-            room[row] -= len(example.input_ids)
+            free[row] -= len(example.input_ids)
 
     def __len__(self) -> int:
         """Count the rows."""

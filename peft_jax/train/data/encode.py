@@ -195,7 +195,7 @@ def _chat(record: Chat, tokenizer: Any, where: str) -> tuple[list[int], list[boo
             ids, trained = _by_turns(messages, tokenizer, where)
     except ValueError:
         raise
-    except Exception as error:  # whatever a template raises: jinja2's errors, those of its own raise_exception
+    except Exception as error:  # a template can raise anything: jinja2's errors, those of its own raise_exception
         raise ValueError(f"the tokenizer's chat template refuses {where}: {error}.") from error
     return _ended(ids, trained, tokenizer)
 
@@ -227,7 +227,7 @@ def _by_turns(messages: list[Mapping[str, Any]], tokenizer: Any, where: str) -> 
             if not (full.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     f"the chat template lays out message {index + 1} of {where} differently when others follow, so "
-                    "what is trained cannot be told. Mark the assistant's text in it with {% generation %}."
+                    "the trained tokens cannot be found. Mark the assistant's text in it with {% generation %}."
                 )
             spans.append((len(before), len(after)))
     found = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -46,7 +46,7 @@ def moment(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="count")
 def updated(before: Components | None, moments: jax.Array, count: int) -> Step:
-    """The components after one more batch; the first has no cosines to tell.
+    """The components after one more batch; the first has no cosines.
 
     Args:
         before: Those before it; None if it is the first.
@@ -94,18 +94,20 @@ class Search:
     Attributes:
         counts: Number of components of each layer.
         tau: Cosine from which on a component counts as found.
-        twins: Layers whose inputs are another one's, by that one's name in the place of the value.
+        same_inputs: Layers whose inputs are those of another one, and the name of that one.
         budget: Sum of all ranks.
     """
 
     counts: dict[str, int]
     tau: float
-    twins: Mapping[str, str]
+    same_inputs: Mapping[str, str]
     budget: int
 
     def __post_init__(self) -> None:
         self.found: dict[str, Step] = {}
-        self.settled = {name: np.zeros(count, bool) for name, count in self.counts.items() if name not in self.twins}
+        self.settled = {
+            name: np.zeros(count, bool) for name, count in self.counts.items() if name not in self.same_inputs
+        }
         self.ranks = dict(self.counts)
 
     def is_settled(self, name: str) -> bool:
@@ -130,19 +132,19 @@ class Search:
 
     def _shared_out(self) -> dict[str, int]:
         """Ranks by the part of the variance that they explain, the largest first."""
-        order = [*self.settled, *self.twins]
-        explained = {name: self.found[self.twins.get(name, name)].explained for name in order}
+        order = [*self.settled, *self.same_inputs]
+        explained = {name: self.found[self.same_inputs.get(name, name)].explained for name in order}
         ratios = [(name, ratio) for name in order for ratio in explained[name]]
         best = sorted(range(len(ratios)), key=lambda i: -ratios[i][1])[: self.budget]
         ranks = Counter(ratios[i][0] for i in best)
         shared = {name: ranks[name] for name in order}
-        for name, first in self.twins.items():  # of those with the same inputs the first has the largest rank
+        for name, first in self.same_inputs.items():  # of those with the same inputs the first has the largest rank
             if shared[first] < shared[name]:
                 shared[first], shared[name] = shared[name], shared[first]
         return shared
 
     def start(self, name: str, whiten: bool) -> jax.Array:
         """A of a layer, ``(in, rank)``."""
-        found, rank = self.found[self.twins.get(name, name)].components, self.ranks[name]
+        found, rank = self.found[self.same_inputs.get(name, name)].components, self.ranks[name]
         rows = found.rows[:rank]
         return jnp.asarray((rows / np.sqrt(found.values[:rank])[:, None] if whiten else rows).T)
