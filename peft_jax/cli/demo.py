@@ -19,7 +19,8 @@ from peft_jax.cli.demo_data import HELD_OUT, MODEL, TRAIN
 from peft_jax.cli.shared.forward_pass import apply_lazily
 from peft_jax.cli.shared.output_folder import new_folder
 from peft_jax.cli.shared.progress_bar import progress
-from peft_jax.prompts.tokenizer import read_tokenizer
+from peft_jax.models.handles.causal_lm import CausalLM
+from peft_jax.prompts.tokenizer import Tokenizer, read_tokenizer
 from peft_jax.train import (
     Padded,
     Record,
@@ -70,7 +71,7 @@ class Settings:
 class Bench:
     """The compiled programs of the demo, each used by the adapter and by its control."""
 
-    def __init__(self, tokenizer: Any, settings: Settings) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: Settings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.held_out = read_records(HELD_OUT)[: settings.held_out]
         self.held_out_rows = self.rows(self.held_out)
@@ -86,12 +87,12 @@ class Bench:
             raise ValueError(f"{too_long} records are longer than {length} tokens. Raise the length in Settings.")
         return Padded(examples, length, shortest=length)
 
-    def held_out_loss(self, model: Any) -> float:
+    def held_out_loss(self, model: CausalLM) -> float:
         """Mean loss over the held-out items, in nats per answer token."""
         batches = evaluation_batches(self.held_out_rows, self.settings.batch_size)
         return evaluate(self.evaluation_step, model, batches)
 
-    def answers(self, model: Any) -> list[str]:
+    def answers(self, model: CausalLM) -> list[str]:
         """Greedy answers to the held-out instructions."""
         ids, mask = tokenize_prompts(self.held_out, self.tokenizer)
         whole = np.asarray(model.generate(ids, attention_mask=mask, max_new_tokens=self.settings.answer_tokens))
@@ -104,7 +105,7 @@ class Bench:
         hits = sum(answer == record.output for answer, record in zip(answers, self.held_out, strict=True))
         return f"{hits} of {len(answers)} answers exact"
 
-    def train(self, model: Any, data: Padded) -> tuple[Any, Points, Points]:
+    def train(self, model: CausalLM, data: Padded) -> tuple[Any, Points, Points]:
         """Train an adapter; return the model and its training and held-out curves."""
         settings = self.settings
         batches = training_batches(data, settings.batch_size, seed=0)

@@ -91,7 +91,7 @@ class PromptTuningConfig(PromptLearning):
 
     def _text_ids(self, vocabulary: int) -> np.ndarray:
         """The text's tokens, repeated or cut off."""
-        assert self.tokenizer_name_or_path is not None  # checked at the start
+        assert self.tokenizer_name_or_path is not None and self.prompt_tuning_init_text is not None  # checked before
         tokenizer = read_tokenizer(self.tokenizer_name_or_path, **(self.tokenizer_kwargs or {}))
         ids = np.asarray(tokenizer(self.prompt_tuning_init_text)["input_ids"], np.int32)
         if not ids.size or ids.max() >= vocabulary:

@@ -3,12 +3,39 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from peft_jax.core.file_names import is_path_below
 
 
-def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+class Tokenizer(Protocol):
+    """The members of a tokenizer of `transformers` that are used. Chats need its ``apply_chat_template`` too."""
+
+    eos_token_id: Any
+    bos_token_id: Any
+    eos_token: Any
+    chat_template: Any
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Token ids of a text under the key ``input_ids``."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """A conversation as text or as token ids."""
+
+    def decode(self, token_ids: Any, **options: Any) -> str:
+        """The text of token ids."""
+
+    def batch_decode(self, sequences: Any, **options: Any) -> list[str]:
+        """The texts of rows of token ids."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token."""
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write the tokenizer's files."""
+
+
+def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Tokenizer:
     """The tokenizer in a folder, or on the Hugging Face hub.
 
     Args:
@@ -33,9 +60,10 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
             tokenizer_config = get_tokenizer_config(name, **options)
             has_code = "auto_map" in tokenizer_config
             _check_names(tokenizer_config, _model_config(name, options))
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
             _check_class(type(tokenizer), type(tokenizer).__name__)
-            return tokenizer
+            found: Tokenizer = tokenizer
+            return found
     except Exception as error:  # damaged files raise many kinds, and tokenizers a bare Exception
         if has_code:
             raise ValueError(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.finite import all_finite
 from peft_jax.core.paths import dotted
+from peft_jax.core.pytree import PyTree
 
 if TYPE_CHECKING:
     from peft_jax.train.loop import State
@@ -56,7 +57,7 @@ def finite_or_old(
     return kept, jnp.where(is_good, NONE, jnp.argmax(is_fault) + LOSS).astype(jnp.int32)
 
 
-def check_finite(metrics: "StepMetrics", step: int, trainable: Any, opt_state: Any) -> None:
+def check_finite(metrics: "StepMetrics", step: int, trainable: PyTree, opt_state: Any) -> None:
     """Stop a loop whose last step gave values that are not finite; its state is as it was before that step.
 
     Args:

@@ -58,8 +58,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = [sizes.get(axis, 1) for axis in AXES]
     needed = int(np.prod(shape))
     if not 1 <= needed <= len(devices):
-        shape = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(f"the mesh {shape} needs {needed} devices, but there are {len(devices)}. Give smaller sizes.")
+        asked = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(f"the mesh {asked} needs {needed} devices, but there are {len(devices)}. Give smaller sizes.")
     return Mesh(np.asarray(devices[:needed]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

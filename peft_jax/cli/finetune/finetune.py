@@ -40,6 +40,7 @@ from peft_jax.cli.finetune.steps import (
 )
 from peft_jax.cli.shared.progress_bar import Speed, progress
 from peft_jax.core.finite import non_finite
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.prompts.base import virtual_slots
 from peft_jax.prompts.tokenizer import read_tokenizer
@@ -114,7 +115,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
 
 
 def _train(
-    options: Finetune, plan: Plan, state: State, frozen: Any, checkpoints: Checkpoints, fingerprint: dict[str, Any]
+    options: Finetune, plan: Plan, state: State, frozen: PyTree, checkpoints: Checkpoints, fingerprint: dict[str, Any]
 ) -> tuple[State, Best]:
     """Train from the start or the last checkpoint to the end; return where that was."""
     run, best, size, digest = options.run, Best(), 0, None

@@ -12,6 +12,7 @@ from peft_jax.adapters.restart import leaves_base, without_starts
 from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.finetune.processes import is_first
 from peft_jax.models.config import SEQ_2_SEQ_LM
+from peft_jax.models.handles.base import ModelHandle
 from peft_jax.train import steps_per_epoch, training_batches
 from peft_jax.train.data.batches import Data
 
@@ -19,7 +20,7 @@ START = "start"  # folder of the adapter as it was before the first step
 BATCHES = 8
 
 
-def started(base: Any, config: pj.LoraConfig, options: Finetune, data: Data) -> Any:
+def started(base: ModelHandle, config: pj.LoraConfig, options: Finetune, data: Data) -> Any:
     """The model with an adapter that started from the first batches, which is saved too.
 
     Raises:
@@ -50,19 +51,19 @@ def _attended(batch: Any) -> jax.Array:
     return jnp.asarray(batch["attention_mask"], jnp.float32)
 
 
-def _check_conversion(model: Any) -> None:
+def _check_conversion(model: pj.PeftModel) -> None:
     """Raise ValueError now if the adapter could not be saved in the end."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=folder)
 
 
-def resumed(base: Any, output: Path) -> Any:
+def resumed(base: ModelHandle, output: Path) -> Any:
     """The same model again, of a run that goes on."""
     return without_starts(pj.PeftModel.from_pretrained(base, output / START, is_trainable=True))
 
 
-def initial(model: Any, output: Path) -> Path | None:
+def initial(model: pj.PeftModel, output: Path) -> Path | None:
     """Folder of the initial adapter, which is subtracted on saving; None where the base is unchanged."""
     start = output / START
     return start if start.is_dir() and leaves_base(model.peft_config["default"]) else None

@@ -8,6 +8,7 @@ from typing import Any
 from peft_jax.cli.finetune.initialize import initial
 from peft_jax.cli.finetune.options import DESCRIBED, flag
 from peft_jax.cli.shared.task import LABELS_FILE, Task, write_labels
+from peft_jax.models.handles.peft_model import PeftModel
 from peft_jax.train import plot_losses
 from peft_jax.train.metrics import read_metrics
 
@@ -16,7 +17,7 @@ BEST, CHECKPOINTS, TENSORBOARD = "best", "checkpoints", "tensorboard"  # folders
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def export(model: Any, task: Task, folder: Path, settings: Mapping[str, Any], trainable: str) -> Curves:
+def export(model: PeftModel, task: Task, folder: Path, settings: Mapping[str, Any], trainable: str) -> Curves:
     """Write the adapter in PEFT's format, loss.png and README.md; each file appears whole or not at all.
 
     Returns:
@@ -38,7 +39,7 @@ def export(model: Any, task: Task, folder: Path, settings: Mapping[str, Any], tr
     return curves
 
 
-def save(model: Any, task: Task, folder: Path, run: Path) -> None:
+def save(model: PeftModel, task: Task, folder: Path, run: Path) -> None:
     """Write a run's adapter as one that goes on the base as it was, and the names of its classes."""
     model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial(model, run))
     if task.has_classes:
@@ -54,7 +55,7 @@ def _whole(file: Path, write: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def model_card(model: Any, task: Task, settings: Mapping[str, Any], curves: Curves, trainable: str) -> str:
+def model_card(model: PeftModel, task: Task, settings: Mapping[str, Any], curves: Curves, trainable: str) -> str:
     """Write the README.md of an adapter, with the header that the Hugging Face hub reads."""
     base = settings["model"]
     results = [f"| last training loss | {curves['training'][-1][1]:.4f} (step {curves['training'][-1][0]}) |"]

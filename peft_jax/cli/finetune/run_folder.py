@@ -61,11 +61,11 @@ def run_folder(output: Path, *, resume: bool, saved: Callable[[], int | None]) -
             step = saved()
             if step is None:
                 raise
-            saved = f"The run is saved up to step {step}. {HOW}."
+            state = f"The run is saved up to step {step}. {HOW}."
             if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"stopped. {saved}") from None
+                raise KeyboardInterrupt(f"stopped. {state}") from None
             if isinstance(error, OSError):
-                raise OSError(f"{str(error).rstrip('.')}. {saved}") from error
+                raise OSError(f"{str(error).rstrip('.')}. {state}") from error
             raise
 
 

@@ -25,6 +25,8 @@ from peft_jax.cli.shared.task import (
     classes_of_data,
 )
 from peft_jax.interop.checkpoint import find_checkpoint
+from peft_jax.models.handles.base import ModelHandle
+from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train import Packed, Padded, load_template, read_data
 from peft_jax.train.data.batches import Data
 from peft_jax.train.data.encode import Example
@@ -84,7 +86,13 @@ def _from_hub(name: str) -> list[AnyRecord]:
 
 
 def make_data(
-    task: Task, records: Sequence[AnyRecord], tokenizer: Any, base: Any, options: DataOptions, seed: int, tasks: int
+    task: Task,
+    records: Sequence[AnyRecord],
+    tokenizer: Tokenizer,
+    base: ModelHandle,
+    options: DataOptions,
+    seed: int,
+    tasks: int,
 ) -> Examples:
     """Tokenize, split and lay out.
 
@@ -122,7 +130,7 @@ def make_data(
     return Examples(data, lay_out(validation) if validation else None, said, digest.hexdigest())
 
 
-def padded(task: Task, examples: Sequence[Example], longest: int, model: Any) -> Padded:
+def padded(task: Task, examples: Sequence[Example], longest: int, model: ModelHandle) -> Padded:
     """Examples, one a row. Padding has the model's id, except for causal models, which go by the mask alone."""
     return Padded(examples, longest, 0 if task.next_token else model.config.pad_token_id or 0)
 

@@ -13,6 +13,8 @@ from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.finetune.setup import Examples
 from peft_jax.cli.shared.task import Task
 from peft_jax.core.partition import combine
+from peft_jax.core.pytree import PyTree
+from peft_jax.models.handles.base import ModelHandle
 from peft_jax.train import (
     Batch,
     State,
@@ -84,7 +86,7 @@ class Plan:
         """Whether the validation loss is due after a step."""
         return self.validation_data is not None and (step % self.eval_steps == 0 or step == self.max_steps)
 
-    def validation(self, state: State, frozen: Any) -> dict[str, float]:
+    def validation(self, state: State, frozen: PyTree) -> dict[str, float]:
         """Metrics of the validation rows: ``eval_loss`` in nats per label, and for classes the accuracy."""
         assert self.validation_data is not None
         batches: Iterable[Batch] = evaluation_batches(self.validation_data, self.rows)
@@ -93,13 +95,15 @@ class Plan:
         found = self.task.evaluate(self.evaluation_step, combine(state.trainable, frozen), batches)
         return {f"eval_{name}": value for name, value in found.items()}
 
-    def finished(self, state: State, frozen: Any) -> Any:
+    def finished(self, state: State, frozen: PyTree) -> Any:
         """The model to save, whose adapter this process holds whole."""
         model = finished(state.trainable, frozen, state.opt_state)
         return model if self.mesh is None else with_whole_adapters(model, self.mesh)
 
 
-def make_plan(options: Finetune, task: Task, model: Any, data: Examples, mesh: Mesh | None) -> tuple[Plan, State, Any]:
+def make_plan(
+    options: Finetune, task: Task, model: ModelHandle, data: Examples, mesh: Mesh | None
+) -> tuple[Plan, State, Any]:
     """Build the steps, and split the model into the state at step 0 and the frozen partition."""
     training = options.training
     max_steps, epoch = count_steps(options, data.training), steps_per_epoch(data.training, training.batch_size)

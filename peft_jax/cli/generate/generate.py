@@ -25,7 +25,10 @@ from peft_jax.cli.shared.adapter_base import (
 from peft_jax.cli.shared.terminal import verbatim
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
 from peft_jax.models.generation.generation_config import new_tokens, with_defaults
+from peft_jax.models.handles.causal_lm import CausalLM
+from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
 from peft_jax.prompts.base import prompt_tasks
+from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.batches import rounded_up
 
 NEW_TOKENS = 256  # the default length of an answer
@@ -149,7 +152,12 @@ def generate_options(
 
 
 def answers(
-    options: Generate, model: Any, encoded: Sequence[list[int]], keywords: Mapping[str, Any], *, goes_on: bool
+    options: Generate,
+    model: CausalLM | Seq2SeqLM,
+    encoded: Sequence[list[int]],
+    keywords: Mapping[str, Any],
+    *,
+    goes_on: bool,
 ) -> Iterator[list[int]]:
     """The new tokens of each prompt, up to the one that ends it; all batches have one shape, hence one program.
 
@@ -207,7 +215,7 @@ def task_ids(task_id: int | None, tasks: int, rows: int) -> dict[str, Any]:
     return {"task_ids": np.full(rows, task_id, np.int32)}
 
 
-def stop_token(text: str, tokenizer: Any) -> int:
+def stop_token(text: str, tokenizer: Tokenizer) -> int:
     """The id of a token by its text.
 
     Raises:

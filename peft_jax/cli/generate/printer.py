@@ -1,9 +1,11 @@
 """Prints one answer while its tokens are generated."""
 
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
+
+from peft_jax.prompts.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # a tokenizer's text for bytes that are no whole character yet
 
@@ -25,7 +27,7 @@ class Printer:
         'né'
     """
 
-    def __init__(self, tokenizer: Any, file: TextIO | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, file: TextIO | None = None) -> None:
         self.tokenizer, self.file = tokenizer, file or sys.stdout
         self.tokens, self.printed = list[int](), ""
 
@@ -47,6 +49,6 @@ class Printer:
             self.printed += new
 
 
-def text_of(tokens: list[int], tokenizer: Any) -> str:
+def text_of(tokens: list[int], tokenizer: Tokenizer) -> str:
     """The text of an answer without its special tokens."""
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from peft_jax.core.text_files import read_text
+from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train import Record, load_template
 
 Prompt = str | dict[str, Any]
@@ -81,7 +82,7 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
 
 
-def render(prompt: Prompt, template: str, tokenizer: Any) -> tuple[str, bool]:
+def render(prompt: Prompt, template: str, tokenizer: Tokenizer) -> tuple[str, bool]:
     """The text of a prompt, and whether it is a chat template's, which writes special tokens itself.
 
     As in training, the template formats texts and instructions, ``prompt`` is used unchanged, and the tokenizer's chat
@@ -112,7 +113,7 @@ def render(prompt: Prompt, template: str, tokenizer: Any) -> tuple[str, bool]:
     return load_template(template)(record).prompt, False
 
 
-def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> str:
+def _chat(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template. Give --prompt-template short or raw, and no messages.")
     try:
@@ -121,7 +122,7 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> str:
         raise ValueError(f"the chat template refuses the messages ({error}). Give --prompt-template raw.") from error
 
 
-def encode(prompt: Prompt, template: str, tokenizer: Any, *, goes_on: bool = True) -> list[int]:
+def encode(prompt: Prompt, template: str, tokenizer: Tokenizer, *, goes_on: bool = True) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer puts before a text.
 
     Those after a text are left out if the model is to continue the prompt. An encoder-decoder, for which ``goes_on`` is

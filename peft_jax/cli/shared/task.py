@@ -26,8 +26,11 @@ from peft_jax.models.config import (
     numbered_labels,
 )
 from peft_jax.models.handles import auto
+from peft_jax.models.handles.base import ModelHandle
 from peft_jax.models.handles.label_losses import REGRESSION
+from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
 from peft_jax.models.registry import family_of, read_architecture
+from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train import (
     Batch,
     Chat,
@@ -97,7 +100,7 @@ class Task:
             return make_scoring_step(self.apply)
         return make_evaluation_step(self.apply, next_token=self.next_token)
 
-    def evaluate(self, step: Any, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, step: Any, model: ModelHandle, batches: Iterable[Batch]) -> dict[str, float]:
         """Evaluate on batches: the loss, and for classes the accuracy."""
         return score(step, model, batches) if self.has_classes else {"loss": evaluate(step, model, batches)}
 
@@ -122,12 +125,12 @@ class Task:
             return self.reader.from_pretrained(model, **options)
 
 
-def _causal(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: RowOptions) -> Encoded:
+def _causal(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
     return encode(records, tokenizer, **vars(layout))
 
 
-def _answers(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: RowOptions) -> Encoded:
-    start = model.config.decoder_start_token_id
+def _answers(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: Seq2SeqLM, layout: RowOptions) -> Encoded:
+    start = getattr(model.config, "decoder_start_token_id", None)  # encoder-decoders alone have the field
     if start is None:
         raise ValueError("the model's config.json has no decoder_start_token_id, which answers begin with. Name it.")
     return encode_answers(
@@ -140,7 +143,7 @@ def _answers(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: R
     )
 
 
-def _texts(records: Sequence[AnyRecord], tokenizer: Any, model: Any, layout: RowOptions) -> Encoded:
+def _texts(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
     if model.config.pad_token_id is None:
         raise ValueError(
             "the model's config.json has no pad_token_id, by which a classifier finds the ends of texts. Name one, "
@@ -235,12 +238,12 @@ def classes_of_data(model: str, records: Sequence[AnyRecord]) -> dict[int, str]:
     return {int(number): name for number, name in names.items()}
 
 
-def id2label_of(model: Any) -> dict[int, str]:
+def id2label_of(model: ModelHandle) -> dict[int, str]:
     """The names of a classifier's classes."""
     return dict(model.source.id2label) or numbered_labels(model.config.num_labels)
 
 
-def write_labels(model: Any, file: Path) -> None:
+def write_labels(model: ModelHandle, file: Path) -> None:
     """Write the names of a classifier's classes, as config.json has them."""
     text = json.dumps(label_fields(id2label_of(model)), indent=2, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
@@ -269,13 +272,13 @@ def _read_labels(adapter: Path) -> dict[int, str]:
     return {int(number): str(name) for number, name in found.items()}
 
 
-def fresh_modules(model: Any) -> list[str]:
+def fresh_modules(model: ModelHandle) -> list[str]:
     """The modules that a checkpoint lacks and no adapter on it holds, which are random and would not be saved."""
     held = {path for path, leaf in adapted_leaves(model.params) if isinstance(leaf.tag.role, Whole)}
     return list(dict.fromkeys(path.rpartition(".")[0] for path in model.source.fresh if path not in held))
 
 
-def refuse_random(model: Any) -> None:
+def refuse_random(model: ModelHandle) -> None:
     """Raise ValueError for a model that has random weights."""
     if modules := fresh_modules(model):
         raise ValueError(

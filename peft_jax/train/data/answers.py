@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.encode import (
     Encoded,
     Example,
-    Tokenizer,
     check_eos,
     kept,
     task_field,

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import numbered_labels
+from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.data.encode import (
     IGNORE,
@@ -60,7 +62,7 @@ def _labelled(records: Sequence[AnyRecord]) -> list[Labelled]:
 
 def encode_texts(
     records: Sequence[AnyRecord],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     cutoff_len: int,
     id2label: Mapping[int, str],
@@ -118,7 +120,7 @@ def make_scoring_step(apply: Apply) -> ScoringStep:
         apply: As `peft_jax.train.make_training_step` takes it; its logits are (batch, classes).
     """
 
-    def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def step(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits, labels = logits_of(apply, params, batch), jnp.asarray(batch["labels"])
         loss, count = cross_entropy(logits, labels, next_token=False)
         right = (jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels) & (labels != IGNORE)
@@ -127,7 +129,7 @@ def make_scoring_step(apply: Apply) -> ScoringStep:
     return jax.jit(step)
 
 
-def score(step: ScoringStep, params: Any, batches: Iterable[Batch]) -> dict[str, float]:
+def score(step: ScoringStep, params: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss in nats and accuracy over the batches; ``step`` is from `make_scoring_step`."""
     losses, rights, counts = [], [], []
     for batch in batches:

@@ -7,10 +7,11 @@ twice; every text ends with a trained end-of-sequence mark.
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.records import (
     AnyRecord,
     Asked,
@@ -21,15 +22,6 @@ from peft_jax.train.data.records import (
 from peft_jax.train.data.template import TEMPLATES, PromptTemplate
 
 IGNORE = -100
-
-
-class Tokenizer(Protocol):
-    """The part of a `transformers` tokenizer that is used; chats need its ``apply_chat_template`` too."""
-
-    eos_token_id: Any
-
-    def __call__(self, text: str, *, verbose: bool) -> Any:
-        """Token ids of a text under the key ``input_ids``."""
 
 
 class Example(NamedTuple):
@@ -61,7 +53,7 @@ class Encoded(NamedTuple):
 
 def encode(
     records: Sequence[AnyRecord],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     cutoff_len: int,
     template: PromptTemplate = TEMPLATES["short"],
@@ -172,13 +164,13 @@ def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tup
     return ids, min(next(same, len(alone)), len(ids) - 1)
 
 
-def _one_bos(ids: Sequence[int], tokenizer: Any) -> list[int]:
+def _one_bos(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """The ids without a second BOS, where a text brings one along and the tokenizer puts another."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return list(ids[1:]) if bos is not None and list(ids[:2]) == [bos, bos] else list(ids)
 
 
-def _chat(record: Chat, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+def _chat(record: Chat, tokenizer: Tokenizer, where: str) -> tuple[list[int], list[bool]]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "the tokenizer has no chat template, which messages need. Put chat_template.jinja beside the weights, or "
@@ -200,7 +192,7 @@ def _chat(record: Chat, tokenizer: Any, where: str) -> tuple[list[int], list[boo
     return _ended(ids, trained, tokenizer)
 
 
-def _ended(ids: list[int], trained: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _ended(ids: list[int], trained: list[bool], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """The ids, so that every learned turn is learned to its end: the EOS after it, or one put behind the last."""
     for position in range(1, len(ids)):
         trained[position] |= trained[position - 1] and ids[position] == tokenizer.eos_token_id != ids[position - 1]
@@ -213,7 +205,7 @@ def _ended(ids: list[int], trained: list[bool], tokenizer: Any) -> tuple[list[in
     return [*ids[: last + 1], tokenizer.eos_token_id], [*trained[: last + 1], True]
 
 
-def _by_turns(messages: list[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+def _by_turns(messages: list[Mapping[str, Any]], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[bool]]:
     """Ids of a chat, and which of them the assistant's turns add to what stands before them."""
 
     def layout(count: int, prompt: bool = False) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.batches import rounded_up
-from peft_jax.train.data.encode import Tokenizer, encode_completion
+from peft_jax.train.data.encode import encode_completion
 from peft_jax.train.data.records import Record
 
 
