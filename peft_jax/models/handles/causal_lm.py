@@ -18,7 +18,7 @@ from peft_jax.models.handles.base import (
     register_handle,
     token_ids,
 )
-from peft_jax.models.handles.label_losses import shifted_cross_entropy, token_labels
+from peft_jax.models.handles.label_losses import shifted_mean_cross_entropy, token_labels
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 __all__ = ["CausalLM", "CausalLMOutput", "Source"]
@@ -113,7 +113,7 @@ class CausalLM(ModelHandle):
         loss = None
         if labels is not None:
             all_labels, weights = with_virtual_labels(self.params, labels, types)
-            loss = shifted_cross_entropy(out.logits, all_labels, weights)
+            loss = shifted_mean_cross_entropy(out.logits, all_labels, weights)
         return CausalLMOutput(out.logits, loss, out.hidden_states)
 
     def prepared_for(self, input_ids: jax.Array | np.ndarray | None) -> Self:

@@ -12,7 +12,7 @@ from peft_jax.models.handles.base import ModelHandle, register_handle
 from peft_jax.models.handles.label_losses import (
     REGRESSION,
     class_labels,
-    cross_entropy,
+    mean_cross_entropy,
     sequence_loss,
     span_loss,
 )
@@ -23,7 +23,7 @@ Ids = jax.Array | np.ndarray | None
 
 def token_loss(model: ModelHandle, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross entropy over labels ``(batch, length)``; virtual tokens of a prompt have none."""
-    return cross_entropy(logits, *with_virtual_labels(model.params, labels))
+    return mean_cross_entropy(logits, *with_virtual_labels(model.params, labels))
 
 
 class ClassifierOutput(NamedTuple):

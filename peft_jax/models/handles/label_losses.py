@@ -13,7 +13,7 @@ PROBLEMS = (REGRESSION, SINGLE, MULTI)
 
 
 @jax.jit
-def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+def mean_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean cross entropy over the labels; NaN if one of them is not a class.
 
     Args:
@@ -32,11 +32,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
     return jnp.sum(losses, where=counted) / jnp.sum(counted, dtype=jnp.float32)
 
 
-def shifted_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+def shifted_mean_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean cross entropy of the logits ``(batch, length, n)`` at each position with the label at the next."""
     if weights is not None:
         weights = weights[:, 1:]
-    return cross_entropy(logits[:, :-1], labels[:, 1:], weights)
+    return mean_cross_entropy(logits[:, :-1], labels[:, 1:], weights)
 
 
 def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> jax.Array:
@@ -57,7 +57,7 @@ def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> 
     elif problem is None:
         problem = SINGLE if jnp.issubdtype(labels.dtype, jnp.integer) else MULTI
     if problem == SINGLE:
-        return cross_entropy(logits, _reshaped(labels, logits.shape[:1], problem))
+        return mean_cross_entropy(logits, _reshaped(labels, logits.shape[:1], problem))
     wide = logits.astype(jnp.float32)
     labels = _reshaped(labels, logits.shape, problem).astype(jnp.float32)
     if problem == REGRESSION:
@@ -71,7 +71,7 @@ def span_loss(start_logits: jax.Array, end_logits: jax.Array, starts: jax.Array,
     def loss(logits: jax.Array, positions: jax.Array) -> jax.Array:
         length = logits.shape[1]
         inside = jnp.clip(jnp.reshape(positions, (-1,)), 0, length)
-        return cross_entropy(logits, jnp.where(inside == length, IGNORED_LABEL, inside))
+        return mean_cross_entropy(logits, jnp.where(inside == length, IGNORED_LABEL, inside))
 
     return (loss(start_logits, starts) + loss(end_logits, ends)) / 2
 

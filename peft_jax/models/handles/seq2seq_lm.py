@@ -13,7 +13,7 @@ from peft_jax.models.generation.decode import Streamer
 from peft_jax.models.generation.generate_options import GenerateKeywords, from_keywords
 from peft_jax.models.generation.seq2seq import Question, answer
 from peft_jax.models.handles.base import ModelHandle, register_handle, token_ids
-from peft_jax.models.handles.label_losses import IGNORED_LABEL, cross_entropy, token_labels
+from peft_jax.models.handles.label_losses import IGNORED_LABEL, mean_cross_entropy, token_labels
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 
@@ -110,7 +110,7 @@ class Seq2SeqLM(ModelHandle):
         if labels is not None:
             if labels.shape != out.logits.shape[:2]:  # virtual tokens of the decoder have logits too
                 labels, _ = with_virtual_labels(self.params, labels)
-            loss = cross_entropy(out.logits, labels)
+            loss = mean_cross_entropy(out.logits, labels)
         states = out.decoder_hidden_states, out.encoder_last_hidden_state, out.encoder_hidden_states
         return Seq2SeqLMOutput(out.logits, loss, *states)
 
