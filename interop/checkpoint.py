@@ -35,12 +35,14 @@ class Row(NamedTuple):
         shape: Its shape, the axis of stacked layers in front if it is stacked.
         key: The tensor's key; for a stacked leaf with ``{}`` where the layer's number stands.
         transposed: Whether the tensor is the transpose of our (one layer's) matrix.
+        numbers: The layers of a stacked leaf, where these are not 0, 1, 2 and so on.
     """
 
     path: str
     shape: tuple[int, ...]
     key: str
     transposed: bool
+    numbers: tuple[int, ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -50,7 +52,9 @@ class Row(NamedTuple):
     @property
     def keys(self) -> list[str]:
         """The keys of all its tensors, by layer."""
-        return [self.key.format(i) for i in range(self.shape[0])] if self.stacked else [self.key]
+        if not self.stacked:
+            return [self.key]
+        return [self.key.format(number) for number in self.numbers or range(self.shape[0])]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:

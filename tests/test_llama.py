@@ -16,7 +16,7 @@ import peft_jax as pj
 from peft_jax.models.llama import model as llama
 from peft_jax.models.llama.config import LlamaConfig, RopeScaling
 from peft_jax.models.llama.family import LLAMA
-from peft_jax.models.llama.rotary import inverse_frequencies
+from peft_jax.models.modules.rotary import inverse_frequencies
 from peft_jax.models.modules.attention import BLOCKS, LEAST, attend
 from peft_jax.models.modules.inputs import ARRAYS, OPTIONS, ForwardInputs
 from peft_jax.models.registry import FAMILIES

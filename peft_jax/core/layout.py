@@ -30,6 +30,9 @@ class Layout:
             adapters have axes of their own for them.
         groups: Of how many groups of input channels the convolution is, each with a part of the output channels; the
             kernel has the inputs of one.
+        numbers: The layers that a stack along the first stacked axis has, where these are not 0, 1, 2 and so on.
+        stack_name: The name of the stack in the leaf's path, after that of ``index_after``, where layers of several
+            shapes have a stack each; it is no part of the layers' names.
         bias_of: For a bias the ends of two paths, its own and that of the matrix to whose products it is added; what
             is before them is the same.
 
@@ -49,6 +52,8 @@ class Layout:
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
     taps: tuple[int, ...] = dataclasses.field(default=(), compare=False, repr=False)
     groups: int = dataclasses.field(default=1, compare=False, repr=False)
+    numbers: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    stack_name: str = dataclasses.field(default="", repr=False)
     bias_of: tuple[str, str] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -80,6 +85,11 @@ class Layout:
             raise ValueError(
                 f"groups={self.groups} of leaf '{path}' of shape {shape} are not those of a convolution. Name the axes "
                 "of its positions in taps=, and a number that divides that of its outputs."
+            )
+        if self.numbers and self.stack_shape(shape)[:1] != (len(self.numbers),):
+            raise ValueError(
+                f"{self} gives leaf '{path}' of shape {shape} {len(self.numbers)} numbers of layers. Give one for each "
+                "of its layers."
             )
         if len(self.stack) > len(self.index_after):
             raise ValueError(
@@ -122,6 +132,7 @@ class Layout:
             out=left(self.out),
             taps=left(self.taps),
             index_after=self.index_after[:position] + self.index_after[position + 1 :],
+            numbers=self.numbers if position else (),
         )
 
 

@@ -115,7 +115,10 @@ def stacked_names(path: str, layout: Layout, shape: tuple[int, ...]) -> np.ndarr
     names = np.empty(stack, dtype=object)
     for index in itertools.product(*map(range, stack)):
         parts, front = path.split(".") if path else [], []
-        for after, i in zip(layout.index_after, index, strict=False):
+        if layout.stack_name:
+            parts.remove(layout.stack_name)
+        for axis, (after, place) in enumerate(zip(layout.index_after, index, strict=False)):
+            i = layout.numbers[place] if layout.numbers and axis == 0 else place
             if after is None:
                 continue
             if after == "":

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
+
 CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM = "CAUSAL_LM", "SEQ_2_SEQ_LM", "MASKED_LM"
 SEQ_CLS, TOKEN_CLS, QUESTION_ANS = "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of layers
 
 # How the names of transformers' classes end, and PEFT's name for what they do (MASKED_LM is ours: PEFT has none).
 SUFFIXES = {
@@ -115,6 +119,26 @@ class ModelConfig:
     def head_size(self) -> int:
         """Features of a head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the embeddings of tokens are multiplied by where they are looked up."""
+        return 1.0
+
+    @property
+    def logits_form(self) -> LogitsForm:
+        """What a language model does to its head's products."""
+        return PLAIN
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each layer, which says what it sees (`peft_jax.models.modules.layer_views`)."""
+        return (FULL,) * self.num_hidden_layers
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The name of the stack that each layer is in, for layers of several shapes; empty if all are of one."""
+        return ()
 
     def with_layers(self, order: Sequence[int]) -> Self:
         """The architecture whose layers are those of ``order``."""

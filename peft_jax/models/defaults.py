@@ -27,12 +27,17 @@ def method_defaults(peft_type: str, model_type: str) -> Fields:
 def prompt_sizes(peft_type: str, config: ModelConfig) -> Fields:
     """A model's sizes, by field of the configs of prompt learning.
 
+    Raises:
+        ValueError: if the method is not for such models.
+
     Example:
         >>> from peft_jax.models import LlamaConfig
         >>> config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=2)
         >>> [prompt_sizes(name, config)["token_dim"] for name in ("P_TUNING", "PREFIX_TUNING")]
         [64, 16]
     """
+    if peft_type == "PREFIX_TUNING" and config.stacks:
+        raise ValueError(f"PREFIX_TUNING is not for {config.model_type} models, whose layers have keys of several shapes.")
     of_keys = peft_type == "PREFIX_TUNING"
     return {
         "num_layers": config.num_hidden_layers,

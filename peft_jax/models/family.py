@@ -19,6 +19,7 @@ from peft_jax.interop.checkpoint import Row
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
 from peft_jax.models.modules import functional
 from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.layers import scaled
 from peft_jax.prompts.base import without_prompts
 
 KNOWN = "known to the model"
@@ -75,7 +76,8 @@ class Family:
         config: The class of the configs, which names the model types and tasks.
         module: The class of the Flax module, as `peft_jax.models.modules.functional` has it; attributes have Hugging
             Face module names.
-        layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front.
+        layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front;
+            where layers have several shapes, `ModelConfig.stacks` says which of them each stack has.
             Int8 loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
         backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names
             lack it. Empty if a model with a head has no such module either.
@@ -161,7 +163,7 @@ class Family:
 
     def embed(self, config: ModelConfig, params: Any, ids: jax.Array) -> jax.Array:
         """Embeddings (batch, length, hidden) of ids (batch, length)."""
-        return rows_at(self.embedding_table(config, params), ids)
+        return scaled(rows_at(self.embedding_table(config, params), ids), config.embedding_scale)
 
     def output_module(self, config: ModelConfig) -> str | None:
         """Path of the module that gives the output; None for a bare model."""
@@ -176,6 +178,12 @@ class Family:
         if tied := bool(self.tied_modules(config)):
             return self.embedding_table(config, params), tied
         return leaf_at(params, f"{self.output_module(config)}.kernel"), tied
+
+    def head_bias(self, config: ModelConfig, params: Any) -> Any:
+        """The bias of a language model's output head; None if it has none."""
+        if self.tied_modules(config):
+            return None
+        return leaf_at(params, str(self.output_module(config))).get("bias")
 
     def tied_modules(self, config: ModelConfig) -> tuple[str, ...]:
         """Embedding and output head, where they share a leaf."""
@@ -214,7 +222,7 @@ class Family:
         """
 
         def repeat(key_path: Any, leaf: Any) -> Any:
-            layout = self.layout(dotted(key_path))
+            layout = self.layout(config, dotted(key_path))
             return leaf if layout is None or not layout.stack else Repeated.of(leaf, order, layout)
 
         return self.with_layers(config, order), jax.tree_util.tree_map_with_path(repeat, params, is_leaf=is_weight)
@@ -230,14 +238,26 @@ class Family:
         return config, {embedding: tensors[head], **rest}
 
     def layouts_of(self, config: ModelConfig) -> Mapping[str, Layout]:
-        """The layouts that a leaf of this config has."""
-        used = {pattern for path in self.param_shapes(config) if (pattern := self._pattern(path)) is not None}
+        """The layouts that a leaf of this config has, by regex over whole paths."""
+        paths = self.param_shapes(config)
+        if config.stacks:
+            layouts = {re.escape(path): self.layout(config, path) for path in paths}
+            return {path: layout for path, layout in layouts.items() if layout is not None}
+        used = {pattern for path in paths if (pattern := self._pattern(path)) is not None}
         return {pattern: layout for pattern, layout in self.layouts.items() if pattern in used}
 
-    def layout(self, path: str) -> Layout | None:
+    def layout(self, config: ModelConfig, path: str) -> Layout | None:
         """Axes of a leaf; None for one that follows the conventions."""
         pattern = self._pattern(path)
-        return None if pattern is None else self.layouts[pattern]
+        if pattern is None:
+            return None
+        layout = self.layouts[pattern]
+        if not config.stacks or not layout.stack:
+            return layout
+        modules = path.split(".")
+        name = modules[modules.index(str(layout.index_after[0])) + 1]
+        numbers = tuple(number for number, stack in enumerate(config.stacks) if stack == name)
+        return dataclasses.replace(layout, numbers=numbers, stack_name=name)
 
     def _pattern(self, path: str) -> str | None:
         return next((pattern for pattern in self.layouts if re.fullmatch(pattern, path)), None)
@@ -257,11 +277,16 @@ def rows_by_layout(family: Family, config: ModelConfig) -> tuple[Row, ...]:
     rows = []
     for path, shape in family.param_shapes(config).items():
         *modules, name = path.split(".")
-        layout = family.layout(path)
+        layout = family.layout(config, path)
+        numbers: tuple[int, ...] = ()
         if layout is not None and layout.stack:
+            numbers = layout.numbers
+            if layout.stack_name:
+                modules.remove(layout.stack_name)
             modules.insert(modules.index(str(layout.index_after[0])) + 1, "{}")
         transposed = name == "kernel" and not (layout is not None and layout.stored_in_out)
-        rows.append(Row(path, shape, ".".join([*modules, TORCH_NAMES[name]]), transposed))
+        key = ".".join([*modules, TORCH_NAMES.get(name, name)])
+        rows.append(Row(path, shape, key, transposed, numbers))
     return tuple(rows)
 
 

@@ -71,7 +71,7 @@ def read_model(
     config, fitted = family.settled(config, fit_keys(family, config, tensors))
     rows = family.rows(config)
     fresh = fresh_rows(family, config, rows, fitted)
-    convert = _converter(family, jnp.dtype(dtype), load_in_8bit)
+    convert = _converter(config, jnp.dtype(dtype), load_in_8bit)
     params = load_params(fitted, [row for row in rows if row not in fresh], convert, ignored=unused(family))
     paths = tuple(row.path for row in fresh)
     if fresh:
@@ -97,11 +97,13 @@ def _start(config: ModelConfig, paths: tuple[str, ...], dtype: jnp.dtype, key: j
 
 
 @functools.lru_cache(maxsize=8)
-def _converter(family: Family, dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array], Any]:
+def _converter(config: ModelConfig, dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array], Any]:
     """Make what happens to each tensor on its way; one function for each choice, so that programs are shared."""
 
+    family = family_of(config)
+
     def convert(path: str, array: jax.Array) -> Any:
-        layout = family.layout(path)
+        layout = family.layout(config, path)
         wide = dtype == jnp.float16 and re.fullmatch(family.float32, path)
         own = jnp.dtype(jnp.float32) if wide else dtype
         if load_in_8bit and layout is not None and layout.stack and layout.inp:

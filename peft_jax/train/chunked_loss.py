@@ -54,10 +54,11 @@ def summed_loss(logits: LazyLogits, targets: jax.Array, weights: jax.Array) -> j
 
 
 def _sum_over_chunks(logits: LazyLogits, parts: tuple[jax.Array, ...]) -> jax.Array:
-    leaves, structure = jax.tree.flatten(logits.weight)
+    leaves, structure = jax.tree.flatten((logits.weight, logits.bias))
 
     def loss(leaves: list[Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        chunk = LazyLogits(hidden, jax.tree.unflatten(structure, leaves), logits.tied)
+        weight, bias = jax.tree.unflatten(structure, leaves)
+        chunk = LazyLogits(hidden, weight, logits.tied, bias, logits.form)
         return weighted_sum(token_losses(chunk.compute(), targets), weights)
 
     @jax.custom_vjp

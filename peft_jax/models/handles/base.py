@@ -103,8 +103,10 @@ class ModelHandle(Handle):
         )
         output: ModelOutput = _forward(self.config)(self.params, inputs, task_ids)
         if not head:
-            weight, tied = self.family.head_weight(self.config, without_prompts(self.params))
-            output = output._replace(logits=LazyLogits(output.last_hidden_state, weight, tied))
+            params = without_prompts(self.params)
+            weight, tied = self.family.head_weight(self.config, params)
+            bias, form = self.family.head_bias(self.config, params), self.config.logits_form
+            output = output._replace(logits=LazyLogits(output.last_hidden_state, weight, tied, bias, form))
         return output
 
     def _position_rows(self) -> int | None:

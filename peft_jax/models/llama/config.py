@@ -10,7 +10,9 @@ from typing import Any
 from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    FULL,
     SEQ_CLS,
+    SLIDING,
     TOKEN_CLS,
     ModelConfig,
     complete,
@@ -18,33 +20,10 @@ from peft_jax.models.config import (
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.rotary import RopeParameters
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How the rotary frequencies are stretched beyond the pretraining length.
-
-    Attributes:
-        rope_type: "default", "linear" or "llama3".
-        factor: Divides the frequencies (all of them for "linear", the low ones for "llama3").
-        low_freq_factor: "llama3": wavelengths above original_max_position_embeddings / low_freq_factor are divided.
-        high_freq_factor: "llama3": wavelengths below original_max_position_embeddings / high_freq_factor are kept.
-        original_max_position_embeddings: "llama3": the length of pretraining.
-    """
-
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ("default", "linear", "llama3"):
-            raise ValueError(
-                f"rope_type={self.rope_type!r} is not supported. Use a model with 'default', 'linear' or 'llama3'."
-            )
+RopeScaling = RopeParameters  # what this family calls it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +36,8 @@ class LlamaConfig(ModelConfig):
     Attributes:
         num_key_value_heads: None means num_attention_heads.
         head_dim: None means hidden_size // num_attention_heads.
+        rope_theta: The base of the rotary frequencies.
+        rope_scaling: How they are stretched; its own base stays at the default.
         attention_bias: Whether q_proj, k_proj and v_proj have a bias.
         attention_out_bias: Whether o_proj has one (None means as attention_bias; Qwen2: True and False).
         qk_norm: Whether queries and keys are normalised per head (Qwen3).
@@ -112,6 +93,10 @@ class LlamaConfig(ModelConfig):
         kind = FULL if self.sliding_window is None else SLIDING
         _default(self, "layer_types", (kind,) * self.num_hidden_layers)
         self.check()
+        if self.rope_scaling.rope_theta != RopeScaling.rope_theta:
+            raise ValueError(
+                f"rope_scaling has rope_theta={self.rope_scaling.rope_theta}. Give it as rope_theta= of the config."
+            )
         check_activation("hidden_act", self.hidden_act)
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
@@ -137,6 +122,11 @@ class LlamaConfig(ModelConfig):
     def head_size(self) -> int:
         """head_dim, never None."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope(self) -> RopeParameters:
+        """How positions turn queries and keys."""
+        return dataclasses.replace(self.rope_scaling, rope_theta=self.rope_theta)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -166,14 +156,16 @@ class LlamaConfig(ModelConfig):
         kind = full["model_type"]
         if full.get("is_causal") is False:
             raise ValueError("is_causal=False (attention in both directions) is not supported.")
-        theta, scaling = _rope(full["rope_parameters"])
+        scaling = RopeParameters.from_hf(full["rope_parameters"])
+        if scaling.partial_rotary_factor != 1:
+            raise ValueError(f"partial_rotary_factor={scaling.partial_rotary_factor} is not supported, only 1.0.")
         same = {f.name for f in dataclasses.fields(cls)} - _TRANSLATED
         fields = {name: full[name] for name in same & full.keys()}
         windowed = kind != "llama"  # transformers' Llama has no window, whatever its config says
         return cls(
             **{**fields, **read_common(cls, full)},
-            rope_theta=theta,
-            rope_scaling=scaling,
+            rope_theta=scaling.rope_theta,
+            rope_scaling=dataclasses.replace(scaling, rope_theta=RopeScaling.rope_theta),
             attention_bias=kind == "qwen2" or (kind != "mistral" and bool(full.get("attention_bias"))),
             attention_out_bias=kind not in ("qwen2", "mistral") and bool(full.get("attention_bias")),
             mlp_bias=kind == "llama" and bool(full.get("mlp_bias")),
@@ -194,9 +186,7 @@ class LlamaConfig(ModelConfig):
             True
         """
         hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_HF}
-        rope = dataclasses.asdict(self.rope_scaling)
-        used = {"default": 1, "linear": 2, "llama3": 5}[self.rope_scaling.rope_type]
-        hf["rope_parameters"] = {"rope_theta": self.rope_theta} | dict(list(rope.items())[:used])
+        hf["rope_parameters"] = self.rope.to_hf()
         hf |= write_common(self)
         if self.model_type in ("qwen2", "qwen3"):
             hf["layer_types"] = list(self.kinds)
@@ -225,18 +215,3 @@ _TRANSLATED = _NOT_IN_HF | {
 def _default(config: LlamaConfig, name: str, value: Any) -> None:
     if getattr(config, name) is None:
         object.__setattr__(config, name, value)
-
-
-def _rope(parameters: dict[str, Any]) -> tuple[float, RopeScaling]:
-    """Read base period and scaling from transformers' `rope_parameters`."""
-    known = {f.name for f in dataclasses.fields(RopeScaling)}
-    scaling = {name: value for name, value in parameters.items() if name in known and value is not None}
-    if parameters.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1.0.")
-    if "rope_type" not in parameters:
-        raise ValueError(f"Rotary parameters per kind of layer are not supported, got rope_parameters={parameters}.")
-    result = RopeScaling(**scaling)
-    surplus = sorted(parameters.keys() - known - {"rope_theta", "type", "partial_rotary_factor"})
-    if surplus:
-        raise ValueError(f"rope_parameters {surplus} are not supported with rope_type={result.rope_type!r}.")
-    return float(parameters["rope_theta"]), result

@@ -3,6 +3,7 @@
 from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
 from peft_jax.models.llama import model
 from peft_jax.models.llama.config import LlamaConfig
+from peft_jax.models.modules.decoder import decoder_cache
 
 IA3_OF_KEYS = targets("k_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",))
 IA3_OF_QUERIES = targets("q_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",))
@@ -21,7 +22,7 @@ LLAMA = Family(
     layouts=stacked_layouts("layers"),
     backbone="model",
     embedding="embed_tokens",
-    heads=model.HEAD.names,
+    heads=model.Llama.head.names,
     peft_defaults={
         "llama": {
             OTHERWISE: targets("q_proj", "v_proj"),
@@ -46,5 +47,5 @@ LLAMA = Family(
     adaption_carrier="k_proj",
     ignored=(r".*\.rotary_emb\.inv_freq",),  # in old checkpoints; computed from the config instead
     replicable=tuple(LlamaConfig.tasks),
-    init_cache=model.init_cache,
+    init_cache=decoder_cache,
 )

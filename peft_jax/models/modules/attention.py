@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.chunks import chunk_size, in_chunks, out_of_chunks
+from peft_jax.models.modules.logits_form import softcapped
 from peft_jax.models.modules.remat import kept
 from peft_jax.prompts.base import Adaption
 
@@ -19,7 +21,30 @@ UNSEEN = float(np.finfo(np.float32).min) / 2  # what is added to a score that co
 BLOCKS, LEAST = 4, 64  # blocks that the queries of a causal attention go in at most, and queries in each at least
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: bool = False) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How the scores of an attention are made of products of queries and keys.
+
+    Attributes:
+        scale: What products are multiplied by; None for one over the root of a head's features.
+        softcap: The cap that scores are bent towards; None for none.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    causal: bool = False,
+    scoring: Scoring = Scoring(),
+    sinks: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     """Attend from q (batch, length, heads, head_dim) to k and v (batch, kv_len, kv_heads, head_dim).
 
     The softmax is in float32. A query that may see nothing (mask all False, as on the left of a left-padded row) gets
@@ -33,39 +58,96 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal:
         mask: What a query may see, bool (batch or 1, length, kv_len).
         causal: The mask lets no query see beyond its own place, where the last query stands at the last key. Then
             queries go in blocks, each of which leaves out the keys behind it.
+        scoring: How scores are made.
+        sinks: A score of each head (heads,) that takes its part in the softmax and has no value.
+        bias: What is added to the scores, (batch or 1, heads, length or 1, kv_len).
     """
     size = chunk_size((*q.shape[:3], k.shape[1]), SCORES)
     if size == q.shape[1]:
-        return _in_blocks(q, k, v, mask, min(BLOCKS, max(1, size // LEAST)) if causal else 1)
-    turn = jax.checkpoint(lambda part: _in_blocks(part[0], k, v, part[1], 1), prevent_cse=False)
-    return out_of_chunks(jax.lax.map(turn, (in_chunks(q, size), in_chunks(mask, size))), q.shape[1])
+        count = min(BLOCKS, max(1, size // LEAST)) if causal else 1
+        return _in_blocks(q, k, v, mask, count, scoring, sinks, bias)
+    parts = {"q": in_chunks(q, size), "mask": in_chunks(mask, size)}
+    if bias is not None and bias.shape[2] > 1:
+        parts["bias"] = in_chunks(jnp.swapaxes(bias, 1, 2), size)
+
+    def attend_part(part: dict[str, jax.Array]) -> jax.Array:
+        own = jnp.swapaxes(part["bias"], 1, 2) if "bias" in part else bias
+        return _in_blocks(part["q"], k, v, part["mask"], 1, scoring, sinks, own)
+
+    turn = jax.checkpoint(attend_part, prevent_cse=False)
+    return out_of_chunks(jax.lax.map(turn, parts), q.shape[1])
 
 
-def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, count: int) -> jax.Array:
+def _in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    count: int,
+    scoring: Scoring,
+    sinks: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
     """As `attend`; of several blocks of queries each leaves out the keys behind it."""
-    batch, length, _, size = q.shape
+    batch, length, heads, size = q.shape
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     grouped = q.reshape(batch, length, k.shape[1], -1, size).transpose(0, 2, 3, 1, 4)  # the heads of each kv head
     edges = [length * i // count for i in range(count + 1)]
     blocks = []
     for start, stop in itertools.pairwise(edges):
         rows, seen = grouped[:, :, :, start:stop], k.shape[2] - length + stop
-        blocks.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], mask[:, start:stop, :seen]))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+        added = None if bias is None else _rows_of_bias(bias, k.shape[1], start, stop)[..., :seen]
+        top = None if sinks is None else _rows_of_sinks(sinks, k.shape[1], stop - start)
+        blocks.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], mask[:, start:stop, :seen], scoring, top, added))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _rows_of_bias(bias: jax.Array, kv_heads: int, start: int, stop: int) -> jax.Array:
+    """Part of a bias (batch or 1, heads, length or 1, kv_len) as (batch or 1, kv_heads, group * length, kv_len)."""
+    batch, _, length, seen = bias.shape
+    part = bias if length == 1 else bias[:, :, start:stop]
+    grouped = part.reshape(batch, kv_heads, -1, part.shape[2], seen)
+    rows = jnp.broadcast_to(grouped, (*grouped.shape[:3], stop - start, seen))
+    return rows.reshape(batch, kv_heads, -1, seen)
+
+
+def _rows_of_sinks(sinks: jax.Array, kv_heads: int, length: int) -> jax.Array:
+    """Scores of heads (heads,) as (1, kv_heads, group * length, 1), float32."""
+    grouped = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
+    return jnp.broadcast_to(grouped, (*grouped.shape[:3], length)).reshape(1, kv_heads, -1, 1)
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scoring: Scoring,
+    sinks: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
     """Attend from q (batch, kv_heads, group, length, head_dim) to k and v (batch, kv_heads, kv_len, head_dim)."""
     rows = q.reshape(*q.shape[:2], -1, q.shape[-1])
-    scores = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    scores = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32) * scale
+    if scoring.softcap is not None:
+        scores = softcapped(scores, scoring.softcap)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
     # Added, as a choice between two would be made again in the backward pass; a maximum above it makes exp give 0.
     scores = scores + jnp.tile(jnp.where(mask, 0, UNSEEN)[:, None], (1, 1, q.shape[2], 1))
-    top = kept(jnp.maximum(jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True), UNSEEN / 2))
+    highest = jnp.maximum(jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True), UNSEEN / 2)
+    if sinks is not None:
+        highest = jnp.maximum(highest, jax.lax.stop_gradient(sinks))
+    top = kept(highest)
     weights = jnp.exp(scores - top)
-    total = kept(weights.sum(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    total = kept(total)
     # Divided by their sum after the product with v: fewer divisions, and no sum over scores in the backward pass.
     out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return _quotient(out, jnp.where(total == 0, 1, total), v.dtype).reshape(q.shape)
+    return _quotient(out, jnp.where(total == 0, 1, total), v.dtype).reshape(*q.shape[:-1], v.shape[-1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

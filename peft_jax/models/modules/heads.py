@@ -26,16 +26,18 @@ class DecoderHead:
 
     Attributes:
         names: Its module's name by task.
+        lm_bias: Whether that of a language model has a bias.
     """
 
     names: Mapping[str, str]
+    lm_bias: bool = False
 
     def add(self, module: Any, config: ModelConfig, linear: Callable[..., Any]) -> None:
         """Put the layer for the config's task, made by ``linear``, into a module; none if it is the embedding's."""
         task = config.task_type
         if task == FEATURE_EXTRACTION or (task == CAUSAL_LM and config.tie_word_embeddings):
             return
-        bias = task not in (CAUSAL_LM, SEQ_CLS)
+        bias = self.lm_bias if task == CAUSAL_LM else task != SEQ_CLS
         setattr(module, self.names[task], linear(config.hidden_size, head_width(config), use_bias=bias))
 
     def run(self, module: Any, config: ModelConfig, h: jax.Array, input_ids: jax.Array | None, table: Any) -> Any:
@@ -43,10 +45,13 @@ class DecoderHead:
         if config.task_type == FEATURE_EXTRACTION:
             return ModelOutput(last_hidden_state=h)
         if config.task_type == CAUSAL_LM and config.tie_word_embeddings:
-            return ModelOutput(project(h, table[...].T))
+            return ModelOutput(config.logits_form(project(h, table[...].T)))
         head = getattr(module, self.names[config.task_type])
         if config.task_type == CAUSAL_LM:
-            return ModelOutput(project(h, head.kernel[...]))
+            logits = project(h, head.kernel[...])
+            if self.lm_bias:
+                logits = logits + head.bias[...][None, None].astype(logits.dtype)
+            return ModelOutput(config.logits_form(logits))
         logits = head(h)
         if config.task_type == SEQ_CLS:
             return ModelOutput(of_last_token(logits, input_ids, config.pad_token_id))

@@ -22,6 +22,35 @@ class KVCache(NamedTuple):
     values: jax.Array
     index: jax.Array  # type: ignore[assignment]  # a field, not the method of tuples
 
+    @property
+    def max_len(self) -> int:
+        """The number of slots."""
+        return self.keys.shape[2]
+
+    @property
+    def buffers(self) -> Buffers:
+        """What the layers read and write."""
+        return self.keys, self.values
+
+
+class MixedCache(NamedTuple):
+    """What layers of several shapes keep of the positions seen so far.
+
+    Attributes:
+        buffers: By stack of layers, what its layers keep, with an axis of these layers in front: of an attention
+            keys and values as in `KVCache`, a tuple; of other layers a dict.
+        index: The number of slots that are filled, a scalar int32.
+    """
+
+    buffers: dict[str, Any]
+    index: jax.Array  # type: ignore[assignment]
+
+    @property
+    def max_len(self) -> int:
+        """The number of slots."""
+        lengths = [kept[0].shape[2] for kept in self.buffers.values() if isinstance(kept, tuple)]
+        return int(lengths[0])
+
 
 def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
     """An empty cache for max_len positions."""
@@ -54,6 +83,9 @@ def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Arr
     return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
 
 
-def filled(buffers: Buffers | None, index: jax.Array | int, length: int) -> KVCache | None:
+def filled(buffers: Any, index: jax.Array | int, length: int) -> KVCache | MixedCache | None:
     """The cache whose buffers took length new positions from index on."""
-    return None if buffers is None else KVCache(*buffers, jnp.asarray(index + length))
+    if buffers is None:
+        return None
+    reached = jnp.asarray(index + length)
+    return MixedCache(buffers, reached) if isinstance(buffers, dict) else KVCache(*buffers, reached)

@@ -26,18 +26,25 @@ class Embed(nnx.Module):
         """Look up ids (batch, length); one out of range gives NaN."""
         return rows_at(self.embedding[...], ids)
 
-    def either(self, ids: jax.Array | None, embeddings: jax.Array | None) -> jax.Array:
-        """The embeddings (batch, length, hidden) of ids (batch, length), or those given in their place.
+    def either(self, ids: jax.Array | None, embeddings: jax.Array | None, scale: float = 1) -> jax.Array:
+        """The embeddings (batch, length, hidden) of ids (batch, length), times scale, or those given in their place.
 
         Raises:
             ValueError: None or both are given.
         """
         if embeddings is None and ids is not None:
-            return self(ids)
+            return scaled(self(ids), scale)
         if embeddings is not None and ids is None:
             return embeddings.astype(self.embedding.dtype)
         found = "neither" if ids is None else "both"
         raise ValueError(f"A call needs input_ids or inputs_embeds, one of them, got {found}.")
+
+
+def scaled(embeddings: jax.Array, scale: float) -> jax.Array:
+    """Embeddings times a number, which is rounded to their element type first, as transformers rounds it."""
+    if scale == 1:
+        return embeddings
+    return embeddings * jnp.float32(scale).astype(embeddings.dtype)
 
 
 class RMSNorm(nnx.Module):

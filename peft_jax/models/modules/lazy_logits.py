@@ -8,9 +8,10 @@ import jax
 
 from peft_jax.adapt import adapt
 from peft_jax.models.modules.heads import project
+from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("hidden", "weight"), meta_fields=("tied",))
+@partial(jax.tree_util.register_dataclass, data_fields=("hidden", "weight", "bias"), meta_fields=("tied", "form"))
 @dataclasses.dataclass(frozen=True)
 class LazyLogits:
     """The two factors of logits, for a loss that never holds their product (`peft_jax.train.cross_entropy`).
@@ -20,6 +21,8 @@ class LazyLogits:
         weight: The head, an array or a quantized or adapted leaf: ``(hidden, vocabulary)``, or if it is tied the
             embedding, ``(vocabulary, hidden)``.
         tied: Whether it is the embedding.
+        bias: The head's bias, ``(vocabulary,)``, if it has one.
+        form: What is done to the logits afterwards.
 
     Example:
         >>> import peft_jax as pj
@@ -33,6 +36,8 @@ class LazyLogits:
     hidden: jax.Array
     weight: Any
     tied: bool
+    bias: Any = None
+    form: LogitsForm = PLAIN
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,12 +46,13 @@ class LazyLogits:
 
     def compute(self) -> jax.Array:
         """The logits."""
-        return adapt(_tied if self.tied else _untied)(self.weight, self.hidden)
+        head = partial(head_logits, tied=self.tied, form=self.form)
+        return adapt(head)(self.weight, self.bias, self.hidden)
 
 
-def _untied(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
-    return project(hidden, kernel)
-
-
-def _tied(table: jax.Array, hidden: jax.Array) -> jax.Array:
-    return project(hidden, table.T)
+def head_logits(weight: jax.Array, bias: jax.Array | None, hidden: jax.Array, *, tied: bool, form: LogitsForm) -> Any:
+    """The logits (batch, length, vocabulary) of what goes into a head, as `LazyLogits` has it."""
+    logits = project(hidden, weight.T if tied else weight)
+    if bias is not None:
+        logits = logits + bias[None, None].astype(logits.dtype)
+    return form(logits)

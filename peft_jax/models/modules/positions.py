@@ -59,7 +59,7 @@ def causal_places(batch: int, length: int, inputs: ForwardInputs) -> Places:
     """
     cache, segment_ids, position_ids = inputs.cache, inputs.segment_ids, inputs.position_ids
     index: jax.Array | int = 0 if cache is None else cache.index
-    kv_len = length if cache is None else cache.keys.shape[2]
+    kv_len = length if cache is None else cache.max_len
     if kv_len < length:
         raise ValueError(f"The cache has room for {kv_len} positions, got {length} new ones. Make a longer cache.")
     if segment_ids is not None and (cache is not None or segment_ids.shape != (batch, length)):

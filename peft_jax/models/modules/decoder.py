@@ -1,0 +1,155 @@
+"""What every decoder has: an embedding, stacked layers, a final norm, a head, a cache.
+
+A family's ``model.py`` has its own layers and these two classes with the names of its modules::
+
+    class LlamaModel(DecoderBackbone):
+        embedding_name = "embed_tokens"
+        ...
+
+    class Llama(Decoder):
+        backbone_class, head = LlamaModel, DecoderHead(...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peft_jax.models.config import ModelConfig
+from peft_jax.models.modules.heads import DecoderHead
+from peft_jax.models.modules.inputs import CAUSAL, ForwardInputs
+from peft_jax.models.modules.kv_cache import KVCache, filled, make_cache
+from peft_jax.models.modules.layer_scan import Run, Stacks, run_layers, stacked
+from peft_jax.models.modules.layer_views import View
+from peft_jax.models.modules.layers import Embed, linear_maker
+from peft_jax.models.modules.outputs import ModelOutput
+from peft_jax.models.modules.positions import Beside, Places, causal_places
+
+MakeLayer = Callable[[nnx.Rngs], nnx.Module]
+
+
+class DecoderBackbone(nnx.Module):
+    """All of a decoder but its head.
+
+    A subclass names its modules, makes its layers and its final norm, and says what each kind of layer sees. The hooks
+    `embed`, `per_layer` and `start` are for those that need more.
+    """
+
+    embedding_name: ClassVar[str]
+    layers_name: ClassVar[str] = "layers"
+    norm_name: ClassVar[str] = "norm"
+
+    def __init__(self, config: Any, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.config = config
+        setattr(self, self.embedding_name, Embed(config, dtype, rngs))
+        self.add_embeddings(dtype, rngs)
+        make = self.make_layer(dtype)
+        if isinstance(make, Mapping):
+            setattr(self, self.layers_name, Stacks(make, config.stacks, rngs))
+        else:
+            setattr(self, self.layers_name, stacked(make, config.num_hidden_layers, rngs))
+        setattr(self, self.norm_name, self.make_norm(dtype))
+
+    def add_embeddings(self, dtype: Any, rngs: nnx.Rngs) -> None:
+        """Make further modules before the layers."""
+
+    def make_layer(self, dtype: Any) -> MakeLayer | Mapping[str, MakeLayer]:
+        """What makes a layer from random streams; by stack, where `ModelConfig.stacks` has names."""
+        raise NotImplementedError
+
+    def make_norm(self, dtype: Any) -> nnx.Module:
+        """The final norm."""
+        raise NotImplementedError
+
+    def views(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> dict[str, View]:
+        """What the layers of each kind see, for embeddings x (batch, length, hidden)."""
+        raise NotImplementedError
+
+    def embed(self, inputs: ForwardInputs) -> jax.Array:
+        """The embeddings (batch, length, hidden) of the inputs."""
+        return self.table.either(inputs.input_ids, inputs.inputs_embeds, self.config.embedding_scale)
+
+    def placed(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> jax.Array:
+        """The layers' input for embeddings x (batch, length, hidden); learned positions are added here."""
+        return x
+
+    def per_layer(self, x: jax.Array, inputs: ForwardInputs) -> Any:
+        """Arrays of which each layer gets its own part, with an axis of layers in front."""
+        return None
+
+    def start(self, x: jax.Array, buffers: Any) -> Any:
+        """What the first layer is handed beside its input; `finish` takes it from the last."""
+        return buffers
+
+    def finish(self, handed: Any) -> Any:
+        """The cache's buffers, from what the last layer hands on."""
+        return handed
+
+    @property
+    def table(self) -> Embed:
+        """The embedding of tokens."""
+        embed: Embed = getattr(self, self.embedding_name)
+        return embed
+
+    def __call__(self, inputs: ForwardInputs) -> ModelOutput:
+        """Run all layers; the output has last and hidden states and the filled cache."""
+        x = self.embed(inputs)
+        batch, length, _ = x.shape
+        places = causal_places(batch, length, inputs)
+        x = self.placed(x, places, inputs)
+        run = Run(
+            views=self.views(x, places, inputs),
+            kinds=self.config.kinds,
+            stacks=self.config.stacks,
+            index=places.index,
+            beside=Beside(inputs.prefix, inputs.adaption),
+            own=self.per_layer(x, inputs),
+            keep=inputs.output_hidden_states,
+            remat=inputs.remat,
+        )
+        cached = None if inputs.cache is None else inputs.cache.buffers
+        x, handed, states = run_layers(getattr(self, self.layers_name), x, self.start(x, cached), run)
+        x = getattr(self, self.norm_name)(x)
+        if states is not None:
+            states = jnp.concatenate([states, x[None].astype(states.dtype)])
+        cache = None if cached is None else filled(self.finish(handed), places.index, length)
+        return ModelOutput(last_hidden_state=x, hidden_states=states, cache=cache)
+
+
+class Decoder(nnx.Module):
+    """A decoder with the head of its task; a subclass names its backbone and its head."""
+
+    backbone: ClassVar[str] = "model"
+    backbone_class: ClassVar[type[DecoderBackbone]]
+    head: ClassVar[DecoderHead]
+    takes: ClassVar[frozenset[str]] = CAUSAL
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        self.config = config
+        setattr(self, self.backbone, self.backbone_class(config, dtype, rngs))
+        self.head.add(self, config, linear_maker(config, dtype, rngs))
+
+    def __call__(self, inputs: ForwardInputs) -> ModelOutput:
+        """Compute logits, hidden states and the filled cache, where they are asked for."""
+        inner = getattr(self, self.backbone)
+        found: ModelOutput = inner(inputs)
+        if not inputs.head:
+            return found
+        last = found.last_hidden_state[:, -inputs.logits_to_keep :]
+        output: ModelOutput = self.head.run(self, self.config, last, inputs.input_ids, inner.table.embedding)
+        return output._replace(hidden_states=found.hidden_states, cache=found.cache)
+
+
+def decoder_cache(config: ModelConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
+    """An empty cache for max_len positions of a decoder whose layers have one shape.
+
+    Example:
+        >>> from peft_jax.models import LlamaConfig
+        >>> decoder_cache(LlamaConfig(num_hidden_layers=2), batch=3, max_len=5).keys.shape
+        (2, 3, 5, 32, 128)
+    """
+    return make_cache(config.num_hidden_layers, batch, max_len, config.kv_heads, config.head_size, dtype)

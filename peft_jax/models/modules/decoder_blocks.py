@@ -1,0 +1,153 @@
+"""The attention and the feed-forward network that most decoders share, with transformers' common names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from peft_jax.models.config import ModelConfig
+from peft_jax.models.modules.activations import ACTIVATIONS
+from peft_jax.models.modules.attention import Scoring, attend, attend_to
+from peft_jax.models.modules.kv_cache import Buffers, extend
+from peft_jax.models.modules.layer_scan import LayerCall
+from peft_jax.models.modules.layers import linear_maker
+from peft_jax.models.modules.positions import put_before
+from peft_jax.models.modules.remat import kept
+from peft_jax.models.modules.rotary import rotate
+from peft_jax.prompts.base import Adaption
+
+
+def attend_within(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    call: LayerCall,
+    buffers: Buffers | None,
+    *,
+    scoring: Scoring = Scoring(),
+    sinks: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> tuple[jax.Array, Buffers | None]:
+    """Attend from q to new keys and values, to a prefix before them and to those in the cache, which takes the new.
+
+    Args:
+        q: Queries (batch, length, heads, head_dim), turned.
+        k: Keys (batch, length, kv_heads, head_dim), turned.
+        v: Values, like the keys.
+        call: What the layer gets.
+        buffers: The cache's keys and values.
+        scoring: As in `attend`, like those after it.
+        sinks: Scores of heads.
+        bias: What is added to the scores.
+    """
+    k, v, buffers = extend(buffers, k, v, call.place, call.index)
+    k, v = put_before(call.beside.prefix, k, v)
+    mask = call.view.mask
+    seen = attend(q, k, v, mask, causal=buffers is None, scoring=scoring, sinks=sinks, bias=bias)
+    return seen, buffers
+
+
+class SelfAttention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads.
+
+    A subclass may change `heads` (fused projections, norms of queries and keys).
+
+    Args:
+        config: The architecture.
+        dtype: Element type of the parameters.
+        rngs: Random streams.
+        bias: Whether queries, keys and values have a bias.
+        out_bias: Whether the output has one.
+        scoring: How scores are made.
+        interleaved: How pairs of features are turned, as in `rotate`.
+        head_dim: Features of a head; None for the config's.
+        kv_heads: Heads of keys and values; None for the config's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+        out_bias: bool = False,
+        scoring: Scoring = Scoring(),
+        interleaved: bool = False,
+        head_dim: int | None = None,
+        kv_heads: int | None = None,
+    ) -> None:
+        self.head_dim = config.head_size if head_dim is None else head_dim
+        self.scoring, self.interleaved = scoring, interleaved
+        n_q = config.num_attention_heads * self.head_dim
+        n_kv = (config.kv_heads if kv_heads is None else kv_heads) * self.head_dim
+        self.add_projections(config.hidden_size, n_q, n_kv, linear_maker(config, dtype, rngs), bias)
+        self.o_proj = linear_maker(config, dtype, rngs)(n_q, config.hidden_size, use_bias=out_bias)
+
+    def add_projections(self, hidden: int, n_q: int, n_kv: int, linear: Any, bias: bool) -> None:
+        """Make the projections to queries, keys and values."""
+        self.q_proj = linear(hidden, n_q, use_bias=bias)
+        self.k_proj = linear(hidden, n_kv, use_bias=bias)
+        self.v_proj = linear(hidden, n_kv, use_bias=bias)
+
+    def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values (batch, length, heads, head_dim) of x (batch, length, hidden), not yet turned."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (kept(project(x)).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
+        """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
+        batch, length, _ = x.shape
+        q, k, v = self.heads(x)
+        turn = call.view.turn
+        q, k = rotate(q, turn, interleaved=self.interleaved), rotate(k, turn, interleaved=self.interleaved)
+        seen, buffers = attend_within(q, k, v, call, buffers, scoring=self.scoring)
+        adaption = call.beside.adaption
+        if adaption is None:
+            return self.o_proj(seen.reshape(batch, length, -1)), buffers
+        seen = seen + self._attend_to(adaption, q)
+        return self.o_proj(seen.reshape(batch, length, -1)) + self._second_bias(adaption, x), buffers
+
+    def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
+        """Attention of q (batch, length, heads, head_dim) to an adaption prompt, through its gate."""
+        prompt = adaption.prompts.astype(q.dtype)[None]
+        heads = (1, prompt.shape[1], -1, self.head_dim)
+        return attend_to(adaption, q, self.k_proj(prompt).reshape(heads), self.v_proj(prompt).reshape(heads))
+
+    def _second_bias(self, adaption: Adaption, x: jax.Array) -> jax.Array:
+        """PEFT projects what is seen of an adaption prompt by itself, so that a bias is added once more."""
+        if not self.o_proj.use_bias:
+            return jnp.zeros((), x.dtype)
+        bias: jax.Array = self.o_proj(jnp.zeros((1, 1, self.o_proj.in_features), x.dtype))
+        return jnp.where(adaption.on, bias, 0)
+
+
+class GatedMLP(nnx.Module):
+    """Gated feed-forward network: down(act(gate(x)) * up(x)).
+
+    Args:
+        config: The architecture.
+        dtype: Element type of the parameters.
+        rngs: Random streams.
+        inner: Features between the projections.
+        act: transformers' name of the activation.
+        bias: Whether the projections have a bias.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, *, inner: int, act: str, bias: bool = False
+    ) -> None:
+        linear = linear_maker(config, dtype, rngs)
+        self.act = act
+        self.gate_proj = linear(config.hidden_size, inner, use_bias=bias)
+        self.up_proj = linear(config.hidden_size, inner, use_bias=bias)
+        self.down_proj = linear(inner, config.hidden_size, use_bias=bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (batch, length, hidden)."""
+        gate, up = kept(self.gate_proj(x)), kept(self.up_proj(x))
+        return self.down_proj(ACTIVATIONS[self.act](gate) * up)

@@ -1,0 +1,123 @@
+"""What the layers of each kind see of a text: all before a token, a window, or its chunk, and how positions turn."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.models.config import CHUNKED, FULL, SLIDING
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.positions import Places
+from peft_jax.models.modules.rotary import Rotation, RopeParameters, rotation
+
+
+class View(NamedTuple):
+    """What the layers of one kind see.
+
+    Attributes:
+        mask: What a query may see, bool ``(batch or 1, length, n_virtual + kv_len)``.
+        turn: How queries and keys are turned; None if they are not.
+    """
+
+    mask: jax.Array
+    turn: Rotation | None = None
+
+
+def masks_by_kind(
+    places: Places, inputs: ForwardInputs, kinds: Collection[str], *, window: int | None = None, chunk: int | None = None
+) -> dict[str, jax.Array]:
+    """The mask of each kind of layer, bool ``(batch or 1, length, n_virtual + kv_len)``.
+
+    Windows and chunks are counted in slots, as transformers counts them, whatever the positions.
+
+    Args:
+        places: Positions and mask of the inputs.
+        inputs: The inputs.
+        kinds: `FULL`, `SLIDING` and `CHUNKED`, those of them that there are.
+        window: How many slots (its own included) a token of a sliding layer sees.
+        chunk: How many slots a chunk has; they are counted from a row's first token.
+
+    Example:
+        >>> from peft_jax.models.modules.positions import causal_places
+        >>> inputs = ForwardInputs()
+        >>> masks = masks_by_kind(causal_places(1, 3, inputs), inputs, [SLIDING], window=2)
+        >>> masks[SLIDING][0].astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    masks = {FULL: places.mask}
+    if window is None and chunk is None:
+        return {kind: masks[kind] for kind in kinds}
+    query = (jnp.arange(places.mask.shape[1]) + places.index + inputs.virtual)[None, :, None]
+    key = jnp.arange(places.mask.shape[2])[None, None, :]
+    if window is not None:
+        masks[SLIDING] = places.mask & (key > query - window)
+    if chunk is not None:
+        first: jax.Array | int = inputs.virtual
+        if inputs.attention_mask is not None:
+            first = inputs.virtual + jnp.argmax(inputs.attention_mask != 0, axis=1)[:, None, None]
+        masks[CHUNKED] = places.mask & ((key - first) // chunk == (query - first) // chunk)
+    return {kind: masks[kind] for kind in kinds}
+
+
+def rotations_by_kind(
+    ropes: Mapping[str, RopeParameters | None],
+    head_dim: int | Mapping[str, int],
+    places: Places,
+    max_positions: int,
+    dtype: Any,
+    *,
+    interleaved: bool = False,
+) -> dict[str, Rotation | None]:
+    """The rotation of each kind of layer; kinds of the same rope share it.
+
+    Args:
+        ropes: The rope of each kind; None turns nothing.
+        head_dim: Features of a head, of all kinds or by kind.
+        places: Positions of the inputs.
+        max_positions: The model's ``max_position_embeddings``.
+        dtype: Element type of the rotations.
+        interleaved: As in `rotation`.
+    """
+    made: dict[tuple[RopeParameters, int], Rotation] = {}
+    turns: dict[str, Rotation | None] = {}
+    for kind, rope in ropes.items():
+        if rope is None:
+            turns[kind] = None
+            continue
+        size = head_dim if isinstance(head_dim, int) else head_dim[kind]
+        if (rope, size) not in made:
+            made[rope, size] = rotation(rope, size, places.positions, max_positions, dtype, interleaved=interleaved)
+        turns[kind] = made[rope, size]
+    return turns
+
+
+def chosen(views: Mapping[str, View], kinds: Sequence[str], which: jax.Array) -> View:
+    """The view of a layer whose kind is known in the compiled program alone.
+
+    Args:
+        views: The views of all kinds.
+        kinds: Kinds by number.
+        which: The number of the layer's kind.
+    """
+    masks = [views[kind].mask for kind in kinds]
+    turns = [views[kind].turn for kind in kinds]
+    cosines = [None if turn is None else turn.cos for turn in turns]
+    if all(one is None for one in cosines):
+        return View(_selected(masks, which))
+    present = next(turn for turn in turns if turn is not None)
+    still = Rotation(jnp.ones_like(present.cos), jnp.zeros_like(present.sin))
+    moved = [still if turn is None else turn for turn in turns]
+    cos, sin = [turn.cos for turn in moved], [turn.sin for turn in moved]
+    return View(_selected(masks, which), Rotation(_selected(cos, which), _selected(sin, which)))
+
+
+def _selected(cases: Sequence[jax.Array], which: jax.Array) -> jax.Array:
+    """One of several arrays; no choice is made between an array and itself."""
+    if all(case is cases[0] for case in cases):
+        return cases[0]
+    shape = jnp.broadcast_shapes(*(case.shape for case in cases))
+    selected: jax.Array = jax.lax.select_n(which, *(jnp.broadcast_to(case, shape) for case in cases))
+    return selected
