@@ -3,6 +3,7 @@
 #   make demo     fine-tune the checkpoint that ships with the package (runtime dependencies only, no PyTorch)
 #   make test     the whole test suite; ARGS="..." is handed to pytest
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest)
+#   make test-models     the decoders under all switches of their configs (some 15 minutes)
 #   make lint     ruff and mypy
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's figures
@@ -26,7 +27,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-newest lint types conformance bench lowering
+.PHONY: demo test test-models test-newest lint types conformance bench lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -34,6 +35,9 @@ demo: .venv/runtime
 
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-models: .venv/test
+	$(BIN)/python -m pytest --grid tests/test_decoders.py $(ARGS)
 
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then \

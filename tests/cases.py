@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import peft_jax as pj
 
 Options = Mapping[str, Any]
+Switches = tuple[str, Options]  # a model type, and what its config has beside the sizes of its row
 
 # The names of an architecture's modules, which `filled` puts in; see `Modules`.
 TARGETS = ["{first}", "{second}", "{last}"]
@@ -157,6 +158,10 @@ class Architecture:
         not_trained: Prompts that PEFT does not have for it.
         lively: By how much random weights of it are moved for prompts, so that its outputs differ.
         types: Whether it takes ``token_type_ids`` for classes of texts and of tokens.
+        switches: Of a decoder, what is compared in test_decoders.py: model types, and what their configs have beside
+            `sizes`, by name. The first of them is compared in everything, the others in numbers and tokens.
+        grid: Further ones, for ``make test-models`` alone.
+        refused: Options that are refused, and what the error names.
     """
 
     sizes: Options
@@ -174,6 +179,9 @@ class Architecture:
     not_trained: tuple[str, ...] = ()
     lively: float = 0.05
     types: bool = False
+    switches: Mapping[str, Switches] = nothing()
+    grid: Mapping[str, Switches] = nothing()
+    refused: Mapping[str, Switches] = nothing()
 
 
 # Of each task of PEFT: the end of the names of classes, and of the names of models in test ids.
@@ -706,6 +714,18 @@ OF_AN_ENCODER = Modules(
 # Rows of LoRA that concern layers and names, which GPT-2 and Llama show as well; BERT's own are about heads and biases.
 OF_DECODERS = ("plain", "rslora", "patterns", "layers_to_transform", "regex")
 
+# Kinds of rope whose parts all bite in a head of 8 features and texts of 12 tokens.
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 100.0}
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    **{"beta_fast": 2.0, "beta_slow": 0.5},
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 8},
+    **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     # Its adapters are `MethodCase.llama`, and its prompts for language models `PromptCase.llama`.
     "llama": Architecture(
@@ -722,6 +742,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         heads=("SequenceClassification", "TokenClassification", ""),
         prompts={"SEQ_CLS": ("prefix",), "TOKEN_CLS": ("p-tuning",)},
+        switches={
+            "llama": ("llama", {}),
+            "yarn": ("llama", {"rope_parameters": {**YARN, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.5}}),
+            "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 8}),
+            "longrope": ("llama", {"rope_parameters": LONGROPE}),
+            "qwen2-relu2": ("qwen2", {"tie_word_embeddings": True, "hidden_act": "relu2"}),
+        },
+        grid={
+            **{act: ("llama", {"hidden_act": act}) for act in ("gelu_fast", "quick_gelu", "mish", "laplace", "tanh")},
+            "longrope-short": ("llama", {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 32}}),
+            "yarn-default": ("mistral", {"rope_parameters": YARN}),
+            "qwen3-windows": (
+                "qwen3",
+                {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, "head_dim": 12},
+            ),
+        },
+        refused={
+            "partial rope": ("llama", {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}}),
+            "attention_dropout of a bidirectional model": ("llama", {"is_causal": False}),
+        },
     ),
     "gpt2": Architecture(
         sizes={**SIZES, "max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": None},

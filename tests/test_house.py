@@ -173,6 +173,7 @@ LISTING = {
     "peft_jax/core/targets.py": "PEFT's list of the heads that it trains whole, for all models",
     "peft_jax/adapters/target_parameters.py": "the names that all experts of transformers give their parameters",
     "peft_jax/models/modules/layers.py": "the class LayerNorm itself",
+    "peft_jax/models/modules/decoder_blocks.py": "the attention and the feed-forward network that most decoders share",
     "peft_jax/adapters/attach.py": "PEFT's name for the input embedding of what is no model of transformers'",
     "interop/formats.py": "PEFT's list of the modules whose base weight a file holds too",
     "peft_jax/cli/inspect/servers.py": "the list in a server's own code of the modules that it takes adapters of",

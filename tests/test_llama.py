@@ -16,9 +16,9 @@ import peft_jax as pj
 from peft_jax.models.llama import model as llama
 from peft_jax.models.llama.config import LlamaConfig, RopeScaling
 from peft_jax.models.llama.family import LLAMA
-from peft_jax.models.modules.rotary import inverse_frequencies
 from peft_jax.models.modules.attention import BLOCKS, LEAST, attend
 from peft_jax.models.modules.inputs import ARRAYS, OPTIONS, ForwardInputs
+from peft_jax.models.modules.rotary import inverse_frequencies
 from peft_jax.models.registry import FAMILIES
 from peft_jax.models.weights_io import load_model
 
@@ -157,8 +157,8 @@ def test_scaled_rotations_and_windows_bite(name, plain, pair):
 
 def test_llama3_frequencies_are_kept_blended_and_divided(pair):
     _, config, _ = pair("llama3")
-    plain = inverse_frequencies(dataclasses.replace(config, rope_scaling=RopeScaling()))
-    ratio = plain / inverse_frequencies(config)
+    plain = inverse_frequencies(dataclasses.replace(config, rope_scaling=RopeScaling()).rope, 8, 64)
+    ratio = plain / inverse_frequencies(config.rope, 8, 64)
     assert ratio[0] == 1 and 1 < ratio[1] < 8 and ratio[-1] == pytest.approx(8)
 
 
@@ -183,7 +183,7 @@ def test_position_ids_and_embeddings(name, pair):
 def test_a_cache_filled_in_pieces_gives_the_logits_of_one_call(name, pair):
     _, config, params = pair(name)
     want = ours(config, params, input_ids=IDS, attention_mask=MASK).logits
-    cache = llama.init_cache(config, len(IDS), 15)  # longer than need be
+    cache = LLAMA.init_cache(config, len(IDS), 15)  # longer than need be
     got = []
     for start, stop, seen in [(0, 6, 6), (6, 7, 12), (7, 8, 12), (8, 9, 12), (9, 12, 12)]:
         out = ours(config, params, input_ids=IDS[:, start:stop], attention_mask=MASK[:, :seen], cache=cache)
@@ -343,7 +343,7 @@ def shapes(config):
 
 def test_a_cache_that_is_too_short_is_an_error():
     with pytest.raises(ValueError, match="room for 11 positions, got 12"):
-        inputs = ForwardInputs(input_ids=IDS, cache=llama.init_cache(SMALL, 4, 11))
+        inputs = ForwardInputs(input_ids=IDS, cache=LLAMA.init_cache(SMALL, 4, 11))
         jax.eval_shape(partial(LLAMA.apply, SMALL), shapes(SMALL), inputs)
 
 
@@ -378,11 +378,10 @@ def test_config_of_older_transformers():
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model_type='gpt2' is not supported. Supported: llama, mistral, qwen2, qwen3"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "axial", "factor": 2.0}}, "rope_type='axial' is not supported"),
         ({"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2]}}, r"\['mrope_section'\] are not"),
-        ({"hidden_act": "mish"}, "hidden_act='mish' is not supported. Supported: silu"),
+        ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported. Supported: silu"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method='gptq'.*load_in_8bit=True"),
         ({"is_causal": False}, "is_causal=False"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),

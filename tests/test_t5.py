@@ -281,7 +281,7 @@ def test_wrong_inputs_are_told(options, message, pair):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"feed_forward_proj": "gated-swish"}, "feed_forward_proj='gated-swish' is not supported"),
+        ({"feed_forward_proj": "gated-xielu"}, "feed_forward_proj='gated-xielu' is not supported"),
         ({"model_type": "umt5"}, "model_type='umt5' is not supported"),
         ({"model_type": "mt5", "scale_decoder_outputs": True}, "scale_decoder_outputs=True is for T5"),
         ({"share_embeddings": False}, "leaves the head no table"),

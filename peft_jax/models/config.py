@@ -122,12 +122,12 @@ class ModelConfig:
 
     @property
     def embedding_scale(self) -> float:
-        """What the embeddings of tokens are multiplied by where they are looked up."""
+        """The factor of the embeddings of tokens where they are looked up."""
         return 1.0
 
     @property
     def logits_form(self) -> LogitsForm:
-        """What a language model does to its head's products."""
+        """The form of a language model's logits, from the products of its head."""
         return PLAIN
 
     @property

@@ -37,7 +37,9 @@ def prompt_sizes(peft_type: str, config: ModelConfig) -> Fields:
         [64, 16]
     """
     if peft_type == "PREFIX_TUNING" and config.stacks:
-        raise ValueError(f"PREFIX_TUNING is not for {config.model_type} models, whose layers have keys of several shapes.")
+        raise ValueError(
+            f"PREFIX_TUNING is not for {config.model_type} models, whose layers have keys of several shapes."
+        )
     of_keys = peft_type == "PREFIX_TUNING"
     return {
         "num_layers": config.num_hidden_layers,

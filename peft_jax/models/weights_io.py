@@ -15,7 +15,7 @@ from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tenso
 from peft_jax.interop.files import GENERATION_CONFIG
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
-from peft_jax.models.family import Family, leaf_at, with_leaf
+from peft_jax.models.family import leaf_at, with_leaf
 from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.quant import quantize_array
 
@@ -99,7 +99,6 @@ def _start(config: ModelConfig, paths: tuple[str, ...], dtype: jnp.dtype, key: j
 @functools.lru_cache(maxsize=8)
 def _converter(config: ModelConfig, dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array], Any]:
     """Make what happens to each tensor on its way; one function for each choice, so that programs are shared."""
-
     family = family_of(config)
 
     def convert(path: str, array: jax.Array) -> Any:

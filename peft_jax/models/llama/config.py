@@ -22,7 +22,6 @@ from peft_jax.models.config import (
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.rotary import RopeParameters
 
-
 RopeScaling = RopeParameters  # what this family calls it
 
 

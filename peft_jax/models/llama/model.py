@@ -70,7 +70,7 @@ class LlamaModel(DecoderBackbone):
     embedding_name = "embed_tokens"
 
     def make_layer(self, dtype: Any) -> MakeLayer:
-        """What makes a layer from random streams."""
+        """A function that makes a layer from random streams."""
         return partial(LlamaDecoderLayer, self.config, dtype)
 
     def make_norm(self, dtype: Any) -> nnx.Module:
@@ -78,7 +78,7 @@ class LlamaModel(DecoderBackbone):
         return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
 
     def views(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> dict[str, View]:
-        """What full and sliding layers see; positions turn queries and keys alike in both."""
+        """The views of full and sliding layers; positions turn queries and keys alike in both."""
         config = self.config
         turn = rotation(config.rope, config.head_size, places.positions, config.max_position_embeddings, x.dtype)
         masks = masks_by_kind(places, inputs, set(config.kinds), window=config.sliding_window)

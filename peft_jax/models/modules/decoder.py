@@ -1,4 +1,4 @@
-"""What every decoder has: an embedding, stacked layers, a final norm, a head, a cache.
+"""The parts of every decoder: an embedding, stacked layers, a final norm, a head, a cache.
 
 A family's ``model.py`` has its own layers and these two classes with the names of its modules::
 
@@ -36,7 +36,7 @@ class DecoderBackbone(nnx.Module):
     """All of a decoder but its head.
 
     A subclass names its modules, makes its layers and its final norm, and says what each kind of layer sees. The hooks
-    `embed`, `per_layer` and `start` are for those that need more.
+    `embedded`, `placed`, `per_layer` and `start` are for those that need more.
     """
 
     embedding_name: ClassVar[str]
@@ -58,7 +58,7 @@ class DecoderBackbone(nnx.Module):
         """Make further modules before the layers."""
 
     def make_layer(self, dtype: Any) -> MakeLayer | Mapping[str, MakeLayer]:
-        """What makes a layer from random streams; by stack, where `ModelConfig.stacks` has names."""
+        """A function that makes a layer from random streams; by stack, where `ModelConfig.stacks` has names."""
         raise NotImplementedError
 
     def make_norm(self, dtype: Any) -> nnx.Module:
@@ -66,10 +66,10 @@ class DecoderBackbone(nnx.Module):
         raise NotImplementedError
 
     def views(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> dict[str, View]:
-        """What the layers of each kind see, for embeddings x (batch, length, hidden)."""
+        """The view of each kind of layer, for embeddings x (batch, length, hidden)."""
         raise NotImplementedError
 
-    def embed(self, inputs: ForwardInputs) -> jax.Array:
+    def embedded(self, inputs: ForwardInputs) -> jax.Array:
         """The embeddings (batch, length, hidden) of the inputs."""
         return self.table.either(inputs.input_ids, inputs.inputs_embeds, self.config.embedding_scale)
 
@@ -82,7 +82,7 @@ class DecoderBackbone(nnx.Module):
         return None
 
     def start(self, x: jax.Array, buffers: Any) -> Any:
-        """What the first layer is handed beside its input; `finish` takes it from the last."""
+        """The tree that the first layer is handed beside its input; `finish` takes it from the last."""
         return buffers
 
     def finish(self, handed: Any) -> Any:
@@ -97,7 +97,7 @@ class DecoderBackbone(nnx.Module):
 
     def __call__(self, inputs: ForwardInputs) -> ModelOutput:
         """Run all layers; the output has last and hidden states and the filled cache."""
-        x = self.embed(inputs)
+        x = self.embedded(inputs)
         batch, length, _ = x.shape
         places = causal_places(batch, length, inputs)
         x = self.placed(x, places, inputs)

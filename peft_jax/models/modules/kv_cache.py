@@ -29,12 +29,12 @@ class KVCache(NamedTuple):
 
     @property
     def buffers(self) -> Buffers:
-        """What the layers read and write."""
+        """The keys and values that layers read and write."""
         return self.keys, self.values
 
 
 class MixedCache(NamedTuple):
-    """What layers of several shapes keep of the positions seen so far.
+    """The memory that layers of several shapes keep of the positions seen so far.
 
     Attributes:
         buffers: By stack of layers, what its layers keep, with an axis of these layers in front: of an attention

@@ -21,7 +21,7 @@ from peft_jax.models.modules.remat import rematerialized
 
 
 class LayerCall(NamedTuple):
-    """What one layer gets beside its input, and buffers of the cache.
+    """The arguments of one layer beside its input and the buffers of the cache.
 
     Attributes:
         view: What its kind of layer sees.
@@ -43,7 +43,7 @@ class LayerCall(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What the layers of one call of a decoder share.
+    """The arguments that the layers of one call of a decoder share.
 
     Attributes:
         views: What the layers of each kind see.
@@ -162,7 +162,9 @@ def _run_segment(
         inputs = []
         for offset in range(length):
             inputs.append(x)
-            one = rematerialized(lambda x, buffers, step, offset=offset: apply(offset, x, buffers, step), whole=run.remat)
+            one = rematerialized(
+                lambda x, buffers, step, offset=offset: apply(offset, x, buffers, step), whole=run.remat
+            )
             x, buffers = one(x, buffers, step)
         return (x, buffers), jnp.stack(inputs) if run.keep else None
 
@@ -171,7 +173,7 @@ def _run_segment(
 
 
 def _taken(tree: Any, number: jax.Array) -> Any:
-    """What a tree has for one layer."""
+    """A tree's part for one layer."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), tree)
 
 
@@ -183,7 +185,7 @@ def segments(kinds: Sequence[Any]) -> list[Segment]:
         [Segment(start=0, length=3, count=4), Segment(start=12, length=1, count=2)]
     """
     total = len(kinds)
-    best: list[tuple[int, int, list[Segment]]] = [(0, 0, [])] * (total + 1)
+    best: list[Split] = [Split(0, 0, 0, [])] * (total + 1)
     for start in reversed(range(total)):
         options = []
         for length in range(1, total - start + 1):
@@ -192,7 +194,17 @@ def segments(kinds: Sequence[Any]) -> list[Segment]:
                 stop = start + length * count
                 if kinds[stop - length : stop] != pattern:
                     break
-                compiled, number, rest = best[stop]
-                options.append((compiled + length, number + 1, [Segment(start, length, count), *rest]))
+                rest = best[stop]
+                parts = [Segment(start, length, count), *rest.parts]
+                options.append(Split(rest.compiled + length, rest.number + 1, -stop, parts))
         best[start] = min(options)
-    return best[0][2]
+    return best[0].parts
+
+
+class Split(NamedTuple):
+    """A way to split layers, compared by its first fields: layers compiled, segments, and minus the first one's end."""
+
+    compiled: int
+    number: int
+    behind: int
+    parts: list[Segment]

@@ -1,4 +1,4 @@
-"""What the layers of each kind see of a text: all before a token, a window, or its chunk, and how positions turn."""
+"""The part of a text that each kind of layer sees: all before a token, a window, or its chunk, and how positions turn."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from peft_jax.models.config import CHUNKED, FULL, SLIDING
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.positions import Places
-from peft_jax.models.modules.rotary import Rotation, RopeParameters, rotation
+from peft_jax.models.modules.rotary import RopeParameters, Rotation, rotation
 
 
 class View(NamedTuple):
-    """What the layers of one kind see.
+    """The mask and the rotation of the layers of one kind.
 
     Attributes:
         mask: What a query may see, bool ``(batch or 1, length, n_virtual + kv_len)``.
@@ -27,7 +27,12 @@ class View(NamedTuple):
 
 
 def masks_by_kind(
-    places: Places, inputs: ForwardInputs, kinds: Collection[str], *, window: int | None = None, chunk: int | None = None
+    places: Places,
+    inputs: ForwardInputs,
+    kinds: Collection[str],
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
 ) -> dict[str, jax.Array]:
     """The mask of each kind of layer, bool ``(batch or 1, length, n_virtual + kv_len)``.
 

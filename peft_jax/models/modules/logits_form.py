@@ -1,4 +1,4 @@
-"""What some models do to logits: they are multiplied by a number, and bent towards a cap."""
+"""Logits that some models change: they are multiplied by a number, and bent towards a cap."""
 
 import dataclasses
 

@@ -264,7 +264,7 @@ def inverse_frequencies(
 
 
 def attention_factor(rope: RopeParameters, max_positions: int) -> float:
-    """What cosines and sines are multiplied by.
+    """The factor of cosines and sines.
 
     Example:
         >>> round(attention_factor(RopeParameters("yarn", factor=4.0), 64), 4)
