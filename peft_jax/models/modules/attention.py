@@ -34,6 +34,9 @@ class Scoring:
     softcap: float | None = None
 
 
+PLAIN_SCORES = Scoring()
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -41,7 +44,7 @@ def attend(
     mask: jax.Array,
     *,
     causal: bool = False,
-    scoring: Scoring = Scoring(),
+    scoring: Scoring = PLAIN_SCORES,
     sinks: jax.Array | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:

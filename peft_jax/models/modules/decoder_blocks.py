@@ -10,7 +10,7 @@ from flax import nnx
 
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.modules.activations import ACTIVATIONS
-from peft_jax.models.modules.attention import Scoring, attend, attend_to
+from peft_jax.models.modules.attention import PLAIN_SCORES, Scoring, attend, attend_to
 from peft_jax.models.modules.kv_cache import Buffers, extend
 from peft_jax.models.modules.layer_scan import LayerCall
 from peft_jax.models.modules.layers import linear_maker
@@ -27,7 +27,7 @@ def attend_within(
     call: LayerCall,
     buffers: Buffers | None,
     *,
-    scoring: Scoring = Scoring(),
+    scoring: Scoring = PLAIN_SCORES,
     sinks: jax.Array | None = None,
     bias: jax.Array | None = None,
 ) -> tuple[jax.Array, Buffers | None]:
@@ -75,7 +75,7 @@ class SelfAttention(nnx.Module):
         *,
         bias: bool = False,
         out_bias: bool = False,
-        scoring: Scoring = Scoring(),
+        scoring: Scoring = PLAIN_SCORES,
         interleaved: bool = False,
         head_dim: int | None = None,
         kv_heads: int | None = None,

@@ -1,4 +1,4 @@
-"""The part of a text that each kind of layer sees: all before a token, a window, or its chunk, and how positions turn."""
+"""The view of each kind of layer: the part of a text that it sees (all, a window, a chunk), and how positions turn."""
 
 from __future__ import annotations
 

@@ -149,7 +149,8 @@ def ropes_by_kind(
         ValueError: A kind has no entry; also as `RopeParameters.from_hf`.
 
     Example:
-        >>> ropes = ropes_by_kind({"full": {"rope_type": "default", "rope_theta": 1e6}, "short": None}, ["full", "short"])
+        >>> parameters = {"full": {"rope_type": "default", "rope_theta": 1e6}, "short": None}
+        >>> ropes = ropes_by_kind(parameters, ["full", "short"])
         >>> ropes["full"].rope_theta, ropes["short"]
         (1000000.0, None)
     """
