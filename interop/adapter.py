@@ -69,7 +69,7 @@ def save_adapter(
             "Save the adapter as it was before training diverged, or in a wider element type."
         )
     fields = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_VERSION}
-    folder = pathlib.Path(directory) / ("" if adapter_name == "default" else adapter_name)
+    folder = adapter_folder(directory, adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
     weights, text = folder / f".{WEIGHTS_FILE}.part", folder / f".{CONFIG_FILE}.part"
     try:
@@ -81,6 +81,16 @@ def save_adapter(
     finally:
         weights.unlink(missing_ok=True)
         text.unlink(missing_ok=True)
+
+
+def adapter_folder(directory: str | os.PathLike[str], adapter_name: str) -> pathlib.Path:
+    """The folder that an adapter is saved in below ``directory``.
+
+    Example:
+        >>> adapter_folder("run", "default").name, adapter_folder("run", "other").name
+        ('run', 'other')
+    """
+    return pathlib.Path(directory) / ("" if adapter_name == "default" else adapter_name)
 
 
 def load_adapter(

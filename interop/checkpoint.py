@@ -80,6 +80,8 @@ def find_checkpoint(name_or_path: Path, files: Sequence[str] = HUB_FILES) -> pat
     if folder.is_dir():
         return folder
     name = os.fspath(name_or_path)
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise FileNotFoundError(f"'{name}' is no folder. Name '{folder.parent}', and gguf_file='{folder.name}' in it.")
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(f"No folder '{name}'. Name a checkpoint's folder, or an id 'owner/name' on the hub.")
     try:
@@ -137,7 +139,8 @@ def _check(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], ignored: Sequ
 
 
 def _load(row: Row, tensors: Mapping[str, np.ndarray], convert: Convert) -> Any:
-    whole = jax.eval_shape(partial(_leaf, row=row, convert=convert), tensors[row.keys[0]])
+    first = tensors[row.keys[0]]
+    whole = jax.eval_shape(partial(_leaf, row=row, convert=convert), jax.ShapeDtypeStruct(first.shape, first.dtype))
     front = row.shape[:1] if row.stacked else ()
     buffers = jax.tree.map(lambda one: jnp.zeros((*front, *one.shape[len(front) :]), one.dtype), whole)
     for layer, key in enumerate(row.keys):

@@ -166,6 +166,7 @@ FOLDERS = {name: family.config.__module__.split(".")[2] for name, family in BY_M
 # Code outside an architecture's folder and the registry that names it nevertheless, and why.
 NAMING = {
     "peft_jax/models/__init__.py": "the public face: the configs that a user makes models from",
+    "peft_jax/prompts/gguf_tokenizer.py": "the word that GGUF files have for SentencePiece",
     "peft_jax/cli/demo.py": "says what the checkpoint is that ships with the package",
 }
 # Code outside the folders that has names of modules which an architecture has too, and why.

@@ -10,6 +10,7 @@ from peft_jax.cli.shared.common_options import (
     CUTOFF,
     DATA,
     DTYPE,
+    GGUF,
     MODEL,
     OUTPUT,
     TEMPLATE,
@@ -106,6 +107,8 @@ class Merge:
     """Folder to create: weights, config.json and the tokenizer's files."""
     model: Annotated[str | None, MODEL] = None
     """Folder (or hub id) of the base model; by default the one that the adapter names."""
+    gguf_file: Annotated[str | None, GGUF] = None
+    """GGUF file in that folder; by default the one that the adapter was trained on, if --model is not given."""
     dtype: Annotated[Dtype | None, DTYPE] = None
     """Element type of the written weights; by default the base's own."""
 
@@ -118,6 +121,8 @@ class Inspect:
     """Folder of an adapter in PEFT's format, of any method."""
     model: Annotated[str | None, MODEL] = None
     """Folder (or hub id) of a base model to hold it against; only its config.json is read."""
+    gguf_file: Annotated[str | None, GGUF] = None
+    """GGUF file in that folder, of which only the metadata are read."""
     json: bool = False
     """Print a JSON object instead."""
 

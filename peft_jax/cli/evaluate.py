@@ -30,10 +30,11 @@ def evaluate_model(options: Eval) -> None:
     for name in ("batch_size", "cutoff_len"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Give a number above 0.")
-    task = find_task(options.model, options.adapter)
+    task = find_task(options.model, options.adapter, options.gguf_file)
     records = load_records(DataOptions(data=options.data, prompt_template=options.prompt_template))
     task.check(records)
-    template, tokenizer = load_template(options.prompt_template), find_tokenizer(options.model, options.adapter)
+    template = load_template(options.prompt_template)
+    tokenizer = find_tokenizer(options.model, options.adapter, options.gguf_file)
     model = load_model(options, task)
     layout = RowOptions(options.cutoff_len, template, tasks=prompt_tasks(model))
     examples, too_long = task.encode(records, tokenizer, model, layout)

@@ -7,9 +7,10 @@ import jax
 
 import peft_jax as pj
 from peft_jax.cli.command_options import Merge
-from peft_jax.cli.shared.adapter_base import find_base
+from peft_jax.cli.shared.adapter_base import Base, find_base
 from peft_jax.cli.shared.output_folder import new_folder
 from peft_jax.cli.shared.task import refuse_random, task_of_adapter
+from peft_jax.prompts.tokenizer import read_tokenizer
 
 # What belongs to a tokenizer, and goes along as it is.
 TOKENIZER_FILES = (
@@ -37,10 +38,11 @@ def merge(options: Merge) -> None:
 
 def _merge(options: Merge, folder: Path) -> list[str]:
     """Write the checkpoint into a folder; return the lines to print about it."""
-    name, base = find_base(options.model, options.adapter)
+    base = find_base(options.model, options.adapter, options.gguf_file)
     # Merged in float32, then rounded, where another type than the base's is asked for; memory holds float32 then.
-    task = task_of_adapter(str(base), options.adapter)
-    model = task.read_for(str(base), options.adapter, dtype=options.dtype and "float32")
+    task = task_of_adapter(str(base.folder), options.adapter, base.gguf_file)
+    told = {"dtype": options.dtype and "float32", "gguf_file": base.gguf_file}
+    model = task.read_for(str(base.folder), options.adapter, **told)
     model = pj.PeftModel.from_pretrained(model, options.adapter)
     refuse_random(model)
     model = model.merge_and_unload()
@@ -49,12 +51,22 @@ def _merge(options: Merge, folder: Path) -> list[str]:
     size, dtype = sum(leaf.nbytes for leaf in jax.tree.leaves(model)), jax.tree.leaves(model)[0].dtype
     model.save_pretrained(folder)
     said = [
-        f"Merged {options.adapter} into {name}.",
+        f"Merged {options.adapter} into {base.name}.",
         f"Wrote {options.output}: {model.num_parameters():,} weights in {dtype}, {size / 1e6:,.1f} MB",
     ]
-    if not _copy_tokenizer(options.adapter if _has_tokenizer(options.adapter) else base, folder):
+    if not _add_tokenizer(options.adapter, base, folder):
         said.append("The base has no tokenizer files, so there are none in it.")
     return said
+
+
+def _add_tokenizer(adapter: Path, base: Base, folder: Path) -> bool:
+    """Add the tokenizer in the adapter's folder if it has one, else the base's; return whether there was one."""
+    if _has_tokenizer(adapter):
+        return bool(_copy_tokenizer(adapter, folder))
+    if base.gguf_file is None:
+        return bool(_copy_tokenizer(base.folder, folder))
+    read_tokenizer(base.folder, gguf_file=base.gguf_file).save_pretrained(folder)
+    return True
 
 
 def _has_tokenizer(folder: Path) -> bool:

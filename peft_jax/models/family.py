@@ -17,6 +17,7 @@ from peft_jax.core.repeated import Repeated
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
+from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.modules import functional
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.layers import scaled
@@ -99,6 +100,7 @@ class Family:
         replicable: Tasks of the models whose layers PEFT replicates.
         init_cache: ``init_cache(config, batch, max_len, dtype)``, for decoders that generate.
         encoder_decoder: What encoder-decoders have in its place.
+        gguf: How GGUF files spell its model types, by their ``general.architecture``; empty if there are no such files.
     """
 
     config: type[ModelConfig]
@@ -119,6 +121,7 @@ class Family:
     replicable: Collection[str] = ()
     init_cache: Callable[..., Any] | None = None
     encoder_decoder: EncoderDecoder | None = None
+    gguf: Mapping[str, GGUFArchitecture] = dataclasses.field(default_factory=dict)
 
     def init_params(self, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
         """Random parameters: a nested dict of arrays by Hugging Face module names."""

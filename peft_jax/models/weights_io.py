@@ -16,6 +16,7 @@ from peft_jax.interop.files import GENERATION_CONFIG
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
 from peft_jax.models.family import leaf_at, with_leaf
+from peft_jax.models.gguf_checkpoint import base_config, base_files, dequantized_note, gguf_tensors, open_base
 from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.quant import quantize_array
 
@@ -40,6 +41,7 @@ def read_model(
     *,
     dtype: Any = None,
     load_in_8bit: bool = False,
+    gguf_file: str | None = None,
     key: jax.Array | None = None,
     **changes: Any,
 ) -> Loaded:
@@ -51,6 +53,8 @@ def read_model(
             names, or else that of the first tensor.
         load_in_8bit: Whether to round the linear kernels of the layers to int8, tensor by tensor while loading.
             Embedding, norms, biases and head stay floating-point.
+        gguf_file: Name of a GGUF file in the folder, from which all is read instead, dequantized tensor by tensor. A
+            warning says the bytes that the weights then take. dtype=None means float32 for one with quantized weights.
         key: Random key for a head that the checkpoint does not have; None means ``jax.random.key(0)``.
         **changes: Fields of the config that are not to be as in config.json: ``task_type``, ``num_labels``, ...
 
@@ -59,11 +63,15 @@ def read_model(
         ValueError: The model is of another family or asks for something that is not supported, a file is damaged, or
             the tensors are not those of the config.
     """
-    folder = find_checkpoint(name_or_path)
-    hf = read_config(folder)
-    config = dataclasses.replace(_with_generation_ids(read_architecture(hf), folder), **changes)
-    family = family_of(config)
-    tensors = open_tensors(folder, family.ignored)
+    folder = find_checkpoint(name_or_path, base_files(gguf_file))
+    hf = base_config(folder, gguf_file)
+    found = read_architecture(hf)
+    family = family_of(found)
+    if gguf_file is None:
+        found, tensors = _with_generation_ids(found, folder), open_tensors(folder, family.ignored)
+    else:
+        tensors = gguf_tensors(open_base(folder, gguf_file), found)
+    config = dataclasses.replace(found, **changes)
     if dtype is None:
         dtype = hf.get("dtype") or hf.get("torch_dtype") or next(iter(tensors.values())).dtype
     if (dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
@@ -74,6 +82,8 @@ def read_model(
     convert = _converter(config, jnp.dtype(dtype), load_in_8bit)
     params = load_params(fitted, [row for row in rows if row not in fresh], convert, ignored=unused(family))
     paths = tuple(row.path for row in fresh)
+    if gguf_file is not None and (note := dequantized_note(folder, gguf_file, params)):
+        warnings.warn(note, stacklevel=3)
     if fresh:
         warnings.warn(
             f"The checkpoint in '{name_or_path}' has no {', '.join(paths)}: they start at random. Train them, or "

@@ -5,7 +5,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import huggingface_hub
+
 from peft_jax.core.file_names import is_path_below
+from peft_jax.core.gguf_metadata import open_gguf
+from peft_jax.prompts.gguf_tokenizer import tokenizer_of
 
 
 class Tokenizer(Protocol):
@@ -41,6 +45,7 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Toke
     Args:
         name_or_path: Folder, or id on the hub.
         **options: For transformers' ``AutoTokenizer.from_pretrained``; ``trust_remote_code`` is False in any case.
+            ``gguf_file`` names a GGUF file, whose metadata alone are read then.
 
     Raises:
         ValueError: If there is none that can be read, or none without running code of its own.
@@ -54,6 +59,8 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Toke
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     name, has_code = os.fspath(name_or_path), False
+    if (gguf_file := options.pop("gguf_file", None)) is not None:
+        return _read_gguf(name, gguf_file)
     options.pop("trust_remote_code", None)
     try:
         with _never_asking():
@@ -74,6 +81,21 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Toke
         raise ValueError(
             f"no tokenizer can be read from {name}{reason}. Put tokenizer.json and tokenizer_config.json beside the "
             "weights."
+        ) from error
+
+
+def _read_gguf(name: str, gguf_file: str) -> Any:
+    """The tokenizer that a GGUF file of a folder, or of an id on the hub, describes."""
+    try:
+        folder = name if os.path.isdir(name) else huggingface_hub.snapshot_download(name, allow_patterns=[gguf_file])
+    except (OSError, ValueError) as error:  # the hub's errors are kinds of these
+        raise ValueError(f"no folder and no id on the hub is named '{name}', where {gguf_file} would be.") from error
+    file = open_gguf(folder, gguf_file)
+    try:
+        return tokenizer_of(file)
+    except Exception as error:  # damaged metadata raise many kinds, and tokenizers a bare Exception
+        raise ValueError(
+            f"no tokenizer can be made of the metadata of '{file.path}' ({error}). Take a file with the tokenizer in it."
         ) from error
 
 

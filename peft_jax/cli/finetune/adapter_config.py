@@ -121,7 +121,7 @@ def choose_task(options: Finetune, config: PeftConfig) -> Task:
     said = options.base.task
     if said is not None and config.task_type not in (None, said):
         raise ValueError(f"--task {said}, but the adapter's config has the task_type {config.task_type}. Drop --task.")
-    task = task_of(options.base.model, said or config.task_type)
+    task = task_of(options.base.model, said or config.task_type, options.base.gguf_file)
     for name in ("packing", "train_on_inputs"):
         if getattr(options.data, name) and not task.next_token:
             raise ValueError(f"{flag(name)} is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.command_line import flag as flag
-from peft_jax.cli.shared.common_options import CUTOFF, DATA, DTYPE, INT8, MODEL, OUTPUT, TEMPLATE, Dtype
+from peft_jax.cli.shared.common_options import CUTOFF, DATA, DTYPE, GGUF, INT8, MODEL, OUTPUT, TEMPLATE, Dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,8 @@ class ModelOptions:
 
     model: Annotated[str, MODEL]
     """Folder (or hub id) of a Hugging Face checkpoint of one of the architectures in the README's table."""
+    gguf_file: Annotated[str | None, GGUF] = None
+    """GGUF file in that folder, which holds weights, config and tokenizer; needs peft-jax[gguf]."""
     task: Annotated[Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None, Option(aliases=("--task-type",))] = None
     """Task to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to predict texts'
     classes, with a fresh head where the checkpoint has none; by default what the adapter or the checkpoint is for."""

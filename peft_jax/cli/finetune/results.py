@@ -71,14 +71,16 @@ def model_card(model: PeftModel, task: Task, settings: Mapping[str, Any], curves
     config = next(iter(model.peft_config.values()))
     given = {**settings, **{name: getattr(config, name, None) for name in DESCRIBED}}
     typed = [f"| `{flag(name)}` | {_typed(value)} |" for name, value in given.items() if value is not None]
-    classes = f", num_labels={model.config.num_labels}" if task.has_classes else ""
+    more = f", num_labels={model.config.num_labels}" if task.has_classes else ""
+    if settings.get("gguf_file"):
+        more += f", gguf_file={settings['gguf_file']!r}"
     lines = [
         *("---", f"base_model: {base}", "library_name: peft", f"pipeline_tag: {task.pipeline}"),
         *("tags:", f"- base_model:adapter:{base}", f"- {config.peft_type.lower()}", "- peft_jax", "---", ""),
         *(f"# {config.peft_type} adapter for {Path(base).name}", ""),
         *(f"Trained with `peft-jax finetune` on `{settings['data']}`, in the format of Hugging Face PEFT:", ""),
         *("```python", f"from peft import {task.auto_peft}", ""),
-        *(f'model = {task.auto_peft}.from_pretrained("path/to/this/folder"{classes})', "```", ""),
+        *(f'model = {task.auto_peft}.from_pretrained("path/to/this/folder"{more})', "```", ""),
         *("![Loss curve](loss.png)", "", trainable, ""),
         *("| result | |", "|---|---|", *results, ""),
         *("| setting | |", "|---|---|", *typed, ""),

@@ -25,6 +25,7 @@ from peft_jax.cli.shared.task import (
     classes_of_data,
 )
 from peft_jax.interop.checkpoint import find_checkpoint
+from peft_jax.models.gguf_checkpoint import base_files
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train import Packed, Padded, load_template, read_data
@@ -174,9 +175,11 @@ def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
 def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], adapter: Path | None) -> Any:
     """Read the base model; a classifier with the classes of the adapter that it is trained on, or of the records."""
     choices = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "remat": options.remat}
+    choices["gguf_file"] = options.gguf_file
     if adapter is not None:
         return task.read_for(options.model, adapter, **choices)
-    return task.read(options.model, classes_of_data(options.model, records) if task.has_classes else None, **choices)
+    classes = classes_of_data(options.model, records, options.gguf_file) if task.has_classes else None
+    return task.read(options.model, classes, **choices)
 
 
 def fingerprint(options: Finetune) -> dict[str, Any]:
@@ -192,9 +195,11 @@ def fingerprint(options: Finetune) -> dict[str, Any]:
             options.adapter.adapter / LABELS_FILE,
         ]
     contents = {str(file): _digest(Path(file)) for file in named if file is not None and Path(file).is_file()}
-    base = find_checkpoint(options.base.model)
-    weights = {file.name: _sample(file) for file in sorted(base.glob("*.safetensors"))}
-    if (base / "config.json").is_file():
+    gguf_file = options.base.gguf_file
+    base = find_checkpoint(options.base.model, base_files(gguf_file))
+    files = sorted(base.glob("*.safetensors")) if gguf_file is None else [base / gguf_file]
+    weights = {file.name: _sample(file) for file in files if file.is_file()}
+    if gguf_file is None and (base / "config.json").is_file():
         weights["config.json"] = _digest(base / "config.json")
     return {**found, "contents": contents | {f"{options.base.model}/{name}": hash for name, hash in weights.items()}}
 

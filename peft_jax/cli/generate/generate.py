@@ -45,13 +45,13 @@ def generate(options: Generate) -> None:
     """
     check(options)
     prompts = read_prompts(options.prompts, options.file, standard_input())
-    task = find_task(options.model, options.adapter)
+    task = find_task(options.model, options.adapter, options.gguf_file)
     if task.has_classes:
         raise ValueError(
             f"{options.adapter or options.model} tells classes of texts, and writes none. Give it to peft-jax eval, "
             "which reports its accuracy."
         )
-    tokenizer = find_tokenizer(options.model, options.adapter)
+    tokenizer = find_tokenizer(options.model, options.adapter, options.gguf_file)
     encoded = [encode(prompt, options.prompt_template, tokenizer, goes_on=task.next_token) for prompt in prompts]
     if not all(encoded):
         raise ValueError(

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from peft_jax.cli.command_options import Inspect as Inspect
 from peft_jax.cli.inspect.servers import Verdict, verdicts
 from peft_jax.cli.shared.terminal import in_one_line
-from peft_jax.interop.checkpoint import find_checkpoint, read_config
+from peft_jax.interop.base_file import read_base_file
+from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.interop.describe import (
     KEYS_AND_VALUES,
     PICKLE_FILE,
@@ -29,6 +30,7 @@ from peft_jax.methods.base import Method
 from peft_jax.methods.lora.checks import layer_order
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.defaults import prompt_sizes
+from peft_jax.models.gguf_checkpoint import base_config
 from peft_jax.models.handles.peft_model import PEFT_MODELS
 from peft_jax.models.registry import family_of, read_architecture
 
@@ -46,7 +48,7 @@ def inspect(options: Inspect) -> None:
     adapter = read_adapter(options.adapter)
     reasons = None
     if options.model is not None:
-        config = base_config(options.model, adapter.config.get("task_type"))
+        config = config_for(options.model, adapter.config.get("task_type"), options.gguf_file)
         refusal = loading_misfits(adapter, config)
         if ranges := adapter.config.get("layer_replication"):
             config = family_of(config).with_layers(config, layer_order(ranges))
@@ -83,14 +85,15 @@ def loading_misfits(adapter: AdapterFolder, config: ModelConfig) -> list[str] | 
     return found
 
 
-def base_config(model: str, task_type: str | None) -> ModelConfig:
+def config_for(model: str, task_type: str | None, gguf_file: str | None = None) -> ModelConfig:
     """The config of a base model, for the task that an adapter is for if it can do that.
 
     Raises:
         FileNotFoundError: If there is no such model.
         ValueError: If it is of an unsupported kind.
     """
-    config = read_architecture(read_config(find_checkpoint(model, files=("config.json",))))
+    files = ("config.json",) if gguf_file is None else (gguf_file,)
+    config = read_architecture(base_config(find_checkpoint(model, files), gguf_file))
     if task_type is None or task_type not in config.tasks:
         return config
     return dataclasses.replace(config, task_type=task_type)
@@ -157,7 +160,8 @@ def _facts(adapter: AdapterFolder) -> Iterator[tuple[str, str]]:
     by = f", written by PEFT {config['peft_version']}" if config.get("peft_version") else ""
     yield "Adapter", str(adapter.path)
     yield "Method", f"{_method(config)}{f' for {t}' if (t := config.get('task_type')) else ''}{by}"
-    yield "Base", config.get("base_model_name_or_path") or "not named"
+    gguf_file = read_base_file(adapter.path)
+    yield "Base", (config.get("base_model_name_or_path") or "not named") + (f", {gguf_file}" if gguf_file else "")
     if adapter.ranks:
         scalings = {module: adapter.scaling(module) for module in adapter.ranks}
         yield "Rank", _values(adapter.ranks)

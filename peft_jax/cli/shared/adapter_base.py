@@ -1,14 +1,24 @@
 """Reading an adapter and its base model, for the commands that use an adapter."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft_jax as pj
 from peft_jax.cli.shared.common_options import ModelOptions
 from peft_jax.cli.shared.task import Task, refuse_random, task_of_adapter
+from peft_jax.interop.base_file import read_base_file
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.interop.describe import read_adapter_config
+from peft_jax.models.gguf_checkpoint import base_files
 from peft_jax.prompts.tokenizer import read_tokenizer
+
+
+class Base(NamedTuple):
+    """A base model: its name, its folder, and the GGUF file in that if it is read from one."""
+
+    name: str
+    folder: Path
+    gguf_file: str | None
 
 
 def load_model(options: ModelOptions, task: Task) -> Any:
@@ -18,26 +28,28 @@ def load_model(options: ModelOptions, task: Task) -> Any:
         ValueError: If no base is named, the adapter does not fit it, or a part of it would be random.
         OSError: If a file or folder is missing.
     """
-    name, _ = find_base(options.model, options.adapter)
-    model = task.read_for(name, options.adapter, dtype=options.dtype, load_in_8bit=options.load_in_8bit)
+    base = find_base(options.model, options.adapter, options.gguf_file)
+    told = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "gguf_file": base.gguf_file}
+    model = task.read_for(base.name, options.adapter, **told)
     if options.adapter is not None:
         model = pj.PeftModel.from_pretrained(model, options.adapter)
     refuse_random(model)
     return model
 
 
-def find_task(model: str | None, adapter: Path | None) -> Task:
+def find_task(model: str | None, adapter: Path | None, gguf_file: str | None = None) -> Task:
     """The task of the adapter, or of the model alone.
 
     Raises:
         ValueError: If no base is named, or the commands are not for its task.
         FileNotFoundError: If it is not there.
     """
-    return task_of_adapter(str(find_base(model, adapter)[1]), adapter)
+    base = find_base(model, adapter, gguf_file)
+    return task_of_adapter(str(base.folder), adapter, base.gguf_file)
 
 
-def find_base(model: str | None, adapter: Path | None) -> tuple[str, Path]:
-    """Name of the base model, and its folder.
+def find_base(model: str | None, adapter: Path | None, gguf_file: str | None = None) -> Base:
+    """The base model that the options or the adapter name; what the adapter says of a GGUF file is of its own base.
 
     Raises:
         ValueError: If neither the words nor the adapter name one.
@@ -46,21 +58,22 @@ def find_base(model: str | None, adapter: Path | None) -> tuple[str, Path]:
     if adapter is None:
         if model is None:
             raise ValueError("no model is given. Name one with --model, or an adapter with --adapter.")
-        return model, find_checkpoint(model)
+        return Base(model, find_checkpoint(model, base_files(gguf_file)), gguf_file)
     named = read_adapter_config(adapter).get("base_model_name_or_path")
     if model is not None:
-        return model, find_checkpoint(model)
+        return Base(model, find_checkpoint(model, base_files(gguf_file)), gguf_file)
     if not named:
         raise ValueError(f"the adapter in {adapter} names no base model. Give it with --model.")
+    gguf_file = gguf_file or read_base_file(adapter)
     try:
-        return named, find_checkpoint(named)
+        return Base(named, find_checkpoint(named, base_files(gguf_file)), gguf_file)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the base model of {adapter} is not there: {error} Or give it with --model."
         ) from error
 
 
-def find_tokenizer(model: str | None, adapter: Path | None) -> Any:
+def find_tokenizer(model: str | None, adapter: Path | None, gguf_file: str | None = None) -> Any:
     """The tokenizer in the adapter's folder if it has one, else the base's.
 
     Raises:
@@ -68,4 +81,5 @@ def find_tokenizer(model: str | None, adapter: Path | None) -> Any:
     """
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         return read_tokenizer(adapter)
-    return read_tokenizer(find_base(model, adapter)[1])
+    base = find_base(model, adapter, gguf_file)
+    return read_tokenizer(base.folder, gguf_file=base.gguf_file)

@@ -9,6 +9,7 @@ from peft_jax.cli.shared.command_line import Option
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 MODEL = Option(aliases=("--base-model", "--model-name-or-path"), metavar="MODEL")
+GGUF = Option(metavar="FILE")
 ADAPTER = Option(aliases=("--adapter-path", "--lora-weights"))
 INT8 = Option(aliases=("--load-8bit",))
 DTYPE = Option(aliases=("--torch-dtype",), presets={"--bf16": "bfloat16", "--fp16": "float16"})
@@ -26,6 +27,9 @@ class ModelOptions:
 
     model: Annotated[str | None, MODEL] = None
     """Folder (or hub id) of the base model; by default the one that the adapter names."""
+    gguf_file: Annotated[str | None, GGUF] = None
+    """GGUF file in that folder, which holds weights, config and tokenizer; by default the one that the adapter was
+    trained on, if --model is not given."""
     adapter: Annotated[Path | None, ADAPTER] = None
     """Folder of an adapter in PEFT's format; without it the base runs alone."""
     load_in_8bit: Annotated[bool, INT8] = False

@@ -6,6 +6,7 @@ rows, and what an evaluation reports.
 
 import dataclasses
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from peft_jax.cli.shared.forward_pass import apply, apply_lazily
 from peft_jax.core.adapted import adapted_leaves
-from peft_jax.interop.checkpoint import find_checkpoint, read_config
+from peft_jax.interop.checkpoint import read_config
 from peft_jax.interop.describe import read_adapter, read_adapter_config
 from peft_jax.methods.roles import Whole
 from peft_jax.models.config import (
@@ -25,6 +26,7 @@ from peft_jax.models.config import (
     label_fields,
     numbered_labels,
 )
+from peft_jax.models.gguf_checkpoint import base_config, dequantized_note
 from peft_jax.models.handles import auto
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.models.handles.label_losses import REGRESSION
@@ -114,15 +116,24 @@ class Task:
 
     def read_for(self, model: str, adapter: Path | None, **options: Any) -> Any:
         """Read a base model for an adapter, or to run alone."""
-        classes = classes_of_adapter(adapter, model) if adapter is not None and self.has_classes else None
+        classes = None
+        if adapter is not None and self.has_classes:
+            classes = classes_of_adapter(adapter, model, options.get("gguf_file"))
         return self.read(model, classes, **options)
 
     def read(self, model: str, id2label: Mapping[int, str] | None = None, **options: Any) -> Any:
-        """Read a base model, with the names of its classes if they are given; `fresh_modules` says what it lacks."""
+        """Read a base model, with the names of its classes if they are given; `fresh_modules` says what it lacks.
+
+        What the weights of a GGUF file became is said on stderr.
+        """
         if self.has_classes:
             options["id2label"] = id2label
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of leaves that start at random
-            return self.reader.from_pretrained(model, **options)
+            read = self.reader.from_pretrained(model, **options)
+        gguf_file = options.get("gguf_file")
+        if gguf_file is not None and (note := dequantized_note(model, gguf_file, read.params)):
+            print(note, file=sys.stderr)
+        return read
 
 
 def _causal(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
@@ -189,14 +200,14 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-def task_of(model: str, said: str | None) -> Task:
+def task_of(model: str, said: str | None, gguf_file: str | None = None) -> Task:
     """The task that an option or an adapter says, else the one that a checkpoint's config.json names.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the commands are not for that task, or the checkpoint is not.
     """
-    config = read_architecture(read_config(find_checkpoint(model)))
+    config = read_architecture(base_config(model, gguf_file))
     name = said or config.task_type
     if name in TASKS:
         dataclasses.replace(config, task_type=name).check()
@@ -214,18 +225,18 @@ def task_of(model: str, said: str | None) -> Task:
     )
 
 
-def task_of_adapter(model: str, adapter: Path | None) -> Task:
+def task_of_adapter(model: str, adapter: Path | None, gguf_file: str | None = None) -> Task:
     """The task of an adapter, or of a base model alone; errors are those of `task_of`."""
-    return task_of(model, None if adapter is None else read_adapter_config(adapter).get("task_type"))
+    return task_of(model, None if adapter is None else read_adapter_config(adapter).get("task_type"), gguf_file)
 
 
-def classes_of_data(model: str, records: Sequence[AnyRecord]) -> dict[int, str]:
+def classes_of_data(model: str, records: Sequence[AnyRecord], gguf_file: str | None = None) -> dict[int, str]:
     """The names of the classes to learn: those of a checkpoint that is a classifier, else those of the records.
 
     Raises:
         ValueError: If the checkpoint predicts numbers or several labels of a text, or records do not name classes.
     """
-    hf = read_config(find_checkpoint(model))
+    hf = base_config(model, gguf_file)
     config = read_architecture(hf)
     if config.task_type != SEQ_CLS:
         return class_names(records)
@@ -249,7 +260,7 @@ def write_labels(model: ModelHandle, file: Path) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
-def classes_of_adapter(adapter: Path, model: str) -> dict[int, str] | None:
+def classes_of_adapter(adapter: Path, model: str, gguf_file: str | None = None) -> dict[int, str] | None:
     """The names in the file beside an adapter; else numbers for the rows of its head, or None for the model's own.
 
     Raises:
@@ -257,7 +268,7 @@ def classes_of_adapter(adapter: Path, model: str) -> dict[int, str] | None:
     """
     if (adapter / LABELS_FILE).is_file():
         return _read_labels(adapter)
-    config = dataclasses.replace(read_architecture(read_config(find_checkpoint(model))), task_type=SEQ_CLS)
+    config = dataclasses.replace(read_architecture(base_config(model, gguf_file)), task_type=SEQ_CLS)
     key_end = f"{family_of(config).class_layer(config)}.weight"
     for key, tensor in (read_adapter(adapter).tensors or {}).items():
         if key.endswith(key_end) and tensor.shape[0] != config.num_labels:

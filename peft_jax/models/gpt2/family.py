@@ -1,8 +1,35 @@
 """The record of GPT-2."""
 
+import re
+from typing import Any
+
+from peft_jax.interop.gguf_file import GGUFTensor
 from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
+from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.gpt2 import model
 from peft_jax.models.gpt2.config import GPT2Config
+
+
+def stored_in_out(tensor: GGUFTensor, config: Any) -> GGUFTensor:
+    """A kernel as transformers' Conv1D has it, which llama.cpp transposes."""
+    is_kernel = re.fullmatch(r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", tensor.name)
+    return tensor.transposed() if is_kernel else tensor
+
+
+GGUF = {
+    "gpt2": GGUFArchitecture(
+        model_type="gpt2",
+        fields={
+            "context_length": "n_positions",
+            "block_count": "n_layer",
+            "feed_forward_length": "n_inner",
+            "embedding_length": "n_embd",
+            "attention.head_count": "n_head",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        },
+        restore=stored_in_out,
+    ),
+}
 
 GPT2 = Family(
     config=GPT2Config,
@@ -27,4 +54,5 @@ GPT2 = Family(
     adaption_carrier="c_attn",
     ignored=(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias",),  # causal masks in old checkpoints
     init_cache=model.init_cache,
+    gguf=GGUF,
 )

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax.interop.checkpoint import find_checkpoint, read_config
+from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.models.config import ModelConfig
+from peft_jax.models.gguf_checkpoint import base_config, base_files
 from peft_jax.models.handles.base import ModelHandle, Source
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.handles.encoders import (
@@ -39,6 +40,7 @@ class AutoHandle:
         *,
         dtype: str | jnp.dtype | None = None,
         load_in_8bit: bool = False,
+        gguf_file: str | None = None,
         remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
@@ -49,6 +51,8 @@ class AutoHandle:
             dtype: Element type of the parameters; None for the one that config.json names.
             load_in_8bit: Quantize the layers' matmul weights while they are read, tensor by tensor; embeddings,
                 norms and the output head stay in float.
+            gguf_file: Name of a GGUF file in the folder, which is read instead of its other files and dequantized
+                tensor by tensor (needs peft-jax[gguf]). A warning says how many bytes the weights then take.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
 
@@ -57,7 +61,7 @@ class AutoHandle:
             ValueError: if a file is damaged, the architecture is not supported or not for this task, or tensors do not
                 fit the config.
         """
-        return cls._read(name_or_path, remat, dtype=dtype, load_in_8bit=load_in_8bit, key=key)
+        return cls._read(name_or_path, remat, dtype=dtype, load_in_8bit=load_in_8bit, gguf_file=gguf_file, key=key)
 
     @classmethod
     def from_config(
@@ -94,12 +98,14 @@ class AutoHandle:
     def _read(
         cls, name_or_path: Path, remat: bool, id2label: Mapping[int, str] | None = None, **options: Any
     ) -> ModelHandle:
-        folder = find_checkpoint(name_or_path)
+        gguf_file = options.get("gguf_file")
+        folder = find_checkpoint(name_or_path, base_files(gguf_file))
         config, params, fresh = read_model(folder, task_type=cls.handle.task, **options)
-        saved_labels = read_config(folder).get("id2label") or {}
+        saved_labels = base_config(folder, gguf_file).get("id2label") or {}
         if id2label is None and len(saved_labels) == config.num_labels:
             id2label = {int(number): label for number, label in saved_labels.items()}
-        source = Source(os.fspath(name_or_path), read_generation_config(folder), id2label or {}, fresh)
+        generation = read_generation_config(folder) if gguf_file is None else {}
+        source = Source(os.fspath(name_or_path), generation, id2label or {}, fresh, gguf_file)
         handle: ModelHandle = cls.handle(params, config, source, remat)
         return handle
 
@@ -155,6 +161,7 @@ class _AutoClassifier(AutoHandle):
         problem_type: str | None = None,
         dtype: str | jnp.dtype | None = None,
         load_in_8bit: bool = False,
+        gguf_file: str | None = None,
         remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
@@ -169,6 +176,8 @@ class _AutoClassifier(AutoHandle):
             dtype: Element type of the parameters; None for the one that config.json names.
             load_in_8bit: Quantize the layers' matmul weights while they are read, tensor by tensor; embeddings,
                 norms and the output head stay in float.
+            gguf_file: Name of a GGUF file in the folder, which is read instead of its other files and dequantized
+                tensor by tensor (needs peft-jax[gguf]). A warning says how many bytes the weights then take.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
 
@@ -192,7 +201,8 @@ class _AutoClassifier(AutoHandle):
             changes["num_labels"] = num_labels
         if problem_type is not None:
             changes["problem_type"] = problem_type
-        return cls._read(name_or_path, remat, id2label, dtype=dtype, load_in_8bit=load_in_8bit, key=key, **changes)
+        changes |= {"dtype": dtype, "load_in_8bit": load_in_8bit, "gguf_file": gguf_file, "key": key}
+        return cls._read(name_or_path, remat, id2label, **changes)
 
 
 class AutoModelForSequenceClassification(_AutoClassifier):

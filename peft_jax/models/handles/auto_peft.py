@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from peft_jax.interop.base_file import read_base_file
 from peft_jax.methods.base import PeftConfig
 from peft_jax.models.handles import auto
 from peft_jax.models.handles.peft_model import PeftModel
@@ -39,7 +40,8 @@ class AutoPeftModel:
                 f"The adapter in '{directory}' names no base model. Load the base yourself and write "
                 "pj.PeftModel.from_pretrained(model, directory)."
             )
-        model = cls.auto.from_pretrained(base, **options)
+        gguf_file = read_base_file(directory)
+        model = cls.auto.from_pretrained(base, **{**({"gguf_file": gguf_file} if gguf_file else {}), **options})
         return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
 
 

@@ -44,12 +44,14 @@ class Source:
         generation_config: Contents of its generation_config.json.
         id2label: Names of a classifier's labels, where it has any.
         fresh: Paths of the leaves that the checkpoint lacks, and that were initialized at random.
+        gguf_file: The GGUF file of the folder that it was read from, if it was.
     """
 
     name_or_path: str | None = None
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     id2label: Mapping[int, str] = dataclasses.field(default_factory=dict)
     fresh: tuple[str, ...] = ()
+    gguf_file: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Source)

@@ -13,7 +13,8 @@ from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.precision import in_base_dtype
 from peft_jax.core.summary import trainable_parameters
-from peft_jax.interop.adapter import load_adapter, save_adapter
+from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
+from peft_jax.interop.base_file import write_base_file
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.alora import is_invoked, with_invocations
 from peft_jax.models.handles.base import ModelHandle, register_handle
@@ -123,6 +124,8 @@ class PeftModel(ModelHandle):
     ) -> None:
         """Write every adapter in PEFT's format: ``default`` into the folder, others into folders of their names.
 
+        The name of a GGUF file that the base was read from goes into ``gguf_base.json`` beside each.
+
         Args:
             directory: Folder to write to; made if need be.
             path_initial_model_for_weight_conversion: As in `peft_jax.interop.save_adapter`.
@@ -137,6 +140,7 @@ class PeftModel(ModelHandle):
                 path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
                 save_embedding_layers=save_embedding_layers,
             )
+            write_base_file(adapter_folder(directory, name), self.source.gguf_file)
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line of trainable and all parameters."""

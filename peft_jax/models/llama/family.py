@@ -3,6 +3,7 @@
 from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
 from peft_jax.models.llama import model
 from peft_jax.models.llama.config import LlamaConfig
+from peft_jax.models.llama.gguf_layout import GGUF
 from peft_jax.models.modules.decoder import decoder_cache
 
 IA3_OF_KEYS = targets("k_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",))
@@ -48,4 +49,5 @@ LLAMA = Family(
     ignored=(r".*\.rotary_emb\.inv_freq",),  # in old checkpoints; computed from the config instead
     replicable=tuple(LlamaConfig.tasks),
     init_cache=decoder_cache,
+    gguf=GGUF,
 )

@@ -1,0 +1,152 @@
+"""Tensors of GGUF files as arrays that are dequantized where they are read, by the package gguf's own function."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.gguf_metadata import GGUFFile
+
+PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # kinds that hold values, not blocks
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GGUFTensor:
+    """A tensor of a GGUF file: an array by its shape, its element type, its rows and `numpy.asarray`.
+
+    Memory holds the values of the rows that are asked for, and none of them after that.
+
+    Attributes:
+        name: GGUF's name of it.
+        stored: What the file holds: values, or bytes of blocks along the last axis.
+        kind: The package's element type.
+        order: The stored row that each row is; None for the order of the file.
+        is_transposed: Whether it is the transpose of what is stored.
+        added: A number that each value is increased by.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> kind = SimpleNamespace(name="F16")
+        >>> tensor = GGUFTensor("t", np.array([[1, 2], [3, 4]], np.float16), kind)
+        >>> tensor.reordered(np.array([1, 0]))[:1].tolist(), tensor.transposed().shape
+        ([[3.0, 4.0]], (2, 2))
+    """
+
+    name: str
+    stored: np.ndarray
+    kind: Any
+    order: np.ndarray | None = None
+    is_transposed: bool = False
+    added: float = 0.0
+
+    def reordered(self, order: np.ndarray) -> Self:
+        """The tensor whose rows are the stored ones of these numbers."""
+        return dataclasses.replace(self, order=order)
+
+    def transposed(self) -> Self:
+        """Its transpose."""
+        return dataclasses.replace(self, is_transposed=True)
+
+    def plus(self, number: float) -> Self:
+        """The tensor with a number added to each value, in float32."""
+        return dataclasses.replace(self, added=number)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, that of the values."""
+        width = self.stored.shape[-1]
+        if self.kind.name not in PLAIN:
+            elements, size = _block(self.kind)
+            width = width // size * elements
+        elif self.stored.dtype == np.uint8:
+            width = width // np.dtype(PLAIN[self.kind.name]).itemsize
+        shape = (*self.stored.shape[:-1], width)
+        return shape[::-1] if self.is_transposed else shape
+
+    @property
+    def dtype(self) -> Any:
+        """The element type of its values: float32 unless the file holds values of another one."""
+        return np.dtype(np.float32 if self.added else PLAIN.get(self.kind.name, np.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        if self.is_transposed or self.stored.ndim == 1:
+            return np.asarray(self)[rows]
+        return self._values(self.stored[rows] if self.order is None else self.stored[self.order[rows]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = self._values(self.stored if self.order is None else self.stored[self.order])
+        values = values.T if self.is_transposed else values
+        return values if dtype is None else values.astype(dtype)
+
+    def astype(self, dtype: Any) -> np.ndarray:
+        """Its values in an element type."""
+        return np.asarray(self, dtype)
+
+    def _values(self, stored: np.ndarray) -> np.ndarray:
+        plain = PLAIN.get(self.kind.name)
+        values = dequantize_blocks(stored, self.kind) if plain is None else np.ascontiguousarray(stored).view(plain)
+        return values.astype(np.float32) + np.float32(self.added) if self.added else values
+
+
+def dequantize_blocks(stored: np.ndarray, kind: Any) -> np.ndarray:
+    """Values in float32 of rows of blocks, by gguf's own function."""
+    from gguf import dequantize  # an optional dependency, which is there where a file was opened
+
+    return np.asarray(dequantize(np.ascontiguousarray(stored), kind))
+
+
+def read_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
+    """The tensors of a file by GGUF's names, each checked for a kind that can be dequantized.
+
+    Raises:
+        ValueError: if the package gguf cannot dequantize a kind of them.
+    """
+    tensors = {name: GGUFTensor(name, found.data, found.tensor_type) for name, found in file.tensors.items()}
+    one_of_each = {tensor.kind: tensor for tensor in tensors.values()}
+    for kind, tensor in one_of_each.items():
+        if kind.name in PLAIN:
+            continue
+        try:
+            dequantize_blocks(tensor.stored.reshape(-1)[: _block(kind)[1]], kind)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"'{file.path}' has tensors of the kind {kind.name}, such as {tensor.name}, which the package gguf "
+                "cannot dequantize. Take a file of another kind, such as Q4_K_M or Q8_0."
+            ) from error
+    return tensors
+
+
+def kinds_of(tensors: Iterable[GGUFTensor]) -> list[str]:
+    """The names of the kinds of tensors that hold blocks; empty for a file of plain values."""
+    return sorted({tensor.kind.name for tensor in tensors} - PLAIN.keys())
+
+
+def float_type(tensors: Iterable[GGUFTensor]) -> str:
+    """The element type for a model: float32 if there are blocks, else the half type among its values if there is one.
+
+    Norms are float32 in files of half values, so that the half type is the model's.
+    """
+    tensors = list(tensors)
+    if kinds_of(tensors):
+        return "float32"
+    names = {np.dtype(PLAIN[tensor.kind.name]).name for tensor in tensors}
+    return next((name for name in ("bfloat16", "float16") if name in names), "float32")
+
+
+def _block(kind: Any) -> tuple[int, int]:
+    """The elements and the bytes of a block."""
+    from gguf import GGML_QUANT_SIZES
+
+    elements, size = GGML_QUANT_SIZES[kind]
+    return int(elements), int(size)

@@ -1,0 +1,140 @@
+"""The base of a model from a GGUF file: config and tensors under the names of a Hugging Face checkpoint."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from peft_jax.core.gguf_metadata import GGUFFile, open_gguf
+from peft_jax.interop.checkpoint import HUB_FILES, find_checkpoint, read_config
+from peft_jax.interop.files import some
+from peft_jax.interop.gguf_file import float_type, kinds_of, read_tensors
+from peft_jax.models.config import ModelConfig
+from peft_jax.models.family import Family
+from peft_jax.models.gguf_architecture import GGUFArchitecture
+from peft_jax.models.registry import GGUF_ARCHITECTURES, family_of
+
+Path = str | os.PathLike[str]
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+TOKEN_IDS = {  # keys of the tokenizer's metadata, and the fields of config.json that they are
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+
+
+def base_config(name_or_path: Path, gguf_file: str | None = None) -> dict[str, Any]:
+    """The contents of a checkpoint's config.json, or the same fields from a GGUF file's metadata.
+
+    Args:
+        name_or_path: Folder, or id on the Hugging Face hub.
+        gguf_file: Name of a GGUF file in it, which is read instead of config.json.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint or no such file in it.
+        ValueError: if it is damaged, or a GGUF file of an architecture that is not supported.
+    """
+    if gguf_file is None:
+        return read_config(find_checkpoint(name_or_path))
+    return _config(open_base(name_or_path, gguf_file))
+
+
+def open_base(name_or_path: Path, gguf_file: str) -> GGUFFile:
+    """Open a GGUF file of a folder, or of an id on the Hugging Face hub, from which that file alone is downloaded."""
+    return open_gguf(find_checkpoint(name_or_path, base_files(gguf_file)), gguf_file)
+
+
+def base_files(gguf_file: str | None) -> tuple[str, ...]:
+    """Patterns of the files that a base consists of."""
+    return HUB_FILES if gguf_file is None else (gguf_file,)
+
+
+def gguf_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
+    """Tensors of a GGUF file under a checkpoint's keys, as arrays that are dequantized where they are read.
+
+    Args:
+        file: The file.
+        config: The architecture that its metadata name, as `base_config` tells it.
+
+    Raises:
+        ValueError: if a tensor is missing, left over or of a kind that cannot be dequantized.
+    """
+    row, family = _row(file), family_of(config)
+    keys = _keys(file, family, config)
+    stored = {name: tensor for name, tensor in read_tensors(file).items() if name not in row.ignored}
+    missing, surplus = sorted(keys.keys() - stored.keys()), sorted(stored.keys() - keys.keys())
+    if missing or surplus:
+        problems = {"missing": missing, "left over": surplus}
+        told = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+        raise ValueError(
+            f"The tensors of '{file.path}' are not those of its architecture {file.architecture!r}. {told}. "
+            "Take an undamaged copy, or the checkpoint that the file was made from."
+        )
+    return {keys[name]: row.restore(tensor, config) for name, tensor in stored.items()}
+
+
+def dequantized_note(name_or_path: Path, gguf_file: str, params: Any) -> str:
+    """The line that says what a GGUF file's weights became and the bytes they take; empty for one of plain values."""
+    kinds = kinds_of(read_tensors(open_base(name_or_path, gguf_file)).values())
+    if not kinds:
+        return ""
+    leaves = jax.tree.leaves(params)
+    size, types = sum(leaf.nbytes for leaf in leaves), sorted({leaf.dtype.name for leaf in leaves})
+    return (
+        f"The weights in {gguf_file} are dequantized from {', '.join(kinds)}: as {' and '.join(types)} they take "
+        f"{size:,} bytes."
+    )
+
+
+def _config(file: GGUFFile) -> dict[str, Any]:
+    row = _row(file)
+    found = {field: file.get(f"{file.architecture}.{key}") for key, field in row.fields.items()}
+    lists = sorted(field for field, value in found.items() if isinstance(value, list))
+    if lists:
+        raise ValueError(
+            f"'{file.path}' has another {', '.join(lists)} for each layer, which is not supported for the architecture "
+            f"{file.architecture!r}. Take a model whose layers are alike."
+        )
+    found |= {field: file.get(key) for key, field in TOKEN_IDS.items()}
+    hf = {field: value for field, value in found.items() if value is not None}
+    tensors = read_tensors(file)
+    if EMBEDDING not in tensors:
+        raise ValueError(f"'{file.path}' has no tensor {EMBEDDING}. Take an undamaged copy.")
+    return {
+        "model_type": row.model_type,
+        "vocab_size": len(tensors[EMBEDDING]),
+        "tie_word_embeddings": HEAD not in tensors,  # llama.cpp writes a head where it is not the embedding
+        "dtype": float_type(tensors.values()),
+        **hf,
+        **row.more_fields(file),
+    }
+
+
+def _row(file: GGUFFile) -> GGUFArchitecture:
+    """The row of a file's architecture.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if file.architecture not in GGUF_ARCHITECTURES:
+        raise ValueError(
+            f"'{file.path}' is of the GGUF architecture {file.architecture!r}, which is not supported. Supported: "
+            f"{', '.join(GGUF_ARCHITECTURES)}."
+        )
+    return GGUF_ARCHITECTURES[file.architecture]
+
+
+def _keys(file: GGUFFile, family: Family, config: ModelConfig) -> Mapping[str, str]:
+    """A checkpoint's key for each tensor of a file, by GGUF's name, as the package gguf maps transformers' names."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    names = get_tensor_name_map(numbers[file.architecture], config.num_hidden_layers)
+    return {names.get_name(key, (".weight", ".bias")) or key: key for key in _checkpoint_keys(family, config)}
+
+
+def _checkpoint_keys(family: Family, config: ModelConfig) -> Iterator[str]:
+    for row in family.rows(config):
+        yield from row.keys
