@@ -42,8 +42,10 @@ def read_config(folder: Path, file: str = CONFIG) -> dict[str, Any]:
     path = pathlib.Path(folder) / file
     if not path.is_file():
         packed = sorted(one.name for one in pathlib.Path(folder).glob("*.gguf"))
-        hint = f"Found {packed[0]}: name it as gguf_file" if packed else f"Save the checkpoint with save_pretrained('{folder}')"
-        raise FileNotFoundError(f"No {file} in '{folder}'. {hint}.")
+        rule = f"Save the checkpoint with save_pretrained('{folder}')."
+        if packed:
+            rule = f"Found {packed[0]}: name it as gguf_file."
+        raise FileNotFoundError(f"No {file} in '{folder}'. {rule}")
     rule = "Copy or save the checkpoint again."
     return parse_object(read_text(path, file, rule), f"'{path}'", rule)
 

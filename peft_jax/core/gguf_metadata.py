@@ -76,7 +76,9 @@ def _open(path: Path, changed: int, size: int) -> GGUFFile:
     if reader.byte_order == "S":
         raise ValueError(f"'{path}' is in the byte order of other machines. Take a little-endian copy.")
     if file.get("general.architecture") is None:
-        raise ValueError(f"'{path}' has no general.architecture in its metadata. Take a GGUF file of a model's weights.")
+        raise ValueError(
+            f"'{path}' has no general.architecture in its metadata. Take a GGUF file of a model's weights."
+        )
     return file
 
 

@@ -18,7 +18,7 @@ def tokenizer_of(file: GGUFFile) -> Any:
         ValueError: If the metadata describe none that transformers can make; damaged ones raise other kinds too.
     """
     from transformers import PreTrainedTokenizerFast  # takes seconds to import
-    from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
     described = _values(file, GGUF_TOKENIZER_MAPPING["tokenizer"])
     if "tokens" not in described:

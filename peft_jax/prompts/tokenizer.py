@@ -95,7 +95,7 @@ def _read_gguf(name: str, gguf_file: str) -> Any:
         return tokenizer_of(file)
     except Exception as error:  # damaged metadata raise many kinds, and tokenizers a bare Exception
         raise ValueError(
-            f"no tokenizer can be made of the metadata of '{file.path}' ({error}). Take a file with the tokenizer in it."
+            f"no tokenizer can be made of the metadata of '{file.path}' ({error}). Take a file with a tokenizer."
         ) from error
 
 

@@ -64,8 +64,8 @@ def _stretched(file: GGUFFile, factors: np.ndarray) -> dict[str, Any]:
     stretched = LlamaConfig(head_dim=2 * len(factors), rope_theta=theta, rope_scaling=scaling)
     if not np.allclose(inverse_frequencies(plain) / inverse_frequencies(stretched), factors, rtol=1e-4):
         raise ValueError(
-            f"'{file.path}' stretches its rotary positions ({ROPE_FACTORS}) in another way than rope_type 'llama3' with "
-            f"original_max_position_embeddings={PRETRAINED}. Take the checkpoint that it was made from."
+            f"'{file.path}' stretches its rotary positions ({ROPE_FACTORS}) in another way than rope_type 'llama3' "
+            f"with original_max_position_embeddings={PRETRAINED}. Take the checkpoint that it was made from."
         )
     return {
         "rope_scaling": {

