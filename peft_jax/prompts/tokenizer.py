@@ -94,8 +94,9 @@ def _read_gguf(name: str, gguf_file: str) -> Any:
     try:
         return tokenizer_of(file)
     except Exception as error:  # damaged metadata raise many kinds, and tokenizers a bare Exception
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"no tokenizer can be made of the metadata of '{file.path}' ({error}). Take a file with a tokenizer."
+            f"no tokenizer can be made of the metadata of '{file.path}' ({reason}). Take a file with a tokenizer."
         ) from error
 
 
