@@ -15,7 +15,16 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from peft_jax.interop.files import CONFIG, GENERATION_CONFIG, Tensor, open_tensors, read_config, some, write_files
+from peft_jax.interop.files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    LazyArray,
+    Tensor,
+    open_tensors,
+    read_config,
+    some,
+    write_files,
+)
 
 from peft_jax.core.finite import holds_finite
 
@@ -94,14 +103,14 @@ def find_checkpoint(name_or_path: Path, files: Sequence[str] = HUB_FILES) -> pat
 
 
 def load_params(
-    tensors: Mapping[str, np.ndarray], rows: Sequence[Row], convert: Convert, *, ignored: Sequence[str] = ()
+    tensors: Mapping[str, LazyArray], rows: Sequence[Row], convert: Convert, *, ignored: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Make a tree of parameters from a checkpoint's tensors, piece by piece.
 
     Beside the tree itself, memory holds no more than one tensor, and of a large matrix only a part.
 
     Args:
-        tensors: Tensors by key, as from `open_tensors`.
+        tensors: Tensors by key, as from `open_tensors`. Each is read as an array when its turn has come.
         rows: What the tree consists of.
         convert: ``convert(path, array) -> leaf``, run in a compiled program on each tensor in our orientation, in its
             stored element type. A layer of a stacked leaf comes as a stack of one, ``(1, in, out)``; the leaf may be
@@ -124,7 +133,7 @@ def load_params(
     return tree
 
 
-def _check(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], ignored: Sequence[str]) -> None:
+def _check(tensors: Mapping[str, LazyArray], rows: Sequence[Row], ignored: Sequence[str]) -> None:
     wanted = {key: row.tensor_shape for row in rows for key in row.keys}
     surplus = [k for k in tensors.keys() - wanted.keys() if not any(re.fullmatch(p, k) for p in ignored)]
     shapes = {key: tensors[key].shape for key in wanted if key in tensors}
@@ -138,13 +147,14 @@ def _check(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], ignored: Sequ
         raise ValueError(f"The checkpoint's tensors do not fit its {CONFIG}. {told}. Use the config of these weights.")
 
 
-def _load(row: Row, tensors: Mapping[str, np.ndarray], convert: Convert) -> Any:
+def _load(row: Row, tensors: Mapping[str, LazyArray], convert: Convert) -> Any:
     first = tensors[row.keys[0]]
-    whole = jax.eval_shape(partial(_leaf, row=row, convert=convert), jax.ShapeDtypeStruct(first.shape, first.dtype))
+    abstract = jax.ShapeDtypeStruct(first.shape, first.dtype)
+    whole = jax.eval_shape(partial(_leaf, row=row, convert=convert), abstract)
     front = row.shape[:1] if row.stacked else ()
     buffers = jax.tree.map(lambda one: jnp.zeros((*front, *one.shape[len(front) :]), one.dtype), whole)
     for layer, key in enumerate(row.keys):
-        tensor = tensors[key]
+        tensor = np.asarray(tensors[key])
         count = max(1, -(-tensor.nbytes // PIECE)) if row.transposed else 1
         step = -(-len(tensor) // count)
         finite = []

@@ -6,7 +6,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +19,34 @@ from peft_jax.core.text_files import parse_object, read_text
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+# What the parts of quantized weights are stored in beside these.
+PACKED_DTYPES = {
+    **{"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+    **{"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2, "F8_E8M0": jnp.float8_e8m0fnu},
+}
 LISTED = 5  # how many items an error lists
 
 Path = str | os.PathLike[str]
+
+
+class LazyArray(Protocol):
+    """An array that is read, or computed, when it is used: one mapped into memory, or a quantized weight."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Its element type."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+
+    def __len__(self) -> int: ...
+
+    def __array__(self) -> np.ndarray[Any, np.dtype[Any]]: ...
 
 
 class Tensor(NamedTuple):
@@ -50,21 +75,45 @@ def read_config(folder: Path, file: str = CONFIG) -> dict[str, Any]:
     return parse_object(read_text(path, file, rule), f"'{path}'", rule)
 
 
-def open_tensors(folder: Path, ignored: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def open_tensors(folder: Path, ignored: Sequence[str] = (), *, packed: bool = False) -> dict[str, np.ndarray]:
     """Map all tensors of a checkpoint into memory, by key; nothing is read before it is used.
 
     Args:
         folder: Folder of the checkpoint.
         ignored: Regexes of keys to leave out, whatever the type of their tensors.
+        packed: Whether tensors may be integers and fp8 too, as parts of quantized weights are.
 
     Raises:
         FileNotFoundError: if there are no safetensors files, or a shard is missing.
         ValueError: if a file is damaged or cut off, or not in float32, float16 or bfloat16, or the index names a file
             that is not below the folder.
     """
-    folder = pathlib.Path(folder)
+    dtypes = {**DTYPES, **PACKED_DTYPES} if packed else DTYPES
+    files, shards = _weight_files(pathlib.Path(folder))
+    mapped = {name: _map_file(file, ignored, dtypes) for name, file in files.items()}
+    if shards is None:
+        return mapped[WEIGHTS]
+    return {key: tensor for name in sorted(mapped) for key, tensor in mapped[name].items() if shards.get(key) == name}
+
+
+def open_metadata(folder: Path) -> dict[str, str]:
+    """The texts in the headers of a checkpoint's safetensors files.
+
+    Raises:
+        FileNotFoundError: As `open_tensors`.
+        ValueError: As `open_tensors`.
+    """
+    files, _ = _weight_files(pathlib.Path(folder))
+    texts: dict[str, str] = {}
+    for _, file in sorted(files.items()):
+        texts |= _read_header(file)[0].get("__metadata__", {})
+    return texts
+
+
+def _weight_files(folder: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str, str] | None]:
+    """The safetensors files of a checkpoint by name, and which tensor is in which of them if there is an index."""
     if (folder / WEIGHTS).is_file():
-        return _map_file(folder / WEIGHTS, ignored)
+        return {WEIGHTS: folder / WEIGHTS}, None
     if not (folder / INDEX).is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         hint = f"Found {pickled[0]}: load it in PyTorch and save it anew" if pickled else "Save the checkpoint"
@@ -80,11 +129,11 @@ def open_tensors(folder: Path, ignored: Sequence[str] = ()) -> dict[str, np.ndar
     missing = sorted(name for name in set(shards.values()) if not (folder / name).is_file())
     if missing:
         raise FileNotFoundError(f"{INDEX} in '{folder}' names {missing}, which are not there. Copy all shards.")
-    files = {name: _map_file(folder / name, ignored) for name in set(shards.values())}
-    return {key: tensor for name in sorted(files) for key, tensor in files[name].items() if shards.get(key) == name}
+    return {name: folder / name for name in set(shards.values())}, shards
 
 
-def _map_file(path: pathlib.Path, ignored: Sequence[str]) -> dict[str, np.ndarray]:
+def _read_header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its tensors begin."""
     try:
         with safe_open(path, framework="numpy"):  # checks the header against the file's length
             pass
@@ -92,17 +141,22 @@ def _map_file(path: pathlib.Path, ignored: Sequence[str]) -> dict[str, np.ndarra
         raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the checkpoint again.") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+        return json.loads(file.read(length)), 8 + length
+
+
+def _map_file(path: pathlib.Path, ignored: Sequence[str], dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    header, begin = _read_header(path)
     header.pop("__metadata__", None)
     header = {key: entry for key, entry in header.items() if not any(re.fullmatch(one, key) for one in ignored)}
-    odd = {key: entry["dtype"] for key, entry in header.items() if entry["dtype"] not in DTYPES}
+    odd = {key: entry["dtype"] for key, entry in header.items() if entry["dtype"] not in dtypes}
     if odd:
-        raise ValueError(f"'{path}' has tensors that are not float32, float16 or bfloat16: {some(odd.items())}.")
-    data = np.memmap(path, np.uint8, "r")[8 + length :]
+        also = ", nor integers or fp8" if len(dtypes) > len(DTYPES) else ""
+        raise ValueError(f"'{path}' has tensors that are not float32, float16 or bfloat16{also}: {some(odd.items())}.")
+    data = np.memmap(path, np.uint8, "r")[begin:]
     tensors = {}
     for key, entry in header.items():
         start, stop = entry["data_offsets"]
-        tensors[key] = data[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        tensors[key] = data[start:stop].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 

@@ -382,7 +382,7 @@ def test_config_of_older_transformers():
         ({"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2]}}, r"\['mrope_section'\] are not"),
         ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported. Supported: silu"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method='gptq'.*load_in_8bit=True"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method='aqlm'.*load_in_8bit=True"),
         ({"is_causal": False}, "is_causal=False"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
         ({"head_dim": 3}, "even head_dim, got head_dim=3"),

@@ -3,19 +3,19 @@
 import re
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from peft_jax.interop.checkpoint import Row
+from peft_jax.interop.files import LazyArray
 from peft_jax.models.config import FEATURE_EXTRACTION, ModelConfig
 from peft_jax.models.family import LANGUAGE_MODELS, Family
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, LazyArray]
 
 
-def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]:
+def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str, LazyArray]:
     """Tensors under the keys that this model has for them, whether the checkpoint is of a bare model or has a head.
 
     Example:
+        >>> import numpy as np
         >>> from peft_jax.models.registry import GPT2
         >>> from peft_jax.models.gpt2.config import GPT2Config
         >>> list(fit_keys(GPT2, GPT2Config(), {"wte.weight": np.zeros((2, 2))}))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from peft_jax.interop.quantized import check_quant_method
 from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
 
 CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM = "CAUSAL_LM", "SEQ_2_SEQ_LM", "MASKED_LM"
@@ -168,17 +169,13 @@ def complete(hf: Any, known: Iterable[str]) -> dict[str, Any]:
         known: Model types that are supported.
 
     Raises:
-        ValueError: if the model type is not one of these, or the checkpoint is quantized.
+        ValueError: if the model type is not one of these, or the checkpoint is quantized in a way that is not read.
     """
     raw = as_dict(hf)
     kind = raw.pop("model_type", None)
     check_model_type(kind, known)
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise ValueError(
-            f"The checkpoint is quantized (quantization_config with quant_method={method!r}), which is not "
-            "supported. Load the unquantized checkpoint, with load_in_8bit=True for int8 weights."
-        )
+    if quantization := raw.pop("quantization_config", None):
+        check_quant_method(quantization)
     # Imported here: it takes seconds, and a model that was not read from a checkpoint does not need it.
     from transformers import AutoConfig
 

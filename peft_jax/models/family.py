@@ -16,6 +16,7 @@ from peft_jax.core.paths import TORCH_NAMES, dotted
 from peft_jax.core.repeated import Repeated
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
+from peft_jax.interop.files import LazyArray
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, MASKED_LM, SEQ_2_SEQ_LM, ModelConfig
 from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.modules import functional
@@ -28,7 +29,7 @@ LANGUAGE_MODELS = (CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM)
 
 OTHERWISE = "OTHERWISE"  # the key of PEFT's defaults for methods that have no entry of their own
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, LazyArray]
 Fields = Mapping[str, Any]
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
 from peft_jax.interop.files import GENERATION_CONFIG
+from peft_jax.interop.quantized import fit_quantized, notice, open_quantized
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
 from peft_jax.models.family import leaf_at, with_leaf
@@ -47,6 +48,8 @@ def read_model(
 ) -> Loaded:
     """Read architecture and parameters of a checkpoint, and say which of them it lacks, which start at random.
 
+    Quantized weights (`peft_jax.interop.quantized`) are dequantized tensor by tensor, which a warning says.
+
     Args:
         name_or_path: A folder, or an id on the Hugging Face hub.
         dtype: "float32", "bfloat16" or "float16", for all floating-point leaves; None for the one that config.json
@@ -67,10 +70,15 @@ def read_model(
     hf = base_config(folder, gguf_file)
     found = read_architecture(hf)
     family = family_of(found)
-    if gguf_file is None:
-        found, tensors = _with_generation_ids(found, folder), open_tensors(folder, family.ignored)
-    else:
+    quantization, packed = hf.get("quantization_config"), ""
+    if gguf_file is not None:
         tensors = gguf_tensors(open_base(folder, gguf_file), found)
+    elif quantization:
+        tensors, packed = open_quantized(folder, quantization, family.ignored)
+    else:
+        tensors = dict(open_tensors(folder, family.ignored))
+    if gguf_file is None:
+        found = _with_generation_ids(found, folder)
     config = dataclasses.replace(found, **changes)
     if dtype is None:
         dtype = hf.get("dtype") or hf.get("torch_dtype") or next(iter(tensors.values())).dtype
@@ -78,6 +86,9 @@ def read_model(
         raise ValueError(f"dtype={dtype!r} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
     config, fitted = family.settled(config, fit_keys(family, config, tensors))
     rows = family.rows(config)
+    if quantization:
+        fitted = fit_quantized(fitted, rows)
+        warnings.warn(notice(name_or_path, packed, fitted, dtype, load_in_8bit), stacklevel=3)
     fresh = fresh_rows(family, config, rows, fitted)
     convert = _converter(config, jnp.dtype(dtype), load_in_8bit)
     params = load_params(fitted, [row for row in rows if row not in fresh], convert, ignored=unused(family))

@@ -174,7 +174,7 @@ def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
 
 def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], adapter: Path | None) -> Any:
     """Read the base model; a classifier with the classes of the adapter that it is trained on, or of the records."""
-    choices = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "remat": options.remat}
+    choices: dict[str, Any] = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "remat": options.remat}
     choices["gguf_file"] = options.gguf_file
     if adapter is not None:
         return task.read_for(options.model, adapter, **choices)
