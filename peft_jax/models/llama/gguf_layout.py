@@ -7,8 +7,7 @@ import numpy as np
 from peft_jax.core.gguf_metadata import GGUFFile
 from peft_jax.interop.gguf_file import GGUFTensor, read_tensors
 from peft_jax.models.gguf_architecture import DECODER_FIELDS, GGUFArchitecture
-from peft_jax.models.llama.config import LlamaConfig, RopeScaling
-from peft_jax.models.llama.rotary import inverse_frequencies
+from peft_jax.models.modules.rotary import RopeParameters, inverse_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
 PRETRAINED = 8192  # positions that Llama 3.1 and later ones were pretrained on; files do not tell it
@@ -59,10 +58,13 @@ def _stretched(file: GGUFFile, factors: np.ndarray) -> dict[str, Any]:
     if factor == 1:
         return {}
     theta = float(file.get(f"{file.architecture}.rope.freq_base", 10000.0))
-    scaling = RopeScaling(rope_type="llama3", factor=factor, original_max_position_embeddings=PRETRAINED)
-    plain = LlamaConfig(head_dim=2 * len(factors), rope_theta=theta)
-    stretched = LlamaConfig(head_dim=2 * len(factors), rope_theta=theta, rope_scaling=scaling)
-    if not np.allclose(inverse_frequencies(plain) / inverse_frequencies(stretched), factors, rtol=1e-4):
+    plain = RopeParameters(rope_theta=theta)
+    scaling = RopeParameters(
+        rope_type="llama3", rope_theta=theta, factor=factor, original_max_position_embeddings=PRETRAINED
+    )
+    head_dim = 2 * len(factors)
+    fast, slow = (inverse_frequencies(rope, head_dim, PRETRAINED) for rope in (plain, scaling))
+    if not np.allclose(fast / slow, factors, rtol=1e-4):
         raise ValueError(
             f"'{file.path}' stretches its rotary positions ({ROPE_FACTORS}) in another way than rope_type 'llama3' "
             f"with original_max_position_embeddings={PRETRAINED}. Take the checkpoint that it was made from."
