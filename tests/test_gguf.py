@@ -20,6 +20,7 @@ import pytest
 from conftest import save_tokenizer
 from gguf_files import KINDS, SENTENCES, Kind, add_sentencepiece, add_tokenizer, turns_in_pairs, write_gguf
 from peft_jax.interop.files import open_tensors, read_config
+from peft_jax.interop.gguf_file import GGUFTensor
 
 import peft_jax as pj
 from peft_jax.cli.main import main
@@ -304,6 +305,21 @@ def test_a_path_of_a_file_is_explained(small: Path) -> None:
         pj.AutoModelForCausalLM.from_pretrained(small / NAME)
     with pytest.raises(FileNotFoundError, match="No config.json in '.*'. Found tiny.gguf: name it as gguf_file."):
         pj.AutoModelForCausalLM.from_pretrained(small)
+
+
+def test_a_file_without_a_tokenizer_is_explained(small: Path) -> None:
+    damage(small, "not at all")
+    with pytest.raises(ValueError, match="no tokenizer can be made of the metadata of '.*' .*no tokenizer.ggml.tokens"):
+        read_tokenizer(small, gguf_file=NAME)
+
+
+def test_values_are_moved_in_float32() -> None:
+    """What a family's row may ask for, as norms that llama.cpp writes with 1 added."""
+    values = np.array([[1, 2.5], [3, 4], [5, 6]], np.float16)
+    tensor = GGUFTensor("norm", values, Kind.F16).plus(-1.0)
+    np.testing.assert_array_equal(np.asarray(tensor), values.astype(np.float32) - 1)
+    np.testing.assert_array_equal(tensor.transposed()[1:], values.T.astype(np.float32)[1:] - 1)
+    assert (tensor.dtype, tensor.nbytes, len(tensor)) == (np.float32, 24, 3)
 
 
 WITHOUT = """
