@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from peft_jax.interop.files import open_metadata, open_tensors
-from peft_jax.interop.quantized import QuantizedTensor, read_quantized
+from peft_jax.interop.quantized import QuantizedTensor, check_quant_method, read_quantized
 from peft_jax.interop.quantized.gptq import GPTQTensor
 from peft_jax.interop.quantized.open_quantized import FORMATS as READ
 from quantized_writers import FORMATS, Format, compressed_settings, random_weight, save, split
 from safetensors.torch import load_file, save_file
+from torchao.quantization import Int8WeightOnlyConfig
 
 import peft_jax as pj
 from peft_jax.models.weights_io import load_model
@@ -79,7 +80,7 @@ def put_in_file(folder, name, weight=None):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_values_are_those_of_the_formats_own_reader(name, tmp_path):
+def test_values_are_those_of_the_formats_own_reader(name, tmp_path, monkeypatch):
     settings, tensors, want = put_in_file(tmp_path, name)
     found, words = read_quantized(settings, tensors, open_metadata(tmp_path))
     ((key, weight),) = found.items()
@@ -89,6 +90,8 @@ def test_values_are_those_of_the_formats_own_reader(name, tmp_path):
     assert got.dtype == weight.dtype and str(want.dtype) == f"torch.{got.dtype}"
     assert got.shape == weight.shape == tuple(want.shape) and got.nbytes == weight.nbytes
     np.testing.assert_array_equal(got.astype(np.float32), want.float().numpy())
+    monkeypatch.setattr("peft_jax.interop.quantized.base.CHUNK", 3 * 128)
+    np.testing.assert_array_equal(np.asarray(weight), got, err_msg="some rows at a time")
     assert weight.packed_nbytes < got.astype(np.float32).nbytes / 1.5 and words.startswith("1 weights quantized by ")
 
 
@@ -164,6 +167,19 @@ def test_checkpoints_that_transformers_dequantizes(name, config, tmp_path):
     options = {"dtype": torch.float32, "quantization_config": config(dequantize=True)}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     np.testing.assert_allclose(read(tmp_path)(IDS).logits, torch_logits(theirs), atol=1e-5)
+
+
+def test_a_checkpoint_that_transformers_saves_with_torchao(tmp_path):
+    torch_llama().save_pretrained(tmp_path / "plain")
+    config = transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    options = {"dtype": torch.float32, "quantization_config": config}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **options)
+    model.save_pretrained(tmp_path / "quantized")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    linear = [module for name, module in theirs.named_modules() if name.endswith("_proj")]
+    for module in linear:
+        module.weight = torch.nn.Parameter(module.weight.dequantize())
+    np.testing.assert_allclose(read(tmp_path / "quantized")(IDS).logits, torch_logits(theirs), atol=1e-5)
 
 
 def test_matrices_that_plain_checkpoints_store_the_other_way_round(tmp_path):
@@ -394,6 +410,8 @@ def test_a_method_that_is_not_read_is_told_which_are(tmp_path):
     message = f"quant_method='aqlm', which is not supported. Supported: {', '.join(READ)}. Load one of these"
     with pytest.raises(ValueError, match=message):
         pj.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantization_config in config.json is an object, found 'gptq'"):
+        check_quant_method("gptq")
 
 
 def test_a_weight_is_there_once(tmp_path):

@@ -15,11 +15,10 @@ from peft_jax.interop.quantized.base import (
     QuantizedTensor,
     Settings,
     StoredTensors,
+    by_rows,
     damaged,
     number,
     refused,
-    scaled,
-    unpack,
 )
 
 BITS, PER_WORD = 4, 8
@@ -44,14 +43,23 @@ class AWQTensor(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """Integers less the zero points of their groups, times the scales."""
-        zeros = np.repeat(_unpack(self.qzeros), self.group_size, axis=0)
-        steps = np.repeat(self.scales, self.group_size, axis=0)
-        return scaled(_unpack(self.qweight) - zeros, steps, self.dtype).T
+        groups = np.arange(self.shape[1]) // self.group_size
+        zeros, scales = _unpack(self.qzeros), self.scales.astype(np.float32)
+
+        def make(inputs: slice) -> Array:
+            part = _unpack(self.qweight[inputs]) - zeros[groups[inputs]]
+            return part * scales[groups[inputs]]  # a product of two 16-bit floats is exact in float32
+
+        return by_rows(self.shape[::-1], self.dtype, make).T
 
 
 def _unpack(words: Array) -> Array:
-    fields = unpack(words, BITS).reshape(*words.shape, PER_WORD)
-    return fields[..., PLACES].reshape(len(words), -1).astype(np.int8)
+    """Unsigned integers ``(rows, out)`` in float32 from words ``(rows, out / 8)``."""
+    words = words.view(np.uint32)
+    fields = np.empty((*words.shape, PER_WORD), np.float32)
+    for output, place in enumerate(PLACES):
+        fields[..., output] = (words >> np.uint32(place * BITS)) & np.uint32(2**BITS - 1)
+    return fields.reshape(len(words), -1)
 
 
 def read_awq(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:

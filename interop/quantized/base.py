@@ -3,8 +3,9 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 INT8, UINT8, INT32, INT64 = (np.dtype(name) for name in ("int8", "uint8", "int32", "int64"))
 FLOAT32, FLOAT16, BFLOAT16 = (np.dtype(one) for one in (np.float32, np.float16, jnp.bfloat16))
 FLOATS = (FLOAT32, FLOAT16, BFLOAT16)
+CHUNK = 1 << 18  # elements that are dequantized at a time
 COPY = "Take an undamaged copy of the checkpoint."
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -164,8 +166,9 @@ def unpack(words: Array, bits: int) -> Array:
     """
     octets = np.ascontiguousarray(words).view(np.uint8)
     if 8 % bits == 0:
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        fields = (octets[..., None] >> shifts) & np.uint8(2**bits - 1)
+        fields = np.empty((*octets.shape, 8 // bits), np.uint8)
+        for place in range(8 // bits):
+            np.bitwise_and(octets >> np.uint8(place * bits), np.uint8(2**bits - 1), out=fields[..., place])
         return fields.reshape(*octets.shape[:-1], -1)
     stream = np.unpackbits(octets, axis=-1, bitorder="little")
     count = stream.shape[-1] // bits
@@ -174,21 +177,80 @@ def unpack(words: Array, bits: int) -> Array:
     return (stream << places).sum(axis=-1, dtype=np.uint8)
 
 
-def spread(blocks: Array, shape: tuple[int, ...], block: tuple[int, ...]) -> Array:
-    """Repeat one value a block to one an element; the last block of an axis may be cut off.
+def by_rows(shape: tuple[int, ...], dtype: np.dtype[Any], make: Callable[[slice], Array]) -> Array:
+    """An array made some rows at a time: what is computed on the way stays in the processor's caches.
+
+    Args:
+        shape: Its shape.
+        dtype: Its element type; what ``make`` gives is rounded to it.
+        make: ``make(rows)`` gives these rows.
 
     Example:
-        >>> spread(np.array([[1, 2]]), (2, 3), (2, 2)).tolist()
-        [[1, 1, 2], [1, 1, 2]]
+        >>> by_rows((2, 3), FLOAT32, lambda rows: np.ones((2, 3))[rows]).shape
+        (2, 3)
     """
-    for axis, (size, length) in enumerate(zip(block, shape, strict=True)):
-        if size != 1:
-            blocks = np.repeat(blocks, size, axis=axis)
-        blocks = np.take(blocks, range(length), axis=axis) if blocks.shape[axis] != length else blocks
-    return blocks
+    array = np.empty(shape, dtype)
+    step = max(1, CHUNK // math.prod(shape[1:]))
+
+    def fill(start: int) -> None:
+        rows = slice(start, min(start + step, len(array)))
+        array[rows] = make(rows)
+
+    with ThreadPoolExecutor() as pool:  # NumPy releases Python's lock while it computes
+        for _ in pool.map(fill, range(0, len(array), step)):
+            pass
+    return array
 
 
-def scaled(values: Array, scale: Array, dtype: np.dtype[Any]) -> Array:
-    """The product, rounded once: computed in float32, where a product of 16-bit floats is exact."""
-    product = values.astype(np.float32) * scale.astype(np.float32)
-    return product.astype(dtype)
+class Blocks(NamedTuple):
+    """Numbers that blocks of a matrix have in common.
+
+    Attributes:
+        rows: float32 ``(out, blocks of in)``.
+        columns: int ``(in,)``: the block of each input.
+    """
+
+    rows: Array
+    columns: Array
+
+    @classmethod
+    def of(
+        cls, numbers: Array, shape: tuple[int, ...], block: tuple[int, int], columns: Array | None = None
+    ) -> "Blocks":
+        """Numbers ``(blocks of out, blocks of in)`` of a matrix of this shape; the last blocks may be cut off.
+
+        Example:
+            >>> Blocks.of(np.array([[1, 2]]), (2, 3), (2, 2)).at(slice(0, 2)).tolist()
+            [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]
+        """
+        rows = np.repeat(numbers, block[0], axis=0)[: shape[0]]
+        columns = np.arange(shape[1]) // block[1] if columns is None else columns
+        return cls(np.ascontiguousarray(rows, np.float32), columns)
+
+    def at(self, rows: slice) -> Array:
+        """One number for each element of these rows."""
+        return np.take(self.rows[rows], self.columns, axis=1)
+
+
+def scaled_by_rows(
+    weight: QuantizedTensor, values: Callable[[slice], Array], scale: Blocks, zeros: Blocks | None = None
+) -> Array:
+    """Values less their zero points, times their scales, in the weight's shape and element type.
+
+    All is computed in float32, where differences of integers and products of 16-bit floats are exact, and rounded once.
+
+    Args:
+        weight: What is dequantized.
+        values: ``values(rows)`` gives integers or floats ``(rows, in)``.
+        scale: The scales.
+        zeros: The zero points, if there are any.
+    """
+
+    def make(rows: slice) -> Array:
+        part = values(rows).astype(np.float32)
+        if zeros is not None:
+            part -= zeros.at(rows)
+        part *= scale.at(rows)
+        return part
+
+    return by_rows(weight.shape, weight.dtype, make)

@@ -23,6 +23,7 @@ from peft_jax.interop.quantized.base import (
     QuantizedTensor,
     Settings,
     StoredTensors,
+    by_rows,
     damaged,
 )
 
@@ -73,11 +74,18 @@ class Bnb4bit(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """The values of the table times the largest magnitude of their block."""
-        halves = np.stack((self.packed >> 4, self.packed & 15), axis=-1).reshape(-1)
-        count = math.prod(self.shape)
-        values = TABLES[self.quant_type][halves[:count]]
-        steps = np.repeat(self.largest(), self.blocksize)[:count]
-        return (values * steps).astype(self.dtype).reshape(self.shape)
+        largest, table = self.largest(), TABLES[self.quant_type]
+        whole = np.pad(self.packed, (0, -self.packed.size % (self.blocksize // 2)))  # the last block may be short
+        octets = whole.reshape(len(largest), self.blocksize // 2)
+
+        def make(blocks: slice) -> Array:
+            pairs = np.stack((octets[blocks] >> 4, octets[blocks] & 15), axis=-1)
+            values = table[pairs].reshape(len(pairs), self.blocksize)
+            values *= largest[blocks, None]
+            return values
+
+        array = by_rows((len(largest), self.blocksize), self.dtype, make)
+        return array.reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,7 +102,11 @@ class Bnb8bit(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """The integers times their row's largest magnitude over 127, in bitsandbytes' order."""
-        return self.integers.astype(np.float32) * self.largest[:, None] * STEP_OF_127
+
+        def make(rows: slice) -> Array:
+            return self.integers[rows].astype(np.float32) * self.largest[rows, None] * STEP_OF_127
+
+        return by_rows(self.shape, self.dtype, make)
 
 
 def read_bitsandbytes(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:
@@ -152,10 +164,10 @@ def _read_state(key: str, octets: Array) -> dict[str, Any]:
         known = state["quant_type"] in TABLES and state["dtype"] in DTYPES
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(key, f"is no quant_state of bitsandbytes ({type(error).__name__}: {error})") from None
-    if not known or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not known or not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[0] % 2:
         fields = ", ".join(f"{name}={state[name]!r}" for name in ("quant_type", "dtype", "blocksize", "shape"))
-        rule = f"quant_type is one of {', '.join(TABLES)}, dtype one of {', '.join(DTYPES)}, sizes are positive"
-        raise damaged(key, f"has {fields}; {rule}", COPY)
+        kinds = f"quant_type is one of {', '.join(TABLES)}, dtype one of {', '.join(DTYPES)}"
+        raise damaged(key, f"has {fields}; {kinds}, sizes are positive, and blocks even", COPY)
     return dict(state)
 
 

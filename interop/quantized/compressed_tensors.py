@@ -17,14 +17,14 @@ from peft_jax.interop.quantized.base import (
     INT32,
     INT64,
     Array,
+    Blocks,
     QuantizedTensor,
     Settings,
     StoredTensors,
     damaged,
     number,
     refused,
-    scaled,
-    spread,
+    scaled_by_rows,
     unpack,
 )
 from peft_jax.interop.quantized.fp8 import FP8
@@ -59,16 +59,11 @@ class CompressedTensor(QuantizedTensor):
     bits: int = 0
     g_idx: Array | None = None
 
-    def _spread(self, blocks: Array) -> Array:
-        if self.g_idx is not None:
-            return blocks[:, self.g_idx]
-        return spread(blocks, self.shape, self.block)
-
-    def signed(self) -> Array:
-        """Integers or floats ``(out, in)``, before the zero point is subtracted."""
+    def signed(self, rows: slice) -> Array:
+        """Integers or floats of some outputs, ``(rows, in)``, before the zero points are subtracted."""
         if not self.bits:
-            return self.values
-        return unpack(self.values, self.bits)[:, : self.shape[1]].astype(np.int16) - 2 ** (self.bits - 1)
+            return self.values[rows]
+        return unpack(self.values[rows], self.bits)[:, : self.shape[1]].astype(np.int16) - 2 ** (self.bits - 1)
 
     def zeros(self) -> Array | None:
         """Zero points in the shape of ``scale``."""
@@ -79,10 +74,10 @@ class CompressedTensor(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """Values less their zero points, times their scales."""
-        values, zeros = self.signed(), self.zeros()
-        if zeros is not None:
-            values = values.astype(np.float32) - self._spread(zeros).astype(np.float32)
-        return scaled(values, self._spread(self.scale), self.dtype)
+        zero_points = self.zeros()
+        scales = Blocks.of(self.scale, self.shape, self.block, self.g_idx)
+        zeros = None if zero_points is None else Blocks.of(zero_points, self.shape, self.block, self.g_idx)
+        return scaled_by_rows(self, self.signed, scales, zeros)
 
 
 def read_compressed_tensors(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:

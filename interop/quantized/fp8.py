@@ -15,11 +15,12 @@ from peft_jax.interop.quantized.base import (
     FLOATS,
     UINT8,
     Array,
+    Blocks,
     QuantizedTensor,
     Settings,
     StoredTensors,
     damaged,
-    spread,
+    scaled_by_rows,
 )
 
 FP8 = (np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2))
@@ -52,7 +53,8 @@ class FP8Tensor(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """The values times the scales of their blocks, in float32."""
-        return self.values.astype(np.float32) * spread(self.scales(), self.values.shape, self.block)
+        scales = Blocks.of(self.scales(), self.shape, self.block)
+        return scaled_by_rows(self, lambda rows: self.values[rows], scales)
 
 
 def read_fp8(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:

@@ -17,13 +17,14 @@ from peft_jax.interop.quantized.base import (
     INT32,
     INT64,
     Array,
+    Blocks,
     QuantizedTensor,
     Settings,
     StoredTensors,
     damaged,
     number,
     refused,
-    scaled,
+    scaled_by_rows,
     unpack,
 )
 
@@ -51,9 +52,9 @@ class GPTQTensor(QuantizedTensor):
     bits: int
     is_v1: bool
 
-    def integers(self) -> Array:
-        """Unsigned integers ``(out, in)``."""
-        return unpack(self.qweight.T, self.bits)
+    def integers(self, rows: slice) -> Array:
+        """Unsigned integers of some outputs, ``(rows, in)``."""
+        return unpack(self.qweight[:, rows].T, self.bits)
 
     def zeros(self) -> Array:
         """Unsigned zero points ``(groups, out)``."""
@@ -66,8 +67,10 @@ class GPTQTensor(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """Integers less the zero points of their groups, times the scales."""
-        zeros = self.zeros().astype(np.int16).T[:, self.g_idx]
-        return scaled(self.integers().astype(np.int16) - zeros, self.scales.T[:, self.g_idx], self.dtype)
+        by_output = (1, self.shape[1])
+        scales = Blocks.of(self.scales.T, self.shape, by_output, self.g_idx)
+        zeros = Blocks.of(self.zeros().T, self.shape, by_output, self.g_idx)
+        return scaled_by_rows(self, self.integers, scales, zeros)
 
 
 def read_gptq(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:

@@ -15,6 +15,7 @@ from peft_jax.interop.quantized.base import (
     QuantizedTensor,
     Settings,
     StoredTensors,
+    by_rows,
     damaged,
     unpack,
 )
@@ -38,10 +39,15 @@ class MXFP4Tensor(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """The matrices as ``(experts, in, out)``, as transformers' parameter has them."""
-        values = E2M1[unpack(self.blocks, 4)]
-        exponents = self.scales.astype(np.int32) - EXPONENT_BIAS
-        floats = np.ldexp(values, exponents[..., None]).astype(self.dtype)
-        return floats.reshape(*self.blocks.shape[:2], -1).swapaxes(1, 2)
+
+        def make(experts: slice) -> Array:
+            values = E2M1[unpack(self.blocks[experts], 4)]
+            exponents = self.scales[experts].astype(np.int32) - EXPONENT_BIAS
+            return np.ldexp(values, exponents[..., None])
+
+        shape = (*self.scales.shape, 2 * BLOCK_BYTES)
+        floats = by_rows(shape, self.dtype, make)
+        return floats.reshape(*shape[:2], -1).swapaxes(1, 2)
 
 
 def read_mxfp4(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:

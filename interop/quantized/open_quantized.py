@@ -41,6 +41,8 @@ def check_quant_method(settings: Settings) -> str:
         >>> check_quant_method({"load_in_4bit": True})
         'bitsandbytes'
     """
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"quantization_config in config.json is an object, found {settings!r}. {COPY}")
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"

@@ -15,23 +15,25 @@ from peft_jax.interop.quantized.base import (
     COPY,
     FLOATS,
     INT8,
+    INT32,
     INT64,
     UINT8,
     Array,
+    Blocks,
     QuantizedTensor,
     Settings,
     StoredTensors,
+    by_rows,
     damaged,
     refused,
-    scaled,
-    spread,
+    scaled_by_rows,
     unpack,
 )
 
 PLAIN = "Tensor"
 BYTES, NIBBLES = ("Int8Tensor", "IntxUnpackedToInt8Tensor"), "Int4Tensor"
 DTYPES = {str(dtype): dtype for dtype in FLOATS}
-ZEROS = (*FLOATS, INT8, INT64)
+ZEROS = (INT8, INT32, INT64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,11 +54,9 @@ class TorchaoInt8(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """Integers less their zero points, times their scales."""
-        values = self.qdata.astype(np.float32)
-        if self.zero_point is not None:
-            zeros = self.zero_point.astype(self.dtype).astype(np.float32)
-            values = (values - spread(zeros, self.shape, self.block)).astype(self.dtype)
-        return scaled(values, spread(self.scale, self.shape, self.block), self.dtype)
+        scales = Blocks.of(self.scale, self.shape, self.block)
+        zeros = None if self.zero_point is None else Blocks.of(self.zero_point, self.shape, self.block)
+        return scaled_by_rows(self, lambda rows: self.qdata[rows], scales, zeros)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,12 +77,16 @@ class TorchaoInt4(QuantizedTensor):
 
     def dequantize(self) -> Array:
         """Integers times the scales of their groups and plus their zero points, in float32, rounded once."""
-        fields = unpack(self.qdata, 4).astype(np.int8)
-        signed = (fields ^ np.int8(8)) - np.int8(8)
         block = (1, self.group_size)
-        scales = spread(self.scale.T, self.shape, block).astype(np.float32)
-        zeros = spread(self.zero_point.T, self.shape, block).astype(np.float32)
-        return (signed * scales + zeros).astype(self.dtype)
+        scales = Blocks.of(self.scale.T, self.shape, block)
+        zeros = Blocks.of(self.zero_point.T, self.shape, block)
+
+        def make(rows: slice) -> Array:
+            fields = unpack(self.qdata[rows], 4).astype(np.int8)
+            signed = (fields ^ np.int8(8)) - np.int8(8)
+            return signed * scales.at(rows) + zeros.at(rows)
+
+        return by_rows(self.shape, self.dtype, make)
 
 
 def read_torchao(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:

@@ -46,6 +46,8 @@ class AutoHandle:
     ) -> Any:
         """Read a Hugging Face checkpoint; a head (or pooler) that it lacks is initialized at random, with a warning.
 
+        The weights of a quantized checkpoint (`peft_jax.interop.quantized`) are dequantized, which a warning says.
+
         Args:
             name_or_path: Folder, or id on the Hugging Face hub.
             dtype: Element type of the parameters; None for the one that config.json names.
