@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from peft_jax.interop.files import open_metadata, open_tensors
 from peft_jax.interop.quantized import QuantizedTensor, check_quant_method, read_quantized
 from peft_jax.interop.quantized.gptq import GPTQTensor
@@ -125,6 +126,33 @@ def test_fields_that_the_first_version_of_gptq_borrowed_across_are_given_back(tm
     less = (zeros.view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
     found = read_quantized(v1, {**tensors, "model.up.qzeros": less})[0]["model.up.weight"]
     np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_inputs_of_compressed_tensors_may_be_in_any_order(tmp_path):
+    """Versions before 0.15 write ``weight_g_idx``: the group of each input, or -1 where they are in order."""
+    settings, tensors, want = put_in_file(tmp_path, INT4)
+    in_order = {**tensors, "model.up.weight_g_idx": np.full(128, -1, np.int32)}
+    np.testing.assert_array_equal(np.asarray(read_quantized(settings, in_order)[0]["model.up.weight"]), want.numpy())
+    g_idx = np.random.default_rng(0).permutation(np.arange(128, dtype=np.int32) // 16)
+    words = {key: torch.tensor(tensors[f"model.up.weight_{key}"]) for key in ("packed", "zero_point", "scale")}
+    integers = unpack_from_int32(words["packed"], 4, (32, 128))
+    zeros = unpack_from_int32(words["zero_point"], 4, (32, 8), packed_dim=0)
+    got = read_quantized(settings, {**tensors, "model.up.weight_g_idx": g_idx})[0]["model.up.weight"]
+    wanted = (integers - zeros[:, g_idx]) * words["scale"][:, g_idx]
+    np.testing.assert_array_equal(np.asarray(got), wanted.numpy())
+    with pytest.raises(ValueError, match="'model.up.weight_g_idx' names groups 0 to 8, and there are 8"):
+        read_quantized(settings, {**tensors, "model.up.weight_g_idx": np.append(g_idx[1:], np.int32(8))})
+
+
+def test_fp8_by_tensor_as_vllm_has_it():
+    """``weight_scale``, and static scales of activations, which the words say are not applied."""
+    values = np.arange(-4, 4).reshape(2, 4).astype(jnp.float8_e4m3fn)
+    scales = {
+        f"up.{name}": np.array(number, np.float32) for name, number in [("weight_scale", 0.5), ("input_scale", 3)]
+    }
+    found, words = read_quantized({"quant_method": "fp8"}, {"up.weight": values, **scales})
+    assert list(found) == ["up.weight"] and words.endswith("whose quantization of activations is not applied")
+    np.testing.assert_array_equal(np.asarray(found["up.weight"]), np.arange(-4, 4).reshape(2, 4) * 0.5)
 
 
 # -- whole models --------------------------------------------------------------------------------------
