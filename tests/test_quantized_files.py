@@ -129,7 +129,7 @@ def test_fields_that_the_first_version_of_gptq_borrowed_across_are_given_back(tm
 
 
 def test_inputs_of_compressed_tensors_may_be_in_any_order(tmp_path):
-    """Versions before 0.15 write ``weight_g_idx``: the group of each input, or -1 where they are in order."""
+    """Older versions write ``weight_g_idx``: the group of each input, or -1 where they are in order."""
     settings, tensors, want = put_in_file(tmp_path, INT4)
     in_order = {**tensors, "model.up.weight_g_idx": np.full(128, -1, np.int32)}
     np.testing.assert_array_equal(np.asarray(read_quantized(settings, in_order)[0]["model.up.weight"]), want.numpy())
