@@ -10,14 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
-from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
-from torchao.quantization.granularity import PerRow
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -190,17 +188,22 @@ def mxfp4(name: str, weight: torch.Tensor) -> Written:
 
 
 def torchao_int8(name: str, weight: torch.Tensor) -> Written:
+    quantization = pytest.importorskip("torchao.quantization", reason="the extra test-torchao is not installed")
+    Int8Tensor, PerRow = quantization.Int8Tensor, quantization.PerRow
     return _flat(name, Int8Tensor.from_hp(weight.bfloat16(), PerRow()))
 
 
 def torchao_intx(name: str, weight: torch.Tensor, *, group_size: int) -> Written:
+    quantization = pytest.importorskip("torchao.quantization", reason="the extra test-torchao is not installed")
     from torchao.quantization.quant_primitives import MappingType
 
     kind = {"mapping_type": MappingType.ASYMMETRIC}
-    return _flat(name, IntxUnpackedToInt8Tensor.from_hp(weight, (1, group_size), torch.int4, **kind))
+    return _flat(name, quantization.IntxUnpackedToInt8Tensor.from_hp(weight, (1, group_size), torch.int4, **kind))
 
 
 def _flat(name: str, tensor: Any) -> Written:
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
     return flatten_tensor_state_dict({f"{name}.weight": tensor}), tensor.dequantize()
 
 

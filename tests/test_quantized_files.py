@@ -16,7 +16,6 @@ from peft_jax.interop.quantized.gptq import GPTQTensor
 from peft_jax.interop.quantized.open_quantized import FORMATS as READ
 from quantized_writers import FORMATS, Format, compressed_settings, random_weight, save, split
 from safetensors.torch import load_file, save_file
-from torchao.quantization import Int8WeightOnlyConfig
 
 import peft_jax as pj
 from peft_jax.models.weights_io import load_model
@@ -198,8 +197,9 @@ def test_checkpoints_that_transformers_dequantizes(name, config, tmp_path):
 
 
 def test_a_checkpoint_that_transformers_saves_with_torchao(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="the extra test-torchao is not installed")
     torch_llama().save_pretrained(tmp_path / "plain")
-    config = transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
     options = {"dtype": torch.float32, "quantization_config": config}
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **options)
     model.save_pretrained(tmp_path / "quantized")
