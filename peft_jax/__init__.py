@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.adapters import apply_lora_from_data as apply_lora_from_data
     from peft_jax.adapters import scale_adapter as scale_adapter
     from peft_jax.adapters import with_adapter_rows as with_adapter_rows
+    from peft_jax.adapters import with_invocations as with_invocations
     from peft_jax.core.dropout import with_dropout as with_dropout
     from peft_jax.core.layout import Layout as Layout
     from peft_jax.core.merge import delete_adapter as delete_adapter
@@ -49,7 +50,6 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.methods import TaskType as TaskType
     from peft_jax.methods import TrainableTokensConfig as TrainableTokensConfig
     from peft_jax.methods import VeraConfig as VeraConfig
-    from peft_jax.methods import with_invocations as with_invocations
     from peft_jax.models import AutoModel as AutoModel
     from peft_jax.models import AutoModelForCausalLM as AutoModelForCausalLM
     from peft_jax.models import AutoModelForMaskedLM as AutoModelForMaskedLM

@@ -11,7 +11,7 @@ import pytest
 import peft_jax as pj
 from peft_jax import train
 from peft_jax.methods.adalora import rank_allocator
-from peft_jax.methods.training_hooks import scheduled_leaves
+from peft_jax.train.hooks import scheduled
 
 STACKED = {r"layers\.up\.kernel": pj.Layout((0,), (1,), (2,))}
 OPTIONS = {
@@ -82,7 +82,7 @@ def theirs():
     layers = [torch.nn.ModuleDict({"up": torch.nn.Linear(6, 5, bias=False)}) for _ in range(3)]
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers), "head": torch.nn.Linear(5, 7, bias=False)})
     model = peft.get_peft_model(model, peft.AdaLoraConfig(**OPTIONS))
-    _, leaves = scheduled_leaves(adapted())
+    _, _, leaves = scheduled(adapted())
     arrays = by_module({path: leaf.params for path, leaf in leaves.items()})
     with torch.no_grad():
         for name, parameter in model.base_model.model.named_parameters():
@@ -115,9 +115,9 @@ def test_each_step_is_that_of_pefts_allocator(theirs):
     """Equal arrays and equal gradients over all phases: sensitivities, uncertainties, arrays and patterns."""
     import torch
 
-    config, leaves = scheduled_leaves(adapted())
+    _, config, leaves = scheduled(adapted())
     params = {path: leaf.params for path, leaf in leaves.items()}
-    state = config.begin_schedule(leaves)
+    state = config.begin(leaves)
     allocate = jax.jit(config.advance)
     allocator, model = theirs.base_model.rankallocator, theirs.base_model
     patterns = set()
@@ -154,7 +154,7 @@ def test_each_step_is_that_of_pefts_allocator(theirs):
 def test_the_penalty_is_pefts(theirs):
     import torch
 
-    config, leaves = scheduled_leaves(adapted())
+    _, config, leaves = scheduled(adapted())
     outputs = SimpleNamespace(loss=torch.zeros(()))
     theirs.base_model.model.forward = lambda: outputs
     want = theirs.base_model.forward().loss.detach().numpy()
@@ -169,7 +169,7 @@ def test_the_penalty_has_a_slope_where_layers_have_no_ranks_or_are_no_targets():
     trainable, frozen = pj.partition(params)
 
     def penalty(trainable):
-        config, leaves = scheduled_leaves(pj.combine(trainable, frozen))
+        _, config, leaves = scheduled(pj.combine(trainable, frozen))
         return config.penalty(leaves)
 
     slope = jax.grad(penalty)(trainable)["layers"]["up"]["kernel"].params

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import as_leaf, as_weight
+from peft_jax.methods.base import Method
 from peft_jax.methods.lora import dora, grouped_conv
 from peft_jax.methods.lora.config import LoraConfig
 from peft_jax.methods.lora.initializers import corda, eva, lora_ga
@@ -92,7 +93,7 @@ def apply_lora_from_data(
         True
     """
     start = config.init_lora_weights
-    if config.initializer.needs != "data":
+    if not starts_from_data(config):
         raise ValueError(
             f"init_lora_weights={start!r} does not look at data. Write pj.apply_lora, or one of "
             f"{', '.join(from_data())}."
@@ -122,6 +123,17 @@ def apply_lora_from_data(
         started = _taken_out(adapted, config, sums, key, adapter_name)
     result: T = started
     return result
+
+
+def starts_from_data(config: Method) -> TypeGuard[LoraConfig]:
+    """Whether a fresh adapter of a config needs `apply_lora_from_data`, as its start looks at data.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> starts_from_data(pj.LoraConfig(init_lora_weights="eva")), starts_from_data(pj.LoraConfig())
+        (True, False)
+    """
+    return isinstance(config, LoraConfig) and config.initializer.needs == "data"
 
 
 def _outputs(run: Callable[[Any, Any], Any], tree: Any, batch: Any) -> jax.Array:

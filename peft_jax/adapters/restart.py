@@ -7,21 +7,20 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.adapters.from_data import starts_from_data
 from peft_jax.adapters.statistics import changed, layers_of
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.weight import as_leaf, as_weight
-from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.base import Method
 from peft_jax.methods.lora.initializers.base import Factors
 from peft_jax.methods.lora.initializers.stacked import initialize_layers
 
 T = TypeVar("T")
 
 
-def leaves_base(config: object) -> bool:
+def leaves_base(config: Method) -> bool:
     """Whether an adapter starts at what data say, and takes that out of the base."""
-    if not isinstance(config, LoraConfig):
-        return False
-    return config.initializer.needs == "data" and config.initializer.changes_base
+    return starts_from_data(config) and config.initializer.changes_base
 
 
 def without_starts(params: T, adapter_name: str = "default") -> T:

@@ -11,7 +11,6 @@ from peft_jax.methods.ia3 import IA3Config as IA3Config
 from peft_jax.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from peft_jax.methods.loha import LoHaConfig as LoHaConfig
 from peft_jax.methods.lokr import LoKrConfig as LoKrConfig
-from peft_jax.methods.lora.alora import with_invocations as with_invocations
 from peft_jax.methods.lora.config import LoraConfig as LoraConfig
 from peft_jax.methods.lora.nested_configs import CordaConfig as CordaConfig
 from peft_jax.methods.lora.nested_configs import EvaConfig as EvaConfig

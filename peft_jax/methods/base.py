@@ -274,10 +274,6 @@ class Method(PeftConfig):
         """The adapted matrix, same shape and dtype as ``matrix``: ``(in, out)``, or ``(out,)`` for a vector."""
         raise NotImplementedError
 
-    def project(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
-        """The trained arrays, stacked axes first, put back to where they may be."""
-        return params
-
     @property
     def keeps_ties(self) -> bool:
         """Whether the adapter of a module changes those that are tied to it too, by the one leaf they share."""

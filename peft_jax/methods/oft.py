@@ -20,11 +20,12 @@ from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
+from peft_jax.methods.training_hooks import TrainingHooks
 
 
 @register("OFT")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OFTConfig(TargetFields, ExcludeFields, LayerFields, Method):
+class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method):
     """Rotates the inputs of a frozen matrix, the outputs of an embedding; fields and defaults are PEFT's.
 
     It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.

@@ -1,34 +1,39 @@
-"""Methods that do more in a training step than follow the gradient: they have a penalty and a schedule."""
+"""Training hooks: what a method does in a step of training beside following the gradient."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 
-from peft_jax.core.adapted import Adapted, adapted_leaves
-from peft_jax.core.handle import Handle
-from peft_jax.methods.base import Method
+from peft_jax.core.adapted import Adapted
+from peft_jax.methods.base import Arrays
 
 Leaves = Mapping[str, Adapted]  # adapted leaves by path
 Trained = dict[str, dict[str, jax.Array]]  # the arrays that they train, by path and role
 
 
-class Scheduled(Method):
-    """A method that adds a penalty to the loss, and changes its arrays after the optimizer did.
+class TrainingHooks:
+    """The part of a method in training, beside its gradients: a projection, or a penalty and a schedule.
 
-    `peft_jax.train.start` begins its schedule, the training step runs it, and `peft_jax.train.finished` ends it. What
-    the schedule remembers is a pytree beside the optimizer's state, so that checkpoints hold it.
+    A method that has one inherits this class and overrides what it needs; `peft_jax.train` calls it. What a schedule
+    remembers is a pytree beside the optimizer's state, so that checkpoints hold it.
     """
 
+    scheduled: ClassVar[bool] = False  # whether it has a penalty and a schedule: all but `for_run` and `project`
+
     def for_run(self, max_steps: int) -> Self:
-        """The config with what a run's length says."""
+        """The config with the length of the run, where it needs that and has none."""
         return self
+
+    def project(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
+        """The trained arrays of one leaf, stacked axes first, put back to where they may be as a step begins."""
+        return params
 
     def penalty(self, leaves: Leaves) -> jax.Array:
         """The penalty that is added to the loss of every step, float32."""
         raise NotImplementedError
 
-    def begin_schedule(self, leaves: Leaves) -> Any:
+    def begin(self, leaves: Leaves) -> Any:
         """The schedule's state before the first step.
 
         Raises:
@@ -46,29 +51,6 @@ class Scheduled(Method):
         """
         raise NotImplementedError
 
-    def end_schedule(self, tree: Any, schedule: Any) -> Any:
-        """The whole tree as it is to be saved at this point of the schedule; it computes the same."""
+    def finish(self, leaves: Leaves, schedule: Any) -> tuple[Self, Leaves]:
+        """The config and the leaves as they are to be saved at this point of the schedule; they compute the same."""
         raise NotImplementedError
-
-
-def scheduled_leaves(params: Any) -> tuple[Scheduled, dict[str, Adapted]] | None:
-    """The scheduled method that a tree, a model handle or one of their twins trains, and its leaves; None without.
-
-    Raises:
-        ValueError: if there are two, which would not know of each other.
-    """
-    tree = params.params if isinstance(params, Handle) else params
-    found: dict[str, dict[str, Adapted]] = {}
-    for path, leaf in adapted_leaves(tree):
-        if isinstance(leaf.method, Scheduled) and leaf.active and leaf.trainable:
-            found.setdefault(leaf.tag.name, {})[path] = leaf
-    if len(found) > 1:
-        raise ValueError(
-            f"Adapters {sorted(found)} are trained by a schedule each. Train one at a time: "
-            "pj.set_adapter(params, NAME)."
-        )
-    if not found:
-        return None
-    (leaves,) = found.values()
-    config: Scheduled = next(iter(leaves.values())).tag.config
-    return config, leaves

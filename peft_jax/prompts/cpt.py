@@ -13,6 +13,7 @@ import numpy as np
 
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
+from peft_jax.methods.training_hooks import TrainingHooks
 from peft_jax.prompts.base import IGNORED_LABEL, PROMPT
 from peft_jax.prompts.learning import PromptLearning
 from peft_jax.prompts.prompt_tuning import rows_of
@@ -23,7 +24,7 @@ SMALLEST = 1e-10  # the radius of a token that is not to move
 
 @register("CPT")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CPTConfig(PromptLearning):
+class CPTConfig(TrainingHooks, PromptLearning):
     """Puts a context before the inputs and trains where its embeddings move; fields and defaults are PEFT's.
 
     The file holds the moved embeddings, so an adapter cannot be trained on once it is saved.
@@ -111,7 +112,7 @@ class CPTConfig(PromptLearning):
         """Zeros: nothing has moved."""
         return jnp.zeros(shape) if role == DELTA else super().start(role, shape, key, lookup=lookup)
 
-    def begin(
+    def init_on(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """With the context's embeddings."""
@@ -121,7 +122,7 @@ class CPTConfig(PromptLearning):
             raise ValueError(
                 f"cpt_token_ids are from {ids.min()} to {ids.max()}, but the vocabulary has ids 0 to {vocabulary - 1}."
             )
-        params, state = super().begin(base, names, hit, key)
+        params, state = super().init_on(base, names, hit, key)
         return params, state if self.inference_mode else {**state, TABLE: rows_of(base, jnp.asarray(ids))}
 
     def project(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:

@@ -122,11 +122,11 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         """Normal numbers, those of tasks of deviation 0.02."""
         return super().start(role, shape, key, lookup=lookup) * (1.0 if role == PROMPT else 0.02)
 
-    def begin(
+    def init_on(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """As said by ``prompt_tuning_init``."""
-        params, state = super().begin(base, names, hit, key)
+        params, state = super().init_on(base, names, hit, key)
         return (params | self._source(params) if self._from_file and not self.inference_mode else params), state
 
     def _source(self, fresh: Arrays) -> dict[str, jax.Array]:

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peft_jax.adapters.input_ids import reads_input_ids
 from peft_jax.core.chunks import chunk_size, in_chunks
 from peft_jax.core.dropout import has_dropout
-from peft_jax.methods.lora.alora import is_invoked
 from peft_jax.models.modules.lazy_logits import LazyLogits
 
 CHUNK = 2**25  # logits of a chunk on each device
@@ -39,7 +39,7 @@ def weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
 def summed_loss(logits: LazyLogits, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """The `weighted_sum` of `token_losses`, float32.
 
-    A head whose adapter depends on a token's position (dropout, an invocation) sees all positions at once.
+    A head whose adapter depends on a token's position (dropout, or token ids) sees all positions at once.
 
     Args:
         logits: Of shape (batch, length, vocabulary).
@@ -47,7 +47,7 @@ def summed_loss(logits: LazyLogits, targets: jax.Array, weights: jax.Array) -> j
         weights: What each loss is multiplied by (batch, length), float32; a constant to the gradient.
     """
     size = chunk_size(logits.shape, CHUNK)
-    if size == logits.shape[1] or has_dropout(logits.weight) or is_invoked(logits.weight):
+    if size == logits.shape[1] or has_dropout(logits.weight) or reads_input_ids(logits.weight):
         return weighted_sum(token_losses(logits.compute(), targets), weights)
     parts = tuple(in_chunks(array, size) for array in (logits.hidden, targets, weights))
     return _sum_over_chunks(logits, parts)

@@ -1,4 +1,4 @@
-"""Methods that do more in a step than follow the gradient, such as AdaLoRA: penalties and schedules in a run."""
+"""The training hooks of a run: projections, penalties and schedules of its adapters, called by the training step."""
 
 import dataclasses
 from typing import Any, NamedTuple, TypeVar
@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.partition import combine, partition
-from peft_jax.methods.training_hooks import scheduled_leaves
+from peft_jax.methods.base import Method
+from peft_jax.methods.training_hooks import Leaves, TrainingHooks
 
+M = TypeVar("M", bound=Method)
 T = TypeVar("T")
 
 
@@ -20,6 +22,79 @@ class ScheduledState(NamedTuple):
 
     optimizer: Any
     schedule: Any
+
+
+class Scheduled(NamedTuple):
+    """The method of a tree that is trained by a schedule.
+
+    Attributes:
+        adapter: The adapter's name.
+        method: Its config.
+        leaves: Its leaves by path.
+    """
+
+    adapter: str
+    method: TrainingHooks
+    leaves: dict[str, Adapted]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunHooks:
+    """The hooks of all adapters that are trained, as a training step calls them.
+
+    Attributes:
+        frozen: The frozen partition.
+    """
+
+    frozen: Any
+
+    def project(self, trainable: Any) -> Any:
+        """The trainable partition with arrays put back to where they may be, as PEFT does in every forward pass."""
+        return partition(projected(combine(trainable, self.frozen)))[0]
+
+    def penalize(self, loss: jax.Array, gradients: Any, trainable: Any) -> tuple[jax.Array, Any]:
+        """Loss and gradients with those of the method's penalty added, if it has one."""
+
+        def penalty(trainable: Any) -> jax.Array:
+            found = scheduled(combine(trainable, self.frozen))
+            assert found is not None
+            return found.method.penalty(found.leaves)
+
+        if scheduled(trainable) is None:
+            return loss, gradients
+        more, slope = jax.value_and_grad(penalty)(trainable)
+        return loss + more, jax.tree.map(jnp.add, gradients, slope)
+
+    def split(self, trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+        """The optimizer's state and the schedule's, which is None for a method without one.
+
+        Raises:
+            ValueError: if there is none for a method that needs it.
+        """
+        return _split(scheduled(trainable), opt_state)
+
+    def advance(self, trainable: Any, gradients: Any, opt_state: Any, schedule: Any) -> tuple[Any, Any]:
+        """The trainable partition after the schedule's part of a step, and the state to go on with."""
+        if schedule is None:
+            return trainable, opt_state
+        found, slopes = scheduled(trainable), scheduled(gradients)
+        assert found is not None and slopes is not None
+        arrays = {path: leaf.params for path, leaf in found.leaves.items()}
+        gradients_of_arrays = {path: leaf.params for path, leaf in slopes.leaves.items()}
+        arrays, schedule = found.method.advance(arrays, gradients_of_arrays, schedule)
+        leaves = {path: dataclasses.replace(found.leaves[path], params=own) for path, own in arrays.items()}
+        return _with_leaves(trainable, found.adapter, leaves), ScheduledState(opt_state, schedule)
+
+
+def for_run(config: M, max_steps: int) -> M:
+    """The config with what a run's length says, for a method with a schedule.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> for_run(pj.AdaLoraConfig(), 100).total_step
+        100
+    """
+    return config.for_run(max_steps) if isinstance(config, TrainingHooks) else config
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
@@ -43,53 +118,8 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
         [-1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     """
     state = optimizer.init(partition(params)[0])
-    if (found := scheduled_leaves(params)) is None:
-        return state
-    config, leaves = found
-    return ScheduledState(state, config.begin_schedule(leaves))
-
-
-def penalized(loss: jax.Array, gradients: Any, trainable: Any, frozen: Any) -> tuple[jax.Array, Any]:
-    """Loss and gradients with those of the method's penalty added, if it has one."""
-
-    def penalty(trainable: Any) -> jax.Array:
-        config, leaves = scheduled_leaves(combine(trainable, frozen)) or (None, {})
-        assert config is not None
-        return config.penalty(leaves)
-
-    if scheduled_leaves(trainable) is None:
-        return loss, gradients
-    more, slope = jax.value_and_grad(penalty)(trainable)
-    return loss + more, jax.tree.map(jnp.add, gradients, slope)
-
-
-def split_state(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
-    """The optimizer's state and the schedule's, which is None for a method without one.
-
-    Raises:
-        ValueError: if there is none for a method that needs it.
-    """
-    if (found := scheduled_leaves(trainable)) is None:
-        return opt_state, None
-    if not isinstance(opt_state, ScheduledState):
-        raise ValueError(
-            f"{found[0].peft_type} is trained by a schedule, whose state is missing. "
-            "Make the optimizer's state by peft_jax.train.init_optimizer(optimizer, params), or peft_jax.train.start."
-        )
-    return opt_state
-
-
-def advance(trainable: T, gradients: Any, opt_state: Any, schedule: Any) -> tuple[T, Any]:
-    """The trainable partition after the schedule's part of a step, and the state to go on with."""
-    if schedule is None:
-        return trainable, opt_state
-    config, leaves = scheduled_leaves(trainable) or (None, {})
-    _, slopes = scheduled_leaves(gradients) or (None, {})
-    assert config is not None
-    arrays = {path: leaf.params for path, leaf in leaves.items()}
-    gradients_of_arrays = {path: leaf.params for path, leaf in slopes.items()}
-    found, schedule = config.advance(arrays, gradients_of_arrays, schedule)
-    return _with_params(trainable, found), ScheduledState(opt_state, schedule)
+    found = scheduled(params)
+    return state if found is None else ScheduledState(state, found.method.begin(found.leaves))
 
 
 def finished(trainable: Any, frozen: Any, opt_state: Any) -> Any:
@@ -103,18 +133,82 @@ def finished(trainable: Any, frozen: Any, opt_state: Any) -> Any:
         (4, 4)
     """
     params = combine(trainable, frozen)
-    if (found := scheduled_leaves(params)) is None:
+    found = scheduled(params)
+    if found is None:
         return params
-    _, schedule = split_state(trainable, opt_state)
+    _, schedule = _split(found, opt_state)
+    config, leaves = found.method.finish(found.leaves, schedule)
+    return params if config is found.method else _with_leaves(params, found.adapter, leaves, config)
+
+
+def projected(params: Any) -> Any:
+    """The tree with the trained arrays of active adapters put back to where they may be, as a step of training begins.
+
+    It matters for CPT, and for OFT with ``coft``.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> config = pj.OFTConfig(oft_block_size=2, coft=True, eps=0.1, target_modules=["q"], init_weights=False)
+        >>> params = pj.apply_adapter({"q": {"kernel": jnp.eye(2)}}, config)
+        >>> float(jnp.abs(projected(params)["q"]["kernel"].params["oft_R"]).max()) <= 0.1
+        True
+    """
+
+    def put_back(_: str, leaf: Adapted) -> Adapted:
+        method = leaf.method
+        if not (leaf.active and isinstance(method, TrainingHooks)):
+            return leaf
+        return dataclasses.replace(leaf, params=dict(method.project(leaf.params, leaf.state)))
+
+    return map_adapted(put_back, params)
+
+
+def scheduled(params: Any) -> Scheduled | None:
+    """The method with a schedule that a tree, a model handle or one of their partitions trains; None without.
+
+    Raises:
+        ValueError: if there are two, which would not know of each other.
+    """
     tree = params.params if isinstance(params, Handle) else params
-    tree = found[0].end_schedule(tree, schedule)
-    return params.replace(tree) if isinstance(params, Handle) else tree
+    found: dict[str, dict[str, Adapted]] = {}
+    methods: dict[str, TrainingHooks] = {}
+    for path, leaf in adapted_leaves(tree):
+        method = leaf.method
+        if isinstance(method, TrainingHooks) and method.scheduled and leaf.active and leaf.trainable:
+            found.setdefault(leaf.tag.name, {})[path] = leaf
+            methods.setdefault(leaf.tag.name, method)
+    if len(found) > 1:
+        raise ValueError(
+            f"Adapters {sorted(found)} are trained by a schedule each. Train one at a time: "
+            "pj.set_adapter(params, NAME)."
+        )
+    for name, leaves in found.items():
+        return Scheduled(name, methods[name], leaves)
+    return None
 
 
-def _with_params(trainable: T, arrays: Any) -> T:
+def _split(found: Scheduled | None, opt_state: Any) -> tuple[Any, Any]:
+    if found is None:
+        return opt_state, None
+    if not isinstance(opt_state, ScheduledState):
+        label = next(iter(found.leaves.values())).method.label
+        raise ValueError(
+            f"{label} is trained by a schedule, whose state is missing. "
+            "Make the optimizer's state by peft_jax.train.init_optimizer(optimizer, params), or peft_jax.train.start."
+        )
+    return opt_state
+
+
+def _with_leaves(params: Any, adapter: str, leaves: Leaves, config: Any = None) -> Any:
+    """The tree with other arrays in the leaves of an adapter, and another config in all of its tags if one is given."""
+
     def put(path: str, leaf: Adapted) -> Adapted:
-        return dataclasses.replace(leaf, params=arrays[path]) if path in arrays else leaf
+        if leaf.tag.name != adapter:
+            return leaf
+        new = leaves.get(path, leaf)
+        tag = leaf.tag if config is None else dataclasses.replace(leaf.tag, config=config)
+        return dataclasses.replace(leaf, params=new.params, state=new.state, tag=tag)
 
-    if isinstance(trainable, Handle):
-        return trainable.replace(map_adapted(put, trainable.params))
-    return map_adapted(put, trainable)
+    if isinstance(params, Handle):
+        return params.replace(map_adapted(put, params.params))
+    return map_adapted(put, params)

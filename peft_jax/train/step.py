@@ -15,15 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.adapters.project import projected
 from peft_jax.core.dropout import with_dropout
-from peft_jax.core.partition import combine, partition
+from peft_jax.core.partition import combine
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.prompts.base import with_virtual_labels
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.data.encode import IGNORE
 from peft_jax.train.divergence import finite_or_old
-from peft_jax.train.hooks import advance, penalized, split_state
+from peft_jax.train.hooks import RunHooks
 from peft_jax.train.losses import cross_entropy
 
 Apply = Callable[..., jax.Array | LazyLogits]
@@ -102,8 +101,8 @@ def make_training_step(
         return _loss_of(apply, params, batch, next_token)[0] / count
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
-        given = (trainable, opt_state)
-        trainable, _ = partition(projected(combine(trainable, frozen)))
+        given, hooks = (trainable, opt_state), RunHooks(frozen)
+        trainable = hooks.project(trainable)
         count = jnp.maximum(_targets(frozen, batch, next_token), 1).astype(jnp.float32)
         gradient_of = jax.value_and_grad(loss_share)
         rows = batch["input_ids"].shape[0]
@@ -119,14 +118,14 @@ def make_training_step(
             parts = jax.tree.map(lambda x: _in_parts(x, micro_batch_size), batch)
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
             (loss, gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(rows // micro_batch_size)))
-        loss, gradients = penalized(loss, gradients, trainable, frozen)
+        loss, gradients = hooks.penalize(loss, gradients, trainable)
         tokens = jnp.sum(jnp.asarray(batch["attention_mask"]), dtype=jnp.int32)
-        opt_state, schedule = split_state(trainable, opt_state)
+        opt_state, schedule = hooks.split(trainable, opt_state)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
             grad_norm = optax.tree.norm(jax.tree.map(lambda one: one.astype(jnp.float32), gradients))
             updates, opt_state = optimizer.update(gradients, opt_state, trainable)
             trainable = optax.apply_updates(trainable, updates)
-        found = advance(trainable, gradients, opt_state, schedule)
+        found = hooks.advance(trainable, gradients, opt_state, schedule)
         (trainable, opt_state), fault = finite_or_old(found, given, loss, grad_norm)
         return trainable, opt_state, StepMetrics(loss, grad_norm, tokens, fault)
 

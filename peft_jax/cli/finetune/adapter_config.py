@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 import peft_jax as pj
+from peft_jax.adapters.from_data import starts_from_data
 from peft_jax.cli.finetune.initialize import resumed, started
 from peft_jax.cli.finetune.options import (
     DESCRIBED,
@@ -27,9 +28,9 @@ from peft_jax.core.text_files import read_object
 from peft_jax.methods.base import Method, PeftConfig, by_name
 from peft_jax.methods.lora.initializers.table import from_data
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
-from peft_jax.methods.training_hooks import Scheduled
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train.data.batches import Data
+from peft_jax.train.hooks import for_run
 
 # Where they are not PEFT's, which has none for prompts.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -140,12 +141,11 @@ def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, 
         return pj.PeftModel.from_pretrained(base, options.adapter.adapter, is_trainable=True)
     if not isinstance(config, Method):
         raise ValueError(f"adapters of the type {config.peft_type} cannot be trained by this command. Take another.")
-    if isinstance(config, Scheduled):
-        config = config.for_run(max_steps)
+    config = for_run(config, max_steps)
     if isinstance(config, PromptMethod):
         _check_prompt(config, options)
     config = with_fresh_modules(config, base)
-    if isinstance(config, pj.LoraConfig) and config.initializer.needs == "data":
+    if starts_from_data(config):
         return resumed(base, options.run.output) if options.run.resume else started(base, config, options, data)
     if options.adapter.start_batches is not None:
         raise ValueError(

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.core.dropout import dropout
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import leaf_names
@@ -21,20 +20,15 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.adalora import rank_allocator
 from peft_jax.methods.adalora.rank_allocator import Allocation
-from peft_jax.methods.base import Arrays, register
+from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
-from peft_jax.methods.training_hooks import (
-    Leaves,
-    Scheduled,
-    Trained,
-    scheduled_leaves,
-)
+from peft_jax.methods.training_hooks import Leaves, Trained, TrainingHooks
 
 
 @register("ADALORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, Scheduled):
+class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method):
     """Adds a low-rank matrix whose rank training takes from where it matters least; fields and defaults are PEFT's.
 
     The schedule counts optimizer updates from 1 and runs in the training step by itself (`peft_jax.train.start`,
@@ -79,6 +73,7 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, Scheduled):
         "lora_B": ("rank", "out"),
     }
     bias_only: ClassVar[str] = "lora_only"
+    scheduled: ClassVar[bool] = True
 
     target_r: int = 8
     init_r: int = 12
@@ -212,7 +207,7 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, Scheduled):
                 count += jnp.sum(hit, dtype=jnp.float32)
         return self.orth_reg_weight * distances / count
 
-    def begin_schedule(self, leaves: Leaves) -> Allocation:
+    def begin(self, leaves: Leaves) -> Allocation:
         """The allocator's state before the first step."""
         self._check_schedule()
         there = {
@@ -227,31 +222,23 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, Scheduled):
         """`peft_jax.methods.adalora.rank_allocator.allocate`."""
         return rank_allocator.allocate(params, gradients, schedule, beta1=self.beta1, beta2=self.beta2)
 
-    def end_schedule(self, tree: Any, schedule: Allocation) -> Any:
-        """The tree without the singular values that are masked, which ``rank_pattern`` tells."""
-        _, leaves = scheduled_leaves(tree) or (self, {})
-        trained = {leaf.tag.name for leaf in leaves.values()}
+    def finish(self, leaves: Leaves, schedule: Allocation) -> tuple[Self, Leaves]:
+        """Without the singular values that are masked, which ``rank_pattern`` tells."""
         kept = {path: rank_allocator.needed(leaf.params, path, schedule) for path, leaf in leaves.items()}
         if all(np.array_equal(mask, schedule.there[path]) for path, mask in kept.items()):
-            return tree
+            return self, leaves
         names = {path: leaf_names(path, leaf.layout, leaf.shape) for path, leaf in leaves.items()}
         pattern = dict(self.rank_pattern or {})
         for path, leaf in leaves.items():
             for index in zip(*np.nonzero(np.asarray(leaf.state["hit"])), strict=True) if names[path].ndim else [()]:
                 key = f"{names[path][index]}.lora_E"
                 pattern[key] = rank_allocator.narrowed(pattern.get(key, [True] * self.init_r), kept[path][index])
-        config = self.replace(rank_pattern=pattern)
-
-        def trim(path: str, leaf: Adapted) -> Adapted:
-            if leaf.tag.name not in trained:
-                return leaf
-            leaf = dataclasses.replace(leaf, tag=dataclasses.replace(leaf.tag, config=config))
-            if leaf.tag.role is not None:
-                return leaf
+        config, trimmed = self.replace(rank_pattern=pattern), {}
+        for path, leaf in leaves.items():
             state = {**leaf.state, **config.state(names[path], np.asarray(leaf.state["hit"]))}
-            return dataclasses.replace(leaf, params=rank_allocator.compacted(leaf.params, kept[path]), state=state)
-
-        return map_adapted(trim, tree)
+            params = rank_allocator.compacted(leaf.params, kept[path])
+            trimmed[path] = dataclasses.replace(leaf, params=params, state=state)
+        return config, trimmed
 
     def _check_schedule(self) -> None:
         if self.total_step is None:

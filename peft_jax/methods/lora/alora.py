@@ -3,60 +3,23 @@
 Greenewald et al., 2025, https://arxiv.org/abs/2504.12397, section 3. Numbers follow PEFT 0.21.2.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
-from peft_jax.core.handle import Handle
 from peft_jax.core.weight import MergeError
 
-T = TypeVar("T")
 TOKENS, COUNTS = "invocation", "counts"  # in the state: the invocation's ids; of how many last tokens each row is made
 
 
-def with_invocations(params: T, input_ids: jax.Array | np.ndarray) -> T:
-    """The tree, or handle, whose aLoRA adapters know where they are invoked in these sequences.
-
-    A `peft_jax.PeftModel` does it by itself. An adapter counts from the start of the last invocation in a row on, in
-    products whose inputs are ``(batch, length, ...)``, and in the tokens that are generated after them one by one; in a
-    row without invocation it counts nowhere.
-
-    Args:
-        params: Any tree or model handle.
-        input_ids: Token ids ``(batch, length)``.
-
-    Example:
-        >>> import peft_jax as pj
-        >>> config = pj.LoraConfig(alora_invocation_tokens=[7], target_modules=["q"], init_lora_weights=False)
-        >>> params = pj.apply_lora({"q": {"kernel": jnp.zeros((4, 4))}}, config)
-        >>> f = pj.adapt(lambda params, x: x @ params["q"]["kernel"])
-        >>> y = f(with_invocations(params, jnp.array([[1, 7, 2]])), jnp.ones((1, 3, 4)))
-        >>> jnp.any(y != 0, axis=2).tolist()
-        [[False, True, True]]
-    """
-    if isinstance(params, Handle):
-        return params.replace(with_invocations(params.params, input_ids))
-    ids = jnp.asarray(input_ids)
-
-    def found(_: str, leaf: Adapted) -> Adapted:
-        if TOKENS not in leaf.state:
-            return leaf
-        stack = leaf.layout.stack_shape(leaf.shape)
-        tokens = leaf.state[TOKENS].reshape(-1, leaf.state[TOKENS].shape[-1])[0]
-        counts = jnp.broadcast_to(last_counts(ids, tokens), (*stack, len(ids)))
-        return dataclasses.replace(leaf, state={**leaf.state, COUNTS: counts})
-
-    return map_adapted(found, params)
-
-
-def is_invoked(params: Any) -> bool:
-    """Whether a tree has an active adapter that counts after its invocation only."""
-    return any(leaf.active and TOKENS in leaf.state for _, leaf in adapted_leaves(params))
+def with_places(state: Mapping[str, Any], ids: jax.Array, stack: tuple[int, ...]) -> dict[str, Any]:
+    """The state of a leaf with the places of the invocation in token ids ``(batch, length)``."""
+    tokens = state[TOKENS].reshape(-1, state[TOKENS].shape[-1])[0]
+    counts = jnp.broadcast_to(last_counts(ids, tokens), (*stack, len(ids)))
+    return {**state, COUNTS: counts}
 
 
 def last_counts(ids: jax.Array, tokens: jax.Array) -> jax.Array:

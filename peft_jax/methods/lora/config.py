@@ -188,6 +188,15 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         tokens = self.alora_invocation_tokens
         return super().state(names, hit) | ({} if tokens is None else alora.invocation_state(tokens, names))
 
+    @property
+    def reads_input_ids(self) -> bool:
+        """An aLoRA depends on where its invocation is."""
+        return self.alora_invocation_tokens is not None
+
+    def with_input_ids(self, state: Mapping[str, Any], ids: jax.Array, stack: tuple[int, ...]) -> dict[str, Any]:
+        """The state with the places of the invocation."""
+        return alora.with_places(state, ids, stack)
+
     def begin_on(
         self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from peft_jax.adapters.attach import apply_adapter
+from peft_jax.adapters.input_ids import reads_input_ids, with_input_ids
 from peft_jax.core.adapted import adapters
 from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
@@ -16,7 +17,6 @@ from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
 from peft_jax.interop.base_file import write_base_file
 from peft_jax.methods.base import Method
-from peft_jax.methods.lora.alora import is_invoked, with_invocations
 from peft_jax.models.handles.base import ModelHandle, register_handle
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.handles.encoders import (
@@ -176,10 +176,10 @@ class PeftModelForCausalLM(PeftModel, CausalLM):
     base = CausalLM
 
     def prepared_for(self, input_ids: jax.Array | np.ndarray | None) -> Self:
-        """The model whose aLoRA adapters have the places of their invocations in ``input_ids``."""
-        if input_ids is None or not is_invoked(self.params):
+        """The model whose adapters that depend on token ids have ``input_ids``."""
+        if input_ids is None or not reads_input_ids(self.params):
             return self
-        return with_invocations(self, input_ids)
+        return with_input_ids(self, input_ids)
 
 
 @register_handle
