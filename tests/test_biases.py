@@ -1,12 +1,15 @@
 """Which leaf is the bias of which matrix, stacked or not and whatever it is called; and what methods do with it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import peft_jax as pj
-from peft_jax.core.adapted import adapted_leaves
+from peft_jax.cli.demo_data import MODEL
+from peft_jax.core.adapted import adapted_leaves, map_adapted
 
 
 def normal(seed, *shape):
@@ -241,3 +244,31 @@ def test_a_file_is_loaded_with_the_biases_that_a_program_has(tmp_path):
     np.testing.assert_allclose(pj.adapt(mlp)(again, X), want, rtol=0, atol=1e-6)
     by_convention = pj.interop.load_adapter(base, tmp_path)
     assert not np.allclose(pj.adapt(mlp)(by_convention, X), want, atol=1e-3), "the bias is what only the program tells"
+
+
+def test_a_changed_adapter_is_shared_with_its_bias_again():
+    """`map_adapted` on a tree: the bias is scaled by the changed vector, and a partition stays without it."""
+    config = pj.IA3Config(target_modules=["dense"], feedforward_modules=[])
+    params = pj.apply_adapter(stacked("bias"), config, layout=TOLD)
+
+    def doubled(path, leaf):
+        return dataclasses.replace(leaf, params={role: 2 * array for role, array in leaf.params.items()})
+
+    bias = pj.merge(map_adapted(doubled, params))["net"]["layers"]["dense"]["bias"]
+    np.testing.assert_allclose(bias, 2 * stacked("bias")["net"]["layers"]["dense"]["bias"], rtol=1e-6)
+    trainable, _ = pj.partition(params)
+    changed = map_adapted(lambda path, leaf: leaf, trainable)
+    assert jax.tree.structure(changed) == jax.tree.structure(trainable)
+
+
+def test_a_handle_is_mapped_like_its_tree():
+    model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+    model = pj.get_peft_model(model, pj.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5))
+    paths = []
+    mapped = map_adapted(lambda path, leaf: paths.append(path) or leaf, model)
+    assert type(mapped) is type(model) and paths == [path for path, _ in adapted_leaves(model.params)]
+    key = jax.random.key(0)
+    (_, of_handle), (_, of_tree) = (
+        adapted_leaves(pj.with_dropout(one, key))[0] for one in (model, {"params": model.params})
+    )
+    assert (of_handle.state["dropout"]["key"] == of_tree.state["dropout"]["key"]).all()

@@ -89,6 +89,13 @@ def test_adapted_leaves_have_one_builder() -> None:
         assert not builds or str(file.relative_to(ROOT)) in allowed, f"{file} builds an adapted leaf by itself"
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if "methods" in file.parts], ids=lambda file: file.stem)
+def test_methods_see_one_leaf(file: Path) -> None:
+    """Operations on trees are in adapters/: a method knows the arrays of its leaves, not where the leaves are."""
+    of_trees = ("peft_jax.core.leaves", "peft_jax.core.adapted.map_adapted", "peft_jax.core.adapted.adapted_leaves")
+    assert not [name for name in imported_names(file) if name.startswith(of_trees)]
+
+
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 

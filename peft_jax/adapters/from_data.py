@@ -19,12 +19,11 @@ from peft_jax.adapters.attach import apply_adapter
 from peft_jax.adapters.statistics import (
     Gradients,
     Inputs,
-    changed,
     layers_of,
     observer,
     observing,
 )
-from peft_jax.core.adapted import Adapted, Tag, adapted_leaves, adapters
+from peft_jax.core.adapted import Adapted, Tag, adapted_leaves, adapters, map_adapted
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
@@ -235,7 +234,7 @@ def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | No
             params[dora.MAGNITUDE] = dora.start(params, leaf.state, base)
         return dataclasses.replace(leaf, base=as_leaf(base), params=params, tag=tag)
 
-    return changed(begin, adapted)
+    return map_adapted(begin, adapted)
 
 
 def retagged(tag: Tag, start: LoraConfig) -> Tag:
@@ -359,4 +358,4 @@ def _with_components(adapted: Any, config: LoraConfig, components: Sums, adapter
                 a = a.at[(*index, slice(None), slice(one.shape[1]))].set(one)
         return dataclasses.replace(leaf, params={**leaf.params, "lora_A": a}, tag=tag)
 
-    return changed(start, adapted)
+    return map_adapted(start, adapted)

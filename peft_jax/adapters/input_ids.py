@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
-from peft_jax.core.handle import Handle
 
 T = TypeVar("T")
 
@@ -44,8 +43,6 @@ def with_input_ids(params: T, input_ids: jax.Array | np.ndarray) -> T:
         params: Any tree or model handle.
         input_ids: Token ids ``(batch, length)``.
     """
-    if isinstance(params, Handle):
-        return params.replace(with_input_ids(params.params, input_ids))
     ids = jnp.asarray(input_ids)
 
     def hand_over(_: str, leaf: Adapted) -> Adapted:
@@ -55,7 +52,8 @@ def with_input_ids(params: T, input_ids: jax.Array | np.ndarray) -> T:
         stack = leaf.layout.stack_shape(leaf.shape)
         return dataclasses.replace(leaf, state=method.with_input_ids(leaf.state, ids, stack))
 
-    return map_adapted(hand_over, params)
+    changed: T = map_adapted(hand_over, params)
+    return changed
 
 
 def with_invocations(params: T, input_ids: jax.Array | np.ndarray) -> T:

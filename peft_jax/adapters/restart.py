@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapters.from_data import starts_from_data
-from peft_jax.adapters.statistics import changed, layers_of
-from peft_jax.core.adapted import Adapted
+from peft_jax.adapters.statistics import layers_of
+from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.initializers.base import Factors
@@ -57,7 +57,7 @@ def without_starts(params: T, adapter_name: str = "default") -> T:
         _, base = initialize_layers(config, base, names, hit, jax.random.key(0), initialize)
         return dataclasses.replace(leaf, base=as_leaf(base))
 
-    return changed(take_out, params)
+    return map_adapted(take_out, params)
 
 
 def _left(matrix: jax.Array, rank: int, scale: float, key: jax.Array, a: jax.Array, b: jax.Array) -> Factors:

@@ -4,7 +4,6 @@ import dataclasses
 from typing import TypeVar
 
 from peft_jax.core.adapted import Adapted, adapters, map_adapted
-from peft_jax.core.handle import Handle
 
 T = TypeVar("T")
 
@@ -30,8 +29,6 @@ def scale_adapter(params: T, scale: float, adapter_name: str | None = None) -> T
         >>> pj.scale_adapter(params, 0.5)["q"]["kernel"].state["scaling"].item()
         0.75
     """
-    if isinstance(params, Handle):
-        return params.replace(scale_adapter(params.params, scale, adapter_name))
     known = adapters(params)
     if adapter_name is not None and adapter_name not in known:
         raise ValueError(f"No adapter is named '{adapter_name}'. Found: {sorted(known)}.")
@@ -45,7 +42,7 @@ def scale_adapter(params: T, scale: float, adapter_name: str | None = None) -> T
         factor = leaf.state["scaling"].dtype.type(scale)
         return dataclasses.replace(leaf, state={**leaf.state, "scaling": leaf.state["scaling"] * factor})
 
-    new = map_adapted(scaled, params)
+    new: T = map_adapted(scaled, params)
     if not changed:
         methods = sorted({config.peft_type for name, config in known.items() if adapter_name in (None, name)})
         raise ValueError(f"No adapter that is meant has a scale: found {methods or 'none'}. LORA has one, for example.")

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, map_adapted
-from peft_jax.core.handle import Handle
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.paths import leaf_names
 from peft_jax.core.product import Product
@@ -100,13 +99,6 @@ def _noted_backward(moment: Moment, kept: Any, cotangent: jax.Array) -> Any:
 _noted.defvjp(_noted_forward, _noted_backward)
 
 
-def changed(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
-    """`map_adapted` over a tree or the parameters of a model handle, with the same paths for both."""
-    if isinstance(tree, Handle):
-        return tree.replace(map_adapted(change, tree.params))
-    return map_adapted(change, tree)
-
-
 def observing(adapted: Any, adapter_name: str, role: Inputs | Gradients) -> Any:
     """The tree with arrays of zeros where it has the matrices of an adapter; nothing else in it is trained."""
 
@@ -120,7 +112,7 @@ def observing(adapted: Any, adapter_name: str, role: Inputs | Gradients) -> Any:
         tag = dataclasses.replace(leaf.tag, role=role)
         return dataclasses.replace(leaf, params={"sum": zeros}, state={}, tag=tag)
 
-    return changed(put, adapted)
+    return map_adapted(put, adapted)
 
 
 def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], dict[str, jax.Array]]:
@@ -130,7 +122,7 @@ def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[An
     @jax.jit
     def sums(trainable: Any, frozen: Any, batch: Any, mask: Any) -> Any:
         def run(trainable: Any) -> jax.Array:
-            return scalar(changed(_masked(mask), combine(trainable, frozen)), batch)
+            return scalar(map_adapted(_masked(mask), combine(trainable, frozen)), batch)
 
         return jax.grad(run)(trainable)
 
@@ -142,7 +134,7 @@ def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[An
                 found[path] = leaf.params["sum"]
             return leaf
 
-        changed(note, sums(trainable, frozen, batch, mask))
+        map_adapted(note, sums(trainable, frozen, batch, mask))
         return found
 
     return observe

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from peft_jax.core.file_names import is_file_name
+from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted, matrix_path, module_path
 from peft_jax.core.product import MATMUL, FirstFactor, Product
@@ -243,7 +244,18 @@ def is_adapted(node: Any) -> bool:
 
 
 def map_adapted(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
-    """``tree`` with ``change(leaf path, adapted leaf)`` in place of every adapted leaf, innermost first."""
+    """A tree or model handle with ``change(leaf path, adapted leaf)`` in place of every adapted leaf, innermost first.
+
+    Paths are those in the tree of parameters, of a handle too. A bias that shares its layer's arrays has the changed
+    ones afterwards.
+    """
+    if isinstance(tree, Handle):
+        return tree.replace(map_adapted(change, tree.params))
+    return _share_again(_mapped(change, tree))
+
+
+def _mapped(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
+    """`map_adapted` of a bare tree, leaf by leaf."""
 
     def visit(key_path: Any, node: Any) -> Any:
         if not is_adapted(node):
@@ -254,14 +266,14 @@ def map_adapted(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
 
 
 def adapted_leaves(tree: Any) -> list[tuple[str, Adapted]]:
-    """Path and leaf of everything adapted in a tree, of leaves in each other the innermost first."""
+    """Path and leaf of everything adapted in a tree or handle, of leaves in each other the innermost first."""
     found: list[tuple[str, Adapted]] = []
 
     def note(path: str, leaf: Adapted) -> Adapted:
         found.append((path, leaf))
         return leaf
 
-    map_adapted(note, tree)
+    _mapped(note, tree.params if isinstance(tree, Handle) else tree)
     return found
 
 
@@ -309,18 +321,37 @@ def tied(tree: Any) -> Any:
     A method such as IA3 scales a layer's outputs, bias included, by one vector. It is trained in the matrix's leaf;
     that the bias's leaf takes it from there, in every function of the trainable partition, adds the two gradients up.
     """
-    arrays: dict[tuple[str, str], Any] = {}
-    biases = []
+    return _shared(tree, lambda bias, matrix: True)
+
+
+def _share_again(tree: Any) -> Any:
+    """`tied`, where a bias shared arrays of these names before: in a partition they are None, and stay so."""
+
+    def shared_before(bias: Adapted, matrix: Adapted) -> bool:
+        before = bias.state[LAYER]
+        return before.keys() == matrix.params.keys() and None not in before.values()
+
+    return _shared(tree, shared_before)
+
+
+def _shared(tree: Any, shares: Callable[[Adapted, Adapted], bool]) -> Any:
+    """The tree whose biases have the arrays of their layer's matrix, where ``shares(bias, matrix)``."""
+    matrices: dict[tuple[str, str], Adapted] = {}
+    has_biases = False
     for path, leaf in adapted_leaves(tree):
         if LAYER in leaf.state:
-            biases.append(path)
+            has_biases = True
         elif leaf.layout.inp:
-            arrays[module_path(path), leaf.tag.name] = leaf.params
+            matrices[module_path(path), leaf.tag.name] = leaf
 
     def take(path: str, leaf: Adapted) -> Adapted:
-        shared = arrays.get((module_path(matrix_path(path, leaf.layout)), leaf.tag.name))
-        if LAYER not in leaf.state or shared is None:
+        matrix = matrices.get((module_path(matrix_path(path, leaf.layout)), leaf.tag.name))
+        if LAYER not in leaf.state or matrix is None or not shares(leaf, matrix):
             return leaf
-        return dataclasses.replace(leaf, state={**leaf.state, LAYER: dict(shared)})
+        return dataclasses.replace(leaf, state={**leaf.state, LAYER: dict(matrix.params)})
 
-    return map_adapted(take, tree) if biases else tree
+    if not has_biases:
+        return tree
+    if isinstance(tree, Handle):
+        return tree.replace(_mapped(take, tree.params))
+    return _mapped(take, tree)

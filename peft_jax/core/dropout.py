@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.handle import Handle
 from peft_jax.core.paths import keys_from_names, leaf_names
 from peft_jax.core.pytree import PyTree
 
@@ -34,6 +35,8 @@ def with_dropout(params: PyTree, key: jax.Array) -> PyTree:
         >>> bool(jnp.allclose(f(with_dropout(params, jax.random.key(1)), x), f(params, x)))
         False
     """
+    # The names that keys are made of have had this in front in a handle: a run that goes on has the masks that it had.
+    prefix = "params." if isinstance(params, Handle) else ""
 
     def switch_on(path: str, leaf: Adapted) -> Adapted:
         rates = {name: rate for name, rate in leaf.method.dropout_rates.items() if rate}
@@ -41,7 +44,7 @@ def with_dropout(params: PyTree, key: jax.Array) -> PyTree:
             return leaf
         if leaf.layout.lookup and not leaf.tag.config.dropout_in_lookups:
             return leaf
-        names = leaf_names(path, leaf.layout, leaf.shape)
+        names = leaf_names(prefix + path, leaf.layout, leaf.shape)
         keys = keys_from_names(key, names)
         switched_on = {"key": keys}
         for name, rate in rates.items():

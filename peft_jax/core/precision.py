@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapted import Adapted, map_adapted, tied
+from peft_jax.core.adapted import Adapted, map_adapted
 
 T = TypeVar("T")
 
@@ -30,5 +30,5 @@ def in_base_dtype(params: T, adapter_name: str = "default") -> T:
             return leaf
         return dataclasses.replace(leaf, params=jax.tree.map(lambda array: array.astype(leaf.dtype), leaf.params))
 
-    cast_tree: T = tied(map_adapted(cast, params))
+    cast_tree: T = map_adapted(cast, params)
     return cast_tree

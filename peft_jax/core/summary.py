@@ -3,7 +3,6 @@
 import numpy as np
 
 from peft_jax.core.adapted import adapted_leaves
-from peft_jax.core.handle import Handle
 from peft_jax.core.partition import count_parameters
 from peft_jax.core.pytree import PyTree
 
@@ -35,7 +34,7 @@ def summary(params: PyTree) -> str:
         trainable params: 60 || all params: 960 || trainable%: 6.2500
     """
     rows = [("path", "shape", "adapter", "method", "trainable")]
-    for path, leaf in adapted_leaves(params.params if isinstance(params, Handle) else params):
+    for path, leaf in adapted_leaves(params):
         size = 0
         if leaf.active and leaf.trainable:
             size = int(np.sum(leaf.method.sizes(leaf.params, leaf.state)))

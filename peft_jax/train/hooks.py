@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
-from peft_jax.core.handle import Handle
 from peft_jax.core.partition import combine, partition
 from peft_jax.methods.base import Method
 from peft_jax.methods.training_hooks import Leaves, TrainingHooks
@@ -169,10 +168,9 @@ def scheduled(params: Any) -> Scheduled | None:
     Raises:
         ValueError: if there are two, which would not know of each other.
     """
-    tree = params.params if isinstance(params, Handle) else params
     found: dict[str, dict[str, Adapted]] = {}
     methods: dict[str, TrainingHooks] = {}
-    for path, leaf in adapted_leaves(tree):
+    for path, leaf in adapted_leaves(params):
         method = leaf.method
         if isinstance(method, TrainingHooks) and method.scheduled and leaf.active and leaf.trainable:
             found.setdefault(leaf.tag.name, {})[path] = leaf
@@ -209,6 +207,4 @@ def _with_leaves(params: Any, adapter: str, leaves: Leaves, config: Any = None) 
         tag = leaf.tag if config is None else dataclasses.replace(leaf.tag, config=config)
         return dataclasses.replace(leaf, params=new.params, state=new.state, tag=tag)
 
-    if isinstance(params, Handle):
-        return params.replace(map_adapted(put, params.params))
     return map_adapted(put, params)

@@ -156,7 +156,7 @@ def with_whole_adapters(model: T, mesh: Mesh) -> T:
 
     gathered = jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, P()))(arrays)
     found = jax.tree.map(lambda array: array.addressable_data(0), gathered)
-    return tied(map_adapted(give, model))
+    return map_adapted(give, model)
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Any:
