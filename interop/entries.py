@@ -29,6 +29,7 @@ from peft_jax.adapters.target_parameters import depth, is_parameter
 from peft_jax.core.leaves import Leaf
 from peft_jax.methods.base import Method
 from peft_jax.methods.roles import BIAS, Whole
+from peft_jax.methods.shared_arrays import SharedArrays
 from peft_jax.methods.trainable_tokens import Tokens, tokens_shape
 
 
@@ -81,8 +82,8 @@ def entries_of(target: Target, config: Method, adapted: Collection[str]) -> Iter
         config: The adapter's config.
         adapted: Names of all modules with the method's arrays.
     """
-    leaf, hit, role = target.leaf, target.hit, target.role
-    for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:
+    leaf, role, layers = target.leaf, target.role, target.adapted
+    for index in zip(*np.nonzero(layers), strict=True) if layers.ndim else [()]:
         name = str(leaf.names[index])
         if role is None and is_parameter(config, name):
             if not any(index[i] for i in leaf.layout.unnamed):
@@ -136,7 +137,7 @@ def _parameter_entries(
     leaf, name = target.leaf, str(target.leaf.names[index])
     unnamed = leaf.layout.unnamed
     layer = tuple(slice(None) if i in unnamed else n for i, n in enumerate(index))
-    experts = tuple(target.hit.shape[i] for i in unnamed)
+    experts = tuple(target.adapted.shape[i] for i in unnamed)
     module = name.rpartition(".")[0] + INNER * depth(config, name, set(adapted))
     shapes = config.shapes(name, *leaf.layout.sizes(leaf.value.shape), lookup=False)
     for row in FUSED[config.peft_type] if unnamed else _rows(config, leaf):
@@ -183,10 +184,10 @@ def _convolution(
 
 def shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
     """The tensors that a file has once for all layers."""
-    if not config.saves_shared:
+    if not (isinstance(config, SharedArrays) and config.saves_shared):
         return []
     shapes = config.shared_shapes(sizes)
-    return [Entry(row.suffix, (), row.role, shapes[row.role], ((1,), (0,))) for row in SHARED.get(config.peft_type, ())]
+    return [Entry(row.suffix, (), row.role, shapes[row.role], ((1,), (0,))) for row in SHARED[config.peft_type]]
 
 
 def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:

@@ -13,6 +13,7 @@ from peft_jax.core.leaves import Leaf
 from peft_jax.core.targets import saved_owner
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
+from peft_jax.methods.trainable_tokens import trains_tokens
 
 COPIES = r"\.(original_module|modules_to_save)\.(.*\.)?bias"
 
@@ -32,7 +33,7 @@ def base_tensors(leaf: Leaf, config: Method, stored: set[str], *, values: bool =
 
     Without ``values`` they are zeros that take no memory.
     """
-    if not config.saves_embeddings or not targets_embedding(config, stored):
+    if trains_tokens(config) or not targets_embedding(config, stored):
         return {}
     found = {}
     for index in np.ndindex(leaf.names.shape):
@@ -45,7 +46,7 @@ def base_tensors(leaf: Leaf, config: Method, stored: set[str], *, values: bool =
 def tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Tensors that PEFT stores once more under the names of tied modules, where an adapter keeps them tied."""
     copies = {}
-    owner, *others = handle.tied_modules if config.keeps_ties and handle.tied_modules else ("",)
+    owner, *others = handle.tied_modules if config.ensure_weight_tying and handle.tied_modules else ("",)
     for other in others:
         for key, tensor in tensors.items():
             end = key.removeprefix(f"{PREFIX}{owner}.")
@@ -64,7 +65,7 @@ def without_tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np
 
 
 def copied_biases(
-    leaf: Leaf, hit: np.ndarray, config: Method, tensors: Mapping[str, np.ndarray], adapter_name: str
+    leaf: Leaf, adapted: np.ndarray, config: Method, tensors: Mapping[str, np.ndarray], adapter_name: str
 ) -> dict[str, np.ndarray]:
     """The base's and the trained bias of a saved module, once more under the names of PEFT's wrapper.
 
@@ -74,7 +75,7 @@ def copied_biases(
     if config.bias != "all" or not leaf.is_bias:
         return {}
     found = {}
-    for index in zip(*np.nonzero(hit), strict=True) if hit.ndim else [()]:
+    for index in zip(*np.nonzero(adapted), strict=True) if adapted.ndim else [()]:
         name = str(leaf.names[index])
         owner = saved_owner(config, name)
         if owner is not None:

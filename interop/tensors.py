@@ -30,7 +30,10 @@ from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves
 from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
+from peft_jax.methods.frozen_arrays import FrozenArrays
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
+from peft_jax.methods.shared_arrays import SharedArrays
+from peft_jax.methods.starts_from_weight import StartsFromWeight
 from peft_jax.methods.trainable_tokens import tokens_by_module
 from peft_jax.prompts.attach_prompt import prompt_places
 from peft_jax.prompts.base import PromptMethod
@@ -94,7 +97,8 @@ def get_peft_model_state_dict(
             tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
         tensors |= whole_embeddings(params, config)
-    for row in SHARED.get(config.peft_type, ()) if config.saves_shared else ():
+    saves_shared = isinstance(config, SharedArrays) and config.saves_shared
+    for row in SHARED[config.peft_type] if saves_shared else ():
         tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
 
@@ -283,7 +287,9 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     params, config, targets = file_plan.params, file_plan.config, file_plan.targets
     entries = dict(zip([target.position for target in targets], file_plan.entries, strict=True))
     in_file = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in file_plan.common}
-    shared = in_file if config.saves_shared else config.shared(matrix_sizes(targets))
+    shared: Mapping[str, Any] = in_file
+    if isinstance(config, SharedArrays) and not config.saves_shared:
+        shared = config.shared(matrix_sizes(targets))
     following = following_modules(targets)
     copies = tensors.keys() - without_copies(config, tensors).keys()
     everywhere = [*(entry.key for entry in file_plan.common), *copies]
@@ -303,18 +309,19 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
 
 def _contents(target: Target, config: Method, entries: list[Entry], tensors: Tensors) -> Contents:
     """The arrays of a leaf, made of its tensors."""
-    leaf, hit = target.leaf, target.hit
+    leaf, adapted = target.leaf, target.adapted
     base = as_weight(leaf.value, leaf.layout)
     if target.role is None:
-        base, state = config.rebased(base, leaf.names, hit), config.state(leaf.names, hit)
+        base = config.rebased(base, leaf.names, adapted) if isinstance(config, StartsFromWeight) else base
+        state = config.state(leaf.names, adapted)
         arrays = _zeros(target, entries)
     else:
-        initial, state = target.role.init(config, base, leaf.names, hit)
+        initial, state = target.role.init(config, base, leaf.names, adapted)
         arrays = {name: np.array(copy) for name, copy in initial.items()}
     for entry in entries:
         arrays[entry.role][entry.layer][entry.place] = entry.from_file(tensors[entry.key])
     params = {name: jnp.asarray(array) for name, array in arrays.items()}
-    if target.role is None:
+    if target.role is None and isinstance(config, FrozenArrays):
         state |= {name: params.pop(name) for name in config.frozen}
     return Contents(params, state, base)
 
@@ -325,7 +332,7 @@ def _zeros(target: Target, entries: list[Entry]) -> dict[str, np.ndarray]:
     for role in {entry.role: None for entry in entries}:
         shapes = [entry.shape for entry in entries if entry.role == role]
         largest = np.max(shapes, axis=0)[len(target.leaf.layout.unnamed) :]
-        arrays[role] = np.zeros((*target.hit.shape, *largest), np.float32)
+        arrays[role] = np.zeros((*target.adapted.shape, *largest), np.float32)
     return arrays
 
 
@@ -355,5 +362,5 @@ def _hit(node: Adapted) -> np.ndarray:
 
 
 def _hits(leaf: Leaf, node: Adapted) -> list[str]:
-    hit = _hit(node)
-    return [str(leaf.names[index]) for index in np.ndindex(hit.shape) if hit[index]]
+    adapted = _hit(node)
+    return [str(leaf.names[index]) for index in np.ndindex(adapted.shape) if adapted[index]]

@@ -29,27 +29,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.core.summary import summary as summary
     from peft_jax.interop import get_peft_model_state_dict as get_peft_model_state_dict
     from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_dict
-    from peft_jax.methods import AdaLoraConfig as AdaLoraConfig
-    from peft_jax.methods import BeftConfig as BeftConfig
-    from peft_jax.methods import BOFTConfig as BOFTConfig
-    from peft_jax.methods import CordaConfig as CordaConfig
-    from peft_jax.methods import DeloraConfig as DeloraConfig
-    from peft_jax.methods import EvaConfig as EvaConfig
-    from peft_jax.methods import HiraConfig as HiraConfig
-    from peft_jax.methods import HRAConfig as HRAConfig
-    from peft_jax.methods import IA3Config as IA3Config
-    from peft_jax.methods import LNTuningConfig as LNTuningConfig
-    from peft_jax.methods import LoftQConfig as LoftQConfig
-    from peft_jax.methods import LoHaConfig as LoHaConfig
-    from peft_jax.methods import LoKrConfig as LoKrConfig
-    from peft_jax.methods import LoraConfig as LoraConfig
-    from peft_jax.methods import LoraGAConfig as LoraGAConfig
-    from peft_jax.methods import MissConfig as MissConfig
-    from peft_jax.methods import OFTConfig as OFTConfig
-    from peft_jax.methods import PeftConfig as PeftConfig
-    from peft_jax.methods import TaskType as TaskType
-    from peft_jax.methods import TrainableTokensConfig as TrainableTokensConfig
-    from peft_jax.methods import VeraConfig as VeraConfig
+    from peft_jax.methods import *  # noqa: F403  # the configs of all methods, as that package lists them
     from peft_jax.models import AutoModel as AutoModel
     from peft_jax.models import AutoModelForCausalLM as AutoModelForCausalLM
     from peft_jax.models import AutoModelForMaskedLM as AutoModelForMaskedLM

@@ -25,6 +25,7 @@ from peft_jax.core.targets import check_targets, is_saved_module, is_target
 from peft_jax.core.weight import Weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.starts_from_weight import StartsFromWeight
 from peft_jax.methods.trainable_tokens import tokens_by_module
 
 EMBEDDING = "embed_tokens"  # where PEFT looks for input tokens in what is no model of transformers'
@@ -159,7 +160,9 @@ def _attached(
     planned = plan(found, config, modules_of_targets, tokens)
 
     def initialize(target: Target, base: Weight) -> Any:
-        return config.begin_on(base, target.leaf.names, target.hit, key)
+        if isinstance(config, StartsFromWeight):
+            return config.init_on(base, target.leaf.names, target.adapted, key)
+        return *config.init(base.layout, base.shape, target.leaf.names, target.adapted, key), base
 
     contents_of = initial_contents(config, planned, initialize)
     return build(params, adapter_name, config, planned, contents_of, trainable=not config.inference_mode)

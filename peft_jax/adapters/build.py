@@ -12,6 +12,8 @@ from peft_jax.core.leaves import replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.weight import Weight, as_leaf, as_weight
 from peft_jax.methods.base import Method
+from peft_jax.methods.roles import BiasRule
+from peft_jax.methods.shared_arrays import SharedArrays
 
 
 class Contents(NamedTuple):
@@ -77,12 +79,12 @@ def initial_contents(
         initialize: From a target's matrix to its trained and frozen arrays, and the base that they go on.
     """
     following = following_modules(targets)
-    shared = config.shared(matrix_sizes(targets))
+    shared = config.shared(matrix_sizes(targets)) if isinstance(config, SharedArrays) else {}
 
     def contents_of(target: Target) -> Contents:
         base = as_weight(target.leaf.value, target.leaf.layout)
         if target.role is not None:
-            params, state = target.role.init(config, base, target.leaf.names, target.hit)
+            params, state = target.role.init(config, base, target.leaf.names, target.adapted)
             return Contents(params, state, base)
         params, state, base = initialize(target, base)
         return Contents(params, state | state_beside(config, target, following, shared), base)
@@ -101,7 +103,9 @@ def state_beside(
         following: Names of all modules whose bias follows their matrix.
         shared: The arrays that all layers share.
     """
-    leaf = target.leaf
-    sizes = leaf.layout.sizes(leaf.value.shape)
-    alone = config.lone_state(leaf.names, target.hit, following)
-    return {**alone, **config.share(shared, sizes, target.hit.shape)}
+    leaf, state = target.leaf, dict[str, Any]()
+    if isinstance(config, BiasRule):
+        state |= config.state_beside_bias(leaf.names, target.adapted, following)
+    if isinstance(config, SharedArrays):
+        state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), target.adapted.shape)
+    return state

@@ -111,7 +111,7 @@ def untied_for(handle: H, config: Method, changes: Callable[[str], bool]) -> H:
             f"Tokens of '{owner}' are trained in '{others[0]}' too, which is tied to it and is to be adapted "
             "otherwise. Leave one of them out."
         )
-    if config.keeps_ties and changes(owner):
+    if config.ensure_weight_tying and changes(owner):
         return handle
     return handle.untied() if any(map(changes, handle.tied_modules)) else handle
 

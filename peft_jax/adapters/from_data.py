@@ -231,7 +231,7 @@ def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | No
         initialize = [_initializer(config, one, bool(leaf.layout.stored_in_out)) for one in seen]
         params, base = initialize_layers(config, base, names, hit, key, initialize)
         if config.use_dora:
-            params[dora.MAGNITUDE] = dora.start(params, leaf.state, base)
+            params[dora.MAGNITUDE] = dora.initialize(params, leaf.state, base)
         return dataclasses.replace(leaf, base=as_leaf(base), params=params, tag=tag)
 
     return map_adapted(begin, adapted)

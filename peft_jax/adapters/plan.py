@@ -10,7 +10,7 @@ from peft_jax.adapters.target_parameters import is_parameter
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
-from peft_jax.methods.roles import BIAS, REPLACED, SAVED, Follower, Role, Whole
+from peft_jax.methods.roles import BIAS, REPLACED, SAVED, BiasRule, Follower, Role, Whole
 from peft_jax.methods.trainable_tokens import Tokens
 
 
@@ -20,13 +20,13 @@ class Target(NamedTuple):
     Attributes:
         position: Its position among the leaves of the tree.
         leaf: The leaf.
-        hit: Which of its stacked layers are changed, of its stacked shape.
+        adapted: Which of its stacked layers are changed, of its stacked shape.
         role: Its role; None for the matrix of a target module.
     """
 
     position: int
     leaf: Leaf
-    hit: np.ndarray
+    adapted: np.ndarray
     role: Role | None
 
 
@@ -51,16 +51,16 @@ def plan(
     targets = []
     seen: dict[tuple[str, str], str] = {}
     for position, leaf in enumerate(found):
-        role, hit = _role_of(leaf, config, modules)
+        role, adapted = _role_of(leaf, config, modules)
         ids = _tokens_of(leaf, tokens)
-        if ids and hit.any():
+        if ids and adapted.any():
             raise ValueError(
                 f"Tokens of '{leaf.names.flat[0]}' are named in trainable_token_indices, and the module in "
                 f"{'target_modules' if role is None else role.label} too. Name it in one of them."
             )
         if ids:
-            role, hit = Tokens(ids), _where(leaf, lambda name: name in tokens)
-        if not hit.any():
+            role, adapted = Tokens(ids), _where(leaf, lambda name: name in tokens)
+        if not adapted.any():
             continue
         layout = leaf.required_layout()
         if layout.unnamed and not is_parameter(config, str(leaf.names.flat[0])):
@@ -68,7 +68,7 @@ def plan(
                 f"Leaf '{leaf.path}' of shape {leaf.value.shape} stacks experts without names of their own. Name "
                 "it in target_parameters."
             )
-        target = Target(position, leaf, hit, role)
+        target = Target(position, leaf, adapted, role)
         _check_names(target, seen)
         targets.append(target)
     return targets
@@ -116,7 +116,7 @@ def _check_names(target: Target, seen: dict[tuple[str, str], str]) -> None:
     """
     leaf, has_name_of_module = target.leaf, target.role is None or isinstance(target.role, Tokens)
     own = "" if has_name_of_module else leaf.torch_name
-    for name in {str(name) for name in leaf.names[target.hit]}:
+    for name in {str(name) for name in leaf.names[target.adapted]}:
         other = seen.setdefault((name, own), leaf.path)
         if other != leaf.path:
             raise ValueError(
@@ -128,7 +128,7 @@ def _check_names(target: Target, seen: dict[tuple[str, str], str]) -> None:
 def _changes_bias(config: Method, module: str, modules: Collection[str]) -> bool:
     if config.bias != "none":
         return config.bias == "all" or module in modules or f"{module}.weight" in modules
-    return module in modules and config.changes_bias(module)
+    return module in modules and isinstance(config, BiasRule) and config.changes_bias(module)
 
 
 def matrices(targets: Iterable[Target]) -> list[Target]:
@@ -141,7 +141,7 @@ def following_modules(targets: Iterable[Target]) -> set[str]:
     names: set[str] = set()
     for target in targets:
         if isinstance(target.role, Follower):
-            names |= {str(name) for name in target.leaf.names[target.hit]}
+            names |= {str(name) for name in target.leaf.names[target.adapted]}
     return names
 
 

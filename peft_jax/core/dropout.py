@@ -42,7 +42,7 @@ def with_dropout(params: PyTree, key: jax.Array) -> PyTree:
         rates = {name: rate for name, rate in leaf.method.dropout_rates.items() if rate}
         if not rates or not (leaf.active and leaf.trainable):
             return leaf
-        if leaf.layout.lookup and not leaf.tag.config.dropout_in_lookups:
+        if leaf.layout.lookup and not leaf.tag.config.on_model:
             return leaf
         names = leaf_names(prefix + path, leaf.layout, leaf.shape)
         keys = keys_from_names(key, names)

@@ -43,8 +43,9 @@ class LazyPackage(ModuleType):
 def import_lazily(package: str) -> None:
     """Make a package import its public names on first use.
 
-    They are the names ``X`` of the lines ``from ... import X as X`` in the package's file. These lines are under ``if
-    TYPE_CHECKING:``, where type checkers and editors read them; this function reads the same lines.
+    They are the names ``X`` of the lines ``from ... import X as X`` in the package's file, and those that another
+    package has in this way, in a line ``from ... import *``. These lines are under ``if TYPE_CHECKING:``, where type
+    checkers and editors read them; this function reads the same lines.
 
     Args:
         package: The ``__name__`` of the package, which calls this in its ``__init__.py``.
@@ -55,14 +56,29 @@ def import_lazily(package: str) -> None:
         'peft_jax.core.merge'
     """
     module = sys.modules[package]
-    sources = {}
-    for node in ast.walk(ast.parse(_source_code(package))):
-        if isinstance(node, ast.ImportFrom) and node.module is not None:
-            public = [alias.name for alias in node.names if alias.asname == alias.name]
-            sources.update(dict.fromkeys(public, node.module))
+    sources = public_names(package)
     vars(module)["_sources"] = sources
     vars(module)["__all__"] = list(sources)
     module.__class__ = LazyPackage
+
+
+def public_names(package: str) -> dict[str, str]:
+    """The names that a package's file imports for others, and the module that each is imported from.
+
+    Example:
+        >>> public_names("peft_jax.quant")
+        {'quantize': 'peft_jax.quant.quantize'}
+    """
+    sources: dict[str, str] = {}
+    for node in ast.walk(ast.parse(_source_code(package))):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        for alias in node.names:
+            if alias.name == "*":
+                sources.update(dict.fromkeys(public_names(node.module), node.module))
+            elif alias.asname == alias.name:
+                sources[alias.name] = node.module
+    return sources
 
 
 def _source_code(package: str) -> str:

@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -23,6 +23,7 @@ from peft_jax.core.product import Product
 from peft_jax.core.text_files import parse_object, read_text
 from peft_jax.core.weight import Weight
 from peft_jax.methods.fields import check_fields, is_kind
+from peft_jax.methods.target_fields import AbsentFields
 
 CONFIG_FILE = "adapter_config.json"
 Arrays = Mapping[str, jax.Array]
@@ -110,44 +111,38 @@ class PeftConfig:
         return cls.from_dict(parse_object(read_text(path, CONFIG_FILE, rule), f"'{path}'", rule))
 
 
-class Method(PeftConfig):
-    """A method that changes weights: how its arrays start, and what the adapted matrix is.
+class Method(AbsentFields, PeftConfig):
+    """A method that changes weights: how its arrays are initialized, and what the adapted matrix is.
 
-    Arrays live in two dictionaries, ``params`` (trained) and ``state`` (frozen), both with the stacked axes first.
-    ``merge`` and ``apply`` see one layer, without stacked axes; ``axes`` names the axes of the trained arrays after
-    those (``in`` and ``out`` are the matrix's); ``structural`` names the fields that change what is computed beyond
-    what the arrays say, and ``merge`` and ``apply`` read no others. A stack whose layers differ is padded; arrays of
-    layers that are not adapted are zero.
+    Arrays are in two dictionaries, ``params`` (trained) and ``state`` (frozen), both with the stacked axes first.
+    ``merge`` and ``apply`` see one layer, without stacked axes. A stack whose layers differ is padded; arrays of
+    layers that are not adapted are zero. What only some methods do is in base classes of its own: `Ranked`,
+    `StartsFromWeight`, `FrozenArrays`, `SharedArrays`, `BiasRule`, `TrainingHooks`.
+
+    Attributes:
+        axes: Axes of a file's arrays after the stacked ones, by role; ``in`` and ``out`` are the matrix's.
+        structural: The fields that change what is computed beyond what the arrays say; ``merge`` and ``apply`` read no
+            others.
+        side_path: Whether `apply` is cheaper than merging.
+        first: Role of the trained ``(in, rank)`` that `apply` gives to ``product.down_by_role``.
+        on_model: Whether the adapter goes on a model handle and changes no weight.
+        on_input: Whether its default target is a model's input embedding.
+        takes_conv1d: Whether PEFT has it for layers that PyTorch stores as (in, out).
+        notes_storage: Whether PEFT sets ``fan_in_fan_out`` by what it finds, if there is the field.
+        replaces: Whether it trains a copy of every leaf of a target, and has no arrays of its own.
+        bias_only: The value of ``bias`` for those of adapted modules, if not the method's name.
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
-
     structural: ClassVar[tuple[str, ...]] = ()
     side_path: ClassVar[bool] = True
-    first: ClassVar[str | None] = None  # role of the trained ``(in, rank)`` that `apply` gives to product.down_by_role
-    dropout_in_lookups: ClassVar[bool] = False  # whether dropout is for what lies on an embedding too
-    on_model: ClassVar[bool] = False  # whether the adapter goes on a model handle and changes no weight
-    on_input: ClassVar[bool] = False  # whether its default target is a model's input embedding
-    takes_conv1d: ClassVar[bool] = True  # whether PEFT has it for layers that PyTorch stores as (in, out)
-    notes_storage: ClassVar[bool] = True  # whether PEFT sets fan_in_fan_out by what it finds, if there is the field
-    replaces: ClassVar[bool] = False  # whether it trains a copy of every leaf of a target, and has no arrays of its own
-    bias_only: ClassVar[str] = ""  # the value of ``bias`` for those of adapted modules, if not the method's name
-
-    # What the other rooms read of every method. Not dataclass fields here: PEFT's configs do not all have them, and a
-    # method declares those that it has.
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-    rank_pattern: Mapping[str, int] = MappingProxyType({})
-    alpha_pattern: Mapping[str, float] = MappingProxyType({})
-    bias: str = "none"
-    fan_in_fan_out: bool = False
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-    ensure_weight_tying: bool = False
-    target_parameters: Sequence[str] | None = None
-    layer_replication: Sequence[Sequence[int]] | None = None
+    first: ClassVar[str | None] = None
+    on_model: ClassVar[bool] = False
+    on_input: ClassVar[bool] = False
+    takes_conv1d: ClassVar[bool] = True
+    notes_storage: ClassVar[bool] = True
+    replaces: ClassVar[bool] = False
+    bias_only: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_fields(self, self.peft_type)
@@ -202,17 +197,17 @@ class Method(PeftConfig):
         """`shapes` at a module whose leaf is of ``shape``; override where the matrix's sizes alone do not tell."""
         return self.shapes(module, *layout.sizes(shape), lookup=layout.lookup)
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """One of these arrays of one layer of a fresh adapter, float32."""
         raise NotImplementedError
 
     def init(
-        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Trained and frozen arrays for a leaf that stands for the layers ``names``, adapted where ``hit``."""
-        layers = [
-            self.leaf_shapes(name, layout, shape) if on else {} for name, on in zip(names.flat, hit.flat, strict=True)
-        ]
+        """Trained and frozen arrays for a leaf that stands for the layers ``names``, some of them ``adapted``."""
+        layers = [dict[str, tuple[int, ...]]()] * names.size
+        for at in np.flatnonzero(adapted):
+            layers[at] = self.leaf_shapes(names.flat[at], layout, shape)
         params = {}
         for number, role in enumerate(self.axes):
             if not (shapes := [layer[role] for layer in layers if role in layer]):
@@ -222,84 +217,28 @@ class Method(PeftConfig):
             arrays = [jnp.zeros(largest)] * len(layers)
             for i, layer in enumerate(layers):
                 if role in layer:
-                    drawn = self.start(role, layer[role], keys[i], lookup=layout.lookup)
+                    drawn = self.initialize(role, layer[role], keys[i], lookup=layout.lookup)
                     arrays[i] = jnp.pad(drawn, [(0, n - m) for n, m in zip(largest, layer[role], strict=True)])
             params[role] = jnp.reshape(jnp.stack(arrays), (*names.shape, *largest))
-        return params, self.state(names, hit)
+        return params, self.state(names, adapted)
 
-    def begin_on(
-        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
-    ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
-        """`init`, and the base for the adapter; override where a start looks at the base's numbers, or changes them."""
-        params, state = self.init(base.layout, base.shape, names, hit, key)
-        state |= {role: params.pop(role) for role in self.frozen}
-        return params, state, base
-
-    def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
-        """The base that `begin_on` gave, made again for an adapter that is read from a file."""
-        return base
-
-    def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
-        """More frozen arrays, given the names of all modules whose bias the adapter changes too."""
-        return {}
-
-    def shared_shapes(self, sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the frozen arrays that all layers share, given the sizes of their matrices; mostly none."""
-        return {}
-
-    def shared(self, sizes: Sequence[tuple[int, int]]) -> dict[str, jax.Array]:
-        """These arrays for a fresh adapter, float32."""
-        return {}
-
-    @property
-    def saves_shared(self) -> bool:
-        """Whether a file has these arrays; if not, they are made again as those of a fresh adapter."""
-        return True
-
-    def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
-        """A leaf's part of them, stacked axes first."""
-        return {}
-
-    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+    def state(self, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """The frozen arrays of `init` alone, for an adapter that is read from a file."""
-        return {"hit": jnp.asarray(hit)}
+        return {"hit": jnp.asarray(adapted)}
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
         """Number of trained elements of each stacked layer, padding not counted."""
-        hit = np.asarray(state["hit"])
-        return hit * sum(int(np.prod(array.shape[hit.ndim :])) for array in params.values())
+        adapted = np.asarray(state["hit"])
+        return adapted * sum(int(np.prod(array.shape[adapted.ndim :])) for array in params.values())
 
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """The adapted matrix, same shape and dtype as ``matrix``: ``(in, out)``, or ``(out,)`` for a vector."""
         raise NotImplementedError
 
-    @property
-    def keeps_ties(self) -> bool:
-        """Whether the adapter of a module changes those that are tied to it too, by the one leaf they share."""
-        return self.ensure_weight_tying
-
-    @property
-    def saves_embeddings(self) -> bool:
-        """Whether a file has the base weight of an adapted embedding or output head too."""
-        return self.trainable_token_indices is None
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """Arrays of a file that are not trained: their roles in ``axes``; they are in the state."""
-        return ()
-
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
-        """The trained arrays as PEFT's file has them, and those of `frozen`."""
-        return {**params, **{role: state[role] for role in self.frozen}}
-
-    def changes_bias(self, module: str) -> bool:
-        """Whether the adapter of a module's matrix changes its bias, by `merge_bias`, too."""
-        return False
-
-    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
-        """The bias ``(out,)`` of a layer whose matrix is adapted by ``params``."""
-        raise NotImplementedError
+        """The arrays as PEFT's file has them."""
+        return params
 
     def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """``product.full(x, merge(...))``; override where it is cheaper than merging."""

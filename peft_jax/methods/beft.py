@@ -14,6 +14,7 @@ import numpy as np
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, Method, register
+from peft_jax.methods.roles import BiasRule
 from peft_jax.methods.target_fields import TargetFields
 
 UNBIASED = "unbiased"  # in the state of a matrix: which of its layers have no bias of their own
@@ -21,7 +22,7 @@ UNBIASED = "unbiased"  # in the state of a matrix: which of its layers have no b
 
 @register("BEFT")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BeftConfig(TargetFields, Method):
+class BeftConfig(TargetFields, BiasRule, Method):
     """Adds a trained bias to the outputs of layers; fields and defaults are PEFT's.
 
     Where a layer has a bias (`peft_jax.apply_adapter` says which leaf it is), the two are one sum. Where it has none,
@@ -51,7 +52,7 @@ class BeftConfig(TargetFields, Method):
         """One bias."""
         return {"beft_bias": (n_out,)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Zeros, or normal numbers."""
         return jnp.zeros(shape) if self.init_weights else jax.random.normal(key, shape)
 
@@ -59,9 +60,9 @@ class BeftConfig(TargetFields, Method):
         """Always."""
         return True
 
-    def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
+    def state_beside_bias(self, names: np.ndarray, adapted: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
         """Which layers have no bias, if there are any."""
-        alone = hit & ~np.isin(names.astype(str), list(biased))
+        alone = adapted & ~np.isin(names.astype(str), list(biased))
         return {UNBIASED: jnp.asarray(alone)} if alone.any() else {}
 
     def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:

@@ -94,7 +94,7 @@ class BOFTConfig(TargetFields, ExcludeFields, LayerFields, Method):
             )
         return {"boft_R": (factors, blocks, size, size), "boft_s": (n_out,)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """No rotation and a scale of one, or random ones near them."""
         noise = 0.0 if self.init_weights else 0.1 * jax.random.normal(key, shape)
         return jnp.full(shape, 1.0 if role == "boft_s" else 0.0) + noise

@@ -19,7 +19,9 @@ from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import Weight, as_weight, varying
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, kaiming
+from peft_jax.methods.frozen_arrays import FrozenArrays
 from peft_jax.methods.ranked import Ranked
+from peft_jax.methods.starts_from_weight import StartsFromWeight
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 TRAINED, NORM = ("delora_A", "delora_B", "delora_lambda"), "delora_w_norm"
@@ -29,7 +31,7 @@ SMALLEST = 1e-4  # a norm below it counts as this
 
 @register("DELORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeloraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
+class DeloraConfig(TargetFields, ExcludeFields, LayerFields, StartsFromWeight, FrozenArrays, Ranked):
     """Adds a low-rank matrix of bounded norm; fields and defaults are PEFT's.
 
     It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
@@ -97,24 +99,24 @@ class DeloraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         rank = self.rank(module)
         return {"delora_A": (n_in, rank), "delora_B": (rank, n_out), LAMBDA: (1,), NORM: (n_in,)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
-        """A random, B zero or random; ones for what `begin_on` gives."""
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+        """A random, B zero or random; ones for what `init_on` gives."""
         if role in (LAMBDA, NORM):
             return jnp.ones(shape)
         return jnp.zeros(shape) if role == "delora_B" and self.init_weights else kaiming(key, shape, shape[0])
 
-    def begin_on(
-        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    def init_on(
+        self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """`init` with each layer's λ, and the norms of the base without the adapters that are on it already."""
-        params, state, _ = super().begin_on(base, names, hit, key)
+        params, state = self.init(base.layout, base.shape, names, adapted, key)
         start = np.vectorize(lambda name: pattern_value(self.lambda_pattern, name, self.delora_lambda), otypes=[float])
-        params[LAMBDA] = jnp.asarray(np.where(hit, start(names), 0)[..., None], jnp.float32)
+        params[LAMBDA] = jnp.asarray(np.where(adapted, start(names), 0)[..., None], jnp.float32)
         innermost = base
         while isinstance(innermost, Adapted):
             innermost = as_weight(innermost.base, innermost.layout)
         matrix = base.layout.matrix(innermost.dense()).astype(jnp.float32)
-        state[NORM] = jnp.where(hit[..., None], jnp.sqrt(jnp.sum(jnp.square(matrix), axis=-1)), 0)
+        state[NORM] = jnp.where(adapted[..., None], jnp.sqrt(jnp.sum(jnp.square(matrix), axis=-1)), 0)
         return params, state, base
 
     @staticmethod

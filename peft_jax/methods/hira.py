@@ -70,7 +70,7 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         """The two factors of the proportions."""
         return {"hira_A": (n_in, self.rank(module)), "hira_B": (self.rank(module), n_out)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """One factor random, the other zero: B, and A of an embedding."""
         if not self.init_weights:
             return jax.random.normal(key, shape)

@@ -60,7 +60,7 @@ class HRAConfig(TargetFields, ExcludeFields, LayerFields, Method):
         """The hyperplanes' normals, of any length."""
         return {"hra_u": (n_in, self.r)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Random normals, each twice in a row if there is an even number of them."""
         if not self.init_weights or self.r % 2:
             return kaiming(key, shape, shape[1])

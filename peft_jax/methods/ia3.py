@@ -16,12 +16,13 @@ from peft_jax.core.adapted import apply_merged
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
+from peft_jax.methods.roles import BiasRule
 from peft_jax.methods.target_fields import ExcludeFields, TargetFields
 
 
 @register("IA3")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IA3Config(TargetFields, ExcludeFields, Method):
+class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
     """Multiplies the inputs or outputs of a frozen layer by a trained vector; fields and defaults are PEFT's.
 
     The outputs include the layer's bias (`peft_jax.apply_adapter` says which leaf it is).
@@ -92,14 +93,15 @@ class IA3Config(TargetFields, ExcludeFields, Method):
         """One vector."""
         return {"ia3_in": (n_in,)} if self.is_feedforward(module) else {"ia3_out": (n_out,)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Ones, or normal numbers."""
         return jnp.ones(shape) if self.init_ia3_weights else jax.random.normal(key, shape)
 
-    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+    def state(self, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """Which stacked layers are scaled at their inputs, and which at their outputs."""
-        feedforward = hit & np.vectorize(lambda name, on: on and self.is_feedforward(name), otypes=[bool])(names, hit)
-        return {"hit": jnp.asarray(hit), "ia3_in": jnp.asarray(feedforward), "ia3_out": jnp.asarray(hit & ~feedforward)}
+        at_inputs = np.vectorize(lambda name, on: on and self.is_feedforward(name), otypes=[bool])(names, adapted)
+        which = {"hit": adapted, "ia3_in": adapted & at_inputs, "ia3_out": adapted & ~at_inputs}
+        return {role: jnp.asarray(layers) for role, layers in which.items()}
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:

@@ -69,7 +69,7 @@ class LoHaConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
         first, second = (n_out, self.rank(module)), (self.rank(module), n_in)
         return {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": first, "hada_w2_b": second}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Random numbers; zeros for the last factor."""
         return jnp.zeros(shape) if role == "hada_w2_b" and self.init_weights else kaiming(key, shape, shape[1])
 

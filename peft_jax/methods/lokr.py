@@ -94,7 +94,7 @@ class LoKrConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
                 shapes[role] = (shape[0], shape[1])
         return shapes
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Random numbers, and zeros for one factor."""
         zeros = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}[self.init_weights]
         return jnp.zeros(shape) if role in zeros else kaiming(key, shape, shape[1])

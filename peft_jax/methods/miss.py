@@ -90,7 +90,7 @@ class MissConfig(TargetFields, ExcludeFields, LayerFields, Method):
             return {"miss_mini": (self.r, self.mini_r)}
         return {"miss_block": (self.r, n_out)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Zeros, unless a random start is asked for."""
         return jnp.zeros(shape) if self.init_weights else kaiming(key, shape, shape[1])
 

@@ -104,7 +104,7 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
         role = "oft_embedding_R" if lookup else "oft_R"
         return {role: (1 if self.block_share else blocks, block * (block - 1) // 2)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """No rotation, or small random angles."""
         return jnp.zeros(shape) if self.init_weights else 0.1 * jax.random.normal(key, shape)
 

@@ -29,14 +29,15 @@ class Ranked(Method):
         """Scale of the adapter of a module."""
         return 1.0
 
-    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+    def state(self, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """Rank and scale of each stacked layer, 0 where it is not adapted."""
-        scaling = np.where(hit, np.vectorize(self.scaling, otypes=[np.float32])(names), 0)
-        return {"scaling": jnp.asarray(scaling, jnp.float32), "rank": jnp.asarray(self.ranks(names, hit), jnp.int32)}
+        scaling = np.where(adapted, np.vectorize(self.scaling, otypes=[np.float32])(names), 0)
+        ranks = self.ranks(names, adapted)
+        return {"scaling": jnp.asarray(scaling, jnp.float32), "rank": jnp.asarray(ranks, jnp.int32)}
 
-    def ranks(self, names: np.ndarray, hit: np.ndarray) -> np.ndarray:
+    def ranks(self, names: np.ndarray, adapted: np.ndarray) -> np.ndarray:
         """Rank of each stacked layer, 0 where it is not adapted."""
-        return np.where(hit, np.vectorize(self.rank, otypes=[np.int32])(names), 0)
+        return np.where(adapted, np.vectorize(self.rank, otypes=[np.int32])(names), 0)
 
 
 def add(matrix: jax.Array, change: jax.Array, state: Mapping[str, Any]) -> jax.Array:

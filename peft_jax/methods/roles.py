@@ -4,7 +4,7 @@ It is trained whole, or it is a bias that follows its layer's matrix; `peft_jax.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -18,6 +18,22 @@ from peft_jax.methods.base import Arrays, Method
 
 SAVED, BIAS = "modules_to_save", "bias"  # names of the role of weights that are trained whole
 REPLACED = "ln_tuning_layers"  # and of those of a method that trains nothing else
+
+
+class BiasRule:
+    """The part of a method that changes the bias of a layer with the arrays of its matrix; `Follower` is the bias."""
+
+    def changes_bias(self, module: str) -> bool:
+        """Whether the adapter of a module's matrix changes its bias too."""
+        raise NotImplementedError
+
+    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
+        """The bias ``(out,)`` of a layer whose matrix is adapted by ``params``."""
+        raise NotImplementedError
+
+    def state_beside_bias(self, names: np.ndarray, adapted: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
+        """More frozen arrays of the matrix, given the names of all modules whose bias the adapter changes."""
+        return {}
 
 
 class Role:
@@ -37,9 +53,9 @@ class Role:
         return self
 
     def init(
-        self, config: Method, base: Weight, names: np.ndarray, hit: np.ndarray
+        self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Trained and frozen arrays of a leaf that stands for the layers ``names``, changed where ``hit``."""
+        """Trained and frozen arrays of a leaf that stands for the layers ``names``, changed where ``adapted``."""
         raise NotImplementedError
 
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
@@ -79,18 +95,18 @@ class Whole(Role):
         return (Whole, self.name)
 
     def init(
-        self, config: Method, base: Weight, names: np.ndarray, hit: np.ndarray
+        self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """The copy, and which stacked layers it replaces."""
         copy = jnp.array(base.layout.matrix(base.dense()), jnp.float32, copy=True)
-        return {self.name: copy}, {"hit": jnp.asarray(hit)}
+        return {self.name: copy}, {"hit": jnp.asarray(adapted)}
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
         """Number of trained elements of each stacked layer."""
-        hit = np.asarray(state["hit"])
+        adapted = np.asarray(state["hit"])
         (copy,) = params.values()
-        return hit * np.prod(copy.shape[hit.ndim :], dtype=int)
+        return adapted * np.prod(copy.shape[adapted.ndim :], dtype=int)
 
     def merge(self, params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
         """The copy in layers that are trained, else the base."""
@@ -131,10 +147,10 @@ class Follower(Role):
         return (Follower, *self._method.structure())
 
     def init(
-        self, config: Method, base: Weight, names: np.ndarray, hit: np.ndarray
+        self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """Nothing to train, and the method's state."""
-        return {}, {**config.state(names, hit), LAYER: {}}
+        return {}, {**config.state(names, adapted), LAYER: {}}
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
@@ -144,4 +160,5 @@ class Follower(Role):
     def merge(self, params: Arrays, state: Mapping[str, Any], bias: jax.Array) -> jax.Array:
         """As the method changes a bias."""
         own = {name: array for name, array in state.items() if name != LAYER}
-        return self._method.merge_bias(state[LAYER], own, bias)
+        assert isinstance(self.method, BiasRule), "the plan follows no other"
+        return self.method.merge_bias(state[LAYER], own, bias)

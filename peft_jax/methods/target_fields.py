@@ -4,7 +4,8 @@ A config class inherits those groups that PEFT's class has.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,3 +43,21 @@ class LayerFields:
 
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+
+
+class AbsentFields:
+    """The fields that other packages read of every config, at the values that a method without such a field has."""
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = MappingProxyType({})
+    alpha_pattern: Mapping[str, float] = MappingProxyType({})
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
+    target_parameters: Sequence[str] | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None

@@ -18,6 +18,7 @@ from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_tokens
 from peft_jax.methods.roles import Role
+from peft_jax.methods.starts_from_weight import StartsFromWeight
 
 ROWS, COLUMNS = "trainable_tokens_delta", "trainable_tokens_head"  # roles: tokens of an embedding, of a head
 NONE = np.iinfo(np.int32).max  # from here down are indices that no matrix has
@@ -25,7 +26,7 @@ NONE = np.iinfo(np.int32).max  # from here down are indices that no matrix has
 
 @register("TRAINABLE_TOKENS")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainableTokensConfig(Method):
+class TrainableTokensConfig(StartsFromWeight, Method):
     """Trains the vectors of some tokens, and leaves all others as they are; fields and defaults are PEFT's.
 
     A head that is tied to an adapted embedding is adapted with it.
@@ -49,6 +50,7 @@ class TrainableTokensConfig(Method):
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {ROWS: ("tokens", "out"), COLUMNS: ("tokens", "in")}
 
     on_input: ClassVar[bool] = True
+    ensure_weight_tying = True  # PEFT has no such field here, and does so
 
     token_indices: Sequence[int] = ()
     target_modules: str | Sequence[str] | None = None
@@ -58,35 +60,25 @@ class TrainableTokensConfig(Method):
         super().__post_init__()
         check_tokens(self.token_indices, "token_indices")
 
-    @property
-    def keeps_ties(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def saves_embeddings(self) -> bool:
-        """False."""
-        return False
-
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """A vector for each token."""
         return tokens_shape(self.token_indices, module, n_in, n_out, lookup=lookup)
 
-    def begin_on(
-        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    def init_on(
+        self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """The base's vectors, or random ones."""
         if self.init_weights:
-            return *start_at_base(self.token_indices, base, names, hit), base
-        return super().begin_on(base, names, hit, key)
+            return *start_at_base(self.token_indices, base, names, adapted), base
+        return *self.init(base.layout, base.shape, names, adapted, key), base
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Random vectors."""
         return jax.random.normal(key, shape)
 
-    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+    def state(self, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """The tokens of each stacked layer."""
-        return tokens_state(self.token_indices, hit)
+        return tokens_state(self.token_indices, adapted)
 
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         """The matrix with the trained vectors in their places."""
@@ -118,10 +110,10 @@ class Tokens(Role):
         return (Tokens,)
 
     def init(
-        self, config: Method, base: Weight, names: np.ndarray, hit: np.ndarray
+        self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """The base's vectors."""
-        return start_at_base(self.tokens, base, names, hit)
+        return start_at_base(self.tokens, base, names, adapted)
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
@@ -135,6 +127,11 @@ class Tokens(Role):
     def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """The base's product or lookup, with the tokens' part exchanged."""
         return apply_tokens(self, params, state, base, x, product)
+
+
+def trains_tokens(config: Method) -> bool:
+    """Whether an adapter trains vectors of tokens: PEFT saves no base weight of an embedding beside them."""
+    return isinstance(config, TrainableTokensConfig) or config.trainable_token_indices is not None
 
 
 def tokens_by_module(
@@ -176,14 +173,15 @@ def tokens_shape(
     return {ROWS if lookup else COLUMNS: (len(tokens), features)}
 
 
-def tokens_state(tokens: Sequence[int], hit: np.ndarray) -> dict[str, Any]:
+def tokens_state(tokens: Sequence[int], adapted: np.ndarray) -> dict[str, Any]:
     """Which stacked layers have trained tokens, and which."""
-    ids = np.where(hit[..., None], np.array(tokens), NONE - np.arange(len(tokens)))  # all unlike, as scatters like it
-    return {"hit": jnp.asarray(hit), "tokens": jnp.asarray(ids, jnp.int32)}
+    none = NONE - np.arange(len(tokens))  # all unlike, as scatters like it
+    ids = np.where(adapted[..., None], np.array(tokens), none)
+    return {"hit": jnp.asarray(adapted), "tokens": jnp.asarray(ids, jnp.int32)}
 
 
 def start_at_base(
-    tokens: Sequence[int], base: Weight, names: np.ndarray, hit: np.ndarray
+    tokens: Sequence[int], base: Weight, names: np.ndarray, adapted: np.ndarray
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The base's own vectors, float32, and the state."""
     (n_in, n_out), lookup = base.layout.sizes(base.shape), base.layout.lookup
@@ -191,8 +189,8 @@ def start_at_base(
     matrix = base.layout.matrix(base.dense())
     ids = jnp.array(tokens, jnp.int32)
     rows = matrix[..., ids, :] if lookup else jnp.swapaxes(matrix[..., :, ids], -1, -2)
-    rows = jnp.where(hit[..., None, None], rows.astype(jnp.float32), 0)
-    return {role: rows}, tokens_state(tokens, hit)
+    rows = jnp.where(adapted[..., None, None], rows.astype(jnp.float32), 0)
+    return {role: rows}, tokens_state(tokens, adapted)
 
 
 def merge_tokens(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:

@@ -17,12 +17,13 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability, check_rank
+from peft_jax.methods.shared_arrays import SharedArrays
 from peft_jax.methods.target_fields import LayerFields, TargetFields
 
 
 @register("VERA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VeraConfig(TargetFields, LayerFields, Method):
+class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
     """Trains two vectors a layer between random matrices; fields and defaults are PEFT's.
 
     The matrices are as large as the largest adapted layer asks for, and each layer takes its part from their
@@ -82,7 +83,7 @@ class VeraConfig(TargetFields, LayerFields, Method):
         """The two vectors."""
         return {"vera_lambda_d": (self.r,), "vera_lambda_b": (n_out,)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """A small constant, and zeros; or random numbers, and ones."""
         if role == "vera_lambda_d":
             return jnp.full(shape, self.d_initial) if self.init_weights else jax.random.normal(key, shape)

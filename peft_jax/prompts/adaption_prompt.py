@@ -65,7 +65,7 @@ class AdaptionPromptConfig(PromptMethod):
         """Prompt vectors and a gate."""
         return {"adaption_prompt": (self.adapter_len or 0, n_in), "adaption_gate": (1,)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Normal prompts behind closed gates."""
         return jax.random.normal(key, shape) if role == "adaption_prompt" else jnp.zeros(shape)
 

@@ -45,7 +45,7 @@ def attach_prompt(handle: H, config: PromptMethod, *, key: jax.Array | None = No
     targets = plan(found, config, prompt_places(config, found, handle))
 
     def initialize(target: Target, base: Weight) -> Any:
-        return *config.init_on(base, target.leaf.names, target.hit, base_key), base
+        return *config.init_prompt(base, target.leaf.names, target.adapted, base_key), base
 
     contents_of = initial_contents(config, targets, initialize)
     trainable = not config.inference_mode

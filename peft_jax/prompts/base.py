@@ -76,11 +76,11 @@ class PromptMethod(Method):
     def give(self, params: Arrays, state: Mapping[str, Any], task_ids: jax.Array | None) -> Prompt:
         """The prompt that the arrays give the model; ``task_ids`` (batch,) only where a method has tasks."""
 
-    def init_on(
-        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    def init_prompt(
+        self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """Trained and frozen arrays of a fresh prompt on ``base``, the input embedding."""
-        return self.init(base.layout, base.shape, names, hit, key)
+        return self.init(base.layout, base.shape, names, adapted, key)
 
     @property
     def virtual_tokens(self) -> int:

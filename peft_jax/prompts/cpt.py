@@ -108,12 +108,12 @@ class CPTConfig(TrainingHooks, PromptLearning):
         """How far each embedding has moved; the moved ones, of an adapter that is not trained."""
         return {PROMPT if self.inference_mode else DELTA: (self.total_tokens, n_out)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Zeros: nothing has moved."""
-        return jnp.zeros(shape) if role == DELTA else super().start(role, shape, key, lookup=lookup)
+        return jnp.zeros(shape) if role == DELTA else super().initialize(role, shape, key, lookup=lookup)
 
-    def init_on(
-        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    def init_prompt(
+        self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """With the context's embeddings."""
         vocabulary = base.layout.sizes(base.shape)[0]
@@ -122,7 +122,7 @@ class CPTConfig(TrainingHooks, PromptLearning):
             raise ValueError(
                 f"cpt_token_ids are from {ids.min()} to {ids.max()}, but the vocabulary has ids 0 to {vocabulary - 1}."
             )
-        params, state = super().init_on(base, names, hit, key)
+        params, state = super().init_prompt(base, names, adapted, key)
         return params, state if self.inference_mode else {**state, TABLE: rows_of(base, jnp.asarray(ids))}
 
     def project(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:

@@ -74,20 +74,20 @@ class PromptLearning(PromptMethod):
         return [handle.input_module]
 
     def init(
-        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """One array a role, float32; each role has its own random key, made from its name."""
         n_in, n_out = layout.sizes(shape)
         shapes = self.shapes(str(names), n_in, n_out, lookup=layout.lookup)
         keys = {role: jax.random.fold_in(key, zlib.crc32(role.encode())) for role in shapes}
-        params = {role: self.start(role, shapes[role], keys[role], lookup=layout.lookup) for role in shapes}
-        return params, self.state(names, hit)
+        params = {role: self.initialize(role, shapes[role], keys[role], lookup=layout.lookup) for role in shapes}
+        return params, self.state(names, adapted)
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The virtual tokens' array."""
         return {PROMPT: (self.total_tokens, n_out)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Normal numbers, as PyTorch's Embedding starts."""
         return jax.random.normal(key, shape)
 

@@ -118,15 +118,15 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             ROWS: (self.num_tasks, self.num_ranks, n_out),
         }
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Normal numbers, those of tasks of deviation 0.02."""
-        return super().start(role, shape, key, lookup=lookup) * (1.0 if role == PROMPT else 0.02)
+        return super().initialize(role, shape, key, lookup=lookup) * (1.0 if role == PROMPT else 0.02)
 
-    def init_on(
-        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    def init_prompt(
+        self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """As said by ``prompt_tuning_init``."""
-        params, state = super().init_on(base, names, hit, key)
+        params, state = super().init_prompt(base, names, adapted, key)
         return (params | self._source(params) if self._from_file and not self.inference_mode else params), state
 
     def _source(self, fresh: Arrays) -> dict[str, jax.Array]:

@@ -6,7 +6,7 @@ Liu et al., 2021, https://arxiv.org/abs/2103.10385, section 3. Numbers follow PE
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 
@@ -52,8 +52,6 @@ class PromptEncoderConfig(PromptLearning):
         >>> pj.get_peft_model(model, config)(jnp.array([[1, 2, 3]])).logits.shape[:2]  # of the virtual tokens too
         (1, 7)
     """
-
-    dropout_in_lookups: ClassVar[bool] = True
 
     encoder_reparameterization_type: str = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: int | None = None
@@ -108,10 +106,10 @@ class PromptEncoderConfig(PromptLearning):
             layers = [lstm_shapes(n_out, hidden, self.encoder_num_layers), *ends]
         return prompt | {role: shape for layer in layers for role, shape in layer.items()}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """As PyTorch starts Embedding, Linear and LSTM."""
         if role == PROMPT:
-            return super().start(role, shape, key, lookup=lookup)
+            return super().initialize(role, shape, key, lookup=lookup)
         hidden = self.encoder_hidden_size or 1
         if role.startswith("lstm"):
             return started(shape, hidden, key)

@@ -86,13 +86,13 @@ class PrefixTuningConfig(PromptLearning):
         layers = {**linear_shapes("transform_0", features, hidden), **linear_shapes("transform_1", hidden, width)}
         return {PROMPT: (tokens, features), **layers}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """As PyTorch starts Embedding and Linear; zeros for what makes keys and values, if so asked."""
         last = "transform_1_" if self.prefix_projection and not self.inference_mode else PROMPT
         if self.init_weights == "zero" and role.startswith(last):
             return jnp.zeros(shape)
         if role == PROMPT:
-            return super().start(role, shape, key, lookup=lookup)
+            return super().initialize(role, shape, key, lookup=lookup)
         fan_in = self.token_dim if role.startswith("transform_0") else self.encoder_hidden_size
         return started(shape, fan_in or 1, key)
 

@@ -75,11 +75,11 @@ class PromptTuningConfig(PromptLearning):
             names = ", ".join(map(str, known))
             raise ValueError(f"prompt_tuning_init={self.prompt_tuning_init!r} is unknown. Write one of {names}.")
 
-    def init_on(
-        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    def init_prompt(
+        self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """As said by ``prompt_tuning_init``."""
-        params, state = super().init_on(base, names, hit, key)
+        params, state = super().init_prompt(base, names, adapted, key)
         vocabulary = base.layout.sizes(base.shape)[0]
         if self.inference_mode:
             return params, state

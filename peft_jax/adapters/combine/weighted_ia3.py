@@ -53,7 +53,7 @@ def weighted_ia3(tree: Any, weighted: Mapping[str, float], configs: Sequence[IA3
         vectors[position] = _weighted_sums(sources, weighted)
 
     def initialize(target: Target, base: Weight) -> Any:
-        return vectors[target.position], config.state(target.leaf.names, target.hit), base
+        return vectors[target.position], config.state(target.leaf.names, target.adapted), base
 
     return build(tree, new_name, config, targets, initial_contents(config, targets, initialize), active=False)
 

@@ -146,7 +146,7 @@ def add_weighted_adapter(
     def contents_of(target: Target) -> Contents:
         base = as_weight(target.leaf.value, target.leaf.layout)
         if target.role is not None:
-            return Contents(*target.role.init(config, base, target.leaf.names, target.hit), base)
+            return Contents(*target.role.init(config, base, target.leaf.names, target.adapted), base)
         return Contents(made[target.position].params, made[target.position].state, base)
 
     new = build(tree, new_name, config, targets, contents_of, active=False)

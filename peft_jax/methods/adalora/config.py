@@ -150,25 +150,25 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
         rank = self.rank(module)
         return {"lora_A": (n_in, rank), "lora_E": (rank,), "lora_B": (rank, n_out)}
 
-    def start(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """Small vectors and no singular values, or normal numbers."""
         if not self.init_lora_weights:
             return jax.random.normal(key, shape)
         return jnp.zeros(shape) if role == "lora_E" else 0.02 * jax.random.normal(key, shape)
 
     def init(
-        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """As every method's, once the schedule is known."""
         self._check_schedule()
-        return super().init(layout, shape, names, hit, key)
+        return super().init(layout, shape, names, adapted, key)
 
-    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+    def state(self, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """Which layers are adapted, their ranks, and their scale, which stays that of ``init_r``."""
-        ranks = np.vectorize(lambda name, on: self.rank(name) if on else 0, otypes=[np.int32])(names, hit)
+        ranks = np.vectorize(lambda name, on: self.rank(name) if on else 0, otypes=[np.int32])(names, adapted)
         scale = (self.lora_alpha if self.lora_alpha > 0 else float(self.init_r)) / (self.init_r + 1e-5)
-        scaling = np.where(hit, np.float32(scale), np.float32(0))
-        return {"hit": jnp.asarray(hit), "scaling": jnp.asarray(scaling), "rank": jnp.asarray(ranks)}
+        scaling = np.where(adapted, np.float32(scale), np.float32(0))
+        return {"hit": jnp.asarray(adapted), "scaling": jnp.asarray(scaling), "rank": jnp.asarray(ranks)}
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
@@ -195,16 +195,16 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
         """Mean distance of A' A and B B' from one, times ``orth_reg_weight``, over all matrices of all layers."""
         distances, count = jnp.zeros(()), jnp.zeros(())
         for leaf in leaves.values():
-            hit, rank = jnp.asarray(leaf.state["hit"]), leaf.state["rank"]
+            adapted, rank = jnp.asarray(leaf.state["hit"]), leaf.state["rank"]
             a, b = leaf.params["lora_A"], leaf.params["lora_B"]
-            one = jnp.broadcast_to(jnp.eye(a.shape[-1]), (*hit.shape, *2 * a.shape[-1:]))
-            number = jax.lax.broadcasted_iota(jnp.int32, one.shape, hit.ndim)
+            one = jnp.broadcast_to(jnp.eye(a.shape[-1]), (*adapted.shape, *2 * a.shape[-1:]))
+            number = jax.lax.broadcasted_iota(jnp.int32, one.shape, adapted.ndim)
             one = jnp.where(number < jnp.expand_dims(rank, (-2, -1)), one, 0)  # padding has none
             for gram in (jnp.swapaxes(a, -1, -2) @ a, b @ jnp.swapaxes(b, -1, -2)):
                 square = jnp.sum((gram - one) ** 2, axis=(-2, -1))
-                is_apart = hit & (square > 0)  # the root has no slope at zero, as that of a layer without ranks
+                is_apart = adapted & (square > 0)  # the root has no slope at zero, as that of a layer without ranks
                 distances += jnp.sum(jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, square, 1)), 0))
-                count += jnp.sum(hit, dtype=jnp.float32)
+                count += jnp.sum(adapted, dtype=jnp.float32)
         return self.orth_reg_weight * distances / count
 
     def begin(self, leaves: Leaves) -> Allocation:

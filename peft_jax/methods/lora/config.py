@@ -19,6 +19,7 @@ from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
+from peft_jax.methods.frozen_arrays import FrozenArrays
 from peft_jax.methods.lora import alora, dora, grouped_conv
 from peft_jax.methods.lora.checks import check_initializer, check_invocation, check_parameters, check_replication
 from peft_jax.methods.lora.initializers import random
@@ -26,6 +27,8 @@ from peft_jax.methods.lora.initializers.stacked import initialize_layers
 from peft_jax.methods.lora.initializers.table import Initializer, find
 from peft_jax.methods.lora.nested_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peft_jax.methods.ranked import Ranked
+from peft_jax.methods.roles import BiasRule
+from peft_jax.methods.starts_from_weight import StartsFromWeight
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 BIAS = "lora_bias"
@@ -34,7 +37,7 @@ UNBIASED = "unbiased"  # in the state: the layer has no bias that the trained on
 
 @register("LORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
+class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromWeight, FrozenArrays, Ranked):
     """Adds a trainable low-rank matrix to a frozen weight; fields and defaults are PEFT's.
 
     It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
@@ -164,7 +167,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         return self.lora_dropout
 
     def init(
-        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, hit: np.ndarray, key: jax.Array
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """``lora_A`` ``(*stack, in, rank)`` and ``lora_B`` ``(*stack, rank, out)``, float32, and what goes with them.
 
@@ -173,20 +176,20 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         for field in ("lora_bias", "alora_invocation_tokens"):
             if getattr(self, field) and layout.lookup:
                 raise ValueError(f"{field} is not for embeddings, as '{names.flat[0]}' is. Target other modules.")
-        init, ranks = self.init_lora_weights, self.ranks(names, hit)
+        init, ranks = self.init_lora_weights, self.ranks(names, adapted)
         if self.initializer.needs == "data":
             raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
-        for name in names[hit]:
+        for name in names[adapted]:
             self.leaf_shapes(name, layout, shape)  # raises where they do not suit
         params = random.drawn(init, layout, shape, names, ranks, key)
         if self.lora_bias:
             params[BIAS] = random.drawn_bias(init, layout.sizes(shape)[1], names, ranks // layout.groups, key)
-        return params, self.state(names, hit)
+        return params, self.state(names, adapted)
 
-    def state(self, names: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+    def state(self, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """Rank and scale of each stacked layer, 0 where it is not adapted; and the invocation."""
         tokens = self.alora_invocation_tokens
-        return super().state(names, hit) | ({} if tokens is None else alora.invocation_state(tokens, names))
+        return super().state(names, adapted) | ({} if tokens is None else alora.invocation_state(tokens, names))
 
     @property
     def reads_input_ids(self) -> bool:
@@ -197,21 +200,21 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         """The state with the places of the invocation."""
         return alora.with_places(state, ids, stack)
 
-    def begin_on(
-        self, base: Weight, names: np.ndarray, hit: np.ndarray, key: jax.Array
+    def init_on(
+        self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """`init`, or a start from the base, with the norms of its columns for DoRA."""
-        params, state = self.init(base.layout, base.shape, names, hit, key)
+        params, state = self.init(base.layout, base.shape, names, adapted, key)
         row = self.initializer
         if row.embeddings == "refused" and base.layout.lookup:
             raise ValueError(
                 f"init_lora_weights={row.value!r} is not for embeddings, as '{names.flat[0]}' is. Target others."
             )
         if row.make is not None and (row.embeddings == "own" or not base.layout.lookup):
-            params, base = initialize_layers(self, base, names, hit, key, [row.make(self)] * names.size)
+            params, base = initialize_layers(self, base, names, adapted, key, [row.make(self)] * names.size)
         state |= {role: params.pop(role) for role in self.frozen}
         if self.use_dora:
-            params[dora.MAGNITUDE] = dora.start(params, state, base)
+            params[dora.MAGNITUDE] = dora.initialize(params, state, base)
         return params, state, base
 
     @staticmethod
@@ -232,18 +235,18 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         """With ``lora_bias``, that of all tokens."""
         return self.lora_bias and self.alora_invocation_tokens is None
 
-    def rebased(self, base: Weight, names: np.ndarray, hit: np.ndarray) -> Weight:
+    def rebased(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> Weight:
         """The base without what the factors started at, as PEFT takes it out again."""
         row = self.initializer
         if row.make is None or not row.changes_base or base.layout.lookup:
             return base  # what data gave cannot be computed again: the base is the one that the initializer left
-        return initialize_layers(self, base, names, hit, jax.random.key(0), [row.make(self)] * names.size)[1]
+        return initialize_layers(self, base, names, adapted, jax.random.key(0), [row.make(self)] * names.size)[1]
 
-    def lone_state(self, names: np.ndarray, hit: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
+    def state_beside_bias(self, names: np.ndarray, adapted: np.ndarray, biased: Collection[str]) -> dict[str, Any]:
         """With ``lora_bias``, whether the layers have none."""
-        if not self.lora_bias or set(names[hit].flat) <= set(biased):
+        if not self.lora_bias or set(names[adapted].flat) <= set(biased):
             return {}
-        return {UNBIASED: jnp.asarray(hit)}
+        return {UNBIASED: jnp.asarray(adapted)}
 
     def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
         """The layer's bias and ``s`` times the trained one."""

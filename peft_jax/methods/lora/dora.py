@@ -20,7 +20,7 @@ from peft_jax.methods.base import Arrays
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def start(params: Arrays, state: Arrays, base: Weight) -> jax.Array:
+def initialize(params: Arrays, state: Arrays, base: Weight) -> jax.Array:
     """The norms of the columns of ``W + s A B``, ``(*stack, out)``; 0 for layers that are not adapted."""
 
     def norms(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:

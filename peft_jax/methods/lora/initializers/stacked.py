@@ -19,7 +19,7 @@ def initialize_layers(
     config: Any,
     base: Weight,
     names: np.ndarray,
-    hit: np.ndarray,
+    adapted: np.ndarray,
     key: jax.Array,
     initialize: Sequence[Initialize],
 ) -> tuple[dict[str, jax.Array], Weight]:
@@ -29,7 +29,7 @@ def initialize_layers(
         config: A `LoraConfig`.
         base: The weight that the adapter goes on.
         names: Names of its layers, of its stacked shape.
-        hit: Which of them are adapted.
+        adapted: Which of them are adapted.
         key: Random key.
         initialize: The initializer of each layer, in the order of ``names.flat``.
 
@@ -45,9 +45,9 @@ def initialize_layers(
     n_in, n_out = layout.sizes(base.shape)
     matrices = jnp.reshape(layout.matrix(dense), (-1, n_in, n_out))
     keys = jnp.reshape(keys_from_names(key, names), (-1,))
-    width = max(config.rank(name) for name in names[hit])
+    width = max(config.rank(name) for name in names[adapted])
     layers = []
-    for i, (name, is_adapted) in enumerate(zip(names.flat, hit.flat, strict=True)):
+    for i, (name, is_adapted) in enumerate(zip(names.flat, adapted.flat, strict=True)):
         if not is_adapted:
             layers.append(Factors(jnp.zeros((n_in, width)), jnp.zeros((width, n_out))))
             continue

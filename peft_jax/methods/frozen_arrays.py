@@ -1,0 +1,30 @@
+"""Base class of methods whose files have arrays of a layer that are not trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from peft_jax.core.layout import Layout
+from peft_jax.methods.base import Arrays, Method
+
+
+class FrozenArrays(Method):
+    """A method some of whose roles are frozen: a file has them like the others, and in a tree they are in the state."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Those of the roles in ``axes`` that are not trained."""
+        raise NotImplementedError
+
+    def init(
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """As every method's, with the frozen arrays in the state."""
+        params, state = super().init(layout, shape, names, adapted, key)
+        return params, state | {role: params.pop(role) for role in self.frozen}
+
+    def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
+        """The trained arrays and the frozen ones."""
+        return {**params, **{role: state[role] for role in self.frozen}}
