@@ -314,7 +314,7 @@ def _contents(target: Target, config: Method, entries: list[Entry], tensors: Ten
     if target.role is None:
         base = config.rebased(base, leaf.names, adapted) if isinstance(config, StartsFromWeight) else base
         state = config.state(leaf.names, adapted)
-        arrays = _zeros(target, entries)
+        arrays = _zeros(target, entries, tensors)
     else:
         initial, state = target.role.init(config, base, leaf.names, adapted)
         arrays = {name: np.array(copy) for name, copy in initial.items()}
@@ -326,13 +326,18 @@ def _contents(target: Target, config: Method, entries: list[Entry], tensors: Ten
     return Contents(params, state, base)
 
 
-def _zeros(target: Target, entries: list[Entry]) -> dict[str, np.ndarray]:
-    """Arrays of zeros for the tensors of a target's matrix, as large as the largest of its layers needs."""
+def _zeros(target: Target, entries: list[Entry], tensors: Tensors) -> dict[str, np.ndarray]:
+    """Arrays of zeros for the tensors of a target's matrix, as large as the largest of its layers needs.
+
+    They are float32, and int32 where the file has whole numbers.
+    """
     arrays = {}
     for role in {entry.role: None for entry in entries}:
-        shapes = [entry.shape for entry in entries if entry.role == role]
+        own = [entry for entry in entries if entry.role == role]
+        is_whole = all(np.issubdtype(tensors[entry.key].dtype, np.integer) for entry in own)
+        shapes = [entry.shape for entry in own]
         largest = np.max(shapes, axis=0)[len(target.leaf.layout.unnamed) :]
-        arrays[role] = np.zeros((*target.adapted.shape, *largest), np.float32)
+        arrays[role] = np.zeros((*target.adapted.shape, *largest), np.int32 if is_whole else np.float32)
     return arrays
 
 
