@@ -94,9 +94,8 @@ def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path) -
     assert ours.keys() == theirs.keys() == first.keys()
     for key, tensor in theirs.items():
         np.testing.assert_allclose(ours[key], tensor, rtol=0, atol=5e-5, err_msg=key)
-    moved = {
-        key: np.abs(tensor - kept(first[key], key, configs[0])).max() for key, tensor in theirs.items() if tensor.size
-    }
+    trained = [key for key, tensor in theirs.items() if tensor.size and not np.issubdtype(tensor.dtype, np.integer)]
+    moved = {key: np.abs(theirs[key] - kept(first[key], key, configs[0])).max() for key in trained}
     assert min(moved.values()) > 2e-3, "a tensor has not moved"
     roles = {key.removesuffix(".weight").rsplit(".", 1)[-1] for key in moved}
     for role in roles:
