@@ -99,6 +99,12 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("delora_w_norm", "delora_w_norm", ("in",)),
         ),
     },
+    "SHIRA": {
+        False: (
+            Row("shira_weight", "shira_weight", ("places",)),
+            Row("shira_indices", "shira_indices", ("out_in", "places")),
+        ),
+    },
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),

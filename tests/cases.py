@@ -355,6 +355,26 @@ METHODS: dict[str, MethodCase] = {
         rounds=("HRA",),  # pairs of reflections, which cancel but for the last digit
         conv1d=False,
     ),
+    "SHIRA": MethodCase(
+        config="ShiraConfig",
+        tiny={"r": 2},
+        llama={
+            "SHIRA": {"r": 4, "target_modules": TARGETS},
+            "SHIRA of a seed": {
+                "r": 2,
+                "random_seed": 5,
+                "init_weights": False,
+                "target_modules": ["up_proj"],
+                "modules_to_save": ["norm"],
+            },
+        },
+        models={"SHIRA": {"r": 4, "target_modules": TARGETS}},
+        starts={"SHIRA": {}, "SHIRA random": {"random_seed": 3, "init_weights": False}},
+        trained={"SHIRA": {"r": 4}},
+        finetune={"r": 4},
+        conv1d=False,
+        scales=True,
+    ),
     "LOHA": MethodCase(
         config="LoHaConfig",
         tiny={"r": 3, "alpha": 5},
