@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 
@@ -36,7 +37,7 @@ def reads_input_ids(params: Any) -> bool:
     return any(leaf.active and _reader(leaf) is not None for _, leaf in adapted_leaves(params))
 
 
-def with_input_ids(params: T, input_ids: jax.Array | np.ndarray) -> T:
+def with_input_ids(params: T, input_ids: Int[Array, "batch length"] | Int[np.ndarray, "batch length"]) -> T:
     """The tree, or handle, whose adapters that depend on token ids have those of these sequences.
 
     Args:
@@ -56,7 +57,7 @@ def with_input_ids(params: T, input_ids: jax.Array | np.ndarray) -> T:
     return changed
 
 
-def with_invocations(params: T, input_ids: jax.Array | np.ndarray) -> T:
+def with_invocations(params: T, input_ids: Int[Array, "batch length"] | Int[np.ndarray, "batch length"]) -> T:
     """The tree, or handle, whose aLoRA adapters know where they are invoked in these sequences.
 
     A `peft_jax.PeftModel` does it by itself. An adapter counts from the start of the last invocation in a row on, in

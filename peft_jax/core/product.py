@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 
 class FirstFactor(NamedTuple):
@@ -73,14 +74,14 @@ class Product:
         """Whether ``x`` are indices of rows."""
         return False
 
-    def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+    def full(self, x: Shaped[Array, "... in"], matrix: Shaped[Array, "in out"]) -> Shaped[Array, "... out"]:
         """The product with a matrix ``(in, out)``; gives ``(..., out)``."""
         kind = self.preferred_element_type
         return jnp.matmul(
             x, matrix, precision=self.precision, preferred_element_type=kind, out_sharding=self.out_sharding
         )
 
-    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+    def down(self, x: Shaped[Array, "... in"], a: Shaped[Array, "in rank"]) -> Shaped[Array, "... rank"]:
         """The product with the first factor of a matrix, ``(in, rank)``, in the precision of the factor."""
         inner = None
         if self.out_sharding is not None:
@@ -88,7 +89,9 @@ class Product:
             inner = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec[:-1], None))
         return _in_rows(lambda x: jnp.matmul(x, a, precision=self.precision, out_sharding=inner), x.astype(a.dtype))
 
-    def down_by_role(self, x: jax.Array, params: Mapping[str, jax.Array], role: str) -> jax.Array:
+    def down_by_role(
+        self, x: Shaped[Array, "..."], params: Mapping[str, jax.Array], role: str
+    ) -> Shaped[Array, "... rank"]:
         """`down` with ``params[role]``, the array that a method names as its ``first``.
 
         Weights that are multiplied by one input share one product with their first factors. Its part is returned here
@@ -104,11 +107,11 @@ class Product:
         """The product as the adapter with this number of adapters under it gets it."""
         return self if self.shared is None else self.replace(depth=depth)
 
-    def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
+    def up(self, h: Shaped[Array, "... rank"], b: Shaped[Array, "rank out"]) -> Shaped[Array, "... out"]:
         """The result of `down` times the second factor, ``(rank, out)``."""
         return _in_rows(lambda h: jnp.matmul(h, b, precision=self.precision, out_sharding=self.out_sharding), h)
 
-    def scale(self, y: jax.Array, scale: jax.Array) -> jax.Array:
+    def scale(self, y: Shaped[Array, "*rows out"], scale: Shaped[Array, " out"]) -> Shaped[Array, "*rows out"]:
         """A result times a factor for each output, ``(out,)``."""
         return y * jnp.expand_dims(scale, range(y.ndim - 1))
 
@@ -128,7 +131,7 @@ class Lookup(Product):
         """True."""
         return True
 
-    def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+    def full(self, x: Shaped[Array, "..."], matrix: Shaped[Array, "in out"]) -> Shaped[Array, "... out"]:
         """The rows."""
         options = dict(self.options)
         if not jnp.issubdtype(matrix.dtype, jnp.inexact):
@@ -136,7 +139,7 @@ class Lookup(Product):
         numbers = jax.lax.GatherDimensionNumbers((x.ndim,), (0,), (0,))
         return jax.lax.gather(matrix, x[..., None], numbers, (1, matrix.shape[1]), **options)
 
-    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+    def down(self, x: Shaped[Array, "..."], a: Shaped[Array, "in rank"]) -> Shaped[Array, "... rank"]:
         """The rows of the first factor."""
         return self.full(x, a)
 
@@ -147,20 +150,20 @@ class Grouped(Product):
 
     group_sizes: Any = None  # rows of each group, int32 ``(groups,)``; always given
 
-    def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+    def full(self, x: Shaped[Array, "..."], matrix: Shaped[Array, "*groups in out"]) -> Shaped[Array, "... out"]:
         """The product with ``(groups, in, out)``."""
         kind = self.preferred_element_type
         return jax.lax.ragged_dot(x, matrix, self.group_sizes, self.precision, kind)
 
-    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+    def down(self, x: Shaped[Array, "..."], a: Shaped[Array, "*groups in rank"]) -> Shaped[Array, "... rank"]:
         """The product with the first factors, ``(groups, in, rank)``."""
         return jax.lax.ragged_dot(x.astype(a.dtype), a, self.group_sizes, self.precision)
 
-    def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
+    def up(self, h: Shaped[Array, "... rank"], b: Shaped[Array, "*groups rank out"]) -> Shaped[Array, "... out"]:
         """The product with the second factors, ``(groups, rank, out)``."""
         return jax.lax.ragged_dot(h, b, self.group_sizes, self.precision)
 
-    def scale(self, y: jax.Array, scale: jax.Array) -> jax.Array:
+    def scale(self, y: Shaped[Array, "*rows out"], scale: Shaped[Array, "*groups out"]) -> Shaped[Array, "*rows out"]:
         """Each row times its group's factors, ``(groups, out)``."""
         return y * jax.lax.ragged_dot(jnp.ones((len(y), 1), scale.dtype), scale[:, None], self.group_sizes, "highest")
 
@@ -189,12 +192,12 @@ class Convolution(Product):
     out_axis: int = -1
     channel_axis: int = -1
 
-    def full(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+    def full(self, x: Shaped[Array, "..."], matrix: Shaped[Array, "in out"]) -> Shaped[Array, "... out"]:
         """The convolution."""
         y = self.bind(x, self.kernel(matrix), preferred_element_type=self.preferred_element_type)
         return jnp.moveaxis(y, self.channel_axis, -1)
 
-    def down(self, x: jax.Array, a: jax.Array) -> jax.Array:
+    def down(self, x: Shaped[Array, "..."], a: Shaped[Array, "in rank"]) -> Shaped[Array, "... rank"]:
         """The convolution with the first factor: of all groups' inputs, or once for each group."""
         if len(a) == self.rows:
             kernel, groups = jnp.concatenate([self.kernel(a)] * self.groups, axis=self.out_axis), self.groups
@@ -204,7 +207,7 @@ class Convolution(Product):
         y = self.bind(x.astype(a.dtype), kernel, feature_group_count=groups, preferred_element_type=None)
         return jnp.moveaxis(y, self.channel_axis, -1)
 
-    def up(self, h: jax.Array, b: jax.Array) -> jax.Array:
+    def up(self, h: Shaped[Array, "..."], b: Shaped[Array, "rank out"]) -> Shaped[Array, "... out"]:
         """The second factor, each group with its part of the output channels."""
         if self.groups == 1:
             return super().up(h, b)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.layout import Layout
@@ -197,7 +198,7 @@ class Method(AbsentFields, PeftConfig):
         """`shapes` at a module whose leaf is of ``shape``; override where the matrix's sizes alone do not tell."""
         return self.shapes(module, *layout.sizes(shape), lookup=layout.lookup)
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """One of these arrays of one layer of a fresh adapter, float32."""
         raise NotImplementedError
 
@@ -232,7 +233,7 @@ class Method(AbsentFields, PeftConfig):
         adapted = np.asarray(state["hit"])
         return adapted * sum(int(np.prod(array.shape[adapted.ndim :])) for array in params.values())
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """The adapted matrix, same shape and dtype as ``matrix``: ``(in, out)``, or ``(out,)`` for a vector."""
         raise NotImplementedError
 
@@ -240,7 +241,9 @@ class Method(AbsentFields, PeftConfig):
         """The arrays as PEFT's file has them."""
         return params
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``product.full(x, merge(...))``; override where it is cheaper than merging."""
         return apply_merged(self, params, state, base, x, product)
 

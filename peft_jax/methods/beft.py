@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError, Weight
@@ -52,7 +53,7 @@ class BeftConfig(TargetFields, BiasRule, Method):
         """One bias."""
         return {"beft_bias": (n_out,)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Zeros, or normal numbers."""
         return jnp.zeros(shape) if self.init_weights else jax.random.normal(key, shape)
 
@@ -65,12 +66,12 @@ class BeftConfig(TargetFields, BiasRule, Method):
         alone = adapted & ~np.isin(names.astype(str), list(biased))
         return {UNBIASED: jnp.asarray(alone)} if alone.any() else {}
 
-    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
+    def merge_bias(self, params: Arrays, state: Arrays, bias: Float[Array, " out"]) -> Float[Array, " out"]:
         """``b + c``."""
         own = jnp.where(state["hit"], params["beft_bias"], 0)
         return (bias.astype(own.dtype) + own).astype(bias.dtype)
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """The matrix as it is."""
         if UNBIASED in state:
             raise MergeError(
@@ -79,7 +80,9 @@ class BeftConfig(TargetFields, BiasRule, Method):
             )
         return matrix
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``x W``, and ``c`` where the layer has no bias to which it is added."""
         y = base.apply(x, product)
         if UNBIASED not in state:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.dropout import dropout
@@ -99,7 +100,7 @@ class DeloraConfig(TargetFields, ExcludeFields, LayerFields, StartsFromWeight, F
         rank = self.rank(module)
         return {"delora_A": (n_in, rank), "delora_B": (rank, n_out), LAMBDA: (1,), NORM: (n_in,)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """A random, B zero or random; ones for what `init_on` gives."""
         if role in (LAMBDA, NORM):
             return jnp.ones(shape)
@@ -125,19 +126,23 @@ class DeloraConfig(TargetFields, ExcludeFields, LayerFields, StartsFromWeight, F
         rank = np.asarray(state["rank"])
         return rank * (params["delora_A"].shape[-2] + params["delora_B"].shape[-1]) + (rank > 0)
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + λ / r diag(n) A Ξ B``, added in the adapter's precision."""
         a, b = _factors(params, state)
         return (matrix.astype(a.dtype) + a @ b).astype(matrix.dtype)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``x W + (dropout(x) diag(n) A) Ξ B λ / r``; the low-rank path runs in the adapter's precision."""
         y, (a, b) = base.apply(x, product), _factors(params, state)
         update = product.up(product.down(x if product.looks_up else dropout(x, state), a), b)
         return (y.astype(update.dtype) + update).astype(y.dtype)
 
 
-def _factors(params: Arrays, state: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+def _factors(
+    params: Arrays, state: Mapping[str, Any]
+) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
     """``(in, rank)`` and ``(rank, out)``: the change is their product. Groups, if there are any, come first."""
     kind, (a, b, strength) = params["delora_A"].dtype, (params[role].astype(jnp.float32) for role in TRAINED)
     strength = state["scaling"][..., None] * strength

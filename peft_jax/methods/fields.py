@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from peft_jax.methods.task_type import TaskType
 
@@ -102,6 +103,6 @@ def check_tokens(tokens: Sequence[int], field: str) -> None:
         raise ValueError(f"{field} names {twice} more than once. Name each token once.")
 
 
-def kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+def kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
     """As PyTorch starts a Linear: ``kaiming_uniform_`` with a = sqrt(5), which is uniform within 1 / sqrt(fan_in)."""
     return jax.random.uniform(key, shape, minval=-1.0) / fan_in**0.5

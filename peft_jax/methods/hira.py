@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
@@ -70,7 +71,7 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         """The two factors of the proportions."""
         return {"hira_A": (n_in, self.rank(module)), "hira_B": (self.rank(module), n_out)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """One factor random, the other zero: B, and A of an embedding."""
         if not self.init_weights:
             return jax.random.normal(key, shape)
@@ -89,11 +90,13 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         """``rank * (in + out)`` of each stacked layer."""
         return np.asarray(state["rank"]) * (params["hira_A"].shape[-2] + params["hira_B"].shape[-1])
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + W ⊙ (A B)``."""
         return add(matrix, _change(params, matrix), state)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """That of the merged matrix; with dropout switched on ``x W + dropout(x) (W ⊙ (A B))``."""
         if "dropout" not in state:
             return apply_merged(self, params, state, base, x, product)
@@ -104,6 +107,6 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         return (y.astype(update.dtype) + update).astype(y.dtype)
 
 
-def _change(params: Arrays, matrix: jax.Array) -> jax.Array:
+def _change(params: Arrays, matrix: Float[Array, "*groups in out"]) -> Float[Array, "*groups in out"]:
     proportions = params["hira_A"] @ params["hira_B"]
     return matrix.astype(proportions.dtype) * proportions

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.product import Product
@@ -60,7 +61,7 @@ class HRAConfig(TargetFields, ExcludeFields, LayerFields, Method):
         """The hyperplanes' normals, of any length."""
         return {"hra_u": (n_in, self.r)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Random normals, each twice in a row if there is an even number of them."""
         if not self.init_weights or self.r % 2:
             return kaiming(key, shape, shape[1])
@@ -71,13 +72,15 @@ class HRAConfig(TargetFields, ExcludeFields, LayerFields, Method):
             )
         return jnp.repeat(kaiming(key, (shape[0], shape[1] // 2), shape[1] // 2), 2, axis=1)
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``H W``, in the adapter's precision."""
         columns = matrix.T.astype(params["hra_u"].dtype)
         reflected = self._reflect(columns, params, state, reverse=False)
         return reflected.T.astype(matrix.dtype)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``(x H) W``; what is no plain product needs the merged matrix."""
         if type(product) is not Product:
             return apply_merged(self, params, state, base, x, product)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.product import Product
@@ -93,7 +94,7 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         """One vector."""
         return {"ia3_in": (n_in,)} if self.is_feedforward(module) else {"ia3_out": (n_out,)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Ones, or normal numbers."""
         return jnp.ones(shape) if self.init_ia3_weights else jax.random.normal(key, shape)
 
@@ -108,7 +109,7 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         """The vector's length, of each stacked layer."""
         return sum((np.asarray(state[role]) * array.shape[-1] for role, array in params.items()), np.zeros((), int))
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``diag(l) W`` or ``W diag(l)``, multiplied in the adapter's precision."""
         merged = matrix
         if "ia3_in" in params:
@@ -117,11 +118,13 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
             merged = _times(merged, _factor("ia3_out", params, state)[None, :])
         return merged
 
-    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
+    def merge_bias(self, params: Arrays, state: Arrays, bias: Float[Array, " out"]) -> Float[Array, " out"]:
         """``l b``."""
         return _times(bias, _factor("ia3_out", params, state)) if "ia3_out" in params else bias
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``l (x W)`` or ``(l x) W``; inputs that are not the last axis of ``x`` need the merged matrix."""
         if "ia3_in" in params:
             if type(product) is not Product:
@@ -134,10 +137,10 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         return y
 
 
-def _factor(role: str, params: Arrays, state: Arrays) -> jax.Array:
+def _factor(role: str, params: Arrays, state: Arrays) -> Float[Array, "*groups features"]:
     """The vector, ones for layers that have none."""
     return jnp.where(state[role][..., None], params[role], 1)
 
 
-def _times(array: jax.Array, factor: jax.Array) -> jax.Array:
+def _times(array: Float[Array, "*axes"], factor: Float[Array, "..."]) -> Float[Array, "*axes"]:
     return (array.astype(factor.dtype) * factor).astype(array.dtype)

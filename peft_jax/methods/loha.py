@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from peft_jax.core.dropout import drop_change
 from peft_jax.methods.base import Arrays, register
@@ -69,7 +70,7 @@ class LoHaConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
         first, second = (n_out, self.rank(module)), (self.rank(module), n_in)
         return {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": first, "hada_w2_b": second}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Random numbers; zeros for the last factor."""
         return jnp.zeros(shape) if role == "hada_w2_b" and self.init_weights else kaiming(key, shape, shape[1])
 
@@ -78,7 +79,7 @@ class LoHaConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
         """``2 * rank * (in + out)`` of each stacked layer."""
         return 2 * np.asarray(state["rank"]) * (params["hada_w1_a"].shape[-2] + params["hada_w1_b"].shape[-1])
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + s (B1 A1) ⊙ (B2 A2)``."""
         change = (params["hada_w1_a"] @ params["hada_w1_b"]) * (params["hada_w2_a"] @ params["hada_w2_b"])
         return add(matrix, drop_change(change.T, state, rescale=True), state)

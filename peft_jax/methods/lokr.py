@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from peft_jax.core.dropout import drop_change
 from peft_jax.methods.base import Arrays, register
@@ -94,7 +95,7 @@ class LoKrConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
                 shapes[role] = (shape[0], shape[1])
         return shapes
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Random numbers, and zeros for one factor."""
         zeros = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}[self.init_weights]
         return jnp.zeros(shape) if role in zeros else kaiming(key, shape, shape[1])
@@ -112,7 +113,7 @@ class LoKrConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
                 total += (2 * rank < max(out, n_in)) * rank * (out + n_in)
         return total
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + s (W1 ⊗ W2)``."""
         change = jnp.kron(*(_factor(role, params, state) for role in FACTORS)).T
         return add(matrix, drop_change(change, state, rescale=self.rank_dropout_scale), state)
@@ -140,7 +141,7 @@ def _is_full(role: str, params: Arrays, state: Mapping[str, Any]) -> jax.Array:
     return rank > 0 if f"{role}_a" not in params else 2 * rank >= max(params[role].shape[-2:])
 
 
-def _factor(role: str, params: Arrays, state: Arrays) -> jax.Array:
+def _factor(role: str, params: Arrays, state: Arrays) -> Float[Array, "part_out part_in"]:
     parts = [jnp.where(_is_full(role, params, state), params[role], 0)] if role in params else []
     parts += [params[f"{role}_a"] @ params[f"{role}_b"]] if f"{role}_a" in params else []
     return sum(parts[1:], parts[0])

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
@@ -90,11 +91,11 @@ class MissConfig(TargetFields, ExcludeFields, LayerFields, Method):
             return {"miss_mini": (self.r, self.mini_r)}
         return {"miss_block": (self.r, n_out)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Zeros, unless a random start is asked for."""
         return jnp.zeros(shape) if self.init_weights else kaiming(key, shape, shape[1])
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + D``, added in the adapter's precision."""
         n_in, n_out = matrix.shape
         if "miss_bat" in params:
@@ -108,7 +109,9 @@ class MissConfig(TargetFields, ExcludeFields, LayerFields, Method):
         change = jnp.tile(block, (-(-n_in // len(block)), 1))[:n_in]
         return (matrix.astype(block.dtype) + change).astype(matrix.dtype)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``x W + (sum of dropout(x) in blocks) M``; "bat" needs the merged matrix."""
         if "miss_bat" in params:
             return apply_merged(self, params, state, base, x, product)
@@ -123,7 +126,7 @@ class MissConfig(TargetFields, ExcludeFields, LayerFields, Method):
         return (y.astype(update.dtype) + update).astype(y.dtype)
 
 
-def _block(params: Arrays, state: Arrays, n_out: int) -> jax.Array:
+def _block(params: Arrays, state: Arrays, n_out: int) -> Float[Array, "*groups rank {n_out}"]:
     """The rows ``(r, out)``, zero for layers that are not adapted."""
     (block,) = params.values()
     repeats = n_out // block.shape[-1]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.product import Lookup, Product
@@ -104,7 +105,7 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
         role = "oft_embedding_R" if lookup else "oft_R"
         return {role: (1 if self.block_share else blocks, block * (block - 1) // 2)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """No rotation, or small random angles."""
         return jnp.zeros(shape) if self.init_weights else 0.1 * jax.random.normal(key, shape)
 
@@ -125,7 +126,7 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
         """With ``coft`` the angles in their balls."""
         return {role: self._in_ball(angles) for role, angles in params.items()}
 
-    def _in_ball(self, angles: jax.Array) -> jax.Array:
+    def _in_ball(self, angles: Float[Array, "*stack blocks pairs"]) -> Float[Array, "*stack blocks pairs"]:
         """Angles ``(..., blocks, pairs)`` whose Q have norms of at most ``eps`` / sqrt(blocks)."""
         if not self.coft:
             return angles
@@ -133,7 +134,7 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
         norm = jnp.sqrt(2 * jnp.sum(angles**2, axis=-1, keepdims=True))  # each angle is in Q twice
         return jnp.where(norm <= radius, angles, angles * (radius / jnp.maximum(norm, radius)))
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``R W``, or ``W R`` for an embedding, in the adapter's precision."""
         rotation = self._rotation(params, state)
         rotated = matrix.astype(rotation.dtype)
@@ -143,7 +144,9 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
             rotated = _rotate(rotated, rotation)
         return rotated.astype(matrix.dtype)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``(x R) W``; what is no plain product or lookup needs the merged matrix."""
         if type(product) is Product and "oft_R" in params:
             rotation = self._rotation(params, state)
@@ -153,7 +156,7 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
             return _rotate(y.astype(rotation.dtype), rotation).astype(y.dtype)
         return apply_merged(self, params, state, base, x, product)
 
-    def _rotation(self, params: Arrays, state: Arrays) -> jax.Array:
+    def _rotation(self, params: Arrays, state: Arrays) -> Float[Array, "blocks size size"]:
         """``(blocks, block, block)``, the identity for layers that are not adapted and blocks that are dropped."""
         (given,) = params.values()
         angles, blocks = self._in_ball(given), len(given)
@@ -190,7 +193,7 @@ def nearest_divisor(size: int, wanted: int) -> int:
     return below if wanted - below <= above - wanted else above
 
 
-def _skew(angles: jax.Array) -> jax.Array:
+def _skew(angles: Float[Array, "blocks pairs"]) -> Float[Array, "blocks size size"]:
     """``(blocks, pairs)`` as skew-symmetric matrices ``(blocks, block, block)``, upper triangles by rows."""
     block = (1 + math.isqrt(1 + 8 * angles.shape[-1])) // 2
     rows, columns = np.triu_indices(block, 1)
@@ -198,7 +201,9 @@ def _skew(angles: jax.Array) -> jax.Array:
     return upper - jnp.swapaxes(upper, -1, -2)
 
 
-def _rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
+def _rotate(
+    x: Float[Array, "*rows features"], rotation: Float[Array, "blocks size size"]
+) -> Float[Array, "*rows features"]:
     """``x R`` for each block of the last axis; one shared block serves all."""
     block = rotation.shape[-1]
     split = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)

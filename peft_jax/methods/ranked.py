@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from peft_jax.core.targets import pattern_value
 from peft_jax.methods.base import Method
@@ -40,6 +40,8 @@ class Ranked(Method):
         return np.where(adapted, np.vectorize(self.rank, otypes=[np.int32])(names), 0)
 
 
-def add(matrix: jax.Array, change: jax.Array, state: Mapping[str, Any]) -> jax.Array:
+def add(
+    matrix: Float[Array, "in out"], change: Float[Array, "in out"], state: Mapping[str, Any]
+) -> Float[Array, "in out"]:
     """``matrix + scale * change``, added in the precision of the change."""
     return (matrix.astype(change.dtype) + state["scaling"].astype(change.dtype) * change).astype(matrix.dtype)

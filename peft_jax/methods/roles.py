@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import LAYER, apply_merged
 from peft_jax.core.product import Product
@@ -27,7 +28,7 @@ class BiasRule:
         """Whether the adapter of a module's matrix changes its bias too."""
         raise NotImplementedError
 
-    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
+    def merge_bias(self, params: Arrays, state: Arrays, bias: Float[Array, " out"]) -> Float[Array, " out"]:
         """The bias ``(out,)`` of a layer whose matrix is adapted by ``params``."""
         raise NotImplementedError
 
@@ -58,11 +59,13 @@ class Role:
         """Trained and frozen arrays of a leaf that stands for the layers ``names``, changed where ``adapted``."""
         raise NotImplementedError
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
         """The changed matrix or vector of one layer."""
         raise NotImplementedError
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """The product with the merged matrix."""
         return apply_merged(self, params, state, base, x, product)
 
@@ -108,7 +111,7 @@ class Whole(Role):
         (copy,) = params.values()
         return adapted * np.prod(copy.shape[adapted.ndim :], dtype=int)
 
-    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
         """The copy in layers that are trained, else the base."""
         (copy,) = params.values()
         return jnp.where(state["hit"], copy.astype(matrix.dtype), matrix)
@@ -157,7 +160,7 @@ class Follower(Role):
         """None."""
         return np.zeros((), int)
 
-    def merge(self, params: Arrays, state: Mapping[str, Any], bias: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Mapping[str, Any], bias: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
         """As the method changes a bias."""
         own = {name: array for name, array in state.items() if name != LAYER}
         assert isinstance(self.method, BiasRule), "the plan follows no other"

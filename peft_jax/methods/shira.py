@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from peft_jax.core.layout import Layout
 from peft_jax.methods.base import Arrays, register
@@ -70,7 +71,7 @@ class ShiraConfig(TargetFields, FrozenArrays, Ranked):
             )
         return {VALUES: (count,), PLACES: (2, count)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """No change, or normal numbers."""
         return jnp.zeros(shape) if role == PLACES or self.init_weights else jax.random.normal(key, shape)
 
@@ -95,7 +96,7 @@ class ShiraConfig(TargetFields, FrozenArrays, Ranked):
         """The number of trained elements of each stacked layer."""
         return (np.asarray(state["rank"]) > 0) * params[VALUES].shape[-1]
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + S``, added in the adapter's precision."""
         values = state["scaling"].astype(params[VALUES].dtype) * params[VALUES]
         outputs, inputs = state[PLACES].astype(jnp.int32)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.product import Lookup, Product
@@ -72,7 +73,7 @@ class TrainableTokensConfig(StartsFromWeight, Method):
             return *start_at_base(self.token_indices, base, names, adapted), base
         return *self.init(base.layout, base.shape, names, adapted, key), base
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Random vectors."""
         return jax.random.normal(key, shape)
 
@@ -80,11 +81,13 @@ class TrainableTokensConfig(StartsFromWeight, Method):
         """The tokens of each stacked layer."""
         return tokens_state(self.token_indices, adapted)
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """The matrix with the trained vectors in their places."""
         return merge_tokens(params, state, matrix)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """The base's product or lookup, with the tokens' part exchanged."""
         return apply_tokens(self, params, state, base, x, product)
 
@@ -120,11 +123,13 @@ class Tokens(Role):
         """Number of trained elements of each stacked layer."""
         return Method.sizes(params, state)
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """The matrix with the trained vectors in their places."""
         return merge_tokens(params, state, matrix)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """The base's product or lookup, with the tokens' part exchanged."""
         return apply_tokens(self, params, state, base, x, product)
 
@@ -193,7 +198,7 @@ def start_at_base(
     return {role: rows}, tokens_state(tokens, adapted)
 
 
-def merge_tokens(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+def merge_tokens(params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
     """The matrix with the trained vectors in their places."""
     ids = state["tokens"]
     if ROWS in params:
@@ -201,7 +206,9 @@ def merge_tokens(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
     return matrix.at[:, ids].set(params[COLUMNS].T.astype(matrix.dtype), mode="drop")
 
 
-def apply_tokens(method: Any, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+def apply_tokens(
+    method: Any, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+) -> Float[Array, "... out"]:
     """A product or lookup with `merge_tokens`, without the merged matrix."""
     ids = state["tokens"]
     if isinstance(product, Lookup) and ROWS in params:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
+from jaxtyping import Array, Float
 
 from peft_jax.core.adapted import Adapted
 from peft_jax.methods.base import Arrays
@@ -29,7 +30,7 @@ class TrainingHooks:
         """The trained arrays of one leaf, stacked axes first, put back to where they may be as a step begins."""
         return params
 
-    def penalty(self, leaves: Leaves) -> jax.Array:
+    def penalty(self, leaves: Leaves) -> Float[Array, ""]:
         """The penalty that is added to the loss of every step, float32."""
         raise NotImplementedError
 

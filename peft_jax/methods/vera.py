@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
 from peft_jax.core.product import Product
@@ -83,7 +84,7 @@ class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
         """The two vectors."""
         return {"vera_lambda_d": (self.r,), "vera_lambda_b": (n_out,)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """A small constant, and zeros; or random numbers, and ones."""
         if role == "vera_lambda_d":
             return jnp.full(shape, self.d_initial) if self.init_weights else jax.random.normal(key, shape)
@@ -105,14 +106,16 @@ class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
         parts = {"vera_A": shared["vera_A"][: sizes[0]], "vera_B": shared["vera_B"][:, : sizes[1]]}
         return {role: jnp.broadcast_to(jnp.asarray(part), (*stack, *part.shape)) for role, part in parts.items()}
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + A diag(d) B diag(b)``, added in the adapter's precision."""
         d, b = params["vera_lambda_d"], _outer(params, state)
         random_a, random_b = _random(params, state)
         change = ((random_a * d[None]) @ random_b) * b[None]
         return (matrix.astype(d.dtype) + change).astype(matrix.dtype)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``x W + b ((d (dropout(x) A)) B)``; the low-rank path runs in the adapter's precision."""
         y, (random_a, random_b) = base.apply(x, product), _random(params, state)
         inner = product.down(x if product.looks_up else dropout(x, state), random_a)
@@ -121,7 +124,7 @@ class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
         return (y.astype(update.dtype) + update).astype(y.dtype)
 
 
-def _kaiming(generator: np.random.RandomState, shape: tuple[int, int]) -> np.ndarray:
+def _kaiming(generator: np.random.RandomState, shape: tuple[int, int]) -> Float[np.ndarray, "out in"]:
     """The numbers that PyTorch's CPU generator, the same Mersenne Twister, draws for ``(out, in)`` from the same seed.
 
     Of 32 random bits it takes the lower 24; the product and the sum are rounded once, as by a fused instruction.
@@ -131,12 +134,12 @@ def _kaiming(generator: np.random.RandomState, shape: tuple[int, int]) -> np.nda
     return (bits * 2.0**-24 * np.float64(bound + bound) - np.float64(bound)).astype(np.float32)
 
 
-def _random(params: Arrays, state: Arrays) -> tuple[jax.Array, jax.Array]:
+def _random(params: Arrays, state: Arrays) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
     """The random matrices in the precision of the vectors."""
     kind = params["vera_lambda_d"].dtype
     return state["vera_A"].astype(kind), state["vera_B"].astype(kind)
 
 
-def _outer(params: Arrays, state: Arrays) -> jax.Array:
+def _outer(params: Arrays, state: Arrays) -> Float[Array, "*groups out"]:
     """The vector behind the matrices, zero for layers that are not adapted."""
     return jnp.where(state["hit"][..., None], params["vera_lambda_b"], 0)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
 from peft_jax.core.layout import Layout
@@ -150,7 +151,7 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
         rank = self.rank(module)
         return {"lora_A": (n_in, rank), "lora_E": (rank,), "lora_B": (rank, n_out)}
 
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
+    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Small vectors and no singular values, or normal numbers."""
         if not self.init_lora_weights:
             return jax.random.normal(key, shape)
@@ -175,12 +176,14 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
         """``rank * (in + 1 + out)`` of each stacked layer."""
         return np.asarray(state["rank"]) * (params["lora_A"].shape[-2] + 1 + params["lora_B"].shape[-1])
 
-    def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + s A diag(E) B``, added in the adapter's precision."""
         a, e, b = _factors(params)
         return (matrix.astype(a.dtype) + ((a * e) @ b) * state["scaling"].astype(a.dtype)).astype(matrix.dtype)
 
-    def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(
+        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``x W + (dropout(x) A diag(E) s) B``; the low-rank path runs in the adapter's precision."""
         y, (a, e, b) = base.apply(x, product), _factors(params)
         scaled = a * (e * jnp.expand_dims(state["scaling"].astype(a.dtype), (-2, -1)))
@@ -191,7 +194,7 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
         """With the run's length as ``total_step``, if it has none."""
         return self if self.total_step is not None else self.replace(total_step=max_steps)
 
-    def penalty(self, leaves: Leaves) -> jax.Array:
+    def penalty(self, leaves: Leaves) -> Float[Array, ""]:
         """Mean distance of A' A and B B' from one, times ``orth_reg_weight``, over all matrices of all layers."""
         distances, count = jnp.zeros(()), jnp.zeros(())
         for leaf in leaves.values():
@@ -249,6 +252,8 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
             raise ValueError(f"target_r={self.target_r} is above init_r={self.init_r}, and ranks only fall. Lower it.")
 
 
-def _factors(params: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _factors(
+    params: Arrays,
+) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups one rank"], Float[Array, "*groups rank out"]]:
     """``A``, ``E`` as a row, ``B``."""
     return params["lora_A"], jnp.expand_dims(params["lora_E"], -2), params["lora_B"]

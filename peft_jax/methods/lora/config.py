@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
 from peft_jax.core.layout import Layout
@@ -248,12 +249,12 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
             return {}
         return {UNBIASED: jnp.asarray(adapted)}
 
-    def merge_bias(self, params: Arrays, state: Arrays, bias: jax.Array) -> jax.Array:
+    def merge_bias(self, params: Arrays, state: Arrays, bias: Float[Array, " out"]) -> Float[Array, " out"]:
         """The layer's bias and ``s`` times the trained one."""
         own = state["scaling"] * params[BIAS]
         return (bias.astype(own.dtype) + own).astype(bias.dtype)
 
-    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
+    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + s A B``, added in the adapter's precision."""
         if alora.TOKENS in state:
             raise MergeError(
@@ -272,8 +273,8 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         return (matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ b).astype(matrix.dtype)
 
     def apply(
-        self, params: Arrays, state: Mapping[str, Any], base: Weight, x: jax.Array, product: Product
-    ) -> jax.Array:
+        self, params: Arrays, state: Mapping[str, Any], base: Weight, x: Shaped[Array, "..."], product: Product
+    ) -> Float[Array, "... out"]:
         """``x W + (dropout(x) A s) B``; the low-rank path runs in the adapter's precision."""
         if dora.MAGNITUDE in params:
             return dora.apply(self, params, state, base, x, product)
@@ -292,7 +293,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         return (y.astype(update.dtype) + update).astype(y.dtype)
 
 
-def _second(params: Arrays, state: Mapping[str, Any]) -> jax.Array:
+def _second(params: Arrays, state: Mapping[str, Any]) -> Float[Array, "*groups rank out"]:
     """B, which is frozen where only A is trained."""
     b: jax.Array = params["lora_B"] if "lora_B" in params else state["lora_B"]
     return b
