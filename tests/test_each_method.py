@@ -280,6 +280,33 @@ def test_delora_has_directions_apart_from_a_strength(dense):
     close(nested.state["delora_w_norm"], norms[:, 0])  # of the base alone, as in PEFT
 
 
+@pytest.mark.parametrize("seed", [None, 0, 7, 2**40 + 5])
+def test_shira_trains_the_places_that_peft_draws(seed):
+    torch, masks = pytest.importorskip("torch"), pytest.importorskip("peft.tuners.shira.mask_functions")
+    for n_in, n_out, r in [(40, 24, 3), (4, 4, 2), (512, 256, 32)]:
+        config = pj.ShiraConfig(r=r, random_seed=seed, init_weights=False, target_modules=["dense"])
+        params = pj.apply_adapter({"dense": {"kernel": jnp.zeros((n_in, n_out))}}, config)
+        changed = np.asarray(pj.merge(params)["dense"]["kernel"]).T != 0
+        want = masks.random_mask(torch.nn.Linear(n_in, n_out), r, random_seed=seed).numpy()
+        np.testing.assert_array_equal(changed, want)
+        assert changed.sum() == r * (n_in + n_out)
+
+
+def test_shira_of_places_that_a_user_chose_is_read_from_its_file(tmp_path):
+    base = {"dense": {"kernel": jnp.zeros((8, 12))}}
+    config = pj.ShiraConfig(r=2, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter(base, config)
+    own, tensors = config.replace(mask_type="mine"), pj.get_peft_model_state_dict(params)
+    with pytest.raises(ValueError, match="mask_type='mine' names a function"):
+        pj.apply_adapter(base, own)
+    with pytest.raises(ValueError, match=r"SHIRA with r=5 trains 100 elements of 'dense', which has 96. Lower r"):
+        pj.apply_adapter(base, config.replace(r=5))
+    assert tensors["base_model.model.dense.shira_indices"].dtype == np.int32
+    loaded = pj.set_peft_model_state_dict(base, own, tensors)
+    close(pj.merge(loaded)["dense"]["kernel"], pj.merge(params)["dense"]["kernel"])
+    assert loaded["dense"]["kernel"].state["shira_indices"].dtype == jnp.int32
+
+
 @pytest.mark.parametrize("split", ["in", "out"])
 def test_delora_of_a_matrix_spread_over_devices(split):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
