@@ -66,8 +66,8 @@ def public_names(package: str) -> dict[str, str]:
     """The names that a package's file imports for others, and the module that each is imported from.
 
     Example:
-        >>> public_names("peft_jax.quant")
-        {'quantize': 'peft_jax.quant.quantize'}
+        >>> public_names("peft_jax.quant")["quantize"]
+        'peft_jax.quant.quantize'
     """
     sources: dict[str, str] = {}
     for node in ast.walk(ast.parse(_source_code(package))):
