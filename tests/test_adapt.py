@@ -213,7 +213,7 @@ def products_saved(params):
 TREE = {name: {"kernel": normal(i, 8, 4 + i)} for i, name in enumerate("qkv")}
 LORA = pj.LoraConfig(r=2, target_modules=["q", "k", "v"], init_lora_weights=False)
 FIRST = {"LORA": [LORA, LORA.replace(use_dora=True), LORA.replace(use_rslora=True, lora_alpha=3)]}
-IA3 = pj.IA3Config(target_modules=["q", "k", "v"], feedforward_modules=["q"], init_ia3_weights=False)
+OFT = pj.OFTConfig(target_modules=["q"], oft_block_size=4, init_weights=False)
 
 
 def test_every_method_with_a_first_factor_shares_its_product():
@@ -232,11 +232,11 @@ def test_adapters_in_each_other_share_the_first_products_of_all():
     assert products_saved(pj.set_adapter(params, "inner")) == products_saved(pj.set_adapter(params, "outer")) == 2
 
 
-@pytest.mark.parametrize("outer, saved", [(IA3, 1), (pj.HRAConfig(r=2, target_modules=["q", "k", "v"]), 0)])
+@pytest.mark.parametrize("outer, saved", [(OFT, 1), (OFT.replace(target_modules=["q", "k", "v"]), 0)])
 def test_a_shared_first_product_is_not_that_of_an_input_changed_since(outer, saved):
-    """IA3 scales the inputs of q before LoRA meets them, and HRA reflects those of all three.
+    """OFT rotates the inputs of q before LoRA meets them, or those of all three.
 
-    With IA3 the shared product serves k and v, with HRA nobody, and it is not in the program.
+    The shared product serves k and v, or nobody, and then it is not in the program.
     """
     params = pj.apply_adapter(pj.apply_lora(TREE, LORA), outer, adapter_name="outer")
     trainable, frozen = pj.partition(params)

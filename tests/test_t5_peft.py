@@ -143,3 +143,30 @@ def test_modules_that_share_the_embedding_get_their_own(lively_pair):
     assert len(set(leaves)) == len(leaves)
     close(own(**INPUTS).logits, base(**INPUTS).logits)
     assert base.untied().tied_modules == ()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prefix_projection": True, "encoder_hidden_size": 12}], ids=["plain", "projection"]
+)
+def test_a_prefix_of_a_decoder_alone_is_refused_on_an_encoder_decoder(options, lively_pair, tmp_path):
+    """PEFT runs it, and its cross-attention then reads keys of later tokens: it has no value that a model could have."""
+    _, base = lively_pair("v1.0")
+    torch.manual_seed(2)
+    width = base.config.num_attention_heads * base.config.head_dim
+    fields = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3, "num_transformer_submodules": 1, **options}
+    fields["token_dim"] = width
+    theirs = peft.get_peft_model(torch_base(base), peft.PrefixTuningConfig(**fields)).eval()
+    inputs = {name: INPUTS[name] for name in ("input_ids", "decoder_input_ids")}
+    later = {**inputs, "decoder_input_ids": inputs["decoder_input_ids"].copy()}
+    later["decoder_input_ids"][:, -1] += 1
+    with torch.no_grad():
+        one, other = (theirs(**as_torch(given)).logits[:, :-1].numpy() for given in (inputs, later))
+    assert np.abs(one - other).max() > 100 * tolerance(one), "PEFT has become causal: give its numbers"
+    theirs.save_pretrained(tmp_path)
+    message = (
+        r"num_transformer_submodules=1\) is not supported on an encoder-decoder.*Write num_transformer_submodules=2"
+    )
+    with pytest.raises(ValueError, match=message):
+        pj.PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        pj.get_peft_model(base, pj.PrefixTuningConfig(**fields))

@@ -46,6 +46,13 @@ class Rule(Protocol):
     def structure(self) -> tuple[Any, ...]:
         """A key that is equal for two adapters exactly if they run in one compiled program."""
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether `merge` takes one argument more where there are adapters under this one: the matrix without them."""
+
+    def stacks_on(self, inner: Any) -> bool:
+        """Whether both can be active on one leaf, this rule on the weight that ``inner`` makes."""
+
     @staticmethod
     def sizes(params: Any, state: Any) -> np.ndarray:
         """Number of trained elements of each stacked layer."""
@@ -167,6 +174,7 @@ class Adapted(Weight):
                 f"Adapter '{self.tag.name}' has dropout switched on, and merging it would change what it computes. "
                 "Merge a tree without pj.with_dropout, or use the weight in a matmul, where dropout applies."
             )
+        self._check_stack()
         matrix = merged_matrix(self.method, self.params, self.state, self._base)
         return self.layout.unmatrix(matrix, self.shape)
 
@@ -174,13 +182,30 @@ class Adapted(Weight):
         """The product with the adapted matrix, by the method's cheapest way."""
         if not self.active:
             return self._base.apply(x, product)
+        self._check_stack()
         own = product.for_adapter(self._base.depth)
         return self.method.apply(self.params, self.state, self._base, x, own)
+
+    def _check_stack(self) -> None:
+        """Raise ValueError if an adapter is active under this one whose kind does not go with it."""
+        for inner in nested_adapters(self.base).values():
+            if inner.active and not self.method.stacks_on(inner.method):
+                raise ValueError(
+                    f"Adapters '{inner.tag.name}' ({inner.method.label}) and '{self.tag.name}' ({self.method.label}) "
+                    "are active on one leaf, and these do not go together: those of one method do, and LORA, LOHA, "
+                    "LOKR, ADALORA and OFT in any mixture. Choose one: pj.set_adapter(params, NAME). Or make the first "
+                    "one a part of the base, with pj.merge, before the second one is attached."
+                )
 
     @property
     def depth(self) -> int:
         """Number of adapters here and in the base."""
         return 1 + self._base.depth
+
+    @property
+    def unadapted(self) -> Weight:
+        """The innermost base."""
+        return self._base.unadapted
 
     def first_factors(self) -> dict[FirstFactor, jax.Array]:
         """The method's, unless dropout changes its inputs, and the base's."""
@@ -221,10 +246,13 @@ class Adapted(Weight):
 
 def merged_matrix(method: Any, params: Any, state: Any, base: Weight) -> jax.Array:
     """The adapted matrix, with the stacked axes of the base in front."""
+    matrices = [base.layout.matrix(base.dense())]
+    if method.reads_base and base.depth:
+        matrices.append(base.layout.matrix(base.unadapted.dense()))
     merge = method.merge
     for _ in base.layout.stack:
         merge = jax.vmap(merge)
-    return merge(params, state, base.layout.matrix(base.dense()))
+    return merge(params, state, *matrices)
 
 
 def apply_merged(method: Any, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:

@@ -72,6 +72,11 @@ class Weight(abc.ABC):
         """Number of adapters on the weight, one on another."""
         return 0
 
+    @property
+    def unadapted(self) -> "Weight":
+        """The weight without the adapters on it."""
+        return self
+
     def first_factors(self) -> dict[FirstFactor, jax.Array]:
         """The matrices ``(in, rank)`` that its adapters multiply the inputs by with ``product.down_by_role``."""
         return {}

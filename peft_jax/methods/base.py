@@ -131,6 +131,9 @@ class Method(AbsentFields, PeftConfig):
         takes_conv1d: Whether PEFT has it for layers that PyTorch stores as (in, out).
         notes_storage: Whether PEFT sets ``fan_in_fan_out`` by what it finds, if there is the field.
         replaces: Whether it trains a copy of every leaf of a target, and has no arrays of its own.
+        reads_base: Whether `merge` may look at the matrix without the adapters under this one.
+        mixes: Whether PEFT's PeftMixedModel has it active beside other such methods.
+        is_whole: Whether the leaf is a trained copy in place of its base.
         bias_only: The value of ``bias`` for those of adapted modules, if not the method's name.
     """
 
@@ -143,6 +146,9 @@ class Method(AbsentFields, PeftConfig):
     takes_conv1d: ClassVar[bool] = True
     notes_storage: ClassVar[bool] = True
     replaces: ClassVar[bool] = False
+    reads_base: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+    is_whole: ClassVar[bool] = False
     bias_only: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -236,6 +242,13 @@ class Method(AbsentFields, PeftConfig):
     def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """The adapted matrix, same shape and dtype as ``matrix``: ``(in, out)``, or ``(out,)`` for a vector."""
         raise NotImplementedError
+
+    def stacks_on(self, inner: Any) -> bool:
+        """Whether both can be active on one layer, as in PEFT: those of one method, and those of its mixed models.
+
+        A weight that another adapter trained whole is a weight like any.
+        """
+        return type(self) is type(inner) or (self.mixes and inner.mixes) or inner.is_whole
 
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
         """The arrays as PEFT's file has them."""

@@ -1,6 +1,7 @@
 """HiRA: W' = W + W ⊙ (A B), a low-rank change in proportion to each weight.
 
-Huang et al., 2025, https://openreview.net/forum?id=TwJrTz9cRS, equation 3. Numbers follow PEFT 0.21.2.
+Huang et al., 2025, https://openreview.net/forum?id=TwJrTz9cRS, equation 3. Numbers follow PEFT 0.21.2: on a weight that
+has adapters already, the change is in proportion to the weight without them.
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
     """
 
     notes_storage: ClassVar[bool] = False
+    reads_base: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"hira_A": ("in", "rank"), "hira_B": ("rank", "out")}
 
     r: int = 32
@@ -90,18 +92,24 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         """``rank * (in + out)`` of each stacked layer."""
         return np.asarray(state["rank"]) * (params["hira_A"].shape[-2] + params["hira_B"].shape[-1])
 
-    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """``W + W ⊙ (A B)``."""
-        return add(matrix, _change(params, matrix), state)
+    def merge(
+        self,
+        params: Arrays,
+        state: Arrays,
+        matrix: Float[Array, "in out"],
+        unadapted: Float[Array, "in out"] | None = None,
+    ) -> Float[Array, "in out"]:
+        """``W + U ⊙ (A B)``, where ``unadapted`` is U, the weight without the adapters under this one; None if U is W."""
+        return add(matrix, _change(params, matrix if unadapted is None else unadapted), state)
 
     def apply(
         self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
     ) -> Float[Array, "... out"]:
-        """That of the merged matrix; with dropout switched on ``x W + dropout(x) (W ⊙ (A B))``."""
+        """That of the merged matrix; with dropout switched on ``x W + dropout(x) (U ⊙ (A B))``."""
         if "dropout" not in state:
             return apply_merged(self, params, state, base, x, product)
         y = base.apply(x, product)
-        change = _change(params, base.layout.matrix(base.dense()))
+        change = _change(params, base.layout.matrix(base.unadapted.dense()))
         change = state["scaling"][..., None, None].astype(change.dtype) * change
         update = product.full(dropout(x, state).astype(change.dtype), change)
         return (y.astype(update.dtype) + update).astype(y.dtype)

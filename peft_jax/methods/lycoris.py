@@ -1,6 +1,7 @@
 """Shared base class of LoHa and LoKr, from LyCORIS (https://arxiv.org/abs/2309.14859): scale and dropout."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from peft_jax.core.targets import pattern_value
 from peft_jax.methods.fields import check_probability
@@ -9,6 +10,8 @@ from peft_jax.methods.ranked import Ranked
 
 class Lycoris(Ranked):
     """A method whose change counts ``alpha / r``, and is dropped in training by outputs (`drop_change`) or whole."""
+
+    mixes: ClassVar[bool] = True
 
     alpha: float
     rank_dropout: float

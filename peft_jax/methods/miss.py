@@ -6,7 +6,7 @@ Numbers follow PEFT 0.21.2.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,14 @@ class MissConfig(TargetFields, ExcludeFields, LayerFields, Method):
     def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Zeros, unless a random start is asked for."""
         return jnp.zeros(shape) if self.init_weights else kaiming(key, shape, shape[1])
+
+    def stacks_on(self, inner: Any) -> bool:
+        """Those of one variant: PEFT's layer knows one."""
+        return super().stacks_on(inner) and self._variant == inner._variant
+
+    @property
+    def _variant(self) -> str:
+        return str(self.init_weights) if self.init_weights in ("bat", "mini") else "block"
 
     def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + D``, added in the adapter's precision."""

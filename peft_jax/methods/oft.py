@@ -59,6 +59,7 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
     """
 
     takes_conv1d: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "oft_R": ("blocks", "pairs"),
         "oft_embedding_R": ("blocks", "pairs"),

@@ -42,6 +42,9 @@ class Role:
 
     side_path: ClassVar[bool] = False
     first: ClassVar[str | None] = None
+    reads_base: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+    is_whole: ClassVar[bool] = False
     dropout_rates: ClassVar[Mapping[str, float]] = {}
 
     @property
@@ -52,6 +55,10 @@ class Role:
     def rule(self, config: Method) -> "Role":
         """The rule by which a leaf in this role computes, in an adapter of a config."""
         return self
+
+    def stacks_on(self, inner: Any) -> bool:
+        """Whether both can be active on one leaf."""
+        return True
 
     def init(
         self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
@@ -81,6 +88,8 @@ class Whole(Role):
         name: The role's name, and that of the copy among the trained arrays.
     """
 
+    is_whole: ClassVar[bool] = True
+
     name: str
 
     @property
@@ -96,6 +105,10 @@ class Whole(Role):
     def structure(self) -> tuple[Any, ...]:
         """Equal for two adapters exactly if they run in the same compiled program."""
         return (Whole, self.name)
+
+    def stacks_on(self, inner: Any) -> bool:
+        """False: the copy would take the place of what ``inner`` makes, as if that were off."""
+        return False
 
     def init(
         self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
@@ -148,6 +161,10 @@ class Follower(Role):
     def structure(self) -> tuple[Any, ...]:
         """As for the method."""
         return (Follower, *self._method.structure())
+
+    def stacks_on(self, inner: Any) -> bool:
+        """As the methods of their layer's matrices do."""
+        return isinstance(inner, Follower) and self._method.stacks_on(inner._method)
 
     def init(
         self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray

@@ -61,6 +61,15 @@ class TrainableTokensConfig(StartsFromWeight, Method):
         super().__post_init__()
         check_tokens(self.token_indices, "token_indices")
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens."""
+        return tuple(self.token_indices)
+
+    def stacks_on(self, inner: Any) -> bool:
+        """Whether ``inner`` trains other tokens."""
+        return others(self.tokens, inner)
+
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """A vector for each token."""
         return tokens_shape(self.token_indices, module, n_in, n_out, lookup=lookup)
@@ -108,6 +117,10 @@ class Tokens(Role):
         """The config's field."""
         return "trainable_token_indices"
 
+    def stacks_on(self, inner: Any) -> bool:
+        """Whether ``inner`` trains other tokens."""
+        return others(self.tokens, inner)
+
     def structure(self) -> tuple[Any, ...]:
         """Equal for two adapters exactly if they run in the same compiled program."""
         return (Tokens,)
@@ -137,6 +150,11 @@ class Tokens(Role):
 def trains_tokens(config: Method) -> bool:
     """Whether an adapter trains vectors of tokens: PEFT saves no base weight of an embedding beside them."""
     return isinstance(config, TrainableTokensConfig) or config.trainable_token_indices is not None
+
+
+def others(tokens: Sequence[int], rule: Any) -> bool:
+    """Whether a rule trains the vectors of tokens, and none of these."""
+    return isinstance(rule, TrainableTokensConfig | Tokens) and not set(tokens) & set(rule.tokens)
 
 
 def tokens_by_module(

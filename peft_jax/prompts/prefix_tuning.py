@@ -73,7 +73,17 @@ class PrefixTuningConfig(PromptLearning):
         return self.num_virtual_tokens or 0
 
     def completed(self, defaults: Mapping[str, Any]) -> Self:
-        """With the model's sizes."""
+        """With the model's sizes.
+
+        Raises:
+            ValueError: if the config gives other sizes, or those of a decoder alone to an encoder-decoder.
+        """
+        if self.num_transformer_submodules == 1 and defaults.get("num_transformer_submodules") == 2:
+            raise ValueError(
+                "PrefixTuningConfig(num_transformer_submodules=1) is not supported on an encoder-decoder: PEFT's "
+                "cross-attention then reads the decoder's own keys too, also those of later tokens. Write "
+                "num_transformer_submodules=2, or leave it out, and train again."
+            )
         config = super().completed(defaults)
         return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
 

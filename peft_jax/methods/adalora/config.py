@@ -75,6 +75,7 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
     }
     bias_only: ClassVar[str] = "lora_only"
     scheduled: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     target_r: int = 8
     init_r: int = 12

@@ -96,6 +96,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         dora.MAGNITUDE: ("out",),
     }
     first: ClassVar[str | None] = "lora_A"
+    mixes: ClassVar[bool] = True
 
     r: int = 8
     lora_alpha: float = 8
@@ -232,6 +233,11 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         """Factors that the initializer leaves untrained: B with ``"mica"``."""
         return self.initializer.frozen
 
+    @property
+    def reads_base(self) -> bool:
+        """With DoRA."""
+        return self.use_dora
+
     def changes_bias(self, module: str) -> bool:
         """With ``lora_bias``, that of all tokens."""
         return self.lora_bias and self.alora_invocation_tokens is None
@@ -254,8 +260,14 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         own = state["scaling"] * params[BIAS]
         return (bias.astype(own.dtype) + own).astype(bias.dtype)
 
-    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """``W + s A B``, added in the adapter's precision."""
+    def merge(
+        self,
+        params: Arrays,
+        state: Mapping[str, Any],
+        matrix: Float[Array, "in out"],
+        unadapted: Float[Array, "in out"] | None = None,
+    ) -> Float[Array, "in out"]:
+        """``W + s A B``, added in the adapter's precision; ``unadapted`` is for DoRA's norm."""
         if alora.TOKENS in state:
             raise MergeError(
                 "An adapter with alora_invocation_tokens adds to some tokens of a sequence only, which no merged "
@@ -267,7 +279,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
                 "the layer a bias of zeros."
             )
         if dora.MAGNITUDE in params:
-            return dora.merge(params, state, matrix)
+            return dora.merge(params, state, matrix, unadapted)
         grouped_conv.check_merge(params)
         a, b = params["lora_A"], _second(params, state)
         return (matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ b).astype(matrix.dtype)

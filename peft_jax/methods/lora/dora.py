@@ -1,40 +1,45 @@
 """DoRA: W' = m (W + s A B) / n with n the norms of the columns of W + s A B, and m trained in their place.
 
 Liu et al., 2024, https://arxiv.org/abs/2402.09353, equation 5; as its section 4.3 has it, no gradient goes through n.
-Numbers follow PEFT 0.21.2. On a base that has adapters of its own, n is the norm of what the base is with them.
+Numbers follow PEFT 0.21.2: on a weight that has adapters already, n is the norm of U + s A B, where U is the weight
+without them, and what it divides is W + s A B with them.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapted import Adapted, apply_merged
+from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
 from peft_jax.core.product import Product
-from peft_jax.core.weight import Weight, as_leaf, as_weight, varying
+from peft_jax.core.weight import Weight, varying
 from peft_jax.methods.base import Arrays
 
 MAGNITUDE = "lora_magnitude_vector"
 
 
 def initialize(params: Arrays, state: Arrays, base: Weight) -> jax.Array:
-    """The norms of the columns of ``W + s A B``, ``(*stack, out)``; 0 for layers that are not adapted."""
+    """The norms of the columns of ``U + s A B``, ``(*stack, out)``; 0 for layers that are not adapted."""
 
     def norms(params: Arrays, state: Arrays, matrix: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.sum(jnp.square(_sum(params, state, matrix)), axis=0))
 
+    matrix = base.layout.matrix(base.unadapted.dense())
     for _ in base.layout.stack:
         norms = jax.vmap(norms)
-    return jnp.where(state["rank"][..., None] > 0, norms(params, state, base.layout.matrix(base.dense())), 0)
+    return jnp.where(state["rank"][..., None] > 0, norms(params, state, matrix), 0)
 
 
-def merge(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
-    """``m (W + s A B) / n``, in the adapter's precision; ``W`` where the layer is not adapted."""
+def merge(params: Arrays, state: Mapping[str, Any], matrix: jax.Array, unadapted: jax.Array | None = None) -> jax.Array:
+    """``m (W + s A B) / n``, in the adapter's precision; ``W`` where the layer is not adapted.
+
+    ``unadapted`` is U, None where it is W, which is ``matrix``.
+    """
     added = _sum(params, state, matrix)
-    factor = _factor(params, state, jnp.sum(jnp.square(added), axis=0))
+    normed = added if unadapted is None else _sum(params, state, unadapted)
+    factor = _factor(params, state, jnp.sum(jnp.square(normed), axis=0))
     return (added * factor[None]).astype(matrix.dtype)
 
 
@@ -61,21 +66,12 @@ def _sum(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Arr
 
 
 def _squares(params: Arrays, state: Mapping[str, Any], base: Weight) -> jax.Array:
-    """Of ``W + s A B``, without that matrix: ``|W|² + 2 s (A'W) B + s² |A B|²`` for each column."""
+    """Of ``U + s A B``, without that matrix: ``|U|² + 2 s (A'U) B + s² |A B|²`` for each column."""
     a, b = params["lora_A"], params["lora_B"]
-    scaling, weight = state["scaling"].astype(a.dtype), _without_dropout(base).astype(a.dtype)
+    scaling, weight = state["scaling"].astype(a.dtype), base.unadapted.astype(a.dtype)
     matrix = weight.layout.matrix(weight.dense())
     squares = jnp.sum(jnp.square(matrix), axis=0) + 2 * scaling * jnp.sum(weight.apply(a.T) * b, axis=0)
     return squares + jnp.square(scaling) * jnp.sum(b * (a.T @ a @ b), axis=0)
-
-
-def _without_dropout(base: Weight) -> Weight:
-    """The base with dropout off in the adapters that it has itself: it is no part of a norm."""
-    if not isinstance(base, Adapted):
-        return base
-    state = {name: value for name, value in base.state.items() if name != "dropout"}
-    inner = as_leaf(_without_dropout(as_weight(base.base, base.layout)))
-    return dataclasses.replace(base, base=inner, state=state)
 
 
 def _factor(params: Arrays, state: Mapping[str, Any], squares: jax.Array) -> jax.Array:
