@@ -170,6 +170,13 @@ def asked(calls: Calls, *words: str, prompts: tuple[str, ...] = ("a",)) -> dict[
     return calls.made[0][3]
 
 
+def asked_of_base(calls: Calls, model: str) -> dict[str, Any]:
+    """`asked` of a model without an adapter."""
+    calls.made.clear()
+    assert main(["generate", "--model", model, "a"]) == 0
+    return calls.made[0][3]
+
+
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [
@@ -223,6 +230,30 @@ def test_generation_config_is_heeded_and_the_command_line_goes_first(
     if "eos_token_id" in expected:
         expected["eos_token_id"] = (1, 5, tokenizer_of(workplace / "model").get_vocab()["a"])
     assert {name: given[name] for name in expected} == expected
+
+
+def test_an_answer_ends_where_the_adapter_learned_it_and_where_the_checkpoint_says(
+    workplace: Path, calls: Calls, run: Callable[..., str]
+) -> None:
+    """The tokenizer ends a text with 1, and the config with 5; the merged checkpoint knows both, as transformers' do."""
+    file = workplace / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 5}))
+    (workplace / "model" / "generation_config.json").unlink(missing_ok=True)
+    assert tokenizer_of(workplace / "model").eos_token_id == 1
+    assert asked(calls)["eos_token_id"] == (1, 5)
+    assert asked(calls, "--ignore-generation-config")["eos_token_id"] == (1,)
+    assert asked_of_base(calls, "model")["eos_token_id"] == (5,)
+    run("merge", "--adapter", "adapter", "--model", "model", "--output", "merged")
+    assert json.loads(Path("merged/config.json").read_text())["eos_token_id"] == 1
+    assert json.loads(Path("merged/generation_config.json").read_text())["eos_token_id"] == [1, 5]
+    assert asked_of_base(calls, "merged")["eos_token_id"] == (1, 5)
+
+
+def test_a_null_end_in_generation_config_is_none(workplace: Path, calls: Calls) -> None:
+    """Of the base; an adapter's answers end as they were taught."""
+    (workplace / "model" / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert asked_of_base(calls, "model")["eos_token_id"] == ()
+    assert asked(calls)["eos_token_id"] == (1,)
 
 
 def test_a_field_of_generation_config_that_is_null_is_not_set(workplace: Path, calls: Calls) -> None:

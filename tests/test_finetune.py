@@ -272,6 +272,7 @@ def test_the_model_card_names_base_data_and_settings() -> None:
         "| `--seed` | 3 |",
         "| `--r` | 8 |",
         "trainable params: 1,792",
+        "An answer ends with token 1.",
         "| `--target-modules` |",
     ):
         assert part in card

@@ -1,5 +1,6 @@
 """Generation against transformers' generate: the same tokens, and draws of the same distribution."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -258,6 +259,19 @@ def test_generation_config_ends_and_pads_rows(with_config):
         want = model.generate(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).numpy()
     assert (want[:, 6:] == 3).any()
     np.testing.assert_array_equal(ours.generate(IDS, MASK), want)
+
+
+def test_a_null_end_in_generation_config_is_no_end(with_config):
+    """Whatever the model's config says, as in transformers."""
+    _, plain = with_config()
+    end = int(plain.generate(IDS, MASK)[0, 8])
+    model, ours = with_config(eos_token_id=None, max_new_tokens=9)
+    ours = dataclasses.replace(ours, config=dataclasses.replace(ours.config, eos_token_id=end))
+    model.config.eos_token_id = end
+    with torch.no_grad():
+        want = model.generate(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).numpy()
+    np.testing.assert_array_equal(ours.generate(IDS, MASK), want)
+    assert not np.array_equal(ours.generate(IDS, MASK, generation_config={"max_new_tokens": 9}), want)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_modules_that_share_the_embedding_get_their_own(lively_pair):
     "options", [{}, {"prefix_projection": True, "encoder_hidden_size": 12}], ids=["plain", "projection"]
 )
 def test_a_prefix_of_a_decoder_alone_is_refused_on_an_encoder_decoder(options, lively_pair, tmp_path):
-    """PEFT runs it, and its cross-attention then reads keys of later tokens: it has no value that a model could have."""
+    """PEFT runs it, and its cross-attention then reads keys of later tokens: no causal model has such a value."""
     _, base = lively_pair("v1.0")
     torch.manual_seed(2)
     width = base.config.num_attention_heads * base.config.head_dim

@@ -8,9 +8,10 @@ import jax
 import peft_jax as pj
 from peft_jax.cli.command_options import Merge
 from peft_jax.cli.shared.adapter_base import Base, find_base
+from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.output_folder import new_folder
 from peft_jax.cli.shared.task import refuse_random, task_of_adapter
-from peft_jax.prompts.tokenizer import read_tokenizer
+from peft_jax.prompts.tokenizer import Tokenizer, read_tokenizer
 
 # What belongs to a tokenizer, and goes along as it is.
 TOKENIZER_FILES = (
@@ -41,13 +42,16 @@ def _merge(options: Merge, folder: Path) -> list[str]:
     base = find_base(options.model, options.adapter, options.gguf_file)
     # Merged in float32, then rounded, where another type than the base's is asked for; memory holds float32 then.
     task = task_of_adapter(str(base.folder), options.adapter, base.gguf_file)
-    told = {"dtype": options.dtype and "float32", "gguf_file": base.gguf_file}
-    model = task.read_for(str(base.folder), options.adapter, **told)
+    choices = {"dtype": options.dtype and "float32", "gguf_file": base.gguf_file}
+    model = task.read_for(str(base.folder), options.adapter, **choices)
     model = pj.PeftModel.from_pretrained(model, options.adapter)
     refuse_random(model)
     model = model.merge_and_unload()
     if options.dtype is not None:
         model = model.replace(jax.tree.map(lambda leaf: leaf.astype(options.dtype), model.params))
+    tokenizer, unread = _tokenizer(options.adapter, base)
+    if tokenizer is not None:
+        model = with_end_token(model, tokenizer)
     size, dtype = sum(leaf.nbytes for leaf in jax.tree.leaves(model)), jax.tree.leaves(model)[0].dtype
     model.save_pretrained(folder)
     said = [
@@ -56,7 +60,18 @@ def _merge(options: Merge, folder: Path) -> list[str]:
     ]
     if not _add_tokenizer(options.adapter, base, folder):
         said.append("The base has no tokenizer files, so there are none in it.")
-    return said
+    return [*said, unread] if unread else said
+
+
+def _tokenizer(adapter: Path, base: Base) -> tuple[Tokenizer | None, str]:
+    """The tokenizer that the merged checkpoint gets, or None, and a line to print if it cannot be read."""
+    own = _has_tokenizer(adapter)
+    if not own and base.gguf_file is None and not _has_tokenizer(base.folder):
+        return None, ""
+    try:
+        return read_tokenizer(adapter if own else base.folder, gguf_file=None if own else base.gguf_file), ""
+    except ValueError as error:
+        return None, f"The end token is the base's, as the tokenizer cannot be read: {error}"
 
 
 def _add_tokenizer(adapter: Path, base: Base, folder: Path) -> bool:

@@ -99,7 +99,7 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         matrix: Float[Array, "in out"],
         unadapted: Float[Array, "in out"] | None = None,
     ) -> Float[Array, "in out"]:
-        """``W + U ⊙ (A B)``, where ``unadapted`` is U, the weight without the adapters under this one; None if U is W."""
+        """``W + U ⊙ (A B)`` with ``unadapted`` as U, the weight without the adapters under this one; None if U is W."""
         return add(matrix, _change(params, matrix if unadapted is None else unadapted), state)
 
     def apply(

@@ -38,6 +38,7 @@ from peft_jax.cli.finetune.steps import (
     make_plan,
     surroundings,
 )
+from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.progress_bar import Speed, progress
 from peft_jax.core.finite import non_finite
 from peft_jax.core.pytree import PyTree
@@ -100,6 +101,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         base = setup.load_base(options.base, task, records, options.adapter.adapter)
         tokenizer = read_tokenizer(options.base.model, gguf_file=options.base.gguf_file)
         tasks = getattr(config, "tasks", 0)
+        base = with_end_token(base, tokenizer)
         data = setup.make_data(task, records, tokenizer, base, options.data, options.training.seed, tasks)
         model = attach(base, config, options, count_steps(options, data.training), data.training)
         setup.check_fit(data.parts, base.config, virtual_slots(model))

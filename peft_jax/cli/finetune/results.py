@@ -7,6 +7,7 @@ from typing import Any
 
 from peft_jax.cli.finetune.initialize import initial
 from peft_jax.cli.finetune.options import DESCRIBED, flag
+from peft_jax.cli.shared.end_token import end_tokens
 from peft_jax.cli.shared.task import LABELS_FILE, Task, write_labels
 from peft_jax.models.handles.peft_model import PeftModel
 from peft_jax.train import plot_losses
@@ -71,6 +72,7 @@ def model_card(model: PeftModel, task: Task, settings: Mapping[str, Any], curves
     config = next(iter(model.peft_config.values()))
     given = {**settings, **{name: getattr(config, name, None) for name in DESCRIBED}}
     typed = [f"| `{flag(name)}` | {_typed(value)} |" for name, value in given.items() if value is not None]
+    ends = "" if task.has_classes else f"An answer ends with {_tokens(end_tokens(model))}."
     more = f", num_labels={model.config.num_labels}" if task.has_classes else ""
     if settings.get("gguf_file"):
         more += f", gguf_file={settings['gguf_file']!r}"
@@ -82,10 +84,18 @@ def model_card(model: PeftModel, task: Task, settings: Mapping[str, Any], curves
         *("```python", f"from peft import {task.auto_peft}", ""),
         *(f'model = {task.auto_peft}.from_pretrained("path/to/this/folder"{more})', "```", ""),
         *("![Loss curve](loss.png)", "", trainable, ""),
+        *((ends, "") if ends else ()),
         *("| result | |", "|---|---|", *results, ""),
         *("| setting | |", "|---|---|", *typed, ""),
     ]
     return "\n".join(lines)
+
+
+def _tokens(ids: Any) -> str:
+    """The tokens that end an answer, in words."""
+    if isinstance(ids, int):
+        return f"token {ids}"
+    return "one of the tokens " + ", ".join(map(str, ids)) if ids else "no token of its own"
 
 
 def _typed(value: Any) -> str:

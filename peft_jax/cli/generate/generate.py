@@ -22,6 +22,7 @@ from peft_jax.cli.shared.adapter_base import (
     find_tokenizer,
     load_model,
 )
+from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.terminal import verbatim
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
 from peft_jax.models.generation.generation_config import new_tokens, with_defaults
@@ -59,6 +60,8 @@ def generate(options: Generate) -> None:
         )
     stop_tokens = [stop_token(text, tokenizer) for text in options.stop_token]
     model = load_model(options, task)
+    if options.adapter is not None:
+        model = with_end_token(model, tokenizer)
     rows = min(options.batch_size, len(prompts))
     keywords: dict[str, Any] = task_ids(options.task_id, prompt_tasks(model), rows)
     length = 1  # an encoder-decoder's answer follows a start token

@@ -34,7 +34,8 @@ def resolve(
 
     Args:
         options: The options that the call gives.
-        generation_config: Contents of generation_config.json, for the options that are None.
+        generation_config: Contents of generation_config.json, for the options that are None. ``"eos_token_id": null``
+            means that no token ends a text.
         length: Tokens of the prompts, padding included.
         positions: The model's max_position_embeddings.
         eos_token_id: The model config's.
@@ -76,6 +77,8 @@ def with_defaults(
         do_sample = bool(saved.get("do_sample"))
     refuse_unsupported(saved, do_sample=do_sample)
     values: dict[str, Any] = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    if generation_config.get("eos_token_id", ()) is None:
+        values["eos_token_id"] = None  # no token ends a text, whatever the model's config says
     if do_sample:
         values["top_k"] = TOP_K
     for field in dataclasses.fields(GenerateOptions):
