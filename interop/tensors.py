@@ -205,6 +205,7 @@ def _planned(
 ) -> tuple[FilePlan, Tensors]:
     """The plan of a config on a base, and the tensors of its file without copies of the base's."""
     handle = params if isinstance(params, Handle) else None
+    config = config.of_file({key: tensor.shape for key, tensor in tensors.items()})
     if handle is None and config.on_model:
         raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
     if handle is not None:

@@ -235,7 +235,7 @@ def test_generation_config_is_heeded_and_the_command_line_goes_first(
 def test_an_answer_ends_where_the_adapter_learned_it_and_where_the_checkpoint_says(
     workplace: Path, calls: Calls, run: Callable[..., str]
 ) -> None:
-    """The tokenizer ends a text with 1, and the config with 5; the merged checkpoint knows both, as transformers' do."""
+    """The tokenizer ends a text with 1, and the config with 5; the merged checkpoint knows both, as in transformers."""
     file = workplace / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 5}))
     (workplace / "model" / "generation_config.json").unlink(missing_ok=True)

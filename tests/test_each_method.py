@@ -1,6 +1,7 @@
 """Each method's own property: what its paper promises of the adapted layer."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from cases import METHODS, Adapter
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 import peft_jax as pj
 from peft_jax.methods import base
@@ -646,3 +648,48 @@ def test_trainable_tokens_are_ids_of_the_layer(tokens, message):
     with pytest.raises(ValueError, match=message):
         config = pj.TrainableTokensConfig(token_indices=tokens, target_modules=["embed"])
         pj.apply_adapter({"embed": {"embedding": jnp.ones((6, 3))}}, config)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("extension", [False, True], ids=["on a CPU", "with the extension"])
+def test_boft_files_of_either_peft(extension, tmp_path, monkeypatch):
+    """Without its CUDA extension PEFT makes one factor, and writes the number of the config all the same."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from peft_jax.cli.inspect.servers import verdicts
+    from peft_jax.interop.describe import read_adapter
+
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: extension or None)
+    options = {"boft_block_size": 2, "boft_n_butterfly_factor": 2, "target_modules": ["dense"]}
+    model = torch.nn.ModuleDict({"dense": torch.nn.Linear(24, 5)})
+    weight, bias = (x.detach().numpy().copy() for x in (model["dense"].weight, model["dense"].bias))
+    theirs = peft.get_peft_model(model, peft.BOFTConfig(init_weights=False, **options))
+    theirs.save_pretrained(tmp_path)
+    shapes = [
+        tensor.shape for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items() if "boft_R" in key
+    ]
+    assert shapes == [(2 if extension else 1, 12, 2, 2)]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 2
+
+    tree = {"dense": {"kernel": jnp.array(weight.T), "bias": jnp.array(bias)}}
+    params = pj.interop.load_adapter(tree, tmp_path)
+    ours, of_peft = verdicts(read_adapter(tmp_path))[:2]
+    assert ours.takes and of_peft.takes
+    if extension:
+        assert "with BOFT's CUDA extension alone" in of_peft.note
+        monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            peft.PeftModel.from_pretrained(torch.nn.ModuleDict({"dense": torch.nn.Linear(24, 5)}), tmp_path)
+        fields = json.loads((tmp_path / "adapter_config.json").read_text()) | {"boft_n_butterfly_factor": 3}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+        message = "holds BOFT modules of 2 butterfly factors, and its config says boft_n_butterfly_factor=3"
+        with pytest.raises(ValueError, match=message):
+            pj.interop.load_adapter(tree, tmp_path)
+        assert message in verdicts(read_adapter(tmp_path))[0].note
+        return
+    assert "without BOFT's CUDA extension alone" in of_peft.note
+    x = normal(3, 3, 24)
+    want = theirs.base_model.model["dense"](torch.tensor(np.array(x))).detach().numpy()
+    close(pj.adapt(layer)(params, x), want)
+    assert np.abs(want - layer(tree, x)).max() > 0.1
+    pj.interop.save_adapter(params, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 1

@@ -1,5 +1,7 @@
 """Generation with T5 against transformers' generate: the same tokens, and one run of the encoder."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,3 +194,33 @@ def test_an_unknown_option_is_an_error_that_says_what_there_is(lively_pair):
     ):
         with pytest.raises(TypeError, match=f"{message}. Its arguments are input_ids, .*decoder_input_ids, .*top_k"):
             ours.generate(IDS, **{name: 5})
+
+
+def test_a_list_of_start_tokens_is_one_a_row(lively_pair, tmp_path):
+    """As transformers takes it: in the config, in generate, with and without tokens of the answers."""
+    import transformers
+
+    model, ours = lively_pair("v1.1")
+    model.save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+        (tmp_path / name).write_text(json.dumps(fields | {"decoder_start_token_id": [0, 4, 9]}))
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    ours = pj.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert ours.config.to_hf()["decoder_start_token_id"] == [0, 4, 9]
+    want = theirs(model, padded(LEFT), max_new_tokens=6)
+    assert want[:, 0].tolist() == [0, 4, 9]
+    np.testing.assert_array_equal(ours.generate(**padded(LEFT), max_new_tokens=6), want)
+    begun = {"decoder_input_ids": np.array([[7, 8], [11, 12], [13, 14]])}
+    want = theirs(model, padded(LEFT) | begun, max_new_tokens=6)
+    np.testing.assert_array_equal(ours.generate(**padded(LEFT), **begun, max_new_tokens=6), want)
+    with pytest.raises(ValueError, match="expected to have length 2 but got 3"):
+        theirs(model, {"input_ids": IDS[:2]}, max_new_tokens=6)
+    with pytest.raises(ValueError, match="names 3 tokens, one a row, and the batch has 2 rows. Give one token for all"):
+        ours.generate(IDS[:2], max_new_tokens=6)
+    with pytest.raises(TypeError):
+        model(**as_torch({"input_ids": IDS, "labels": IDS}))
+    with pytest.raises(
+        ValueError, match=r"decoder_start_token_id=\[0, 4, 9\], one a row, which labels are not shifted"
+    ):
+        ours(IDS, labels=IDS)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 import peft_jax as pj
-from peft_jax.core.targets import is_saved_module, is_target, pattern_value
+from peft_jax.core.targets import check_targets, is_saved_module, is_target, pattern_value
 
 ROWS = {
     "list": {"target_modules": ["q_proj", "v_proj"]},
@@ -180,3 +180,20 @@ def test_a_weight_has_its_axes_already_and_a_stacked_leaf_one_role():
         pj.apply_lora(stack, config, layout={".*": pj.Layout((0,), (1,), (2,))})
     with pytest.raises(ValueError, match="hits none of"):  # integers are no weights
         pj.apply_lora({"q": {"kernel": jnp.ones((4, 4), int)}}, pj.LoraConfig(target_modules=["q"]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "said"),
+    [
+        (99, None, r"layers_to_transform \[99\] hits no target. Layers found: \[0, 1, 2\]\."),
+        ([-1], None, r"layers_to_transform \[-1\] hits no target. Layers found: \[0, 1, 2\]\."),
+        ([0, 99], None, r"layers_to_transform \[99\] hits no target. Layers found: \[0, 1, 2\]\."),
+        ([0], "h", r"layers_to_transform \[0\] hits no target. Layers found: \[\]\. layers_pattern 'h' names no list"),
+    ],
+    ids=str,
+)
+def test_layers_that_match_nothing_are_told_in_the_same_words(layers, pattern, said):
+    modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    config = pj.LoraConfig(target_modules=["q_proj"], layers_to_transform=layers, layers_pattern=pattern)
+    with pytest.raises(ValueError, match=said):
+        check_targets(config, modules, modules)

@@ -134,7 +134,9 @@ def check_targets(
     if missing := [index for index in _indices(config) if index not in found]:
         there = {layer_index(config, module) for module in modules}
         layers = sorted(index for index in there if index is not None)
-        raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {layers}.")
+        found_none = f" layers_pattern {config.layers_pattern!r} names no list of layers." if not layers else ""
+        hint = found_none if config.layers_pattern else ""
+        raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {layers}.{hint}")
     for pattern in patterns:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*hits, *parameters)):
             what = f"Pattern '{pattern}' of rank_pattern or alpha_pattern"

@@ -6,7 +6,7 @@ without it PEFT has one factor whatever its config says.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,23 @@ class BOFTConfig(TargetFields, ExcludeFields, LayerFields, Method):
                 f"of '{module}'{rule}."
             )
         return {"boft_R": (factors, blocks, size, size), "boft_s": (n_out,)}
+
+    def of_file(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """With one factor where the file has one: without its CUDA extension PEFT makes one, whatever the config says.
+
+        Raises:
+            ValueError: if the file has another number of factors than the config.
+        """
+        factors = {shape[0] for key, shape in shapes.items() if key.endswith(".boft_R") and shape}
+        if factors == {1}:
+            return self.replace(boft_n_butterfly_factor=1)
+        if factors - {self.boft_n_butterfly_factor}:
+            found = " and ".join(map(str, sorted(factors)))
+            raise ValueError(
+                f"The file holds BOFT modules of {found} butterfly factors, and its config says "
+                f"boft_n_butterfly_factor={self.boft_n_butterfly_factor}. Write the number that it was trained with."
+            )
+        return self
 
     def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> jax.Array:
         """No rotation and a scale of one, or random ones near them."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from peft_jax.interop.describe import AdapterFolder
 from peft_jax.interop.formats import PEFT_VERSION
-from peft_jax.methods.base import PeftConfig
+from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.methods.lora.initializers.table import TABLE
 
 PEFT_TYPES = frozenset(
@@ -50,7 +50,9 @@ def _peft_jax(adapter: AdapterFolder) -> Verdict:
     if adapter.tensors is None:
         return Verdict("peft_jax", False, "the tensors are in a pickled .bin file; save as safetensors")
     try:
-        PeftConfig.from_dict(adapter.config)
+        config = PeftConfig.from_dict(adapter.config)
+        if isinstance(config, Method):
+            config.of_file({key: tensor.shape for key, tensor in adapter.tensors.items()})
     except (ValueError, TypeError) as error:
         return Verdict("peft_jax", False, str(error))
     return Verdict("peft_jax", True, "")
@@ -61,7 +63,23 @@ def _peft(adapter: AdapterFolder) -> Verdict:
         return Verdict("PEFT", False, f"PEFT {PEFT_VERSION} knows no {adapter.peft_type}")
     if problems := adapter.problems():
         return Verdict("PEFT", False, problems[0])
-    return Verdict("PEFT", True, "PeftModel.from_pretrained(base, folder)")
+    return Verdict("PEFT", True, "PeftModel.from_pretrained(base, folder)" + _peft_condition(adapter))
+
+
+def _peft_condition(adapter: AdapterFolder) -> str:
+    """Which PEFT reads an adapter; empty if every one does.
+
+    BOFT has several butterfly factors where its CUDA extension can be compiled, and one elsewhere.
+    """
+    if adapter.peft_type != "BOFT" or not adapter.tensors:
+        return ""
+    asked = adapter.config.get("boft_n_butterfly_factor", 1)
+    made = {tensor.shape[0] for key, tensor in adapter.tensors.items() if key.endswith(".boft_R") and tensor.shape}
+    if asked == 1 or not made:
+        return ""
+    if made == {1}:
+        return f", without BOFT's CUDA extension alone: with it PEFT makes boft_n_butterfly_factor={asked} factors"
+    return ", with BOFT's CUDA extension alone: without it PEFT makes one butterfly factor, and refuses this file"
 
 
 def _server(name: str, adapter: AdapterFolder, more: Any) -> Verdict:

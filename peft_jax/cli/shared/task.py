@@ -144,6 +144,11 @@ def _answers(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: Seq2SeqL
     start = getattr(model.config, "decoder_start_token_id", None)  # encoder-decoders alone have the field
     if start is None:
         raise ValueError("the model's config.json has no decoder_start_token_id, which answers begin with. Name it.")
+    if isinstance(start, tuple):
+        raise ValueError(
+            f"the model's config.json has decoder_start_token_id={list(start)}, one a row, and answers are trained "
+            "with one for all. Name one."
+        )
     return encode_answers(
         records,
         tokenizer,

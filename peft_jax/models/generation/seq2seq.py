@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -103,11 +103,22 @@ def answer(
     return run_programs(programs(config, generation), (params, question), ids, mask, generation, key, streamer)
 
 
-def with_start_token(first: int, batch: int, ids: jax.Array | None, mask: Any) -> tuple[jax.Array, jax.Array]:
-    """The decoder's prompt and its mask, with the start token in front unless a row has it there already."""
+def with_start_token(
+    first: int | Sequence[int], batch: int, ids: jax.Array | None, mask: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The decoder's prompt and its mask, with the start token in front unless a row has it there already.
+
+    Several start tokens are those of the rows.
+    """
     if ids is None and mask is not None:
         raise ValueError("decoder_attention_mask is for decoder_input_ids, which are not given. Leave it out.")
-    column = jnp.full((batch, 1), first, jnp.int32)
+    starts = jnp.asarray(first, jnp.int32)
+    if starts.ndim and len(starts) != batch:
+        raise ValueError(
+            f"decoder_start_token_id names {len(starts)} tokens, one a row, and the batch has {batch} rows. Give one "
+            f"token for all, or {batch}."
+        )
+    column = jnp.broadcast_to(jnp.reshape(starts, (-1, 1)), (batch, 1))
     if ids is None:
         return column, jnp.ones_like(column, bool)
     if len(ids) != batch:
@@ -115,7 +126,7 @@ def with_start_token(first: int, batch: int, ids: jax.Array | None, mask: Any) -
     mask = jnp.ones_like(ids, bool) if mask is None else jnp.asarray(mask, bool)
     if mask.shape != ids.shape:
         raise ValueError(f"decoder_attention_mask must be {ids.shape}, like decoder_input_ids, got {mask.shape}.")
-    if bool(jnp.all(ids[:, 0] != first)):
+    if bool(jnp.all(ids[:, 0] != column[:, 0])):
         ids = jnp.concatenate([column.astype(ids.dtype), ids], axis=1)
         mask = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
     refuse_padding_at_the_end(mask, "decoder prompt")

@@ -118,13 +118,18 @@ class Seq2SeqLM(ModelHandle):
         """Labels ``(batch, length)`` as the decoder's inputs: after the start token, with padding for -100.
 
         Raises:
-            ValueError: if the model's config names no start token or no padding.
+            ValueError: if the model's config names no start token, several, or no padding.
         """
         config: Any = self.config
         start, pad = config.decoder_start_token_id, config.pad_token_id
         if start is None or pad is None:
             name = "decoder_start_token_id" if start is None else "pad_token_id"
             raise ValueError(f"The config has no {name}, which labels are shifted with. Give decoder_input_ids too.")
+        if isinstance(start, tuple):
+            raise ValueError(
+                f"The config has decoder_start_token_id={list(start)}, one a row, which labels are not shifted with. "
+                "Name one token, or give decoder_input_ids too."
+            )
         ids = jnp.asarray(labels)
         ids = jnp.concatenate([jnp.full_like(ids[:, :1], start), ids[:, :-1]], axis=1)
         return jnp.where(ids == IGNORED_LABEL, jnp.full_like(ids, pad), ids)

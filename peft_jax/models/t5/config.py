@@ -28,7 +28,8 @@ class T5Config(ModelConfig):
         scale_decoder_outputs: Whether the head's inputs are multiplied by ``hidden_size**-0.5``; None means as
             tie_word_embeddings for T5, and no for mT5.
         share_embeddings: Whether encoder and decoder look up in ``shared``; otherwise each in its ``embed_tokens``.
-        decoder_start_token_id: What the decoder's inputs begin with.
+        decoder_start_token_id: What the decoder's inputs begin with; several are those of the rows of a batch, which
+            ``generate`` takes and training does not, as in transformers.
 
     Raises:
         ValueError: A field has a value that this family does not support, named in the message.
@@ -70,7 +71,7 @@ class T5Config(ModelConfig):
     share_embeddings: bool = True
     pad_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 1
-    decoder_start_token_id: int | None = 0
+    decoder_start_token_id: int | tuple[int, ...] | None = 0
     model_type: str = "t5"
     task_type: str = SEQ_2_SEQ_LM
 
@@ -137,12 +138,13 @@ class T5Config(ModelConfig):
             False
         """
         full = complete(hf, cls.stems)
+        start = full.get("decoder_start_token_id")
         config = dataclasses.replace(
             super().from_hf(hf),
             # transformers 5 ties always, and unties if the checkpoint has a head of its own, as we do on loading one.
             tie_word_embeddings=as_dict(hf).get("tie_word_embeddings") is not False,
             scale_decoder_outputs=full.get("scale_decoder_outputs", False),
-            decoder_start_token_id=full.get("decoder_start_token_id"),
+            decoder_start_token_id=tuple(start) if isinstance(start, list) else start,
         )
         told = (full.get("dense_act_fn"), full.get("is_gated_act"))
         if told != (config.activation, config.is_gated):
@@ -161,6 +163,8 @@ class T5Config(ModelConfig):
             True
         """
         hf = super().to_hf() | {"dense_act_fn": self.activation, "is_gated_act": self.is_gated}
+        if isinstance(self.decoder_start_token_id, tuple):
+            hf["decoder_start_token_id"] = list(self.decoder_start_token_id)
         # The tensors tell the first; the others are not T5's.
         absent = {"share_embeddings", "max_position_embeddings", "initializer_range", "bos_token_id"}
         absent |= set() if self.model_type == "t5" else {"scale_decoder_outputs"}
