@@ -145,16 +145,16 @@ def test_modules_that_share_the_embedding_get_their_own(lively_pair):
     assert base.untied().tied_modules == ()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"prefix_projection": True, "encoder_hidden_size": 12}], ids=["plain", "projection"]
-)
+PROJECTION = {"prefix_projection": True, "encoder_hidden_size": 12}
+
+
+@pytest.mark.parametrize("options", [{}, PROJECTION], ids=["plain", "projection"])
 def test_a_prefix_of_a_decoder_alone_is_refused_on_an_encoder_decoder(options, lively_pair, tmp_path):
-    """PEFT runs it, and its cross-attention then reads keys of later tokens: no causal model has such a value."""
+    """PEFT runs it, and its cross-attention then reads keys of later tokens: no model has such a value."""
     _, base = lively_pair("v1.0")
     torch.manual_seed(2)
-    width = base.config.num_attention_heads * base.config.head_dim
     fields = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3, "num_transformer_submodules": 1, **options}
-    fields["token_dim"] = width
+    fields["token_dim"] = base.config.num_attention_heads * base.config.head_dim
     theirs = peft.get_peft_model(torch_base(base), peft.PrefixTuningConfig(**fields)).eval()
     inputs = {name: INPUTS[name] for name in ("input_ids", "decoder_input_ids")}
     later = {**inputs, "decoder_input_ids": inputs["decoder_input_ids"].copy()}
@@ -163,9 +163,7 @@ def test_a_prefix_of_a_decoder_alone_is_refused_on_an_encoder_decoder(options, l
         one, other = (theirs(**as_torch(given)).logits[:, :-1].numpy() for given in (inputs, later))
     assert np.abs(one - other).max() > 100 * tolerance(one), "PEFT has become causal: give its numbers"
     theirs.save_pretrained(tmp_path)
-    message = (
-        r"num_transformer_submodules=1\) is not supported on an encoder-decoder.*Write num_transformer_submodules=2"
-    )
+    message = r"num_transformer_submodules=1\) is not supported on an encoder-decoder.*Write num_transformer_submodules"
     with pytest.raises(ValueError, match=message):
         pj.PeftModel.from_pretrained(base, tmp_path)
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from peft_jax.adapt import compat
 
 MOVES = (
     "broadcast_in_dim convert_element_type copy dynamic_slice name optimization_barrier pcast pvary reshape "
-    "sharding_constraint slice squeeze stop_gradient transpose"
+    "sharding_constraint slice squeeze stop_gradient transpose untrained_row"
 ).split()
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}

@@ -128,7 +128,9 @@ def gather(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     for i in range(len(have) + len(left)):
         want.append(next(of_view if i in numbers.offset_dims else of_ids))
     options = tuple((name, p[name]) for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value"))
-    return _used(eqn, view, through(view, ids, have, want, "in", Lookup(options=options)))
+    return _used(
+        eqn, view, through(view, ids, have, want, "in", Lookup(options=options, untrained_row=view.untrained_row))
+    )
 
 
 def _looks_up(p: Mapping[str, Any], row: int) -> bool:
@@ -295,6 +297,12 @@ def dynamic_slice(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Out
 def on_each_array(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     """The same for all arrays of the weight."""
     return [jax.tree.map(lambda array: compat.bind(eqn, [array])[0], values[0])]
+
+
+def untrained_row(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """The lookup that follows leaves out the row's gradient."""
+    (view,) = values
+    return [view.replace(untrained_row=eqn.params["row"])]
 
 
 def pvary(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
@@ -472,6 +480,7 @@ RULES: dict[str, Rule] = {
     "copy": lambda evaluate, eqn, values: values,
     "name": lambda evaluate, eqn, values: values,  # jax.ad_checkpoint.checkpoint_name
     "stop_gradient": on_each_array,
+    "untrained_row": untrained_row,
     "pvary": pvary,
     "pcast": pvary,
     "optimization_barrier": optimization_barrier,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from peft_jax.core.product import Product
+from peft_jax.core.untrained_row import untrained_row
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, varying, varying_over
 
 Value = Any  # the value of a variable of a program: an array, or a `View` of a weight
@@ -46,7 +47,7 @@ class Watch(Protocol):
         """The watch inside of the function that this equation calls."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("axes", "watch"))
+@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("axes", "watch", "untrained_row"))
 @dataclasses.dataclass(frozen=True)
 class View:
     """A weight whose axes were moved, split, joined or added. Digits of size 1 are left out."""
@@ -54,6 +55,7 @@ class View:
     weight: Weight
     axes: tuple[Axis, ...]
     watch: Watch | None = None
+    untrained_row: int | None = None  # a row of the weight that lookups do not train
 
     @classmethod
     def of(cls, weight: Weight, watch: Watch | None = None) -> "View":
@@ -86,7 +88,10 @@ class View:
         """The array."""
         have = self.digits(range(self.weight.ndim))
         added = _added(self.axes)
-        return arrange(_broadcast(self.weight.dense(), added), [*added, *have], self.axes)
+        array = self.weight.dense()
+        if self.untrained_row is not None:
+            array = untrained_row(array, self.untrained_row)
+        return arrange(_broadcast(array, added), [*added, *have], self.axes)
 
     def by_row(self, shape: Sequence[int]) -> jax.Array | None:
         """The array, with rows of their own along its first axis, for an operand of what has this shape.

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from peft_jax.core.untrained_row import untrained_row
+
 
 def id_range(ids: npt.ArrayLike | jax.Array, ignored: int | None = None) -> tuple[int, int] | None:
     """The smallest and the largest of some ids; None where there are none, or none yet, as under `jax.jit`.
@@ -43,11 +45,18 @@ def is_outside(ids: npt.ArrayLike | jax.Array, count: int, ignored: int | None =
     return found if smallest < 0 or largest >= count else None
 
 
-def rows_at(table: jax.Array, ids: jax.Array) -> jax.Array:
+def rows_at(table: jax.Array, ids: jax.Array, untrained: int | None = None) -> jax.Array:
     """Rows of a table ``(n, ...)``; an id below 0 or above n - 1 gives NaN, where `jax.numpy.take` wraps negative ones.
+
+    Args:
+        table: The table.
+        ids: Indices of its rows.
+        untrained: A row that gets no gradient, as PyTorch's ``padding_idx``.
 
     Example:
         >>> rows_at(jnp.array([[1.0], [2.0]]), jnp.array([1, 2, -1])).tolist()
         [[2.0], [nan], [nan]]
     """
+    if untrained is not None:
+        table = untrained_row(table, untrained)
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -125,6 +125,7 @@ class Lookup(Product):
     """Rows of the matrix at indices ``x``, whose last axis is no input: gives ``(*x.shape, out)``."""
 
     options: tuple[tuple[str, Any], ...] = ()  # options of jax.lax.gather, as for indices at the edges
+    untrained_row: int | None = None  # index of a row that gets no gradient, in every table that is read
 
     @property
     def looks_up(self) -> bool:
@@ -137,7 +138,13 @@ class Lookup(Product):
         if not jnp.issubdtype(matrix.dtype, jnp.inexact):
             options["fill_value"] = None
         numbers = jax.lax.GatherDimensionNumbers((x.ndim,), (0,), (0,))
-        return jax.lax.gather(matrix, x[..., None], numbers, (1, matrix.shape[1]), **options)
+        return self.trained(x, jax.lax.gather(matrix, x[..., None], numbers, (1, matrix.shape[1]), **options))
+
+    def trained(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """Rows ``(*x.shape, out)`` that were looked up, without the gradient of the row that gets none."""
+        if self.untrained_row is None:
+            return rows
+        return jnp.where((x == self.untrained_row)[..., None], jax.lax.stop_gradient(rows), rows)
 
     def down(self, x: Shaped[Array, "..."], a: Shaped[Array, "in rank"]) -> Shaped[Array, "... rank"]:
         """The rows of the first factor."""

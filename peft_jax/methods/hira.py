@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
-from peft_jax.core.product import Product
+from peft_jax.core.product import Lookup, Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, kaiming, unsupported
@@ -106,6 +106,8 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
     ) -> Float[Array, "... out"]:
         """That of the merged matrix; with dropout switched on ``x W + dropout(x) (U ⊙ (A B))``."""
+        if isinstance(product, Lookup):
+            product = product.replace(untrained_row=None)  # PEFT's lookup of the changed weight has no padding_idx
         if "dropout" not in state:
             return apply_merged(self, params, state, base, x, product)
         y = base.apply(x, product)

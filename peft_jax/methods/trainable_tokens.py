@@ -235,7 +235,7 @@ def apply_tokens(
         places = jnp.zeros((n_in, 1)).at[ids, 0].set(jnp.arange(1.0, len(ids) + 1), mode="drop")
         place = product.full(x, places)
         y = base.apply(x, product)
-        own = params[ROWS][jnp.maximum(place[..., 0] - 1, 0).astype(jnp.int32)]
+        own = product.trained(x, params[ROWS][jnp.maximum(place[..., 0] - 1, 0).astype(jnp.int32)])
         return jnp.where(place > 0, own.astype(y.dtype), y)
     if type(product) is not Product:
         return apply_merged(method, params, state, base, x, product)

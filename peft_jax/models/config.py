@@ -44,10 +44,13 @@ class ModelConfig:
         problem_type: Loss of a sequence classifier: "regression", "single_label_classification" or
             "multi_label_classification"; None decides by the labels.
         model_type: transformers' name of the architecture, one of the keys of ``stems``.
+        trains_padding: Whether lookups of ``pad_token_id`` train its row of the embedding. By default they do not
+            where PyTorch's embedding has a ``padding_idx``. It stands in no config.json.
     """
 
     stems: ClassVar[Mapping[str, str]]  # how the names of transformers' classes begin, by model type
     tasks: ClassVar[Mapping[str, str]]  # and how they end, by task; the first is meant where a config names none
+    has_padding_row: ClassVar[bool] = False  # whether transformers gives the embedding a padding_idx
     spelled: ClassVar[Mapping[str, str]] = MappingProxyType({})  # our fields that have another name in config.json
     fixed: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # its fields of which one value alone is supported
 
@@ -65,6 +68,7 @@ class ModelConfig:
     pad_token_id: int | None = None
     num_labels: int = LABELS
     problem_type: str | None = None
+    trains_padding: bool = False
 
     @classmethod
     def from_hf(cls, hf: Any) -> Self:
@@ -87,9 +91,17 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """Make the dict of a config.json that transformers (5 or newer) reads as this architecture."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        ours = ("task_type", "num_labels", "problem_type")
+        ours = ("task_type", "num_labels", "problem_type", "trains_padding")
         hf = {self.spelled.get(name, name): value for name, value in values.items() if name not in ours}
         return hf | write_common(self)
+
+    @property
+    def untrained_row(self) -> int | None:
+        """The row of the embedding that lookups do not train: that of padding, if it is none that is trained."""
+        if not self.has_padding_row or self.trains_padding or self.pad_token_id is None:
+            return None
+        is_from_end = self.pad_token_id < 0  # as PyTorch counts a negative one
+        return self.pad_token_id + self.vocab_size * is_from_end
 
     @property
     def architecture(self) -> str:

@@ -167,7 +167,8 @@ class Family:
 
     def embed(self, config: ModelConfig, params: Any, ids: jax.Array) -> jax.Array:
         """Embeddings (batch, length, hidden) of ids (batch, length)."""
-        return scaled(rows_at(self.embedding_table(config, params), ids), config.embedding_scale)
+        rows = rows_at(self.embedding_table(config, params), ids, config.untrained_row)
+        return scaled(rows, config.embedding_scale)
 
     def output_module(self, config: ModelConfig) -> str | None:
         """Path of the module that gives the output; None for a bare model."""

@@ -42,6 +42,7 @@ class BertConfig(ModelConfig):
         2
     """
 
+    has_padding_row = True
     stems = MappingProxyType({"bert": "Bert"})
     tasks = TASKS
     fixed = MappingProxyType({"is_decoder": False, "add_cross_attention": False})
@@ -83,6 +84,11 @@ class BertConfig(ModelConfig):
         return self.type_vocab_size
 
     @property
+    def untrained_position(self) -> int | None:
+        """The row of the positions' table that lookups do not train; None."""
+        return None
+
+    @property
     def has_pooler(self) -> bool:
         """Whether the first token's output goes through a pooler."""
         return self.task_type in (SEQ_CLS, FEATURE_EXTRACTION)
@@ -111,6 +117,11 @@ class RobertaConfig(BertConfig):
         super().__post_init__()
         if self.pad_token_id is None:
             raise ValueError("pad_token_id=None is not supported: this model counts positions from it. Write its id.")
+
+    @property
+    def untrained_position(self) -> int | None:
+        """The position of padding, which has the number of its id."""
+        return None if self.trains_padding else self.pad_token_id
 
     @property
     def room(self) -> int:

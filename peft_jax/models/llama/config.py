@@ -54,6 +54,7 @@ class LlamaConfig(ModelConfig):
         8
     """
 
+    has_padding_row = True
     stems = MappingProxyType({"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"})
     tasks = MappingProxyType(
         {

@@ -15,16 +15,27 @@ from peft_jax.models.config import ModelConfig
 
 
 class Embed(nnx.Module):
-    """A table (count, hidden), looked up by id; the count is that of the vocabulary unless told."""
+    """A table (count, hidden), looked up by id; the count is that of the vocabulary unless told.
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, count: int | None = None) -> None:
+    Lookups do not train the row of padding in the table of the vocabulary, nor ``untrained_row`` in another one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        count: int | None = None,
+        untrained_row: int | None = None,
+    ) -> None:
         init = nnx.initializers.normal(config.initializer_range)
         shape = (config.vocab_size if count is None else count, config.hidden_size)
         self.embedding = nnx.Param(init(rngs.params(), shape, dtype))
+        self.untrained_row = config.untrained_row if count is None else untrained_row
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Look up ids (batch, length); one out of range gives NaN."""
-        return rows_at(self.embedding[...], ids)
+        return rows_at(self.embedding[...], ids, self.untrained_row)
 
     def either(self, ids: jax.Array | None, embeddings: jax.Array | None, scale: float = 1) -> jax.Array:
         """The embeddings (batch, length, hidden) of ids (batch, length), times scale, or those given in their place.
