@@ -1,7 +1,7 @@
 """A row of a table that a lookup does not train: PyTorch's ``padding_idx``.
 
-It is a primitive, not ``jax.lax.stop_gradient`` on some results: what an adapter shares between the rows, such as LoRA's
-second factor, is trained by every row in PyTorch. `peft_jax.adapt` hands the row on to the lookup
+It is a primitive, not ``jax.lax.stop_gradient`` on some results: what an adapter shares between the rows, such as
+LoRA's second factor, is trained by every row in PyTorch. `peft_jax.adapt` hands the row on to the lookup
 (`peft_jax.core.product.Lookup`), which leaves out that row of each table that it reads.
 """
 

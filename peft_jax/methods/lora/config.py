@@ -234,7 +234,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         return self.initializer.frozen
 
     @property
-    def reads_base(self) -> bool:
+    def reads_base(self) -> bool:  # type: ignore[override]  # of a config, not of the class: with DoRA alone
         """With DoRA."""
         return self.use_dora
 
