@@ -27,6 +27,7 @@ from peft_jax.interop.files import (
 )
 
 from peft_jax.core.finite import holds_finite
+from peft_jax.core.weight import is_weight
 
 __all__ = ["Row", "find_checkpoint", "load_params", "open_tensors", "read_config", "save_checkpoint"]
 
@@ -155,7 +156,8 @@ def _load(row: Row, tensors: Mapping[str, LazyArray], convert: Convert) -> Any:
     buffers = jax.tree.map(lambda one: jnp.zeros((*front, *one.shape[len(front) :]), one.dtype), whole)
     for layer, key in enumerate(row.keys):
         tensor = np.asarray(tensors[key])
-        count = max(1, -(-tensor.nbytes // PIECE)) if row.transposed else 1
+        in_pieces = row.transposed and not (is_weight(whole) and not whole.in_pieces)
+        count = max(1, -(-tensor.nbytes // PIECE)) if in_pieces else 1
         step = -(-len(tensor) // count)
         finite = []
         for start in range(0, len(tensor), step):

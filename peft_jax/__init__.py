@@ -61,6 +61,8 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.prompts import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
     from peft_jax.prompts import PromptTuningConfig as PromptTuningConfig
     from peft_jax.prompts import PromptTuningInit as PromptTuningInit
+    from peft_jax.quant import BitsAndBytesConfig as BitsAndBytesConfig
+    from peft_jax.quant import merge_quantized as merge_quantized
     from peft_jax.quant import quantize as quantize
 
 import_lazily(__name__)

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 import peft_jax as pj
 from peft_jax import interop
-from peft_jax.quant.nf4 import VALUES, round_to_nf4
+from peft_jax.quant import NF4
+from peft_jax.quant.nf4 import VALUES
 
 STARTS = ["pissa", "pissa_niter_8", "olora", "orthogonal"]
 
@@ -154,6 +155,11 @@ def normal_float():
     negative = -stats.norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
     values = np.sort(np.concatenate([positive, [0.0], negative]))
     return values / values.max()
+
+
+def round_to_nf4(array):
+    """The array on NF4's grid, its blocks row by row."""
+    return NF4.of(array, pj.Layout(inp=(1,), out=(0,))).dense()
 
 
 def test_nf4_has_the_values_of_its_paper():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
 from peft_jax.core.weight import Weight
 
@@ -172,7 +173,9 @@ def dense_type(weight: Weight) -> Any:
     stored = weight.array
     if isinstance(stored, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-    return jax.typeof(stored).update(shape=weight.shape, dtype=weight.dtype, weak_type=False)
+    kind = jax.typeof(stored)
+    sharding = kind.sharding.update(spec=PartitionSpec(*weight.entries(tuple(kind.sharding.spec))))
+    return kind.update(shape=weight.shape, dtype=weight.dtype, weak_type=False, sharding=sharding)
 
 
 def jit_again(run: Callable[..., Any], eqn: core.JaxprEqn, donated: tuple[bool, ...]) -> Callable[..., Any]:

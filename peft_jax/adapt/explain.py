@@ -47,7 +47,7 @@ class LeafReport:
     Attributes:
         path: Dotted path of the leaf.
         shape: Its shape.
-        kinds: Adapters on it, outermost first, as ``name: method``; ``int8`` for a quantized base.
+        kinds: Adapters on it, outermost first, as ``name: method``; the format of a quantized base, such as ``int8``.
         layout: Its axes; ``layout.source`` says how they were found.
         uses: Each use in the program, in order; a loop's body counts once.
         whole: Whether a copy that is trained whole is used in its place everywhere.
@@ -183,5 +183,5 @@ def _report(path: str, leaf: Weight, note: _Note) -> LeafReport:
         kinds.append(f"{node.tag.name}: {node.method.label}{suffix}")
         node = node.base
     if is_weight(node):
-        kinds.append(type(node).__name__.lower())
+        kinds.append(getattr(type(node), "kind", type(node).__name__.lower()))
     return LeafReport(path, leaf.shape, tuple(kinds), leaf.layout, tuple(note.uses), whole=not leaf.side_path)

@@ -119,6 +119,15 @@ class Rows(Weight):
         """That of the base."""
         return self._base.array
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """That of the base."""
+        return self._base.stored_shape
+
+    def entries(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Those of the base."""
+        return self._base.entries(spec)
+
     def dense(self) -> jax.Array:
         """Not there."""
         raise MergeError(

@@ -64,7 +64,7 @@ def _run(args: Sequence[str] | None) -> int:
     except RuntimeError as error:
         if not _is_want_of_memory(error):
             raise
-        return fail(f"{error} Use smaller batches, shorter texts or --load-in-8bit.", 2)
+        return fail(f"{error} Use smaller batches, shorter texts or --load-in-8bit or --load-in-4bit.", 2)
     except KeyboardInterrupt as stopped:
         print("peft-jax:", str(stopped) or "stopped; nothing was written.", file=sys.stderr)
         return INTERRUPTED

@@ -165,6 +165,15 @@ class Adapted(Weight):
         """The array of the innermost base."""
         return self._base.array
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """That of the base."""
+        return self._base.stored_shape
+
+    def entries(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Those of the base."""
+        return self._base.entries(spec)
+
     def dense(self) -> jax.Array:
         """The adapter merged into the base, in the base's dtype."""
         if not self.active:

@@ -96,8 +96,12 @@ def count_parameters(params: Any) -> tuple[int, int]:
 
     A tied, repeated or replaced weight counts as often as it is stored, as PEFT counts it.
     """
-    leaves = [leaf.array if is_weight(leaf) else leaf for leaf in jax.tree.leaves(params, is_leaf=is_weight)]
-    trained, total = 0, sum(math.prod(leaf.shape) for leaf in leaves if hasattr(leaf, "shape"))
+    trained, total = 0, 0
+    for leaf in jax.tree.leaves(params, is_leaf=is_weight):
+        if is_weight(leaf):
+            total += math.prod(leaf.stored_shape)
+        elif hasattr(leaf, "shape"):
+            total += math.prod(leaf.shape)
     for _, leaf in adapted_leaves(params):
         size = int(np.sum(leaf.method.sizes(leaf.params, leaf.state)))
         total += size

@@ -40,7 +40,8 @@ def sharded_like_base(leaf: Adapted) -> Adapted:
     if is_traced and not sharding.mesh.are_all_axes_explicit:
         return leaf
     place = jax.sharding.reshard if is_traced else put
-    spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    found = leaf.entries(tuple(sharding.spec))
+    spec = (*found, *[None] * (leaf.ndim - len(found)))
     try:
         specs = leaf.specs(spec)
     except MergeError:

@@ -81,6 +81,24 @@ class Product:
             x, matrix, precision=self.precision, preferred_element_type=kind, out_sharding=self.out_sharding
         )
 
+    def full_in_blocks(
+        self, x: Shaped[Array, "... in"], blocks: Shaped[Array, "*inputs out"]
+    ) -> Shaped[Array, "... out"]:
+        """The product with a matrix whose inputs are several axes, ``(*inputs, out)``; gives ``(..., out)``.
+
+        They are contracted as they are: compilers fuse what makes the blocks into such a product, but not past a
+        reshape of the matrix.
+        """
+        *inputs, n_out = blocks.shape
+        if type(self) is not Product or self.out_sharding is not None:
+            return self.full(x, blocks.reshape(-1, n_out))
+        count = len(inputs)
+        x = x.reshape(*x.shape[:-1], *inputs)
+        contracted = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
+        return jax.lax.dot_general(
+            x, blocks, (contracted, ((), ())), self.precision, preferred_element_type=self.preferred_element_type
+        )
+
     def down(self, x: Shaped[Array, "... in"], a: Shaped[Array, "in rank"]) -> Shaped[Array, "... rank"]:
         """The product with the first factor of a matrix, ``(in, rank)``, in the precision of the factor."""
         inner = None

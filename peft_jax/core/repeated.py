@@ -68,6 +68,15 @@ class Repeated(Weight):
         """The array of the base, which has another number of layers."""
         return self._base.array
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """That of the base."""
+        return self._base.stored_shape
+
+    def entries(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Those of the base."""
+        return self._base.entries(spec)
+
     def _taken(self) -> Weight:
         """The layers themselves."""
 

@@ -53,7 +53,21 @@ class Weight(abc.ABC):
     @property
     @abc.abstractmethod
     def array(self) -> jax.Array:
-        """The stored array that has the dense array's axes and place on the devices."""
+        """The stored array that has the dense array's place on the devices, and its axes unless `entries` says more."""
+
+    def entries(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The entries of a spec by the dense array's axes, given that of ``array``."""
+        return tuple(spec)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that the stored elements would have as a dense array; repeated layers count once."""
+        return self.array.shape
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether parts of the outputs can be converted to such a weight one by one, and be joined."""
+        return True
 
     @abc.abstractmethod
     def dense(self) -> jax.Array:

@@ -80,7 +80,7 @@ class Family:
             Face module names.
         layouts: Axes of the stacked leaves, by regex over whole leaf paths, with and without the backbone in front;
             where layers have several shapes, `ModelConfig.stacks` says which of them each stack has.
-            Int8 loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
+            Quantized loading rounds those of them that are matrices. Other leaves follow Flax's conventions.
         backbone: The module that holds all but the head, transformers' ``base_model_prefix``. A bare model's names
             lack it. Empty if a model with a head has no such module either.
         embedding: Path of the token embedding below the backbone.

@@ -19,7 +19,9 @@ from peft_jax.models.config import ModelConfig, label_fields
 from peft_jax.models.family import leaf_at, with_leaf
 from peft_jax.models.gguf_checkpoint import base_config, base_files, dequantized_note, gguf_tensors, open_base
 from peft_jax.models.registry import family_of, read_architecture
-from peft_jax.quant import quantize_array
+from peft_jax.models.load_rounding import LoadRounding, load_rounding
+from peft_jax.quant import BitsAndBytesConfig
+from peft_jax.quant.float_blocks import double_quantized
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,8 +44,7 @@ def read_model(
     *,
     dtype: Any = None,
     load_in_8bit: bool = False,
-    gguf_file: str | None = None,
-    key: jax.Array | None = None,
+r    key: jax.Array | None = None,
     **changes: Any,
 ) -> Loaded:
     """Read architecture and parameters of a checkpoint, and say which of them it lacks, which start at random.
@@ -56,15 +57,13 @@ def read_model(
             names, or else that of the first tensor.
         load_in_8bit: Whether to round the linear kernels of the layers to int8, tensor by tensor while loading.
             Embedding, norms, biases and head stay floating-point.
-        gguf_file: Name of a GGUF file in the folder, from which all is read instead, dequantized tensor by tensor. A
-            warning says the bytes that the weights then take. dtype=None means float32 for one with quantized weights.
-        key: Random key for a head that the checkpoint does not have; None means ``jax.random.key(0)``.
+r        key: Random key for a head that the checkpoint does not have; None means ``jax.random.key(0)``.
         **changes: Fields of the config that are not to be as in config.json: ``task_type``, ``num_labels``, ...
 
     Raises:
         FileNotFoundError: There is no such folder or id, or a file is missing in it.
-        ValueError: The model is of another family or asks for something that is not supported, a file is damaged, or
-            the tensors are not those of the config.
+        ValueError: The model is of another family or asks for something that is not supported, a file is damaged, the
+            tensors are not those of the config, or several ways of quantizing are asked for.
     """
     folder = find_checkpoint(name_or_path, base_files(gguf_file))
     hf = base_config(folder, gguf_file)
@@ -90,8 +89,17 @@ def read_model(
         fitted = fit_quantized(fitted, rows)
         warnings.warn(notice(name_or_path, packed, fitted, dtype, load_in_8bit), stacklevel=3)
     fresh = fresh_rows(family, config, rows, fitted)
-    convert = _converter(config, jnp.dtype(dtype), load_in_8bit)
+    rounding = load_rounding(
+        config,
+        rows,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        quantization_config=quantization_config,
+    )
+    convert = _converter(config, jnp.dtype(dtype), rounding)
     params = load_params(fitted, [row for row in rows if row not in fresh], convert, ignored=unused(family))
+    if rounding is not None and rounding.quantizer.double_quant:
+        params = double_quantized(params)
     paths = tuple(row.path for row in fresh)
     if gguf_file is not None and (note := dequantized_note(folder, gguf_file, params)):
         warnings.warn(note, stacklevel=3)
@@ -118,16 +126,17 @@ def _start(config: ModelConfig, paths: tuple[str, ...], dtype: jnp.dtype, key: j
 
 
 @functools.lru_cache(maxsize=8)
-def _converter(config: ModelConfig, dtype: jnp.dtype, load_in_8bit: bool) -> Callable[[str, jax.Array], Any]:
+def _converter(config: ModelConfig, dtype: jnp.dtype, rounding: LoadRounding | None) -> Callable[[str, jax.Array], Any]:
     """Make what happens to each tensor on its way; one function for each choice, so that programs are shared."""
     family = family_of(config)
 
     def convert(path: str, array: jax.Array) -> Any:
-        layout = family.layout(config, path)
+        layout = None if rounding is None else rounding.layout(path)
         wide = dtype == jnp.float16 and re.fullmatch(family.float32, path)
         own = jnp.dtype(jnp.float32) if wide else dtype
-        if load_in_8bit and layout is not None and layout.stack and layout.inp:
-            return quantize_array(array, layout).astype(own)  # rounded once, from the stored element type
+        if rounding is not None and layout is not None:
+            quantizer = rounding.quantizer.without_double_quant()
+            return quantizer(array, layout).astype(own)  # rounded once, from the stored element type
         return array.astype(own)
 
     return convert

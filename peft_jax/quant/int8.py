@@ -6,16 +6,16 @@ without its quantized activations.
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from peft_jax.core.finite import holds_finite
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Product
-from peft_jax.core.weight import Change, Weight, role_specs
+from peft_jax.core.weight import Change, role_specs
+from peft_jax.quant.quantized import Quantized, check_array, check_scale
 
 # The smallest step. A smaller one, or its product with 1, could be subnormal, which XLA flushes to zero.
 SMALLEST_STEP = 2.0**-125
@@ -23,7 +23,7 @@ SMALLEST_STEP = 2.0**-125
 
 @partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dense_dtype"))
 @dataclasses.dataclass(frozen=True)
-class Int8(Weight):
+class Int8(Quantized):
     """A matrix in 8 bits: ``q * scale``, computed in float32; ``dense()`` rounds it to ``dtype``.
 
     Attributes:
@@ -32,6 +32,8 @@ class Int8(Weight):
         layout: Axes of ``q``.
         dense_dtype: Element type of the dense array.
     """
+
+    kind: ClassVar[str] = "int8"
 
     q: jax.Array
     scale: jax.Array
@@ -52,6 +54,11 @@ class Int8(Weight):
         """The dequantized array: within half a step, ``scale / 2``, and then rounded to ``dtype``."""
         matrix = self.layout.matrix(self.q).astype(jnp.float32) * self.scale[..., None, :]
         return self.layout.unmatrix(matrix, self.shape).astype(self.dtype)
+
+    @property
+    def group_size(self) -> None:
+        """None: the scales are those of output channels."""
+        return None
 
     @property
     def array(self) -> jax.Array:
@@ -87,6 +94,10 @@ class Int8(Weight):
         layout = self.layout.unstacked(position) if drop else self.layout
         return dataclasses.replace(self, q=q, scale=scale, layout=layout)
 
+    def requantized(self, array: jax.Array) -> "Int8":
+        """Another array of the same shape, rounded to the same format."""
+        return quantize_array(array, self.layout).astype(self.dtype)
+
     def relaid(self, layout: Layout) -> "Int8":
         """The same arrays with another layout."""
         return dataclasses.replace(self, layout=layout)
@@ -119,16 +130,9 @@ def quantize_array(array: jax.Array, layout: Layout) -> Int8:
         >>> weight.q.tolist(), weight.scale.shape
         ([[64, -127], [127, 0]], (2,))
     """
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"quantize takes floating-point weights, found {array.dtype}. Cast the leaf first.")
-    if not layout.inp:
-        raise ValueError(f"quantize takes matrices, found a vector of shape {array.shape}. Leave it in float.")
+    check_array(array, layout)
     q, scale = _quantize(layout.matrix(array))
-    if not holds_finite(scale):  # NaN and infinities show in the largest value of a channel
-        raise ValueError(
-            f"quantize takes finite weights, found NaN or infinity in an array of shape {array.shape}. Repair or "
-            "replace these weights first."
-        )
+    check_scale(scale, array)
     return Int8(layout.unmatrix(q, array.shape), scale, layout, jnp.dtype(array.dtype))
 
 
@@ -138,8 +142,3 @@ def _quantize(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = jnp.max(jnp.abs(matrix), axis=-2)
     scale = jnp.where(largest == 0, 1.0, jnp.maximum(largest / 127, SMALLEST_STEP))  # NaN stays NaN
     return jnp.round(matrix / scale[..., None, :]).astype(jnp.int8), scale
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays in a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -14,7 +14,8 @@ from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_
 from peft_jax.core.repeated import is_repeated
 from peft_jax.core.targets import names_module, no_matrix, nothing_hit
 from peft_jax.core.weight import is_weight
-from peft_jax.quant.int8 import Int8, quantize_array
+from peft_jax.quant.kinds import Quantizer
+from peft_jax.quant.quantized import Quantized
 
 T = TypeVar("T")
 
@@ -26,21 +27,28 @@ LEFT_OUT = (
 
 def quantize(
     params: T,
-    bits: int = 8,
+    bits: int | None = None,
     *,
+    kind: str | None = None,
+    group_size: int | None = None,
+    double_quant: bool = False,
     target_modules: str | Sequence[str] | None = None,
     layout: Layouts | None = None,
     fn: Callable[..., Any] | None = None,
     args: Sequence[Any] = (),
 ) -> T:
-    """A new tree with weight-only int8 leaves; composes with every adapter method, before or after it.
+    """A new tree with quantized weights; composes with every adapter method, before or after it.
 
-    NaN and infinities are refused. Under `jax.jit` there are no values to look at; an output channel that holds one
-    then becomes NaN as a whole.
+    NaN and infinities are refused. Under `jax.jit` there are no values to look at; a block or output channel that holds
+    one then becomes NaN as a whole.
 
     Args:
         params: Any pytree of arrays, or a model handle. The base of an adapted leaf is quantized under its adapter.
-        bits: 8.
+        bits: 8, which is ``kind="int8"``.
+        kind: ``"nf4"`` or ``"fp4"``, as bitsandbytes rounds to them; ``"int4"`` or ``"int8"``, symmetrically to the
+            nearest integer. None for int8.
+        group_size: Inputs that share a scale: 64 of nf4 and fp4, 128 of int4, and all of int8 where it is None.
+        double_quant: Whether the scales of nf4 and fp4 are rounded to 8 bits too.
         target_modules: What to quantize, by PEFT's rules for ``target_modules``; None for every matmul weight, which
             leaves embeddings, vectors and the output head of a model handle in float.
         layout: Axes by regex over whole leaf paths, as in `peft_jax.apply_adapter`.
@@ -50,8 +58,8 @@ def quantize(
         args: The other arguments of ``fn``.
 
     Raises:
-        ValueError: if ``bits`` is not 8, a target hits nothing, every weight in ``fn`` would be left out, or a leaf's
-            axes are ambiguous or its values not all finite.
+        ValueError: if there is no such format, a target hits nothing, every weight in ``fn`` would be left out, a leaf
+            is in another format already, its axes are ambiguous, or its values not all finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,14 +67,30 @@ def quantize(
         >>> params["mlp"]["kernel"].q.dtype, params["mlp"]["bias"].dtype
         (dtype('int8'), dtype('float32'))
     """
-    if bits != 8:
-        raise ValueError(f"quantize(bits={bits}) is not supported. Write bits=8.")
+    if bits is not None and kind is not None:
+        raise ValueError(f"quantize got bits={bits} and kind={kind!r}. Write kind= alone.")
+    if bits not in (None, 8):
+        raise ValueError(f"quantize(bits={bits}) is not supported. Write bits=8, or kind='nf4', 'fp4' or 'int4'.")
+    quantizer = Quantizer(kind or "int8", group_size, double_quant)
+    return quantize_as(quantizer, params, target_modules=target_modules, layout=layout, fn=fn, args=args)
+
+
+def quantize_as(
+    quantizer: Quantizer,
+    params: T,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    layout: Layouts | None = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+) -> T:
+    """`quantize` to the format of a quantizer; the other arguments and errors are the same."""
     if isinstance(params, Handle):
         layouts = {**params.layouts(), **(layout or {})}
         if target_modules is None:
             names = _matmul_names(find_leaves(params.params, layouts))
             target_modules = [name for name in names if name != params.output_module]
-        return params.replace(quantize(params.params, bits, target_modules=target_modules, layout=layouts))
+        return params.replace(quantize_as(quantizer, params.params, target_modules=target_modules, layout=layouts))
     read = None if fn is None else read_program(params, fn, args)
     found = find_leaves(params, layout, read=read)
     matrices = [leaf for leaf in found if is_matrix(leaf)]
@@ -81,10 +105,10 @@ def quantize(
     nodes = {}
     for position, leaf in enumerate(found):
         if is_matrix(leaf) and _is_whole_target(leaf, targets):
-            nodes[position] = _quantized(leaf, leaf.value)
+            nodes[position] = _quantized(quantizer, leaf, leaf.value)
     if fn is not None and target_modules is None:
         rest = [leaf.path for position, leaf in enumerate(found) if is_matrix(leaf) and position not in nodes]
-        report("quantize(fn=...)", left_out(params, fn, args, rest), LEFT_OUT, alone=not nodes, stacklevel=2)
+        report("quantize(fn=...)", left_out(params, fn, args, rest), LEFT_OUT, alone=not nodes, stacklevel=3)
     return replace_leaves(params, nodes)
 
 
@@ -103,13 +127,24 @@ def _is_whole_target(leaf: Leaf, targets: str | Sequence[str]) -> bool:
     return bool(hit.any())
 
 
-def _quantized(leaf: Leaf, node: Any) -> Any:
+def _quantized(quantizer: Quantizer, leaf: Leaf, node: Any) -> Any:
     if is_adapted(node) or is_repeated(node):
-        return dataclasses.replace(node, base=_quantized(leaf, node.base))
-    if isinstance(node, Int8):
-        return node
+        return dataclasses.replace(node, base=_quantized(quantizer, leaf, node.base))
+    if isinstance(node, Quantized):
+        if (node.kind, node.group_size) == (quantizer.kind, quantizer.size):
+            return node
+        found, wanted = _spelled(node.kind, node.group_size), _spelled(quantizer.kind, quantizer.size)
+        raise ValueError(
+            f"Leaf '{leaf.path}' is {found} already, and was to be {wanted}. Quantize the float weights, or name the "
+            "leaves to quantize in target_modules."
+        )
     layout = leaf.required_layout()
     try:
-        return quantize_array(node, layout)
+        return quantizer(node, layout)
     except ValueError as error:
         raise ValueError(f"Leaf '{leaf.path}' cannot be quantized: {error}") from None
+
+
+def _spelled(kind: str, size: int | None) -> str:
+    """A format as messages name it."""
+    return kind if size is None else f"{kind} by {size}"

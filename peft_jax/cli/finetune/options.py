@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.command_line import flag as flag
-from peft_jax.cli.shared.common_options import CUTOFF, DATA, DTYPE, GGUF, INT8, MODEL, OUTPUT, TEMPLATE, Dtype
+from peft_jax.cli.shared.common_options import CUTOFF, DATA, DTYPE, GGUF, INT4, INT8, MODEL, OUTPUT, TEMPLATE, Dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class ModelOptions:
     classes, with a fresh head where the checkpoint has none; by default what the adapter or the checkpoint is for."""
     load_in_8bit: Annotated[bool, INT8] = False
     """Keep the frozen weights in int8."""
+    load_in_4bit: Annotated[bool, INT4] = False
+    """Keep the frozen weights in nf4, in blocks of 64 (QLoRA)."""
     dtype: Annotated[Dtype | None, DTYPE] = None
     """Element type of the frozen weights; by default that of the checkpoint."""
     remat: Annotated[bool, Option(aliases=("--gradient-checkpointing",))] = False

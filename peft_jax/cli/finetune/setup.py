@@ -174,8 +174,13 @@ def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
 
 def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], adapter: Path | None) -> Any:
     """Read the base model; a classifier with the classes of the adapter that it is trained on, or of the records."""
-    choices: dict[str, Any] = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "remat": options.remat}
-    choices["gguf_file"] = options.gguf_file
+    choices: dict[str, Any] = {
+        "dtype": options.dtype,
+        "load_in_8bit": options.load_in_8bit,
+        "load_in_4bit": options.load_in_4bit,
+        "gguf_file": options.gguf_file,
+        "remat": options.remat,
+    }
     if adapter is not None:
         return task.read_for(options.model, adapter, **choices)
     classes = classes_of_data(options.model, records, options.gguf_file) if task.has_classes else None

@@ -29,8 +29,14 @@ def load_model(options: ModelOptions, task: Task) -> Any:
         OSError: If a file or folder is missing.
     """
     base = find_base(options.model, options.adapter, options.gguf_file)
-    told = {"dtype": options.dtype, "load_in_8bit": options.load_in_8bit, "gguf_file": base.gguf_file}
-    model = task.read_for(base.name, options.adapter, **told)
+    model = task.read_for(
+        base.name,
+        options.adapter,
+        dtype=options.dtype,
+        load_in_8bit=options.load_in_8bit,
+        load_in_4bit=options.load_in_4bit,
+        gguf_file=base.gguf_file,
+    )
     if options.adapter is not None:
         model = pj.PeftModel.from_pretrained(model, options.adapter)
     refuse_random(model)

@@ -12,6 +12,7 @@ MODEL = Option(aliases=("--base-model", "--model-name-or-path"), metavar="MODEL"
 GGUF = Option(metavar="FILE")
 ADAPTER = Option(aliases=("--adapter-path", "--lora-weights"))
 INT8 = Option(aliases=("--load-8bit",))
+INT4 = Option(aliases=("--load-4bit",))
 DTYPE = Option(aliases=("--torch-dtype",), presets={"--bf16": "bfloat16", "--fp16": "float16"})
 DATA = Option(aliases=("--data-path", "--dataset", "--dataset-name"), metavar="DATA")
 TEMPLATE = Option(aliases=("--prompt-template-name",), metavar="NAME")
@@ -34,5 +35,7 @@ class ModelOptions:
     """Folder of an adapter in PEFT's format; without it the base runs alone."""
     load_in_8bit: Annotated[bool, INT8] = False
     """Keep the base's weights in int8."""
+    load_in_4bit: Annotated[bool, INT4] = False
+    """Keep the base's weights in nf4, in blocks of 64 (QLoRA)."""
     dtype: Annotated[Dtype | None, DTYPE] = None
     """Element type of the base's weights; by default the checkpoint's own."""

@@ -24,6 +24,7 @@ from peft_jax.models.handles.label_losses import PROBLEMS
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
 from peft_jax.models.registry import family_of
 from peft_jax.models.weights_io import read_generation_config, read_model
+from peft_jax.quant.bitsandbytes_config import BitsAndBytesConfig
 
 Path = str | os.PathLike[str]
 
@@ -40,8 +41,7 @@ class AutoHandle:
         *,
         dtype: str | jnp.dtype | None = None,
         load_in_8bit: bool = False,
-        gguf_file: str | None = None,
-        remat: bool = False,
+r        remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
         """Read a Hugging Face checkpoint; a head (or pooler) that it lacks is initialized at random, with a warning.
@@ -55,6 +55,8 @@ class AutoHandle:
                 norms and the output head stay in float.
             gguf_file: Name of a GGUF file in the folder, which is read instead of its other files and dequantized
                 tensor by tensor (needs peft-jax[gguf]). A warning says how many bytes the weights then take.
+            load_in_4bit: The same in NF4, in blocks of 64 (QLoRA), without double quantization.
+            quantization_config: The same with all options of transformers' ``BitsAndBytesConfig``.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
 
@@ -63,7 +65,16 @@ class AutoHandle:
             ValueError: if a file is damaged, the architecture is not supported or not for this task, or tensors do not
                 fit the config.
         """
-        return cls._read(name_or_path, remat, dtype=dtype, load_in_8bit=load_in_8bit, gguf_file=gguf_file, key=key)
+        return cls._read(
+            name_or_path,
+            remat,
+            dtype=dtype,
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
+            quantization_config=quantization_config,
+            gguf_file=gguf_file,
+            key=key,
+        )
 
     @classmethod
     def from_config(
@@ -163,8 +174,7 @@ class _AutoClassifier(AutoHandle):
         problem_type: str | None = None,
         dtype: str | jnp.dtype | None = None,
         load_in_8bit: bool = False,
-        gguf_file: str | None = None,
-        remat: bool = False,
+r        remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
         """Read a Hugging Face checkpoint; a head that it lacks is initialized at random, with a warning.
@@ -180,6 +190,8 @@ class _AutoClassifier(AutoHandle):
                 norms and the output head stay in float.
             gguf_file: Name of a GGUF file in the folder, which is read instead of its other files and dequantized
                 tensor by tensor (needs peft-jax[gguf]). A warning says how many bytes the weights then take.
+            load_in_4bit: The same in NF4, in blocks of 64 (QLoRA), without double quantization.
+            quantization_config: The same with all options of transformers' ``BitsAndBytesConfig``.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
 
@@ -203,8 +215,18 @@ class _AutoClassifier(AutoHandle):
             changes["num_labels"] = num_labels
         if problem_type is not None:
             changes["problem_type"] = problem_type
-        changes |= {"dtype": dtype, "load_in_8bit": load_in_8bit, "gguf_file": gguf_file, "key": key}
-        return cls._read(name_or_path, remat, id2label, **changes)
+        return cls._read(
+            name_or_path,
+            remat,
+            id2label,
+            dtype=dtype,
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
+            quantization_config=quantization_config,
+            gguf_file=gguf_file,
+            key=key,
+            **changes,
+        )
 
 
 class AutoModelForSequenceClassification(_AutoClassifier):

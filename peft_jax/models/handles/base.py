@@ -145,8 +145,8 @@ class ModelHandle(Handle):
         """The number of elements of all parameters, quantized ones included; repeated layers count once."""
         count = 0
         for leaf in jax.tree.leaves(self.params, is_leaf=is_weight):
-            array = leaf.array if is_weight(leaf) else leaf
-            count += int(np.prod(array.shape))
+            shape = leaf.stored_shape if is_weight(leaf) else leaf.shape
+            count += int(np.prod(shape))
         return count
 
     @property

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.layout import Layout
 from peft_jax.methods.lora.initializers.base import Factors, Initialize
-from peft_jax.quant.int8 import quantize_array
-from peft_jax.quant.nf4 import round_to_nf4
+from peft_jax.quant.kinds import Quantizer
 
 
 def pissa(config: Any) -> Initialize:
@@ -77,9 +76,9 @@ def mica(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors:
 
 def _loftq(matrix: jax.Array, rank: int, scale: float, key: jax.Array, bits: int, rounds: int) -> Factors:
     """A grid's nearest matrix to what the factors leave, and the factors nearest to what the grid leaves, in turns."""
-    left = matrix
+    left, quantizer = matrix, Quantizer("nf4" if bits == 4 else "int8")
     for _ in range(rounds):
-        grid = round_to_nf4(left.T).T if bits == 4 else quantize_array(left, Layout()).dense()
+        grid = quantizer(left, Layout()).dense()
         u, s, vt = jnp.linalg.svd(matrix - grid, full_matrices=False)
         root = jnp.sqrt(s[:rank])
         a, b = u[:, :rank] * root[None], root[:, None] * vt[:rank]

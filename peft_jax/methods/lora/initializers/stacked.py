@@ -12,7 +12,7 @@ from peft_jax.core.paths import keys_from_names
 from peft_jax.core.weight import Dense, Weight
 from peft_jax.methods.lora.initializers.base import Factors, Initialize
 from peft_jax.methods.lora.initializers.table import find
-from peft_jax.quant.int8 import Int8, quantize_array
+from peft_jax.quant.quantized import Quantized
 
 
 def initialize_layers(
@@ -69,8 +69,8 @@ def initialize_layers(
     for old, layer in zip(matrices, layers, strict=True):
         remaining.append(old if layer.matrix is None else layer.matrix.astype(dense.dtype))
     rest = layout.unmatrix(jnp.reshape(jnp.stack(remaining), (*names.shape, n_in, n_out)), base.shape)
-    if isinstance(base, Int8):
-        return params, quantize_array(rest, layout)
+    if isinstance(base, Quantized):
+        return params, base.requantized(rest)
     return params, Dense(rest, layout)
 
 
@@ -95,11 +95,11 @@ def _check_finite(config: Any, name: str, matrix: jax.Array) -> None:
 def _dense_base(config: Any, base: Weight, name: str) -> jax.Array:
     """The base's array, if the initializer may change such a base."""
     init, takes = config.init_lora_weights, find(config.init_lora_weights).bases
-    if isinstance(base, Dense) or takes == "any" or (isinstance(base, Int8) and takes == "float or int8"):
+    if isinstance(base, Dense) or takes == "any" or (isinstance(base, Quantized) and takes == "float or quantized"):
         return base.dense()
-    if isinstance(base, Int8):
+    if isinstance(base, Quantized):
         raise ValueError(
-            f"init_lora_weights={init!r} starts from the float weight of '{name}', which is int8 already. Attach the "
+            f"init_lora_weights={init!r} starts from the float weight of '{name}', which is {base.kind} already. Attach the "
             "adapter to the float model, and quantize it then."
         )
     raise ValueError(

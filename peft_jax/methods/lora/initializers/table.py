@@ -27,7 +27,7 @@ class Initializer:
         changes_base: Whether it takes the adapter's first product out of the base. A file holds the adapter alone, so
             that it goes on the changed base.
         converts: Whether `peft_jax.interop.save_adapter` can make such an adapter one on the original base.
-        bases: The bases that it takes: ``"float"``, ``"float or int8"``, or ``"any"``, other adapters included.
+        bases: The bases that it takes: ``"float"``, ``"float or quantized"``, or ``"any"``, other adapters included.
         embeddings: On an embedding: as ``True`` does, as it does elsewhere, or refused.
         any_rank: Whether the rank may be larger than the number of the matrix's directions.
         frozen: Roles of the factors that are not trained.
@@ -42,7 +42,7 @@ class Initializer:
     pattern: str | None = None
     changes_base: bool = False
     converts: bool = False
-    bases: Literal["any", "float", "float or int8"] = "any"
+    bases: Literal["any", "float", "float or quantized"] = "any"
     embeddings: Literal["as True", "own", "refused"] = "as True"
     any_rank: bool = False
     frozen: tuple[str, ...] = ()
@@ -72,7 +72,12 @@ TABLE = (
         bases="float",
     ),
     Initializer(
-        "olora", "weight", lambda config: from_weight.olora, changes_base=True, converts=True, bases="float or int8"
+        "olora",
+        "weight",
+        lambda config: from_weight.olora,
+        changes_base=True,
+        converts=True,
+        bases="float or quantized",
     ),
     Initializer(
         "loftq",

@@ -1,0 +1,220 @@
+"""Matrices whose elements share a scale by blocks of the inputs: what all such formats have in common.
+
+The packed array is ``(*stack, blocks, rows, out)``: a block's inputs are an axis of their own, so that compilers fuse
+the dequantization into a product that contracts both axes. `peft_jax.core.product.Product.full_in_blocks` does.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from peft_jax.core.layout import Layout
+from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.weight import Change, role_specs
+from peft_jax.quant.double_scale import DoubleScale
+from peft_jax.quant.quantized import Quantized
+
+
+class BlockAxes(NamedTuple):
+    """What the packed array does not say of the dense one's axes.
+
+    Attributes:
+        padding: Rows of zeros after the last input, which fill the last block.
+        inner_in: Lengths of the input axes after the first.
+        inner_out: Lengths of the output axes after the first.
+        running: 0, or the length of blocks that run on from one output channel to the next, as bitsandbytes has them
+            where it does not divide the inputs. The packed array then has one block, and scales are ``(*stack, n)``.
+    """
+
+    padding: int = 0
+    inner_in: tuple[int, ...] = ()
+    inner_out: tuple[int, ...] = ()
+    running: int = 0
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], layout: Layout, block: int, *, runs_on: bool = False) -> Self:
+        """The axes of an array of this shape in blocks of so many inputs."""
+        n_in, _ = layout.sizes(shape)
+        inner_in = tuple(shape[axis] for axis in layout.inp[1:])
+        inner_out = tuple(shape[axis] for axis in layout.out[1:])
+        if runs_on and n_in % block:
+            return cls(n_in % 2, inner_in, inner_out, block)
+        return cls(-n_in % block, inner_in, inner_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blockwise(Quantized):
+    """A matrix of numbers of few bits, in blocks of its inputs: a number's value times the scale of its block.
+
+    Attributes:
+        packed: ``(*stack, blocks, rows, out)``; two numbers of 4 bits in a byte, see `peft_jax.quant.nibbles`.
+        scale: float32 ``(*stack, blocks, out)``, or a `DoubleScale` that stands for it.
+        layout: Axes of the dense array.
+        dense_dtype: Element type of the dense array.
+        axes: Sizes of the dense array that ``packed`` does not say.
+        compute_dtype: Element type that inputs and the dequantized matrix have in products; None for the inputs' own.
+    """
+
+    packed: jax.Array
+    scale: jax.Array | DoubleScale
+    layout: Layout
+    dense_dtype: jnp.dtype
+    axes: BlockAxes
+    compute_dtype: jnp.dtype | None
+
+    @abc.abstractmethod
+    def values(self) -> jax.Array:
+        """The numbers without their scales: float32 ``(*stack, blocks, ..., out)``, the inputs of a block between."""
+
+    @abc.abstractmethod
+    def values_at(self, row: jax.Array) -> jax.Array:
+        """The numbers of some inputs, float32 ``(*row.shape, out)``; no stacked axes."""
+
+    @property
+    @abc.abstractmethod
+    def block(self) -> int:
+        """Inputs in a block of ``packed``."""
+
+    @property
+    def group_size(self) -> int:
+        """Elements that share a scale."""
+        return self.axes.running or self.block
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array."""
+        *stack, blocks, _, n_out = self.packed.shape
+        axes, layout = self.axes, self.layout
+        n_in = blocks * self.block - axes.padding
+        inp = (n_in // math.prod(axes.inner_in), *axes.inner_in)
+        out = (n_out // math.prod(axes.inner_out), *axes.inner_out)
+        sizes = dict(zip((*layout.inp, *layout.out), (*inp, *out), strict=True))
+        if len(stack) != len(layout.stack):  # between the slices of a loop: what is left of the stack stands in front
+            return (*stack, *(sizes[axis] for axis in sorted(sizes)))
+        sizes.update(zip(layout.stack, stack, strict=True))
+        return tuple(sizes[axis] for axis in range(len(sizes)))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Element type of the dense array."""
+        return self.dense_dtype
+
+    @property
+    def array(self) -> jax.Array:
+        """``packed``, whose axes `entries` translates."""
+        return self.packed
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the dense array: ``packed`` has fewer elements."""
+        return self.shape
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether no block belongs to several output channels."""
+        return not self.axes.running
+
+    def entries(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The entry of each axis of the dense array, given those of ``packed``."""
+        *stack, inp, _, out = (*spec, *(None,) * (self.packed.ndim - len(spec)))
+        entries = dict.fromkeys(range(len(self.layout.order)))
+        entries.update(zip(self.layout.stack, stack, strict=True))
+        entries[self.layout.inp[0]], entries[self.layout.out[0]] = inp, out
+        return tuple(entries.values())
+
+    def scales(self) -> jax.Array:
+        """The scales, float32."""
+        return self.scale.dense() if isinstance(self.scale, DoubleScale) else self.scale
+
+    def blocks(self) -> jax.Array:
+        """The dequantized matrix in the axes of `values`, float32."""
+        values, scales = self.values(), self.scales()
+        if self.axes.running:
+            inputs, outputs = np.arange(self.block), np.arange(values.shape[-1])
+            place = self._running_place(inputs[:, None], outputs[None])
+            return values * jnp.take(scales, place, axis=-1, mode="clip").reshape(values.shape)
+        between = values.ndim - scales.ndim
+        return values * scales.reshape(*scales.shape[:-1], *(1,) * between, scales.shape[-1])
+
+    def _running_place(self, inputs: Any, outputs: Any) -> Any:
+        """Which of the blocks that run on an element is in."""
+        n_in = self.block - self.axes.padding
+        return (outputs * n_in + inputs) // self.axes.running
+
+    def matrix(self) -> jax.Array:
+        """The dequantized matrix, float32 ``(*stack, in, out)``."""
+        blocks = self.blocks()
+        stack, n_out = self.packed.shape[:-3], self.packed.shape[-1]
+        matrix = blocks.reshape(*stack, -1, n_out)
+        return matrix[..., : matrix.shape[-2] - self.axes.padding, :]
+
+    def rows(self, row: jax.Array) -> jax.Array:
+        """Some rows of the dequantized matrix, float32 ``(*row.shape, out)``; no stacked axes."""
+        values, scales = self.values_at(row), self.scales()
+        if self.axes.running:
+            outputs = jnp.arange(values.shape[-1]).reshape(*(1,) * row.ndim, -1)
+            return values * scales[self._running_place(row[..., None], outputs)]
+        return values * scales[row // self.block]
+
+    def dense(self) -> jax.Array:
+        """The dequantized array: value times scale in float32, and then rounded to ``dtype``."""
+        return self.layout.unmatrix(self.matrix(), self.shape).astype(self.dtype)
+
+    def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
+        """The product with the dequantized matrix, which backward makes again from the packed one."""
+        out = product.preferred_element_type or (self.dtype if product.looks_up else x.dtype)
+        if product.looks_up:
+            n_in = self.packed.shape[-3] * self.block - self.axes.padding
+            found = product.full(x, jnp.ones((n_in, 1)))  # NaN where an index has no row
+            return (self.rows(jnp.clip(x, 0, n_in - 1)) * found).astype(out)
+        compute = self.compute_dtype or x.dtype
+
+        # Without the checkpoint, autodiff keeps the dequantized matrix for the gradient of x: a dense copy of the base.
+        @jax.checkpoint
+        def multiplied(x: jax.Array, weight: Blockwise) -> jax.Array:
+            if weight.axes.padding or weight.packed.ndim > 3:
+                return product.full(x, weight.matrix().astype(compute))
+            return product.full_in_blocks(x, weight.blocks().astype(compute))
+
+        return multiplied(x.astype(compute), self).astype(out)
+
+    def astype(self, dtype: jnp.dtype) -> Self:
+        """The same numbers, standing for an array of another element type."""
+        return dataclasses.replace(self, dense_dtype=jnp.dtype(dtype))
+
+    def mapped(self, position: int, change: Change, *, drop: bool) -> Self:
+        """The weight with all arrays changed along a stacked axis; those come first in each of them."""
+        changed = jax.tree.map(lambda array: change(array, position), self)
+        layout = self.layout.unstacked(position) if drop else self.layout
+        return dataclasses.replace(changed, layout=layout)
+
+    def relaid(self, layout: Layout) -> Self:
+        """The same arrays with another layout."""
+        return dataclasses.replace(self, layout=layout)
+
+    def specs(self, entries: tuple[Any, ...]) -> Self:
+        """Blocks are sharded as the inputs are, and scales as the blocks."""
+        roles = role_specs(self.layout, entries)
+        stack, inp, out = roles["stack"], roles["in"], roles["out"]
+        if self.axes.running:
+            packed, scale = PartitionSpec(*stack, None, None, *out), PartitionSpec(*stack, None)
+        else:
+            packed, scale = PartitionSpec(*stack, *inp, None, *out), PartitionSpec(*stack, *inp, *out)
+        return dataclasses.replace(
+            self,
+            packed=packed,  # type: ignore[arg-type]
+            scale=self.scale.specs(scale) if isinstance(self.scale, DoubleScale) else scale,
+        )
+
+
+def in_blocks(matrix: jax.Array, block: int) -> jax.Array:
+    """A matrix ``(*stack, in, out)`` as float32 ``(*stack, blocks, block, out)``, with zeros after the last input."""
+    *stack, n_in, n_out = matrix.shape
+    padding = [(0, 0)] * len(stack) + [(0, -n_in % block), (0, 0)]
+    return jnp.pad(matrix.astype(jnp.float32), padding).reshape(*stack, -1, block, n_out)
