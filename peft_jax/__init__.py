@@ -52,6 +52,8 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from peft_jax.models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from peft_jax.models import get_peft_model as get_peft_model
+    from peft_jax.models import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from peft_jax.models import replace_lora_weights_loftq as replace_lora_weights_loftq
     from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig
     from peft_jax.prompts import CPTConfig as CPTConfig
     from peft_jax.prompts import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig

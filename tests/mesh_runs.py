@@ -2,7 +2,7 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_runs.py FOLDER MESH ...
 
-FOLDER holds a model and data.json, a MESH is like data=8. Each mesh has a few steps with an int8 and with a float base,
+FOLDER holds a model and data.json, a MESH is like data=8. Each mesh has a few steps with an int8, an nf4 and a float base,
 the last one 20 steps with an int8 base too. Printed as JSON: of each run the losses, and how its arrays lay.
 """
 
@@ -48,9 +48,9 @@ from peft_jax.train.run_state import Checkpoints
 STEPS, HALF, FEW = 20, 10, 3
 
 
-def trainer(mesh: Any, *, load_in_8bit: bool) -> Callable[..., dict[str, Any]]:
+def trainer(mesh: Any, **load: bool) -> Callable[..., dict[str, Any]]:
     """A function that trains on a mesh (None for one device): from a checkpoint's folder, or from the start."""
-    model = pj.AutoModelForCausalLM.from_pretrained("model", load_in_8bit=load_in_8bit)
+    model = pj.AutoModelForCausalLM.from_pretrained("model", **load)
     config = pj.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
     model = pj.get_peft_model(model, config, key=jax.random.key(1))
     data = Padded(encode(read_data("data.json"), read_tokenizer("model"), cutoff_len=64).examples)
@@ -97,8 +97,8 @@ if __name__ == "__main__":
     os.chdir(sys.argv[1])
     meshes: dict[str, Any] = {"one": None, **{text: make_mesh(parse_mesh(text)) for text in sys.argv[2:]}}
     last, found = sys.argv[-1], {}
-    for kind in ("float", "int8"):
-        run = {text: trainer(mesh, load_in_8bit=kind == "int8") for text, mesh in meshes.items()}
+    for kind, load in {"float": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}.items():
+        run = {text: trainer(mesh, **load) for text, mesh in meshes.items()}
         found |= {f"{kind} {text}": run[text](steps=FEW) for text in meshes}
     found |= {text: run[text](save=f"from-{text}") for text in ("one", last)}
     found["many to one"] = run["one"](load=f"from-{last}")

@@ -438,11 +438,11 @@ def test_a_hook_may_give_any_pytree(tmp_path):
     np.testing.assert_array_equal(got["b"], params["b"])
 
 
-@pytest.mark.parametrize("load_in_8bit", [False, True])
-def test_matrices_may_come_in_pieces(load_in_8bit, whole, monkeypatch):
-    _, want = load_model(whole, load_in_8bit=load_in_8bit)
+@pytest.mark.parametrize("load", [{}, {"load_in_8bit": True}, {"load_in_4bit": True}])
+def test_matrices_may_come_in_pieces(load, whole, monkeypatch):
+    _, want = load_model(whole, **load)
     monkeypatch.setattr("peft_jax.interop.checkpoint.PIECE", 1300)  # 10 of 32, 48 or 50 rows
-    _, got = load_model(whole, load_in_8bit=load_in_8bit)
+    _, got = load_model(whole, **load)
     equal_trees(got, want)
 
 

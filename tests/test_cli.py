@@ -123,6 +123,7 @@ def test_the_same_words_give_the_same_bytes(
     "change",
     [
         {"load_in_8bit": True},
+        {"load_in_4bit": True},
         {"lora_alpha": 3},
         {"max_steps": 4},
         {"batch_size": 3},

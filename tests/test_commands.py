@@ -25,6 +25,7 @@ from peft_jax.cli.generate.prompt_input import encode
 from peft_jax.cli.main import main
 from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.models.handles.causal_lm import CausalLM
+from peft_jax.quant import NF4
 from peft_jax.train import Record, tokenize_prompts
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -294,6 +295,7 @@ def test_base_element_type_and_int8(workplace: Path, calls: Calls, adapted: Path
 
     assert kernel().dtype == jnp.float32 and kernel("--dtype", "bfloat16").dtype == jnp.bfloat16
     assert kernel("--load-in-8bit").q.dtype == jnp.int8
+    assert isinstance(kernel("--load-in-4bit"), NF4)
     shutil.move("model", "elsewhere")
     assert kernel("--model", "elsewhere").dtype == jnp.float32
 
@@ -444,7 +446,7 @@ def test_eval_heeds_element_type_and_int8(run: Callable[..., str]) -> None:
         return float(json.loads(run("eval", "--model", "model", "--data", "data.json", "--json", *words))["loss"])
 
     plain = loss()
-    for words in (["--dtype", "bfloat16"], ["--load-in-8bit"]):
+    for words in (["--dtype", "bfloat16"], ["--load-in-8bit"], ["--load-in-4bit"]):
         assert 1e-6 < abs(loss(*words) - plain) < 0.05
 
 
@@ -516,13 +518,14 @@ def test_merge_rounds_once(
         assert tree(workplace / "plain")["model.safetensors"] == tree(workplace / "out")["model.safetensors"]
 
 
-def test_an_adapter_trained_on_int8_is_merged_into_the_float_weights(
-    run: Callable[..., str], torch_model: Callable[..., Any], workplace: Path
+@pytest.mark.parametrize("load", ["load_in_8bit", "load_in_4bit"])
+def test_an_adapter_trained_on_a_quantized_base_is_merged_into_the_float_weights(
+    run: Callable[..., str], torch_model: Callable[..., Any], workplace: Path, load: str
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = pj.AutoModelForCausalLM.from_pretrained("model", load_in_8bit=True)
+    base = pj.AutoModelForCausalLM.from_pretrained("model", **{load: True})
     model = pj.get_peft_model(base, pj.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     trainable, frozen = pj.partition(model)
     model = pj.combine(jax.tree.map(lambda leaf: leaf + 0.1, trainable), frozen)

@@ -55,12 +55,13 @@ def test_eight_devices_give_the_losses_of_one(runs: dict[str, Any]) -> None:
         np.testing.assert_allclose(runs[name]["losses"], wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("base", ["float", "int8"])
+@pytest.mark.parametrize("base", ["float", "int8", "nf4"])
 def test_each_axis_of_a_mesh_gives_the_losses_of_one_device(runs: dict[str, Any], base: str) -> None:
     wanted = runs[f"{base} one"]["losses"]
     assert len(wanted) == 3 and len(set(wanted)) == 3
-    assert runs["float one"]["losses"] != runs["int8 one"]["losses"]
-    matrix = {"float": "q_proj.kernel.base", "int8": "q_proj.kernel.base.q"}[base]
+    assert runs["float one"]["losses"] != runs["int8 one"]["losses"] != runs["nf4 one"]["losses"]
+    matrix = {"float": "", "int8": ".q", "nf4": ".packed"}[base]
+    matrix = f"q_proj.kernel.base{matrix}"
     for mesh, parts in zip((*ALONG_ONE_AXIS, MESH), (1, 8, 8, 4), strict=True):
         found = runs[f"{base} {mesh}"]
         np.testing.assert_allclose(found["losses"], wanted, rtol=1e-5)

@@ -118,13 +118,14 @@ def test_adding_a_target_changes_no_other_adapter(config):
 
 
 @changes_matrix
-def test_works_on_an_int8_base(config):
-    tree = pj.quantize({"dense": {"kernel": normal(0, 12, 8)}})
+@pytest.mark.parametrize("kind", ["int8", "nf4", "int4"])
+def test_works_on_a_quantized_base(config, kind):
+    tree = pj.quantize({"dense": {"kernel": normal(0, 12, 8)}}, kind=kind)
     leaf = pj.apply_adapter(tree, config)["dense"]["kernel"]
     leaf = dataclasses.replace(leaf, params=perturbed(leaf.params))
     x = normal(1, 5, 12)
     close(leaf.apply(x), x @ leaf.dense())
-    assert leaf.base.q.dtype == jnp.int8
+    assert leaf.base.array.dtype == (jnp.int8 if kind == "int8" else jnp.uint8)
 
 
 @changes_matrix

@@ -29,6 +29,8 @@ from peft_jax.models.handles.peft_model import PeftModelForSequenceClassificatio
 from peft_jax.models.handles.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from peft_jax.models.handles.peft_model import get_peft_model as get_peft_model
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
+from peft_jax.models.kbit_training import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from peft_jax.models.llama.config import LlamaConfig as LlamaConfig
+from peft_jax.models.loftq_replacement import replace_lora_weights_loftq as replace_lora_weights_loftq
 from peft_jax.models.modules.lazy_logits import LazyLogits as LazyLogits
 from peft_jax.models.t5.config import T5Config as T5Config

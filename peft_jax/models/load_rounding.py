@@ -75,11 +75,10 @@ def load_rounding(
 
 def _layout(model: ModelConfig, row: Row, *, outside: bool) -> Layout | None:
     """Axes of a matrix that may be rounded; ``outside`` says whether those outside of the layers may be."""
-    layout = family_of(model).layout(model, row.path)
-    if layout is not None:
-        return layout if layout.stack and layout.inp else None
-    found = conventional_layout(row.path, row.shape) if outside else None
-    return found if found is not None and found.inp and not found.lookup else None
+    layout = family_of(model).layout(model, row.path) or conventional_layout(row.path, row.shape)
+    if layout is None or not layout.inp:
+        return None
+    return layout if layout.stack or (outside and not layout.lookup) else None
 
 
 def _is_skipped(row: Row, layout: Layout, patterns: Sequence[str]) -> bool:

@@ -18,8 +18,8 @@ from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
 from peft_jax.models.family import leaf_at, with_leaf
 from peft_jax.models.gguf_checkpoint import base_config, base_files, dequantized_note, gguf_tensors, open_base
-from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.models.load_rounding import LoadRounding, load_rounding
+from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.quant import BitsAndBytesConfig
 from peft_jax.quant.float_blocks import double_quantized
 
@@ -44,7 +44,10 @@ def read_model(
     *,
     dtype: Any = None,
     load_in_8bit: bool = False,
-r    key: jax.Array | None = None,
+    load_in_4bit: bool = False,
+    quantization_config: BitsAndBytesConfig | None = None,
+    gguf_file: str | None = None,
+    key: jax.Array | None = None,
     **changes: Any,
 ) -> Loaded:
     """Read architecture and parameters of a checkpoint, and say which of them it lacks, which start at random.
@@ -57,7 +60,11 @@ r    key: jax.Array | None = None,
             names, or else that of the first tensor.
         load_in_8bit: Whether to round the linear kernels of the layers to int8, tensor by tensor while loading.
             Embedding, norms, biases and head stay floating-point.
-r        key: Random key for a head that the checkpoint does not have; None means ``jax.random.key(0)``.
+        load_in_4bit: The same in NF4, in blocks of 64.
+        quantization_config: The same with all options.
+        gguf_file: Name of a GGUF file in the folder, from which all is read instead, dequantized tensor by tensor. A
+            warning says the bytes that the weights then take. dtype=None means float32 for one with quantized weights.
+        key: Random key for a head that the checkpoint does not have; None means ``jax.random.key(0)``.
         **changes: Fields of the config that are not to be as in config.json: ``task_type``, ``num_labels``, ...
 
     Raises:

@@ -41,7 +41,10 @@ class AutoHandle:
         *,
         dtype: str | jnp.dtype | None = None,
         load_in_8bit: bool = False,
-r        remat: bool = False,
+        load_in_4bit: bool = False,
+        quantization_config: BitsAndBytesConfig | None = None,
+        gguf_file: str | None = None,
+        remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
         """Read a Hugging Face checkpoint; a head (or pooler) that it lacks is initialized at random, with a warning.
@@ -174,7 +177,10 @@ class _AutoClassifier(AutoHandle):
         problem_type: str | None = None,
         dtype: str | jnp.dtype | None = None,
         load_in_8bit: bool = False,
-r        remat: bool = False,
+        load_in_4bit: bool = False,
+        quantization_config: BitsAndBytesConfig | None = None,
+        gguf_file: str | None = None,
+        remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
         """Read a Hugging Face checkpoint; a head that it lacks is initialized at random, with a warning.

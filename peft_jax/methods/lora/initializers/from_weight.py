@@ -79,8 +79,14 @@ def _loftq(matrix: jax.Array, rank: int, scale: float, key: jax.Array, bits: int
     left, quantizer = matrix, Quantizer("nf4" if bits == 4 else "int8")
     for _ in range(rounds):
         grid = quantizer(left, Layout()).dense()
-        u, s, vt = jnp.linalg.svd(matrix - grid, full_matrices=False)
-        root = jnp.sqrt(s[:rank])
-        a, b = u[:, :rank] * root[None], root[:, None] * vt[:rank]
+        a, b = of_difference(matrix - grid, rank, 1.0)
         left = matrix - a @ b
     return Factors(a / scale**0.5, b / scale**0.5, grid)
+
+
+def of_difference(lost: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+    """The factors whose product, times the adapter's scale, is nearest to a matrix; LoftQ's of what rounding lost."""
+    u, s, vt = jnp.linalg.svd(lost, full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    a, b = u[:, :rank] * root[None], root[:, None] * vt[:rank]
+    return a / scale**0.5, b / scale**0.5
