@@ -8,6 +8,7 @@
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's figures
 #   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
+#   make quantization    write docs/quantization.md: the formats of weights, their bytes, and what they equal
 #   make lowering        write docs/lowering.md: memory and operations of steps compiled for TPUs and the H100 (in .venv-aot)
 #
 # PYTHON=/path/to/python3 chooses the interpreter; otherwise the first Python >= 3.11 on the path is taken.
@@ -27,7 +28,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-models test-newest lint types conformance bench lowering
+.PHONY: demo test test-models test-newest lint types conformance quantization bench lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -61,6 +62,9 @@ conformance: .venv/test
 	$(BIN)/python -m pytest --conformance docs/conformance.md \
 	    tests/test_peft_parity.py tests/test_peft_families.py tests/test_t5_peft.py \
 	    tests/test_prompt_parity.py tests/test_prompt_families.py
+
+quantization: .venv/runtime
+	$(BIN)/python tools/quantization_table.py docs/quantization.md
 
 lint: .venv/test types
 	$(BIN)/ruff check

@@ -2,8 +2,8 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_runs.py FOLDER MESH ...
 
-FOLDER holds a model and data.json, a MESH is like data=8. Each mesh has a few steps with an int8, an nf4 and a float base,
-the last one 20 steps with an int8 base too. Printed as JSON: of each run the losses, and how its arrays lay.
+FOLDER holds a model and data.json, a MESH is like data=8. Each mesh has a few steps with an int8, an nf4 and a float
+base, the last one 20 steps with an int8 base too. Printed as JSON: of each run the losses, and how its arrays lay.
 """
 
 import json

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
 
 
 def merge(options: Merge) -> None:
-    """Run the command. The base is read in float also where the adapter was trained on quantized weights, and rounded once.
+    """Run the command. The base is read in float, even if the adapter was trained on a quantized one, and rounded once.
 
     Raises:
         ValueError: If the adapter does not fit the base; nothing is left behind.

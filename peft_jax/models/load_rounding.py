@@ -45,8 +45,8 @@ def load_rounding(
     config = quantization_config
     if config is not None and not isinstance(config, BitsAndBytesConfig):
         raise ValueError(
-            f"quantization_config is a {type(config).__module__}.{type(config).__name__}, which is not supported. Write "
-            "quantization_config=pj.BitsAndBytesConfig(...)."
+            f"quantization_config is a {type(config).__module__}.{type(config).__name__}, which is not supported. "
+            "Write quantization_config=pj.BitsAndBytesConfig(...)."
         )
     if [load_in_8bit, load_in_4bit, config is not None].count(True) > 1:
         raise ValueError(
@@ -61,8 +61,8 @@ def load_rounding(
         asked = config.quantizer()
         if asked is None:
             raise ValueError(
-                "quantization_config quantizes nothing. Write load_in_4bit=True or load_in_8bit=True in it, or leave it "
-                "out."
+                "quantization_config quantizes nothing. Write load_in_4bit=True or load_in_8bit=True in it, or leave "
+                "it out."
             )
         quantizer, skipped = asked, config.llm_int8_skip_modules
     layouts = []

@@ -1,4 +1,4 @@
-"""Int4's and grouped int8's shared base class: integers with a scale, and perhaps a zero point, for each group of inputs.
+"""Int4's and grouped int8's shared base class: integers with a scale, and perhaps a zero point, by groups of inputs.
 
 As GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323) and AWQ (Lin et al., 2023,
 https://arxiv.org/abs/2306.00978) store their weights; rounded here to the nearest, symmetrically.

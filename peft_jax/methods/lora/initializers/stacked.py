@@ -99,8 +99,8 @@ def _dense_base(config: Any, base: Weight, name: str) -> jax.Array:
         return base.dense()
     if isinstance(base, Quantized):
         raise ValueError(
-            f"init_lora_weights={init!r} starts from the float weight of '{name}', which is {base.kind} already. Attach the "
-            "adapter to the float model, and quantize it then."
+            f"init_lora_weights={init!r} starts from the float weight of '{name}', which is {base.kind} already. "
+            "Attach the adapter to the float model, and quantize it then."
         )
     raise ValueError(
         f"init_lora_weights={init!r} takes a part out of the weight of '{name}', on which an adapter is trained "
