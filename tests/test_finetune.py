@@ -136,11 +136,12 @@ def test_remat_and_mesh_reach_the_training_step(monkeypatch: pytest.MonkeyPatch)
     assert seen[2] == (0, {"data": 1, "fsdp": 1, "tensor": 1})
 
 
+@pytest.mark.parametrize("load", ["load_in_8bit", "load_in_4bit"])
 def test_a_mesh_gives_the_same_adapter_and_takes_over_a_run(
-    plain: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str]
+    plain: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str], load: str
 ) -> None:
-    tensors = run(mesh="data=2,tensor=2", load_in_8bit=True, val_size=2, packing=True)
-    assert main(words(output="one", load_in_8bit=True, val_size=2, packing=True)) == 0
+    tensors = run(mesh="data=2,tensor=2", **{load: True}, val_size=2, packing=True)
+    assert main(words(output="one", **{load: True}, val_size=2, packing=True)) == 0
     alone = load_file("one/adapter_model.safetensors")
     for name, value in tensors.items():
         np.testing.assert_allclose(value, alone[name], atol=1e-5)

@@ -81,12 +81,13 @@ def results(folder: str) -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT's, of every AdaLoRA's file
+@pytest.mark.parametrize("load", ["--load-in-8bit", "--load-in-4bit"])
 def test_adalora_narrows_by_itself_resumes_bit_for_bit_and_is_read_by_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], load: str
 ) -> None:
     Path("fields.json").write_text(json.dumps({**FIELDS["ADALORA"], "deltaT": 2}))
     words = [*WORDS, "--max-steps", "8", "--peft", "ADALORA", "--peft-config", "fields.json", "--val-size", "2"]
-    words += ["--eval-steps", "3", "--load-in-8bit"]
+    words += ["--eval-steps", "3", load]
     assert main([*words, "--output", "whole"]) == 0
     write = MetricsLog.write
 

@@ -1,4 +1,4 @@
-"""Which leaves of a checkpoint are quantized while it is read, and to which format."""
+"""The leaves of a checkpoint that are quantized while it is read, and their format."""
 
 import re
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def load_rounding(
     load_in_4bit: bool,
     quantization_config: BitsAndBytesConfig | None,
 ) -> LoadRounding | None:
-    """What to round while reading; None for nothing.
+    """The leaves to round while reading, and their format; None for no rounding.
 
     The matrices of the layers are rounded, without embeddings. Where ``llm_int8_skip_modules`` is given, the matrices
     outside of the layers are rounded too unless it names them, as in transformers.

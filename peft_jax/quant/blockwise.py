@@ -22,7 +22,7 @@ from peft_jax.quant.quantized import Quantized
 
 
 class BlockAxes(NamedTuple):
-    """What the packed array does not say of the dense one's axes.
+    """The sizes of the dense array that the packed one does not say.
 
     Attributes:
         padding: Rows of zeros after the last input, which fill the last block.
@@ -122,7 +122,8 @@ class Blockwise(Quantized):
 
     def entries(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
         """The entry of each axis of the dense array, given those of ``packed``."""
-        *stack, inp, _, out = (*spec, *(None,) * (self.packed.ndim - len(spec)))
+        whole: list[Any] = [*spec, *(None,) * (self.packed.ndim - len(spec))]
+        *stack, inp, _, out = whole
         entries = dict.fromkeys(range(len(self.layout.order)))
         entries.update(zip(self.layout.stack, stack, strict=True))
         entries[self.layout.inp[0]], entries[self.layout.out[0]] = inp, out
@@ -206,11 +207,10 @@ class Blockwise(Quantized):
             packed, scale = PartitionSpec(*stack, None, None, *out), PartitionSpec(*stack, None)
         else:
             packed, scale = PartitionSpec(*stack, *inp, None, *out), PartitionSpec(*stack, *inp, *out)
-        return dataclasses.replace(
-            self,
-            packed=packed,  # type: ignore[arg-type]
-            scale=self.scale.specs(scale) if isinstance(self.scale, DoubleScale) else scale,
-        )
+        parts: dict[str, Any] = {"packed": packed, "scale": scale}
+        if isinstance(self.scale, DoubleScale):
+            parts["scale"] = self.scale.specs(scale)
+        return dataclasses.replace(self, **parts)
 
 
 def in_blocks(matrix: jax.Array, block: int) -> jax.Array:

@@ -68,8 +68,12 @@ class DoubleScale:
     def specs(self, codes: PartitionSpec) -> Self:
         """Codes are sharded as the scales would be, and the rest by stacked axes alone."""
         stack = tuple(codes)[: self.offset.ndim]
-        largest, offset = PartitionSpec(*stack, None), PartitionSpec(*stack)
-        return dataclasses.replace(self, codes=codes, largest=largest, offset=offset)
+        parts: dict[str, Any] = {
+            "codes": codes,
+            "largest": PartitionSpec(*stack, None),
+            "offset": PartitionSpec(*stack),
+        }
+        return dataclasses.replace(self, **parts)
 
 
 @partial(jax.jit, static_argnames="stacked")
