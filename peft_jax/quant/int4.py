@@ -20,7 +20,7 @@ class Int4(IntBlocks):
     """A matrix in 4 bits; codes are from 0 to 15, and 8 stands for zero where no zero points say otherwise.
 
     Example:
-        >>> import peft_jax as pj
+        >>> import jax.numpy as jnp, peft_jax as pj
         >>> weight = Int4.of(jnp.array([[0.5], [-7.0], [3.0], [2.0]]), pj.Layout())
         >>> weight.packed.shape, weight.dense().ravel().tolist()
         ((1, 64, 1), [0.0, -7.0, 3.0, 2.0])
