@@ -62,7 +62,9 @@ def test_each_axis_of_a_mesh_gives_the_losses_of_one_device(runs: dict[str, Any]
     assert runs["float one"]["losses"] != runs["int8 one"]["losses"] != runs["nf4 one"]["losses"]
     matrix = {"float": "", "int8": ".q", "nf4": ".packed"}[base]
     matrix = f"q_proj.kernel.base{matrix}"
-    for mesh, parts in zip((*ALONG_ONE_AXIS, MESH), (1, 8, 8, 4), strict=True):
+    # 64 does not divide nf4's 32 inputs: its blocks run on through the outputs, and fsdp, which splits inputs, has none.
+    counts = (1, 1, 8, 2) if base == "nf4" else (1, 8, 8, 4)
+    for mesh, parts in zip((*ALONG_ONE_AXIS, MESH), counts, strict=True):
         found = runs[f"{base} {mesh}"]
         np.testing.assert_allclose(found["losses"], wanted, rtol=1e-5)
         (count,) = {count for path, count in found["parts"].items() if path.endswith(matrix)}
