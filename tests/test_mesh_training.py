@@ -62,7 +62,7 @@ def test_each_axis_of_a_mesh_gives_the_losses_of_one_device(runs: dict[str, Any]
     assert runs["float one"]["losses"] != runs["int8 one"]["losses"] != runs["nf4 one"]["losses"]
     matrix = {"float": "", "int8": ".q", "nf4": ".packed"}[base]
     matrix = f"q_proj.kernel.base{matrix}"
-    # 64 does not divide nf4's 32 inputs: its blocks run on through the outputs, and fsdp, which splits inputs, has none.
+    # 64 does not divide nf4's 32 inputs: blocks run on through the outputs, and fsdp, which splits inputs, has none.
     counts = (1, 1, 8, 2) if base == "nf4" else (1, 8, 8, 4)
     for mesh, parts in zip((*ALONG_ONE_AXIS, MESH), counts, strict=True):
         found = runs[f"{base} {mesh}"]
