@@ -745,6 +745,7 @@ LONGROPE = {
     **{"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 8},
     **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
 }
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 ARCHITECTURES: dict[str, Architecture] = {
     # Its adapters are `MethodCase.llama`, and its prompts for language models `PromptCase.llama`.
@@ -808,6 +809,46 @@ ARCHITECTURES: dict[str, Architecture] = {
             "CAUSAL_LM",
             {**SMALLER, "max_position_embeddings": 32, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
         ),
+    ),
+    "gemma": Architecture(
+        sizes={**ENCODER, "num_key_value_heads": 2, "head_dim": 8},
+        model_types={"gemma": {}, "gemma2": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4}},
+        modules=Modules(
+            first="q_proj",
+            second="v_proj",
+            last="down_proj",
+            layers="layers",
+            norm="norm",
+            part="mlp",
+            embedding="embed_tokens",
+        ),
+        heads=("SequenceClassification", "TokenClassification", ""),
+        switches={
+            "gemma3": (
+                "gemma3_text",
+                {"layer_types": MIXED, "query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0},
+            ),
+            "gemma1": ("gemma", {"attention_bias": True}),
+            "gemma2": ("gemma2", {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
+        },
+        grid={
+            "gemma1-untied": ("gemma", {"tie_word_embeddings": False, "hidden_act": "relu"}),
+            "gemma2-uncapped": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+            "gemma2-full": ("gemma2", {"layer_types": ["full_attention"] * 3, "final_logit_softcapping": 1.0}),
+            "gemma3-ropes": (
+                "gemma3_text",
+                {"layer_types": MIXED, "rope_parameters": {"full_attention": YARN, "sliding_attention": DEFAULT_ROPE}},
+            ),
+            "gemma3-biases": ("gemma3_text", {"attention_bias": True, "attn_logit_softcapping": 1.0}),
+        },
+        refused={
+            "gemma1 in both directions": ("gemma", {"use_bidirectional_attention": True}),
+            "gemma3 in both directions": ("gemma3_text", {"use_bidirectional_attention": True}),
+            "gemma2 with a partial rope": (
+                "gemma2",
+                {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
+            ),
+        },
     ),
     "bert": Architecture(
         sizes=ENCODER,

@@ -2,6 +2,8 @@
 
 from peft_jax.models.bert.config import BertConfig as BertConfig
 from peft_jax.models.bert.config import RobertaConfig as RobertaConfig
+from peft_jax.models.gemma.config import GemmaConfig as GemmaConfig
+from peft_jax.models.gemma4.config import Gemma4Config as Gemma4Config
 from peft_jax.models.gpt2.config import GPT2Config as GPT2Config
 from peft_jax.models.handles.auto import AutoModel as AutoModel
 from peft_jax.models.handles.auto import AutoModelForCausalLM as AutoModelForCausalLM

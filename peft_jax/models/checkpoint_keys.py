@@ -46,7 +46,12 @@ def fresh_rows(family: Family, config: ModelConfig, rows: Sequence[Row], tensors
 
 def unused(family: Family) -> list[str]:
     """Regexes of tensors that may be left over: buffers, and what other tasks have."""
-    return [*family.ignored, *(rf"{re.escape(name)}\..*" for name in _head_names(family)), *family.extras]
+    return [
+        *family.ignored,
+        *family.surplus,
+        *(rf"{re.escape(name)}\..*" for name in _head_names(family)),
+        *family.extras,
+    ]
 
 
 def _new_name(family: Family, key: str) -> str:

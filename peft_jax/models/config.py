@@ -173,6 +173,15 @@ def check_model_type(model_type: Any, known: Iterable[str]) -> str:
     return str(model_type)
 
 
+def check_kinds(config: ModelConfig, kinds: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError unless layer_types names one of the known kinds for each layer."""
+    if len(kinds) != config.num_hidden_layers or not set(kinds) <= set(known):
+        raise ValueError(
+            f"layer_types must name {' or '.join(map(repr, known))} for each of {config.num_hidden_layers} layers, "
+            f"got {tuple(kinds)}."
+        )
+
+
 def complete(hf: Any, known: Iterable[str]) -> dict[str, Any]:
     """All fields of a Hugging Face config, defaults and old spellings as transformers reads them.
 

@@ -94,6 +94,7 @@ class Family:
         extras: Regexes of further leaves that only some tasks have, as a pooler's: a checkpoint of another task may
             lack them, as it lacks the head, and then they start at random.
         ignored: Regexes of tensors in checkpoints that no model has use for.
+        surplus: Regexes of tensors that some checkpoints have beside those of all leaves.
         renamed: What the keys of old checkpoints end in, and what they end in since.
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
@@ -116,6 +117,7 @@ class Family:
     class_layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extras: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     float32: str = ""

@@ -15,6 +15,7 @@ from peft_jax.models.config import (
     SLIDING,
     TOKEN_CLS,
     ModelConfig,
+    check_kinds,
     complete,
     read_common,
     write_common,
@@ -105,11 +106,7 @@ class LlamaConfig(ModelConfig):
             )
         if self.head_size % 2:
             raise ValueError(f"Rotary embeddings need an even head_dim, got head_dim={self.head_dim}.")
-        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= {FULL, SLIDING}:
-            raise ValueError(
-                f"layer_types must name {FULL!r} or {SLIDING!r} for each of {self.num_hidden_layers} layers, "
-                f"got {self.layer_types}."
-            )
+        check_kinds(self, self.kinds, (FULL, SLIDING))
         if SLIDING in self.kinds and self.sliding_window is None:
             raise ValueError(f"layer_types has {SLIDING!r} layers, but sliding_window is None. Set sliding_window.")
 

@@ -24,11 +24,10 @@ from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import Buffers
 from peft_jax.models.modules.layer_scan import LayerCall
-from peft_jax.models.modules.layer_views import View, masks_by_kind
+from peft_jax.models.modules.layer_views import View, views_by_kind
 from peft_jax.models.modules.layers import RMSNorm
 from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.remat import kept
-from peft_jax.models.modules.rotary import rotation
 
 
 class LlamaAttention(SelfAttention):
@@ -80,9 +79,8 @@ class LlamaModel(DecoderBackbone):
     def views(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> dict[str, View]:
         """The views of full and sliding layers; positions turn queries and keys alike in both."""
         config = self.config
-        turn = rotation(config.rope, config.head_size, places.positions, config.max_position_embeddings, x.dtype)
-        masks = masks_by_kind(places, inputs, set(config.kinds), window=config.sliding_window)
-        return {kind: View(mask, turn) for kind, mask in masks.items()}
+        ropes = dict.fromkeys(config.kinds, config.rope)
+        return views_by_kind(config, ropes, places, inputs, x.dtype, window=config.sliding_window)
 
 
 class Llama(Decoder):

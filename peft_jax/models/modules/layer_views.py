@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax.models.config import CHUNKED, FULL, SLIDING
+from peft_jax.models.config import CHUNKED, FULL, SLIDING, ModelConfig
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.rotary import RopeParameters, Rotation, rotation
@@ -97,6 +97,26 @@ def rotations_by_kind(
             made[rope, size] = rotation(rope, size, places.positions, max_positions, dtype, interleaved=interleaved)
         turns[kind] = made[rope, size]
     return turns
+
+
+def views_by_kind(
+    config: ModelConfig,
+    ropes: Mapping[str, RopeParameters | None],
+    places: Places,
+    inputs: ForwardInputs,
+    dtype: Any,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    interleaved: bool = False,
+) -> dict[str, View]:
+    """The view of each kind of layer of a config, for heads of one size; arguments as in the functions above."""
+    kinds = set(config.kinds)
+    masks = masks_by_kind(places, inputs, kinds, window=window, chunk=chunk)
+    size, length = config.head_size, config.max_position_embeddings
+    used = {kind: ropes[kind] for kind in sorted(kinds)}
+    turns = rotations_by_kind(used, size, places, length, dtype, interleaved=interleaved)
+    return {kind: View(masks[kind], turns[kind]) for kind in sorted(kinds)}
 
 
 def chosen(views: Mapping[str, View], kinds: Sequence[str], which: jax.Array) -> View:

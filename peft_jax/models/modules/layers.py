@@ -15,7 +15,7 @@ from peft_jax.models.config import ModelConfig
 
 
 class Embed(nnx.Module):
-    """A table (count, hidden), looked up by id; the count is that of the vocabulary unless told.
+    """A table (count, width), looked up by id, of the vocabulary's count and the hidden width unless others are given.
 
     Lookups do not train the row of padding in the table of the vocabulary, nor ``untrained_row`` in another one.
     """
@@ -26,10 +26,12 @@ class Embed(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
         count: int | None = None,
+        width: int | None = None,
         untrained_row: int | None = None,
     ) -> None:
         init = nnx.initializers.normal(config.initializer_range)
-        shape = (config.vocab_size if count is None else count, config.hidden_size)
+        rows = config.vocab_size if count is None else count
+        shape = (rows, config.hidden_size if width is None else width)
         self.embedding = nnx.Param(init(rngs.params(), shape, dtype))
         self.untrained_row = config.untrained_row if count is None else untrained_row
 
@@ -58,6 +60,12 @@ def scaled(embeddings: jax.Array, scale: float) -> jax.Array:
     return embeddings * jnp.float32(scale).astype(embeddings.dtype)
 
 
+def normalized(x: jax.Array, eps: float) -> jax.Array:
+    """X / rms(x) along the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) in float32, rounded to the dtype of x, times a scale."""
 
@@ -67,9 +75,31 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise the last axis of x."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        wide = normalized(x, self.eps)
         return wide.astype(x.dtype) * jnp.reshape(self.scale[...], (1,) * (x.ndim - 1) + (-1,))
+
+
+class WideRMSNorm(nnx.Module):
+    """x / rms(x) times a scale, all in float32, and rounded to the dtype of x afterwards.
+
+    Args:
+        features: Length of the last axis.
+        eps: Added to the mean square.
+        dtype: Element type of the scale.
+        offset: Added to the scale, which starts at 1 minus it.
+    """
+
+    def __init__(self, features: int, eps: float, dtype: Any, *, offset: float = 0) -> None:
+        self.scale = nnx.Param(jnp.full((features,), 1 - offset, dtype))
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis of x."""
+        wide = normalized(x, self.eps)
+        scale = jnp.reshape(self.scale[...], (1,) * (x.ndim - 1) + (-1,)).astype(jnp.float32)
+        if self.offset:
+            scale = scale + self.offset
+        return (wide * scale).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

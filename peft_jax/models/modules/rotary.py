@@ -167,6 +167,25 @@ def ropes_by_kind(
     return ropes
 
 
+def ropes_to_hf(ropes: Mapping[str, RopeParameters | None], *, nested: bool) -> dict[str, Any]:
+    """The dict that `ropes_by_kind` reads as these.
+
+    Args:
+        ropes: The ropes by kind of layer.
+        nested: Whether each kind has an entry; otherwise all kinds have one rope.
+
+    Raises:
+        ValueError: There are several ropes, and not nested ones.
+    """
+    if nested:
+        return {kind: None if rope is None else rope.to_hf() for kind, rope in ropes.items()}
+    found = set(ropes.values())
+    if len(found) > 1:
+        raise ValueError(f"transformers has one rope for all layers of such a model, got {len(found)} unlike ones.")
+    rope = found.pop() if found else None
+    return {} if rope is None else rope.to_hf()
+
+
 def rotation(
     rope: RopeParameters,
     head_dim: int,

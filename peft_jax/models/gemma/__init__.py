@@ -1,0 +1,1 @@
+"""Gemma 1 and 2, and the text model of Gemma 3."""

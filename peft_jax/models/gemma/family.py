@@ -1,0 +1,33 @@
+"""The record of Gemma 1 and 2 and the text model of Gemma 3."""
+
+from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
+from peft_jax.models.gemma import model
+from peft_jax.models.gemma.config import FIRST, SECOND, THIRD, GemmaConfig
+from peft_jax.models.modules.decoder import decoder_cache
+
+DEFAULTS = {
+    OTHERWISE: targets("q_proj", "v_proj"),
+    "BEFT": targets("v_proj"),
+    "IA3": targets("q_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",)),
+    "LN_TUNING": targets("input_layernorm", "post_attention_layernorm", "norm"),
+}
+OF_BOTH = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+SANDWICHED = {
+    **DEFAULTS,
+    "LN_TUNING": targets("input_layernorm", "post_attention_layernorm", *OF_BOTH, "norm"),
+}
+
+GEMMA = Family(
+    config=GemmaConfig,
+    module=model.Gemma,
+    layouts=stacked_layouts("layers"),
+    backbone="model",
+    embedding="embed_tokens",
+    heads=model.Gemma.head.names,
+    peft_defaults={FIRST: DEFAULTS, SECOND: SANDWICHED, THIRD: SANDWICHED},
+    sharding=Sharding(columns=r"(q|k|v|gate|up)_proj|lm_head", rows=r"(o|down)_proj", tables="embed_tokens"),
+    adaption_carrier="",
+    ignored=(r".*\.rotary_emb\.inv_freq",),  # in old checkpoints; computed from the config instead
+    replicable=tuple(GemmaConfig.tasks),
+    init_cache=decoder_cache,
+)
