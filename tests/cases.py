@@ -850,6 +850,48 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         },
     ),
+    "gemma4_text": Architecture(
+        sizes={
+            **{**ENCODER, "num_hidden_layers": 6, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16},
+            **{"sliding_window": 4, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 6},
+            "layer_types": [*MIXED[:2], *MIXED[:2], *MIXED[:2]],
+        },
+        model_types={"gemma4_text": {}},
+        modules=Modules(
+            first="q_proj",
+            second="o_proj",
+            last="down_proj",
+            layers="layers",
+            norm="norm",
+            part="mlp",
+            embedding="embed_tokens",
+        ),
+        heads=("",),
+        switches={
+            "gemma4": (
+                "gemma4_text",
+                {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 3.0},
+            ),
+            "gemma4-keys-are-values": (
+                "gemma4_text",
+                {
+                    **{"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+                    "attention_bias": True,
+                },
+            ),
+        },
+        grid={
+            "gemma4-all-kinds-shared": ("gemma4_text", {"num_kv_shared_layers": 3}),
+            "gemma4-full": (
+                "gemma4_text",
+                {"layer_types": ["full_attention"] * 6, "num_global_key_value_heads": 1, "tie_word_embeddings": False},
+            ),
+        },
+        refused={
+            "gemma4 with experts": ("gemma4_text", {"enable_moe_block": True}),
+            "gemma4 in both directions": ("gemma4_text", {"use_bidirectional_attention": "all"}),
+        },
+    ),
     "bert": Architecture(
         sizes=ENCODER,
         model_types={"bert": {"type_vocab_size": 3, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new"}},

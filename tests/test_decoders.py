@@ -125,11 +125,13 @@ def test_logits_and_loss_at_all_positions(each: str, pairs: Any) -> None:
         inputs = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK), "use_cache": False}
         want = pair.theirs(**inputs, labels=torch.tensor(LABELS), output_hidden_states=True)
     got = pair.ours(IDS, MASK, labels=LABELS, output_hidden_states=True)
-    close(got.logits, want.logits)
+    # "Eager" attention gives a query that may see nothing the mean of all values, future ones included; "sdpa", zeros.
+    sees = MASK.cumsum(axis=1) > 0 if pair.theirs.config._attn_implementation == "eager" else MASK >= 0
+    close(np.asarray(got.logits)[sees], want.logits.numpy()[sees])
     np.testing.assert_allclose(got.loss, want.loss.item(), rtol=1e-5)
     assert len(got.hidden_states) == len(want.hidden_states)
     for one, other in zip(got.hidden_states, want.hidden_states, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2 * tolerance(other.numpy()))
+        np.testing.assert_allclose(one[sees], other[sees], rtol=0, atol=2 * tolerance(other.numpy()))
 
 
 def test_tokens_of_a_padded_batch(each: str, pairs: Any) -> None:

@@ -46,12 +46,8 @@ def fresh_rows(family: Family, config: ModelConfig, rows: Sequence[Row], tensors
 
 def unused(family: Family) -> list[str]:
     """Regexes of tensors that may be left over: buffers, and what other tasks have."""
-    return [
-        *family.ignored,
-        *family.surplus,
-        *(rf"{re.escape(name)}\..*" for name in _head_names(family)),
-        *family.extras,
-    ]
+    heads = [rf"{re.escape(name)}\..*" for name in _head_names(family)]
+    return [*family.ignored, *family.surplus, *heads, *family.extras]
 
 
 def _new_name(family: Family, key: str) -> str:

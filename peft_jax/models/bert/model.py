@@ -30,7 +30,8 @@ class BertEmbeddings(nnx.Module):
 
     def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         self.word_embeddings = Embed(config, dtype, rngs)
-        self.position_embeddings = Embed(config, dtype, rngs, config.max_position_embeddings, config.untrained_position)
+        positions, untrained = config.max_position_embeddings, config.untrained_position
+        self.position_embeddings = Embed(config, dtype, rngs, positions, untrained_row=untrained)
         self.token_type_embeddings = Embed(config, dtype, rngs, config.type_vocab_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
 

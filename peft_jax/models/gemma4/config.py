@@ -191,8 +191,9 @@ def _of_full_layers(full: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {number for number, kind in enumerate(full["layer_types"]) if kind == FULL}
     values = layers.get(min(wanted), {}) if wanted else {}
     known = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    if wanted != layers.keys() or any(one != values for one in layers.values()) or not values.keys() <= known.keys():
+    unlike = [one for one in layers.values() if one != values]
+    if wanted != layers.keys() or unlike or not values.keys() <= known.keys():
         raise ValueError(
-            f"per_layer_config is not supported but for head_dim and num_key_value_heads of all full layers, got {layers}."
+            f"per_layer_config={layers} is not supported, only head_dim and num_key_value_heads alike in all full layers."
         )
     return {known[name]: value for name, value in values.items()}

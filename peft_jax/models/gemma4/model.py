@@ -73,9 +73,8 @@ class Gemma4Attention(SelfAttention):
         if self.shares:
             k, v = handed["shared"][self.name]
         else:
-            k, v, buffers = extend(
-                None if cache is None else cache[self.name], *self.own(x, call), call.place, call.index
-            )
+            k, v = self.own(x, call)
+            k, v, buffers = extend(None if cache is None else cache[self.name], k, v, call.place, call.index)
             if cache is not None:
                 handed = {**handed, "cache": {**cache, self.name: buffers}}
             if handed["shared"] is not None:  # the last of these layers is the one whose keys and values are shared
@@ -127,7 +126,8 @@ class Gemma4TextModel(DecoderBackbone):
         if not size:
             return
         width = config.num_hidden_layers * size
-        self.embed_tokens_per_layer = Embed(config, dtype, rngs, config.vocab_size_per_layer_input, width)
+        count, untrained = config.vocab_size_per_layer_input, config.untrained_row
+        self.embed_tokens_per_layer = Embed(config, dtype, rngs, count, width, untrained)
         linear = linear_maker(config, dtype, rngs)
         self.per_layer_model_projection = linear(config.hidden_size, width, use_bias=False)
         self.per_layer_projection_norm = WideRMSNorm(size, config.rms_norm_eps, dtype)

@@ -15,7 +15,7 @@ from peft_jax.models.config import ModelConfig
 
 
 class Embed(nnx.Module):
-    """A table (count, width), looked up by id, of the vocabulary's count and the hidden width unless others are given.
+    """A table (count, width), looked up by id; by default of the vocabulary's count and the hidden width.
 
     Lookups do not train the row of padding in the table of the vocabulary, nor ``untrained_row`` in another one.
     """
