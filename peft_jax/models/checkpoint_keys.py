@@ -51,6 +51,10 @@ def unused(family: Family) -> list[str]:
 
 
 def _new_name(family: Family, key: str) -> str:
+    for old, new in family.moved.items():
+        if key.startswith(old):
+            key = new + key.removeprefix(old)
+            break
     for old, new in family.renamed.items():
         if key.endswith(old):
             return key.removesuffix(old) + new

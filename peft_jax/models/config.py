@@ -203,6 +203,29 @@ def complete(hf: Any, known: Iterable[str]) -> dict[str, Any]:
     return {**AutoConfig.for_model(kind, **raw).to_dict(), "model_type": kind}
 
 
+def text_part(hf: Any, kind: str, text_kind: str) -> dict[str, Any]:
+    """The config of the text model in that of a multimodal one.
+
+    Args:
+        hf: The dict of a config.json or a transformers config object.
+        kind: The model type that it is of.
+        text_kind: The model type of its text model.
+
+    Raises:
+        ValueError: if the model type is another one.
+
+    Example:
+        >>> text_part({"model_type": "both", "text_config": {"hidden_size": 8}, "eos_token_id": 1}, "both", "text")
+        {'hidden_size': 8, 'eos_token_id': 1, 'model_type': 'text'}
+    """
+    raw = as_dict(hf)
+    check_model_type(raw.get("model_type"), (kind,))
+    text = as_dict(raw.get("text_config") or {})
+    outer = ("eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
+    text |= {name: raw[name] for name in outer if raw.get(name) is not None}
+    return {**text, "model_type": text_kind}
+
+
 def as_dict(hf: Any) -> dict[str, Any]:
     """A Hugging Face config, dict or object, as a new dict."""
     return dict(hf) if isinstance(hf, Mapping) else dict(hf.to_dict())

@@ -96,6 +96,9 @@ class Family:
         ignored: Regexes of tensors in checkpoints that no model has use for.
         surplus: Regexes of tensors that some checkpoints have beside those of all leaves.
         renamed: What the keys of old checkpoints end in, and what they end in since.
+        moved: What the keys of other layouts start with, and what they start with here.
+        written: What keys start with, and what they start with in the checkpoint of a text model that is written of
+            a multimodal one's part.
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
         float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
@@ -119,6 +122,8 @@ class Family:
     ignored: tuple[str, ...] = ()
     surplus: tuple[str, ...] = ()
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    written: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     float32: str = ""
     replicable: Collection[str] = ()
@@ -157,6 +162,13 @@ class Family:
     def rows(self, config: ModelConfig) -> tuple[Row, ...]:
         """One row for each leaf of ``init_params(config, ...)``."""
         return (self.own_rows or rows_by_layout)(self, config)
+
+    def written_rows(self, config: ModelConfig) -> tuple[Row, ...]:
+        """The rows of a checkpoint that is written: of a multimodal model's text part those of a text model."""
+        rows = self.rows(config)
+        for start, new in self.written.items():
+            rows = tuple(row._replace(key=_restarted(row.key, start, new)) for row in rows)
+        return rows
 
     def embedding_module(self, config: ModelConfig) -> str:
         """Path of the token embedding."""
@@ -310,6 +322,10 @@ def stacked_layouts(after: str, *, stored_in_out: bool = False) -> dict[str, Lay
         rf"(.*\.)?{after}\..*\.(bias|scale)": dataclasses.replace(layout, inp=(), out=(1,)),
         r".*\.kernel": Layout(stored_in_out=False, source=KNOWN),
     }
+
+
+def _restarted(key: str, start: str, new: str) -> str:
+    return new + key.removeprefix(start) if key.startswith(start) else key
 
 
 def dense_table(table: Any) -> jax.Array:

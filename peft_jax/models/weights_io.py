@@ -186,7 +186,7 @@ def save_model(
     dtype = str(jnp.dtype(family.embedding_table(config, params).dtype))
     hf = {**config.to_hf(), **(label_fields(id2label) if id2label else {}), "dtype": dtype}
     generation = dict(generation_config) if generation_config else None
-    rows = family.rows(config)
+    rows = family.written_rows(config)
     save_checkpoint(folder, params, rows, hf, generation_config=generation, max_shard_size=max_shard_size)
 
 

@@ -17,14 +17,15 @@ from peft_jax.models.config import (
     check_kinds,
     complete,
     read_common,
+    text_part,
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.logits_form import LogitsForm
 from peft_jax.models.modules.rotary import RopeParameters, ropes_by_kind, ropes_to_hf
 
-FIRST, SECOND, THIRD = "gemma", "gemma2", "gemma3_text"
-EVERY = {FIRST: 1, SECOND: 2, THIRD: 6}  # one layer in so many is full
+FIRST, SECOND, THIRD, MULTIMODAL = "gemma", "gemma2", "gemma3_text", "gemma3"
+EVERY = {FIRST: 1, SECOND: 2, THIRD: 6, MULTIMODAL: 6}  # one layer in so many is full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ class GemmaConfig(ModelConfig):
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head."""
-        return self.model_type == THIRD
+        return self.model_type in (THIRD, MULTIMODAL)
 
     @property
     def scale(self) -> float:
@@ -212,3 +213,34 @@ class GemmaConfig(ModelConfig):
                 "Choose the model_type whose windows, caps and ropes these are."
             )
         return hf
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma3Config(GemmaConfig):
+    """Architecture of the text part of a multimodal Gemma 3, whose modules have names of their own.
+
+    A checkpoint that is written of it is that of a text model.
+
+    Example:
+        >>> Gemma3Config.from_hf({"model_type": "gemma3", "text_config": {"hidden_size": 64}}).hidden_size
+        64
+    """
+
+    stems = MappingProxyType({MULTIMODAL: "Gemma3"})
+    tasks = MappingProxyType({CAUSAL_LM: "ForConditionalGeneration"})
+
+    model_type: str = MULTIMODAL
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> Gemma3Config:
+        """Read a Hugging Face config; arguments and errors are those of `GemmaConfig.from_hf`."""
+        text = GemmaConfig.from_hf(text_part(hf, MULTIMODAL, THIRD))
+        return cls(**{**_fields(text), "model_type": MULTIMODAL, "task_type": CAUSAL_LM})
+
+    def to_hf(self) -> dict[str, Any]:
+        """Make the dict of a config.json of a text model."""
+        return GemmaConfig(**{**_fields(self), "model_type": THIRD}).to_hf()
+
+
+def _fields(config: GemmaConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

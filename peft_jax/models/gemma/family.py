@@ -1,8 +1,10 @@
 """The record of Gemma 1 and 2 and the text model of Gemma 3."""
 
+import dataclasses
+
 from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
 from peft_jax.models.gemma import model
-from peft_jax.models.gemma.config import FIRST, SECOND, THIRD, GemmaConfig
+from peft_jax.models.gemma.config import FIRST, MULTIMODAL, SECOND, THIRD, Gemma3Config, GemmaConfig
 from peft_jax.models.modules.decoder import decoder_cache
 
 DEFAULTS = {
@@ -26,8 +28,19 @@ GEMMA = Family(
     heads=model.Gemma.head.names,
     peft_defaults={FIRST: DEFAULTS, SECOND: SANDWICHED, THIRD: SANDWICHED},
     sharding=Sharding(columns=r"(q|k|v|gate|up)_proj|lm_head", rows=r"(o|down)_proj", tables="embed_tokens"),
-    adaption_carrier="",
     ignored=(r".*\.rotary_emb\.inv_freq",),  # in old checkpoints; computed from the config instead
     replicable=tuple(GemmaConfig.tasks),
     init_cache=decoder_cache,
+)
+
+GEMMA3 = dataclasses.replace(
+    GEMMA,
+    config=Gemma3Config,
+    module=model.Gemma3,
+    backbone=model.Gemma3.backbone,
+    peft_defaults={MULTIMODAL: {OTHERWISE: {}}},
+    ignored=(*GEMMA.ignored, r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
+    moved={"language_model.model.": f"{model.Gemma3.backbone}.", "language_model.lm_head.": "lm_head."},
+    written={f"{model.Gemma3.backbone}.": "model."},
+    replicable=(),
 )

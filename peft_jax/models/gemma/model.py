@@ -97,3 +97,9 @@ class Gemma(Decoder):
 
     backbone_class = GemmaModel
     head = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
+
+
+class Gemma3(Gemma):
+    """The text part of a multimodal Gemma 3."""
+
+    backbone = "model.language_model"

@@ -16,12 +16,14 @@ from peft_jax.models.config import (
     check_kinds,
     complete,
     read_common,
+    text_part,
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.logits_form import LogitsForm
 from peft_jax.models.modules.rotary import RopeParameters, ropes_by_kind, ropes_to_hf
 
+TEXT, MULTIMODAL = "gemma4_text", "gemma4"
 SHORT = {FULL: "full", SLIDING: "sliding"}  # how the stacks of each kind are called
 SHARING = "shared"  # added to the name of those that have no keys and values of their own
 
@@ -55,7 +57,7 @@ class Gemma4Config(ModelConfig):
         ('sliding', 'full')
     """
 
-    stems = MappingProxyType({"gemma4_text": "Gemma4"})
+    stems = MappingProxyType({TEXT: "Gemma4"})
     tasks = MappingProxyType({CAUSAL_LM: "ForCausalLM", FEATURE_EXTRACTION: "TextModel"})
 
     vocab_size: int = 262144
@@ -70,7 +72,7 @@ class Gemma4Config(ModelConfig):
     hidden_activation: str = "gelu_pytorch_tanh"
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-6
-    model_type: str = "gemma4_text"
+    model_type: str = TEXT
     task_type: str = CAUSAL_LM
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 2
@@ -194,6 +196,37 @@ def _of_full_layers(full: Mapping[str, Any]) -> dict[str, Any]:
     unlike = [one for one in layers.values() if one != values]
     if wanted != layers.keys() or unlike or not values.keys() <= known.keys():
         raise ValueError(
-            f"per_layer_config={layers} is not supported, only head_dim and num_key_value_heads alike in all full layers."
+            f"per_layer_config={layers} is not supported, only head_dim and num_key_value_heads, alike in full layers."
         )
     return {known[name]: value for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma4MultimodalConfig(Gemma4Config):
+    """Architecture of the text part of a multimodal Gemma 4, whose modules have names of their own.
+
+    A checkpoint that is written of it is that of a text model.
+
+    Example:
+        >>> Gemma4MultimodalConfig.from_hf({"model_type": "gemma4", "text_config": {"hidden_size": 64}}).hidden_size
+        64
+    """
+
+    stems = MappingProxyType({MULTIMODAL: "Gemma4"})
+    tasks = MappingProxyType({CAUSAL_LM: "ForConditionalGeneration"})
+
+    model_type: str = MULTIMODAL
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> Gemma4MultimodalConfig:
+        """Read a Hugging Face config; arguments and errors are those of `Gemma4Config.from_hf`."""
+        text = Gemma4Config.from_hf(text_part(hf, MULTIMODAL, TEXT))
+        return cls(**{**_fields(text), "model_type": MULTIMODAL, "task_type": CAUSAL_LM})
+
+    def to_hf(self) -> dict[str, Any]:
+        """Make the dict of a config.json of a text model."""
+        return Gemma4Config(**{**_fields(self), "model_type": TEXT}).to_hf()
+
+
+def _fields(config: Gemma4Config) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -194,6 +194,12 @@ class Gemma4(Decoder):
     head = DecoderHead({CAUSAL_LM: "lm_head"})
 
 
+class Gemma4Multimodal(Gemma4):
+    """The text part of a multimodal Gemma 4."""
+
+    backbone = "model.language_model"
+
+
 def init_cache(config: Gemma4Config, batch: int, max_len: int, dtype: Any = jnp.float32) -> MixedCache:
     """Make an empty cache for max_len positions.
 

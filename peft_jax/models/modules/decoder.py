@@ -12,6 +12,7 @@ A family's ``model.py`` has its own layers and these two classes with the names 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -120,6 +121,10 @@ class DecoderBackbone(nnx.Module):
         return ModelOutput(last_hidden_state=x, hidden_states=states, cache=cache)
 
 
+class Holder(nnx.Module):
+    """A module that has others and does nothing itself."""
+
+
 class Decoder(nnx.Module):
     """A decoder with the head of its task; a subclass names its backbone and its head."""
 
@@ -130,12 +135,17 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
-        setattr(self, self.backbone, self.backbone_class(config, dtype, rngs))
+        *outer, name = self.backbone.split(".")
+        holder: nnx.Module = self
+        for part in outer:  # in a multimodal model the backbone is a part of another module
+            setattr(holder, part, Holder())
+            holder = getattr(holder, part)
+        setattr(holder, name, self.backbone_class(config, dtype, rngs))
         self.head.add(self, config, linear_maker(config, dtype, rngs))
 
     def __call__(self, inputs: ForwardInputs) -> ModelOutput:
         """Compute logits, hidden states and the filled cache, where they are asked for."""
-        inner = getattr(self, self.backbone)
+        inner = functools.reduce(getattr, self.backbone.split("."), self)
         found: ModelOutput = inner(inputs)
         if not inputs.head:
             return found

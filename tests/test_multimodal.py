@@ -1,0 +1,89 @@
+"""The text parts of multimodal checkpoints against PyTorch: numbers, adapters under their keys, text checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import ARCHITECTURES
+from conformance import close, same_files, tolerance
+from safetensors.numpy import load_file
+
+import peft_jax as pj
+from peft_jax.models.config import CAUSAL_LM
+from peft_jax.models.defaults import method_defaults
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+IDS = np.random.default_rng(0).integers(3, 50, (2, 8))
+MASK = np.ones_like(IDS)
+MASK[1, :3] = 0
+TARGETS = r".*language_model\..*\.(q_proj|down_proj)"
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {
+    "gemma3": {"vision_config": {**SMALL, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4},
+    "gemma4": {
+        "vision_config": {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8},
+        "audio_config": None,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=VISION)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A multimodal PyTorch model, and its checkpoint."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        request.param, **ARCHITECTURES[request.param].sizes, **VISION[request.param]
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def torch_logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK), use_cache=False).logits.numpy()
+
+
+def test_the_text_part_and_its_adapters(pair: Any, tmp_path: Any) -> None:
+    theirs, folder = pair
+    ours = pj.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    plain = torch_logits(theirs)
+    close(ours(IDS, MASK).logits, plain)
+    ours.save_pretrained(tmp_path / "text")
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32).eval()
+    assert text.config.model_type == f"{theirs.config.model_type}_text"
+    close(torch_logits(text), plain)
+    assert text.state_dict().keys() - {"lm_head.weight"} == load_file(tmp_path / "text" / "model.safetensors").keys()
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=TARGETS, task_type=CAUSAL_LM))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.eval().save_pretrained(tmp_path / "theirs")
+    want = torch_logits(adapted)
+    assert np.abs(want - plain).max() > 100 * tolerance(want)
+    model = pj.PeftModel.from_pretrained(ours, tmp_path / "theirs")
+    close(model(IDS, MASK).logits, want)
+    model.save_pretrained(tmp_path / "ours")
+    assert "model.language_model.layers.1." in " ".join(same_files(tmp_path / "ours", tmp_path / "theirs"))
+    adapted.unload()
+
+
+@pytest.mark.parametrize("method", ["Lora", "IA3", "LNTuning", "OFT", "Beft"])
+@pytest.mark.parametrize("kind", VISION)
+def test_default_targets_are_those_of_pefts_tables(kind: str, method: str) -> None:
+    from peft.utils import constants
+
+    peft_type = getattr(peft, f"{method}Config")().peft_type.value
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{peft_type.replace('LN_', 'LN')}_TARGET_MODULES_MAPPING")
+    assert method_defaults(peft_type, kind).get("target_modules") == table.get(kind)
