@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, inputs: ForwardInputs) -> ModelOutput:
         """Compute logits, hidden states and the filled cache, where they are asked for."""
-        inner = functools.reduce(getattr, self.backbone.split("."), self)
+        inner: Any = functools.reduce(getattr, self.backbone.split("."), self)
         found: ModelOutput = inner(inputs)
         if not inputs.head:
             return found

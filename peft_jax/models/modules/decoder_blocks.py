@@ -99,7 +99,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (kept(project(x)).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
+    def __call__(self, x: jax.Array, call: LayerCall, buffers: Any) -> tuple[jax.Array, Any]:
         """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
         batch, length, _ = x.shape
         q, k, v = self.heads(x)

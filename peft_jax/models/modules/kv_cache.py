@@ -88,4 +88,7 @@ def filled(buffers: Any, index: jax.Array | int, length: int) -> KVCache | Mixed
     if buffers is None:
         return None
     reached = jnp.asarray(index + length)
-    return MixedCache(buffers, reached) if isinstance(buffers, dict) else KVCache(*buffers, reached)
+    if isinstance(buffers, dict):
+        return MixedCache(buffers, reached)
+    keys, values = buffers
+    return KVCache(keys, values, reached)

@@ -133,11 +133,12 @@ def _run_stacks(layers: Any, x: jax.Array, buffers: Any, run: Run) -> tuple[jax.
     parts = {name: nnx.split(getattr(layers, name)) for name in sorted(set(run.stacks))}
     graphs = {name: graph for name, (graph, _) in parts.items()}
     weights = {name: state for name, (_, state) in parts.items()}
-    kept = []
+    states = []
     for segment in segments(list(zip(run.stacks, run.kinds, strict=True))):
         x, buffers, inputs = _run_segment(segment, graphs, weights, x, buffers, run)
-        kept.append(inputs)
-    return x, buffers, jnp.concatenate(kept) if run.keep else None
+        if inputs is not None:
+            states.append(inputs)
+    return x, buffers, jnp.concatenate(states) if states else None
 
 
 def _run_segment(

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from peft_jax.models.modules.kv_cache import KVCache
+from peft_jax.models.modules.kv_cache import KVCache, MixedCache
 
 
 class ModelOutput(NamedTuple):
@@ -22,6 +22,6 @@ class ModelOutput(NamedTuple):
 
     logits: Any = None
     hidden_states: jax.Array | None = None
-    cache: KVCache | None = None
+    cache: KVCache | MixedCache | None = None
     last_hidden_state: Any = None
     pooler_output: jax.Array | None = None
