@@ -896,7 +896,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "gemma4-one-shared": ("gemma4_text", {"num_kv_shared_layers": 1}),
             "gemma4-full": (
                 "gemma4_text",
-                {"layer_types": ["full_attention"] * 4, "attention_bias": True, "tie_word_embeddings": False},
+                {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": False},
             ),
         },
         refused={

@@ -266,7 +266,7 @@ def test_int8_and_remat(pair):
     ("call", "message"),
     [
         (lambda: BertConfig.from_hf({"model_type": "bert", "is_decoder": True}), "is_decoder=True is not supported"),
-        (lambda: BertConfig(hidden_act="mish"), "hidden_act='mish' is not supported. Supported: silu"),
+        (lambda: BertConfig(hidden_act="xielu"), "hidden_act='xielu' is not supported. Supported: silu"),
         (lambda: BertConfig(hidden_size=30), "hidden_size=30 is not a multiple of num_attention_heads=12"),
         (lambda: RobertaConfig(pad_token_id=None), "pad_token_id=None is not supported"),
         (

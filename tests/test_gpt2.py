@@ -197,7 +197,7 @@ def test_int8_rounds_each_column_by_its_scale(pair, tmp_path):
     ("changes", "message"),
     [
         ({"add_cross_attention": True}, "add_cross_attention=True is not supported, only False"),
-        ({"activation_function": "mish"}, "activation_function='mish' is not supported. Supported: silu"),
+        ({"activation_function": "xielu"}, "activation_function='xielu' is not supported. Supported: silu"),
         ({"n_head": 5}, "n_embd=32 is not a multiple of n_head=5"),
     ],
 )
