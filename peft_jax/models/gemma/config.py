@@ -51,6 +51,7 @@ class GemmaConfig(ModelConfig):
         ('sliding_attention', 'full_attention')
     """
 
+    has_padding_row = True
     stems = MappingProxyType({FIRST: "Gemma", SECOND: "Gemma2", THIRD: "Gemma3"})
     tasks = MappingProxyType(
         {

@@ -57,6 +57,7 @@ class Gemma4Config(ModelConfig):
         ('sliding', 'full')
     """
 
+    has_padding_row = True
     stems = MappingProxyType({TEXT: "Gemma4"})
     tasks = MappingProxyType({CAUSAL_LM: "ForCausalLM", FEATURE_EXTRACTION: "TextModel"})
 
