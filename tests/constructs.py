@@ -170,8 +170,184 @@ def expanded(w):
     return jnp.broadcast_to(w, (5, *w.shape))
 
 
+def chosen_in_a_scan(w, x):
+    """Layers that are taken from a stack by a traced index."""
+
+    def step(h, i):
+        return jnp.tanh(h @ jax.lax.dynamic_index_in_dim(w, i, keepdims=False)), None
+
+    return jax.lax.scan(step, x, jnp.array([2, 0, 1, 2]))[0]
+
+
+def chosen_in_a_scan_np(w, x):
+    return scanned_np(w[[2, 0, 1, 2]], x)[0]
+
+
+def experts(w, x):
+    """Each row has a matrix of its own."""
+    return jnp.einsum("bi,bio->bo", x, w[jnp.argmax(x, axis=1) % 3])
+
+
+def experts_np(w, x):
+    return np.einsum("bi,bio->bo", x, w[np.argmax(x, axis=1) % 3])
+
+
+def scan_of_groups(w, x):
+    """A stack of four layers in two groups."""
+    groups = w.reshape(2, 2, 8, 8)
+    return jax.lax.scan(lambda h, group: (scanned(group, h)[0], None), x, groups)[0]
+
+
+def every_second(w, x):
+    groups = w.reshape(2, 2, 8, 8)
+    return scanned(groups[:, 1], x)[0]
+
+
+def layers_by_hand(w, x):
+    """Layers that are taken apart and stacked again for a scan."""
+    return scanned(jnp.stack([w[1] * 2, w[0] * 3]), x)[0]
+
+
+def fused(w, x):
+    """Heads of three projections in one matrix."""
+    q, k, v = jnp.split(w, 3, axis=1)
+    return x @ q + jnp.tanh(x @ k) * (x @ v)
+
+
+def fused_np(w, x):
+    q, k, v = np.split(w, 3, axis=1)
+    return x @ q + np.tanh(x @ k) * (x @ v)
+
+
+def fused_heads(w, x):
+    q, k = (w.reshape(8, 2, 3, 4)[:, i].reshape(8, 12) for i in range(2))
+    return (x @ q) * (x @ k)
+
+
+def fused_heads_np(w, x):
+    q, k = (w.reshape(8, 2, 3, 4)[:, i].reshape(8, 12) for i in range(2))
+    return (x @ q) * (x @ k)
+
+
+def transposed_conv(w, x):
+    """A kernel backwards, as in a transposed convolution."""
+    return conv(w[::-1, ::-1], x)
+
+
+def mixed(w, x):
+    return jax.lax.dot_general(x.astype(jnp.bfloat16), w, (((1,), (0,)), ((), ())))
+
+
+def gathered(w, x):
+    """Each device has a part of the weight and gathers the whole one, as in FSDP."""
+
+    def local(w, x):
+        return x @ jax.lax.all_gather(w, "data", axis=0, tiled=True)
+
+    return jax.shard_map(local, mesh=MESH, in_specs=(P("data"), P()), out_specs=P(), check_vma=False)(w, x)
+
+
 DOT, TWO = (lambda w, x: x @ w), (lambda w, x: 2 * (x @ w))
 TAPS = {n: pj.Layout((), tuple(range(n + 1)), (n + 1,)) for n in (1, 2, 3)}
+
+FOLLOWED = {
+    "times a number": Row(lambda w, x: x @ (w * 2), lambda w, x: 2 * (x @ w)),
+    "divided by a number": Row(lambda w, x: x @ (w / 2), lambda w, x: x @ w / 2),
+    "times a computed number": Row(lambda w, x: x @ (jnp.sin(x[0, 0]) * w), lambda w, x: np.sin(x[0, 0]) * (x @ w)),
+    "negative": Row(lambda w, x: x @ -w.T, lambda w, x: -(x @ w.T)),
+    "scaled and converted": Row(
+        lambda w, x: x @ (0.3 * w).astype(jnp.bfloat16).astype(jnp.float32), lambda w, x: 0.3 * (x @ w), tolerance=0.05
+    ),  # bfloat16 rounds to 8 bits of mantissa
+    "scaled layers in a scan": Row(
+        lambda w, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ (w * 0.5)), None), x, w * 3.0)[0],
+        lambda w, x: scanned_np(w * 1.5, x)[0],
+        (3, 8, 8),
+        STACK,
+    ),
+    "scaled lookup": Row(lambda w, x: (2.0 * w)[IDS], lambda w, x: 2.0 * w[IDS]),
+    "scaled ragged_dot": Row(
+        lambda w, x: jax.lax.ragged_dot(x, w * 2, jnp.asarray(GROUPS)),
+        lambda w, x: 2 * np.stack([row @ w[g] for row, g in zip(x, np.repeat(np.arange(3), GROUPS), strict=True)]),
+        (3, 8, 6),
+        STACK,
+    ),
+    "device_put": Row(lambda w, x: x @ jax.device_put(w), lambda w, x: x @ w),
+    "part of a kernel": Row(lambda w, x: x @ w[:, :4], lambda w, x: x @ w[:, :4]),
+    "every third output": Row(lambda w, x: x @ w[:, 1::3], lambda w, x: x @ w[:, 1::3]),
+    "one output": Row(lambda w, x: x @ w[:, 3], lambda w, x: x @ w[:, 3]),
+    "part of the inputs": Row(lambda w, x: x[:, :3] @ w[2:5], lambda w, x: x[:, :3] @ w[2:5]),
+    "part of both, transposed": Row(lambda w, x: x[:, :3] @ w[1:7, 4:7].T, lambda w, x: x[:, :3] @ w[1:7, 4:7].T),
+    "split": Row(fused, fused_np, (8, 24)),
+    "split by heads": Row(fused_heads, fused_heads_np, (8, 24)),
+    "looked up, part of the features": Row(lambda w, x: w[:, 2:6][IDS], lambda w, x: w[:, 2:6][IDS]),
+    "reversed": Row(lambda w, x: x @ w[::-1], lambda w, x: x @ w[::-1]),
+    "reversed outputs": Row(lambda w, x: x @ w[:, ::-1], lambda w, x: x @ w[:, ::-1]),
+    "padded outputs": Row(
+        lambda w, x: x @ jnp.pad(w, ((0, 0), (1, 2))), lambda w, x: np.pad(x @ w, ((0, 0), (1, 2)))
+    ),
+    "padded inputs": Row(lambda w, x: x @ jnp.pad(w[:5], ((1, 2), (0, 0))), lambda w, x: x[:, 1:6] @ w[:5]),
+    "padded, cut and turned": Row(
+        lambda w, x: x[:, :5] @ jnp.pad(w, ((0, 0), (2, 0)))[::-1, :5].T,
+        lambda w, x: x[:, :5] @ np.pad(w, ((0, 0), (2, 0)))[::-1, :5].T,
+    ),
+    "conv, kernel backwards": Row(
+        transposed_conv, lambda w, x: conv_np(w[::-1, ::-1], x), (3, 3, 4, 6), TAPS[2], x=(2, 5, 5, 4)
+    ),
+    "fused kernels": Row(
+        lambda w, x: x @ jnp.concatenate([w, w], axis=1), lambda w, x: x @ np.hstack([w, w])
+    ),
+    "fused kernels, inputs": Row(
+        lambda w, x: jnp.hstack([x, 2 * x]) @ jnp.concatenate([w, -w.T]),
+        lambda w, x: x @ w - 2 * x @ w.T,
+    ),
+    "fused kernels, moved": Row(
+        lambda w, x: x @ jnp.concatenate([w, 2 * w], axis=1).reshape(8, 2, 8).transpose(0, 2, 1).reshape(8, 16),
+        lambda w, x: x @ np.hstack([w, 2 * w]).reshape(8, 2, 8).transpose(0, 2, 1).reshape(8, 16),
+        side_path=False,
+    ),
+    "fused kernels, heads": Row(
+        lambda w, x: jnp.einsum("bi,iho->bho", x, jnp.concatenate([w, 2 * w], axis=1).reshape(8, 4, 4)),
+        lambda w, x: (x @ np.hstack([w, 2 * w])).reshape(5, 4, 4),
+    ),
+    "stacked": Row(
+        lambda w, x: jnp.einsum("bi,sio->sbo", x, jnp.stack([w, 2 * w])), lambda w, x: np.stack([x @ w, 2 * x @ w])
+    ),
+    "stacked, one for each input": Row(
+        lambda w, x: jnp.einsum("sbi,sio->sbo", jnp.stack([x, 2 * x]), jnp.stack([w, w])),
+        lambda w, x: np.stack([x @ w, 2 * x @ w]),
+    ),
+    "stacked for a scan": Row(
+        layers_by_hand, lambda w, x: scanned_np(np.stack([w[1] * 2, w[0] * 3]), x)[0], (2, 8, 8), STACK
+    ),
+    "stacked, then one": Row(lambda w, x: x @ jnp.stack([w, w.T])[1], lambda w, x: x @ w.T),
+    "experts by index": Row(experts, experts_np, (3, 8, 6), STACK),
+    "one of a stack by take": Row(
+        lambda w, x: x @ jnp.take(w, jnp.argmax(x[0]) % 3, axis=0),
+        lambda w, x: x @ w[np.argmax(x[0]) % 3],
+        (3, 8, 6),
+        STACK,
+    ),
+    "a stack in another order": Row(
+        lambda w, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w[jnp.array([2, 0, 1, 2])])[0],
+        chosen_in_a_scan_np,
+        (3, 8, 8),
+        STACK,
+    ),
+    "layers by index in a scan": Row(chosen_in_a_scan, chosen_in_a_scan_np, (3, 8, 8), STACK),
+    "layers by index in a loop": Row(
+        lambda w, x: jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ w[i]), x),
+        lambda w, x: scanned_np(w, x)[0],
+        (3, 8, 8),
+        STACK,
+    ),
+    "scan backwards": Row(
+        lambda w, x: scanned(w[::-1], x)[0], lambda w, x: scanned_np(w[::-1], x)[0], (3, 8, 8), STACK
+    ),
+    "scan of groups": Row(scan_of_groups, lambda w, x: scanned_np(w, x)[0], (4, 8, 8), STACK),
+    "every second layer": Row(every_second, lambda w, x: scanned_np(w[1::2], x)[0], (4, 8, 8), STACK),
+    "mixed element types": Row(mixed, lambda w, x: x @ w, tolerance=0.05),  # bfloat16 has 8 bits of mantissa
+    "shard_map, gathered": Row(gathered, lambda w, x: x @ w),
+}
 
 ROWS = {
     "x @ w": Row(DOT, DOT),
@@ -362,12 +538,9 @@ ROWS = {
     "Pallas call on activations": Row(lambda w, x: pallas_double(x @ w), TWO),
     "debug.print": Row(printed, DOT),
     "two uses": Row(lambda w, x: x @ w @ w, lambda w, x: x @ w @ w),
-    "elementwise": Row(lambda w, x: x @ (w * 2), TWO, side_path=False),
+    "elementwise": Row(lambda w, x: x @ jnp.tanh(w), lambda w, x: x @ np.tanh(w), side_path=False),
+    **FOLLOWED,
     "weight times weight": Row(lambda w, x: x @ (w @ w), lambda w, x: x @ (w @ w), side_path=False),
-    "part of a kernel": Row(lambda w, x: x @ w[:, :4], lambda w, x: x @ w[:, :4], side_path=False),
-    "fused kernels": Row(
-        lambda w, x: x @ jnp.concatenate([w, w], axis=1), lambda w, x: x @ np.hstack([w, w]), side_path=False
-    ),
     "part of the input axes": Row(
         lambda w, x: jnp.einsum("bi,iho->bho", x, w),
         lambda w, x: np.einsum("bi,iho->bho", x, w),

@@ -74,7 +74,7 @@ def test_equals_merging_first_and_the_formula(name, mode):
 
 
 MOVES = "transpose reshape squeeze slice dynamic_slice copy convert_element_type stop_gradient pvary pcast".split()
-MOVES += "optimization_barrier sharding_constraint jit scan".split()
+MOVES += "optimization_barrier sharding_constraint jit scan rev device_put all_gather stack gather".split()
 
 
 def sizes_made(jaxpr):

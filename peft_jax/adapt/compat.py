@@ -156,6 +156,20 @@ def is_literal(atom: core.Var | core.Literal) -> "TypeIs[core.Literal]":
     return isinstance(atom, core.Literal)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is that of a literal: a number that is known while tracing."""
+    return isinstance(value, (bool, int, float, np.generic)) or (isinstance(value, np.ndarray) and value.ndim == 0)
+
+
+def folded(eqn: core.JaxprEqn, atoms: Sequence[core.Var | core.Literal]) -> core.Literal | None:
+    """The result of converting a literal that this program was called with; None of any other equation."""
+    is_known = eqn.primitive.name == "convert_element_type" and is_literal(atoms[0])
+    if not is_known or is_literal(eqn.invars[0]):
+        return None
+    aval = type_of(eqn.outvars[0])
+    return core.Literal(np.asarray(atoms[0].val).astype(aval.dtype)[()], aval)
+
+
 def type_of(atom: core.Var | core.Literal) -> jax.core.ShapedArray:
     """Shape and element type of an operand that is an array."""
     return cast(jax.core.ShapedArray, atom.aval)
@@ -176,6 +190,18 @@ def dense_type(weight: Weight) -> Any:
     kind = jax.typeof(stored)
     sharding = kind.sharding.update(spec=PartitionSpec(*weight.entries(tuple(kind.sharding.spec))))
     return kind.update(shape=weight.shape, dtype=weight.dtype, weak_type=False, sharding=sharding)
+
+
+def view_type(view: Any) -> Any:
+    """The type of an array that a view of a weight stands for, with the mesh axes that it varies over."""
+    stored = jax.typeof(view.weight.array)
+    sharding = stored.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(view.shape)))
+    return stored.update(shape=view.shape, dtype=view.dtype, sharding=sharding, weak_type=False)
+
+
+def is_sharded(weight: Weight) -> bool:
+    """Whether an axis of a weight is sharded on a mesh of explicit axes."""
+    return any(entry is not None for entry in jax.typeof(weight.array).sharding.spec)
 
 
 def jit_again(run: Callable[..., Any], eqn: core.JaxprEqn, donated: tuple[bool, ...]) -> Callable[..., Any]:

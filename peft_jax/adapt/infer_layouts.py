@@ -23,6 +23,9 @@ from peft_jax.core.pytree import KeyPath, PyTree
 from peft_jax.core.weight import Change, Weight, is_weight
 
 
+CUT = -1  # the label of an axis of which one index was chosen
+
+
 class Use(NamedTuple):
     """A product that a leaf takes part in: its axes by their role in it; ``batched`` are those that the product stacks.
 
@@ -44,7 +47,7 @@ class Touch(NamedTuple):
     elementwise: bool
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("part",), meta_fields=("ndims", "labels", "cut"))
+@partial(jax.tree_util.register_dataclass, data_fields=("part",), meta_fields=("ndims", "labels"))
 @dataclasses.dataclass(frozen=True)
 class Probe(Weight):
     """A leaf of unknown axes: any axis may be a stacked one, none an input.
@@ -52,14 +55,13 @@ class Probe(Weight):
     Attributes:
         part: The leaf, or a part of it.
         ndims: How many axes the leaf has.
-        labels: Which of them each axis of the array is; those that are missing were stacked layers.
-        cut: Those of which one layer was chosen.
+        labels: Which of them each axis of the array is, those that are a part of one and those of which one index was
+            chosen (`CUT`) among them; those that are missing were stacked layers.
     """
 
     part: Any  # an array or its shape, and a spec after `specs`
     ndims: int
     labels: tuple[int, ...]
-    cut: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,12 +97,18 @@ class Probe(Weight):
 
     def mapped(self, position: int, change: Change, *, drop: bool) -> "Probe":
         """The leaf without an axis, or with a part of it."""
-        array, label = change(self.part, position), self.labels[position]
+        array, labels = change(self.part, position), list(self.labels)
         if drop:
-            return dataclasses.replace(self, part=array, labels=_without(self.labels, [label]))
-        if array.shape[position] == 1:
-            return dataclasses.replace(self, part=array, cut=(*self.cut, label))
-        return dataclasses.replace(self, part=array)
+            del labels[position]
+        elif array.ndim == self.ndim and array.shape[position] == 1:
+            labels[position] = CUT
+        return dataclasses.replace(self, part=array, labels=tuple(labels))
+
+    def split(self, position: int, sizes: Sequence[int]) -> "Probe":
+        """The leaf with an axis split into several."""
+        shape = (*self.shape[:position], *sizes, *self.shape[position + 1 :])
+        labels = (*self.labels[:position], *[self.labels[position]] * len(sizes), *self.labels[position + 1 :])
+        return dataclasses.replace(self, part=self.part.reshape(shape), labels=labels)
 
     def relaid(self, layout: Layout) -> "Probe":
         """The leaf itself, which has no layout to change."""
@@ -113,11 +121,12 @@ class Probe(Weight):
     def use(self, contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> Use:
         """A product over some digits, in terms of the leaf's axes."""
         inp, partly = set[int](), set[int]()
-        for i, label in enumerate(self.labels):
-            sizes = [atom.size for atom in contracted if atom.axis == i]
+        for label in set(self.labels) - {CUT}:
+            own = [i for i, other in enumerate(self.labels) if other == label]
+            sizes = [atom.size for atom in contracted if atom.axis in own]
             if sizes:
                 inp.add(label)
-            if 1 < math.prod(sizes) < self.shape[i]:
+            if 1 < math.prod(sizes) < math.prod(self.shape[i] for i in own):
                 partly.add(label)
         layers, _ = self.sliced()
         stack = set(layers)
@@ -131,7 +140,7 @@ class Probe(Weight):
 
     def sliced(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The leaf's axes that are layers of it, by a loop or a choice, and its other axes."""
-        rest = _without(self.labels, self.cut)
+        rest = set(self.labels) - {CUT}
         return _without(range(self.ndims), rest), _in_order(rest)
 
 

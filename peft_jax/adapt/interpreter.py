@@ -15,10 +15,11 @@ from jax.tree_util import PyTreeDef
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.nnx_state import holds_objects, run_with_state
-from peft_jax.adapt.rules import RULES, merged
+from peft_jax.adapt.joined import run_joined
+from peft_jax.adapt.rules import CALLS, RULES, merged
 from peft_jax.adapt.shared_inputs import run_products_of_one_input
 from peft_jax.adapt.splice import splice
-from peft_jax.adapt.view import Value, View
+from peft_jax.adapt.view import Joined, Value, View
 from peft_jax.core.weight import as_sliced, is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -138,6 +139,8 @@ def _equations(eqns: Sequence[JaxprEqn], values: list[Value]) -> list[Value]:
 
 def _equation(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     rule = RULES.get(eqn.primitive.name)
+    if eqn.primitive.name not in CALLS and any(isinstance(value, Joined) for value in values):
+        rule = run_joined
     out = None if rule is None else rule(evaluate, eqn, values)
     return _merging(eqn, values) if out is None else out
 

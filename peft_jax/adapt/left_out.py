@@ -21,7 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from peft_jax.adapt import compat
 from peft_jax.adapt.infer_layouts import Probe
 from peft_jax.adapt.interpreter import trace
-from peft_jax.adapt.rules import RULES, is_wide_float
+from peft_jax.adapt.rules import CALLS, RULES, is_wide_float
 from peft_jax.adapt.view import View
 from peft_jax.core.paths import dotted
 from peft_jax.core.pytree import PyTree
@@ -29,7 +29,6 @@ from peft_jax.core.weight import is_weight
 
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 KERNELS = ("pallas_call", "ffi_call")  # opaque: a matrix that meets activations there may be multiplied
-CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "scan", "while", "cond", "shard_map")
 MOVES = set(RULES) - {*PRODUCTS, *CALLS, "gather", "add", "sub", "mul", "div"}
 ONE_BY_ONE = ("optimization_barrier", "device_put")  # each output is the operand in its place
 

@@ -13,6 +13,8 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.edits import Cut, Pad, Reverse, cuts
+from peft_jax.adapt.joined import joined_or_stacked, layers_of
 from peft_jax.adapt.view import (
     BROADCAST,
     Atom,
@@ -24,12 +26,18 @@ from peft_jax.adapt.view import (
     free,
     in_front,
     is_view,
+    is_watched,
     length,
+    rewatched,
+    stands_for_weights,
     through,
 )
 from peft_jax.core.product import Convolution, Grouped, Lookup, Product
 from peft_jax.core.repeated import with_bases, without_bases
+from peft_jax.core.scaled import Scaled
 from peft_jax.core.weight import MergeError, varying_over
+
+MARK = "marked"  # the entry of a spec for the axis that is asked for
 
 Outputs = list[Value] | None
 Evaluate = Callable[..., list[Value]]  # the outputs of a jaxpr on the values that follow it
@@ -58,8 +66,13 @@ def dot_general(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outpu
     role = view.role(own.contracted, own.stacked)
     if is_view(x):
         x.role(other.contracted, other.stacked)  # for its watch: of two weights both are merged
-    if is_view(x) or role is None or x.dtype != view.dtype:
+    if is_view(x) or role is None:
         return None
+    if x.dtype != view.dtype:
+        if not (is_wide_float(x.dtype) and is_wide_float(view.dtype)):
+            return None
+        wider = wider_float(x.dtype, view.dtype)  # products of mixed types are computed in it
+        x, view = x.astype(wider), view.replace(weight=view.weight.astype(wider))
     shared = dict(zip((*other.stacked, *other.contracted), (*own.stacked, *own.contracted), strict=True))
     have = _axes(x, shared, view)
     of_view, of_x = _without(view.axes, (*own.stacked, *own.contracted)), _without(have, shared)
@@ -101,7 +114,7 @@ def ragged_dot(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Output
     if not usual or is_view(x) or is_view(group_sizes) or view.role([1], [0]) != "in" or x.dtype != view.dtype:
         return None
     layout, row = view.weight.layout, free(0, len(x))
-    if view.stack_position(0) is None or len(layout.stack) > 1:
+    if view.stack_position(0) is None or len(layout.stack) > 1 or view.edits:
         return None
     product = Grouped(p["precision"], p["preferred_element_type"], group_sizes=group_sizes)
     y = view.weight.apply(arrange(x, [*row, *view.axes[1]], [row, view.digits(layout.inp)]), product)
@@ -116,7 +129,11 @@ def gather(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     for i, n in enumerate(view.shape):
         if i not in stack and (i in gone or p["slice_sizes"][i] != n):
             rows.append(i)
-    if len(rows) != 1 or view.role(rows, stack, looks_up=True) != "in" or not _looks_up(p, rows[0]):
+    if is_view(indices) or len(rows) != 1:
+        return None
+    if view.role(rows, stack, looks_up=True) != "in":
+        return chosen_layers(view, indices, eqn, rows[0])
+    if not _looks_up(p, rows[0]):
         return None
     ids = indices[..., numbers.start_index_map.index(rows[0])]
     have = _axes(ids, dict(zip(numbers.start_indices_batching_dims, stack, strict=True)), view)
@@ -138,6 +155,35 @@ def _looks_up(p: Mapping[str, Any], row: int) -> bool:
     fill, clips = p["fill_value"], p["mode"] == jax.lax.GatherScatterMode.CLIP  # which makes all other indices 0
     only = p["dimension_numbers"].start_index_map == (row,)
     return p["slice_sizes"][row] == 1 and (only or clips) and (fill is None or fill == 0 or fill != fill)
+
+
+def chosen_layers(view: View, indices: jax.Array, eqn: JaxprEqn, axis: int) -> Outputs:
+    """Whole matrices of a stack, by one index or several: the arrays of the weight are taken as the matrices are."""
+    p, numbers = eqn.params, eqn.params["dimension_numbers"]
+    is_choice = p["slice_sizes"][axis] == 1 and numbers.start_index_map == (axis,) and not numbers.operand_batching_dims
+    fill = p["fill_value"]
+    if not is_choice or len(view.shape) < 3 or not (fill is None or fill != fill):
+        return None
+    ids, fills = indices[..., 0], p["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+
+    def take(array: jax.Array, along: int) -> jax.Array:
+        has_nan = jnp.issubdtype(array.dtype, jnp.inexact)
+        return jnp.take(array, ids.reshape(-1), along, mode="fill" if fills and has_nan else "clip")
+
+    taken = view.mapped(axis, take, drop=False)
+    if taken is None:
+        return None
+    taken = taken.reshaped((*view.shape[:axis], *ids.shape, *view.shape[axis + 1 :]))
+    if taken is None:
+        return None
+    of_ids = iter(taken.axes[axis : axis + ids.ndim])
+    left = [*taken.axes[:axis], *taken.axes[axis + ids.ndim :]]
+    if axis not in numbers.collapsed_slice_dims:
+        left.insert(axis, ())
+    of_view, axes = iter(left), []
+    for i in range(len(left) + ids.ndim):
+        axes.append(next(of_view if i in numbers.offset_dims else of_ids))
+    return [taken.replace(axes=tuple(axes))]
 
 
 def convolution(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
@@ -190,7 +236,11 @@ def _used(eqn: JaxprEqn, view: View, y: jax.Array | None) -> Outputs:
 
 
 def elementwise(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
-    """A vector that each row has its own of; others are merged."""
+    """A matrix times a number; a vector that each row has its own of; others are merged."""
+    if eqn.primitive.name in ("mul", "div"):
+        product = _times_number(eqn, values)
+        if product is not None:
+            return [product]
     shape = compat.type_of(eqn.outvars[0]).shape
     rows = {}
     for i, value in enumerate(values):
@@ -207,6 +257,31 @@ def elementwise(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outpu
         else:
             operands.append(merged(value, eqn))
     return compat.bind(eqn, operands)
+
+
+def _times_number(eqn: JaxprEqn, values: Sequence[Value]) -> View | None:
+    """A matrix times a number, or by one; None of anything else."""
+    left, right = values
+    if is_view(left) and is_view(right):
+        return None
+    view, number = (left, right) if is_view(left) else (right, left)
+    if jnp.size(number) != 1 or (eqn.primitive.name == "div" and view is right):
+        return None
+    factor = jnp.asarray(number).reshape(()).astype(wider_float(view.dtype, jnp.dtype(jnp.float32)))
+    return scaled(view, 1 / factor if eqn.primitive.name == "div" else factor)
+
+
+def negative(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """A matrix times -1."""
+    return _or_merge(scaled(values[0], jnp.float32(-1)))
+
+
+def scaled(view: View, factor: jax.Array) -> View | None:
+    """A matrix times a number; None if the weight is a vector, of which a scaled copy costs nothing."""
+    layout = view.weight.layout
+    if not (layout.inp or layout.out) and len(view.shape) > 1:
+        return view  # a probe of unknown axes, of which no values are asked for
+    return view.replace(weight=Scaled.of(view.weight, factor)) if layout.inp else None
 
 
 # ---- Moves: another view of the same weight
@@ -256,21 +331,60 @@ def is_wide_float(dtype: jnp.dtype) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16)
 
 
+def wider_float(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
+    """The wider of two floating-point types; float32 for bfloat16 and float16."""
+    bits_a, bits_b = jnp.finfo(a).bits, jnp.finfo(b).bits
+    if bits_a == bits_b and a != b:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(a if bits_a >= bits_b else b)
+
+
 def slice_(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
-    """Some of the stacked layers."""
+    """Some of the stacked layers, or a part of the inputs or the outputs."""
     view, p = values[0], eqn.params
-    limits = list(zip(p["start_indices"], p["limit_indices"], p["strides"] or [1] * len(view.shape), strict=True))
-    cut = [i for i, n in enumerate(view.shape) if limits[i] != (0, n, 1)]
-    if not cut:
-        return [view]
-    if len(cut) > 1:
+    limits = zip(p["start_indices"], p["limit_indices"], p["strides"] or [1] * len(view.shape), strict=True)
+    for i, limit in enumerate(limits):
+        if view is not None and limit != (0, view.shape[i], 1):
+            view = _edited(view, i, Cut(*map(int, limit)))
+    return _or_merge(view)
+
+
+def split(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """Slices side by side."""
+    axis, parts = eqn.params["axis"], []
+    for cut in cuts(eqn.params["sizes"]):
+        part = _edited(values[0], axis, cut)
+        if part is None:
+            return None
+        parts.append(part)
+    return parts
+
+
+def reverse(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """Some axes backwards."""
+    view = values[0]
+    for axis in eqn.params["dimensions"]:
+        if view is not None and view.shape[axis] != 1:
+            view = _edited(view, axis, Reverse())
+    return _or_merge(view)
+
+
+def pad(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """Zeros around a matrix, or between its entries."""
+    view, fill = values
+    if is_view(fill) or isinstance(fill, jax.core.Tracer) or fill != 0:
         return None
-    start, limit, stride = limits[cut[0]]
+    for axis, config in enumerate(eqn.params["padding_config"]):
+        numbers = tuple(map(int, config))
+        if view is not None and numbers != (0, 0, 0):
+            view = view.edited(axis, Pad(*numbers))
+    return _or_merge(view)
 
-    def some_layers(array: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.slice_in_dim(array, start, limit, stride, axis)
 
-    return _or_merge(view.mapped(cut[0], some_layers, drop=False))
+def _edited(view: View, axis: int, operation: Cut | Reverse) -> View | None:
+    """A view with an operation done along an axis: to the arrays of stacked layers, or to products."""
+    layers = view.mapped(axis, operation.along, drop=False)
+    return view.edited(axis, operation) if layers is None else layers
 
 
 def dynamic_slice(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
@@ -278,20 +392,23 @@ def dynamic_slice(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Out
     view, *starts = values
     sizes = eqn.params["slice_sizes"]
     cut = [i for i, n in enumerate(view.shape) if sizes[i] != n]
-    if not cut:
-        return [view]
-    if len(cut) > 1:
+    if any(map(is_view, starts)):
         return None
-    start, size = starts[cut[0]], sizes[cut[0]]
-
-    def some_layers(array: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
-
-    layers = view.mapped(cut[0], some_layers, drop=False)
-    if layers is not None or size != 1 or is_view(start) or view.role(cut, looks_up=True) != "in":
+    layers: View | None = view
+    for axis in cut:
+        some_layers = functools.partial(_from_computed, start=starts[axis], size=sizes[axis])
+        layers = None if layers is None else layers.mapped(axis, some_layers, drop=False)
+    if layers is not None or len(cut) > 1:
         return _or_merge(layers)
-    want = [*view.axes[: cut[0]], (), *view.axes[cut[0] + 1 :]]
-    return _used(eqn, view, through(view, start, [], want, "in", Lookup(options=(("mode", "clip"),))))
+    (axis,) = cut
+    if sizes[axis] != 1 or view.role(cut, looks_up=True) != "in":
+        return None
+    want = [*view.axes[:axis], (), *view.axes[axis + 1 :]]
+    return _used(eqn, view, through(view, starts[axis], [], want, "in", Lookup(options=(("mode", "clip"),))))
+
+
+def _from_computed(array: jax.Array, axis: int, start: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
 def on_each_array(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
@@ -300,8 +417,10 @@ def on_each_array(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Out
 
 
 def untrained_row(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
-    """The lookup that follows leaves out the row's gradient."""
+    """The lookup that follows leaves out the row's gradient; rows are counted in the whole table."""
     (view,) = values
+    if view.edits:
+        return None
     return [view.replace(untrained_row=eqn.params["row"])]
 
 
@@ -334,6 +453,51 @@ def sharding_constraint(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) 
     return [jax.lax.with_sharding_constraint(view, shardings)]
 
 
+def device_put(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """On other devices: the adapter goes with its base, each array by itself, as by `optimization_barrier`."""
+    outs: list[Value] = []
+    for value, device in zip(values, eqn.params["devices"], strict=True):
+        if is_view(value) and isinstance(device, NamedSharding):
+            specs = value.specs(_entries(device.spec, value))
+            if specs is None:
+                return None
+            places = jax.tree.map(functools.partial(NamedSharding, device.mesh), specs)
+            outs.append(jax.tree.map(jax.device_put, value, places))
+        else:
+            outs.append(jax.tree.map(functools.partial(jax.device_put, device=device), value))
+    return outs
+
+
+def reshard(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """On a mesh of explicit axes: the adapter is sharded as its base."""
+    (view,), sharding = values, eqn.params["dst_sharding"]
+    specs = view.specs(_entries(sharding.spec, view))
+    if specs is None:
+        return None
+    return [jax.sharding.reshard(view, jax.tree.map(functools.partial(NamedSharding, sharding.mesh), specs))]
+
+
+def all_gather(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """Of a weight that is split over devices each array that is split is gathered, as FSDP does it."""
+    (view,), p = values, eqn.params
+    if not p["tiled"] or p["axis_index_groups"] is not None:
+        return None
+    entries: list[Any] = [None] * len(view.shape)
+    entries[p["all_gather_dimension"]] = MARK
+    specs = view.specs(entries)
+    if specs is None or not view.axes[p["all_gather_dimension"]]:
+        return None
+
+    def gathered(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if MARK not in spec:
+            return array
+        axis = spec.index(MARK)
+        own = {**p, "all_gather_dimension": axis}
+        return compat.bind(eqn.replace(params=own), [varying_over(array, p["axis_name"])])[0]
+
+    return [jax.tree.map(gathered, view, specs).refreshed()]
+
+
 def _or_merge(view: View | None) -> Outputs:
     return None if view is None else [view]
 
@@ -348,19 +512,14 @@ def _entries(spec: PartitionSpec, value: Value) -> list[Any]:
 
 def jit(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     """A nested ``jit`` stays one, unless a weight is watched: the watch has to see each call."""
-    inner = []
-    is_watched = False
-    for value in values:
-        if is_view(value) and value.watch is not None:
-            value = value.replace(watch=value.watch.inside(eqn))
-            is_watched = True
-        inner.append(value)
-    if is_watched:
+    inner = [rewatched(value, lambda watch: watch.inside(eqn)) for value in values]
+    has_pad = any(one.primitive.name == "pad" for one in compat.closed(eqn.params["jaxpr"]).eqns)
+    if any(map(is_watched, values)) or has_pad:  # a pad needs to see that what it is given is 0
         return evaluate(eqn.params["jaxpr"], *inner)
     donated = []
     for is_donated, value in zip(eqn.params["donated_invars"], values, strict=True):
         # A weight's arrays are the caller's, even where the program's own copy of the weight could be donated.
-        donated.append(is_donated and not is_view(value))
+        donated.append(is_donated and not stands_for_weights(value))
     run = evaluate
     if any(compat.out_shardings(eqn)):
         run = functools.partial(_merging_outputs, evaluate)
@@ -383,6 +542,8 @@ def scan(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     """Stacked weights are sliced layer by layer; constants and the bases of repeated layers are closed over."""
     parts = compat.scan_parts(eqn)
     start = parts.num_consts + parts.num_carry
+    if any(is_watched(value) and layers_of(value) for value in values[start:]):
+        return _watched_scan(evaluate, eqn, parts, values)
     consts = values[: parts.num_consts]
     init = [merged(value, eqn) for value in values[parts.num_consts : start]]
     xs, bases = without_bases([_in_front(value, eqn) for value in values[start:]])
@@ -394,6 +555,26 @@ def scan(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
 
     carry, ys = jax.lax.scan(body, init, xs, length=parts.length, reverse=parts.reverse, unroll=parts.unroll)
     return [*carry, *ys]
+
+
+def _watched_scan(evaluate: Evaluate, eqn: JaxprEqn, parts: compat.Scan, values: list[Value]) -> list[Value]:
+    """A scan over watched weights that would be stacked for it: each of them is seen in the body."""
+    start = parts.num_consts + parts.num_carry
+    xs = values[start:]
+    for i in range(parts.length):
+        sliced: list[Value] = []
+        for value in xs:
+            layers = layers_of(value)
+            if layers is not None:
+                sliced.append(layers[i])
+            else:
+                moved = _in_front(value, eqn)
+                sliced.append(jax.tree.map(lambda array, i=i: array[i], moved))
+        carry = [merged(value, eqn) for value in values[parts.num_consts : start]]
+        outs = evaluate(parts.body, *values[: parts.num_consts], *carry, *sliced)
+        for value in outs:
+            merged(value, eqn)
+    return [jnp.zeros(compat.type_of(var).shape, compat.type_of(var).dtype) for var in eqn.outvars]
 
 
 def _in_front(value: Value, eqn: JaxprEqn) -> Value:
@@ -434,6 +615,8 @@ def shard_map(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs
     """Each device sees its part of base and adapter."""
     parts = compat.shard_map_parts(eqn)
     specs = []
+    if any(stands_for_weights(value) and not is_view(value) for value in values):
+        return None
     for value, spec in zip(values, parts.in_specs, strict=True):
         specs.append(value.specs(_entries(spec, value)) if is_view(value) else spec)
     if any(spec is None for spec in specs):
@@ -453,7 +636,7 @@ def merged(value: Value, eqn: JaxprEqn | None) -> jax.Array:
     Raises:
         MergeError: if merging would change what is computed.
     """
-    if not is_view(value):
+    if not stands_for_weights(value):
         return value
     value.done(eqn, merged=True)
     try:
@@ -463,6 +646,9 @@ def merged(value: Value, eqn: JaxprEqn | None) -> jax.Array:
         raise MergeError(f"{what} a weight that has to be merged. {error}") from None
     return array
 
+
+# The weights go inside of these.
+CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "scan", "while", "cond", "shard_map")
 
 RULES: dict[str, Rule] = {
     "dot_general": dot_general,
@@ -475,12 +661,22 @@ RULES: dict[str, Rule] = {
     "squeeze": squeeze,
     "broadcast_in_dim": broadcast_in_dim,
     "convert_element_type": convert_element_type,
+    "neg": negative,
+    "concatenate": joined_or_stacked,
+    "stack": joined_or_stacked,
     "slice": slice_,
+    "split": split,
+    "rev": reverse,
+    "pad": pad,
     "dynamic_slice": dynamic_slice,
     "copy": lambda evaluate, eqn, values: values,
     "name": lambda evaluate, eqn, values: values,  # jax.ad_checkpoint.checkpoint_name
     "stop_gradient": on_each_array,
     "untrained_row": untrained_row,
+    "device_put": device_put,
+    "reshard": reshard,
+    "all_gather": all_gather,
+    "all_gather_invariant": all_gather,
     "pvary": pvary,
     "pcast": pvary,
     "optimization_barrier": optimization_barrier,

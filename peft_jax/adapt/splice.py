@@ -12,7 +12,7 @@ from jax.extend import core
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.shared_inputs import products_of_one_input
-from peft_jax.adapt.view import Value, is_view
+from peft_jax.adapt.view import Value, is_watched
 
 LEAF: Any = jax.tree.structure(0)
 Atom = core.Var | core.Literal
@@ -33,8 +33,7 @@ class Stand(NamedTuple):
     @property
     def watched(self) -> bool:
         """Whether it is a watched weight: who watches it has to see every equation."""
-        value = jax.tree.unflatten(self.structure, self.atoms)
-        return is_view(value) and value.watch is not None
+        return is_watched(jax.tree.unflatten(self.structure, self.atoms))
 
 
 class Renamed(NamedTuple):
@@ -62,7 +61,9 @@ def splice(
     inputs = list(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     for variable, arg in zip(jaxpr.jaxpr.invars, args, strict=True):
         leaves, structure = jax.tree.flatten(arg)
-        if structure == LEAF:
+        if structure == LEAF and compat.is_number(arg):  # a literal of the equation that calls this program
+            stands[variable] = Stand((core.Literal(arg, variable.aval),), LEAF)
+        elif structure == LEAF:
             inputs.append((variable, arg))
         else:
             atoms = [core.Var(jax.typeof(leaf)) for leaf in leaves]
@@ -78,7 +79,11 @@ def splice(
             continue
         operands = [_stand(atom, stands) for atom in eqn.invars]
         if _all_arrays(operands):
-            eqns.append(_with_operands(eqn, operands))
+            number = compat.folded(eqn, _atoms(operands))
+            if number is None:
+                eqns.append(_with_operands(eqn, operands))
+            else:
+                stands[eqn.outvars[0]] = Stand((number,), LEAF)
             continue
         together = [eqn]
         for other in later_products.get(place, ()):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from peft_jax.adapt.edits import Operation
 from peft_jax.core.product import Product
 from peft_jax.core.untrained_row import untrained_row
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, varying, varying_over
@@ -18,6 +19,7 @@ from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, varying, v
 Value = Any  # the value of a variable of a program: an array, or a `View` of a weight
 
 BROADCAST, FREE = -1, -2  # in place of an axis: that of a broadcast, and one of the other operand
+EDITED = 1000  # in place of an axis: EDITED + i is what the view's i-th edit makes
 
 
 class Atom(NamedTuple):
@@ -29,6 +31,20 @@ class Atom(NamedTuple):
 
 
 Axis = tuple[Atom, ...]  # the digits of one axis of a view, major digit first
+
+
+class Edit(NamedTuple):
+    """An operation on an axis of a view that is all inputs or all outputs.
+
+    Attributes:
+        source: The axis before it.
+        operation: What is done to it.
+        is_input: Whether it is one of inputs.
+    """
+
+    source: Axis
+    operation: Operation
+    is_input: bool
 
 
 class Watch(Protocol):
@@ -47,15 +63,20 @@ class Watch(Protocol):
         """The watch inside of the function that this equation calls."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("axes", "watch", "untrained_row"))
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("weight",),
+    meta_fields=("axes", "watch", "untrained_row", "edits"),
+)
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A weight whose axes were moved, split, joined or added. Digits of size 1 are left out."""
+    """A weight whose axes were moved, split, joined, added or edited. Digits of size 1 are left out."""
 
     weight: Weight
     axes: tuple[Axis, ...]
     watch: Watch | None = None
     untrained_row: int | None = None  # a row of the weight that lookups do not train
+    edits: tuple[Edit, ...] = ()
 
     @classmethod
     def of(cls, weight: Weight, watch: Watch | None = None) -> "View":
@@ -77,10 +98,11 @@ class View:
         return dataclasses.replace(self, **changes)
 
     def digits(self, axes: Iterable[int]) -> tuple[Atom, ...]:
-        """The digits of these axes of the weight, in canonical order."""
+        """The digits of these axes of the weight, or of results of edits, in canonical order."""
+        known = flat([*self.axes, *(edit.source for edit in self.edits)])
         found: list[Atom] = []
         for axis in axes:
-            own = [atom for atom in flat(self.axes) if atom.axis == axis]
+            own = [atom for atom in known if atom.axis == axis]
             found += sorted(own, key=lambda atom: -atom.stride)
         return tuple(found)
 
@@ -91,7 +113,49 @@ class View:
         array = self.weight.dense()
         if self.untrained_row is not None:
             array = untrained_row(array, self.untrained_row)
-        return arrange(_broadcast(array, added), [*added, *have], self.axes)
+        array, there = _broadcast(array, added), [*added, *have]
+        for number in range(len(self.edits)):
+            array, there = self.with_edit(number, array, there)
+        return arrange(array, there, self.axes)
+
+    def with_edit(self, number: int, array: jax.Array, have: Sequence[Atom]) -> tuple[jax.Array, list[Atom]]:
+        """An array of the digits ``have`` after an edit, and its digits."""
+        edit = self.edits[number]
+        rest = [atom for atom in have if atom not in edit.source]
+        array = arrange(array, have, [*((atom,) for atom in rest), edit.source])
+        return edit.operation.along(array, array.ndim - 1), [*rest, *self.digits([EDITED + number])]
+
+    def before_edit(self, number: int, array: jax.Array, have: Sequence[Atom]) -> tuple[jax.Array, list[Atom]]:
+        """The transpose of `with_edit`: an array that is multiplied by the result of an edit meets its source."""
+        edit = self.edits[number]
+        result = self.digits([EDITED + number])
+        rest = [atom for atom in have if atom not in result]
+        array = arrange(array, have, [*((atom,) for atom in rest), result])
+        array = edit.operation.transposed(array, array.ndim - 1, length(edit.source))
+        return array, [*rest, *edit.source]
+
+    def edited(self, axis: int, operation: Operation) -> "View | None":
+        """The view after an operation along one axis, if it is one of inputs or of outputs alone."""
+        layout, source = self.weight.layout, self.axes[axis]
+        if not layout.inp or not source or self.untrained_row is not None:
+            return None
+        inputs, outputs = self._sides()
+        is_input = set(source) <= inputs
+        if not (is_input or set(source) <= outputs):
+            return None
+        n = operation.length(length(source))
+        if n < 1:
+            return None
+        made: Axis = () if n == 1 else (Atom(EDITED + len(self.edits), 1, n),)
+        axes = (*self.axes[:axis], made, *self.axes[axis + 1 :])
+        return self.replace(axes=axes, edits=(*self.edits, Edit(source, operation, is_input)))
+
+    def _sides(self) -> tuple[set[Atom], set[Atom]]:
+        """The digits that are inputs, and those that are outputs, those of edits among them."""
+        inputs, outputs = set(self.digits(self.weight.layout.inp)), set(self.digits(self.weight.layout.out))
+        for number, edit in enumerate(self.edits):
+            (inputs if edit.is_input else outputs).update(self.digits([EDITED + number]))
+        return inputs, outputs
 
     def by_row(self, shape: Sequence[int]) -> jax.Array | None:
         """The array, with rows of their own along its first axis, for an operand of what has this shape.
@@ -99,7 +163,7 @@ class View:
         None if the weight is one for all rows, or the first axis is not that of the rows.
         """
         rows = self.weight.by_row()
-        if rows is None or not self.axes or shape[:1] != rows.shape[:1]:
+        if rows is None or not self.axes or self.edits or shape[:1] != rows.shape[:1]:
             return None
         if any(atom.axis >= 0 for atom in self.axes[0]):
             return None
@@ -121,15 +185,27 @@ class View:
         layout = self.weight.layout
         if not layout.inp or any(atom.axis not in (BROADCAST, *layout.stack) for atom in batch):
             return None
-        if digits == set(self.digits(layout.inp)):
+        if self._before_edits(digits, is_input=True) == set(self.digits(layout.inp)):
             return "in"
-        return "out" if digits == set(self.digits(layout.out)) else None
+        return "out" if self._before_edits(digits, is_input=False) == set(self.digits(layout.out)) else None
+
+    def _before_edits(self, digits: frozenset[Atom], *, is_input: bool) -> set[Atom]:
+        """Digits that are contracted, those that edits of one side make replaced by what they are made of."""
+        before = set(digits)
+        for number in reversed(range(len(self.edits))):
+            result = set(self.digits([EDITED + number]))
+            if self.edits[number].is_input == is_input and result <= before:
+                before = before - result | set(self.edits[number].source)
+        return before
 
     def as_kernel(self, out: int, matrix: jax.Array) -> jax.Array:
         """A matrix ``(in, k)`` in this shape, with ``k`` in place of the axis ``out``, which has all outputs."""
         channels = free(0, matrix.shape[1])
         want = [*self.axes[:out], channels, *self.axes[out + 1 :]]
-        return arrange(matrix, [*self.digits(self.weight.layout.inp), *channels], want)
+        have: Sequence[Atom] = [*self.digits(self.weight.layout.inp), *channels]
+        for number in range(len(self.edits)):
+            matrix, have = self.with_edit(number, matrix, have)
+        return arrange(matrix, have, want)
 
     def reshaped(self, shape: Sequence[int]) -> "View | None":
         """The view as ``jnp.reshape`` leaves it, if no digit has to be cut in a way that is not one of a reshape."""
@@ -160,8 +236,37 @@ class View:
                 return position
         return None
 
+    def apart(self, axis: int) -> "View":
+        """The view with this axis, if it is a part of a stacked one, as a stacked axis of its own."""
+        if len(self.axes[axis]) != 1 or self.stack_position(axis) is not None:
+            return self
+        stacked, stack = self.axes[axis][0].axis, self.weight.layout.stack
+        digits = self.digits([stacked])
+        if stacked not in stack:
+            return self
+        try:
+            weight = self.weight.split(stack.index(stacked), [atom.size for atom in digits])
+        except MergeError:
+            return self
+
+        def renamed(axis: Axis) -> Axis:
+            atoms = []
+            for atom in axis:
+                if atom in digits:
+                    atom = Atom(stacked + digits.index(atom), 1, atom.size)
+                elif stacked < atom.axis < EDITED:
+                    atom = atom._replace(axis=atom.axis + len(digits) - 1)
+                atoms.append(atom)
+            return tuple(atoms)
+
+        edits = [edit._replace(source=renamed(edit.source)) for edit in self.edits]
+        return self.replace(weight=weight, axes=tuple(map(renamed, self.axes)), edits=tuple(edits))
+
     def mapped(self, axis: int, change: Change, *, drop: bool) -> "View | None":
         """The view after ``change(array, axis)`` along a stacked axis, which with ``drop`` is then gone."""
+        apart = self.apart(axis)
+        if apart is not self:
+            return apart.mapped(axis, change, drop=drop)
         position = self.stack_position(axis)
         if position is None:
             return None
@@ -170,12 +275,13 @@ class View:
             axes = (*self.axes[:axis], _whole(gone, weight.shape[gone]), *self.axes[axis + 1 :])
             return self.replace(weight=weight, axes=axes)
         left = (*self.axes[:axis], *self.axes[axis + 1 :])
-        return self.replace(weight=weight, axes=tuple(_without_axis(one, gone) for one in left))
+        edits = [edit._replace(source=_without_axis(edit.source, gone)) for edit in self.edits]
+        return self.replace(weight=weight, axes=tuple(_without_axis(one, gone) for one in left), edits=tuple(edits))
 
     def specs(self, entries: Sequence[Any]) -> "View | None":
         """Specs of all arrays, in the view's structure, for those of its axes; None if there are none such."""
         wanted = View.of(self.weight).axes
-        if sorted(self.axes) != sorted(wanted):
+        if self.edits or sorted(self.axes) != sorted(wanted):
             return None
         of_weight: list[Any] = []
         for axis in wanted:
@@ -195,9 +301,69 @@ class View:
         return self.replace(axes=tuple(axes))
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("axis",))
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Views of several weights side by side along an axis."""
+
+    parts: tuple[View, ...]
+    axis: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Lengths of the parts along the axis."""
+        return [part.shape[self.axis] for part in self.parts]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that the views stand for."""
+        shape = self.parts[0].shape
+        return (*shape[: self.axis], sum(self.sizes), *shape[self.axis + 1 :])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Its element type."""
+        return self.parts[0].dtype
+
+    def dense(self) -> jax.Array:
+        """The array."""
+        return jax.lax.concatenate([part.dense() for part in self.parts], self.axis)
+
+    def done(self, eqn: JaxprEqn | None, *, merged: bool) -> None:
+        """Report a use to the watches, if there are any."""
+        for part in self.parts:
+            part.done(eqn, merged=merged)
+
+
 def is_view(value: Value) -> bool:
     """Whether a value is a view of a weight."""
     return isinstance(value, View)
+
+
+def stands_for_weights(value: Value) -> bool:
+    """Whether a value is a view of a weight, or views of several."""
+    return isinstance(value, (View, Joined))
+
+
+def views_in(value: Value) -> tuple[View, ...]:
+    """The views of which a value is made."""
+    if isinstance(value, Joined):
+        return value.parts
+    return (value,) if isinstance(value, View) else ()
+
+
+def is_watched(value: Value) -> bool:
+    """Whether someone watches a weight in a value."""
+    return any(view.watch is not None for view in views_in(value))
+
+
+def rewatched(value: Value, change: Callable[[Watch], Watch | None]) -> Value:
+    """A value with other watches of its weights."""
+    if isinstance(value, Joined):
+        return dataclasses.replace(value, parts=tuple(rewatched(part, change) for part in value.parts))
+    if isinstance(value, View) and value.watch is not None:
+        return value.replace(watch=change(value.watch))
+    return value
 
 
 def free(number: int, size: int) -> Axis:
@@ -236,11 +402,12 @@ def through(
         role: The side of the matrix that ``x`` meets.
         product: The product.
     """
-    layout = view.weight.layout
+    layout, there = view.weight.layout, flat(have)
+    if view.edits:
+        return _through_edits(view, x, there, want, role, product)
     met, kept = view.digits(layout.inp), view.digits(layout.out)
     if role == "out":
         met, kept = kept, met
-    there = flat(have)
     groups, front = [view.digits((axis,)) for axis in layout.stack], []
     batched = []
     for group in groups:
@@ -258,6 +425,35 @@ def through(
         return None
     how = _How(there, (*front, *others, *last), tuple(batched), role == "out", product, tuple(result), tuple(want))
     return _use_weight(x, view.weight, how)
+
+
+def _through_edits(
+    view: View, x: jax.Array, have: Sequence[Atom], want: Sequence[Axis], role: str, product: Product
+) -> jax.Array | None:
+    """`through` for a view with edits: those of the side that ``x`` meets are done to it, the others to the result."""
+    met_edits, kept_edits = [], []
+    for number, edit in enumerate(view.edits):
+        (met_edits if edit.is_input == (role == "in") else kept_edits).append(number)
+    if product.looks_up and met_edits or product.out_sharding is not None:
+        return None
+    for number in reversed(met_edits):
+        x, have = view.before_edit(number, x, have)
+    whole = _without_edits(view)
+    kept = view.digits(view.weight.layout.out if role == "in" else view.weight.layout.inp)
+    made = set(view.digits(range(EDITED, EDITED + len(view.edits))))
+    there = [atom for atom in flat(want) if atom not in made and atom not in kept]
+    there += kept
+    y = through(whole, x, [(atom,) for atom in have], [(atom,) for atom in there], role, product)
+    if y is None:
+        return None
+    for number in kept_edits:
+        y, there = view.with_edit(number, y, there)
+    return arrange(y, there, want)
+
+
+def _without_edits(view: View) -> View:
+    """The view of all digits of a weight, each an axis."""
+    return view.replace(axes=tuple((atom,) for atom in view.digits(range(view.weight.ndim))), edits=())
 
 
 class _How(NamedTuple):
@@ -327,7 +523,7 @@ def _broadcast(array: jax.Array, added: Sequence[Atom]) -> jax.Array:
 
 def _without_axis(axis: Axis, gone: int) -> Axis:
     """An axis of a view once its weight has lost one of its own axes."""
-    return tuple(atom._replace(axis=atom.axis - (atom.axis > gone)) for atom in axis)
+    return tuple(atom._replace(axis=atom.axis - (gone < atom.axis < EDITED)) for atom in axis)
 
 
 def _whole(axis: int, size: int) -> Axis:

@@ -135,6 +135,39 @@ class Layout:
             numbers=self.numbers if position else (),
         )
 
+    def stacked(self) -> "Layout":
+        """The layout of several leaves like one, stacked along a new first axis."""
+
+        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(axis + 1 for axis in axes)
+
+        return dataclasses.replace(
+            self,
+            stack=(0, *moved(self.stack)),
+            inp=moved(self.inp),
+            out=moved(self.out),
+            taps=moved(self.taps),
+            index_after=("", *self.index_after),
+        )
+
+    def split(self, position: int, count: int) -> "Layout":
+        """The layout once one of the stacked axes is split into ``count`` axes."""
+        at = self.stack[position]
+
+        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(axis + (count - 1) * (axis > at) for axis in axes)
+
+        stack = moved(self.stack)
+        names = self.index_after
+        return dataclasses.replace(
+            self,
+            stack=(*stack[:position], *range(at, at + count), *stack[position + 1 :]),
+            inp=moved(self.inp),
+            out=moved(self.out),
+            taps=moved(self.taps),
+            index_after=names[:position] + names[position : position + 1] * count + names[position + 1 :],
+        )
+
 
 def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
     return array if permutation == tuple(range(array.ndim)) else jnp.transpose(array, permutation)

@@ -112,6 +112,10 @@ class Repeated(Weight):
         layout = self.layout.unstacked(0) if drop else self.layout
         return dataclasses.replace(self, order=change(self.order, 0), layout=layout)
 
+    def split(self, position: int, sizes: Sequence[int]) -> "Repeated":
+        """Not there: the order of the layers has one axis."""
+        raise MergeError("the stacked axis of a leaf with repeated layers cannot be split.")
+
     def relaid(self, layout: Layout) -> "Repeated":
         """The leaf with another layout of the same axes."""
         return dataclasses.replace(self, layout=layout)

@@ -3,7 +3,7 @@
 import abc
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -109,6 +109,19 @@ class Weight(abc.ABC):
     @abc.abstractmethod
     def relaid(self, layout: Layout) -> "Weight":
         """The weight with another layout of the same arrays."""
+
+    def split(self, position: int, sizes: Sequence[int]) -> "Weight":
+        """The weight with one of the stacked axes split into several.
+
+        Raises:
+            MergeError: if its arrays cannot be split so.
+        """
+
+        def apart(array: jax.Array, axis: int) -> jax.Array:
+            return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
+
+        layout = self.layout.split(position, len(sizes))
+        return self.mapped(position, apart, drop=False).relaid(layout)
 
     @abc.abstractmethod
     def specs(self, entries: tuple[Any, ...]) -> PyTree:
