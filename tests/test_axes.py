@@ -27,6 +27,10 @@ OTHERWISE = {
     "w @ x": pj.Layout((), (1,), (0,)),
     "shard_map, transposed": pj.Layout((), (1,), (0,)),
     "shard_map, transposed, split": pj.Layout((), (1,), (0,)),
+    "negative": pj.Layout((), (1,), (0,)),
+    "part of both, transposed": pj.Layout((), (1,), (0,)),
+    "padded, cut and turned": pj.Layout((), (1,), (0,)),
+    "stacked, then one": pj.Layout((), (1,), (0,)),
     "lookup, filled": pj.Layout((), (0,), (1,), lookup=True),
 }
 UNCLEAR = [
@@ -34,7 +38,9 @@ UNCLEAR = [
     "elementwise",
     "norm of the weight",
     "returned",
-    "fused kernels",
+    "fused kernels, moved",
+    "one output",
+    "fused kernels, inputs",
     "weight times weight",
     "custom_vjp on the weight",
     "custom_jvp on the weight",
@@ -53,7 +59,7 @@ def test_axes_are_those_that_the_row_states(name):
     assert found.source == "read off the program"
 
 
-@pytest.mark.parametrize("name", ["elementwise", "norm of the weight", "returned", "fused kernels"])
+@pytest.mark.parametrize("name", ["elementwise", "norm of the weight", "returned", "fused kernels, moved"])
 def test_a_leaf_without_a_product_keeps_the_convention(name):
     row = ROWS[name]
     fn = lambda params, x: row.fn(params["dense"]["kernel"], x)  # noqa: E731
@@ -143,7 +149,7 @@ def test_axes_that_a_program_does_not_tell_are_the_conventions_or_an_error():
     config, x = pj.LoraConfig(target_modules=["q"]), normal(1, 3, 4)
     stack = {"q": {"kernel": normal(0, 3, 4, 5)}}
     with pytest.raises(ValueError, match=r"looked up, which may be a choice of layers or of rows.*layout="):
-        pj.apply_lora(stack, config, fn=lambda p, x: x @ jnp.take(p["q"]["kernel"], 1, axis=0), args=(x,))
+        pj.apply_lora(stack, config, fn=lambda p, x: x.sum() + jnp.take(p["q"]["kernel"], 1, axis=0), args=(x,))
     half = lambda p, x: jnp.einsum("bf,dhf->bdh", x[:, :3], p["q"]["kernel"].reshape(4, 2, 3))  # noqa: E731
     with pytest.raises(ValueError, match=r"in more than one way.*layout="):
         pj.apply_lora({"q": {"kernel": normal(0, 4, 6)}}, config, fn=half, args=(x,))

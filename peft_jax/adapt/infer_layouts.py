@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.sharding import PartitionSpec
 
 from peft_jax.adapt import compat
@@ -37,6 +37,20 @@ class Use(NamedTuple):
     out: tuple[int, ...]
     looks_up: bool
     batched: tuple[int, ...] = ()
+
+
+class Reading(NamedTuple):
+    """A program that was read.
+
+    Attributes:
+        jaxpr: The program.
+        paths: For each of its inputs the path of the leaf, None for other arguments.
+        merges: For each leaf of unknown axes the ids of the equations through which it was not followed.
+    """
+
+    jaxpr: ClosedJaxpr
+    paths: Sequence[str | None]
+    merges: Mapping[str, Collection[int]]
 
 
 class Touch(NamedTuple):
@@ -151,6 +165,7 @@ class _Note:
     uses: list[Use]
     touches: list[Touch] = dataclasses.field(default_factory=list)
     kernels: set[tuple[tuple[int, ...], int]] = dataclasses.field(default_factory=set)
+    merges: set[int] = dataclasses.field(default_factory=set)  # ids of equations
 
     def kernel(self, view: View, axes: Sequence[int], groups: int) -> None:
         probe = view.weight
@@ -174,6 +189,8 @@ class _Note:
     def done(self, view: View, eqn: JaxprEqn | None, merged: bool) -> None:
         assert isinstance(view.weight, Probe)
         elementwise = False
+        if merged and eqn is not None:
+            self.merges.add(id(eqn))
         if eqn is not None and eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             elementwise = not contracted
@@ -254,7 +271,8 @@ def read_program(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], fa
         if is_weight(leaf) or compat.is_array(leaf):
             argument, *rest = key_path
             paths.append(dotted(tuple(rest)) if argument.idx == 0 else None)
-    return Program(matrices, vectors, read_biases(jaxpr, paths))
+    merges = {path: frozenset(note.merges) for path, note in notes.items()}
+    return Program(matrices, vectors, read_biases(jaxpr, paths), Reading(jaxpr, paths, merges))
 
 
 def _view(value: Value, watches: Iterator[_Note]) -> Value:
@@ -277,6 +295,7 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
     uses = [use for use in uses if use.inp and use.out]
     if not uses:  # axes of length 1 leave no trace in a product
         return convention or Ambiguous("its axes of length 1 do not tell what they are")
+    uses = [use for use in uses if not _is_choice(use, uses)]
     descriptions = tuple(map(_words, dict.fromkeys(uses)))
     by_input = {use.inp: use for use in reversed(uses)}  # of several like it the first
     lookups = [use for use in uses if use.looks_up]
@@ -299,6 +318,13 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
     after = _index_after(path, first.stack, _without(first.stack, layered))
     rows, multiplied = bool(lookups), len(lookups) < len(uses)
     return Layout(first.stack, first.inp, first.out, rows, after, READ, multiplied=multiplied)
+
+
+def _is_choice(use: Use, uses: Sequence[Use]) -> bool:
+    """Whether a lookup is a choice of matrices of a stack, by which the program multiplies then."""
+    if not use.looks_up or len(use.out) < 2:
+        return False
+    return any(set(use.inp) <= set(other.stack) for other in uses if not other.looks_up)
 
 
 def _of_kernel(layout: Layout, taps: tuple[int, ...], groups: int) -> Layout:

@@ -15,21 +15,15 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.infer_layouts import Probe
-from peft_jax.adapt.interpreter import trace
-from peft_jax.adapt.rules import CALLS, RULES, is_wide_float
-from peft_jax.adapt.view import View
-from peft_jax.core.paths import dotted
-from peft_jax.core.pytree import PyTree
-from peft_jax.core.weight import is_weight
+from peft_jax.adapt.infer_layouts import Reading
+from peft_jax.adapt.rules import CALLS, RULES
 
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 KERNELS = ("pallas_call", "ffi_call")  # opaque: a matrix that meets activations there may be multiplied
-MOVES = set(RULES) - {*PRODUCTS, *CALLS, "gather", "add", "sub", "mul", "div"}
+MOVES = set(RULES) - {*PRODUCTS, *CALLS, "gather", "add", "sub", "mul", "div", "stack", "concatenate", "pad"}
 ONE_BY_ONE = ("optimization_barrier", "device_put")  # each output is the operand in its place
 
 
@@ -55,35 +49,30 @@ Note = dict[str, Part] | None  # the leaves that a variable is made of, by path;
 Program = Jaxpr | ClosedJaxpr
 
 
-def left_out(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], paths: Collection[str]) -> dict[str, Loss]:
-    """Find leaves that ``fn(params, *args)`` multiplies by unseen, and where they are no longer followed.
+def left_out(reading: Reading, paths: Collection[str]) -> dict[str, Loss]:
+    """Find leaves that a program multiplies by unseen, and where they are no longer followed.
 
     Args:
-        params: A tree.
-        fn: The function.
-        args: The rest of its arguments.
+        reading: The program, as `peft_jax.adapt.infer_layouts.read_program` has read it.
         paths: Paths of the leaves to look for.
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from peft_jax.adapt.infer_layouts import read_program
         >>> params = {"up": {"kernel": jnp.ones((4, 8)), "gain": jnp.ones(8)}}
         >>> def model(params, x):
-        ...     return params["up"]["gain"] * (x @ (0.5 * params["up"]["kernel"]))
-        >>> found = left_out(params, model, (jnp.ones((1, 4)),), ["up.kernel", "up.gain"])
+        ...     return params["up"]["gain"] * (x @ jnp.tanh(params["up"]["kernel"]))
+        >>> found = left_out(read_program(params, model, (jnp.ones((1, 4)),)).reading, ["up.kernel", "up.gain"])
         >>> {path: loss.primitive for path, loss in found.items()}
-        {'up.kernel': 'mul'}
+        {'up.kernel': 'tanh'}
     """
     if not paths:
         return {}
-    leaves, treedef = jax.tree.flatten(((params, *args), {}), is_leaf=is_weight)
-    program, _, _ = trace(fn, leaves, treedef)
     notes: list[Note] = []
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
-        if is_weight(leaf) or compat.is_array(leaf):
-            notes.append({dotted(key_path): Part(compat.type_of(program.jaxpr.invars[len(notes)]).ndim)})
-    notes += [None] * (len(program.jaxpr.invars) - len(notes))  # the other arguments
-    walk = _Walk({})
-    walk.program(program, notes, None)
+    for path, variable in zip(reading.paths, reading.jaxpr.jaxpr.invars, strict=True):
+        notes.append(None if path is None else {path: Part(compat.type_of(variable).ndim)})
+    walk = _Walk(reading.merges, {})
+    walk.program(reading.jaxpr, notes, None)
     return {path: loss for path, loss in walk.found.items() if path in paths}
 
 
@@ -111,8 +100,9 @@ def report(what: str, losses: Mapping[str, Loss], way_out: str, *, alone: bool, 
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """A walk through programs; ``found`` collects the leaves that they multiply by."""
+    """A walk through programs; ``found`` collects the leaves that they multiply by, ``merges`` is of the `Reading`."""
 
+    merges: Mapping[str, Collection[int]]
     found: dict[str, Loss]
 
     def program(self, program: Program, notes: Sequence[Note], place: str | None) -> list[Note]:
@@ -132,7 +122,7 @@ class _Walk:
         loss = Loss(name, place or "a place inside a library")
         inner = _inner(eqn)
         if name in CALLS:
-            return self.call(eqn, notes, loss, place)
+            return self.call(eqn, [self.merged(eqn, note, loss) for note in notes], loss, place)
         if name in PRODUCTS:
             self.product(notes[:2], loss)
             return [_without_leaves(notes)]
@@ -144,15 +134,32 @@ class _Walk:
             return _all_lost(self.program(inner, _all_lost(notes, loss), place), loss)
         if name in ONE_BY_ONE:
             return notes if name in MOVES else _all_lost(notes, loss)
-        if name in MOVES and _is_followed(eqn):
-            return [_moved(eqn, notes[0])]
-        if name == "dynamic_slice":
+        if self.is_followed(eqn, notes):
+            return _moved(eqn, _joined(notes, skip_inputs=True))
+        if name in ("dynamic_slice", "gather"):
             notes = notes[:1]
         shapes = [getattr(variable.aval, "shape", ()) for variable in eqn.outvars]
         if shapes:
             notes = [_own(eqn, i, note, shapes[0]) for i, note in enumerate(notes)]
         joined = _lost(_joined(notes), loss)
         return [_with_axes(joined, len(shape)) for shape in shapes]
+
+    def merged(self, eqn: JaxprEqn, note: Note, loss: Loss) -> Note:
+        """The note of an operand with those leaves lost that a call could not take as they are."""
+        lost = {path for path in note or () if id(eqn) in self.merges.get(path, ())}
+        return note and {path: part._replace(loss=part.loss or loss) if path in lost else part for path, part in note.items()}
+
+    def is_followed(self, eqn: JaxprEqn, notes: Sequence[Note]) -> bool:
+        """Whether an equation moves its leaves, those that were followed up to here, to another view of them."""
+        leaves = [(path, part) for note in notes for path, part in (note or {}).items()]
+        kept = [path for path, part in leaves if part.loss is None]
+        if not kept:
+            return bool(leaves) and eqn.primitive.name in MOVES
+        for path in kept:
+            is_lost = id(eqn) in self.merges[path] if path in self.merges else eqn.primitive.name not in MOVES
+            if is_lost:
+                return False
+        return True
 
     def product(self, notes: Sequence[Note], loss: Loss) -> None:
         """Record the weights of a product of two operands.
@@ -200,7 +207,7 @@ class _Walk:
         """Notes of a loop's outputs; its body is walked through until the notes of the carried values stay the same."""
         carry = _all_lost(carry, loss)
         while True:
-            outs = step(_Walk({}), carry)
+            outs = step(_Walk(self.merges, {}), carry)
             joined = [_joined(pair) for pair in zip(carry, outs[: len(carry)], strict=True)]
             following = _all_lost(joined, loss)
             if following == carry:
@@ -256,24 +263,19 @@ def _own(eqn: JaxprEqn, operand: int, note: Note, shape: Sequence[int]) -> Note:
     return {path: part for path, part in note.items() if not part.spread}
 
 
-def _is_followed(eqn: JaxprEqn) -> bool:
-    """Whether the rule of a move keeps the weight."""
-    if eqn.primitive.name == "convert_element_type":
-        return is_wide_float(eqn.params["new_dtype"])
-    if eqn.primitive.name == "reshape":
-        array = compat.type_of(eqn.invars[0])
-        return View.of(Probe(array, array.ndim, tuple(range(array.ndim)))).reshaped(eqn.params["new_sizes"]) is not None
-    return True
-
-
-def _moved(eqn: JaxprEqn, note: Note) -> Note:
-    """The note of an operand that is moved."""
-    old, new = compat.type_of(eqn.invars[0]), compat.type_of(eqn.outvars[0])
-    if math.prod(new.shape) > math.prod(old.shape):
-        return note and {path: part._replace(spread=True) for path, part in note.items()}
-    if eqn.primitive.name == "reshape" and _longer_than_one(old.shape) != _longer_than_one(new.shape):
-        return note  # axes are joined or split, and each is still there
-    return _with_axes(note, new.ndim)
+def _moved(eqn: JaxprEqn, note: Note) -> list[Note]:
+    """The notes of the results of a move."""
+    old = compat.type_of(eqn.invars[0])
+    notes = []
+    for variable in eqn.outvars:
+        new = compat.type_of(variable)
+        if math.prod(new.shape) > math.prod(old.shape) and eqn.primitive.name == "broadcast_in_dim":
+            notes.append(note and {path: part._replace(spread=True) for path, part in note.items()})
+        elif eqn.primitive.name == "reshape" and _longer_than_one(old.shape) != _longer_than_one(new.shape):
+            notes.append(note)  # axes are joined or split, and each is still there
+        else:
+            notes.append(_with_axes(note, new.ndim))
+    return notes
 
 
 def _longer_than_one(shape: Sequence[int]) -> list[int]:

@@ -278,10 +278,9 @@ def negative(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
 
 def scaled(view: View, factor: jax.Array) -> View | None:
     """A matrix times a number; None if the weight is a vector, of which a scaled copy costs nothing."""
-    layout = view.weight.layout
-    if not (layout.inp or layout.out) and len(view.shape) > 1:
-        return view  # a probe of unknown axes, of which no values are asked for
-    return view.replace(weight=Scaled.of(view.weight, factor)) if layout.inp else None
+    if is_probe(view) and len(view.shape) > 1:
+        return view
+    return view.replace(weight=Scaled.of(view.weight, factor)) if view.weight.layout.inp else None
 
 
 # ---- Moves: another view of the same weight
@@ -377,14 +376,23 @@ def pad(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     for axis, config in enumerate(eqn.params["padding_config"]):
         numbers = tuple(map(int, config))
         if view is not None and numbers != (0, 0, 0):
-            view = view.edited(axis, Pad(*numbers))
+            view = _edited(view, axis, Pad(*numbers))
     return _or_merge(view)
 
 
-def _edited(view: View, axis: int, operation: Cut | Reverse) -> View | None:
-    """A view with an operation done along an axis: to the arrays of stacked layers, or to products."""
-    layers = view.mapped(axis, operation.along, drop=False)
+def _edited(view: View, axis: int, operation: Cut | Reverse | Pad) -> View | None:
+    """A view with an operation done along an axis: to the arrays of stacked layers, or to products.
+
+    Layers of zeros are not added: not every method has a zero.
+    """
+    has_zeros = isinstance(operation, Pad) and not is_probe(view)
+    layers = None if has_zeros else view.mapped(axis, operation.along, drop=False)
     return view.edited(axis, operation) if layers is None else layers
+
+
+def is_probe(view: View) -> bool:
+    """Whether the axes of a weight are unknown, so that its shapes alone are asked for."""
+    return not (view.weight.layout.inp or view.weight.layout.out)
 
 
 def dynamic_slice(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
@@ -546,10 +554,21 @@ def scan(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
         return _watched_scan(evaluate, eqn, parts, values)
     consts = values[: parts.num_consts]
     init = [merged(value, eqn) for value in values[parts.num_consts : start]]
-    xs, bases = without_bases([_in_front(value, eqn) for value in values[start:]])
+    single: dict[int, View] = {}  # weights with an axis of length 1 in front, which is gone in the body
+    moved: list[Value] = []
+    for place, value in enumerate(values[start:]):
+        alone = _single(value)
+        if alone is None:
+            moved.append(_in_front(value, eqn))
+        else:
+            single[place] = alone
+            moved.append(None)
+    xs, bases = without_bases(moved)
 
     def body(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
         layers = with_bases(sliced, bases)
+        for place, value in single.items():
+            layers[place] = value
         out = [merged(value, eqn) for value in evaluate(parts.body, *consts, *carry, *layers)]
         return out[: parts.num_carry], out[parts.num_carry :]
 
@@ -567,6 +586,8 @@ def _watched_scan(evaluate: Evaluate, eqn: JaxprEqn, parts: compat.Scan, values:
             layers = layers_of(value)
             if layers is not None:
                 sliced.append(layers[i])
+            elif (alone := _single(value)) is not None:
+                sliced.append(alone)
             else:
                 moved = _in_front(value, eqn)
                 sliced.append(jax.tree.map(lambda array, i=i: array[i], moved))
@@ -575,6 +596,13 @@ def _watched_scan(evaluate: Evaluate, eqn: JaxprEqn, parts: compat.Scan, values:
         for value in outs:
             merged(value, eqn)
     return [jnp.zeros(compat.type_of(var).shape, compat.type_of(var).dtype) for var in eqn.outvars]
+
+
+def _single(value: Value) -> View | None:
+    """A weight without its first axis, if that has length 1 and is no stacked one."""
+    if not is_view(value) or value.axes[0] or value.stack_position(0) is not None:
+        return None
+    return value.replace(axes=value.axes[1:])
 
 
 def _in_front(value: Value, eqn: JaxprEqn) -> Value:

@@ -86,7 +86,7 @@ def apply_adapter(
             conventions hold: ``kernel`` is ``(in, out)``, ``weight`` is ``(out, in)``, ``embedding`` is
             ``(vocabulary, features)``, and the bias is ``bias`` or ``b`` beside the only matrix, or ``b1`` beside
             ``w1``. With it ``all-linear`` means every leaf that is the weight of a product, not of a lookup alone. One
-            that reaches its product through what is not followed, as ``x @ (0.5 * w)``, is left out with a warning;
+            that reaches its product through what is not followed, as ``x @ jnp.tanh(w)``, is left out with a warning;
             where it is named in ``target_modules``, it is merged there, as `peft_jax.explain` reports.
         args: The other arguments of ``fn``; arrays, or shapes as ``jax.ShapeDtypeStruct``.
 
@@ -144,8 +144,8 @@ def _attached(
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
     linear = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
     asked, config = config, expand_all_linear(config, linear, others=found)
-    if fn is not None:
-        losses = left_out(params, fn, args, not_expanded(asked, config, found))
+    if read is not None:
+        losses = left_out(read.reading, not_expanded(asked, config, found))
         is_empty = not (config.target_modules or config.target_parameters)
         report("target_modules='all-linear'", losses, LEFT_OUT, alone=is_empty, stacklevel=4)
     every = sorted({name for leaf in found for name in leaf.names.flat})

@@ -26,11 +26,13 @@ class Program(NamedTuple):
         matrices: Axes of those that are the matrix of a product, or why they are unclear.
         vectors: Axes of stacked leaves one layer of which is a vector, and of those that are multiplied elementwise.
         biases: Paths of the matrices to whose products the leaves are added.
+        reading: The program itself and where it was not followed, for `peft_jax.adapt.left_out`.
     """
 
     matrices: Mapping[str, Layout | Ambiguous] = MappingProxyType({})
     vectors: Mapping[str, Layout] = MappingProxyType({})
     biases: Mapping[str, str] = MappingProxyType({})
+    reading: Any = None
 
 
 class Leaf(NamedTuple):

@@ -54,7 +54,7 @@ def quantize(
         layout: Axes by regex over whole leaf paths, as in `peft_jax.apply_adapter`.
         fn: The function that uses the leaves, to read their axes off its program, as in `peft_jax.apply_adapter`. By
             default every leaf that is the weight of a product in it is quantized. One that reaches its product through
-            what is not followed, as ``x @ (0.5 * w)``, is left out with a warning.
+            what is not followed, as ``x @ jnp.tanh(w)``, is left out with a warning.
         args: The other arguments of ``fn``.
 
     Raises:
@@ -106,9 +106,9 @@ def quantize_as(
     for position, leaf in enumerate(found):
         if is_matrix(leaf) and _is_whole_target(leaf, targets):
             nodes[position] = _quantized(quantizer, leaf, leaf.value)
-    if fn is not None and target_modules is None:
+    if read is not None and target_modules is None:
         rest = [leaf.path for position, leaf in enumerate(found) if is_matrix(leaf) and position not in nodes]
-        report("quantize(fn=...)", left_out(params, fn, args, rest), LEFT_OUT, alone=not nodes, stacklevel=3)
+        report("quantize(fn=...)", left_out(read.reading, rest), LEFT_OUT, alone=not nodes, stacklevel=3)
     return replace_leaves(params, nodes)
 
 
