@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec
 
 from peft_jax.core.weight import Weight
@@ -105,6 +106,12 @@ def make_jaxpr(
         effects |= eqn.effects
     info = like.jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     return core.ClosedJaxpr(core.Jaxpr((), invars, outvars, eqns, frozenset(effects), info), ())
+
+
+def without_dead_code(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The program with the same inputs, without equations that no output and no effect depends on."""
+    jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars), instantiate=True)
+    return core.ClosedJaxpr(jaxpr, program.consts)
 
 
 def passed_through(jaxpr: core.Jaxpr) -> list[int | None]:

@@ -138,7 +138,8 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         if is_weight(leaf):
             found.append((dotted(key_path), leaf, _Note([])))
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs), is_leaf=is_weight)
-    jaxpr, values, _ = trace(fn, leaves, treedef, keep=True)
+    program, values, _ = trace(fn, leaves, treedef, keep=True)
+    jaxpr = compat.without_dead_code(program)
     watches = iter([note for _, _, note in found])  # the leaves of params come first
     views: list[Value] = []
     for value in values:

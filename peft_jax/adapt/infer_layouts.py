@@ -248,7 +248,8 @@ def read_program(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], fa
 
     tree = jax.tree_util.tree_map_with_path(probed, params, is_leaf=is_weight)
     leaves, treedef = jax.tree.flatten(((tree, *args), {}), is_leaf=is_weight)
-    jaxpr, values, _ = trace(fn, leaves, treedef)
+    program, values, _ = trace(fn, leaves, treedef)
+    jaxpr = compat.without_dead_code(program)
     watches = iter(notes.values())
     views = [_view(value, watches) for value in values]
     jax.eval_shape(lambda views: evaluate(jaxpr, *views), views)
