@@ -75,6 +75,22 @@ def bind(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def is_plain(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation has no effects, and its results are arrays that no mesh has a part in."""
+    for variable in eqn.outvars:
+        kind = variable.aval
+        is_number = isinstance(kind, jax.core.ShapedArray) and not jnp.issubdtype(kind.dtype, jax.dtypes.extended)
+        if not is_number or not kind.sharding.mesh.empty:
+            return False
+    return not eqn.effects
+
+
+def placeholders(eqn: core.JaxprEqn) -> list[jax.Array]:
+    """Arrays of the types of an equation's results."""
+    types = [type_of(variable) for variable in eqn.outvars]
+    return [jnp.zeros(kind.shape, kind.dtype) for kind in types]
+
+
 def run(program: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
     """Run a jaxpr: inside of a program that is being traced as one call in it, else equation by equation.
 

@@ -19,7 +19,7 @@ from peft_jax.adapt.joined import run_joined
 from peft_jax.adapt.rules import CALLS, RULES, merged
 from peft_jax.adapt.shared_inputs import run_products_of_one_input
 from peft_jax.adapt.splice import splice
-from peft_jax.adapt.view import Joined, Value, View
+from peft_jax.adapt.view import Joined, Value, View, is_watched, stands_for_weights
 from peft_jax.core.weight import as_sliced, is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -146,7 +146,15 @@ def _equation(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _merging(eqn: JaxprEqn, values: list[Value]) -> list[jax.Array]:
-    """Run an equation on merged weights, which backward forms again rather than keeps."""
+    """Run an equation on merged weights, which backward forms again rather than keeps.
+
+    Of watched weights the shapes alone are asked for.
+    """
+    if any(map(is_watched, values)) and compat.is_plain(eqn):
+        for value in values:
+            if stands_for_weights(value):
+                value.done(eqn, merged=True)
+        return compat.placeholders(eqn)
 
     def run(*values: Value) -> list[jax.Array]:
         return compat.bind(eqn, [merged(value, eqn) for value in values])

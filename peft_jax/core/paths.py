@@ -140,6 +140,11 @@ def keys_from_names(key: jax.Array, names: np.ndarray) -> jax.Array:
 
     Layers of one name, the experts of a parameter, have unlike keys by their number.
     """
+    return keys_from_codes(key, name_codes(names))
+
+
+def name_codes(names: np.ndarray) -> np.ndarray:
+    """One number per name, of which `keys_from_codes` makes its key; uint32, of the shape of ``names``."""
     seen = collections.Counter[str]()
     codes = np.empty(names.shape, np.uint32)
     for index in np.ndindex(names.shape):
@@ -147,6 +152,11 @@ def keys_from_names(key: jax.Array, names: np.ndarray) -> jax.Array:
         numbered = f"{name}.{seen[name]}" if seen[name] else name
         codes[index] = zlib.crc32(numbered.encode())
         seen[name] += 1
+    return codes
+
+
+def keys_from_codes(key: jax.Array, codes: np.ndarray | jax.Array) -> jax.Array:
+    """One random key per code; same shape as ``codes``."""
     fold = jax.random.fold_in
     for _ in range(codes.ndim):
         fold = jax.vmap(fold, in_axes=(None, 0))

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.layout import Layout
-from peft_jax.core.paths import keys_from_names
+from peft_jax.core.paths import keys_from_codes, name_codes
 
 Draw = Callable[[jax.Array, jax.Array], jax.Array]  # of a key and the rank
 
@@ -31,10 +33,28 @@ def drawn(
     n_in, n_out = layout.sizes(shape)
     inner, experts = ranks // layout.groups, math.prod(names.shape[i] for i in layout.unnamed)
     shape_a, shape_b = (n_in * layout.groups, int(ranks.max())), (int(inner.max()), n_out)
-    a, b = _draws(init, shape_a, shape_b, layout.lookup, experts)
+    draws = _Draws(init, shape_a, shape_b, layout.lookup, experts)
+    return _factors(key, name_codes(names), ranks.astype(np.int32), inner.astype(np.int32), draws)
+
+
+class _Draws(NamedTuple):
+    """How both factors of a leaf are drawn; one program is compiled for all leaves alike."""
+
+    init: bool | str
+    shape_a: tuple[int, int]
+    shape_b: tuple[int, int]
+    lookup: bool
+    experts: int
+
+
+@partial(jax.jit, static_argnames="draws")
+def _factors(
+    key: jax.Array, codes: jax.Array, ranks: jax.Array, inner: jax.Array, draws: _Draws
+) -> dict[str, jax.Array]:
+    a, b = _draws(*draws)
     return {
-        "lora_A": jnp.where(_used(ranks)[..., None, :], _of_each_layer(a, names, ranks, key, 0), 0),
-        "lora_B": jnp.where(_used(inner)[..., :, None], _of_each_layer(b, names, inner, key, 1), 0),
+        "lora_A": jnp.where(_used(ranks, draws.shape_a[1])[..., None, :], _of_each_layer(a, codes, ranks, key, 0), 0),
+        "lora_B": jnp.where(_used(inner, draws.shape_b[0])[..., :, None], _of_each_layer(b, codes, inner, key, 1), 0),
     }
 
 
@@ -42,18 +62,20 @@ def drawn_bias(init: bool | str, n_out: int, names: np.ndarray, ranks: np.ndarra
     """The trained bias ``(*stack, out)``: zero, or random as that of PyTorch's Linear with inputs of these ranks."""
     if init is not False:
         return jnp.zeros((*names.shape, n_out))
-    bias = _of_each_layer(_uniform((n_out,), None), names, ranks, key, 2)
+    bias = _of_each_layer(_uniform((n_out,), None), name_codes(names), jnp.asarray(ranks), key, 2)
     return jnp.where(jnp.asarray(ranks > 0)[..., None], bias, 0)
 
 
-def _used(ranks: np.ndarray) -> jax.Array:
-    return jnp.asarray(np.arange(ranks.max()) < ranks[..., None])
+def _used(ranks: jax.Array, largest: int) -> jax.Array:
+    return jnp.arange(largest) < ranks[..., None]
 
 
-def _of_each_layer(draw: Draw, names: np.ndarray, ranks: np.ndarray, key: jax.Array, number: int) -> jax.Array:
-    for _ in names.shape:
+def _of_each_layer(
+    draw: Draw, codes: np.ndarray | jax.Array, ranks: jax.Array, key: jax.Array, number: int
+) -> jax.Array:
+    for _ in codes.shape:
         draw = jax.vmap(draw)
-    return draw(keys_from_names(jax.random.fold_in(key, number), names), jnp.asarray(ranks))
+    return draw(keys_from_codes(jax.random.fold_in(key, number), codes), ranks)
 
 
 def _draws(
@@ -62,7 +84,7 @@ def _draws(
     if lookup:
         return (_normal(shape_a) if init is False else _zeros(shape_a)), _normal(shape_b)
     if init == "gaussian":
-        return lambda key, rank: _normal(shape_a)(key, rank) / jnp.float32(jnp.maximum(rank, 1)), _zeros(shape_b)
+        return _gaussian(shape_a), _zeros(shape_b)
     return _uniform(shape_a, shape_a[0]), _uniform(shape_b, None, experts) if init is False else _zeros(shape_b)
 
 
@@ -74,8 +96,18 @@ def _normal(shape: tuple[int, ...]) -> Draw:
     return lambda key, rank: jax.random.normal(key, shape)
 
 
+def _gaussian(shape: tuple[int, ...]) -> Draw:
+    return lambda key, rank: _divided(jax.random.normal(key, shape), jnp.float32(jnp.maximum(rank, 1)))
+
+
 def _uniform(shape: tuple[int, ...], fan_in: int | None, experts: int = 1) -> Draw:
     """As PyTorch's Linear, within 1 / sqrt(fan_in); the rank is that of what B takes, for all experts together."""
-    return lambda key, rank: (
-        jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(jnp.float32(fan_in or experts * jnp.maximum(rank, 1)))
+    return lambda key, rank: _divided(
+        jax.random.uniform(key, shape, minval=-1.0), jnp.sqrt(jnp.float32(fan_in or experts * jnp.maximum(rank, 1)))
     )
+
+
+def _divided(draws: jax.Array, number: jax.Array) -> jax.Array:
+    """The quotient to the last bit: a compiler that knows the number would multiply by its reciprocal instead."""
+    draws, number = jax.lax.optimization_barrier((draws, number))
+    return draws / number
