@@ -175,8 +175,10 @@ class _Note:
         for i in axes:
             if view.axes[i]:
                 at = view.axes[i][0].axis
-            else:
+            elif ones:
                 at = i if i in ones else ones[0]
+            else:
+                continue  # an axis of length 1 that the program has added
             if at in ones:
                 ones.remove(at)
             found.append(probe.labels[at])

@@ -23,7 +23,7 @@ from peft_jax.adapt.rules import CALLS, RULES
 
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 KERNELS = ("pallas_call", "ffi_call")  # opaque: a matrix that meets activations there may be multiplied
-MOVES = set(RULES) - {*PRODUCTS, *CALLS, "gather", "add", "sub", "mul", "div", "stack", "concatenate", "pad"}
+MOVES = set(RULES) - {*PRODUCTS, *CALLS, "gather", "add", "sub", "mul", "div", "stack", "concatenate", "pad", "reduce_sum"}
 ONE_BY_ONE = ("optimization_barrier", "device_put")  # each output is the operand in its place
 
 

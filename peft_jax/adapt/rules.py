@@ -303,6 +303,14 @@ def squeeze(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     return [view.replace(axes=tuple(_without(view.axes, eqn.params["dimensions"])))]
 
 
+def reduce_sum(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """A sum over axes of length 1, as `jnp.einsum` makes it, takes them away."""
+    (view,) = values
+    if any(view.shape[axis] != 1 for axis in eqn.params["axes"]):
+        return None
+    return [view.replace(axes=tuple(_without(view.axes, eqn.params["axes"])))]
+
+
 def broadcast_in_dim(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     """With axes added along which nothing changes."""
     view, shape, at = values[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
@@ -687,6 +695,7 @@ RULES: dict[str, Rule] = {
     "transpose": transpose,
     "reshape": reshape,
     "squeeze": squeeze,
+    "reduce_sum": reduce_sum,
     "broadcast_in_dim": broadcast_in_dim,
     "convert_element_type": convert_element_type,
     "neg": negative,

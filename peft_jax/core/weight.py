@@ -135,6 +135,12 @@ class Weight(abc.ABC):
         _warn_of_merging(type(self).__name__)
         return self.dense()
 
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(
+            f"A {type(self).__name__} leaf stands for an array and cannot be indexed. Wrap the function that indexes it: "
+            "pj.adapt(fn). Or make plain arrays of the tree: pj.merge(params)."
+        )
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(jax.Array, name):
             raise AttributeError(name)
