@@ -14,6 +14,7 @@ from peft_jax.adapters.complete import (
     not_expanded,
     spelled_out,
     untied_for,
+    with_own_names,
     with_replicas,
 )
 from peft_jax.adapters.plan import Target, may_be_target, plan
@@ -142,6 +143,7 @@ def _attached(
     key = jax.random.key(0) if key is None else key
     read = None if fn is None else read_program(params, fn, args, config.fan_in_fan_out)
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
+    config = with_own_names(config, found)
     linear = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
     asked, config = config, expand_all_linear(config, linear, others=found)
     if read is not None:

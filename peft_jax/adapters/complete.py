@@ -1,14 +1,15 @@
 """Complete a config with a model's names, task, defaults and linear modules, and the model as the config asks."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix
-from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_target
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, own_names
+from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_target, spelled_out_names
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.checks import layer_order
 from peft_jax.methods.trainable_tokens import tokens_by_module
@@ -135,6 +136,27 @@ def expand_all_linear(
     ends = {name.rsplit(".", 1)[-1] for name in linear}
     clash = any(name.rsplit(".", 1)[-1] in ends for name in rest)
     return config.replace(target_modules=linear if clash else sorted(ends))
+
+
+def with_own_names(config: M, found: Sequence[Leaf]) -> M:
+    """The config with leaves that it names by their own paths spelled out as the modules that they stand for."""
+    own, modules = own_names(found), [str(name) for leaf in found for name in leaf.names.flat]
+    if not own:
+        return config
+    changes: dict[str, object] = {}
+    for field in ("target_modules", "exclude_modules"):
+        names = getattr(config, field, None)
+        if names and not isinstance(names, str):
+            changes[field] = spelled_out_names(list(names), modules, own)
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns: dict[str, object] = {}
+        for pattern, value in (getattr(config, field, None) or {}).items():
+            for name in spelled_out_names([pattern], modules, own):
+                patterns[name if name == pattern else re.escape(name)] = value
+        if patterns:
+            changes[field] = patterns
+    changes = {field: value for field, value in changes.items() if value != getattr(config, field)}
+    return config.replace(**changes) if changes else config
 
 
 def not_expanded(config: Method, expanded: Method, found: Sequence[Leaf]) -> set[str]:

@@ -18,6 +18,8 @@ from peft_jax.core.weight import is_weight
 
 Layouts = Mapping[str, Layout]
 
+WEIGHT_NAMES = ("w", "weights", "embeddings")  # what libraries call the weight of a module beside Flax and PyTorch
+
 
 class Program(NamedTuple):
     """Facts about leaves that are read off a program, by path.
@@ -202,6 +204,25 @@ def _as_bias(leaf: Leaf, matrix: Leaf) -> Leaf:
     ends = (leaf.path[len(common) :], matrix.path[len(common) :])
     layout = dataclasses.replace(layout, index_after=matrix.layout.index_after, bias_of=ends)
     return leaf._replace(layout=layout, names=matrix.names, unclear=None)
+
+
+def own_names(found: Sequence[Leaf]) -> dict[str, list[str]]:
+    """For leaves whose modules have other names than their own paths the names of the modules, by the paths.
+
+    A stacked leaf's path has no index; the weight of a module may be called by the module, and at the top by itself.
+    """
+    own: dict[str, list[str]] = {}
+    for leaf in found:
+        if not is_matrix(leaf):
+            continue
+        names = [str(name) for name in leaf.names.flat]
+        parent, _, last = leaf.path.rpartition(".")
+        aliases = {leaf.path, module_path(leaf.path)}
+        if parent and last in WEIGHT_NAMES:
+            aliases.add(parent)
+        for alias in sorted(aliases - {""} - set(names)):
+            own.setdefault(alias, []).extend(names)
+    return own
 
 
 def replace_leaves(params: PyTree, nodes: Mapping[int, PyTree]) -> PyTree:

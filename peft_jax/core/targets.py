@@ -48,11 +48,43 @@ def is_target(config: Targets, module: str) -> bool:
     return not layers or layer_index(config, module) in layers
 
 
+def spelled_out_names(names: Sequence[str], modules: Sequence[str], own: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of targets, those that name no module but a leaf by its own path replaced by the names of its modules.
+
+    Args:
+        names: The names.
+        modules: Paths of all modules.
+        own: Names of modules by paths of leaves.
+
+    Example:
+        >>> spelled_out_names(["mlp", "head"], ["mlp.0", "mlp.1", "head"], {"mlp": ["mlp.0", "mlp.1"]})
+        ['mlp.0', 'mlp.1', 'head']
+    """
+    spelled: list[str] = []
+    for name in names:
+        of_leaves = [] if any(names_module([name], module) for module in modules) else _of_leaves(name, own)
+        spelled += of_leaves or [name]
+    return spelled
+
+
+def _of_leaves(name: str, own: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of the modules of those leaves that a name is the end of."""
+    found: list[str] = []
+    for path, modules in own.items():
+        if names_module([name], path):
+            found += modules
+    return found
+
+
 def layer_index(config: Targets, module: str) -> int | None:
-    """The index of the layer that a module belongs to: the first number after a list's name, or after a given one."""
+    """The index of the layer that a module belongs to: the first number after a list's name, or after a given one.
+
+    Where PEFT's rule finds none it is the number after a list at the top, or of Flax's ``block_1``.
+    """
     patterns = config.layers_pattern or ()
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    usual = [r".*?\.[^.]*\.(\d+)\.", r"[^.]+\.(\d+)(?:\.|$)", r"(?:.*?\.)?[A-Za-z]+_(\d+)(?:\.|$)"]
+    rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or usual
     for rule in rules:
         if match := re.match(rule, module):
             return int(match[1])

@@ -10,9 +10,9 @@ from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapt.left_out import left_out, report
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, replace_leaves
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, own_names, replace_leaves
 from peft_jax.core.repeated import is_repeated
-from peft_jax.core.targets import names_module, no_matrix, nothing_hit
+from peft_jax.core.targets import names_module, no_matrix, nothing_hit, spelled_out_names
 from peft_jax.core.weight import is_weight
 from peft_jax.quant.kinds import Quantizer
 from peft_jax.quant.quantized import Quantized
@@ -97,6 +97,8 @@ def quantize_as(
     used = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
     targets = _matmul_names(used) if target_modules is None else target_modules
     modules = [name for leaf in matrices for name in leaf.names.flat]
+    if not isinstance(targets, str):
+        targets = spelled_out_names(list(targets), modules, own_names(found))
     for target in [targets] if isinstance(targets, str) else targets:
         one = target if isinstance(targets, str) else [target]
         if not any(names_module(one, module) for module in modules):
