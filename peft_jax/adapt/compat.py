@@ -79,8 +79,9 @@ def is_plain(eqn: core.JaxprEqn) -> bool:
     """Whether an equation has no effects, and its results are arrays that no mesh has a part in."""
     for variable in eqn.outvars:
         kind = variable.aval
-        is_number = isinstance(kind, jax.core.ShapedArray) and not jnp.issubdtype(kind.dtype, jax.dtypes.extended)
-        if not is_number or not kind.sharding.mesh.empty:
+        if not isinstance(kind, jax.core.ShapedArray) or jnp.issubdtype(kind.dtype, jax.dtypes.extended):
+            return False
+        if not kind.sharding.mesh.empty:
             return False
     return not eqn.effects
 
@@ -186,11 +187,13 @@ def is_number(value: Any) -> bool:
 
 def folded(eqn: core.JaxprEqn, atoms: Sequence[core.Var | core.Literal]) -> core.Literal | None:
     """The result of converting a literal that this program was called with; None of any other equation."""
-    is_known = eqn.primitive.name == "convert_element_type" and is_literal(atoms[0])
-    if not is_known or is_literal(eqn.invars[0]):
+    if eqn.primitive.name != "convert_element_type" or is_literal(eqn.invars[0]):
+        return None
+    (known,) = atoms
+    if not is_literal(known):
         return None
     aval = type_of(eqn.outvars[0])
-    return core.Literal(np.asarray(atoms[0].val).astype(aval.dtype)[()], aval)
+    return core.Literal(np.asarray(known.val).astype(aval.dtype)[()], aval)
 
 
 def type_of(atom: core.Var | core.Literal) -> jax.core.ShapedArray:

@@ -431,7 +431,8 @@ def _through_edits(
     view: View, x: jax.Array, have: Sequence[Atom], want: Sequence[Axis], role: str, product: Product
 ) -> jax.Array | None:
     """`through` for a view with edits: those of the side that ``x`` meets are done to it, the others to the result."""
-    met_edits, kept_edits = [], []
+    met_edits: list[int] = []
+    kept_edits: list[int] = []
     for number, edit in enumerate(view.edits):
         (met_edits if edit.is_input == (role == "in") else kept_edits).append(number)
     if product.looks_up and met_edits or product.out_sharding is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapt.left_out import left_out, report
@@ -21,7 +22,7 @@ from peft_jax.adapters.plan import Target, may_be_target, plan
 from peft_jax.adapters.target_parameters import is_parameter, parameters_of, with_parameters
 from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, find_leaves, is_float
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float
 from peft_jax.core.targets import check_targets, is_saved_module, is_target
 from peft_jax.core.weight import Weight, is_weight
 from peft_jax.methods.base import Method
@@ -124,6 +125,16 @@ def apply_adapter(
     return _attached(params, config, key, adapter_name, layout, fn, args)
 
 
+def _refuse_complex(found: Sequence[Leaf]) -> None:
+    """Raise ValueError that names a leaf of complex numbers, if there is one, for there is no other target."""
+    for leaf in found:
+        if jnp.issubdtype(getattr(leaf.value, "dtype", None) or bool, jnp.complexfloating):
+            raise ValueError(
+                f"Leaf '{leaf.path}' is {leaf.value.dtype}, and adapters are for matrices of real numbers. Keep its "
+                "real and imaginary parts as two leaves."
+            )
+
+
 def _attached(
     params: Any,
     config: Method,
@@ -154,6 +165,8 @@ def _attached(
     found = with_parameters(found, config)
     parameters = parameters_of(found, config)
     modules = [name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)]
+    if not modules:
+        _refuse_complex(found)
     modules = [*(name for name in modules if not is_parameter(config, name)), *aliases]
     vectors = [name for leaf in found if not may_be_target(config, leaf) and is_float(leaf) for name in leaf.names.flat]
     modules_of_targets = {*check_targets(config, modules, every, config.patterns, parameters, vectors), *parameters}

@@ -67,7 +67,7 @@ def drawn_bias(init: bool | str, n_out: int, names: np.ndarray, ranks: np.ndarra
 
 
 def _used(ranks: jax.Array, largest: int) -> jax.Array:
-    return jnp.arange(largest) < ranks[..., None]
+    return jnp.expand_dims(jnp.arange(largest), range(ranks.ndim)) < ranks[..., None]
 
 
 def _of_each_layer(

@@ -1,0 +1,115 @@
+"""Shapes and names at the edge: axes of length 1, dead code, ensembles; a stacked leaf's own path names its layers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_constructs import close
+
+import peft_jax as pj
+from peft_jax.core.partition import count_parameters
+
+X = jax.random.normal(jax.random.key(9), (2, 8))
+IMAGE = jax.random.normal(jax.random.key(8), (2, 8, 5, 5))
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def scan(params, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["blocks"]["mlp"])[0]
+
+
+def top(params, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["layer"])[0]
+
+
+def with_dead_code(params, x):
+    jnp.take(params["blocks"]["mlp"], 0, axis=0)
+    return scan(params, x)
+
+
+def pointwise(numbers, index):
+    """A matrix as the kernel of a convolution of one tap."""
+    return lambda p, x: jax.lax.conv_general_dilated(
+        x, p["a"]["weight"][index], (1, 1), "SAME", dimension_numbers=numbers
+    )
+
+
+def unrolled(params, x):
+    return x @ params["encoderblock_0"]["q"]["kernel"] @ params["encoderblock_1"]["q"]["kernel"]
+
+
+STACK, ONE = {"blocks": {"mlp": normal(0, 3, 8, 8)}}, {"a": {"weight": normal(1, 8, 8)}}
+FLAX = {f"encoderblock_{i}": {"q": {"kernel": normal(i, 8, 8)}} for i in range(2)}
+LAST, FIRST = (slice(None), slice(None), None, None), (None, None)
+
+# name: (function, parameters, fields of the config, number of adapted layers)
+CASES = {
+    "w[None]": (lambda p, x: jnp.einsum("bi,soi->bo", x, p["a"]["weight"][None]), ONE, {}, 1),
+    "w[None, None]": (lambda p, x: jnp.einsum("bi,stoi->bo", x, p["a"]["weight"][None, None]), ONE, {}, 1),
+    "conv, w[:, :, None, None]": (pointwise(("NCHW", "OIHW", "NCHW"), LAST), ONE, {}, 1),
+    "conv, w[None, None]": (pointwise(("NCHW", "HWIO", "NCHW"), FIRST), ONE, {}, 1),
+    "dead code beside a scan": (with_dead_code, STACK, {}, 3),
+    "own path": (scan, STACK, {"target_modules": ["blocks.mlp"]}, 3),
+    "own path under params": (
+        lambda p, x: scan(p["params"], x),
+        {"params": STACK},
+        {"target_modules": ["params.blocks.mlp"]},
+        3,
+    ),
+    "own path at the top": (top, {"layer": STACK["blocks"]["mlp"]}, {"target_modules": ["layer"]}, 3),
+    "own path excluded": (
+        lambda p, x: scan(p, x) @ p["o"]["kernel"],
+        {**STACK, "o": {"kernel": normal(2, 8, 8)}},
+        {"exclude_modules": ["blocks.mlp"]},
+        1,
+    ),
+    "own path in rank_pattern": (scan, STACK, {"target_modules": ["mlp"], "rank_pattern": {"blocks.mlp": 1}}, 3),
+    "layers of blocks": (scan, STACK, {"target_modules": ["mlp"], "layers_to_transform": [1, 2]}, 2),
+    "layers at the top": (
+        top,
+        {"layer": STACK["blocks"]["mlp"]},
+        {"target_modules": ["layer"], "layers_to_transform": [0]},
+        1,
+    ),
+    "layers of Flax": (unrolled, FLAX, {"target_modules": ["q"], "layers_to_transform": [1]}, 1),
+    "q_proj.w by q_proj": (
+        lambda p, x: x @ p["q_proj"]["w"],
+        {"q_proj": {"w": normal(3, 8, 8)}},
+        {"target_modules": ["q_proj"]},
+        1,
+    ),
+    "kernel at the top": (lambda p, x: x @ p["kernel"], {"kernel": normal(4, 8, 8)}, {"target_modules": ["kernel"]}, 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attaches_and_equals_merging(name):
+    fn, params, fields, layers = CASES[name]
+    x = IMAGE if name.startswith("conv") else X
+    config = pj.LoraConfig(**{"r": 2, "target_modules": "all-linear", "init_lora_weights": False, **fields})
+    adapted = pj.apply_lora(params, config, fn=fn, args=(x,))
+    close(pj.adapt(fn)(adapted, x), fn(pj.merge(adapted), x), 1e-5)
+    told = pj.explain(fn, adapted, x)
+    assert not any(use.merged for leaf in told.leaves for use in leaf.uses) and not told.unused
+    rank = 1 if "rank_pattern" in fields else 2
+    assert count_parameters(adapted)[0] == layers * rank * 16
+
+
+def test_quantize_takes_the_own_path_of_a_stack():
+    assert pj.quantize(STACK, target_modules=["blocks.mlp"], fn=scan, args=(X,))["blocks"]["mlp"].q.shape == (3, 8, 8)
+
+
+def test_complex_leaves_are_refused_by_name():
+    complex_leaf = {"a": {"kernel": normal(0, 8, 8) + 0j}}
+    fn = lambda p, x: (x @ p["a"]["kernel"]).real  # noqa: E731
+    for targets in ("all-linear", ["a"]):
+        with pytest.raises(ValueError, match=r"'a.kernel' is complex64.*real numbers"):
+            pj.apply_lora(complex_leaf, pj.LoraConfig(target_modules=targets), fn=fn, args=(X,))
+
+
+def test_an_adapted_leaf_that_is_indexed_says_what_to_write():
+    adapted = pj.apply_lora(ONE, pj.LoraConfig(target_modules=["a"]))
+    with pytest.raises(TypeError, match=r"cannot be indexed.*pj.adapt\(fn\).*pj.merge\(params\)"):
+        adapted["a"]["weight"][...]
