@@ -282,9 +282,7 @@ FOLLOWED = {
     "looked up, part of the features": Row(lambda w, x: w[:, 2:6][IDS], lambda w, x: w[:, 2:6][IDS]),
     "reversed": Row(lambda w, x: x @ w[::-1], lambda w, x: x @ w[::-1]),
     "reversed outputs": Row(lambda w, x: x @ w[:, ::-1], lambda w, x: x @ w[:, ::-1]),
-    "padded outputs": Row(
-        lambda w, x: x @ jnp.pad(w, ((0, 0), (1, 2))), lambda w, x: np.pad(x @ w, ((0, 0), (1, 2)))
-    ),
+    "padded outputs": Row(lambda w, x: x @ jnp.pad(w, ((0, 0), (1, 2))), lambda w, x: np.pad(x @ w, ((0, 0), (1, 2)))),
     "padded inputs": Row(lambda w, x: x @ jnp.pad(w[:5], ((1, 2), (0, 0))), lambda w, x: x[:, 1:6] @ w[:5]),
     "padded, cut and turned": Row(
         lambda w, x: x[:, :5] @ jnp.pad(w, ((0, 0), (2, 0)))[::-1, :5].T,
@@ -293,9 +291,7 @@ FOLLOWED = {
     "conv, kernel backwards": Row(
         transposed_conv, lambda w, x: conv_np(w[::-1, ::-1], x), (3, 3, 4, 6), TAPS[2], x=(2, 5, 5, 4)
     ),
-    "fused kernels": Row(
-        lambda w, x: x @ jnp.concatenate([w, w], axis=1), lambda w, x: x @ np.hstack([w, w])
-    ),
+    "fused kernels": Row(lambda w, x: x @ jnp.concatenate([w, w], axis=1), lambda w, x: x @ np.hstack([w, w])),
     "fused kernels, inputs": Row(
         lambda w, x: jnp.hstack([x, 2 * x]) @ jnp.concatenate([w, -w.T]),
         lambda w, x: x @ w - 2 * x @ w.T,

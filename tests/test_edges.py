@@ -102,8 +102,8 @@ def test_quantize_takes_the_own_path_of_a_stack():
 
 
 def test_complex_leaves_are_refused_by_name():
-    complex_leaf = {"a": {"kernel": normal(0, 8, 8) + 0j}}
-    fn = lambda p, x: (x @ p["a"]["kernel"]).real  # noqa: E731
+    complex_leaf = {"a": {"kernel": jnp.ones((8, 8), jnp.complex64)}}
+    fn = lambda p, x: (x.astype(jnp.complex64) @ p["a"]["kernel"]).real  # noqa: E731
     for targets in ("all-linear", ["a"]):
         with pytest.raises(ValueError, match=r"'a.kernel' is complex64.*real numbers"):
             pj.apply_lora(complex_leaf, pj.LoraConfig(target_modules=targets), fn=fn, args=(X,))

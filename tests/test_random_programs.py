@@ -1,4 +1,4 @@
-"""Random programs that reach products with their weights in many ways: equal to merging, and nothing is left out unsaid."""
+"""Random programs that use weights in many ways: equal to merging, and no weight of a product is left out unsaid."""
 
 import warnings
 

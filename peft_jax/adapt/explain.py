@@ -117,13 +117,13 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
     Example:
         >>> import peft_jax as pj
         >>> def model(params, x):
-        ...     return x @ params["up"]["kernel"] @ (2 * params["down"]["kernel"])
+        ...     return x @ params["up"]["kernel"] @ jnp.tanh(params["down"]["kernel"])
         >>> params = {name: {"kernel": jnp.ones((4, 4))} for name in ("up", "down", "spare")}
         >>> params = pj.apply_lora(params, pj.LoraConfig(r=2, target_modules=["up", "down", "spare"]))
         >>> print(pj.explain(model, params, jnp.ones((1, 4))))  # doctest: +ELLIPSIS
         down.kernel (4, 4)  default: LORA
           axes  in (0,), out (1,) (by convention for 'kernel')
-          uses  mul at ...: merged
+          uses  tanh at ...: merged
         spare.kernel (4, 4)  default: LORA
           axes  in (0,), out (1,) (by convention for 'kernel')
           uses  never used by this function

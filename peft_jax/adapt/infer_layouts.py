@@ -22,7 +22,6 @@ from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.pytree import KeyPath, PyTree
 from peft_jax.core.weight import Change, Weight, is_weight
 
-
 CUT = -1  # the label of an axis of which one index was chosen
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
@@ -23,7 +23,19 @@ from peft_jax.adapt.rules import CALLS, RULES
 
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 KERNELS = ("pallas_call", "ffi_call")  # opaque: a matrix that meets activations there may be multiplied
-MOVES = set(RULES) - {*PRODUCTS, *CALLS, "gather", "add", "sub", "mul", "div", "stack", "concatenate", "pad", "reduce_sum"}
+MOVES = set(RULES) - {
+    *PRODUCTS,
+    *CALLS,
+    "gather",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "stack",
+    "concatenate",
+    "pad",
+    "reduce_sum",
+}
 ONE_BY_ONE = ("optimization_barrier", "device_put")  # each output is the operand in its place
 
 
@@ -147,7 +159,9 @@ class _Walk:
     def merged(self, eqn: JaxprEqn, note: Note, loss: Loss) -> Note:
         """The note of an operand with those leaves lost that a call could not take as they are."""
         lost = {path for path in note or () if id(eqn) in self.merges.get(path, ())}
-        return note and {path: part._replace(loss=part.loss or loss) if path in lost else part for path, part in note.items()}
+        return note and {
+            path: part._replace(loss=part.loss or loss) if path in lost else part for path, part in note.items()
+        }
 
     def is_followed(self, eqn: JaxprEqn, notes: Sequence[Note]) -> bool:
         """Whether an equation moves its leaves, those that were followed up to here, to another view of them."""

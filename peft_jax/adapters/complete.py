@@ -9,7 +9,7 @@ from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, own_names
-from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_target, spelled_out_names
+from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_of_chosen_layer, is_target, spelled_out_names
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.checks import layer_order
 from peft_jax.methods.trainable_tokens import tokens_by_module
@@ -147,7 +147,12 @@ def with_own_names(config: M, found: Sequence[Leaf]) -> M:
     for field in ("target_modules", "exclude_modules"):
         names = getattr(config, field, None)
         if names and not isinstance(names, str):
-            changes[field] = spelled_out_names(list(names), modules, own)
+            spelled = spelled_out_names(list(names), modules, own)
+            if (
+                field == "target_modules"
+            ):  # whole names are not filtered by layers_to_transform, so that it is done here
+                spelled = [name for name in spelled if name in names or is_of_chosen_layer(config, name)]
+            changes[field] = spelled
     for field in ("rank_pattern", "alpha_pattern"):
         patterns: dict[str, object] = {}
         for pattern, value in (getattr(config, field, None) or {}).items():

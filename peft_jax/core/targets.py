@@ -44,6 +44,11 @@ def is_target(config: Targets, module: str) -> bool:
     targets = config.target_modules or ()
     if isinstance(targets, str) or module in targets or not names_module(targets, module):
         return bool(targets) and names_module(targets, module)
+    return is_of_chosen_layer(config, module)
+
+
+def is_of_chosen_layer(config: Targets, module: str) -> bool:
+    """Whether ``layers_to_transform`` names the layer of a module, or is not given."""
     layers = _indices(config)
     return not layers or layer_index(config, module) in layers
 

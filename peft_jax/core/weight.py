@@ -137,8 +137,8 @@ class Weight(abc.ABC):
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(
-            f"A {type(self).__name__} leaf stands for an array and cannot be indexed. Wrap the function that indexes it: "
-            "pj.adapt(fn). Or make plain arrays of the tree: pj.merge(params)."
+            f"A {type(self).__name__} leaf stands for an array and cannot be indexed. Wrap the function that indexes "
+            "it: pj.adapt(fn). Or make plain arrays of the tree: pj.merge(params)."
         )
 
     def __getattr__(self, name: str) -> Any:
