@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.view import EDITED, Axis, Joined, Value, View, is_view
+from peft_jax.adapt.view import EDITED, Axis, Joined, Value, View, is_view, is_watched
 from peft_jax.core.pytree import PyTree
 
 Evaluate = Callable[..., list[Value]]
@@ -31,7 +31,9 @@ def joined_or_stacked(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) ->
         parts.append(view.replace(axes=(*view.axes[:axis], (), *view.axes[axis:])) if is_stack else view)
     if len(parts) == 1:
         return parts
-    if all(part.shape[axis] == 1 for part in parts) and can_be_stacked(parts) and not any(part.watch for part in parts):
+    are_layers = all(part.shape[axis] == 1 for part in parts)
+    watched = any(map(is_watched, parts))
+    if are_layers and not watched and can_be_stacked(parts):
         return [_stacked(parts, axis)]
     return [Joined(tuple(parts), axis)]
 
@@ -72,7 +74,8 @@ def run_joined(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Output
         return None
     (place,) = places
     joined = values[place]
-    if any(is_view(value) for value in values) or any(compat.is_sharded(part.weight) for part in joined.parts):
+    sharded = any(compat.is_sharded(part.weight) for part in joined.parts)
+    if sharded or any(map(is_view, values)):
         return None
     if name == "dot_general":
         return _product(evaluate, eqn, values, place)
