@@ -444,7 +444,9 @@ def _through_edits(
     made = set(view.digits(range(EDITED, EDITED + len(view.edits))))
     there = [atom for atom in flat(want) if atom not in made and atom not in kept]
     there += kept
-    y = through(whole, x, [(atom,) for atom in have], [(atom,) for atom in there], role, product)
+    have_axes = [(atom,) for atom in have]
+    want_axes = [(atom,) for atom in there]
+    y = through(whole, x, have_axes, want_axes, role, product)
     if y is None:
         return None
     for number in kept_edits:
