@@ -13,7 +13,7 @@ from peft_jax.core.leaves import Leaf
 from peft_jax.core.targets import saved_owner
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
-from peft_jax.methods.trainable_tokens import trains_tokens
+from peft_jax.methods.trainable_tokens import tokens_by_module, trains_tokens
 
 COPIES = r"\.(original_module|modules_to_save)\.(.*\.)?bias"
 
@@ -28,18 +28,15 @@ def at_the_ends(params: Any, adapted: set[str]) -> set[str]:
     return set(filter(_is_embedding, adapted))
 
 
-def base_tensors(leaf: Leaf, config: Method, stored: set[str], *, values: bool = True) -> dict[str, np.ndarray]:
-    """The base weight that PEFT stores beside an adapter on the modules ``stored``, a model's embedding and head.
-
-    Without ``values`` they are zeros that take no memory.
-    """
+def base_tensors(leaf: Leaf, config: Method, stored: set[str]) -> dict[str, np.ndarray]:
+    """The base weight that PEFT stores beside an adapter on the modules ``stored``, a model's embedding and head."""
     if trains_tokens(config) or not targets_embedding(config, stored):
         return {}
     found = {}
     for index in np.ndindex(leaf.names.shape):
         name = str(leaf.names[index])
         if name in stored:
-            found[f"{PREFIX}{name}.base_layer.weight"] = base_matrix(leaf, index, config, values=values)
+            found[f"{PREFIX}{name}.base_layer.weight"] = base_matrix(leaf, index, config)
     return found
 
 
@@ -58,10 +55,19 @@ def tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray
 
 def without_tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors of a file without those of `tied_copies`, as far as they are copies."""
-    copies = tied_copies(handle, config, tensors)
+    copies = tied_copies(handle, config, tensors) | _token_copies(handle, config, tensors)
     return {
         key: tensor for key, tensor in tensors.items() if key not in copies or not np.array_equal(tensor, copies[key])
     }
+
+
+def _token_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The vectors of trained tokens under the names of tied modules, as ``save_embedding_layers=True`` has them."""
+    owner, *others = handle.tied_modules or ("",)
+    key = f"{PREFIX}{owner}.{TOKEN_SUFFIX}"
+    tokens = tokens_by_module(config.trainable_token_indices, handle.tied_modules, handle.input_module, strict=False)
+    alike = [other for other in others if tokens.get(other) in (None, tokens.get(owner))]
+    return {f"{PREFIX}{other}.{TOKEN_SUFFIX}": tensors[key] for other in alike} if key in tensors else {}
 
 
 def copied_biases(

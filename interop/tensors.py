@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from peft_jax.interop.embeddings import whole_embeddings, without_embeddings
+from peft_jax.interop.embeddings import trained_copies, whole_embeddings, with_tables
 from peft_jax.interop.entries import Entry, entries_of, shared_entries
 from peft_jax.interop.extras import (
     at_the_ends,
@@ -17,6 +17,7 @@ from peft_jax.interop.extras import (
     without_tied_copies,
 )
 from peft_jax.interop.formats import PREFIX, SHARED, Row
+from peft_jax.interop.keys import some_of_each, without_adapter_name, wrapper_in
 
 from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapters.attach import EMBEDDING
@@ -39,6 +40,7 @@ from peft_jax.prompts.attach_prompt import prompt_places
 from peft_jax.prompts.base import PromptMethod
 
 Tensors = Mapping[str, np.ndarray]
+EMPTY = " (it is empty, as DeepSpeed's ZeRO-3 writes what it has not gathered: save the gathered model)"
 ORDERED = (
     " Its target_parameters of one module have to be listed in the order in which that declares them, and inp= of "
     "their layout= has to be the axis that PEFT takes for the inputs."
@@ -96,9 +98,9 @@ def get_peft_model_state_dict(
             copies = copied_biases(leaf, _hit(node), config, tensors, adapter_name)
             tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
-        tensors |= whole_embeddings(params, config)
+        tensors |= whole_embeddings(params, config) | trained_copies(params, config, tensors)
     saves_shared = isinstance(config, SharedArrays) and config.saves_shared
-    for row in SHARED[config.peft_type] if saves_shared else ():
+    for row in SHARED.get(config.peft_type, ()) if saves_shared else ():
         tensors[row.suffix] = _shared_tensor(row, nodes)
     return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
 
@@ -133,22 +135,13 @@ def set_peft_model_state_dict(
     if fn is not None and isinstance(params, Handle):
         raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
     read = None if fn is None else read_program(params, fn, args, config.fan_in_fan_out)
-    file_plan, tensors = _planned(params, config, tensors, layout, read)
-    bases = _bases(file_plan)
-    problems = _misfits(file_plan, bases, tensors)
-    problems += [
-        f"{key} differs from this base's"
-        for key, base in bases.items()
-        if key in tensors
-        and tensors[key].shape == base.shape
-        and not np.array_equal(tensors[key].astype(base.dtype), base)
-    ]
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+    file_plan, tensors = _planned(params, config, without_adapter_name(tensors, adapter_name), layout, read)
+    if any(problems := _misfits(file_plan, tensors)):
         hint = ORDERED if config.target_parameters else ""
+        made_for = f" ('{config.base_model_name_or_path}')" if config.base_model_name_or_path else ""
         raise ValueError(
-            f"The adapter does not fit this base: {shown}. Load it on the base that it was made for, with the config "
-            f"that was saved with it.{hint}"
+            f"The adapter does not fit this base: {some_of_each(problems)}. Load it on the base that it was made for"
+            f"{made_for}, with the config that was saved with it.{hint}"
         )
     return _built(file_plan, tensors, adapter_name)
 
@@ -173,25 +166,27 @@ def misfits(params: Any, config: Method, shapes: Mapping[str, tuple[int, ...]]) 
         ['base_model.model.q.lora_B.weight is missing']
     """
     tensors: Tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    tensors = without_adapter_name(tensors, "default")
     file_plan, tensors = _planned(with_replicas(params, config), config, tensors, None, values=False)
-    return _misfits(file_plan, _bases(file_plan, values=False), tensors)
+    return [problem for kind in _misfits(file_plan, tensors) for problem in kind]
 
 
 class FilePlan(NamedTuple):
     """The plan of an adapter of a file on a base.
 
     ``params`` is the tree or handle that gets it, with tied modules apart if need be; ``modules`` are the names of all
-    its modules, and those that are ``stored`` may have their base's weight in the file too. ``entries`` are the tensors
-    of each target, in the order of ``targets``; ``common`` are those that all layers share.
+    its modules, and those of ``brought`` have their base from the file. ``entries`` are the tensors of each target, in
+    the order of ``targets``; ``common`` are those that all layers share. ``problems`` are those of the base's tensors.
     """
 
     params: Any
     config: Method
     modules: set[str]
-    stored: set[str]
+    brought: frozenset[str]
     targets: list[Target]
     entries: list[list[Entry]]
     common: list[Entry]
+    problems: list[str]
 
 
 def _planned(
@@ -213,7 +208,8 @@ def _planned(
         if isinstance(config, PromptMethod):
             _check_trainable(config)
         tensors = without_tied_copies(handle, config, tensors)
-    tensors = without_embeddings(params, config, tensors, layout, values=values)
+    params, tensors, brought, problems = with_tables(params, config, tensors, layout, values=values)
+    handle = params if isinstance(params, Handle) else None
     if handle is None:
         tree, layouts, embedding = params, layout, EMBEDDING
     else:
@@ -234,7 +230,7 @@ def _planned(
     entries = [list(entries_of(target, config, adapted)) for target in targets]
     common = shared_entries(config, matrix_sizes(targets))
     whole = params if handle is None else handle
-    return FilePlan(whole, config, modules, at_the_ends(whole, adapted), targets, entries, common), tensors
+    return FilePlan(whole, config, modules, brought, targets, entries, common, problems), tensors
 
 
 def _check_trainable(config: PromptMethod) -> None:
@@ -246,31 +242,28 @@ def _check_trainable(config: PromptMethod) -> None:
         )
 
 
-def _bases(file_plan: FilePlan, *, values: bool = True) -> dict[str, np.ndarray]:
-    """The base's weights that a file may have beside the adapter."""
-    bases: dict[str, np.ndarray] = {}
-    for target in matrices(file_plan.targets):
-        bases |= base_tensors(target.leaf, file_plan.config, file_plan.stored, values=values)
-    return bases
-
-
-def _misfits(file_plan: FilePlan, bases: Tensors, tensors: Tensors) -> list[str]:
-    """Tensors that are missing, left over or of another shape; the keys of ``bases`` may be there or not."""
-    problems = []
-    if not any(target.role in (None, Whole(REPLACED)) for target in file_plan.targets):
-        problems.append("its config names no module of this base to adapt")
+def _misfits(file_plan: FilePlan, tensors: Tensors) -> list[list[str]]:
+    """Problems by kind: those of the base's tensors, what is missing, left over, and of another shape."""
     tensors = without_copies(file_plan.config, tensors)
     entries = [*(entry for some in file_plan.entries for entry in some), *file_plan.common]
     shapes = {entry.key: entry.tensor_shape for entry in entries}
-    problems += [f"{key} is missing" for key in sorted(shapes.keys() - tensors.keys())]
-    for key in sorted(tensors.keys() - shapes.keys() - bases.keys()):
+    if wrapped := wrapper_in(tensors, shapes.keys()):
+        return [[wrapped]]
+    general = list(file_plan.problems)
+    if not any(target.role in (None, Whole(REPLACED)) for target in file_plan.targets):
+        general.append("its config names no module of this base to adapt")
+    missing = [f"{key} is missing" for key in sorted(shapes.keys() - tensors.keys())]
+    surplus = []
+    for key in sorted(tensors.keys() - shapes.keys()):
         elsewhere = key.startswith(PREFIX) and not _is_inside(key, file_plan.modules)
         reason = "this base has no such module" if elsewhere else "the config does not ask for it"
-        problems.append(f"{key} is left over ({reason})")
-    for key, shape in {**shapes, **{key: base.shape for key, base in bases.items()}}.items():
+        surplus.append(f"{key} is left over ({reason})")
+    unlike = []
+    for key, shape in shapes.items():
         if key in tensors and tensors[key].shape != shape:
-            problems.append(f"{key} has shape {tensors[key].shape}, not {shape}")
-    return problems
+            empty = EMPTY if tensors[key].size == 0 else ""
+            unlike.append(f"{key} has shape {tensors[key].shape}, not {shape}{empty}")
+    return [general, missing, surplus, unlike]
 
 
 def _is_inside(key: str, modules: set[str]) -> bool:
@@ -297,7 +290,7 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
 
     def contents_of(target: Target) -> Contents:
         own = entries[target.position]
-        contents = _contents(target, config, own, tensors)
+        contents = _contents(target, file_plan, own, tensors)
         if target.role is None:
             contents.state.update(state_beside(config, target, following, shared))
         keys = [*(entry.key for entry in own), *everywhere]
@@ -308,12 +301,14 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     return params.replace(new) if isinstance(params, Handle) else new
 
 
-def _contents(target: Target, config: Method, entries: list[Entry], tensors: Tensors) -> Contents:
+def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors: Tensors) -> Contents:
     """The arrays of a leaf, made of its tensors."""
-    leaf, adapted = target.leaf, target.adapted
+    leaf, adapted, config = target.leaf, target.adapted, file_plan.config
     base = as_weight(leaf.value, leaf.layout)
     if target.role is None:
-        base = config.rebased(base, leaf.names, adapted) if isinstance(config, StartsFromWeight) else base
+        is_brought = file_plan.brought.issuperset(leaf.names.flat)  # the file has what the initialization left of it
+        if isinstance(config, StartsFromWeight) and not is_brought:
+            base = config.rebased(base, leaf.names, adapted)
         state = config.state(leaf.names, adapted)
         arrays = _zeros(target, entries, tensors)
     else:

@@ -116,13 +116,15 @@ def read_model(
             "load an adapter that holds them.",
             stacklevel=3,
         )
-        started = _start(config, paths, jnp.dtype(dtype), jax.random.key(0) if key is None else key)
+        started = random_leaves(config, paths, jnp.dtype(dtype), jax.random.key(0) if key is None else key)
         for path, leaf in started.items():
             params = with_leaf(params, path, leaf)
     return Loaded(config, params, paths)
 
 
-def _start(config: ModelConfig, paths: tuple[str, ...], dtype: jnp.dtype, key: jax.Array) -> dict[str, jax.Array]:
+def random_leaves(
+    config: ModelConfig, paths: tuple[str, ...], dtype: jnp.dtype, key: jax.Array
+) -> dict[str, jax.Array]:
     """Random leaves; the others of the model are not made."""
 
     def make(key: jax.Array) -> dict[str, jax.Array]:

@@ -25,6 +25,7 @@ from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.registry import family_of
+from peft_jax.models.resize import resized
 from peft_jax.models.weights_io import save_model
 from peft_jax.prompts.base import Prompt, take_prompt, virtual_slots, without_prompts
 from peft_jax.prompts.learning import PromptLearning
@@ -202,6 +203,40 @@ class ModelHandle(Handle):
     def untied(self) -> Self:
         """The same model with a separate leaf for each of the `tied_modules`."""
         config, params = self.family.untied(self.config, self.params)
+        return dataclasses.replace(self, config=config, params=params)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+        *,
+        key: jax.Array | None = None,
+    ) -> Self:
+        """The same model with another number of tokens, in its embedding, its output head and its config.
+
+        Old rows stay; where there are fewer tokens, the last ones go.
+
+        Args:
+            new_num_tokens: How many tokens, as ``len(tokenizer)``; None for as many as there are.
+            pad_to_multiple_of: The number is rounded up to a multiple of this.
+            mean_resizing: Whether new rows are about the mean of the old ones, or random as in a fresh model.
+            key: Random key of new rows; None means ``jax.random.key(0)``.
+
+        Raises:
+            ValueError: if there would be no token, or the embedding or the head is adapted or quantized.
+
+        Example:
+            >>> from peft_jax.cli.demo_data import MODEL
+            >>> model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+            >>> model.resize_token_embeddings(2049, pad_to_multiple_of=8).config.vocab_size
+            2056
+        """
+        tokens = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            tokens = -(-tokens // pad_to_multiple_of) * pad_to_multiple_of
+        key = jax.random.key(0) if key is None else key
+        config, params = resized(self.family, self.config, self.params, tokens, mean_resizing=mean_resizing, key=key)
         return dataclasses.replace(self, config=config, params=params)
 
     def replicated(self, order: Sequence[int]) -> Self:

@@ -1,0 +1,88 @@
+"""Keys of an adapter's file that are not as PEFT writes them: an adapter's name in them, or those of a wrapper."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# What trainers put into the names of modules, and what does it.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_forward_module.": "Lightning",
+    "module.": "DataParallel or DeepSpeed",
+}
+MAGNITUDE = ".lora_magnitude_vector"
+SHOWN = 4  # how many problems an error lists
+
+
+def without_adapter_name(tensors: Mapping[str, T], adapter_name: str) -> dict[str, T]:
+    """The tensors under the keys of a file, where they have those of PEFT's module, with the adapter's name.
+
+    PEFT reads such keys where the name is that of the adapter that is loaded.
+
+    Args:
+        tensors: Tensors by key.
+        adapter_name: That name.
+
+    Example:
+        >>> list(without_adapter_name({"base_model.model.q.lora_A.default.weight": 1}, "default"))
+        ['base_model.model.q.lora_A.weight']
+    """
+    found = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        named = [i for i, part in enumerate(parts) if part == adapter_name and i >= len(parts) - 2]
+        if not named or "modules_to_save" in parts:
+            found[key] = tensor
+            continue
+        plain = ".".join(parts[: named[-1]] + parts[named[-1] + 1 :])
+        plain = plain.removesuffix(".weight") if plain.endswith(f"{MAGNITUDE}.weight") else plain
+        found[key if plain in tensors else plain] = tensor
+    return found
+
+
+def wrapper_in(keys: Iterable[str], wanted: Collection[str]) -> str:
+    """A line on keys that a wrapper has changed; empty if without its part they would be no better.
+
+    Args:
+        keys: The keys of a file.
+        wanted: Those that it should have.
+
+    Example:
+        >>> wrapper_in(["base_model.model._orig_mod.q.lora_A.weight"], {"base_model.model.q.lora_A.weight"})[:70]
+        "its keys look like 'base_model.model._orig_mod.q.lora_A.weight', into "
+    """
+    for key in keys:
+        inside = [part for part in WRAPPERS if f".{part}" in f".{key}"]
+        plain = key
+        for part in inside:
+            plain = f".{plain}".replace(f".{part}", ".").removeprefix(".")
+        if key not in wanted and inside and {plain, f"base_model.model.{plain}"} & set(wanted):
+            names = " and ".join(f"'{part}'" for part in inside)
+            makers = " and ".join(WRAPPERS[part] for part in inside)
+            return (
+                f"its keys look like '{key}', into which {makers} put {names}. Save the unwrapped model, or strip it "
+                f"from the keys: {{key.replace({inside[0]!r}, ''): tensor for key, tensor in tensors.items()}}"
+            )
+    bare = next((key for key in keys if f"base_model.model.{key}" in wanted), "")
+    return f"its keys look like '{bare}', without PEFT's prefix. Put 'base_model.model.' in front of each" * bool(bare)
+
+
+def some_of_each(kinds: Iterable[Collection[str]]) -> str:
+    """A few problems, of each kind some, and how many more there are.
+
+    Example:
+        >>> some_of_each([["a", "b", "c"], ["d", "e", "f"]])
+        'a; b; d; e; and 2 more'
+    """
+    lists = [list(kind) for kind in kinds]
+    total = sum(map(len, lists))
+    shown = [0] * len(lists)
+    while sum(shown) < min(SHOWN, total):
+        left = [i for i, kind in enumerate(lists) if shown[i] < len(kind)]
+        shown[min(left, key=lambda i: shown[i])] += 1
+    chosen = [problem for kind, count in zip(lists, shown, strict=True) for problem in kind[:count]]
+    more = [f"and {total - SHOWN} more"] if total > SHOWN else []
+    return "; ".join([*chosen, *more])

@@ -1,0 +1,79 @@
+"""Models with another number of tokens: rows of the embedding, columns and bias of the output head."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.weight import is_weight
+from peft_jax.models.config import ModelConfig
+from peft_jax.models.family import Family, leaf_at, with_leaf
+from peft_jax.models.weights_io import random_leaves
+
+SPREAD = 1e-9  # transformers' factor of the covariance of new rows
+
+
+def resized(
+    family: Family, config: ModelConfig, params: Any, tokens: int, *, mean_resizing: bool, key: jax.Array
+) -> tuple[ModelConfig, Any]:
+    """Config and parameters of the same model with another number of tokens.
+
+    Args:
+        family: The architecture's functions.
+        config: The architecture.
+        params: The parameters.
+        tokens: The number of tokens.
+        mean_resizing: Whether new rows are about the mean of the old ones, or random as in a fresh model.
+        key: Random key of the new rows.
+
+    Raises:
+        ValueError: if there would be no token, or a leaf with an axis of tokens is adapted or quantized.
+    """
+    if tokens < 1:
+        raise ValueError(f"resize_token_embeddings got {tokens} tokens, and a model needs one. Give len(tokenizer).")
+    new = dataclasses.replace(config, vocab_size=tokens)
+    shapes, wanted = family.param_shapes(config), family.param_shapes(new)
+    paths = tuple(path for path, shape in shapes.items() if wanted[path] != shape)
+    fresh = {}
+    if tokens > config.vocab_size and not mean_resizing and paths:
+        fresh = random_leaves(new, paths, jnp.dtype(jnp.float32), key)
+    for number, path in enumerate(paths):
+        leaf = leaf_at(params, path)
+        if is_weight(leaf):
+            raise ValueError(
+                f"The leaf '{path}' is a {type(leaf).__name__} leaf, and its tokens cannot be resized. Resize the "
+                "model first, then quantize it and attach adapters."
+            )
+        axis = next(i for i, (old, now) in enumerate(zip(shapes[path], wanted[path], strict=True)) if old != now)
+        rows = jnp.moveaxis(leaf, axis, 0)
+        if tokens > len(rows):
+            if path in fresh:
+                more = jnp.moveaxis(fresh[path], axis, 0)[len(rows) :]
+            else:
+                more = about_the_mean(rows, tokens - len(rows), jax.random.fold_in(key, number))
+            rows = jnp.concatenate([rows, more.astype(leaf.dtype)])
+        params = with_leaf(params, path, jnp.moveaxis(rows[:tokens], 0, axis))
+    return new, params
+
+
+@partial(jax.jit, static_argnames="count")
+def about_the_mean(rows: jax.Array, count: int, key: jax.Array) -> jax.Array:
+    """New rows, float32, drawn about the mean of the old ones with a billionth of their covariance.
+
+    Args:
+        rows: The old rows ``(tokens, features)``, or numbers ``(tokens,)``.
+        count: How many there are to be.
+        key: Random key.
+
+    Example:
+        >>> about_the_mean(jnp.array([[0.0, 2.0], [2.0, 4.0]]), 1, jax.random.key(0)).round(3)
+        Array([[1., 3.]], dtype=float32)
+    """
+    table = rows.reshape(len(rows), -1).astype(jnp.float32)
+    mean = jnp.mean(table, axis=0, keepdims=True)
+    # Sums of the centred rows with normal weights have their covariance.
+    weights = jax.random.normal(key, (count, len(rows))) * jnp.sqrt(SPREAD / len(rows))
+    new = mean + weights @ (table - mean)
+    return new.reshape(count, *rows.shape[1:])
