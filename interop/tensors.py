@@ -22,7 +22,7 @@ from peft_jax.interop.keys import some_of_each, without_adapter_name, wrapper_in
 from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapters.attach import EMBEDDING
 from peft_jax.adapters.build import Contents, build, state_beside
-from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model_defaults, with_replicas
+from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model_defaults, with_replicas, with_ties
 from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_sizes, may_be_target, plan
 from peft_jax.adapters.target_parameters import check_apart, is_parameter, with_parameters
 from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_adapters
@@ -205,6 +205,8 @@ def _planned(
         raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
     if handle is not None:
         config = with_model_defaults(config, handle)
+        has_copies = bool(tied_copies(handle, config, tensors).keys() & tensors.keys())
+        config, keeps_ties = with_ties(config, handle, has_copies=has_copies)
         if isinstance(config, PromptMethod):
             _check_trainable(config)
         tensors = without_tied_copies(handle, config, tensors)
@@ -213,7 +215,12 @@ def _planned(
     if handle is None:
         tree, layouts, embedding = params, layout, EMBEDDING
     else:
-        handle = untied_for(handle, config, lambda name: is_target(config, name) or is_saved_module(config, name))
+        handle = untied_for(
+            handle,
+            config,
+            lambda name: is_target(config, name) or is_saved_module(config, name),
+            keeps_ties=keeps_ties,
+        )
         tree, layouts, embedding = handle.params, {**handle.layouts(), **(layout or {})}, handle.input_module
     found = find_leaves(tree, layouts, config.fan_in_fan_out, read)
     config = expand_all_linear(config, found, None if handle is None else handle.output_module)

@@ -17,6 +17,7 @@ from peft_jax.adapters.complete import (
     untied_for,
     with_own_names,
     with_replicas,
+    with_ties,
 )
 from peft_jax.adapters.plan import Target, may_be_target, plan
 from peft_jax.adapters.target_parameters import is_parameter, parameters_of, with_parameters
@@ -115,8 +116,13 @@ def apply_adapter(
     if isinstance(params, Handle):
         if fn is not None:
             raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
-        config = completed(config, params)
-        handle = untied_for(params, config, lambda name: is_target(config, name) or is_saved_module(config, name))
+        config, keeps_ties = with_ties(completed(config, params), params)
+        handle = untied_for(
+            params,
+            config,
+            lambda name: is_target(config, name) or is_saved_module(config, name),
+            keeps_ties=keeps_ties,
+        )
         layout = {**handle.layouts(), **(layout or {})}
         config = spelled_out(config, handle, layout)
         tied, embedding = handle.tied_modules, handle.input_module

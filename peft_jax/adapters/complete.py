@@ -9,14 +9,22 @@ from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, own_names
-from peft_jax.core.targets import ALL_LINEAR, SAVED_HEADS, is_of_chosen_layer, is_target, spelled_out_names
+from peft_jax.core.targets import (
+    ALL_LINEAR,
+    SAVED_HEADS,
+    is_of_chosen_layer,
+    is_target,
+    names_module,
+    spelled_out_names,
+)
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.checks import layer_order
-from peft_jax.methods.trainable_tokens import tokens_by_module
+from peft_jax.methods.trainable_tokens import TrainableTokensConfig, tokens_by_module
 
 M = TypeVar("M", bound=Method)
 H = TypeVar("H", bound=Handle)
 T = TypeVar("T")
+EMBEDDING_LAYERS = ("embed_tokens", "lm_head")  # the names by which PEFT knows an embedding and its head
 
 
 def completed(config: M, handle: Handle) -> M:
@@ -90,11 +98,60 @@ def with_replicas(params: T, config: Method) -> T:
     return params.replicated(layer_order(config.layer_replication))
 
 
-def untied_for(handle: H, config: Method, changes: Callable[[str], bool]) -> H:
+def with_ties(config: M, handle: Handle, *, has_copies: bool = False) -> tuple[M, bool]:
+    """The config as PEFT's ``ensure_weight_tying`` changes it, and whether one adapter is that of all tied modules.
+
+    PEFT ties where the config names a module that is called `EMBEDDING_LAYERS`, be it the head: it then puts the
+    adapter on the embedding, and the head shares it. Other names, as GPT-2's ``wte``, mean that module alone.
+
+    Args:
+        config: The config, its targets not expanded.
+        handle: The model.
+        has_copies: Whether a file has the adapter of the tied modules too, so that it was trained as theirs.
+
+    Raises:
+        ValueError: if more than two modules are tied, of which PEFT would tie two alone.
+    """
+    if isinstance(config, TrainableTokensConfig):
+        return config, True
+    if not (config.ensure_weight_tying and handle.tied_modules):
+        return config, config.ensure_weight_tying
+    owner, *others = handle.tied_modules
+    saved, targets = config.modules_to_save or (), config.target_modules or ()
+    if any(name.rsplit(".", 1)[-1] in EMBEDDING_LAYERS for name in saved):
+        return config.replace(modules_to_save=_moved_to(owner, others, saved)), True
+    if isinstance(targets, str):
+        is_named = any(names_module(targets, name) for name in EMBEDDING_LAYERS)
+    else:
+        is_named = any(name.rsplit(".", 1)[-1] in EMBEDDING_LAYERS for name in targets)
+    if not is_named:
+        return config, has_copies
+    if len(others) > 1:
+        raise ValueError(
+            f"ensure_weight_tying=True with a target of {', '.join(handle.tied_modules)} is not supported: PEFT ties "
+            f"'{others[-1]}' to '{owner}', gives the others adapters of their own, and does not read its own file "
+            "back. Leave ensure_weight_tying out, or name the module in modules_to_save."
+        )
+    if isinstance(targets, str):
+        return config.replace(target_modules=rf"(?:{targets}|^{re.escape(owner)}$)"), True
+    return config.replace(target_modules=_moved_to(owner, others, targets)), True
+
+
+def _moved_to(owner: str, others: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Names of modules with the ``owner`` of a shared leaf, and without the first that means each of the others."""
+    left = list(names) if owner in names else [*names, owner]
+    for other in others:
+        meant = [name for name in left if re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", other)]
+        if meant:
+            left.remove(meant[0])
+    return left
+
+
+def untied_for(handle: H, config: Method, changes: Callable[[str], bool], *, keeps_ties: bool) -> H:
     """The handle, with tied modules given leaves of their own if an adapter ``changes`` one of them alone.
 
     PEFT wraps one of the modules and leaves the other as it was; with one leaf for both, both would change. Where
-    the method keeps ties and changes the module that has the leaf, that is meant.
+    the adapter ``keeps_ties`` and changes the module that has the leaf, that is meant.
     """
     owner, *others = handle.tied_modules or ("",)
     if not others:
@@ -112,7 +169,7 @@ def untied_for(handle: H, config: Method, changes: Callable[[str], bool]) -> H:
             f"Tokens of '{owner}' are trained in '{others[0]}' too, which is tied to it and is to be adapted "
             "otherwise. Leave one of them out."
         )
-    if config.ensure_weight_tying and changes(owner):
+    if keeps_ties and changes(owner):
         return handle
     return handle.untied() if any(map(changes, handle.tied_modules)) else handle
 

@@ -10,7 +10,7 @@ from peft_jax.adapters.target_parameters import is_parameter
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
-from peft_jax.methods.roles import BIAS, REPLACED, SAVED, BiasRule, Follower, Role, Whole
+from peft_jax.methods.roles import BIAS, REPLACED, SAVED, BiasRule, Follower, FollowingCopy, Role, Whole
 from peft_jax.methods.trainable_tokens import Tokens
 
 
@@ -88,7 +88,9 @@ def _role_of(leaf: Leaf, config: Method, modules: Collection[str]) -> tuple[Role
     if config.replaces and is_float(leaf):
         return Whole(REPLACED), _where(leaf, lambda name: name in modules)
     if leaf.is_bias:
-        role = Follower() if config.bias == "none" else Whole(BIAS)
+        follows = _where(leaf, lambda name: _follows(config, name, modules)).any()
+        whole = FollowingCopy(BIAS) if follows else Whole(BIAS)
+        role = Follower() if config.bias == "none" else whole
         return role, _where(leaf, lambda name: _changes_bias(config, name, modules))
     if is_matrix(leaf):
         return None, _where(leaf, lambda name: name in modules)
@@ -128,6 +130,11 @@ def _check_names(target: Target, seen: dict[tuple[str, str], str]) -> None:
 def _changes_bias(config: Method, module: str, modules: Collection[str]) -> bool:
     if config.bias != "none":
         return config.bias == "all" or module in modules or f"{module}.weight" in modules
+    return _follows(config, module, modules)
+
+
+def _follows(config: Method, module: str, modules: Collection[str]) -> bool:
+    """Whether the adapter of a module's matrix changes its bias too."""
     return module in modules and isinstance(config, BiasRule) and config.changes_bias(module)
 
 
@@ -140,7 +147,7 @@ def following_modules(targets: Iterable[Target]) -> set[str]:
     """Names of the modules whose bias changes with their matrix."""
     names: set[str] = set()
     for target in targets:
-        if isinstance(target.role, Follower):
+        if isinstance(target.role, Follower | FollowingCopy):
             names |= {str(name) for name in target.leaf.names[target.adapted]}
     return names
 

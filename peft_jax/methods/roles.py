@@ -131,6 +131,39 @@ class Whole(Role):
 
 
 @dataclasses.dataclass(frozen=True)
+class FollowingCopy(Whole):
+    """A bias trained whole that the adapter of its layer's matrix changes too, as ``lora_bias`` beside ``bias``.
+
+    Attributes:
+        method: The method of the matrix, in a rule.
+    """
+
+    method: Method | None = None
+
+    def rule(self, config: Method) -> "FollowingCopy":
+        """The method changes the copy."""
+        return dataclasses.replace(self, method=config)
+
+    def structure(self) -> tuple[Any, ...]:
+        """As for the copy and the method."""
+        assert self.method is not None, "a rule has its method"
+        return (FollowingCopy, self.name, *self.method.structure())
+
+    def init(
+        self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The copy, and the method's state."""
+        params, state = super().init(config, base, names, adapted)
+        return params, {**config.state(names, adapted), **state, LAYER: {}}
+
+    def merge(self, params: Arrays, state: Mapping[str, Any], bias: jax.Array) -> jax.Array:
+        """The copy, as the method changes a bias."""
+        assert isinstance(self.method, BiasRule), "the plan follows no other"
+        own = {name: array for name, array in state.items() if name != LAYER}
+        return self.method.merge_bias(state[LAYER], own, super().merge(params, state, bias))
+
+
+@dataclasses.dataclass(frozen=True)
 class Follower(Role):
     """A bias that the adapter of its layer's matrix changes too, with the same arrays.
 
