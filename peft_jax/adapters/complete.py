@@ -110,7 +110,7 @@ def with_ties(config: M, handle: Handle, *, has_copies: bool = False) -> tuple[M
         has_copies: Whether a file has the adapter of the tied modules too, so that it was trained as theirs.
 
     Raises:
-        ValueError: if more than two modules are tied, of which PEFT would tie two alone.
+        ValueError: if PEFT would not tie all of the adapter: more than two modules, or DoRA.
     """
     if isinstance(config, TrainableTokensConfig):
         return config, True
@@ -131,6 +131,11 @@ def with_ties(config: M, handle: Handle, *, has_copies: bool = False) -> tuple[M
             f"ensure_weight_tying=True with a target of {', '.join(handle.tied_modules)} is not supported: PEFT ties "
             f"'{others[-1]}' to '{owner}', gives the others adapters of their own, and does not read its own file "
             "back. Leave ensure_weight_tying out, or name the module in modules_to_save."
+        )
+    if getattr(config, "use_dora", False):
+        raise ValueError(
+            f"ensure_weight_tying=True with use_dora=True on '{owner}' is not supported: PEFT trains one magnitude for "
+            "it and another for the head. Leave one of the two out."
         )
     if isinstance(targets, str):
         return config.replace(target_modules=rf"(?:{targets}|^{re.escape(owner)}$)"), True

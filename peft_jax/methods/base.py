@@ -23,7 +23,7 @@ from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
 from peft_jax.core.text_files import parse_object, read_text
 from peft_jax.core.weight import Weight
-from peft_jax.methods.fields import check_fields, is_kind
+from peft_jax.methods.fields import check_fields, is_kind, is_off
 from peft_jax.methods.target_fields import AbsentFields
 
 CONFIG_FILE = "adapter_config.json"
@@ -84,9 +84,10 @@ class PeftConfig:
         if not issubclass(target, cls):
             raise ValueError(f"{cls.__name__} cannot read a config of peft_type '{peft_type}'. Use PeftConfig.")
         target.check_file(given)
+        given = target.fields_of_file(given)
         known = {field.name: field.type for field in dataclasses.fields(target)}
-        # Fields of newer PEFT versions that are switched off say nothing; any other could change the numbers.
-        unknown = {name: value for name, value in given.items() if name not in known and value not in (None, False, {})}
+        # Fields of other PEFT versions that are switched off say nothing; any other could change the numbers.
+        unknown = {name: value for name, value in given.items() if name not in known and not is_off(value)}
         if unknown:
             raise ValueError(f"{target.__name__} does not know {unknown}. Remove these fields if they change nothing.")
         # Null, in the files of some older versions, means the default of a field that has no other use for it.
@@ -96,6 +97,11 @@ class PeftConfig:
     @classmethod
     def check_file(cls, fields: Mapping[str, Any]) -> None:
         """Raise ValueError if the adapter of a file with these fields means other numbers than ours."""
+
+    @classmethod
+    def fields_of_file(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a file that still count; override where it keeps others of what is finished."""
+        return dict(fields)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:

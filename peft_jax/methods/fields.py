@@ -15,9 +15,23 @@ from jaxtyping import Array, Float
 from peft_jax.methods.task_type import TaskType
 
 
-def unsupported(default: Any) -> Any:
-    """A field of PEFT's that is refused away from its default."""
-    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"default": default})
+def unsupported(default: Any, switch: str = "") -> Any:
+    """A field of PEFT's that is refused away from its default, unless it is off or its ``switch`` is, another field."""
+    return dataclasses.field(
+        default_factory=lambda: copy.copy(default), metadata={"default": default, "switch": switch}
+    )
+
+
+def is_off(value: Any) -> bool:
+    """Whether a value of a field says nothing: it is false, null or empty, or holds nothing else.
+
+    Example:
+        >>> is_off({"ephemeral_gpu_offload": False}), is_off([]), is_off(16)
+        (True, True, False)
+    """
+    if isinstance(value, Mapping):
+        return all(map(is_off, value.values()))
+    return value is None or (not value if isinstance(value, Sequence) else value == 0)
 
 
 def check_fields(config: Any, peft_type: str) -> None:
@@ -27,7 +41,9 @@ def check_fields(config: Any, peft_type: str) -> None:
         if isinstance(value, (list, set, frozenset)):
             ordered = value if isinstance(value, list) else sorted(value)
             object.__setattr__(config, field.name, tuple(ordered))
-        if "default" in field.metadata and (value or None) != (field.metadata["default"] or None):
+        if "default" not in field.metadata or is_off(value) or value == field.metadata["default"]:
+            continue
+        if not field.metadata["switch"] or not is_off(getattr(config, field.metadata["switch"])):
             raise ValueError(
                 f"{type(config).__name__}({field.name}={value!r}) is not supported yet. Leave it at its default."
             )

@@ -1,7 +1,7 @@
 """Checks of a LoRA config's fields, and of those that do not go together."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft_jax.methods.lora.initializers.table import TABLE, find
@@ -39,6 +39,21 @@ def check_initializer(config: Any) -> None:
             )
         options: Any = given if isinstance(given, row.options) else _from_fields(row.options, given, row.options_field)
         object.__setattr__(config, row.options_field, dataclasses.asdict(options))
+
+
+def without_finished_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file without the options of an initializer that is finished: beside True they say nothing.
+
+    PEFT's example of LoftQ leaves such a file.
+
+    Example:
+        >>> without_finished_options({"r": 4, "init_lora_weights": True, "loftq_config": {"loftq_bits": 4}})
+        {'r': 4, 'init_lora_weights': True}
+    """
+    if fields.get("init_lora_weights", True) is not True:
+        return dict(fields)
+    finished = {row.options_field for row in TABLE if row.needs == "weight"}
+    return {name: value for name, value in fields.items() if name not in finished}
 
 
 def check_invocation(config: Any) -> None:

@@ -22,7 +22,13 @@ from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.frozen_arrays import FrozenArrays
 from peft_jax.methods.lora import alora, dora, grouped_conv
-from peft_jax.methods.lora.checks import check_initializer, check_invocation, check_parameters, check_replication
+from peft_jax.methods.lora.checks import (
+    check_initializer,
+    check_invocation,
+    check_parameters,
+    check_replication,
+    without_finished_options,
+)
 from peft_jax.methods.lora.initializers import random
 from peft_jax.methods.lora.initializers.stacked import initialize_layers
 from peft_jax.methods.lora.initializers.table import Initializer, find
@@ -108,7 +114,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     megatron_config: dict[str, Any] | None = unsupported(None)
-    megatron_core: str | None = unsupported("megatron.core")
+    megatron_core: str | None = unsupported("megatron.core", switch="megatron_config")
     trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
     loftq_config: LoftQConfig | dict[str, int] = dataclasses.field(default_factory=dict)
     eva_config: EvaConfig | dict[str, Any] | None = None
@@ -122,7 +128,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
     use_dora: bool = False
     alora_invocation_tokens: Sequence[int] | None = None
     use_qalora: bool = unsupported(False)
-    qalora_group_size: int = unsupported(16)
+    qalora_group_size: int = unsupported(16, switch="use_qalora")
     layer_replication: Sequence[Sequence[int]] | None = None
     lora_bias: bool = False
     target_parameters: Sequence[str] | None = None
@@ -140,6 +146,11 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
                 f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="
                 f"{self.init_lora_weights!r} and use_dora={self.use_dora}. Leave one of them."
             )
+
+    @classmethod
+    def fields_of_file(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Those that are no options of a finished initialization."""
+        return without_finished_options(fields)
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The two factors of the added matrix."""
