@@ -10,7 +10,7 @@ from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, TIED, TOKEN_SUFF
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf
-from peft_jax.core.targets import saved_owner
+from peft_jax.core.targets import names_module, saved_owner
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.trainable_tokens import tokens_by_module, trains_tokens
@@ -127,7 +127,7 @@ def targets_embedding(config: Method, adapted: Iterable[str]) -> bool:
     """PEFT's rule (``save_embedding_layers="auto"``): a list names the module itself, or a regex matches it."""
     targets = config.target_modules or ()
     if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in adapted if _is_embedding(name))
+        return any(names_module(targets, name) for name in adapted if _is_embedding(name))
     return any(name in targets for name in EMBEDDING_MODULES)
 
 

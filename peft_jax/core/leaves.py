@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.bounded_regex import compiled
 from peft_jax.core.layout import CONVENTION, VECTOR_NAMES, Ambiguous, Layout, conventional_layout
 from peft_jax.core.paths import TORCH_NAMES, leaf_names, module_path, named_leaves
 from peft_jax.core.pytree import PyTree
@@ -108,7 +109,7 @@ def find_leaves(
         else:
             layout = conventional_layout(path, shape, fan_in_fan_out)
         for pattern, given in (layouts or {}).items():
-            if re.fullmatch(pattern, path):
+            if compiled(pattern, "a key of layout").fullmatch(path):
                 given.check(shape, path)
                 if is_weight(value) and value.layout.unnamed:  # adapted as target_parameters, without experts' names
                     given = dataclasses.replace(given, index_after=value.layout.index_after)

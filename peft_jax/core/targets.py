@@ -5,6 +5,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from peft_jax.core.bounded_regex import compiled, is_quick, matches
+
 ALL_LINEAR = "all-linear"
 
 # Output heads that PEFT trains whole beside an adapter for a task; a model has one of them.
@@ -39,7 +41,7 @@ def is_target(config: Targets, module: str) -> bool:
     """
     if config.exclude_modules and names_module(config.exclude_modules, module):
         return False
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or ()):
+    if any(matches(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or ()):
         return False
     targets = config.target_modules or ()
     if isinstance(targets, str) or module in targets or not names_module(targets, module):
@@ -96,6 +98,28 @@ def layer_index(config: Targets, module: str) -> int | None:
     return None
 
 
+def check_expressions(config: Targets, patterns: Iterable[str] = ()) -> None:
+    """Raise ValueError if a part of a config that PEFT takes for a regular expression is none, or takes forever.
+
+    Args:
+        config: The config.
+        patterns: Keys of ``rank_pattern`` and the like.
+    """
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(expression := getattr(config, field), str):
+            compiled(expression, field)
+    for name in config.modules_to_save or ():
+        compiled(name, "modules_to_save")
+    for pattern in patterns:
+        compiled(pattern, "a key of rank_pattern or alpha_pattern")
+        compiled(rf"(.*\.)?({pattern})", "a key of rank_pattern or alpha_pattern")
+    lists = config.layers_pattern or ()
+    for pattern in [lists] if isinstance(lists, str) else lists:
+        compiled(pattern, "layers_pattern")
+        if not is_quick(pattern):
+            raise ValueError(f"layers_pattern={pattern!r} may take forever. Write the name of the list of layers.")
+
+
 def is_saved_module(config: Targets, module: str) -> bool:
     """Whether ``modules_to_save`` names the module or one that contains it (PEFT compares ends of strings)."""
     return saved_owner(config, module) is not None
@@ -112,7 +136,7 @@ def saved_owner(config: Targets, module: str) -> str | None:
 def pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first pattern that names the module, as ``rank_pattern`` and ``alpha_pattern`` are read."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(rf"(.*\.)?({pattern})", module):
             return value
     return default
 
@@ -175,7 +199,7 @@ def check_targets(
         hint = found_none if config.layers_pattern else ""
         raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {layers}.{hint}")
     for pattern in patterns:
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*hits, *parameters)):
+        if not any(matches(rf"(.*\.)?({pattern})", name) for name in (*hits, *parameters)):
             what = f"Pattern '{pattern}' of rank_pattern or alpha_pattern"
             raise ValueError(nothing_hit(what, pattern, [*hits, *parameters]))
     return hits
@@ -214,7 +238,7 @@ def _indices(config: Targets) -> list[int]:
 def names_module(targets: str | Sequence[str], module: str) -> bool:
     """Whether a regex matches the whole path of a module, or one of several names is its end."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return matches(targets, module)
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from peft_jax.core.targets import check_expressions
 from peft_jax.methods.task_type import TaskType
 
 
@@ -62,6 +63,7 @@ def check_fields(config: Any, peft_type: str) -> None:
     if isinstance(config.modules_to_save, str):
         raise ValueError(f"modules_to_save is a list of names. Write [{config.modules_to_save!r}].")
     check_kinds(config)
+    check_expressions(config, config.patterns)
 
 
 def check_kinds(options: Any) -> None:

@@ -4,7 +4,6 @@ Liu et al., 2022, https://arxiv.org/abs/2205.05638, section 3.3. Numbers follow 
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
+from peft_jax.core.bounded_regex import compiled, matches
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
@@ -55,6 +55,8 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.feedforward_modules, str):
+            compiled(self.feedforward_modules, "feedforward_modules")
         lists = not isinstance(self.target_modules, str) and not isinstance(self.feedforward_modules, str)
         if not (lists and self.target_modules and self.feedforward_modules):
             return
@@ -83,7 +85,7 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
                 "Write feedforward_modules=[] if there are none."
             )
         if isinstance(self.feedforward_modules, str):
-            return re.fullmatch(self.feedforward_modules, module) is not None
+            return matches(self.feedforward_modules, module)
         return module.endswith(tuple(self.feedforward_modules))
 
     def changes_bias(self, module: str) -> bool:
