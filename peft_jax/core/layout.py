@@ -26,8 +26,8 @@ class Layout:
         source: How the axes were found; only `peft_jax.explain` reads it.
         stored_in_out: Whether PyTorch stores the matrix as ``(in, out)``; None if ``fan_in_fan_out`` says.
         multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
-        taps: Those of the input axes that are positions in the kernel of a convolution, in PyTorch's order. Files of
-            adapters have axes of their own for them.
+        taps: Those of the input axes that are positions in the kernel of a convolution, in PyTorch's order. They are
+            flattened after the channels, as there; files of some adapters have axes of their own for them.
         groups: Of how many groups of input channels the convolution is, each with a part of the output channels; the
             kernel has the inputs of one.
         numbers: The layers that a stack along the first stacked axis has, where these are not 0, 1, 2 and so on.
@@ -55,6 +55,12 @@ class Layout:
     numbers: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     stack_name: str = dataclasses.field(default="", repr=False)
     bias_of: tuple[str, str] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Put a kernel's channels before its positions, as PyTorch flattens them: blocks and files count on it."""
+        if self.taps and set(self.taps) <= set(self.inp):
+            channels = tuple(axis for axis in self.inp if axis not in self.taps)
+            object.__setattr__(self, "inp", (*channels, *self.taps))
 
     @property
     def is_linear(self) -> bool:
