@@ -158,27 +158,24 @@ def _convolution(
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
     """``order`` and ``split`` of an array of a convolution's kernel, ``shape`` by axes ``ours``.
 
-    Where it has the inputs of all groups, they are apart in front.
+    The axis in front of the positions in the file has them in its array, flattened after the channels.
     """
-    layout, first = leaf.layout, ours.index("in") if "in" in ours else len(ours)
-    sizes = [leaf.value.shape[axis] for axis in layout.inp]
-    if "in" in ours:
-        sizes = [shape[first] // math.prod(sizes), *sizes]
-    split = (*shape[:first], *(sizes if "in" in ours else ()), *shape[first + 1 :])
-    more = len(sizes) - 1 if "in" in ours else 0
-    channels = (first, *(first + 1 + i for i, axis in enumerate(layout.inp) if axis not in layout.taps))
-    taps = [(first + 1 + layout.inp.index(axis),) for axis in layout.taps]
+    taps = [leaf.value.shape[axis] for axis in leaf.layout.taps]
+    first, split = len(ours), shape
+    if TAPS in row.axes:
+        first = ours.index(str(row.axes[row.axes.index(TAPS) - 1]))
+        split = (*shape[:first], shape[first] // math.prod(taps), *taps, *shape[first + 1 :])
     order: list[tuple[int, ...]] = []
     for axis in row.axes:
-        if axis == "in":
-            order.append(channels)
-        elif axis in (TAPS, ONES):
-            order += taps if axis == TAPS else [()] * len(taps)
+        if axis == TAPS:
+            order += [(first + 1 + number,) for number in range(len(taps))]
+        elif axis == ONES:
+            order += [()] * len(taps)
         elif axis == ONE:
             order.append(())
         else:
             at = ours.index(str(axis))
-            order.append((at + more if at > first else at,))
+            order.append((at + len(split) - len(shape) if at > first else at,))
     return tuple(order), split
 
 

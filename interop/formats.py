@@ -137,6 +137,15 @@ CONVOLUTIONS: dict[str, tuple[Row, ...]] = {
         Row("lora_bias", "lora_B.bias", ("out",)),
         Row("lora_magnitude_vector", "lora_magnitude_vector", (ONE, "out", ONES)),
     ),
+    "IA3": (Row("ia3_in", "ia3_l", (ONE, "in", ONES)), Row("ia3_out", "ia3_l", (ONE, "out", ONES))),
+    "LOKR": tuple(
+        row._replace(axes=("out_2", "in_2", TAPS)) if row.role == "lokr_w2" else row for row in ROWS["LOKR"][False]
+    ),
+    "BOFT": (Row("boft_R", "boft_R", ("factors", "blocks", "row", "column")), Row("boft_s", "boft_s", (ONE, "out"))),
+    "HIRA": (
+        Row("hira_A", "hira_A", ("rank", "in", TAPS)),
+        Row("hira_B", "hira_B", ("out", "rank", ONES)),
+    ),
 }
 INNER = ".base_layer"  # between a module and the adapter of a parameter of it, for each that lies around that
 

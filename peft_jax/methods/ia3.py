@@ -4,6 +4,7 @@ Liu et al., 2022, https://arxiv.org/abs/2205.05638, section 3.3. Numbers follow 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.bounded_regex import compiled, matches
+from peft_jax.core.layout import Layout
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
@@ -96,6 +98,13 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         """One vector."""
         return {"ia3_in": (n_in,)} if self.is_feedforward(module) else {"ia3_out": (n_out,)}
 
+    def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """One vector; at the inputs of a convolution a number for each channel, not for each position in the kernel."""
+        shapes = super().leaf_shapes(module, layout, shape)
+        if layout.taps and "ia3_in" in shapes:
+            shapes["ia3_in"] = (shapes["ia3_in"][0] // math.prod(shape[axis] for axis in layout.taps),)
+        return shapes
+
     def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Ones, or normal numbers."""
         return jnp.ones(shape) if self.init_ia3_weights else jax.random.normal(key, shape)
@@ -115,7 +124,9 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         """``diag(l) W`` or ``W diag(l)``, multiplied in the adapter's precision."""
         merged = matrix
         if "ia3_in" in params:
-            merged = _times(merged, _factor("ia3_in", params, state)[:, None])
+            factor = _factor("ia3_in", params, state)
+            rows = jnp.repeat(factor, len(matrix) // len(factor))  # the channels of a kernel come before its positions
+            merged = _times(merged, rows[:, None])
         if "ia3_out" in params:
             merged = _times(merged, _factor("ia3_out", params, state)[None, :])
         return merged

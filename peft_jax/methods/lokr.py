@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.core.dropout import drop_change
+from peft_jax.core.layout import Layout
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import kaiming, unsupported
 from peft_jax.methods.lycoris import Lycoris
@@ -86,13 +87,24 @@ class LoKrConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """Each factor ``(out, in)``, or its own two factors."""
-        rows, columns = (factorization(n, self.decompose_factor) for n in (n_out, n_in))
+        return self._factors(module, n_in, n_out, 1)
+
+    def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Those of the matrix; of a convolution the channels are factored, and the second factor has the positions."""
+        n_in, n_out = layout.sizes(shape)
+        taps = math.prod(shape[axis] for axis in layout.taps)
+        return self._factors(module, n_in // taps, n_out, taps)
+
+    def _factors(self, module: str, channels: int, n_out: int, taps: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the factors, or of their own two factors, of a matrix ``(channels * taps, out)``."""
+        rows, columns = (factorization(n, self.decompose_factor) for n in (n_out, channels))
         rank, shapes = self.rank(module), dict[str, tuple[int, ...]]()
-        for role, *shape in zip(FACTORS, rows, columns, strict=True):
-            if (role == "lokr_w2" or self.decompose_both) and 2 * rank < max(shape):
-                shapes |= {f"{role}_a": (shape[0], rank), f"{role}_b": (rank, shape[1])}
+        for role, n_rows, n_columns in zip(FACTORS, rows, columns, strict=True):
+            width = n_columns * taps if role == "lokr_w2" else n_columns
+            if (role == "lokr_w2" or self.decompose_both) and 2 * rank < max(n_rows, n_columns):
+                shapes |= {f"{role}_a": (n_rows, rank), f"{role}_b": (rank, width)}
             else:
-                shapes[role] = (shape[0], shape[1])
+                shapes[role] = (n_rows, width)
         return shapes
 
     def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
