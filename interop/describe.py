@@ -36,6 +36,8 @@ LORA_ENDS = {
     ".lora_embedding_B": LoraEnd(1, 0, 1),
 }
 
+# What PEFT writes of the base, or once more of what is trained whole. The base's biases are written where trained.
+BASE_COPIES = re.compile(r"\.(base_layer|original_module)\.(.*\.)?weight$|\.modules_to_save\.")
 RESHAPING = ("target_parameters", "use_qalora", "use_bdlora")  # fields that change their shapes
 # What the fields that are read here have to be, whatever the method.
 KINDS: dict[str, tuple[type, ...]] = {
@@ -130,12 +132,20 @@ class AdapterFolder:
         saved = tuple(self.config.get("modules_to_save") or ())
         found = []
         for key, tensor in (self.tensors or {}).items():
-            module = key.removesuffix(".weight").removesuffix(".base_layer")
-            copy = key.endswith(".weight") and module.endswith(EMBEDDING_MODULES) and not module.endswith(saved or "\n")
+            module = key.removesuffix(".weight")
+            is_whole = bool(saved) and module.endswith(saved)
+            plain = key.endswith(".weight") and module.endswith(EMBEDDING_MODULES) and not is_whole
+            copy = BASE_COPIES.search(key) is not None
             fixed = key.endswith(FIXED) or tensor.dtype.startswith(("I", "U"))
-            if copy or fixed or key.endswith(".base_layer.weight"):
+            if plain or copy or fixed:
                 found.append(key)
         return found
+
+    @property
+    def empty(self) -> list[str]:
+        """Keys of tensors without elements, but for those of AdaLoRA, whose ranks may be 0."""
+        found = {key: tensor for key, tensor in (self.tensors or {}).items() if tensor.size == 0}
+        return [key for key, tensor in found.items() if self.peft_type != "ADALORA" or len(tensor.shape) < 2]
 
     @property
     def trained(self) -> int:
@@ -184,6 +194,7 @@ class AdapterFolder:
         if self.tensors is None:
             return []
         found = [] if self.tensors else [f"{WEIGHTS_FILE} holds no tensors"]
+        found += [f"{key} is empty" for key in self.empty]
         if self.prompt is not None and (tokens := self.config.get("num_virtual_tokens")):
             wanted = tokens * (self.config.get("num_transformer_submodules") or 1)
             if self.prompt[0] not in (tokens, wanted):
@@ -227,7 +238,7 @@ def read_adapter(directory: str | pathlib.Path) -> AdapterFolder:
     folder = pathlib.Path(directory)
     config = read_adapter_config(folder)
     if (folder / WEIGHTS_FILE).is_file():
-        return AdapterFolder(folder, config, _read_header(folder / WEIGHTS_FILE))
+        return AdapterFolder(folder, config, read_header(folder / WEIGHTS_FILE))
     if (folder / PICKLE_FILE).is_file():
         return AdapterFolder(folder, config, None)
     raise FileNotFoundError(f"No {WEIGHTS_FILE} in '{folder}', only its {CONFIG_FILE}. Copy or save the adapter again.")
@@ -259,7 +270,12 @@ def read_adapter_config(directory: str | pathlib.Path) -> dict[str, Any]:
     return {field: value for field, value in config.items() if value is not None or field not in ("r", "lora_alpha")}
 
 
-def _read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
+def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
+    """Element types and shapes of the tensors of a file, which are not read.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
     try:
         with safe_open(path, framework="numpy") as file:  # checks the header against the file's length
             slices = {key: file.get_slice(key) for key in file.keys()}

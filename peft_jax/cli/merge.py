@@ -44,7 +44,7 @@ def _merge(options: Merge, folder: Path) -> list[str]:
     task = task_of_adapter(str(base.folder), options.adapter, base.gguf_file)
     choices = {"dtype": options.dtype and "float32", "gguf_file": base.gguf_file}
     model = task.read_for(str(base.folder), options.adapter, **choices)
-    model = pj.PeftModel.from_pretrained(model, options.adapter)
+    model = pj.PeftModel.from_pretrained(model.resized_for(options.adapter), options.adapter)
     refuse_random(model)
     model = model.merge_and_unload()
     if options.dtype is not None:

@@ -1,18 +1,52 @@
 """Models with another number of tokens: rows of the embedding, columns and bias of the output head."""
 
 import dataclasses
+import os
+import pathlib
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.handle import Handle
 from peft_jax.core.weight import is_weight
+from peft_jax.interop.describe import read_header
+from peft_jax.interop.formats import PREFIX, WEIGHTS_FILE
 from peft_jax.models.config import ModelConfig
-from peft_jax.models.family import Family, leaf_at, with_leaf
+from peft_jax.models.family import LANGUAGE_MODELS, Family, leaf_at, with_leaf
 from peft_jax.models.weights_io import random_leaves
+from peft_jax.prompts.tokenizer import read_tokenizer
 
+# A table of the base in an adapter's file, by what follows the module's path.
+TABLES = ("weight", "base_layer.weight", "original_module.weight", "token_adapter.base_layer.weight")
 SPREAD = 1e-9  # transformers' factor of the covariance of new rows
+
+
+def tokens_of_adapter(handle: Handle, config: ModelConfig, directory: str | os.PathLike[str]) -> int:
+    """How many tokens the model has that an adapter was trained on.
+
+    The tables in the adapter's file say it, or else the tokenizer in its folder. Never fewer than the model has: an
+    adapter for fewer is that of another base.
+
+    Args:
+        handle: The base model.
+        config: Its architecture.
+        directory: The adapter's folder.
+    """
+    folder, tokens = pathlib.Path(directory), config.vocab_size
+    modules = [handle.input_module]
+    if config.task_type in LANGUAGE_MODELS:
+        modules.append(str(handle.output_module))
+    known = {f"{PREFIX}{module}.{end}" for module in modules for end in TABLES}
+    rows = set()
+    if (folder / WEIGHTS_FILE).is_file():
+        rows = {tensor.shape[0] for key, tensor in read_header(folder / WEIGHTS_FILE).items() if key in known}
+    if len(rows) == 1:
+        tokens = max(tokens, rows.pop())
+    if not rows and (folder / "tokenizer_config.json").is_file():
+        tokens = max(tokens, len(read_tokenizer(folder)))
+    return tokens
 
 
 def resized(

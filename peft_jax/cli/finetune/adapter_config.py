@@ -138,7 +138,9 @@ def attach(base: Any, config: PeftConfig, options: Finetune, max_steps: int, dat
 
 def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, data: Data) -> Any:
     if options.adapter.adapter is not None:
-        return pj.PeftModel.from_pretrained(base, options.adapter.adapter, is_trainable=True)
+        return pj.PeftModel.from_pretrained(
+            base.resized_for(options.adapter.adapter), options.adapter.adapter, is_trainable=True
+        )
     if not isinstance(config, Method):
         raise ValueError(f"adapters of the type {config.peft_type} cannot be trained by this command. Take another.")
     config = for_run(config, max_steps)

@@ -68,15 +68,16 @@ def loading_misfits(adapter: AdapterFolder, config: ModelConfig) -> list[str] | 
         return None
     try:
         method = Method.from_dict({**adapter.config, "inference_mode": True})
-    except (TypeError, ValueError):
-        return None  # the verdict on peft_jax says why
+    except (TypeError, ValueError) as error:
+        return [str(error)]
     (handle,) = {cls.base for cls in PEFT_MODELS if cls.base.task == config.task_type}
     shapes = {key: tensor.shape for key, tensor in adapter.tensors.items()}
     found: list[str] = []
 
     def plan(key: jax.Array) -> None:
         params = family_of(config).init_params(config, key, jnp.dtype("float32"))
-        found.extend(adapter_misfits(handle(params, config), method, shapes))
+        base = handle(params, config).resized_for(adapter.path)
+        found.extend(adapter_misfits(base, method, shapes))
 
     try:
         jax.eval_shape(plan, jax.random.key(0))  # shapes alone: no parameter is made

@@ -8,8 +8,8 @@ something else, the verdict is no.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from peft_jax.interop.describe import AdapterFolder
-from peft_jax.interop.formats import PEFT_VERSION
+from peft_jax.interop.describe import LORA_ENDS, AdapterFolder
+from peft_jax.interop.formats import PEFT_VERSION, PREFIX
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.methods.lora.initializers.table import TABLE
 
@@ -20,6 +20,7 @@ PEFT_TYPES = frozenset(
     "XLORA".split()
 )
 VLLM_RANKS, VLLM_DEFAULT = (8, 16, 32, 64, 128, 256, 320, 512), 16
+VLLM_SKIPS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # it passes over these
 TGI_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 # Fields of LoraConfig that change no number once an adapter is trained, or that the verdicts look at one by one.
@@ -121,6 +122,9 @@ def _common_scaling(config: dict[str, Any]) -> float:
 def _vllm(adapter: AdapterFolder) -> Iterator[str]:
     if _top_rank(adapter) > VLLM_RANKS[-1]:
         yield f"rank {_top_rank(adapter)} is above its largest --max-lora-rank, {VLLM_RANKS[-1]}"
+    others = [key for key in adapter.tensors or {} if not key.endswith((*LORA_ENDS, *VLLM_SKIPS))]
+    if others:
+        yield f"it refuses a file with {others[0].removeprefix(PREFIX)}; save with save_embedding_layers=False"
 
 
 def _vllm_flags(adapter: AdapterFolder) -> str:
@@ -145,6 +149,8 @@ def _tgi(adapter: AdapterFolder) -> Iterator[str]:
     ends = {module.rsplit(".", 1)[-1] for module in adapter.ranks}
     if other := sorted(ends - set(TGI_MODULES)):
         yield f"it leaves {', '.join(other)} out"
+    if tables := [key for key in adapter.frozen if key.endswith((".embed_tokens.weight", ".lm_head.weight"))]:
+        yield f"it leaves the table {tables[0].removeprefix(PREFIX)} out"
     if adapter.config.get("layers_to_transform") is not None:
         yield "it drops a target that not all layers have (layers_to_transform)"
     rank = adapter.config.get("r", 8)

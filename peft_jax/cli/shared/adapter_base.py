@@ -38,7 +38,7 @@ def load_model(options: ModelOptions, task: Task) -> Any:
         gguf_file=base.gguf_file,
     )
     if options.adapter is not None:
-        model = pj.PeftModel.from_pretrained(model, options.adapter)
+        model = pj.PeftModel.from_pretrained(model.resized_for(options.adapter), options.adapter)
     refuse_random(model)
     return model
 

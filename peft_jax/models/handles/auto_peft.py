@@ -23,7 +23,7 @@ class AutoPeftModel:
         adapter_name: str = "default",
         **options: Any,
     ) -> Any:
-        """The base model with the adapter.
+        """The base model with the adapter, and with as many tokens as that was trained with.
 
         Args:
             directory: Folder of the adapter.
@@ -42,6 +42,7 @@ class AutoPeftModel:
             )
         gguf_file = read_base_file(directory)
         model = cls.auto.from_pretrained(base, **{**({"gguf_file": gguf_file} if gguf_file else {}), **options})
+        model = model.resized_for(directory)
         return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
 
 

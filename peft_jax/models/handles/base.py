@@ -25,7 +25,7 @@ from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.registry import family_of
-from peft_jax.models.resize import resized
+from peft_jax.models.resize import resized, tokens_of_adapter
 from peft_jax.models.weights_io import save_model
 from peft_jax.prompts.base import Prompt, take_prompt, virtual_slots, without_prompts
 from peft_jax.prompts.learning import PromptLearning
@@ -238,6 +238,18 @@ class ModelHandle(Handle):
         key = jax.random.key(0) if key is None else key
         config, params = resized(self.family, self.config, self.params, tokens, mean_resizing=mean_resizing, key=key)
         return dataclasses.replace(self, config=config, params=params)
+
+    def resized_for(self, adapter: str | os.PathLike[str]) -> Self:
+        """The same model with the tokens that an adapter's file or the tokenizer beside it has.
+
+        The commands and `AutoPeftModel` do so before they load an adapter; without such a table or tokenizer it is
+        the model as it is.
+
+        Args:
+            adapter: Folder of the adapter.
+        """
+        tokens = tokens_of_adapter(self, self.config, adapter)
+        return self if tokens == self.config.vocab_size else self.resize_token_embeddings(tokens)
 
     def replicated(self, order: Sequence[int]) -> Self:
         """The same model with the layers numbered by ``order``, with this one's weights."""
