@@ -12,6 +12,7 @@ import numpy as np
 from peft_jax.interop.conversion import without_start
 from peft_jax.interop.files import save_tensors
 from peft_jax.interop.formats import PEFT_VERSION, ROWS, WEIGHTS_FILE
+from peft_jax.interop.patterns import in_file_order, warn_of_sorted_patterns
 from peft_jax.interop.tensors import adapter_config, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -74,7 +75,7 @@ def save_adapter(
     weights, text = folder / f".{WEIGHTS_FILE}.part", folder / f".{CONFIG_FILE}.part"
     try:
         save_tensors(tensors, weights)
-        text.write_text(json.dumps(fields, indent=2, sort_keys=True))
+        text.write_text(json.dumps(in_file_order(fields, config, tensors), indent=2))
         shutil.copymode(text, weights)  # safetensors lets the owner alone read what it writes
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(text, folder / CONFIG_FILE)
@@ -127,9 +128,11 @@ def load_adapter(
         raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
     config = dataclasses.replace(config, inference_mode=not is_trainable)
     tensors = _read(pathlib.Path(directory) / WEIGHTS_FILE)
-    return set_peft_model_state_dict(
+    loaded = set_peft_model_state_dict(
         params, config, tensors, adapter_name=adapter_name, layout=layout, fn=fn, args=args
     )
+    warn_of_sorted_patterns(config, tensors)
+    return loaded
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:

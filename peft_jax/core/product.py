@@ -255,5 +255,5 @@ def _in_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
     """
     if x.ndim < 3 or jax.device_count() > 1:
         return product(x)
-    y = product(x.reshape(-1, x.shape[-1]))
+    y = product(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # -1 could not tell where there are no features
     return y.reshape(*x.shape[:-1], y.shape[-1])

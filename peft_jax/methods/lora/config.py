@@ -56,8 +56,8 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         lora_dropout: Probability of zeroing an input of the low-rank path in training, in [0, 1).
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted modules).
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead.
-        init_lora_weights: True (A as PyTorch's Linear, B zero), False (both random), ``"gaussian"`` (A normal, B
-            zero), ``"orthogonal"`` (a product of zero), or one that takes a part out of the base, which the adapter
+        init_lora_weights: True (A as PyTorch's Linear, B zero), False or None (both random), ``"gaussian"`` (A normal,
+            B zero), ``"orthogonal"`` (a product of zero), or one that takes a part out of the base, which the adapter
             then is: ``"pissa"`` and ``"pissa_niter_N"`` (the largest singular values), ``"olora"`` (columns of a QR),
             ``"loftq"`` (what rounding leaves). ``"mica"``: B at the directions of the smallest singular values, and not
             trained, and A zero. Embeddings start as with True, but for ``"mica"``. Of data, by
@@ -110,7 +110,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | str | None = True
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     megatron_config: dict[str, Any] | None = unsupported(None)
@@ -141,7 +141,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         check_invocation(self)
         check_parameters(self)
         check_replication(self)
-        if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
+        if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False, None)):
             raise ValueError(
                 f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="
                 f"{self.init_lora_weights!r} and use_dora={self.use_dora}. Leave one of them."
@@ -189,7 +189,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         for field in ("lora_bias", "alora_invocation_tokens"):
             if getattr(self, field) and layout.lookup:
                 raise ValueError(f"{field} is not for embeddings, as '{names.flat[0]}' is. Target other modules.")
-        init, ranks = self.init_lora_weights, self.ranks(names, adapted)
+        init, ranks = self.init_lora_weights or False, self.ranks(names, adapted)
         if self.initializer.needs == "data":
             raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
         for name in names[adapted]:

@@ -52,8 +52,8 @@ class Initializer:
 
     def is_meant_by(self, value: Any) -> bool:
         """Whether a value of ``init_lora_weights`` means this row."""
-        if isinstance(value, bool) or isinstance(self.value, bool):
-            return value is self.value
+        if value is None or isinstance(value, bool) or isinstance(self.value, bool):
+            return (False if value is None else value) is self.value
         return value == self.value or (self.pattern is not None and re.fullmatch(self.pattern, str(value)) is not None)
 
 
