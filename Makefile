@@ -9,6 +9,7 @@
 #                 docs/benchmarks.md and the README's figures
 #   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
 #   make quantization    write docs/quantization.md: the formats of weights, their bytes, and what they equal
+#   make conformance-full     load every file that PEFT writes over a grid of options (tests/test_file_grid.py; 20 minutes)
 #   make lowering        write docs/lowering.md: memory and operations of steps compiled for TPUs and the H100 (in .venv-aot)
 #
 # PYTHON=/path/to/python3 chooses the interpreter; otherwise the first Python >= 3.11 on the path is taken.
@@ -28,7 +29,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-models test-newest lint types conformance quantization bench lowering
+.PHONY: demo test test-models test-newest lint types conformance conformance-full quantization bench lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -65,6 +66,9 @@ conformance: .venv/test
 
 quantization: .venv/runtime
 	$(BIN)/python tools/quantization_table.py docs/quantization.md
+
+conformance-full: .venv/test
+	$(BIN)/python -m pytest --full-grid tests/test_file_grid.py $(ARGS)
 
 lint: .venv/test types
 	$(BIN)/ruff check

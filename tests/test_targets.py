@@ -1,9 +1,13 @@
 """Which modules a config means, against PEFT's own functions on real module names; and that nothing is silent."""
 
+import random
+import re
+
 import jax.numpy as jnp
 import pytest
 
 import peft_jax as pj
+from peft_jax.core.bounded_regex import is_quick, matches
 from peft_jax.core.targets import check_targets, is_saved_module, is_target, pattern_value
 
 ROWS = {
@@ -197,3 +201,22 @@ def test_layers_that_match_nothing_are_told_in_the_same_words(layers, pattern, s
     config = pj.LoraConfig(target_modules=["q_proj"], layers_to_transform=layers, layers_pattern=pattern)
     with pytest.raises(ValueError, match=said):
         check_targets(config, modules, modules)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(a+)+b", r"(a|b)*c?(ab?){1,2}", r"(?!.*lm).*(a|ab)+", r"^(x\d+\.?)*$", r"[^a]*(a[a-c]+)*", r"(?i)(A+b)*"]
+    + [r"(\w+\.)+\bq", r"(a*)*", r"(|a)+b", r"((a|ab)(c|bcd))*", r"(\Ba+)+", r"(.)*\D(\S\s?)*", r"(?<!a)(b.*)+"],
+)
+def test_bounded_matches_are_pythons(pattern):
+    letters = random.Random(0)
+    texts = ["".join(letters.choices("abcqx.1_ AB", k=letters.randint(0, 9))) for _ in range(400)]
+    texts += ["abab", "aaab", "x1.x2.", "ab", "abcdbcd", "a.b.q"]
+    assert not is_quick(pattern)
+    for text in texts:
+        assert matches(pattern, text) is (re.fullmatch(pattern, text) is not None), text
+
+
+def test_references_in_slow_expressions_are_refused():
+    with pytest.raises(ValueError, match="with groupref and repetitions in each other may take forever"):
+        matches(r"(a+)+\1b", "aaab")

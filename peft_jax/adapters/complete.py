@@ -11,6 +11,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, own_names
 from peft_jax.core.targets import (
     ALL_LINEAR,
+    EMBEDDING_LAYERS,
     SAVED_HEADS,
     is_of_chosen_layer,
     is_target,
@@ -24,7 +25,6 @@ from peft_jax.methods.trainable_tokens import TrainableTokensConfig, tokens_by_m
 M = TypeVar("M", bound=Method)
 H = TypeVar("H", bound=Handle)
 T = TypeVar("T")
-EMBEDDING_LAYERS = ("embed_tokens", "lm_head")  # the names by which PEFT knows an embedding and its head
 
 
 def completed(config: M, handle: Handle) -> M:

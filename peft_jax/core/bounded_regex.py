@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-QUICK = 3  # repetitions beside each other that Python's matcher may try all ways to share a name among
+QUICK = 3  # repetitions and choices beside each other that Python's matcher may try all ways to share a name among
 Positions = frozenset[int]
 parser: Any = importlib.import_module("re._parser")
 
@@ -55,7 +55,7 @@ def matches(pattern: str, text: str) -> bool:
 
 @functools.lru_cache(maxsize=1 << 10)
 def is_quick(pattern: str) -> bool:
-    r"""Whether backtracking cannot take long: no repetition in another, and few beside each other.
+    r"""Whether backtracking cannot take long: nothing to choose in a repetition, and few of them beside each other.
 
     Example:
         >>> is_quick(r".*\.\d+\.q_proj"), is_quick("(a+)+b")
@@ -65,14 +65,14 @@ def is_quick(pattern: str) -> bool:
 
 
 def _repetitions(items: Iterable[Any]) -> float:
-    """How many repetitions of a variable length there are, without end where one is in another."""
+    """How many repetitions of a variable length and choices there are, without end where one is in a repetition."""
     count = 0.0
     for operator, argument in items:
         inner = max([_repetitions(part) for part in _parts(str(operator), argument)], default=0.0)
         if str(operator).endswith("REPEAT"):
             least, most, _ = argument
             inner = float("inf") if inner and most > 1 else inner + (least != most)
-        count += inner
+        count += inner + (str(operator) == "BRANCH")
     return count
 
 
@@ -114,8 +114,8 @@ def _step(operator: str, argument: Any, text: str, starts: Positions, ignores_ca
         wanted = operator == "ASSERT"
         if direction > 0:
             return frozenset(i for i in starts if bool(ends(inner, frozenset([i]))) is wanted)
-        before = {i: any(i in ends(inner, frozenset([j])) for j in range(i + 1)) for i in starts}
-        return frozenset(i for i, found in before.items() if found is wanted)
+        ending = ends(inner, frozenset(range(len(text) + 1)))  # a match that ends at a position started before it
+        return frozenset(i for i in starts if (i in ending) is wanted)
     raise ValueError(
         f"A regular expression with {operator.lower()} and repetitions in each other may take forever on a module's "
         "name. Write a list of names."

@@ -8,6 +8,7 @@ from typing import Protocol
 from peft_jax.core.bounded_regex import compiled, is_quick, matches
 
 ALL_LINEAR = "all-linear"
+EMBEDDING_LAYERS = ("embed_tokens", "lm_head")  # the names by which PEFT knows an embedding and its head
 
 # Output heads that PEFT trains whole beside an adapter for a task; a model has one of them.
 SAVED_HEADS: Mapping[str | None, tuple[str, ...]] = {
