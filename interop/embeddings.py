@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
     position: int
     leaf: Leaf
-    index: tuple[int, ...]
+    layer: tuple[int, ...]
     module: str
     end: str
 
@@ -64,7 +64,7 @@ def whole_embeddings(params: Any, config: Method, layout: Layouts | None = None)
     tensors = {}
     for place in _places(params, config, layout):
         for holder in _holders(params, config, place.module):
-            tensors[f"{_prefix(config)}{holder}.{place.end}"] = base_matrix(place.leaf, place.index, config)
+            tensors[f"{_prefix(config)}{holder}.{place.end}"] = base_matrix(place.leaf, place.layer, config)
     return tensors
 
 
@@ -102,7 +102,7 @@ def with_tables(
     places: dict[int, Place] = {}
     modules = set()
     for place in found:
-        shape = base_matrix(place.leaf, place.index, config, values=False).shape
+        shape = base_matrix(place.leaf, place.layer, config, values=False).shape
         for key, is_used in _keys(params, config, place).items():
             if key not in rest:
                 continue
@@ -123,7 +123,7 @@ def with_tables(
     nodes = {}
     for position, tables in brought.items():
         place = places[position]
-        problems += _conflicts(tables, base_matrix(place.leaf, place.index, config), place.leaf)
+        problems += _conflicts(tables, base_matrix(place.leaf, place.layer, config), place.leaf)
         if not problems:
             nodes[position] = _with_table(place, next(iter(tables.values())), config)
     problems += _ignored(others, nodes, tensors, config)
@@ -233,7 +233,7 @@ def _ignored(others: Mapping[str, Place], nodes: Mapping[int, Any], tensors: Ten
     problems = []
     for key, place in others.items():
         leaf = place.leaf._replace(value=nodes.get(place.position, place.leaf.value))
-        if not same_but_for_rounding(tensors[key], base_matrix(leaf, place.index, config)):
+        if not same_but_for_rounding(tensors[key], base_matrix(leaf, place.layer, config)):
             problems.append(
                 f"{key} differs from this base's and belongs to another adapter, so that PEFT does not read it: save "
                 "the adapter again with save_embedding_layers=False"
@@ -270,7 +270,7 @@ def _with_table(place: Place, table: np.ndarray, config: Method) -> Any:
     if _is_quantized(base):
         return leaf.value
     matrices = np.array(leaf.layout.matrix(base))
-    matrices[place.index] = (table.T if is_transposed(leaf, config) else table).astype(base.dtype)
+    matrices[place.layer] = (table.T if is_transposed(leaf, config) else table).astype(base.dtype)
     array = leaf.layout.unmatrix(jnp.asarray(matrices), base.shape)
     if isinstance(base, jax.Array):
         array = jax.device_put(array, base.sharding)
