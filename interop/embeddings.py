@@ -217,12 +217,14 @@ def _without_trained(params: Any, config: Method, tensors: dict[str, np.ndarray]
 def _conflicts(tables: Mapping[str, np.ndarray], base: np.ndarray, leaf: Leaf) -> list[str]:
     """Why a leaf does not take tables, which are all for it."""
     (first, table), *others = tables.items()
+    wide, own = table.astype(np.float32), base.astype(np.float32)
+    if np.linalg.norm(wide - own) > FAR * np.linalg.norm(own):
+        if first.endswith(f".{ADAPTED}.weight"):
+            return [f"{first} differs from this base's throughout"]
+        return [f"{first} of shape {table.shape} differs from this base's of shape {base.shape} throughout"]
     for key, other in others:
         if not same_but_for_rounding(table, other):
             return [f"{first} and {key} differ, and this base has one table for both"]
-    wide, own = table.astype(np.float32), base.astype(np.float32)
-    if np.linalg.norm(wide - own) > FAR * np.linalg.norm(own):
-        return [f"{first} differs from this base's throughout, so it is that of another base"]
     if _is_quantized(leaf.value) and not np.array_equal(table.astype(base.dtype), base):
         return [f"{first} differs from this base's, which is quantized and takes no other: load the base unquantized"]
     return []
