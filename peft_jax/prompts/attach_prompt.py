@@ -38,7 +38,9 @@ def attach_prompt(handle: H, config: PromptMethod, *, key: jax.Array | None = No
     """
     check_adapter_name(adapter_name, handle)
     config = completed(config, handle)
-    handle = untied_for(handle, config, lambda name: is_saved_module(config, name), keeps_ties=config.keeps_ties)
+    handle = untied_for(
+        handle, config, lambda name: is_saved_module(config, name), keeps_ties=config.ensure_weight_tying
+    )
     found = find_leaves(handle.params, handle.layouts())
     check_saved(config, sorted({name for leaf in found for name in leaf.names.flat}))
     base_key = jax.random.key(0) if key is None else key

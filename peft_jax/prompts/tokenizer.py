@@ -20,6 +20,9 @@ class Tokenizer(Protocol):
     eos_token: Any
     chat_template: Any
 
+    def __len__(self) -> int:
+        """The number of tokens, added ones included."""
+
     def __call__(self, text: str, **options: Any) -> Any:
         """Token ids of a text under the key ``input_ids``."""
 
