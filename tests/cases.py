@@ -733,6 +733,15 @@ OF_AN_ENCODER = Modules(
     part="intermediate",
     embedding="word_embeddings",
 )
+OF_A_DECODER = Modules(
+    first="q_proj",
+    second="v_proj",
+    last="down_proj",
+    layers="layers",
+    norm="norm",
+    part="mlp",
+    embedding="embed_tokens",
+)
 # Rows of LoRA that concern layers and names, which GPT-2 and Llama show as well; BERT's own are about heads and biases.
 OF_DECODERS = ("plain", "rslora", "patterns", "layers_to_transform", "regex")
 
@@ -757,6 +766,10 @@ OF_GEMMA = Modules(
     embedding="embed_tokens",
 )
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+WITH_GROUPS = {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
+BOTH_CLASSES = ("SequenceClassification", "TokenClassification", "")
 
 ARCHITECTURES: dict[str, Architecture] = {
     # Its adapters are `MethodCase.llama`, and its prompts for language models `PromptCase.llama`.

@@ -19,15 +19,12 @@ from flax import nnx
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.llama.config import LlamaConfig
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
-from peft_jax.models.modules.decoder_blocks import GatedMLP, SelfAttention
+from peft_jax.models.modules.decoder_blocks import GatedMLP, PreNormLayer, SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import ForwardInputs
-from peft_jax.models.modules.kv_cache import Buffers
-from peft_jax.models.modules.layer_scan import LayerCall
 from peft_jax.models.modules.layer_views import View, views_by_kind
 from peft_jax.models.modules.layers import RMSNorm
 from peft_jax.models.modules.positions import Places
-from peft_jax.models.modules.remat import kept
 
 
 class LlamaAttention(SelfAttention):
@@ -46,21 +43,11 @@ class LlamaAttention(SelfAttention):
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 
 
-class LlamaDecoderLayer(nnx.Module):
-    """Attention and feed-forward network, each normalised before and added to the residual stream."""
-
-    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        inner, act = config.intermediate_size, config.hidden_act
-        self.self_attn = LlamaAttention(config, dtype, rngs)
-        self.mlp = GatedMLP(config, dtype, rngs, inner=inner, act=act, bias=config.mlp_bias)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-
-    def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
-        """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
-        out, buffers = self.self_attn(self.input_layernorm(x), call, buffers)
-        x = kept(x + out.astype(x.dtype))
-        return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), buffers
+def make_layer(config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> PreNormLayer:
+    """A layer; queries and keys are normalised where the config says so."""
+    attention = LlamaAttention(config, dtype, rngs)
+    mlp = GatedMLP(config, dtype, rngs, inner=config.intermediate_size, act=config.hidden_act, bias=config.mlp_bias)
+    return PreNormLayer(attention, mlp, partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype))
 
 
 class LlamaModel(DecoderBackbone):
@@ -70,7 +57,7 @@ class LlamaModel(DecoderBackbone):
 
     def make_layer(self, dtype: Any) -> MakeLayer:
         """A function that makes a layer from random streams."""
-        return partial(LlamaDecoderLayer, self.config, dtype)
+        return partial(make_layer, self.config, dtype)
 
     def make_norm(self, dtype: Any) -> nnx.Module:
         """The final norm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import PLAIN_SCORES, Scoring, attend, attend_to
 from peft_jax.models.modules.kv_cache import Buffers, extend
 from peft_jax.models.modules.layer_scan import LayerCall
-from peft_jax.models.modules.layers import linear_maker
+from peft_jax.models.modules.layers import linear_maker, multiplied
 from peft_jax.models.modules.positions import put_before
 from peft_jax.models.modules.remat import kept
 from peft_jax.models.modules.rotary import rotate
@@ -105,6 +106,8 @@ class SelfAttention(nnx.Module):
         q, k, v = self.heads(x)
         turn = call.view.turn
         q, k = rotate(q, turn, interleaved=self.interleaved), rotate(k, turn, interleaved=self.interleaved)
+        if call.view.query_factor is not None:
+            q = q * call.view.query_factor.astype(q.dtype)
         seen, buffers = attend_within(q, k, v, call, buffers, scoring=self.scoring)
         adaption = call.beside.adaption
         if adaption is None:
@@ -151,3 +154,46 @@ class GatedMLP(nnx.Module):
         """Map x (batch, length, hidden)."""
         gate, up = kept(self.gate_proj(x)), kept(self.up_proj(x))
         return self.down_proj(ACTIVATIONS[self.act](gate) * up)
+
+
+class PreNormLayer(nnx.Module):
+    """Attention and feed-forward network, each normalised before and added to the residual stream.
+
+    Args:
+        attention: The attention.
+        mlp: The feed-forward network.
+        make_norm: What makes a norm.
+        factor: What both outputs are multiplied by.
+    """
+
+    def __init__(
+        self, attention: nnx.Module, mlp: nnx.Module, make_norm: Callable[[], nnx.Module], *, factor: float = 1
+    ) -> None:
+        self.self_attn, self.mlp, self.factor = attention, mlp, factor
+        self.input_layernorm, self.post_attention_layernorm = make_norm(), make_norm()
+
+    def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
+        """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
+        out, buffers = self.self_attn(self.input_layernorm(x), call, buffers)
+        x = kept(x + multiplied(out.astype(x.dtype), self.factor))
+        out = self.mlp(self.post_attention_layernorm(x))
+        return x + multiplied(out.astype(x.dtype), self.factor), buffers
+
+
+class ParallelLayer(nnx.Module):
+    """Attention and feed-forward network side by side: both take one norm's output and are added to the stream.
+
+    Args:
+        attention: The attention.
+        mlp: The feed-forward network.
+        norm: The norm.
+    """
+
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, norm: nnx.Module) -> None:
+        self.self_attn, self.mlp, self.input_layernorm = attention, mlp, norm
+
+    def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
+        """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
+        normal = self.input_layernorm(x)
+        out, buffers = self.self_attn(normal, call, buffers)
+        return kept(x + out.astype(x.dtype)) + self.mlp(normal).astype(x.dtype), buffers

@@ -20,10 +20,12 @@ class View(NamedTuple):
     Attributes:
         mask: What a query may see, bool ``(batch or 1, length, n_virtual + kv_len)``.
         turn: How queries and keys are turned; None if they are not.
+        query_factor: What queries are multiplied by ``(batch or 1, length, 1, 1)``; None for nothing.
     """
 
     mask: jax.Array
     turn: Rotation | None = None
+    query_factor: jax.Array | None = None
 
 
 def masks_by_kind(
@@ -129,14 +131,18 @@ def chosen(views: Mapping[str, View], kinds: Sequence[str], which: jax.Array) ->
     """
     masks = [views[kind].mask for kind in kinds]
     turns = [views[kind].turn for kind in kinds]
-    cosines = [None if turn is None else turn.cos for turn in turns]
-    if all(one is None for one in cosines):
-        return View(_selected(masks, which))
-    present = next(turn for turn in turns if turn is not None)
-    still = Rotation(jnp.ones_like(present.cos), jnp.zeros_like(present.sin))
-    moved = [still if turn is None else turn for turn in turns]
-    cos, sin = [turn.cos for turn in moved], [turn.sin for turn in moved]
-    return View(_selected(masks, which), Rotation(_selected(cos, which), _selected(sin, which)))
+    factors = [views[kind].query_factor for kind in kinds]
+    present = next((turn for turn in turns if turn is not None), None)
+    turn = None
+    if present is not None:
+        still = Rotation(jnp.ones_like(present.cos), jnp.zeros_like(present.sin))
+        moved = [still if one is None else one for one in turns]
+        cos, sin = [one.cos for one in moved], [one.sin for one in moved]
+        turn = Rotation(_selected(cos, which), _selected(sin, which))
+    factor = None
+    if any(one is not None for one in factors):
+        factor = _selected([jnp.ones((1, 1, 1, 1)) if one is None else one for one in factors], which)
+    return View(_selected(masks, which), turn, factor)
 
 
 def _selected(cases: Sequence[jax.Array], which: jax.Array) -> jax.Array:

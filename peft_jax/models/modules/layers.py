@@ -60,6 +60,11 @@ def scaled(embeddings: jax.Array, scale: float) -> jax.Array:
     return embeddings * jnp.float32(scale).astype(embeddings.dtype)
 
 
+def multiplied(x: jax.Array, factor: float) -> jax.Array:
+    """Numbers times a number in float32, rounded to their element type once, as PyTorch rounds it."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def normalized(x: jax.Array, eps: float) -> jax.Array:
     """X / rms(x) along the last axis, float32."""
     wide = x.astype(jnp.float32)
@@ -103,20 +108,35 @@ class WideRMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / deviation in float32, times a scale, plus a bias."""
+    """(x - mean) / deviation in float32, times a scale, plus a bias.
 
-    def __init__(self, features: int, eps: float, dtype: Any) -> None:
-        self.scale = nnx.Param(jnp.ones((features,), dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), dtype))
-        self.eps = eps
+    Args:
+        features: Length of the last axis, or lengths of the last axes; the last alone is normalised.
+        eps: Added to the variance.
+        dtype: Element type of the parameters.
+        bias: Whether there is a bias.
+    """
+
+    def __init__(self, features: int | tuple[int, ...], eps: float, dtype: Any, *, bias: bool = True) -> None:
+        shape = (features,) if isinstance(features, int) else features
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.eps, self.use_bias = eps, bias
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(shape, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise the last axis of x."""
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        scale, bias = (jnp.reshape(p[...], (1,) * (x.ndim - 1) + (-1,)) for p in (self.scale, self.bias))
-        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+        wide = wide * self._spread(self.scale, x.ndim)
+        return (wide + self._spread(self.bias, x.ndim) if self.use_bias else wide).astype(x.dtype)
+
+    def _spread(self, parameter: nnx.Param[Any], ndim: int) -> jax.Array:
+        """A parameter as float32 with axes in front, as many as x has."""
+        value = parameter[...]
+        shape = (1,) * (ndim - value.ndim) + tuple(value.shape)
+        return jnp.reshape(value, shape).astype(jnp.float32)
 
 
 def linear_maker(config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:

@@ -241,7 +241,8 @@ def rotate(x: jax.Array, turn: Rotation | None, *, interleaved: bool = False) ->
     else:
         left, right = jnp.split(x, 2, axis=-1)
         crossed = jnp.concatenate([-right, left], axis=-1)
-    return x * turn.cos + crossed * turn.sin
+    turned: jax.Array = x * turn.cos + crossed * turn.sin
+    return turned.astype(x.dtype)
 
 
 def inverse_frequencies(
