@@ -1027,6 +1027,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         not_trained=("ADAPTION_PROMPT",),
         lively=0.2,
     ),
+    "granite": Architecture(
+        sizes=WITH_GROUPS,
+        model_types={
+            "granite": {
+                **{"embedding_multiplier": 3.0, "attention_multiplier": 0.2},
+                **{"residual_multiplier": 0.7, "logits_scaling": 0.5},
+            }
+        },
+        modules=OF_A_DECODER,
+        heads=("",),
+        switches={
+            "granite": ("granite", {"attention_bias": True, "mlp_bias": True}),
+            "granite-tied": ("granite", {"tie_word_embeddings": True, "head_dim": 12, "rope_parameters": YARN}),
+        },
+        grid={"granite-multiplied-by-1": ("granite", {"embedding_multiplier": 1.0, "residual_multiplier": 1.0})},
+        refused={
+            "granite with a partial rope": (
+                "granite",
+                {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
+            ),
+        },
+    ),
 }
 
 

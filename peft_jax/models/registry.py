@@ -14,10 +14,22 @@ from peft_jax.models.gemma4.family import GEMMA4 as GEMMA4
 from peft_jax.models.gemma4.family import GEMMA4_MULTIMODAL as GEMMA4_MULTIMODAL
 from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.gpt2.family import GPT2 as GPT2
+from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.t5.family import T5 as T5
 
-FAMILIES: tuple[Family, ...] = (LLAMA, GPT2, GEMMA, GEMMA3, GEMMA4, GEMMA4_MULTIMODAL, BERT, ROBERTA, T5)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    GPT2,
+    GEMMA,
+    GEMMA3,
+    GEMMA4,
+    GEMMA4_MULTIMODAL,
+    BERT,
+    ROBERTA,
+    T5,
+    GRANITE,
+)
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
     {model_type: family for family in FAMILIES for model_type in family.config.stems}
