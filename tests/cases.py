@@ -1049,6 +1049,31 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         },
     ),
+    "olmo2": Architecture(
+        sizes=WITH_GROUPS,
+        model_types={"olmo2": {}, "olmo3": {"sliding_window": 4}},
+        modules=OF_A_DECODER,
+        heads=("SequenceClassification", ""),
+        switches={
+            "olmo3": (
+                "olmo3",
+                {
+                    **{"layer_types": MIXED, "attention_bias": True},
+                    "rope_parameters": {"full_attention": YARN, "sliding_attention": DEFAULT_ROPE},
+                },
+            ),
+            "olmo2": ("olmo2", {"head_dim": 12}),
+        },
+        grid={
+            "olmo2-biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+            "olmo3-full": ("olmo3", {"layer_types": ["full_attention"] * 3}),
+            "olmo3-old-rope": ("olmo3", {"rope_theta": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        },
+        refused={
+            "olmo2 with a partial rope": ("olmo2", {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}}),
+            "olmo3 with one rope for all layers": ("olmo3", {"rope_parameters": DEFAULT_ROPE}),
+        },
+    ),
 }
 
 

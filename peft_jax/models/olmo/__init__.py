@@ -1,0 +1,1 @@
+"""The OLMo family: OLMo 2 and 3."""
