@@ -1074,6 +1074,25 @@ ARCHITECTURES: dict[str, Architecture] = {
             "olmo3 with one rope for all layers": ("olmo3", {"rope_parameters": DEFAULT_ROPE}),
         },
     ),
+    "smollm3": Architecture(
+        sizes=WITH_GROUPS,
+        model_types={"smollm3": {"no_rope_layers": [1, 0, 1]}},
+        modules=OF_A_DECODER,
+        heads=BOTH_CLASSES,
+        switches={
+            "smollm3": ("smollm3", {"attention_bias": True, "mlp_bias": True}),
+            "smollm3-windows": (
+                "smollm3",
+                {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", *MIXED[:2]]},
+            ),
+        },
+        grid={
+            "smollm3-untied": ("smollm3", {"tie_word_embeddings": False, "head_dim": 12}),
+            "smollm3-without-rope": ("smollm3", {"no_rope_layers": [0, 0, 0]}),
+            "smollm3-default-window": ("smollm3", {"use_sliding_window": True, "sliding_window": 4}),
+        },
+        refused={"smollm3 in both directions": ("smollm3", {"is_causal": False})},
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from peft_jax.models.gpt2.family import GPT2 as GPT2
 from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.olmo.family import OLMO as OLMO
+from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
 from peft_jax.models.t5.family import T5 as T5
 
 FAMILIES: tuple[Family, ...] = (
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     T5,
     GRANITE,
     OLMO,
+    SMOLLM3,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
