@@ -1093,6 +1093,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         refused={"smollm3 in both directions": ("smollm3", {"is_causal": False})},
     ),
+    "stablelm": Architecture(
+        sizes=WITH_GROUPS,
+        model_types={"stablelm": {}},
+        modules=OF_A_DECODER,
+        heads=BOTH_CLASSES,
+        switches={
+            "stablelm": ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
+            "stablelm-parallel": (
+                "stablelm",
+                {"use_parallel_residual": True, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+            ),
+        },
+        grid={
+            "stablelm-whole-heads": (
+                "stablelm",
+                {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 1.0}, "tie_word_embeddings": True},
+            ),
+            "stablelm-parallel-norms": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+        },
+        refused={"stablelm in both directions": ("stablelm", {"is_causal": False})},
+    ),
 }
 
 

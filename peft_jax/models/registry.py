@@ -18,6 +18,7 @@ from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.olmo.family import OLMO as OLMO
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
+from peft_jax.models.stablelm.family import STABLELM as STABLELM
 from peft_jax.models.t5.family import T5 as T5
 
 FAMILIES: tuple[Family, ...] = (
@@ -33,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     GRANITE,
     OLMO,
     SMOLLM3,
+    STABLELM,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
