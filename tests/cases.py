@@ -1114,6 +1114,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         refused={"stablelm in both directions": ("stablelm", {"is_causal": False})},
     ),
+    "glm": Architecture(
+        sizes={**WITH_GROUPS, "head_dim": 12},
+        model_types={"glm": {}, "glm4": {"attention_bias": False}},
+        modules=OF_A_DECODER,
+        heads=BOTH_CLASSES,
+        switches={
+            "glm4": ("glm4", {"attention_bias": True}),
+            "glm": ("glm", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.34}, "tie_word_embeddings": True}),
+        },
+        grid={
+            "glm-without-biases": ("glm", {"attention_bias": False}),
+            "glm4-whole-heads": ("glm4", {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 1.0}}),
+        },
+        refused={"glm in both directions": ("glm", {"is_causal": False})},
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from peft_jax.models.gemma.family import GEMMA3 as GEMMA3
 from peft_jax.models.gemma4.family import GEMMA4 as GEMMA4
 from peft_jax.models.gemma4.family import GEMMA4_MULTIMODAL as GEMMA4_MULTIMODAL
 from peft_jax.models.gguf_architecture import GGUFArchitecture
+from peft_jax.models.glm.family import GLM as GLM
 from peft_jax.models.gpt2.family import GPT2 as GPT2
 from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
@@ -35,6 +36,7 @@ FAMILIES: tuple[Family, ...] = (
     OLMO,
     SMOLLM3,
     STABLELM,
+    GLM,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(

@@ -1,0 +1,1 @@
+"""The GLM family: GLM-4 in both forms."""
