@@ -1129,6 +1129,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         refused={"glm in both directions": ("glm", {"is_causal": False})},
     ),
+    "starcoder2": Architecture(
+        sizes=WITH_GROUPS,
+        model_types={"starcoder2": {"sliding_window": 4}},
+        modules=dataclasses.replace(OF_A_DECODER, last="c_proj"),
+        heads=BOTH_CLASSES,
+        switches={
+            "starcoder2": ("starcoder2", {}),
+            "starcoder2-without-biases": (
+                "starcoder2",
+                {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False, "hidden_act": "relu"},
+            ),
+        },
+        grid={"starcoder2-heads": ("starcoder2", {"head_dim": 12, "rope_parameters": YARN})},
+        refused={
+            "starcoder2 with a partial rope": (
+                "starcoder2",
+                {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
+            ),
+        },
+    ),
 }
 
 

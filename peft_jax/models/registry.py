@@ -20,6 +20,7 @@ from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.olmo.family import OLMO as OLMO
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
 from peft_jax.models.stablelm.family import STABLELM as STABLELM
+from peft_jax.models.starcoder2.family import STARCODER2 as STARCODER2
 from peft_jax.models.t5.family import T5 as T5
 
 FAMILIES: tuple[Family, ...] = (
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     SMOLLM3,
     STABLELM,
     GLM,
+    STARCODER2,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(

@@ -1,0 +1,1 @@
+"""The StarCoder2 family."""
