@@ -1149,6 +1149,27 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         },
     ),
+    "cohere": Architecture(
+        sizes=WITH_GROUPS,
+        model_types={"cohere": {"logit_scale": 0.5}, "cohere2": {"logit_scale": 2.0, "sliding_window": 4}},
+        modules=OF_A_DECODER,
+        heads=("",),
+        switches={
+            "cohere": ("cohere", {"use_qk_norm": True, "attention_bias": True}),
+            "cohere2": ("cohere2", {"layer_types": MIXED, "tie_word_embeddings": False}),
+        },
+        grid={
+            "cohere-yarn": ("cohere", {"rope_parameters": YARN, "head_dim": 12}),
+            "cohere2-biases": ("cohere2", {"attention_bias": True, "layer_types": ["full_attention"] * 3}),
+        },
+        refused={
+            "cohere with a partial rope": (
+                "cohere",
+                {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
+            ),
+            "cohere without a scale": ("cohere", {"logit_scale": None}),
+        },
+    ),
 }
 
 

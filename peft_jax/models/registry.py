@@ -6,6 +6,7 @@ from typing import Any
 
 from peft_jax.models.bert.family import BERT as BERT
 from peft_jax.models.bert.family import ROBERTA as ROBERTA
+from peft_jax.models.cohere.family import COHERE as COHERE
 from peft_jax.models.config import ModelConfig, as_dict, check_model_type
 from peft_jax.models.family import Family
 from peft_jax.models.gemma.family import GEMMA as GEMMA
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     STABLELM,
     GLM,
     STARCODER2,
+    COHERE,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(

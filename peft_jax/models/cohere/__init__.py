@@ -1,0 +1,1 @@
+"""The Cohere family: Command R and R7B."""
