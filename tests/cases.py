@@ -163,6 +163,7 @@ class Architecture:
         noise: By how much its random weights are moved there; norms and caps of some models amplify roundoff.
         grid: Further ones, for ``make test-models`` alone.
         refused: Options that are refused, and what the error names.
+        to_build: By model type, what transformers' default config lacks for transformers to make a model of it.
     """
 
     sizes: Options
@@ -184,6 +185,7 @@ class Architecture:
     noise: float = 0.15
     grid: Mapping[str, Switches] = nothing()
     refused: Mapping[str, Switches] = nothing()
+    to_build: Mapping[str, Options] = nothing()
 
 
 # Of each task of PEFT: the end of the names of classes, and of the names of models in test ids.
@@ -768,6 +770,7 @@ OF_GEMMA = Modules(
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+GROWTH = {"llama_4_scaling_beta": 0.8, "original_max_position_embeddings": 5}
 WITH_GROUPS = {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
 BOTH_CLASSES = ("SequenceClassification", "TokenClassification", "")
 
@@ -1169,6 +1172,31 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             "cohere without a scale": ("cohere", {"logit_scale": None}),
         },
+    ),
+    "ministral": Architecture(
+        sizes=WITH_GROUPS,
+        model_types={
+            "ministral": {"sliding_window": 4, "head_dim": 8},
+            "ministral3": {"head_dim": 12, "rope_parameters": {**DEFAULT_ROPE, **GROWTH}},
+        },
+        modules=OF_A_DECODER,
+        heads=BOTH_CLASSES,
+        switches={
+            "ministral3": ("ministral3", {"rope_parameters": {**YARN, **GROWTH}}),
+            "ministral": ("ministral", {"layer_types": MIXED, "tie_word_embeddings": True}),
+        },
+        grid={
+            "ministral-full": ("ministral", {"layer_types": ["full_attention"] * 3, "head_dim": 12}),
+            "ministral3-windows": ("ministral3", {"sliding_window": 4}),
+        },
+        refused={
+            "ministral3 without growth": ("ministral3", {"rope_parameters": YARN}),
+            "ministral with a partial rope": (
+                "ministral",
+                {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
+            ),
+        },
+        to_build={"ministral": {"head_dim": 128}},
     ),
 }
 

@@ -176,6 +176,7 @@ FOLDERS = {name: family.config.__module__.split(".")[2] for name, family in BY_M
 NAMING = {
     "peft_jax/models/__init__.py": "the public face: the configs that a user makes models from",
     "peft_jax/prompts/gguf_tokenizer.py": "the word that GGUF files have for SentencePiece",
+    "peft_jax/models/ministral/config.py": "a field of its configs in transformers is named after another model",
     "peft_jax/cli/demo.py": "says what the checkpoint is that ships with the package",
 }
 # Code outside the folders that has names of modules which an architecture has too, and why.

@@ -18,6 +18,7 @@ from peft_jax.models.glm.family import GLM as GLM
 from peft_jax.models.gpt2.family import GPT2 as GPT2
 from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
+from peft_jax.models.ministral.family import MINISTRAL as MINISTRAL
 from peft_jax.models.olmo.family import OLMO as OLMO
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
 from peft_jax.models.stablelm.family import STABLELM as STABLELM
@@ -41,6 +42,7 @@ FAMILIES: tuple[Family, ...] = (
     GLM,
     STARCODER2,
     COHERE,
+    MINISTRAL,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(

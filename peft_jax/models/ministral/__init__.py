@@ -1,0 +1,1 @@
+"""The Ministral family: Ministral and Ministral 3."""
