@@ -9,9 +9,12 @@ from typing import Any, ClassVar, Self
 
 from peft_jax.models.config import (
     CAUSAL_LM,
+    FEATURE_EXTRACTION,
     FULL,
+    SEQ_CLS,
     SLIDING,
     SUFFIXES,
+    TOKEN_CLS,
     ModelConfig,
     check_kinds,
     complete,
@@ -32,6 +35,14 @@ def tasks_of(*suffixes: str) -> Mapping[str, str]:
         {'CAUSAL_LM': 'ForCausalLM', 'FEATURE_EXTRACTION': 'Model'}
     """
     return MappingProxyType({SUFFIXES[suffix]: suffix for suffix in suffixes})
+
+
+HEAD_NAMES = MappingProxyType({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
+
+
+def heads_of(tasks: Mapping[str, str]) -> dict[str, str]:
+    """The names of transformers' heads of these tasks; a bare model has none."""
+    return {task: HEAD_NAMES[task] for task in tasks if task != FEATURE_EXTRACTION}
 
 
 @dataclasses.dataclass(frozen=True)
