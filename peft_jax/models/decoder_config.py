@@ -143,6 +143,8 @@ class RotaryConfig(ModelConfig):
         if full.get("is_causal") is False:
             raise ValueError("is_causal=False (attention in both directions) is not supported.")
         lacking = cls.lacking.get(full["model_type"], ())
+        if "head_dim" in lacking and full.get("head_dim") is not None:
+            raise ValueError(f"head_dim={full['head_dim']} is not supported, only hidden_size / num_attention_heads.")
         names = {field.name: cls.spelled.get(field.name, field.name) for field in dataclasses.fields(cls)}
         values = {ours: full[theirs] for ours, theirs in names.items() if theirs in full and ours not in lacking}
         return cls(**{**values, **read_common(cls, full), **cls.translated(full)})

@@ -28,10 +28,13 @@ class Scoring:
     Attributes:
         scale: What products are multiplied by; None for one over the root of a head's features.
         softcap: The cap that scores are bent towards; None for none.
+        finite: Whether a query that may see nothing gets the mean of all values, as from transformers' "eager"
+            attention, in which all scores are finite; otherwise zeros. `attend` leaves it to its caller.
     """
 
     scale: float | None = None
     softcap: float | None = None
+    finite: bool = False
 
 
 PLAIN_SCORES = Scoring()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,23 @@ def attend_within(
     k, v = put_before(call.beside.prefix, k, v)
     mask = call.view.mask
     seen = attend(q, k, v, mask, causal=buffers is None, scoring=scoring, sinks=sinks, bias=bias)
+    if scoring.finite:
+        mean = mean_value(v, k.shape[1] if buffers is None else call.index + q.shape[1], q.shape[2])
+        seen = jnp.where(mask.any(axis=-1)[..., None, None], seen, mean)
     return seen, buffers
+
+
+def mean_value(v: jax.Array, count: jax.Array | int, heads: int) -> jax.Array:
+    """The mean (batch, 1, heads, head_dim) of the first ``count`` of the values (batch, kv_len, kv_heads, head_dim)."""
+    counted = (jnp.arange(v.shape[1]) < count)[None, :, None, None]
+    mean = jnp.where(counted, v, 0).sum(axis=1, keepdims=True) / count
+    return jnp.repeat(mean, heads // v.shape[2], axis=2).astype(v.dtype)
 
 
 class SelfAttention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key/value heads.
 
-    A subclass may change `heads` (fused projections, norms of queries and keys).
+    A subclass may change `heads` (fused projections, norms of queries and keys) and the name of its last projection.
 
     Args:
         config: The architecture.
@@ -67,6 +77,8 @@ class SelfAttention(nnx.Module):
         head_dim: Features of a head; None for the config's.
         kv_heads: Heads of keys and values; None for the config's.
     """
+
+    out_name: ClassVar[str] = "o_proj"
 
     def __init__(
         self,
@@ -86,13 +98,19 @@ class SelfAttention(nnx.Module):
         n_q = config.num_attention_heads * self.head_dim
         n_kv = (config.kv_heads if kv_heads is None else kv_heads) * self.head_dim
         self.add_projections(config.hidden_size, n_q, n_kv, linear_maker(config, dtype, rngs), bias)
-        self.o_proj = linear_maker(config, dtype, rngs)(n_q, config.hidden_size, use_bias=out_bias)
+        setattr(self, self.out_name, linear_maker(config, dtype, rngs)(n_q, config.hidden_size, use_bias=out_bias))
 
     def add_projections(self, hidden: int, n_q: int, n_kv: int, linear: Any, bias: bool) -> None:
         """Make the projections to queries, keys and values."""
         self.q_proj = linear(hidden, n_q, use_bias=bias)
         self.k_proj = linear(hidden, n_kv, use_bias=bias)
         self.v_proj = linear(hidden, n_kv, use_bias=bias)
+
+    @property
+    def out(self) -> nnx.Linear:
+        """The projection of all heads."""
+        last: nnx.Linear = getattr(self, self.out_name)
+        return last
 
     def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values (batch, length, heads, head_dim) of x (batch, length, hidden), not yet turned."""
@@ -108,12 +126,12 @@ class SelfAttention(nnx.Module):
         q, k = rotate(q, turn, interleaved=self.interleaved), rotate(k, turn, interleaved=self.interleaved)
         if call.view.query_factor is not None:
             q = q * call.view.query_factor.astype(q.dtype)
-        seen, buffers = attend_within(q, k, v, call, buffers, scoring=self.scoring)
+        seen, buffers = attend_within(q, k, v, call, buffers, scoring=self.scoring, bias=call.view.bias)
         adaption = call.beside.adaption
         if adaption is None:
-            return self.o_proj(seen.reshape(batch, length, -1)), buffers
+            return self.out(seen.reshape(batch, length, -1)), buffers
         seen = seen + self._attend_to(adaption, q)
-        return self.o_proj(seen.reshape(batch, length, -1)) + self._second_bias(adaption, x), buffers
+        return self.out(seen.reshape(batch, length, -1)) + self._second_bias(adaption, x), buffers
 
     def _attend_to(self, adaption: Adaption, q: jax.Array) -> jax.Array:
         """Attention of q (batch, length, heads, head_dim) to an adaption prompt, through its gate."""
@@ -123,9 +141,9 @@ class SelfAttention(nnx.Module):
 
     def _second_bias(self, adaption: Adaption, x: jax.Array) -> jax.Array:
         """PEFT projects what is seen of an adaption prompt by itself, so that a bias is added once more."""
-        if not self.o_proj.use_bias:
+        if not self.out.use_bias:
             return jnp.zeros((), x.dtype)
-        bias: jax.Array = self.o_proj(jnp.zeros((1, 1, self.o_proj.in_features), x.dtype))
+        bias: jax.Array = self.out(jnp.zeros((1, 1, self.out.in_features), x.dtype))
         return jnp.where(adaption.on, bias, 0)
 
 

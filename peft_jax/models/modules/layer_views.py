@@ -15,17 +15,19 @@ from peft_jax.models.modules.rotary import RopeParameters, Rotation, rotation
 
 
 class View(NamedTuple):
-    """The mask and the rotation of the layers of one kind.
+    """The mask, the rotation and the bias of the layers of one kind.
 
     Attributes:
         mask: What a query may see, bool ``(batch or 1, length, n_virtual + kv_len)``.
         turn: How queries and keys are turned; None if they are not.
         query_factor: What queries are multiplied by ``(batch or 1, length, 1, 1)``; None for nothing.
+        bias: What is added to scores, as in `attend`, alike for all kinds; None for nothing.
     """
 
     mask: jax.Array
     turn: Rotation | None = None
     query_factor: jax.Array | None = None
+    bias: jax.Array | None = None
 
 
 def masks_by_kind(
@@ -142,7 +144,7 @@ def chosen(views: Mapping[str, View], kinds: Sequence[str], which: jax.Array) ->
     factor = None
     if any(one is not None for one in factors):
         factor = _selected([jnp.ones((1, 1, 1, 1)) if one is None else one for one in factors], which)
-    return View(_selected(masks, which), turn, factor)
+    return View(_selected(masks, which), turn, factor, views[kinds[0]].bias)
 
 
 def _selected(cases: Sequence[jax.Array], which: jax.Array) -> jax.Array:
