@@ -1197,6 +1197,34 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         },
         to_build={"ministral": {"head_dim": 128}},
+    "phi3": Architecture(
+        sizes={**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0},
+        model_types={"phi3": {}},
+        modules=Modules(
+            first="qkv_proj",
+            second="o_proj",
+            last="down_proj",
+            layers="layers",
+            norm="norm",
+            part="mlp",
+            embedding="embed_tokens",
+        ),
+        heads=("SequenceClassification", "TokenClassification", ""),
+        switches={
+            "phi3-long": (
+                "phi3",
+                {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, "sliding_window": 5},
+            ),
+            "phi3-partial": (
+                "phi3",
+                {"partial_rotary_factor": 0.75, "hidden_act": "gelu", "tie_word_embeddings": True},
+            ),
+        },
+        grid={
+            "phi3-short": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+            "phi3-plain": ("phi3", {}),
+        },
+        refused={"phi3 with heads of another size": ("phi3", {"head_dim": 12})},
     ),
 }
 

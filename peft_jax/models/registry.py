@@ -20,6 +20,7 @@ from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.ministral.family import MINISTRAL as MINISTRAL
 from peft_jax.models.olmo.family import OLMO as OLMO
+from peft_jax.models.phi3.family import PHI3 as PHI3
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
 from peft_jax.models.stablelm.family import STABLELM as STABLELM
 from peft_jax.models.starcoder2.family import STARCODER2 as STARCODER2
@@ -43,6 +44,7 @@ FAMILIES: tuple[Family, ...] = (
     STARCODER2,
     COHERE,
     MINISTRAL,
+    PHI3,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
