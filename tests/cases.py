@@ -1213,7 +1213,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         switches={
             "phi3-long": (
                 "phi3",
-                {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8, "sliding_window": 5},
+                {"rope_parameters": {**LONGROPE}, "original_max_position_embeddings": 8, "sliding_window": 5},
             ),
             "phi3-partial": (
                 "phi3",
@@ -1221,10 +1221,33 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         },
         grid={
-            "phi3-short": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+            "phi3-short": ("phi3", {"rope_parameters": {**LONGROPE}, "original_max_position_embeddings": 32}),
             "phi3-plain": ("phi3", {}),
         },
         refused={"phi3 with heads of another size": ("phi3", {"head_dim": 12})},
+    ),
+    "phi": Architecture(
+        sizes={**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0},
+        model_types={"phi": {}},
+        modules=Modules(
+            first="q_proj",
+            second="dense",
+            last="fc2",
+            layers="layers",
+            norm="final_layernorm",
+            part="mlp",
+            embedding="embed_tokens",
+        ),
+        heads=("SequenceClassification", "TokenClassification", ""),
+        switches={
+            "phi": ("phi", {"qk_layernorm": True, "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.75}}),
+            "phi-linear": ("phi", {"rope_parameters": {"rope_type": "linear", "factor": 3.0}, "hidden_act": "relu"}),
+        },
+        grid={"phi-default": ("phi", {})},
+        refused={
+            "phi whose head is the embedding": ("phi", {"tie_word_embeddings": True}),
+            "phi with heads of another size": ("phi", {"head_dim": 12}),
+        },
     ),
 }
 

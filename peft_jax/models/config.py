@@ -81,9 +81,7 @@ class ModelConfig:
             ValueError: The config asks for something that would change the numbers and is not supported here.
         """
         full = complete(hf, cls.stems)
-        for name, only in cls.fixed.items():
-            if full.get(name, only) != only:
-                raise ValueError(f"{name}={full[name]!r} is not supported, only {only!r}.")
+        check_fixed(full, cls.fixed)
         names = {field.name: cls.spelled.get(field.name, field.name) for field in dataclasses.fields(cls)}
         values = {ours: full[theirs] for ours, theirs in names.items() if theirs in full}
         return cls(**{**values, **read_common(cls, full)})
@@ -171,6 +169,13 @@ def check_model_type(model_type: Any, known: Iterable[str]) -> str:
     if model_type not in known:
         raise ValueError(f"model_type={model_type!r} is not supported. Supported: {', '.join(known)}.")
     return str(model_type)
+
+
+def check_fixed(full: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raise ValueError if a field of a Hugging Face config has not the one value of it that is supported."""
+    for name, only in fixed.items():
+        if full.get(name, only) != only:
+            raise ValueError(f"{name}={full[name]!r} is not supported, only {only!r}.")
 
 
 def check_kinds(config: ModelConfig, kinds: Sequence[str], known: Sequence[str]) -> None:

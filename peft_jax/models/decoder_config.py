@@ -16,6 +16,7 @@ from peft_jax.models.config import (
     SUFFIXES,
     TOKEN_CLS,
     ModelConfig,
+    check_fixed,
     check_kinds,
     complete,
     read_common,
@@ -142,6 +143,7 @@ class RotaryConfig(ModelConfig):
         full = complete(hf, cls.stems)
         if full.get("is_causal") is False:
             raise ValueError("is_causal=False (attention in both directions) is not supported.")
+        check_fixed(full, cls.fixed)
         lacking = cls.lacking.get(full["model_type"], ())
         if "head_dim" in lacking and full.get("head_dim") is not None:
             raise ValueError(f"head_dim={full['head_dim']} is not supported, only hidden_size / num_attention_heads.")

@@ -20,6 +20,7 @@ from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.ministral.family import MINISTRAL as MINISTRAL
 from peft_jax.models.olmo.family import OLMO as OLMO
+from peft_jax.models.phi.family import PHI as PHI
 from peft_jax.models.phi3.family import PHI3 as PHI3
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
 from peft_jax.models.stablelm.family import STABLELM as STABLELM
@@ -45,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
     COHERE,
     MINISTRAL,
     PHI3,
+    PHI,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
