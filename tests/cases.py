@@ -1249,6 +1249,31 @@ ARCHITECTURES: dict[str, Architecture] = {
             "phi with heads of another size": ("phi", {"head_dim": 12}),
         },
     ),
+    "gpt_neox": Architecture(
+        sizes={**ENCODER, "pad_token_id": 0},
+        model_types={"gpt_neox": {}},
+        modules=Modules(
+            first="query_key_value",
+            second="attention.dense",
+            last="dense_4h_to_h",
+            layers="layers",
+            norm="final_layer_norm",
+            part="mlp",
+            embedding="embed_in",
+        ),
+        heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        switches={
+            "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 100}),
+            "gpt_neox-sequential": (
+                "gpt_neox",
+                {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+            ),
+        },
+        grid={
+            "gpt_neox-yarn": ("gpt_neox", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
+            "gpt_neox-gelu_fast": ("gpt_neox", {"hidden_act": "gelu_fast", "rotary_pct": 1.0}),
+        },
+    ),
 }
 
 

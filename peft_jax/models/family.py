@@ -97,8 +97,8 @@ class Family:
         surplus: Regexes of tensors that some checkpoints have beside those of all leaves.
         renamed: What the keys of old checkpoints end in, and what they end in since.
         moved: What the keys of other layouts start with, and what they start with here.
-        written: What keys start with, and what they start with in the checkpoint of a text model that is written of
-            a multimodal one's part.
+        written: What keys start with, and what they start with in the checkpoint that is written, where transformers
+            writes another layout than its modules have.
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
         float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
@@ -164,7 +164,7 @@ class Family:
         return (self.own_rows or rows_by_layout)(self, config)
 
     def written_rows(self, config: ModelConfig) -> tuple[Row, ...]:
-        """The rows of a checkpoint that is written: of a multimodal model's text part those of a text model."""
+        """The rows of a checkpoint that is written."""
         rows = self.rows(config)
         for start, new in self.written.items():
             rows = tuple(row._replace(key=_restarted(row.key, start, new)) for row in rows)

@@ -16,6 +16,7 @@ from peft_jax.models.gemma4.family import GEMMA4_MULTIMODAL as GEMMA4_MULTIMODAL
 from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.glm.family import GLM as GLM
 from peft_jax.models.gpt2.family import GPT2 as GPT2
+from peft_jax.models.gpt_neox.family import GPT_NEOX as GPT_NEOX
 from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.ministral.family import MINISTRAL as MINISTRAL
@@ -47,6 +48,7 @@ FAMILIES: tuple[Family, ...] = (
     MINISTRAL,
     PHI3,
     PHI,
+    GPT_NEOX,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
