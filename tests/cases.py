@@ -1274,6 +1274,32 @@ ARCHITECTURES: dict[str, Architecture] = {
             "gpt_neox-gelu_fast": ("gpt_neox", {"hidden_act": "gelu_fast", "rotary_pct": 1.0}),
         },
     ),
+    "opt": Architecture(
+        sizes={**SIZES, "init_std": 0.2, "ffn_dim": 40, "max_position_embeddings": 64, "pad_token_id": 1},
+        model_types={"opt": {}},
+        modules=Modules(
+            first="q_proj",
+            second="v_proj",
+            last="fc2",
+            layers="layers",
+            norm="final_layer_norm",
+            part="self_attn",
+            embedding="embed_tokens",
+        ),
+        heads=("SequenceClassification", "QuestionAnswering", ""),
+        switches={
+            "opt": ("opt", {}),
+            "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+            "opt-plain": (
+                "opt",
+                {
+                    **{"enable_bias": False, "layer_norm_elementwise_affine": False, "tie_word_embeddings": False},
+                    **{"activation_function": "gelu", "_remove_final_layer_norm": True},
+                },
+            ),
+        },
+        grid={"opt-350m-untied": ("opt", {"word_embed_proj_dim": 40, "tie_word_embeddings": False})},
+    ),
 }
 
 

@@ -132,6 +132,11 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def embedding_size(self) -> int:
+        """Features of the embedding of a token, and of what the head takes."""
+        return self.hidden_size
+
+    @property
     def embedding_scale(self) -> float:
         """The factor of the embeddings of tokens where they are looked up."""
         return 1.0

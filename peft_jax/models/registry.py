@@ -21,6 +21,7 @@ from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.ministral.family import MINISTRAL as MINISTRAL
 from peft_jax.models.olmo.family import OLMO as OLMO
+from peft_jax.models.opt.family import OPT as OPT
 from peft_jax.models.phi.family import PHI as PHI
 from peft_jax.models.phi3.family import PHI3 as PHI3
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
@@ -49,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
     PHI3,
     PHI,
     GPT_NEOX,
+    OPT,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(

@@ -8,6 +8,7 @@ from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts,
 from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.gpt2 import model
 from peft_jax.models.gpt2.config import GPT2Config
+from peft_jax.models.modules.decoder import decoder_cache
 
 
 def stored_in_out(tensor: GGUFTensor, config: Any) -> GGUFTensor:
@@ -53,6 +54,6 @@ GPT2 = Family(
     sharding=Sharding(columns="c_attn|c_fc|lm_head", rows="c_proj", tables="wte"),
     adaption_carrier="c_attn",
     ignored=(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias",),  # causal masks in old checkpoints
-    init_cache=model.init_cache,
+    init_cache=decoder_cache,
     gguf=GGUF,
 )

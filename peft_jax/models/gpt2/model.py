@@ -19,10 +19,10 @@ from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import attend, attend_to
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import CAUSAL, ForwardInputs
-from peft_jax.models.modules.kv_cache import Buffers, KVCache, extend, filled, make_cache
+from peft_jax.models.modules.kv_cache import Buffers, extend, filled
 from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
-from peft_jax.models.modules.positions import Beside, Places, causal_places, put_before
+from peft_jax.models.modules.positions import Beside, Places, causal_places, check_room, put_before
 from peft_jax.models.modules.remat import kept, rematerialized
 from peft_jax.prompts.base import Adaption
 
@@ -147,11 +147,7 @@ class GPT2(nnx.Module):
         x = inner.wte.either(inputs.input_ids, inputs.inputs_embeds)
         batch, length, _ = x.shape
         places = causal_places(batch, length, inputs)
-        if inputs.position_ids is None and places.mask.shape[2] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{places.mask.shape[2]} positions are needed, but this model has {self.config.max_position_embeddings}"
-                ". Shorten the inputs."
-            )
+        check_room(places, inputs, self.config.max_position_embeddings)
         if inputs.token_type_ids is not None:
             x = x + inner.wte(inputs.token_type_ids)
         x = x + inner.wpe(places.positions)
@@ -166,22 +162,3 @@ class GPT2(nnx.Module):
 
 
 HEAD = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "classifier", QUESTION_ANS: "qa_outputs"})
-
-
-def init_cache(config: GPT2Config, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
-    """Make an empty cache for max_len positions.
-
-    Raises:
-        ValueError: The model has fewer positions.
-
-    Example:
-        >>> init_cache(GPT2Config(), batch=3, max_len=5).keys.shape
-        (12, 3, 5, 12, 64)
-    """
-    if max_len > config.max_position_embeddings:
-        raise ValueError(
-            f"Prompts and new tokens take {max_len} positions, but this model has {config.max_position_embeddings}. "
-            "Shorten the prompts, or ask for fewer tokens (max_new_tokens)."
-        )
-    heads = config.num_attention_heads
-    return make_cache(config.num_hidden_layers, batch, max_len, heads, config.hidden_size // heads, dtype)

@@ -37,7 +37,7 @@ class DecoderBackbone(nnx.Module):
     """All of a decoder but its head.
 
     A subclass names its modules, makes its layers and its final norm, and says what each kind of layer sees. The hooks
-    `embedded`, `placed`, `per_layer` and `start` are for those that need more.
+    `embedded`, `placed`, `per_layer`, `start` and `leaving` are for those that need more.
     """
 
     embedding_name: ClassVar[str]
@@ -46,7 +46,7 @@ class DecoderBackbone(nnx.Module):
 
     def __init__(self, config: Any, dtype: Any, rngs: nnx.Rngs) -> None:
         self.config = config
-        setattr(self, self.embedding_name, Embed(config, dtype, rngs))
+        setattr(self, self.embedding_name, Embed(config, dtype, rngs, width=config.embedding_size))
         self.add_embeddings(dtype, rngs)
         make = self.make_layer(dtype)
         if isinstance(make, Mapping):
@@ -90,6 +90,10 @@ class DecoderBackbone(nnx.Module):
         """The cache's buffers, from what the last layer hands on."""
         return handed
 
+    def leaving(self, x: jax.Array) -> jax.Array:
+        """What the head takes, for the last hidden state x (batch, length, hidden), the final norm behind it."""
+        return x
+
     @property
     def table(self) -> Embed:
         """The embedding of tokens."""
@@ -114,9 +118,11 @@ class DecoderBackbone(nnx.Module):
         )
         cached = None if inputs.cache is None else inputs.cache.buffers
         x, handed, states = run_layers(getattr(self, self.layers_name), x, self.start(x, cached), run)
-        x = getattr(self, self.norm_name)(x)
-        if states is not None:
+        x = self.leaving(getattr(self, self.norm_name)(x))
+        if states is not None and x.shape[-1] == states.shape[-1]:
             states = jnp.concatenate([states, x[None].astype(states.dtype)])
+        elif states is not None:
+            states = (*states, x)
         cache = None if cached is None else filled(self.finish(handed), places.index, length)
         return ModelOutput(last_hidden_state=x, hidden_states=states, cache=cache)
 
@@ -157,9 +163,17 @@ class Decoder(nnx.Module):
 def decoder_cache(config: ModelConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
     """An empty cache for max_len positions of a decoder whose layers have one shape.
 
+    Raises:
+        ValueError: The model has a table of positions with fewer rows.
+
     Example:
         >>> from peft_jax.models import LlamaConfig
         >>> decoder_cache(LlamaConfig(num_hidden_layers=2), batch=3, max_len=5).keys.shape
         (2, 3, 5, 32, 128)
     """
+    if config.position_rows is not None and max_len > config.position_rows:
+        raise ValueError(
+            f"Prompts and new tokens take {max_len} positions, but this model has {config.position_rows}. "
+            "Shorten the prompts, or ask for fewer tokens (max_new_tokens)."
+        )
     return make_cache(config.num_hidden_layers, batch, max_len, config.kv_heads, config.head_size, dtype)

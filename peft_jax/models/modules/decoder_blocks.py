@@ -57,7 +57,8 @@ def attend_within(
 def mean_value(v: jax.Array, count: jax.Array | int, heads: int) -> jax.Array:
     """The mean (batch, 1, heads, head_dim) of the first ``count`` of the values (batch, kv_len, kv_heads, head_dim)."""
     counted = (jnp.arange(v.shape[1]) < count)[None, :, None, None]
-    mean = jnp.where(counted, v, 0).sum(axis=1, keepdims=True) / count
+    total = jnp.where(counted, v.astype(jnp.float32), 0).sum(axis=1, keepdims=True)
+    mean = total / jnp.asarray(count, jnp.float32)
     return jnp.repeat(mean, heads // v.shape[2], axis=2).astype(v.dtype)
 
 

@@ -38,7 +38,7 @@ class DecoderHead:
         if task == FEATURE_EXTRACTION or (task == CAUSAL_LM and config.tie_word_embeddings):
             return
         bias = self.lm_bias if task == CAUSAL_LM else task != SEQ_CLS
-        setattr(module, self.names[task], linear(config.hidden_size, head_width(config), use_bias=bias))
+        setattr(module, self.names[task], linear(config.embedding_size, head_width(config), use_bias=bias))
 
     def run(self, module: Any, config: ModelConfig, h: jax.Array, input_ids: jax.Array | None, table: Any) -> Any:
         """The head's output for the last layer's h (batch, length, hidden); table is the embedding."""

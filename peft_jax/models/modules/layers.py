@@ -107,6 +107,14 @@ class WideRMSNorm(nnx.Module):
         return (wide * scale).astype(x.dtype)
 
 
+class Unchanged(nnx.Module):
+    """A layer in the place of another that some configs leave out."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Give x back."""
+        return x
+
+
 class LayerNorm(nnx.Module):
     """(x - mean) / deviation in float32, times a scale, plus a bias.
 
@@ -115,13 +123,17 @@ class LayerNorm(nnx.Module):
         eps: Added to the variance.
         dtype: Element type of the parameters.
         bias: Whether there is a bias.
+        affine: Whether there is a scale, without which there is no bias either.
     """
 
-    def __init__(self, features: int | tuple[int, ...], eps: float, dtype: Any, *, bias: bool = True) -> None:
+    def __init__(
+        self, features: int | tuple[int, ...], eps: float, dtype: Any, *, bias: bool = True, affine: bool = True
+    ) -> None:
         shape = (features,) if isinstance(features, int) else features
-        self.scale = nnx.Param(jnp.ones(shape, dtype))
-        self.eps, self.use_bias = eps, bias
-        if bias:
+        self.eps, self.affine, self.use_bias = eps, affine, affine and bias
+        if self.affine:
+            self.scale = nnx.Param(jnp.ones(shape, dtype))
+        if self.use_bias:
             self.bias = nnx.Param(jnp.zeros(shape, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -129,7 +141,8 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        wide = wide * self._spread(self.scale, x.ndim)
+        if self.affine:
+            wide = wide * self._spread(self.scale, x.ndim)
         return (wide + self._spread(self.bias, x.ndim) if self.use_bias else wide).astype(x.dtype)
 
     def _spread(self, parameter: nnx.Param[Any], ndim: int) -> jax.Array:

@@ -14,14 +14,15 @@ class ModelOutput(NamedTuple):
         logits: Outputs of the head: ``(batch, length, n)``, or ``(batch, n)`` of a sequence classifier; None of a bare
             model.
         hidden_states: If asked for, ``(layers + 1, batch, length, hidden)``: the embeddings, then the output of each
-            layer, the last with the final norm if there is one, as transformers lists them.
+            layer, the last with the final norm if there is one, as transformers lists them. A tuple of them where the
+            last one has another width (OPT-350M).
         cache: The one passed in, with the new positions filled.
         last_hidden_state: ``(batch, length, hidden)``, of a bare model, or of one that is called without its head.
         pooler_output: ``(batch, hidden)``, of a bare model with a pooler.
     """
 
     logits: Any = None
-    hidden_states: jax.Array | None = None
+    hidden_states: jax.Array | tuple[jax.Array, ...] | None = None
     cache: KVCache | MixedCache | None = None
     last_hidden_state: Any = None
     pooler_output: jax.Array | None = None

@@ -77,6 +77,13 @@ def causal_places(batch: int, length: int, inputs: ForwardInputs) -> Places:
     return Places(position_ids, with_prefix(mask, inputs.prefix), index)
 
 
+def check_room(places: Places, inputs: ForwardInputs, rows: int) -> None:
+    """Raise ValueError unless a table of positions has enough rows for inputs without positions of their own."""
+    needed = places.mask.shape[2]
+    if inputs.position_ids is None and needed > rows:
+        raise ValueError(f"{needed} positions are needed, but this model has {rows}. Shorten the inputs.")
+
+
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
     """Positions (batch, length) that count from 0 in each run of equal segment_ids (batch, length).
 
