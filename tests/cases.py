@@ -1300,6 +1300,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         grid={"opt-350m-untied": ("opt", {"word_embed_proj_dim": 40, "tie_word_embeddings": False})},
     ),
+    "gptj": Architecture(
+        sizes={**SIZES, "n_positions": 64, "rotary_dim": 4, "pad_token_id": 0},
+        model_types={"gptj": {}},
+        modules=Modules(
+            first="q_proj",
+            second="out_proj",
+            last="fc_out",
+            layers="h",
+            norm="ln_f",
+            part="mlp",
+            embedding="wte",
+        ),
+        heads=("SequenceClassification", "QuestionAnswering", ""),
+        types=True,
+        switches={
+            "gptj": ("gptj", {}),
+            "gptj-whole": ("gptj", {"rotary_dim": 8, "n_inner": 40, "activation_function": "relu"}),
+        },
+        refused={
+            "gptj whose head is the embedding": ("gptj", {"tie_word_embeddings": True}),
+            "gptj that turns nothing": ("gptj", {"rotary_dim": 0}),
+        },
+    ),
 }
 
 

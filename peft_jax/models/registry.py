@@ -17,6 +17,7 @@ from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.glm.family import GLM as GLM
 from peft_jax.models.gpt2.family import GPT2 as GPT2
 from peft_jax.models.gpt_neox.family import GPT_NEOX as GPT_NEOX
+from peft_jax.models.gptj.family import GPTJ as GPTJ
 from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.ministral.family import MINISTRAL as MINISTRAL
@@ -51,6 +52,7 @@ FAMILIES: tuple[Family, ...] = (
     PHI,
     GPT_NEOX,
     OPT,
+    GPTJ,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
