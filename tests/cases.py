@@ -1323,6 +1323,29 @@ ARCHITECTURES: dict[str, Architecture] = {
             "gptj that turns nothing": ("gptj", {"rotary_dim": 0}),
         },
     ),
+    "bloom": Architecture(
+        sizes={**SIZES, "pad_token_id": 0},
+        model_types={"bloom": {"pretraining_tp": 2}},
+        modules=Modules(
+            first="query_key_value",
+            second="self_attention.dense",
+            last="dense_4h_to_h",
+            layers="h",
+            norm="ln_f",
+            part="mlp",
+            embedding="word_embeddings",
+        ),
+        heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        switches={
+            "bloom": ("bloom", {"n_head": 4}),
+            "bloom-post": (
+                "bloom",
+                {"n_head": 2, "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False},
+            ),
+        },
+        grid={"bloom-uneven": ("bloom", {"hidden_size": 24, "n_head": 6})},
+        refused={"bloom that leaves out biases": ("bloom", {"slow_but_exact": True})},
+    ),
 }
 
 

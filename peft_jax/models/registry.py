@@ -6,6 +6,7 @@ from typing import Any
 
 from peft_jax.models.bert.family import BERT as BERT
 from peft_jax.models.bert.family import ROBERTA as ROBERTA
+from peft_jax.models.bloom.family import BLOOM as BLOOM
 from peft_jax.models.cohere.family import COHERE as COHERE
 from peft_jax.models.config import ModelConfig, as_dict, check_model_type
 from peft_jax.models.family import Family
@@ -53,6 +54,7 @@ FAMILIES: tuple[Family, ...] = (
     GPT_NEOX,
     OPT,
     GPTJ,
+    BLOOM,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(
