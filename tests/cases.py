@@ -1346,6 +1346,43 @@ ARCHITECTURES: dict[str, Architecture] = {
         grid={"bloom-uneven": ("bloom", {"hidden_size": 24, "n_head": 6})},
         refused={"bloom that leaves out biases": ("bloom", {"slow_but_exact": True})},
     ),
+    "falcon": Architecture(
+        sizes={**ENCODER, "ffn_hidden_size": 40, "pad_token_id": 0},
+        model_types={"falcon": {}},
+        modules=Modules(
+            first="query_key_value",
+            second="self_attention.dense",
+            last="dense_4h_to_h",
+            layers="h",
+            norm="ln_f",
+            part="mlp",
+            embedding="word_embeddings",
+        ),
+        heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        switches={
+            "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+            "falcon-old": ("falcon", {"tie_word_embeddings": False}),
+            "falcon-alibi": (
+                "falcon",
+                {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "activation": "relu"},
+            ),
+        },
+        grid={
+            "falcon-one-norm": (
+                "falcon",
+                {"new_decoder_architecture": True, "num_kv_heads": 1, "num_ln_in_parallel_attn": 1},
+            ),
+            "falcon-alibi-uneven": ("falcon", {"alibi": True, "hidden_size": 24, "num_attention_heads": 6}),
+            "falcon-yarn": ("falcon", {"rope_parameters": {**YARN}, "parallel_attn": False, "multi_query": False}),
+        },
+        refused={
+            "falcon with two norms in the old architecture": ("falcon", {"num_ln_in_parallel_attn": 2}),
+            "falcon with a partial rope": (
+                "falcon",
+                {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
+            ),
+        },
+    ),
 }
 
 

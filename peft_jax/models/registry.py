@@ -9,6 +9,7 @@ from peft_jax.models.bert.family import ROBERTA as ROBERTA
 from peft_jax.models.bloom.family import BLOOM as BLOOM
 from peft_jax.models.cohere.family import COHERE as COHERE
 from peft_jax.models.config import ModelConfig, as_dict, check_model_type
+from peft_jax.models.falcon.family import FALCON as FALCON
 from peft_jax.models.family import Family
 from peft_jax.models.gemma.family import GEMMA as GEMMA
 from peft_jax.models.gemma.family import GEMMA3 as GEMMA3
@@ -55,6 +56,7 @@ FAMILIES: tuple[Family, ...] = (
     OPT,
     GPTJ,
     BLOOM,
+    FALCON,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(

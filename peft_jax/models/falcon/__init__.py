@@ -1,0 +1,1 @@
+"""Falcon, in both of its architectures."""
