@@ -1197,6 +1197,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         },
         to_build={"ministral": {"head_dim": 128}},
+    ),
     "phi3": Architecture(
         sizes={**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0},
         model_types={"phi3": {}},

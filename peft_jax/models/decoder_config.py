@@ -62,6 +62,7 @@ class RotaryConfig(ModelConfig):
         ValueError: A field has a value that the family does not support, named in the message.
     """
 
+    has_padding_row = True  # as nearly all of them have
     partial: ClassVar[bool] = False  # whether a rope may turn a part of a head's features
     lacking: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})  # our fields that a model type lacks
 

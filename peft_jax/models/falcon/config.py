@@ -32,6 +32,7 @@ class FalconConfig(RotaryConfig):
         1
     """
 
+    has_padding_row = False
     stems = MappingProxyType({"falcon": "Falcon"})
     tasks = tasks_of(
         "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"

@@ -80,7 +80,7 @@ class Gemma4Attention(SelfAttention):
             if handed["shared"] is not None:  # the last of these layers is the one whose keys and values are shared
                 handed = {**handed, "shared": {**handed["shared"], self.name: (k, v)}}
         seen = attend(q, k, v, call.view.mask, causal=cache is None, scoring=self.scoring)
-        return self.o_proj(seen.reshape(batch, length, -1)), handed
+        return self.out(seen.reshape(batch, length, -1)), handed
 
 
 class Gemma4DecoderLayer(nnx.Module):

@@ -22,6 +22,7 @@ class GPTNeoXConfig(RotaryConfig):
         0.5
     """
 
+    has_padding_row = False
     stems = MappingProxyType({"gpt_neox": "GPTNeoX"})
     tasks = tasks_of(
         "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"

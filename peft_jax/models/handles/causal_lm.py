@@ -19,6 +19,7 @@ from peft_jax.models.handles.base import (
     token_ids,
 )
 from peft_jax.models.handles.label_losses import shifted_mean_cross_entropy, token_labels
+from peft_jax.models.modules.outputs import HiddenStates
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 __all__ = ["CausalLM", "CausalLMOutput", "Source"]
@@ -35,7 +36,7 @@ class CausalLMOutput(NamedTuple):
 
     logits: Any
     loss: jax.Array | None = None
-    hidden_states: jax.Array | None = None
+    hidden_states: HiddenStates = None
 
 
 @register_handle

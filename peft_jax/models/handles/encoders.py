@@ -16,6 +16,7 @@ from peft_jax.models.handles.label_losses import (
     sequence_loss,
     span_loss,
 )
+from peft_jax.models.modules.outputs import HiddenStates
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 Ids = jax.Array | np.ndarray | None
@@ -37,7 +38,7 @@ class ClassifierOutput(NamedTuple):
 
     logits: jax.Array
     loss: jax.Array | None = None
-    hidden_states: jax.Array | None = None
+    hidden_states: HiddenStates = None
 
 
 class SpanOutput(NamedTuple):
@@ -53,7 +54,7 @@ class SpanOutput(NamedTuple):
     start_logits: jax.Array
     end_logits: jax.Array
     loss: jax.Array | None = None
-    hidden_states: jax.Array | None = None
+    hidden_states: HiddenStates = None
 
 
 class FeatureOutput(NamedTuple):
@@ -67,7 +68,7 @@ class FeatureOutput(NamedTuple):
 
     last_hidden_state: jax.Array
     pooler_output: jax.Array | None = None
-    hidden_states: jax.Array | None = None
+    hidden_states: HiddenStates = None
 
 
 @register_handle

@@ -27,7 +27,7 @@ from peft_jax.models.modules.kv_cache import KVCache, filled, make_cache
 from peft_jax.models.modules.layer_scan import Run, Stacks, run_layers, stacked
 from peft_jax.models.modules.layer_views import View
 from peft_jax.models.modules.layers import Embed, linear_maker
-from peft_jax.models.modules.outputs import ModelOutput
+from peft_jax.models.modules.outputs import HiddenStates, ModelOutput
 from peft_jax.models.modules.positions import Beside, Places, causal_places
 
 MakeLayer = Callable[[nnx.Rngs], nnx.Module]
@@ -119,12 +119,13 @@ class DecoderBackbone(nnx.Module):
         cached = None if inputs.cache is None else inputs.cache.buffers
         x, handed, states = run_layers(getattr(self, self.layers_name), x, self.start(x, cached), run)
         x = self.leaving(getattr(self, self.norm_name)(x))
+        all_states: HiddenStates = None
         if states is not None and x.shape[-1] == states.shape[-1]:
-            states = jnp.concatenate([states, x[None].astype(states.dtype)])
+            all_states = jnp.concatenate([states, x[None].astype(states.dtype)])
         elif states is not None:
-            states = (*states, x)
+            all_states = (*states, x)
         cache = None if cached is None else filled(self.finish(handed), places.index, length)
-        return ModelOutput(last_hidden_state=x, hidden_states=states, cache=cache)
+        return ModelOutput(last_hidden_state=x, hidden_states=all_states, cache=cache)
 
 
 class Holder(nnx.Module):

@@ -6,6 +6,9 @@ import jax
 
 from peft_jax.models.modules.kv_cache import KVCache, MixedCache
 
+# All layers' in one array, or one by one where the last has another width.
+HiddenStates = jax.Array | tuple[jax.Array, ...] | None
+
 
 class ModelOutput(NamedTuple):
     """Output of an architecture.
@@ -22,7 +25,7 @@ class ModelOutput(NamedTuple):
     """
 
     logits: Any = None
-    hidden_states: jax.Array | tuple[jax.Array, ...] | None = None
+    hidden_states: HiddenStates = None
     cache: KVCache | MixedCache | None = None
     last_hidden_state: Any = None
     pooler_output: jax.Array | None = None

@@ -33,6 +33,7 @@ class OPTConfig(ModelConfig):
         512
     """
 
+    has_padding_row = True
     stems = MappingProxyType({"opt": "OPT"})
     tasks = tasks_of("ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model")
     spelled = MappingProxyType({"initializer_range": "init_std", "remove_final_layer_norm": "_remove_final_layer_norm"})
