@@ -135,8 +135,13 @@ def set_peft_model_state_dict(
     if fn is not None and isinstance(params, Handle):
         raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
     read = None if fn is None else read_program(params, fn, args, config.fan_in_fan_out)
-    file_plan, tensors = _planned(params, config, without_adapter_name(tensors, adapter_name), layout, read)
-    if any(problems := _misfits(file_plan, tensors)):
+    as_it_is, named = tensors, without_adapter_name(tensors, adapter_name)
+    file_plan, tensors = _planned(params, config, as_it_is, layout, read)
+    problems = _misfits(file_plan, tensors)
+    if any(problems) and named.keys() != as_it_is.keys():  # a name may be a word that keys have anyhow
+        file_plan, tensors = _planned(params, config, named, layout, read)
+        problems = _misfits(file_plan, tensors)
+    if any(problems):
         hint = ORDERED if config.target_parameters else ""
         made_for = f" ('{config.base_model_name_or_path}')" if config.base_model_name_or_path else ""
         raise ValueError(

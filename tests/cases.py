@@ -1276,7 +1276,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "opt": Architecture(
-        sizes={**SIZES, "init_std": 0.2, "ffn_dim": 40, "max_position_embeddings": 64, "pad_token_id": 1},
+        sizes={
+            **{"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 40},
+            **{"init_std": 0.2, "max_position_embeddings": 64, "pad_token_id": 1},
+        },
         model_types={"opt": {}},
         modules=Modules(
             first="q_proj",
@@ -1348,7 +1351,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         refused={"bloom that leaves out biases": ("bloom", {"slow_but_exact": True})},
     ),
     "falcon": Architecture(
-        sizes={**ENCODER, "ffn_hidden_size": 40, "pad_token_id": 0},
+        sizes={**SIZES, "ffn_hidden_size": 40, "max_position_embeddings": 64, "pad_token_id": 0},
         model_types={"falcon": {}},
         modules=Modules(
             first="query_key_value",

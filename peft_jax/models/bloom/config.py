@@ -14,7 +14,7 @@ class BloomConfig(ModelConfig):
     """Architecture of a BLOOM, with the common names of `transformers.BloomConfig`'s fields.
 
     Attributes:
-        max_position_embeddings: The length of pretraining, ``seq_length`` in config.json; numbers do not depend on it.
+        max_position_embeddings: The length of pretraining, that of all published ones; numbers do not depend on it.
         apply_residual_connection_post_layernorm: Whether a layer adds to its normalised input.
         pretraining_tp: Kept for saving; it matters with ``slow_but_exact`` alone, which leaves out biases.
         hidden_dropout: Kept for saving, as the other dropout.
@@ -31,9 +31,7 @@ class BloomConfig(ModelConfig):
     tasks = tasks_of(
         "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"
     )
-    spelled = MappingProxyType(
-        {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "seq_length"}
-    )
+    spelled = MappingProxyType({"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"})
     fixed = MappingProxyType({"slow_but_exact": False})
 
     vocab_size: int = 250880

@@ -91,7 +91,7 @@ class DecoderBackbone(nnx.Module):
         return handed
 
     def leaving(self, x: jax.Array) -> jax.Array:
-        """What the head takes, for the last hidden state x (batch, length, hidden), the final norm behind it."""
+        """The head's input, for the last hidden state x (batch, length, hidden) after the final norm."""
         return x
 
     @property

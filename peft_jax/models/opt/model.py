@@ -106,7 +106,7 @@ class OPTDecoder(DecoderBackbone):
         return {FULL: View(places.mask)}
 
     def leaving(self, x: jax.Array) -> jax.Array:
-        """What the head takes, for the last hidden state x (batch, length, hidden)."""
+        """The head's input, for the last hidden state x (batch, length, hidden)."""
         return self.project_out(x) if self.projects else x
 
 
