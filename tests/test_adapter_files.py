@@ -169,6 +169,8 @@ def test_a_field_with_named_values_takes_those_of_peft_and_an_error_names_them(n
             continue
         if (name, field) == ("ADALORA", "init_lora_weights"):  # inherited from LoRA; any string is True there
             continue
+        if (name, field) == ("SHIRA", "mask_type"):  # files name functions of users; a fresh adapter refuses them
+            continue
         names = [value for value in values if isinstance(value, str)]
         for wrong in ("nonsense", *(value.swapcase() for value in names[:1])):
             with pytest.raises(ValueError, match=field) as error:
