@@ -10,6 +10,7 @@
 #   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
 #   make quantization    write docs/quantization.md: the formats of weights, their bytes, and what they equal
 #   make conformance-full     load every file that PEFT writes over a grid of options (tests/test_file_grid.py; 20 minutes)
+#   make models   write docs/models.md: the architectures, their tasks and sizes, and the switches that are refused
 #   make lowering        write docs/lowering.md: memory and operations of steps compiled for TPUs and the H100 (in .venv-aot)
 #
 # PYTHON=/path/to/python3 chooses the interpreter; otherwise the first Python >= 3.11 on the path is taken.
@@ -29,7 +30,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-models test-newest lint types conformance conformance-full quantization bench lowering
+.PHONY: demo test test-models test-newest lint types conformance conformance-full quantization models bench lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -69,6 +70,9 @@ quantization: .venv/runtime
 
 conformance-full: .venv/test
 	$(BIN)/python -m pytest --full-grid tests/test_file_grid.py $(ARGS)
+
+models: .venv/test
+	$(BIN)/python tools/model_table.py docs/models.md
 
 lint: .venv/test types
 	$(BIN)/ruff check

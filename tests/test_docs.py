@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -47,6 +48,14 @@ def test_readme_blocks() -> None:
     names: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(BLOCKS, 1):
         exec(compile(block, f"README.md, Python block {number}", "exec"), names)
+
+
+def test_the_page_of_models_is_written_from_the_registry() -> None:
+    spec = importlib.util.spec_from_file_location("model_table", ROOT / "tools" / "model_table.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (ROOT / "docs" / "models.md").read_text() == tool.table(), "docs/models.md is not up to date: make models"
 
 
 def test_readme_paths_exist() -> None:

@@ -256,10 +256,11 @@ def test_an_architecture_is_named_in_its_folder_and_the_registry_alone(file: Pat
         assert {name for name in named if FOLDERS[name] != folder_of(file)} == set()
 
 
-def test_the_readme_names_every_architecture() -> None:
-    """Help texts point to its table."""
+def test_the_page_of_models_names_every_architecture() -> None:
+    """Help texts point to the README's table, and that to the page."""
     (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| Models |")]
-    assert architectures_named(row) == set(BY_MODEL_TYPE)
+    assert "](docs/models.md)" in row
+    assert architectures_named((ROOT / "docs" / "models.md").read_text()) == set(BY_MODEL_TYPE)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
