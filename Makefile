@@ -3,7 +3,7 @@
 #   make demo     fine-tune the checkpoint that ships with the package (runtime dependencies only, no PyTorch)
 #   make test     the whole test suite; ARGS="..." is handed to pytest
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest)
-#   make test-models     the decoders under all switches of their configs (some 15 minutes)
+#   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
 #   make lint     ruff and mypy
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's figures
@@ -40,7 +40,7 @@ test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
 
 test-models: .venv/test
-	$(BIN)/python -m pytest --grid tests/test_decoders.py $(ARGS)
+	$(BIN)/python -m pytest --grid tests/test_decoders.py tests/test_decoder_commands.py $(ARGS)
 
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then \

@@ -20,7 +20,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torch-free", action="store_true", help="skip the tests that import torch or peft")
-    parser.addoption("--grid", action="store_true", help="compare decoders under all switches of cases.py")
+    parser.addoption(
+        "--grid",
+        action="store_true",
+        help="compare decoders under all switches of cases.py, and run the commands on each",
+    )
     parser.addoption("--full-grid", action="store_true", help="try every file of tests/test_file_grid.py")
     parser.addoption("--conformance", type=Path, metavar="FILE", help="write how closely outputs agree with PEFT's")
 
