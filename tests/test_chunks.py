@@ -11,6 +11,7 @@ import peft_jax as pj
 from peft_jax.models import LlamaConfig
 from peft_jax.models.modules import attention
 from peft_jax.models.modules.lazy_logits import LazyLogits
+from peft_jax.models.modules.logits_form import LogitsForm
 from peft_jax.train import chunked_loss, cross_entropy
 from peft_jax.train.mesh import (
     make_mesh,
@@ -73,6 +74,48 @@ def test_loss_and_gradients_are_those_of_all_logits(name: str) -> None:
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
         assert np.abs(want).max() > 1e-2
+
+
+FORMS = {
+    "bias": LogitsForm(),
+    "cap": LogitsForm(cap=1.5),
+    "scale": LogitsForm(scale=0.25),
+    "bias, scale and cap": LogitsForm(scale=3.0, cap=2.0),
+}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", FORMS)
+def test_heads_with_a_bias_or_a_form_have_the_loss_of_all_logits(name: str) -> None:
+    """The wanted loss is written out here, without `LazyLogits`; the labels are those of the next tokens."""
+    form, has_bias = FORMS[name], "bias" in name
+    keys = jax.random.split(jax.random.key(4), 3)
+    weight = jax.random.normal(keys[0], (WIDTH, VOCABULARY))
+    bias = jax.random.normal(keys[1], (VOCABULARY,)) if has_bias else None
+    hidden = jax.random.normal(keys[2], (ROWS, LENGTH, WIDTH))
+
+    def lazily(weight: Any, bias: Any, hidden: Any) -> jax.Array:
+        return cross_entropy(LazyLogits(hidden, weight, False, bias, form), jnp.asarray(LABELS))[0]
+
+    def written_out(weight: Any, bias: Any, hidden: Any) -> jax.Array:
+        logits = hidden @ weight
+        if has_bias:
+            logits = logits + bias[None, None]
+        logits = logits * form.scale
+        if form.cap is not None:
+            logits = form.cap * jnp.tanh(logits / form.cap)
+        chances = jax.nn.log_softmax(logits[:, :-1])
+        wanted = jnp.asarray(LABELS)[:, 1:]
+        of_labels = jnp.take_along_axis(chances, wanted.clip(0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(wanted >= 0, of_labels, 0))
+
+    arguments = (0, 1, 2) if has_bias else (0, 2)
+    found, gradients = jax.value_and_grad(lazily, arguments)(weight, bias, hidden)
+    want, wanted = jax.value_and_grad(written_out, arguments)(weight, bias, hidden)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    for got, gradient in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(got, gradient, rtol=0, atol=1e-5)
+        assert np.abs(gradient).max() > 1e-2
 
 
 @pytest.mark.usefixtures("small")

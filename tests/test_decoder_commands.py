@@ -1,4 +1,4 @@
-"""The commands on every decoder: finetune, generate, merge and inspect, on the first switches of each row of cases.py."""
+"""The commands on every decoder: finetune, generate, merge and inspect, on the first switches of each row of cases."""
 
 import json
 import math

@@ -7,19 +7,23 @@ import json
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ARCHITECTURES, Architecture, Options, filled
+from cases import ARCHITECTURES, Architecture, Options, auto_class, filled
 from conformance import close, same_files, tolerance
 from safetensors.numpy import load_file
 
 import peft_jax as pj
 from peft_jax import interop
+from peft_jax.core.chunks import chunk_size
 from peft_jax.core.paths import named_leaves
-from peft_jax.models.config import CAUSAL_LM
+from peft_jax.models.config import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.defaults import method_defaults
+from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.registry import BY_MODEL_TYPE, family_of, read_architecture
 from peft_jax.models.weights_io import load_model, save_model
+from peft_jax.train import chunked_loss, cross_entropy
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -49,6 +53,7 @@ def cases_of(field: str) -> dict[str, Case]:
 CASES, GRID, REFUSED = cases_of("switches"), cases_of("grid"), cases_of("refused")
 WHOLE = [next(iter(row.switches)) for row in ARCHITECTURES.values() if row.switches]  # one of each architecture
 KINDS = [kind for row in ARCHITECTURES.values() if row.switches for kind in row.model_types]
+ALWAYS = "gemma3"  # the case of what is compared for one architecture alone, but for ``--grid``
 METHODS: dict[str, Options] = {
     "LoraConfig": {"r": 4, "target_modules": ["{first}", "{second}", "{last}"]},
     "IA3Config": {"target_modules": ["{second}", "{last}"], "feedforward_modules": ["{last}"]},
@@ -56,11 +61,30 @@ METHODS: dict[str, Options] = {
 }
 
 
+def config_of(kind: str, task: str) -> Any:
+    """The config of a tiny model for a task; None if there is no such model."""
+    row = ROW_OF[kind]
+    config = read_architecture({"model_type": kind, **row.sizes, **row.model_types[kind]})
+    try:
+        return dataclasses.replace(config, task_type=task)
+    except ValueError:
+        return None
+
+
+ROW_OF = {kind: row for row in ARCHITECTURES.values() for kind in row.model_types}
+OUTPUTS = {SEQ_CLS: ("logits",), TOKEN_CLS: ("logits",), QUESTION_ANS: ("start_logits", "end_logits")}
+HEADED = [f"{kind}-{task}" for kind in KINDS for task in OUTPUTS if config_of(kind, task) is not None]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``each`` is each case; with ``--grid`` those of the grid too."""
+    """``each`` is each case, ``some`` and ``headed`` one; with ``--grid`` those of the grid too, and all."""
+    with_grid = metafunc.config.getoption("--grid")
     if "each" in metafunc.fixturenames:
-        with_grid = metafunc.config.getoption("--grid")
         metafunc.parametrize("each", [*CASES, *GRID] if with_grid else [*CASES])
+    if "some" in metafunc.fixturenames:
+        metafunc.parametrize("some", WHOLE if with_grid else [ALWAYS])
+    if "headed" in metafunc.fixturenames:
+        metafunc.parametrize("headed", HEADED if with_grid else [f"{CASES[ALWAYS].kind}-{SEQ_CLS}"])
 
 
 IDS = np.random.default_rng(0).integers(3, 50, (3, 12))
@@ -82,10 +106,15 @@ def torch_model(case: Case) -> Any:
     """A model with random weights everywhere, norms, biases and buffers included, large enough that all matter."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(torch_config(case), dtype=torch.float32).eval()
+    return moved_all_over(model, case.row.noise)
+
+
+def moved_all_over(model: Any, noise: float) -> Any:
+    """The model, all of whose tensors, buffers included, are moved by random numbers."""
     with torch.no_grad():
         stored = model.state_dict(keep_vars=True).values()
         for tensor in {id(one): one for one in stored}.values():
-            tensor.add_(case.row.noise * torch.randn_like(tensor))
+            tensor.add_(noise * torch.randn_like(tensor))
     return model
 
 
@@ -286,6 +315,72 @@ def test_one_step_on_eight_devices_is_that_on_one(name: str, pairs: Any) -> None
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
     for one, other in zip(jax.tree.leaves(parts), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, largest))
+
+
+def test_the_chunked_loss_is_that_of_all_logits(some: str, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases, factors and caps of heads go into it; each on its own is in test_chunks.py."""
+    ours = pairs(some).ours
+    monkeypatch.setattr(chunked_loss, "CHUNK", 5 * len(IDS) * ours.config.vocab_size // jax.device_count())
+    lazy = ours(IDS, MASK, lazy_logits=True).logits
+    assert isinstance(lazy, LazyLogits) and chunk_size(lazy.shape, chunked_loss.CHUNK) < IDS.shape[1]
+    close(np.asarray(lazy.compute()), logits(ours))
+    found, want = (cross_entropy(one, jnp.asarray(LABELS))[0] for one in (lazy, logits(ours)))
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+def test_heads_of_classes_and_spans(headed: str, tmp_path: Any) -> None:
+    kind, task = headed.split("-")
+    ours, row = config_of(kind, task), ROW_OF[kind]
+    pad = 1
+    fields = {**row.sizes, **row.model_types[kind], "pad_token_id": pad, "num_labels": 3}
+    torch.manual_seed(0)
+    theirs = getattr(transformers, ours.architecture)(transformers.AutoConfig.for_model(kind, **fields)).eval()
+    moved_all_over(theirs, row.noise).save_pretrained(tmp_path)
+    ids = np.where(MASK == 1, IDS, pad)
+    with torch.no_grad():
+        want = theirs(input_ids=torch.tensor(ids), attention_mask=torch.tensor(MASK), use_cache=False)
+    got = auto_class(pj, task).from_pretrained(tmp_path, dtype="float32")(ids, MASK)
+    sees = MASK.cumsum(axis=1) > 0  # what padding gets that sees nothing depends on transformers' kind of attention
+    for name in OUTPUTS[task]:
+        one, other = np.asarray(getattr(got, name)), getattr(want, name).numpy()
+        assert one.shape == other.shape
+        seen = slice(None) if task == SEQ_CLS else sees
+        close(one[seen], other[seen])
+        assert np.ptp(other) > 100 * tolerance(other), "the head is dead"
+
+
+def test_bfloat16_is_as_close_as_that_of_pytorch(some: str, pairs: Any) -> None:
+    """Both round to 8 bits, in other places; so neither is right, and what is compared is how far each is off.
+
+    The reference is float32 on the rounded weights. Were the errors independent and of one size, the two would be
+    1.4 times as far from each other as from the reference; twice is what is allowed, as the sample is small.
+    """
+    folder = pairs(some).folder
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    ours = pj.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    with torch.no_grad():
+        inputs = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK), "use_cache": False}
+        want = theirs(**inputs).logits.float().numpy()
+        exact = theirs.float()(**inputs).logits.numpy()
+    found = np.asarray(ours(IDS, MASK).logits, np.float32)
+    sees = MASK.cumsum(axis=1) > 0
+
+    def distance(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.linalg.norm((one - other)[sees]) / np.linalg.norm(exact[sees]))
+
+    of_theirs = distance(want, exact)
+    assert 2**-10 < of_theirs < 0.1, of_theirs
+    assert distance(found, exact) < 1.5 * of_theirs
+    assert distance(found, want) < 2 * of_theirs
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in ROW_OF.items() if "text_config" not in row.sizes])
+def test_the_row_of_padding_is_that_of_pytorchs_embedding(kind: str) -> None:
+    row = ROW_OF[kind]
+    theirs_config = transformers.AutoConfig.for_model(kind, **{**row.sizes, **row.model_types[kind], "pad_token_id": 3})
+    with torch.device("meta"):
+        theirs = transformers.AutoModel.from_config(theirs_config)
+    assert theirs.get_input_embeddings().padding_idx == read_architecture(theirs_config).untrained_row
 
 
 def test_every_model_type_of_a_row_is_compared() -> None:
