@@ -179,11 +179,15 @@ NAMING = {
     "peft_jax/models/ministral/config.py": "a field of its configs in transformers is named after another model",
     "peft_jax/cli/demo.py": "says what the checkpoint is that ships with the package",
 }
+ABBREVIATIONS = ("opt",)  # which other words of code begin with: opt_state, OPTIONS
 # Code outside the folders that has names of modules which an architecture has too, and why.
 LISTING = {
     "peft_jax/core/targets.py": "PEFT's list of the heads that it trains whole, for all models",
     "peft_jax/adapters/target_parameters.py": "the names that all experts of transformers give their parameters",
+    "peft_jax/models/registry.py": "the folders of architectures, one of which has a module of its name",
+    "peft_jax/models/decoder_config.py": "the heads that most decoders have",
     "peft_jax/models/modules/layers.py": "the class LayerNorm itself",
+    "peft_jax/models/modules/plain_blocks.py": "the fused attention that several decoders share",
     "peft_jax/models/modules/decoder_blocks.py": "the attention and the feed-forward network that most decoders share",
     "peft_jax/adapters/attach.py": "PEFT's name for the input embedding of what is no model of transformers'",
     "interop/formats.py": "PEFT's list of the modules whose base weight a file holds too",
@@ -217,7 +221,10 @@ def architectures_named(text: str) -> set[str]:
         for model_type, stem in family.config.stems.items():
             for name in (model_type, stem):
                 spelled = re.sub(r"(?<=[a-z])(?=\d)", "[-_ ]?", name.lower())
-                if re.search(rf"(?<![A-Za-z0-9])(?i:{spelled})(?![a-z0-9])", text):
+                if model_type in ABBREVIATIONS:  # alone, or at the beginning of the name of a class
+                    if re.search(rf"(?m)^{model_type}$|(?<![A-Za-z0-9]){stem}(?![a-z0-9]|[A-Z](?![a-z]))", text):
+                        found.add(model_type)
+                elif re.search(rf"(?<![A-Za-z0-9])(?i:{spelled})(?![a-z0-9])", text):
                     found.add(model_type)
     return found
 
@@ -239,9 +246,14 @@ def test_names_of_architectures_are_found() -> None:
         "T5Config": "t5",
         "is_t5": "t5",
         "Qwen 3": "qwen3",
+        "OPTConfig": "opt",
+        "OPT, and others": "opt",
+        "opt": "opt",
     }.items():
         assert model_type in architectures_named(text), text
-    assert architectures_named("llama3 test5 at5 t51") == set(), "a kind of rotary scaling, and other words"
+    assert architectures_named("llama3 test5 at5 t51 opt_state OPTIONS") == set(), (
+        "a kind of rotary scaling, and other words"
+    )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
