@@ -216,7 +216,6 @@ def words_of(file: Path, *, with_docstrings: bool) -> str:
 def architectures_named(text: str) -> set[str]:
     """The model types whose names, or names of classes, are words of a text: `LlamaConfig`, `GPT-2`, `t5`."""
     found = set()
-    text = text.replace("opt_state", "")  # optax's word for the optimizer's state
     for family in FAMILIES:
         for model_type, stem in family.config.stems.items():
             for name in (model_type, stem):
