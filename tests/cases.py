@@ -774,6 +774,12 @@ GROWTH = {"llama_4_scaling_beta": 0.8, "original_max_position_embeddings": 5}
 WITH_GROUPS = {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
 BOTH_CLASSES = ("SequenceClassification", "TokenClassification", "")
 
+QWEN3_5 = {
+    **{**ENCODER, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-3},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 8},
+    "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5},
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     # Its adapters are `MethodCase.llama`, and its prompts for language models `PromptCase.llama`.
     "llama": Architecture(
@@ -1386,6 +1392,39 @@ ARCHITECTURES: dict[str, Architecture] = {
                 {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
             ),
         },
+    ),
+    "qwen3_5_text": Architecture(
+        sizes=QWEN3_5,
+        model_types={"qwen3_5_text": {}, "qwen3_5": {"text_config": QWEN3_5}},
+        modules=Modules(
+            first="in_proj_qkv",
+            second="v_proj",
+            last="out_proj",
+            layers="layers",
+            norm="norm",
+            part="mlp",
+            embedding="embed_tokens",
+        ),
+        switches={
+            "qwen3_5": ("qwen3_5_text", {}),
+            "qwen3_5-tied": (
+                "qwen3_5_text",
+                {
+                    **{"tie_word_embeddings": True, "attention_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+                    **{"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "num_key_value_heads": 4},
+                    "rope_parameters": {**YARN, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
+                },
+            ),
+            "qwen3_5-with-images": ("qwen3_5", {}),
+        },
+        grid={
+            "qwen3_5-linear-last": (
+                "qwen3_5_text",
+                {"layer_types": ["full_attention", "full_attention", "linear_attention", "linear_attention"]},
+            ),
+            "qwen3_5-no-attention": ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}),
+        },
+        refused={"qwen3_5 without a gate": ("qwen3_5_text", {"attn_output_gate": False})},
     ),
 }
 

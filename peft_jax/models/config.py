@@ -15,6 +15,7 @@ SEQ_CLS, TOKEN_CLS, QUESTION_ANS = "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # kinds of layers
+LINEAR = "linear_attention"  # the kind that keeps a memory of fixed size in place of keys and values
 
 # How the names of transformers' classes end, and PEFT's name for what they do (MASKED_LM is ours: PEFT has none).
 SUFFIXES = {

@@ -27,6 +27,7 @@ from peft_jax.models.olmo.family import OLMO as OLMO
 from peft_jax.models.opt.family import OPT as OPT
 from peft_jax.models.phi.family import PHI as PHI
 from peft_jax.models.phi3.family import PHI3 as PHI3
+from peft_jax.models.qwen3_5.family import QWEN3_5 as QWEN3_5
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
 from peft_jax.models.stablelm.family import STABLELM as STABLELM
 from peft_jax.models.starcoder2.family import STARCODER2 as STARCODER2
@@ -57,6 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     GPTJ,
     BLOOM,
     FALCON,
+    QWEN3_5,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(

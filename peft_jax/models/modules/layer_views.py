@@ -14,6 +14,18 @@ from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.rotary import RopeParameters, Rotation, rotation
 
 
+class Steps(NamedTuple):
+    """What layers are told of each new token that read a text token by token into a memory of fixed size.
+
+    Attributes:
+        real: Whether it is no padding, bool ``(batch or 1, length)``; None if no token is.
+        text: The number of its text in the row, int ``(batch, length)``; None for one text a row.
+    """
+
+    real: jax.Array | None = None
+    text: jax.Array | None = None
+
+
 class View(NamedTuple):
     """The mask, the rotation and the bias of the layers of one kind.
 
@@ -22,12 +34,14 @@ class View(NamedTuple):
         turn: How queries and keys are turned; None if they are not.
         query_factor: What queries are multiplied by ``(batch or 1, length, 1, 1)``; None for nothing.
         bias: What is added to scores, as in `attend`, alike for all kinds; None for nothing.
+        steps: The tokens, for layers that read them one by one.
     """
 
     mask: jax.Array
     turn: Rotation | None = None
     query_factor: jax.Array | None = None
     bias: jax.Array | None = None
+    steps: Steps = Steps()
 
 
 def masks_by_kind(
@@ -69,6 +83,31 @@ def masks_by_kind(
             first = inputs.virtual + jnp.argmax(inputs.attention_mask != 0, axis=1)[:, None, None]
         masks[CHUNKED] = places.mask & ((key - first) // chunk == (query - first) // chunk)
     return {kind: masks[kind] for kind in kinds}
+
+
+def steps_of(places: Places, inputs: ForwardInputs) -> Steps:
+    """What there is to know of each new token of the inputs.
+
+    Args:
+        places: Positions and mask of the inputs.
+        inputs: The inputs.
+
+    Example:
+        >>> from peft_jax.models.modules.positions import causal_places
+        >>> inputs = ForwardInputs(attention_mask=jnp.array([[0, 1, 1]]), segment_ids=jnp.array([[7, 7, 2]]))
+        >>> steps = steps_of(causal_places(1, 3, inputs), inputs)
+        >>> steps.real.astype(int).tolist(), steps.text.tolist()
+        ([[0, 1, 1]], [[0, 0, 1]])
+    """
+    real, text = None, None
+    if inputs.attention_mask is not None:
+        first, length = places.index + inputs.virtual, places.mask.shape[1]
+        new = jax.lax.dynamic_slice_in_dim(places.mask, first, length, axis=2)
+        real = jnp.diagonal(new, axis1=1, axis2=2)  # a token sees itself unless it is padding
+    if inputs.segment_ids is not None:
+        starts = inputs.segment_ids[:, 1:] != inputs.segment_ids[:, :-1]
+        text = jnp.pad(jnp.cumsum(starts, axis=1), ((0, 0), (1, 0)))
+    return Steps(real, text)
 
 
 def rotations_by_kind(

@@ -1,0 +1,197 @@
+"""The configuration of Qwen3.5's text model, with the field names of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from peft_jax.models.config import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    FULL,
+    LINEAR,
+    SEQ_CLS,
+    ModelConfig,
+    as_dict,
+    complete,
+    read_common,
+    write_common,
+)
+from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.rotary import RopeParameters
+
+TEXT, WHOLE = "qwen3_5_text", "qwen3_5"
+INTERVAL = 4  # transformers' default: of so many layers the last one attends
+MROPE = ("mrope_section", "mrope_interleaved")  # how positions of images are turned; those of texts turn the same way
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen35Config(ModelConfig):
+    """Architecture of Qwen3.5's text model.
+
+    The fields are those of `transformers.Qwen3_5TextConfig`. The config of a checkpoint with images (`qwen3_5`) is read
+    as that of its text model. Hashable, hence usable as a static argument of `jax.jit`.
+
+    Attributes:
+        num_key_value_heads: Heads of keys and values of full attention.
+        head_dim: Features of a head of full attention.
+        rope: How positions turn queries and keys of full attention; the default turns a quarter of the features.
+        attention_bias: Whether the projections of full attention have a bias.
+        linear_conv_kernel_dim: Tokens that the convolution of linear attention sees.
+        linear_key_head_dim: Features of a query or key of linear attention.
+        linear_value_head_dim: Features of a value of linear attention.
+        linear_num_key_heads: Heads of queries and keys of linear attention.
+        linear_num_value_heads: Heads of values of linear attention.
+        layer_types: One of "linear_attention" and "full_attention" a layer; None means every fourth one is full.
+
+    Raises:
+        ValueError: A field has a value that is not supported, named in the message.
+
+    Example:
+        >>> Qwen35Config(num_hidden_layers=8).kinds.count("full_attention")
+        2
+    """
+
+    stems = MappingProxyType({TEXT: "Qwen3_5", WHOLE: "Qwen3_5"})
+    tasks = MappingProxyType(
+        {
+            CAUSAL_LM: "ForCausalLM",
+            SEQ_CLS: "TextForSequenceClassification",
+            FEATURE_EXTRACTION: "TextModel",
+        }
+    )
+    fixed = MappingProxyType({"attn_output_gate": True})
+
+    vocab_size: int = 248320
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope: RopeParameters = RopeParameters(partial_rotary_factor=0.25)
+    attention_bias: bool = False
+    linear_conv_kernel_dim: int = 4
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    layer_types: tuple[str, ...] | None = None
+    model_type: str = TEXT
+    task_type: str = CAUSAL_LM
+
+    def __post_init__(self) -> None:
+        if self.layer_types is None:
+            numbers = range(1, self.num_hidden_layers + 1)
+            kinds = tuple(LINEAR if number % INTERVAL else FULL for number in numbers)
+            object.__setattr__(self, "layer_types", kinds)
+        self.check()
+        check_activation("hidden_act", self.hidden_act)
+        for many, few in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("linear_num_value_heads", "linear_num_key_heads"),
+        ):
+            if getattr(self, many) % getattr(self, few):
+                raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}.")
+        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= {FULL, LINEAR}:
+            raise ValueError(
+                f"layer_types must name {FULL!r} or {LINEAR!r} for each of {self.num_hidden_layers} layers, "
+                f"got {self.layer_types}."
+            )
+        turned = int(self.head_dim * self.rope.partial_rotary_factor)
+        if turned % 2 or turned == 0:
+            raise ValueError(
+                f"Rotary embeddings turn pairs of features, got head_dim={self.head_dim} with "
+                f"partial_rotary_factor={self.rope.partial_rotary_factor}, which are {turned}."
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """num_key_value_heads."""
+        return self.num_key_value_heads
+
+    @property
+    def head_size(self) -> int:
+        """head_dim."""
+        return self.head_dim
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """layer_types, never None."""
+        return self.layer_types or ()
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The name of the stack that each layer is in: its kind."""
+        return self.kinds
+
+    @property
+    def linear_keys(self) -> int:
+        """Features of all keys of a layer of linear attention."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def linear_values(self) -> int:
+        """Features of all values of a layer of linear attention."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Features that the convolution of linear attention sees: of queries, keys and values."""
+        return 2 * self.linear_keys + self.linear_values
+
+    def with_layers(self, order: Sequence[int]) -> Qwen35Config:
+        """The architecture whose layers, and their kinds, are those of ``order``."""
+        kinds = tuple(self.kinds[layer] for layer in order)
+        return dataclasses.replace(self, num_hidden_layers=len(order), layer_types=kinds)
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> Qwen35Config:
+        """Read a Hugging Face config, of the text model or of the model with images.
+
+        Args:
+            hf: The dict of a config.json (of any transformers version) or a transformers config object.
+
+        Raises:
+            ValueError: The config asks for something that would change the numbers and is not supported here.
+
+        Example:
+            >>> Qwen35Config.from_hf({"model_type": "qwen3_5", "text_config": {"num_hidden_layers": 8}}).kinds[3]
+            'full_attention'
+        """
+        full = complete(_text_part(as_dict(hf)), cls.stems)
+        for name, only in cls.fixed.items():
+            if full.get(name, only) != only:
+                raise ValueError(f"{name}={full[name]!r} is not supported, only {only!r}.")
+        names = {field.name for field in dataclasses.fields(cls)} & full.keys()
+        values = {name: full[name] for name in names}
+        rope = RopeParameters.from_hf(full["rope_parameters"], also=MROPE)
+        kinds = tuple(full["layer_types"])
+        return cls(**{**values, **read_common(cls, full), "rope": rope, "layer_types": kinds})
+
+    def to_hf(self) -> dict[str, Any]:
+        """Make the dict of a config.json that transformers (5 or newer) reads as this architecture.
+
+        Example:
+            >>> config = Qwen35Config(num_hidden_layers=4)
+            >>> Qwen35Config.from_hf(config.to_hf()) == config
+            True
+        """
+        left_out = {"task_type", "num_labels", "problem_type", "rope"}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
+        hf = {name: getattr(self, name) for name in names}
+        return {**hf, **write_common(self), "rope_parameters": self.rope.to_hf(), "layer_types": list(self.kinds)}
+
+
+def _text_part(hf: dict[str, Any]) -> dict[str, Any]:
+    """The text model's part of a config, as a config of its own."""
+    if hf.get("model_type") != WHOLE:
+        return hf
+    own = as_dict(hf.get("text_config") or {})
+    shared = {name: hf[name] for name in ("architectures", "quantization_config", "dtype") if hf.get(name) is not None}
+    return {**shared, **own, "model_type": TEXT}
