@@ -775,7 +775,8 @@ WITH_GROUPS = {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0, "eos_toke
 BOTH_CLASSES = ("SequenceClassification", "TokenClassification", "")
 
 QWEN3_5 = {
-    **{**ENCODER, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-3},
+    **{**ENCODER, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 12},
+    **{"initializer_range": 0.1, "rms_norm_eps": 1e-2},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 8},
     "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5},
 }

@@ -157,7 +157,7 @@ def _prepared(tokens: Tokens, text: jax.Array | None) -> Chunk:
     total = jnp.cumsum(tokens.decay, axis=-1)  # from the start of the chunk
     last = total[..., -1:]
     size = total.shape[-1]
-    may_see = jnp.tril(jnp.ones((size, size), bool))
+    may_see = jnp.tril(jnp.ones((1, 1, 1, size, size), bool))
     to_start, to_end, through = jnp.exp(total), jnp.exp(last - total), jnp.exp(last)
     if text is not None:
         before = jnp.pad(text[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))  # the text that the state is of
