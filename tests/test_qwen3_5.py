@@ -31,7 +31,7 @@ COUNT, LENGTH = 3, 5  # of texts packed into one row
 def model() -> tuple[Qwen35Config, Any]:
     config = read_architecture({"model_type": "qwen3_5_text", **QWEN3_5})
     assert isinstance(config, Qwen35Config)
-    return config, family_of(config).init_params(config, jax.random.key(0))
+    return config, jax.jit(family_of(config).init_params, static_argnums=0)(config, jax.random.key(0))
 
 
 def logits(model: tuple[Qwen35Config, Any], ids: Any, **more: Any) -> Any:

@@ -82,9 +82,7 @@ class GatedDeltaNet(nnx.Module):
         rate = jnp.exp(self.A_log[...].astype(jnp.float32))[None, None]
         return -rate * jax.nn.softplus(self.in_proj_a(x).astype(jnp.float32) + bias)
 
-    def _memory(
-        self, batch: int, call: LayerCall, buffers: Memory | None, dtype: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    def _memory(self, batch: int, call: LayerCall, buffers: Memory | None, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """The tokens that the convolution still sees, and the state; empty without a cache."""
         if buffers is None:
             empty = make_memory(self.config, 1, batch, dtype)
