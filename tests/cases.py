@@ -1423,7 +1423,6 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "qwen3_5_text",
                 {"layer_types": ["full_attention", "full_attention", "linear_attention", "linear_attention"]},
             ),
-            "qwen3_5-no-attention": ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}),
         },
         refused={"qwen3_5 without a gate": ("qwen3_5_text", {"attn_output_gate": False})},
     ),

@@ -223,7 +223,7 @@ def architectures_named(text: str) -> set[str]:
                 if model_type in ABBREVIATIONS:  # alone, or at the beginning of the name of a class
                     if re.search(rf"(?m)^{model_type}$|(?<![A-Za-z0-9]){stem}(?![a-z0-9]|[A-Z](?![a-z]))", text):
                         found.add(model_type)
-                elif re.search(rf"(?<![A-Za-z0-9])(?i:{spelled})(?![a-z0-9])", text):
+                elif re.search(rf"(?<![A-Za-z0-9])(?i:{spelled})(?![a-z0-9]|[._][0-9])", text):
                     found.add(model_type)
     return found
 
@@ -248,6 +248,7 @@ def test_names_of_architectures_are_found() -> None:
         "OPTConfig": "opt",
         "OPT, and others": "opt",
         "opt": "opt",
+        "is_qwen3_5": "qwen3_5",
     }.items():
         assert model_type in architectures_named(text), text
     assert architectures_named("llama3 test5 at5 t51 opt_state OPTIONS") == set(), (

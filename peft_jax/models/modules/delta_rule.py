@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What a chunk of tokens has to do with the state before it; all with an axis of chunks in front.
+    """A chunk of tokens, as far as it does not depend on the state before it; all with an axis of chunks in front.
 
     Attributes:
         values: Values that it would write to an empty state ``(chunks, batch, heads, size, value features)``.

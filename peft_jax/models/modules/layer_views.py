@@ -15,7 +15,7 @@ from peft_jax.models.modules.rotary import RopeParameters, Rotation, rotation
 
 
 class Steps(NamedTuple):
-    """What layers are told of each new token that read a text token by token into a memory of fixed size.
+    """The new tokens, for layers that read a text token by token into a memory of fixed size.
 
     Attributes:
         real: Whether it is no padding, bool ``(batch or 1, length)``; None if no token is.
@@ -86,7 +86,7 @@ def masks_by_kind(
 
 
 def steps_of(places: Places, inputs: ForwardInputs) -> Steps:
-    """What there is to know of each new token of the inputs.
+    """The new tokens of the inputs: which are padding, and which text each is of.
 
     Args:
         places: Positions and mask of the inputs.

@@ -23,6 +23,7 @@ from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.rotary import RopeParameters
 
 TEXT, WHOLE = "qwen3_5_text", "qwen3_5"
+STACKS = {FULL: "full", LINEAR: "linear"}
 INTERVAL = 4  # transformers' default: of so many layers the last one attends
 MROPE = ("mrope_section", "mrope_interleaved")  # how positions of images are turned; those of texts turn the same way
 
@@ -127,8 +128,8 @@ class Qwen35Config(ModelConfig):
 
     @property
     def stacks(self) -> tuple[str, ...]:
-        """The name of the stack that each layer is in: its kind."""
-        return self.kinds
+        """The name of the stack that each layer is in."""
+        return tuple(STACKS[kind] for kind in self.kinds)
 
     @property
     def linear_keys(self) -> int:

@@ -1,7 +1,7 @@
 """Qwen3.5's text model in Flax NNX.
 
 Attribute names are the module names of Hugging Face transformers. Layers of linear attention and of full attention have
-a stack each, which is no part of their names: `model.layers.linear_attention.linear_attn.out_proj.kernel` holds the
+a stack each, which is no part of their names: `model.layers.linear.linear_attn.out_proj.kernel` holds the
 kernels of `model.layers.0.linear_attn.out_proj`, `model.layers.1.linear_attn.out_proj` and so on.
 
 The numbers are those of transformers' `Qwen3_5ForCausalLM` with its PyTorch code for the gated delta rule and its
@@ -29,7 +29,7 @@ from peft_jax.models.modules.layers import WideRMSNorm, linear_maker
 from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.remat import kept
 from peft_jax.models.modules.rotary import rotate, rotation
-from peft_jax.models.qwen3_5.config import Qwen35Config
+from peft_jax.models.qwen3_5.config import STACKS, Qwen35Config
 from peft_jax.models.qwen3_5.linear_attention import GatedDeltaNet, make_memory
 
 
@@ -76,13 +76,13 @@ class Qwen35Layer(nnx.Module):
         self.post_attention_layernorm = WideRMSNorm(config.hidden_size, config.rms_norm_eps, dtype, offset=1)
 
     def __call__(self, x: jax.Array, call: LayerCall, buffers: Any) -> tuple[jax.Array, Any]:
-        """Map x (batch, length, hidden); the buffers are those of both kinds, by kind."""
+        """Map x (batch, length, hidden); the buffers are those of both stacks, by name."""
         mix = self.linear_attn if self.kind == LINEAR else self.self_attn
-        own = None if buffers is None else buffers[self.kind]
+        own = None if buffers is None else buffers[call.stack]
         out, own = mix(self.input_layernorm(x), call, own)
         x = kept(x + out.astype(x.dtype))
         x = x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype)
-        return x, None if buffers is None else {**buffers, self.kind: own}
+        return x, None if buffers is None else {**buffers, call.stack: own}
 
 
 class Qwen35Model(DecoderBackbone):
@@ -91,8 +91,8 @@ class Qwen35Model(DecoderBackbone):
     embedding_name = "embed_tokens"
 
     def make_layer(self, dtype: Any) -> dict[str, MakeLayer]:
-        """Functions that make a layer of each kind from random streams."""
-        return {kind: partial(Qwen35Layer, self.config, dtype, kind) for kind in (LINEAR, FULL)}
+        """Functions that make a layer of each stack from random streams."""
+        return {name: partial(Qwen35Layer, self.config, dtype, kind) for kind, name in STACKS.items()}
 
     def make_norm(self, dtype: Any) -> nnx.Module:
         """The final norm."""
@@ -127,9 +127,10 @@ def init_cache(config: Qwen35Config, batch: int, max_len: int, dtype: Any = jnp.
     """An empty cache: keys and values of max_len positions, and memories whose size depends on no length.
 
     Example:
-        >>> init_cache(Qwen35Config(num_hidden_layers=4), batch=3, max_len=5).buffers["linear_attention"]["state"].shape
+        >>> init_cache(Qwen35Config(num_hidden_layers=4), batch=3, max_len=5).buffers["linear"]["state"].shape
         (3, 3, 32, 128, 128)
     """
     attending, linear = config.kinds.count(FULL), config.kinds.count(LINEAR)
     attended = make_cache(attending, batch, max_len, config.kv_heads, config.head_dim, dtype)
-    return MixedCache({FULL: attended.buffers, LINEAR: make_memory(config, linear, batch, dtype)}, attended.index)
+    memories = make_memory(config, linear, batch, dtype)
+    return MixedCache({STACKS[FULL]: attended.buffers, STACKS[LINEAR]: memories}, attended.index)
