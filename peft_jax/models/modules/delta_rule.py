@@ -86,7 +86,7 @@ def delta_rule(
         >>> key, value = jnp.ones((1, 2, 1, 4)), jnp.array([3.0, 5.0]).reshape(1, 2, 1, 1)
         >>> rate, state = jnp.ones((1, 2, 1)), jnp.zeros((1, 1, 4, 1))
         >>> out, _ = delta_rule(key, key, value, 0 * rate, rate, state)
-        >>> [round(float(one), 3) for one in out.ravel()]  # the second value takes the place of the first, as their keys are the same
+        >>> [round(float(one), 3) for one in out.ravel()]  # of equal keys the second value stands
         [1.5, 2.5]
     """
     tokens = _in_float32(q, k, v, decay, rate)
