@@ -78,11 +78,17 @@ def write_gguf(
         writer.add_feed_forward_length(hf["intermediate_size"])
         writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
         writer.add_head_count_kv(hf["num_key_value_heads"])
-        writer.add_rope_freq_base(hf["rope_parameters"]["rope_theta"])
+        ropes = hf["rope_parameters"]
+        writer.add_rope_freq_base(ropes.get("full_attention", ropes)["rope_theta"])
         head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
         if head_dim * hf["num_attention_heads"] != hf["hidden_size"]:
             writer.add_key_length(head_dim)
         writer.add_rope_dimension_count(head_dim)
+    if architecture.startswith("gemma"):
+        writer.add_sliding_window(hf["sliding_window"])
+    for cap in ("attn", "final"):
+        if architecture == "gemma2":
+            getattr(writer, f"add_{cap}_logit_softcapping")(hf[f"{cap}_logit_softcapping"])
     for name in ("bos", "eos"):
         if hf.get(f"{name}_token_id") is not None:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", hf[f"{name}_token_id"])
@@ -103,6 +109,8 @@ def write_gguf(
             values = turns_in_pairs(values, hf["num_key_value_heads"])
         if architecture == "gpt2" and re.search(r"(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", name):
             values = values.T
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
         kind = Kind.F32 if values.ndim == 1 else kind_of(name)
         data = stored(np.ascontiguousarray(values, np.float32), kind)
         writer.add_tensor(name, data, raw_dtype=kind)

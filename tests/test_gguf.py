@@ -34,12 +34,15 @@ IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 COMMON = {"vocab_size": 288, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**COMMON, "intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 128}
 # By GGUF's architecture: the config of a tiny model. transformers does not read two facts of a file, so it has to have
-# what transformers takes for granted: heads of 128 features for qwen3, and 1024 positions for gpt2.
+# what transformers takes for granted: heads of 128 features for qwen3, 1024 positions for gpt2; and for gemma2 the caps
+# of its default config, and a divisor of scores of 256.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1},
     "qwen2": {**LLAMA, "tie_word_embeddings": True},
     "qwen3": {**LLAMA, "head_dim": 128, "tie_word_embeddings": False},
     "gpt2": {**COMMON, "max_position_embeddings": 1024},
+    "gemma2": {**LLAMA, "head_dim": 256, "sliding_window": 4},
+    "gemma3": {**LLAMA, "head_dim": 256, "sliding_window": 4, "num_hidden_layers": 6},
 }
 
 
@@ -56,7 +59,7 @@ def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(architecture, **TINY[architecture])
+    config = AutoConfig.for_model(GGUF_ARCHITECTURES[architecture].model_type, **TINY[architecture])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -206,6 +209,55 @@ def test_stretched_positions_are_read(factor: float, tmp_path: Path) -> None:
     write_gguf(tmp_path / "other.gguf", "llama", theirs.config.to_dict(), tensors, more=more)
     with pytest.raises(ValueError, match="stretches its rotary positions .* in another way than rope_type 'llama3'"):
         pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="other.gguf")
+
+
+LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores are divided by another root
+
+
+@pytest.mark.parametrize("largest", [False, True], ids=["", "27B"])
+@pytest.mark.parametrize("architecture", LARGEST)
+def test_facts_of_gemma_that_transformers_does_not_read(architecture: str, largest: bool, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    kind = GGUF_ARCHITECTURES[architecture].model_type
+    layers = LARGEST[architecture] if largest else 6
+    fields = {**LLAMA, "head_dim": 32, "num_hidden_layers": layers, "sliding_window": 7}
+    fields["query_pre_attn_scalar"] = LLAMA["hidden_size"] // LLAMA["num_attention_heads"] if largest else 32
+    if architecture == "gemma2":
+        fields |= {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        if architecture == "gemma3":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(8.0)
+            writer.add_float32("gemma3.rope.freq_base_swa", 5000.0)
+
+    if architecture == "gemma3":
+        fields |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 5000.0}
+    hf = {**AutoConfig.for_model(kind, **fields).to_dict(), "model_type": kind}
+    embedding = {"model.embed_tokens.weight": np.zeros((hf["vocab_size"], hf["hidden_size"]), np.float32)}
+    write_gguf(tmp_path / NAME, architecture, hf, embedding, more=more)
+    found, want = read_architecture(base_config(tmp_path, NAME)), read_architecture(hf)
+    for name in ("ropes", "kinds", "scale", "sliding_window", "final_logit_softcapping", "attn_logit_softcapping"):
+        assert getattr(found, name) == getattr(want, name), name
+    if architecture == "gemma3":
+        assert dict(found.ropes)["sliding_attention"].rope_theta == 5000
+
+
+def test_other_windows_than_gemmas_are_refused(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    hf = AutoConfig.for_model("gemma2", **{**LLAMA, "head_dim": 32}).to_dict()
+    embedding = {"model.embed_tokens.weight": np.zeros((hf["vocab_size"], hf["hidden_size"]), np.float32)}
+
+    def pattern(value: int) -> Callable[[gguf.GGUFWriter], None]:
+        return lambda writer: writer.add_uint32("gemma2.attention.sliding_window_pattern", value)
+
+    write_gguf(tmp_path / NAME, "gemma2", hf, embedding, more=pattern(2))
+    assert base_config(tmp_path, NAME)["sliding_window"] == hf["sliding_window"]
+    write_gguf(tmp_path / "other.gguf", "gemma2", hf, embedding, more=pattern(3))
+    with pytest.raises(ValueError, match="sliding_window_pattern=3, which is not supported, only 2. Take another"):
+        base_config(tmp_path, "other.gguf")
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])

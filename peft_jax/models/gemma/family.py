@@ -5,6 +5,7 @@ import dataclasses
 from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
 from peft_jax.models.gemma import model
 from peft_jax.models.gemma.config import FIRST, MULTIMODAL, SECOND, THIRD, Gemma3Config, GemmaConfig
+from peft_jax.models.gemma.gguf_norms import GGUF
 from peft_jax.models.modules.decoder import decoder_cache
 
 DEFAULTS = {
@@ -31,6 +32,7 @@ GEMMA = Family(
     ignored=(r".*\.rotary_emb\.inv_freq",),  # in old checkpoints; computed from the config instead
     replicable=tuple(GemmaConfig.tasks),
     init_cache=decoder_cache,
+    gguf=GGUF,
 )
 
 GEMMA3 = dataclasses.replace(
@@ -43,4 +45,5 @@ GEMMA3 = dataclasses.replace(
     moved={"language_model.model.": f"{model.Gemma3.backbone}.", "language_model.lm_head.": "lm_head."},
     written={f"{model.Gemma3.backbone}.": "model."},
     replicable=(),
+    gguf={},
 )
