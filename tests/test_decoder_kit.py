@@ -14,15 +14,8 @@ from peft_jax.models.modules.attention import Scoring, attend
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.layer_views import View, chosen, masks_by_kind, rotations_by_kind
 from peft_jax.models.modules.positions import causal_places
-from peft_jax.models.modules.rotary import (
-    USED,
-    RopeParameters,
-    attention_factor,
-    inverse_frequencies,
-    ropes_by_kind,
-    rotate,
-    rotation,
-)
+from peft_jax.models.modules.rope_parameters import USED, RopeParameters, ropes_by_kind
+from peft_jax.models.modules.rotary import attention_factor, inverse_frequencies, rotate, rotation
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

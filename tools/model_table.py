@@ -17,7 +17,7 @@ from typing import Any
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.defaults import method_defaults
 from peft_jax.models.family import Family
-from peft_jax.models.modules.rotary import USED, RopeParameters
+from peft_jax.models.modules.rope_parameters import USED, RopeParameters
 from peft_jax.models.registry import FAMILIES, read_architecture
 
 HEAD = """# Models

@@ -22,7 +22,7 @@ from peft_jax.models.config import (
 )
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.logits_form import LogitsForm
-from peft_jax.models.modules.rotary import RopeParameters, ropes_by_kind, ropes_to_hf
+from peft_jax.models.modules.rope_parameters import RopeParameters, ropes_by_kind, ropes_to_hf
 
 FIRST, SECOND, THIRD, MULTIMODAL = "gemma", "gemma2", "gemma3_text", "gemma3"
 EVERY = {FIRST: 1, SECOND: 2, THIRD: 6, MULTIMODAL: 6}  # one layer in so many is full

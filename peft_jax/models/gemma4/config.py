@@ -21,7 +21,7 @@ from peft_jax.models.config import (
 )
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.logits_form import LogitsForm
-from peft_jax.models.modules.rotary import RopeParameters, ropes_by_kind, ropes_to_hf
+from peft_jax.models.modules.rope_parameters import RopeParameters, ropes_by_kind, ropes_to_hf
 
 TEXT, MULTIMODAL = "gemma4_text", "gemma4"
 SHORT = {FULL: "full", SLIDING: "sliding"}  # how the stacks of each kind are called

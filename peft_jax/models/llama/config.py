@@ -21,7 +21,7 @@ from peft_jax.models.config import (
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
-from peft_jax.models.modules.rotary import RopeParameters
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 RopeScaling = RopeParameters  # what this family calls it
 

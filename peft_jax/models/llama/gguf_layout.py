@@ -7,7 +7,8 @@ import numpy as np
 from peft_jax.core.gguf_metadata import GGUFFile
 from peft_jax.interop.gguf_file import GGUFTensor, read_tensors
 from peft_jax.models.gguf_architecture import DECODER_FIELDS, GGUFArchitecture
-from peft_jax.models.modules.rotary import RopeParameters, inverse_frequencies
+from peft_jax.models.modules.rope_parameters import RopeParameters
+from peft_jax.models.modules.rotary import inverse_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
 PRETRAINED = 8192  # positions that Llama 3.1 and later ones were pretrained on; files do not tell it

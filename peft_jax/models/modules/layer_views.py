@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from peft_jax.models.config import CHUNKED, FULL, SLIDING, ModelConfig
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.positions import Places
-from peft_jax.models.modules.rotary import RopeParameters, Rotation, rotation
+from peft_jax.models.modules.rope_parameters import RopeParameters
+from peft_jax.models.modules.rotary import Rotation, rotation
 
 
 class Steps(NamedTuple):
