@@ -23,7 +23,7 @@ from peft_jax.models.config import (
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
-from peft_jax.models.modules.rotary import RopeParameters
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 OURS = ("task_type", "num_labels", "problem_type")  # fields that `write_common` writes in another form
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from peft_jax.models.config import FULL, SLIDING
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
 from peft_jax.models.modules.logits_form import LogitsForm
-from peft_jax.models.modules.rotary import RopeParameters
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 FIRST, SECOND = "cohere", "cohere2"
 

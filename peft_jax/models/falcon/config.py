@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peft_jax.models.decoder_config import RotaryConfig, tasks_of
-from peft_jax.models.modules.rotary import RopeParameters
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 SWITCHES = ("alibi", "new_decoder_architecture", "multi_query", "parallel_attn", "bias")
 

@@ -6,7 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from peft_jax.models.decoder_config import RotaryConfig, tasks_of
-from peft_jax.models.modules.rotary import RopeParameters
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 FIRST, LATER = "glm", "glm4"
 

@@ -21,7 +21,8 @@ from peft_jax.models.modules.layer_views import View
 from peft_jax.models.modules.layers import LayerNorm
 from peft_jax.models.modules.plain_blocks import PlainMLP
 from peft_jax.models.modules.positions import Places
-from peft_jax.models.modules.rotary import RopeParameters, rotation
+from peft_jax.models.modules.rope_parameters import RopeParameters
+from peft_jax.models.modules.rotary import rotation
 
 SCORING = Scoring(finite=True)
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
-from peft_jax.models.modules.rotary import RopeParameters
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 FIRST, THIRD = "ministral", "ministral3"
 BETA, LENGTH = "llama_4_scaling_beta", "original_max_position_embeddings"  # entries of rope_parameters

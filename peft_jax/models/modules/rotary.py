@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.models.modules.rope_parameters import RopeParameters as RopeParameters
-from peft_jax.models.modules.rope_parameters import ropes_by_kind as ropes_by_kind
-from peft_jax.models.modules.rope_parameters import ropes_to_hf as ropes_to_hf
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 BY_LENGTH = ("dynamic", "longrope")  # the kinds whose frequencies depend on the length of the texts
 

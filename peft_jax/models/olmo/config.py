@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_jax.models.config import FULL, SLIDING
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
-from peft_jax.models.modules.rotary import RopeParameters, ropes_by_kind, ropes_to_hf
+from peft_jax.models.modules.rope_parameters import RopeParameters, ropes_by_kind, ropes_to_hf
 
 SECOND, THIRD = "olmo2", "olmo3"
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from peft_jax.models.config import FULL, SLIDING
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
-from peft_jax.models.modules.rotary import RopeParameters
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 STILL = {FULL: "full_without_rope", SLIDING: "sliding_without_rope"}  # kinds of layers that turn nothing
 
