@@ -20,7 +20,7 @@ from peft_jax.models.config import (
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
-from peft_jax.models.modules.rotary import RopeParameters
+from peft_jax.models.modules.rope_parameters import RopeParameters
 
 TEXT, WHOLE = "qwen3_5_text", "qwen3_5"
 STACKS = {FULL: "full", LINEAR: "linear"}
