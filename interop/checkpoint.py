@@ -25,6 +25,7 @@ from peft_jax.interop.files import (
     some,
     write_files,
 )
+from peft_jax.interop.packed_codes import Codes, Kept, Packed, kept_weight
 
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.weight import is_weight
@@ -104,7 +105,12 @@ def find_checkpoint(name_or_path: Path, files: Sequence[str] = HUB_FILES) -> pat
 
 
 def load_params(
-    tensors: Mapping[str, LazyArray], rows: Sequence[Row], convert: Convert, *, ignored: Sequence[str] = ()
+    tensors: Mapping[str, LazyArray],
+    rows: Sequence[Row],
+    convert: Convert,
+    *,
+    ignored: Sequence[str] = (),
+    kept: Mapping[str, Kept] | None = None,
 ) -> dict[str, Any]:
     """Make a tree of parameters from a checkpoint's tensors, piece by piece.
 
@@ -118,6 +124,7 @@ def load_params(
             any pytree, whose arrays then all have the layers in front. Large kernels come in several parts of their
             output columns, which are the last axis of all arrays of their leaf.
         ignored: Patterns of keys that may be there and are not used.
+        kept: The leaves, by path, whose tensors stay in their own bits instead; those are `Packed` and of one form.
 
     Raises:
         ValueError: if tensors are missing or left over or of a wrong shape, all of which are listed; or if one holds a
@@ -130,7 +137,10 @@ def load_params(
         node = tree
         for module in modules:
             node = node.setdefault(module, {})
-        node[name] = _load(row, tensors, convert)
+        if kept is not None and row.path in kept:
+            node[name] = _load_kept(row, tensors, kept[row.path])
+        else:
+            node[name] = _load(row, tensors, convert)
     return tree
 
 
@@ -152,8 +162,7 @@ def _load(row: Row, tensors: Mapping[str, LazyArray], convert: Convert) -> Any:
     first = tensors[row.keys[0]]
     abstract = jax.ShapeDtypeStruct(first.shape, first.dtype)
     whole = jax.eval_shape(partial(_leaf, row=row, convert=convert), abstract)
-    front = row.shape[:1] if row.stacked else ()
-    buffers = jax.tree.map(lambda one: jnp.zeros((*front, *one.shape[len(front) :]), one.dtype), whole)
+    buffers = _zeros(row, whole)
     for layer, key in enumerate(row.keys):
         tensor = np.asarray(tensors[key])
         in_pieces = row.transposed and not (is_weight(whole) and not whole.in_pieces)
@@ -168,6 +177,36 @@ def _load(row: Row, tensors: Mapping[str, LazyArray], convert: Convert) -> Any:
         if not all(jax.device_get(finite)):
             raise ValueError(_why_not_finite(key, tensor, jax.tree.leaves(buffers)[0].dtype))
     return buffers
+
+
+def _zeros(row: Row, one_layer: Any) -> Any:
+    """Buffers for a leaf, given the shapes that its arrays have for one layer."""
+    front = row.shape[:1] if row.stacked else ()
+    return jax.tree.map(lambda one: jnp.zeros((*front, *one.shape[len(front) :]), one.dtype), one_layer)
+
+
+def _load_kept(row: Row, tensors: Mapping[str, Any], kept: Kept) -> Any:
+    buffers = None
+    for layer, key in enumerate(row.keys):
+        tensor: Packed = tensors[key]
+        codes = tensor.codes()
+        if buffers is None:
+            buffers = _zeros(row, jax.eval_shape(partial(kept_weight, kept=kept), codes))
+        buffers, is_finite = jax.block_until_ready(_fill_kept(buffers, codes, layer, kept))
+        if not is_finite:
+            raise ValueError(_why_not_finite(key, np.asarray(tensor), kept.dtype))
+    return buffers
+
+
+@partial(jax.jit, static_argnames="kept", donate_argnums=0)
+def _fill_kept(buffers: Any, codes: Codes, layer: int, kept: Kept) -> tuple[Any, jax.Array]:
+    """The buffers with the weight of a tensor in its place, and whether its values are finite."""
+    weight = kept_weight(codes, kept)
+    finite = jnp.all(jnp.isfinite(weight.dense()))
+    if not kept.layout.stack:
+        return weight, finite
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+    return jax.tree.map(lambda buffer, part: put(buffer, part[0]), buffers, weight), finite
 
 
 def _why_not_finite(key: str, tensor: np.ndarray, dtype: Any) -> str:

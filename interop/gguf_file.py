@@ -7,14 +7,17 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
+from peft_jax.interop.packed_codes import Codes, Form, Packed, integer_codes, integer_form
 
 from peft_jax.core.gguf_metadata import GGUFFile
 
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # kinds that hold values, not blocks
+INTEGERS = {"Q4_0": 4, "Q8_0": 8}  # bits of the kinds whose blocks are integers around 0 and a scale
+BLOCK = 32  # elements of a block of these
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GGUFTensor:
+class GGUFTensor(Packed):
     """A tensor of a GGUF file: an array by its shape, its element type, its rows and `numpy.asarray`.
 
     Memory holds the values of the rows that are asked for, and none of them after that.
@@ -75,6 +78,41 @@ class GGUFTensor:
     def nbytes(self) -> int:
         """The bytes of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is stored in blocks."""
+        return self.kind.name not in PLAIN
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes that it takes in the file."""
+        return self.stored.nbytes
+
+    def form(self) -> Form | None:
+        """Integers by groups, of Q4_0 and Q8_0; None for the other kinds."""
+        bits = INTEGERS.get(self.kind.name)
+        if bits is None or self.stored.ndim != 2 or self.added:
+            return None
+        return integer_form(bits, BLOCK, np.dtype(np.float32), None, is_transposed=self.is_transposed)
+
+    def codes(self) -> Codes:
+        """Integers around 0 and float16 scales: two integers of Q4_0 a byte, those of half a block one from the other.
+
+        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ``block_q4_0`` and ``block_q8_0`` of ggml.
+        """
+        form = self.form()
+        if form is None:
+            return super().codes()
+        rows = np.ascontiguousarray(self.stored if self.order is None else self.stored[self.order])
+        blocks = rows.view(np.uint8).reshape(len(rows), -1, _block(self.kind)[1])
+        scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+        octets = blocks[..., 2:]
+        if INTEGERS[self.kind.name] == 4:
+            signed = np.concatenate((octets & 15, octets >> 4), axis=-1).astype(np.int8) - np.int8(8)
+        else:
+            signed = octets.view(np.int8)
+        return integer_codes(form, signed.reshape(len(rows), -1).T, scale.T, None)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
+from peft_jax.interop.packed_codes import Codes, Form, integer_codes, integer_form
 from peft_jax.interop.quantized.base import (
     FLOATS,
     INT32,
@@ -51,6 +52,22 @@ class AWQTensor(QuantizedTensor):
             return part * scales[groups[inputs]]  # a product of two 16-bit floats is exact in float32
 
         return by_rows(self.shape[::-1], self.dtype, make).T
+
+    def signed_zeros(self) -> Array:
+        """Zero points around 0, ``(groups, out)``."""
+        return _unpack(self.qzeros).astype(np.int16) - 2 ** (BITS - 1)
+
+    def form(self) -> Form | None:
+        """Integers by groups."""
+        return integer_form(BITS, self.group_size, self.dtype, self.signed_zeros())
+
+    def codes(self) -> Codes:
+        """Integers and zero points around 0."""
+        form = self.form()
+        if form is None:
+            return super().codes()
+        signed = _unpack(self.qweight).astype(np.int16) - 2 ** (BITS - 1)
+        return integer_codes(form, signed, self.scales, self.signed_zeros())
 
 
 def _unpack(words: Array) -> Array:

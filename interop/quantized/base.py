@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from peft_jax.interop.packed_codes import Codes, Form, Packed
 
 INT8, UINT8, INT32, INT64 = (np.dtype(name) for name in ("int8", "uint8", "int32", "int64"))
 FLOAT32, FLOAT16, BFLOAT16 = (np.dtype(one) for one in (np.float32, np.float16, jnp.bfloat16))
@@ -21,7 +22,7 @@ Settings = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class QuantizedTensor(abc.ABC):
+class QuantizedTensor(Packed):
     """A weight as its file has it; read as an array, it is dequantized. Subclasses hold the packed arrays.
 
     Attributes:
@@ -80,6 +81,15 @@ class Transposed(QuantizedTensor):
     def dequantize(self) -> Array:
         """The transpose of the dequantized weight."""
         return self.source.dequantize().T
+
+    def form(self) -> Form | None:
+        """That of the weight, with the other order of axes."""
+        form = self.source.form()
+        return None if form is None else form._replace(is_transposed=True)
+
+    def codes(self) -> Codes:
+        """Those of the weight, which are ``(in, out)`` in any case."""
+        return self.source.codes()
 
 
 class StoredTensors:

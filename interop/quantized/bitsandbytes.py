@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from peft_jax.interop.packed_codes import INT8 as INTEGERS
+from peft_jax.interop.packed_codes import Codes, Form
 from peft_jax.interop.quantized.base import (
     COPY,
     FLOAT32,
@@ -27,6 +29,8 @@ from peft_jax.interop.quantized.base import (
     damaged,
 )
 
+from peft_jax.quant.double_scale import BLOCK as NESTED_BLOCK
+from peft_jax.quant.double_scale import VALUES as NESTED_VALUES
 from peft_jax.quant.nf4 import VALUES
 
 # bitsandbytes' kernels have these tables built in; old files have other roundings of the second.
@@ -87,6 +91,28 @@ class Bnb4bit(QuantizedTensor):
         array = by_rows((len(largest), self.blocksize), self.dtype, make)
         return array.reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
 
+    def form(self) -> Form | None:
+        """NF4 or FP4; scales in 8 bits are kept if their table and blocks are those of bitsandbytes today."""
+        is_nested = self.nested_table is not None
+        if len(self.shape) != 2:
+            return None
+        if is_nested and (
+            self.nested_blocksize != NESTED_BLOCK or not np.array_equal(self.nested_table, NESTED_VALUES)
+        ):
+            return None
+        return Form(self.quant_type, self.blocksize, self.dtype, is_nested=is_nested)
+
+    def codes(self) -> Codes:
+        """The elements in halves of bytes, and the largest magnitudes by blocks of each output."""
+        pairs = np.stack((self.packed >> 4, self.packed & 15), axis=-1)
+        numbers = pairs.reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
+        scale = self.absmax
+        if self.shape[1] % self.blocksize == 0:
+            scale = np.ascontiguousarray(scale.reshape(self.shape[0], -1).T)
+        if self.nested_absmax is None:
+            return Codes(numbers.T, scale)
+        return Codes(numbers.T, scale, largest=self.nested_absmax, offset=np.asarray(self.nested_offset, np.float32))
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Bnb8bit(QuantizedTensor):
@@ -107,6 +133,14 @@ class Bnb8bit(QuantizedTensor):
             return self.integers[rows].astype(np.float32) * self.largest[rows, None] * STEP_OF_127
 
         return by_rows(self.shape, self.dtype, make)
+
+    def form(self) -> Form:
+        """Int8 per output, whose scales are counted in 127ths."""
+        return Form(INTEGERS, None, self.dtype, unit=float(STEP_OF_127))
+
+    def codes(self) -> Codes:
+        """The integers, and the largest magnitudes as scales."""
+        return Codes(self.integers.T, self.largest)
 
 
 def read_bitsandbytes(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from peft_jax.interop.packed_codes import Codes, Form, by_output, integer_codes, integer_form, regular_groups
 from peft_jax.interop.quantized.base import (
     COPY,
     FLOATS,
@@ -78,6 +79,24 @@ class CompressedTensor(QuantizedTensor):
         scales = Blocks.of(self.scale, self.shape, self.block, self.g_idx)
         zeros = None if zero_points is None else Blocks.of(zero_points, self.shape, self.block, self.g_idx)
         return scaled_by_rows(self, self.signed, scales, zeros)
+
+    def form(self) -> Form | None:
+        """Integers by groups, if the inputs of a group follow one another; fp8 has no weight of its own."""
+        if self.values.dtype not in (INT8, INT32):
+            return None
+        if self.g_idx is not None and regular_groups(self.g_idx, self.block[1]) is None:
+            return None
+        return integer_form(self.bits or 8, self.block[1], self.dtype, self.zeros())
+
+    def codes(self) -> Codes:
+        """Integers and zero points around 0."""
+        form, zeros = self.form(), self.zeros()
+        if form is None:
+            return super().codes()
+        groups = None if self.g_idx is None else regular_groups(self.g_idx, self.block[1])
+        scale = by_output(self.scale, self.shape, self.block, groups)
+        zeros = None if zeros is None else by_output(zeros, self.shape, self.block, groups)
+        return integer_codes(form, self.signed(slice(None)).T, scale, zeros)
 
 
 def read_compressed_tensors(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from peft_jax.interop.packed_codes import Codes, Form, integer_codes, integer_form, regular_groups
 from peft_jax.interop.quantized.base import (
     FLOATS,
     INT32,
@@ -41,6 +42,7 @@ class GPTQTensor(QuantizedTensor):
         qzeros: int32 ``(groups, out * bits / 32)``.
         scales: ``(groups, out)``, in ``dtype``.
         g_idx: int32 ``(in,)``: the group of each input.
+        group_size: Inputs of a group.
         bits: 2, 3, 4 or 8.
         is_v1: Whether ``qzeros`` holds the zero points less one.
     """
@@ -49,6 +51,7 @@ class GPTQTensor(QuantizedTensor):
     qzeros: Array
     scales: Array
     g_idx: Array
+    group_size: int
     bits: int
     is_v1: bool
 
@@ -71,6 +74,25 @@ class GPTQTensor(QuantizedTensor):
         scales = Blocks.of(self.scales.T, self.shape, by_output, self.g_idx)
         zeros = Blocks.of(self.zeros().T, self.shape, by_output, self.g_idx)
         return scaled_by_rows(self, self.integers, scales, zeros)
+
+    def signed_zeros(self) -> Array:
+        """Zero points around 0, ``(groups, out)``."""
+        return self.zeros().astype(np.int16) - 2 ** (self.bits - 1)
+
+    def form(self) -> Form | None:
+        """Integers by groups, if the inputs of a group follow one another."""
+        if regular_groups(self.g_idx, self.group_size) is None:
+            return None
+        return integer_form(self.bits, self.group_size, self.dtype, self.signed_zeros())
+
+    def codes(self) -> Codes:
+        """Integers and zero points around 0."""
+        form, groups = self.form(), regular_groups(self.g_idx, self.group_size)
+        if form is None or groups is None:
+            return super().codes()
+        fields = self.integers(slice(None)).T
+        signed = fields.astype(np.int16) - 2 ** (self.bits - 1)
+        return integer_codes(form, signed, self.scales[groups], self.signed_zeros()[groups])
 
 
 def read_gptq(settings: Settings, stored: StoredTensors) -> Iterator[QuantizedTensor]:
@@ -138,6 +160,7 @@ def _read(module: str, stored: StoredTensors, bits: int, group_size: int, is_v1:
         qzeros=qzeros,
         scales=scales,
         g_idx=g_idx,
+        group_size=size,
         bits=bits,
         is_v1=is_v1,
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from peft_jax.interop.packed_codes import Codes, Form, by_output, integer_codes, integer_form
 from peft_jax.interop.quantized.base import (
     COPY,
     FLOATS,
@@ -57,6 +58,18 @@ class TorchaoInt8(QuantizedTensor):
         scales = Blocks.of(self.scale, self.shape, self.block)
         zeros = None if self.zero_point is None else Blocks.of(self.zero_point, self.shape, self.block)
         return scaled_by_rows(self, lambda rows: self.qdata[rows], scales, zeros)
+
+    def form(self) -> Form | None:
+        """Integers of 8 bits by groups."""
+        return integer_form(8, self.block[1], self.dtype, self.zero_point)
+
+    def codes(self) -> Codes:
+        """Integers and zero points."""
+        form, zeros = self.form(), self.zero_point
+        if form is None:
+            return super().codes()
+        zeros = None if zeros is None else by_output(zeros, self.shape, self.block)
+        return integer_codes(form, self.qdata.T, by_output(self.scale, self.shape, self.block), zeros)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -75,6 +75,13 @@ def gguf_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
     return {keys[name]: row.restore(tensor, config) for name, tensor in stored.items()}
 
 
+def gguf_words(tensors: Mapping[str, Any]) -> str:
+    """The number of weights of a file that are stored in blocks, of which kinds, and in how many bytes."""
+    packed = [tensor for tensor in tensors.values() if tensor.is_quantized]
+    size = sum(tensor.packed_nbytes for tensor in packed)
+    return f"{len(packed)} weights quantized as {', '.join(kinds_of(packed))} in {size:,} bytes"
+
+
 def dequantized_note(name_or_path: Path, gguf_file: str, params: Any) -> str:
     """The line that says what a GGUF file's weights became and the bytes they take; empty for one of plain values."""
     kinds = kinds_of(read_tensors(open_base(name_or_path, gguf_file)).values())

@@ -67,14 +67,20 @@ def load_rounding(
         quantizer, skipped = asked, config.llm_int8_skip_modules
     layouts = []
     for row in rows:
-        layout = _layout(model, row, outside=skipped is not None)
+        layout = matrix_layout(model, row, outside=skipped is not None)
         if layout is not None and not _is_skipped(row, layout, skipped or ()):
             layouts.append((row.path, layout))
     return LoadRounding(quantizer, tuple(layouts))
 
 
-def _layout(model: ModelConfig, row: Row, *, outside: bool) -> Layout | None:
-    """Axes of a matrix that may be rounded; ``outside`` says whether those outside of the layers may be."""
+def matrix_layout(model: ModelConfig, row: Row, *, outside: bool) -> Layout | None:
+    """Axes of a matrix that may be in few bits; None for other leaves, and embeddings.
+
+    Args:
+        model: The architecture.
+        row: The leaf.
+        outside: Whether a matrix outside of the layers may be.
+    """
     layout = family_of(model).layout(model, row.path) or conventional_layout(row.path, row.shape)
     if layout is None or not layout.inp:
         return None

@@ -17,7 +17,15 @@ from peft_jax.interop.quantized import fit_quantized, notice, open_quantized
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
 from peft_jax.models.family import leaf_at, with_leaf
-from peft_jax.models.gguf_checkpoint import base_config, base_files, dequantized_note, gguf_tensors, open_base
+from peft_jax.models.gguf_checkpoint import (
+    base_config,
+    base_files,
+    dequantized_note,
+    gguf_tensors,
+    gguf_words,
+    open_base,
+)
+from peft_jax.models.kept_quantized import kept_leaves, kept_notice, refuse_options
 from peft_jax.models.load_rounding import LoadRounding, load_rounding
 from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.quant import BitsAndBytesConfig
@@ -46,13 +54,15 @@ def read_model(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     quantization_config: BitsAndBytesConfig | None = None,
+    keep_quantized: bool = False,
     gguf_file: str | None = None,
     key: jax.Array | None = None,
     **changes: Any,
 ) -> Loaded:
     """Read architecture and parameters of a checkpoint, and say which of them it lacks, which start at random.
 
-    Quantized weights (`peft_jax.interop.quantized`) are dequantized tensor by tensor, which a warning says.
+    Quantized weights (`peft_jax.interop.quantized`) are dequantized tensor by tensor unless ``keep_quantized`` says
+    otherwise. A warning says what became of them, and how many bytes they take.
 
     Args:
         name_or_path: A folder, or an id on the Hugging Face hub.
@@ -62,7 +72,9 @@ def read_model(
             Embedding, norms, biases and head stay floating-point.
         load_in_4bit: The same in NF4, in blocks of 64.
         quantization_config: The same with all options.
-        gguf_file: Name of a GGUF file in the folder, from which all is read instead, dequantized tensor by tensor. A
+        keep_quantized: Whether the matrices of a quantized checkpoint, or of a GGUF file, stay in its own bits where a
+            weight of `peft_jax.quant` holds them exactly. Their values are those of the dequantized ones.
+        gguf_file: Name of a GGUF file in the folder, from which all is read instead, as a quantized checkpoint is. A
             warning says the bytes that the weights then take. dtype=None means float32 for one with quantized weights.
         key: Random key for a head that the checkpoint does not have; None means ``jax.random.key(0)``.
         **changes: Fields of the config that are not to be as in config.json: ``task_type``, ``num_labels``, ...
@@ -70,7 +82,8 @@ def read_model(
     Raises:
         FileNotFoundError: There is no such folder or id, or a file is missing in it.
         ValueError: The model is of another family or asks for something that is not supported, a file is damaged, the
-            tensors are not those of the config, or several ways of quantizing are asked for.
+            tensors are not those of the config, several ways of quantizing are asked for, or there are no quantized
+            weights to keep.
     """
     folder = find_checkpoint(name_or_path, base_files(gguf_file))
     hf = base_config(folder, gguf_file)
@@ -79,6 +92,7 @@ def read_model(
     quantization, packed = hf.get("quantization_config"), ""
     if gguf_file is not None:
         tensors = gguf_tensors(open_base(folder, gguf_file), found)
+        packed = gguf_words(tensors)
     elif quantization:
         tensors, packed = open_quantized(folder, quantization, family.ignored)
     else:
@@ -92,8 +106,12 @@ def read_model(
         raise ValueError(f"dtype={dtype!r} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
     config, fitted = family.settled(config, fit_keys(family, config, tensors))
     rows = family.rows(config)
+    if keep_quantized:
+        others = {"load_in_8bit=True": load_in_8bit, "load_in_4bit=True": load_in_4bit}
+        refuse_options(name_or_path, fitted, {**others, "quantization_config": quantization_config is not None})
     if quantization:
         fitted = fit_quantized(fitted, rows)
+    if quantization and not keep_quantized:
         warnings.warn(notice(name_or_path, packed, fitted, dtype, load_in_8bit), stacklevel=3)
     fresh = fresh_rows(family, config, rows, fitted)
     rounding = load_rounding(
@@ -104,11 +122,17 @@ def read_model(
         quantization_config=quantization_config,
     )
     convert = _converter(config, jnp.dtype(dtype), rounding)
-    params = load_params(fitted, [row for row in rows if row not in fresh], convert, ignored=unused(family))
+    kept = {}
+    if keep_quantized:
+        kept = kept_leaves(config, rows, fitted, functools.partial(_own_dtype, config, jnp.dtype(dtype)))
+    read = [row for row in rows if row not in fresh]
+    params = load_params(fitted, read, convert, ignored=unused(family), kept=kept)
     if rounding is not None and rounding.quantizer.double_quant:
         params = double_quantized(params)
     paths = tuple(row.path for row in fresh)
-    if gguf_file is not None and (note := dequantized_note(folder, gguf_file, params)):
+    if keep_quantized:
+        warnings.warn(kept_notice(name_or_path, packed, rows, kept, fitted, params, jnp.dtype(dtype)), stacklevel=3)
+    elif gguf_file is not None and (note := dequantized_note(folder, gguf_file, params)):
         warnings.warn(note, stacklevel=3)
     if fresh:
         warnings.warn(
@@ -137,18 +161,22 @@ def random_leaves(
 @functools.lru_cache(maxsize=8)
 def _converter(config: ModelConfig, dtype: jnp.dtype, rounding: LoadRounding | None) -> Callable[[str, jax.Array], Any]:
     """Make what happens to each tensor on its way; one function for each choice, so that programs are shared."""
-    family = family_of(config)
 
     def convert(path: str, array: jax.Array) -> Any:
         layout = None if rounding is None else rounding.layout(path)
-        wide = dtype == jnp.float16 and re.fullmatch(family.float32, path)
-        own = jnp.dtype(jnp.float32) if wide else dtype
+        own = _own_dtype(config, dtype, path)
         if rounding is not None and layout is not None:
             quantizer = rounding.quantizer.without_double_quant()
             return quantizer(array, layout).astype(own)  # rounded once, from the stored element type
         return array.astype(own)
 
     return convert
+
+
+def _own_dtype(config: ModelConfig, dtype: jnp.dtype, path: str) -> jnp.dtype:
+    """The element type of a leaf: some stay in float32 where the others are in float16."""
+    wide = dtype == jnp.float16 and re.fullmatch(family_of(config).float32, path)
+    return jnp.dtype(jnp.float32) if wide else dtype
 
 
 def save_model(

@@ -19,6 +19,7 @@ from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.weight import Change, role_specs
 from peft_jax.quant.double_scale import DoubleScale
 from peft_jax.quant.quantized import Quantized
+from peft_jax.quant.rounded_to import rounded_to
 
 
 class BlockAxes(NamedTuple):
@@ -59,6 +60,8 @@ class Blockwise(Quantized):
         dense_dtype: Element type of the dense array.
         axes: Sizes of the dense array that ``packed`` does not say.
         compute_dtype: Element type that inputs and the dequantized matrix have in products; None for the inputs' own.
+        file_dtype: Element type that the values are rounded to before any other, as the reader of the file that they
+            are from does; None for none.
     """
 
     packed: jax.Array
@@ -67,6 +70,7 @@ class Blockwise(Quantized):
     dense_dtype: jnp.dtype
     axes: BlockAxes
     compute_dtype: jnp.dtype | None
+    file_dtype: jnp.dtype | None = dataclasses.field(default=None, kw_only=True)
 
     @abc.abstractmethod
     def values(self) -> jax.Array:
@@ -139,9 +143,11 @@ class Blockwise(Quantized):
         if self.axes.running:
             inputs, outputs = np.arange(self.block), np.arange(values.shape[-1])
             place = self._running_place(inputs[:, None], outputs[None])
-            return values * jnp.take(scales, place, axis=-1, mode="clip").reshape(values.shape)
+            products = values * jnp.take(scales, place, axis=-1, mode="clip").reshape(values.shape)
+            return rounded_to(products, self.file_dtype)
         between = values.ndim - scales.ndim
-        return values * scales.reshape(*scales.shape[:-1], *(1,) * between, scales.shape[-1])
+        products = values * scales.reshape(*scales.shape[:-1], *(1,) * between, scales.shape[-1])
+        return rounded_to(products, self.file_dtype)
 
     def _running_place(self, inputs: Any, outputs: Any) -> Any:
         """Which of the blocks that run on an element is in."""
@@ -160,8 +166,8 @@ class Blockwise(Quantized):
         values, scales = self.values_at(row), self.scales()
         if self.axes.running:
             outputs = jnp.arange(values.shape[-1]).reshape(*(1,) * row.ndim, -1)
-            return values * scales[self._running_place(row[..., None], outputs)]
-        return values * scales[row // self.block]
+            return rounded_to(values * scales[self._running_place(row[..., None], outputs)], self.file_dtype)
+        return rounded_to(values * scales[row // self.block], self.file_dtype)
 
     def dense(self) -> jax.Array:
         """The dequantized array: value times scale in float32, and then rounded to ``dtype``."""

@@ -56,6 +56,7 @@ class FloatBlocks(Blockwise):
         *,
         block: int = BLOCK,
         compute_dtype: jnp.dtype | str | None = None,
+        file_dtype: jnp.dtype | str | None = None,
     ) -> Self:
         """A weight of numbers and scales that are there already, as in a file.
 
@@ -67,6 +68,7 @@ class FloatBlocks(Blockwise):
             layout: Its axes; by default those of one matrix ``(in, out)``.
             block: Elements that share a scale.
             compute_dtype: Element type of products; None for that of the inputs.
+            file_dtype: Element type that the values are rounded to first; None for none.
 
         Example:
             >>> from peft_jax.quant import NF4
@@ -79,7 +81,8 @@ class FloatBlocks(Blockwise):
         length = matrix.shape[-2] + axes.padding if axes.running else block
         packed = pack(_padded_blocks(matrix, length))
         compute = None if compute_dtype is None else jnp.dtype(compute_dtype)
-        return cls(packed, scale, layout, jnp.dtype(dtype), axes, compute)
+        first = None if file_dtype is None else jnp.dtype(file_dtype)
+        return cls(packed, scale, layout, jnp.dtype(dtype), axes, compute, file_dtype=first)
 
     @classmethod
     def of(

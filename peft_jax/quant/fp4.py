@@ -17,7 +17,7 @@ POSITIVE = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("packed", "scale"),
-    meta_fields=("layout", "dense_dtype", "axes", "compute_dtype"),
+    meta_fields=("layout", "dense_dtype", "axes", "compute_dtype", "file_dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class FP4(FloatBlocks):

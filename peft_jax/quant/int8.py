@@ -21,16 +21,17 @@ from peft_jax.quant.quantized import Quantized, check_array, check_scale
 SMALLEST_STEP = 2.0**-125
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dense_dtype"))
+@partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dense_dtype", "unit"))
 @dataclasses.dataclass(frozen=True)
 class Int8(Quantized):
-    """A matrix in 8 bits: ``q * scale``, computed in float32; ``dense()`` rounds it to ``dtype``.
+    """A matrix in 8 bits: ``q * scale * unit``, computed in float32; ``dense()`` rounds it to ``dtype``.
 
     Attributes:
         q: int8, in the shape of the dense array; between -127 and 127.
-        scale: float32 ``(*stack, out)``: the step of each output channel.
+        scale: float32 ``(*stack, out)``: the step of each output channel, in units.
         layout: Axes of ``q``.
         dense_dtype: Element type of the dense array.
+        unit: What the scales are counted in: 1, or 1/127 of files that hold the largest value of each channel.
     """
 
     kind: ClassVar[str] = "int8"
@@ -39,6 +40,7 @@ class Int8(Quantized):
     scale: jax.Array
     layout: Layout
     dense_dtype: jnp.dtype
+    unit: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,6 +55,7 @@ class Int8(Quantized):
     def dense(self) -> jax.Array:
         """The dequantized array: within half a step, ``scale / 2``, and then rounded to ``dtype``."""
         matrix = self.layout.matrix(self.q).astype(jnp.float32) * self.scale[..., None, :]
+        matrix = matrix if self.unit == 1 else matrix * self.unit
         return self.layout.unmatrix(matrix, self.shape).astype(self.dtype)
 
     @property
@@ -69,10 +72,11 @@ class Int8(Quantized):
         """The product with ``q``, then the scales; backward keeps ``q`` and never its dequantized copy."""
         out = product.preferred_element_type or (self.dtype if product.looks_up else x.dtype)
         matrix = self.layout.matrix(self.q)
+        steps = self.scale if self.unit == 1 else self.scale * self.unit
         if product.looks_up:
             # Only the rows are dequantized. Where an index has no row they are NaN, which integers have none of.
             found = product.full(x, jnp.ones((len(matrix), 1)))
-            return product.scale(product.full(x, matrix).astype(jnp.float32) * found, self.scale).astype(out)
+            return product.scale(product.full(x, matrix).astype(jnp.float32) * found, steps).astype(out)
         # Rounded to bfloat16 before its scales, the product's gradient is one of bfloat16 too. float16 might overflow.
         rounded = x.dtype == out == jnp.bfloat16
         unscaled = product.replace(preferred_element_type=out if rounded else jnp.float32)
@@ -82,7 +86,7 @@ class Int8(Quantized):
         def scaled(x: jax.Array, matrix: jax.Array, scale: jax.Array) -> jax.Array:
             return product.scale(unscaled.full(x, matrix.astype(x.dtype)).astype(jnp.float32), scale)
 
-        return scaled(x, matrix, self.scale).astype(out)
+        return scaled(x, matrix, steps).astype(out)
 
     def astype(self, dtype: jnp.dtype) -> "Int8":
         """The same integers, standing for an array of another element type."""

@@ -13,7 +13,7 @@ from peft_jax.quant.int_blocks import IntBlocks
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("packed", "scale", "zero"),
-    meta_fields=("layout", "dense_dtype", "axes", "compute_dtype"),
+    meta_fields=("layout", "dense_dtype", "axes", "compute_dtype", "file_dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class Int8Groups(IntBlocks):

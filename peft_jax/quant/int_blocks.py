@@ -71,6 +71,7 @@ class IntBlocks(Blockwise):
         *,
         group_size: int = GROUP,
         zero: jax.Array | None = None,
+        file_dtype: jnp.dtype | str | None = None,
     ) -> Self:
         """A weight of codes, scales and zero points that are there already, as in a file.
 
@@ -81,6 +82,7 @@ class IntBlocks(Blockwise):
             layout: Its axes; by default those of one matrix ``(in, out)``.
             group_size: Inputs that share a scale; the last group may have fewer.
             zero: Zero points, integers ``(*stack, groups, out)``; None for 8 of int4, and 0 of int8.
+            file_dtype: Element type that the values are rounded to first; None for none.
 
         Example:
             >>> from peft_jax.quant import Int4
@@ -92,7 +94,8 @@ class IntBlocks(Blockwise):
         layout = Layout() if layout is None else layout
         axes = BlockAxes.of(codes.shape, layout, group_size)
         packed = cls.stored(in_blocks(layout.matrix(codes), group_size))
-        return cls(packed, jnp.asarray(scale, jnp.float32), layout, jnp.dtype(dtype), axes, None, zero)
+        scale, first = jnp.asarray(scale, jnp.float32), None if file_dtype is None else jnp.dtype(file_dtype)
+        return cls(packed, scale, layout, jnp.dtype(dtype), axes, None, zero, file_dtype=first)
 
     @classmethod
     def of(cls, array: jax.Array, layout: Layout, *, group_size: int = GROUP) -> Self:

@@ -23,7 +23,7 @@ VALUES = (
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("packed", "scale"),
-    meta_fields=("layout", "dense_dtype", "axes", "compute_dtype"),
+    meta_fields=("layout", "dense_dtype", "axes", "compute_dtype", "file_dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class NF4(FloatBlocks):

@@ -28,6 +28,8 @@ class ModelOptions:
     """Keep the frozen weights in int8."""
     load_in_4bit: Annotated[bool, INT4] = False
     """Keep the frozen weights in nf4, in blocks of 64 (QLoRA)."""
+    keep_quantized: bool = False
+    """Keep the frozen weights of a base that is quantized already in its own bits, where these have a form here."""
     dtype: Annotated[Dtype | None, DTYPE] = None
     """Element type of the frozen weights; by default that of the checkpoint."""
     remat: Annotated[bool, Option(aliases=("--gradient-checkpointing",))] = False

@@ -178,6 +178,7 @@ def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], a
         "dtype": options.dtype,
         "load_in_8bit": options.load_in_8bit,
         "load_in_4bit": options.load_in_4bit,
+        "keep_quantized": options.keep_quantized,
         "gguf_file": options.gguf_file,
         "remat": options.remat,
     }

@@ -35,6 +35,7 @@ def load_model(options: ModelOptions, task: Task) -> Any:
         dtype=options.dtype,
         load_in_8bit=options.load_in_8bit,
         load_in_4bit=options.load_in_4bit,
+        keep_quantized=options.keep_quantized,
         gguf_file=base.gguf_file,
     )
     if options.adapter is not None:

@@ -37,5 +37,7 @@ class ModelOptions:
     """Keep the base's weights in int8."""
     load_in_4bit: Annotated[bool, INT4] = False
     """Keep the base's weights in nf4, in blocks of 64 (QLoRA)."""
+    keep_quantized: bool = False
+    """Keep the weights of a base that is quantized already in its own bits, where these have a form here."""
     dtype: Annotated[Dtype | None, DTYPE] = None
     """Element type of the base's weights; by default the checkpoint's own."""

@@ -43,13 +43,15 @@ class AutoHandle:
         load_in_8bit: bool = False,
         load_in_4bit: bool = False,
         quantization_config: BitsAndBytesConfig | None = None,
+        keep_quantized: bool = False,
         gguf_file: str | None = None,
         remat: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
         """Read a Hugging Face checkpoint; a head (or pooler) that it lacks is initialized at random, with a warning.
 
-        The weights of a quantized checkpoint (`peft_jax.interop.quantized`) are dequantized, which a warning says.
+        The weights of a quantized checkpoint (`peft_jax.interop.quantized`) are dequantized unless ``keep_quantized``
+        is True. A warning says what became of them.
 
         Args:
             name_or_path: Folder, or id on the Hugging Face hub.
@@ -57,9 +59,12 @@ class AutoHandle:
             load_in_8bit: Quantize the layers' matmul weights while they are read, tensor by tensor; embeddings,
                 norms and the output head stay in float.
             gguf_file: Name of a GGUF file in the folder, which is read instead of its other files and dequantized
-                tensor by tensor (needs peft-jax[gguf]). A warning says how many bytes the weights then take.
+                tensor by tensor unless ``keep_quantized`` is True (needs peft-jax[gguf]). A warning says how many bytes
+                the weights then take.
             load_in_4bit: The same in NF4, in blocks of 64 (QLoRA), without double quantization.
             quantization_config: The same with all options of transformers' ``BitsAndBytesConfig``.
+            keep_quantized: Whether the matrices of a checkpoint that is quantized already stay in its own bits, where a
+                weight of `peft_jax.quant` holds them exactly, as transformers keeps them. The others are dequantized.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
 
@@ -75,6 +80,7 @@ class AutoHandle:
             load_in_8bit=load_in_8bit,
             load_in_4bit=load_in_4bit,
             quantization_config=quantization_config,
+            keep_quantized=keep_quantized,
             gguf_file=gguf_file,
             key=key,
         )
@@ -179,6 +185,7 @@ class _AutoClassifier(AutoHandle):
         load_in_8bit: bool = False,
         load_in_4bit: bool = False,
         quantization_config: BitsAndBytesConfig | None = None,
+        keep_quantized: bool = False,
         gguf_file: str | None = None,
         remat: bool = False,
         key: jax.Array | None = None,
@@ -195,9 +202,12 @@ class _AutoClassifier(AutoHandle):
             load_in_8bit: Quantize the layers' matmul weights while they are read, tensor by tensor; embeddings,
                 norms and the output head stay in float.
             gguf_file: Name of a GGUF file in the folder, which is read instead of its other files and dequantized
-                tensor by tensor (needs peft-jax[gguf]). A warning says how many bytes the weights then take.
+                tensor by tensor unless ``keep_quantized`` is True (needs peft-jax[gguf]). A warning says how many bytes
+                the weights then take.
             load_in_4bit: The same in NF4, in blocks of 64 (QLoRA), without double quantization.
             quantization_config: The same with all options of transformers' ``BitsAndBytesConfig``.
+            keep_quantized: Whether the matrices of a checkpoint that is quantized already stay in its own bits, where a
+                weight of `peft_jax.quant` holds them exactly, as transformers keeps them. The others are dequantized.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
 
@@ -229,6 +239,7 @@ class _AutoClassifier(AutoHandle):
             load_in_8bit=load_in_8bit,
             load_in_4bit=load_in_4bit,
             quantization_config=quantization_config,
+            keep_quantized=keep_quantized,
             gguf_file=gguf_file,
             key=key,
             **changes,
