@@ -1,4 +1,4 @@
-"""Write docs/quantization.md: the formats of weights, bytes per weight, and the reference that each equals.
+"""Write docs/quantization.md: formats of weights and of files, bytes per weight, and the reference that each equals.
 
     python tools/quantization_table.py docs/quantization.md
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from peft_jax.interop.packed_codes import Codes, Form, Kept, kept_weight
 
 from peft_jax.core.layout import Layout
 from peft_jax.quant import Quantizer
@@ -34,6 +36,26 @@ bitsandbytes; groups of int4 and int8 do not, the last one of a channel is short
 
 An adapter that was trained on a quantized base is merged into the float weights (`peft-jax merge`), which rounds once,
 or into the quantized ones (`pj.merge_quantized`), which reports what rounding loses for each leaf.
+"""
+
+READ_HEAD = """
+## Quantized checkpoints and GGUF files
+
+All of these are read, with the values of the reference, and dequantized tensor by tensor by default.
+`keep_quantized=True` (`--keep-quantized`) keeps them in their own bits, as transformers does by default, where a weight
+above holds them exactly. The others are then dequantized as before, and a warning says how many, in how many bytes, and
+which. The kept values are those of the dequantized ones to the last bit, rounded to the element type of the file first
+(`tests/test_kept_quantized.py`). It excludes `load_in_8bit`, `load_in_4bit` and `quantization_config`, which quantize a
+dequantized checkpoint anew.
+
+| file | read | kept as | bytes per weight | exact against |
+|---|---|---|---|---|
+"""
+READ_TAIL = """
+Bytes are those of a kept matrix with float16 scales in the file, which are float32 here, and 8-bit zero points. A leaf
+is kept if all of its layers are of one form, and their matrices are those of plain layers; embeddings, and experts in
+one tensor, are dequantized. Of act-order, runs of inputs of one group are kept, and other orders are dequantized.
+Formats that quantize activations too are read as weights alone.
 """
 
 
@@ -74,13 +96,73 @@ FORMATS = (
 )
 
 
-def bytes_per_weight(quantizer: Quantizer) -> float:
-    """Bytes that a large matrix takes in a format, divided by its elements."""
-    weight = jax.eval_shape(lambda: quantizer(jnp.zeros((SIDE, SIDE)), Layout()))
+class File(NamedTuple):
+    """A row: a format of files, the form that it is kept in if there is one, and the reference of its values."""
+
+    name: str
+    read: str
+    form: Form | None
+    reference: str
+
+
+HALF = np.dtype(np.float16)
+KEPT_AS = {
+    ("nf4", False): "`NF4`, `FP4`",
+    ("int4", False): "`Int4`",
+    ("int8", False): "`Int8Groups`",
+    ("int8", True): "`Int8`",
+}
+BY_128 = "groups of 128"
+FILES = (
+    File("bitsandbytes nf4, fp4", "yes", Form("nf4", 64, HALF), "bitsandbytes"),
+    File("the same, double quantization", "yes", Form("nf4", 64, HALF, is_nested=True), "bitsandbytes"),
+    File("bitsandbytes int8", "yes", Form("int8", None, np.dtype(np.float32)), "bitsandbytes"),
+    File(f"GPTQ, 2 to 4 bits, {BY_128}", "yes", Form("int4", 128, HALF, has_zeros=True), "its formula, in PyTorch"),
+    File(f"GPTQ, 8 bits, {BY_128}", "yes", Form("int8", 128, HALF, has_zeros=True), "its formula, in PyTorch"),
+    File("GPTQ, act-order", "yes", None, "its formula, in PyTorch"),
+    File(f"AWQ (gemm), {BY_128}", "yes", Form("int4", 128, HALF, has_zeros=True), "its formula, in PyTorch"),
+    File(f"compressed-tensors, int1 to int4, {BY_128}", "yes", Form("int4", 128, HALF), "compressed-tensors"),
+    File("compressed-tensors, int5 to int8, by channel", "yes", Form("int8", SIDE, HALF), "compressed-tensors"),
+    File("compressed-tensors, fp8", "yes", None, "compressed-tensors"),
+    File("fp8 by blocks, rows or tensors", "yes", None, "transformers; FBGEMM's: its formula"),
+    File("mxfp4", "yes", None, "transformers"),
+    File("torchao int8, by channel", "yes", Form("int8", SIDE, HALF), "torchao"),
+    File("torchao Int4Tensor", "yes", None, "its formula, in PyTorch"),
+    File("GGUF Q4_0", "yes", Form("int4", 32, np.dtype(np.float32)), "gguf"),
+    File("GGUF Q8_0", "yes", Form("int8", 32, np.dtype(np.float32)), "gguf"),
+    File("GGUF Q4_1, Q5_0, Q5_1, Q2_K to Q6_K", "yes", None, "gguf, transformers"),
+)
+
+
+def per_weight(weight: object) -> float:
+    """Bytes of a matrix's arrays, divided by its elements."""
     total = 0
     for array in jax.tree.leaves(weight):
         total += array.size * array.dtype.itemsize
     return total / SIDE**2
+
+
+def bytes_per_weight(quantizer: Quantizer) -> float:
+    """Bytes that a large matrix takes in a format, divided by its elements."""
+    return per_weight(jax.eval_shape(lambda: quantizer(jnp.zeros((SIDE, SIDE)), Layout())))
+
+
+def kept_bytes_per_weight(form: Form) -> float:
+    """Bytes that a large matrix of a file takes if it is kept, divided by its elements."""
+
+    def array(shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    groups = SIDE // (form.group_size or SIDE)
+    codes = Codes(
+        numbers=array((SIDE, SIDE), np.int8),
+        scale=array((groups, SIDE) if form.group_size else (SIDE,), np.uint8 if form.is_nested else np.float32),
+        zeros=array((groups, SIDE), np.uint8) if form.has_zeros else None,
+        largest=array((groups * SIDE // 256,), np.float32) if form.is_nested else None,
+        offset=array((), np.float32) if form.is_nested else None,
+    )
+    kept = Kept(form, Layout(), HALF)
+    return per_weight(jax.eval_shape(lambda codes: kept_weight(codes, kept), codes))
 
 
 def table() -> str:
@@ -89,7 +171,16 @@ def table() -> str:
     for row in FORMATS:
         size = f"{bytes_per_weight(row.quantizer):.4f}"
         lines.append(f"| {row.name} | {row.written} | {size} | yes | {row.reference} |\n")
-    return HEAD + "".join(lines) + TAIL
+    read = []
+    for file in FILES:
+        size, kept = "2 (bfloat16)", "no: dequantized"
+        if file.form is not None:
+            size, kept = (
+                f"{kept_bytes_per_weight(file.form):.4f}",
+                KEPT_AS[file.form.kind, file.form.group_size is None],
+            )
+        read.append(f"| {file.name} | {file.read} | {kept} | {size} | {file.reference} |\n")
+    return HEAD + "".join(lines) + TAIL + READ_HEAD + "".join(read) + READ_TAIL
 
 
 if __name__ == "__main__":
