@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_quantized_files import IDS, torch_llama
 
 import peft_jax as pj
+from peft_jax.cli.demo_data import MODEL, TRAIN
+from peft_jax.cli.main import main
 from peft_jax.quant import FP4, NF4, Int4, Int8, Int8Groups, Quantized, nbytes
 from peft_jax.quant.rounded_to import rounded_to
 
@@ -311,6 +313,22 @@ def test_options_that_exclude_each_other(tmp_path):
     torch_llama().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="keep_quantized=True, but '.*plain' holds no quantized weights. Leave it out"):
         read(tmp_path / "plain", keep_quantized=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["finetune", "--data", str(TRAIN), "--output", "job", "--keep-quantized"],
+        ["generate", "a prompt", "--keep-quantized"],
+        ["eval", "--data", str(TRAIN), "--keep-quantized"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_commands_hand_the_flag_to_the_reader(command, tmp_path, monkeypatch, capsys):
+    """Which says that there is nothing to keep."""
+    monkeypatch.chdir(tmp_path)
+    assert main([command[0], "--model", str(MODEL), *command[1:]]) != 0
+    assert "keep_quantized=True, but" in capsys.readouterr().err
 
 
 def test_values_that_are_not_finite_are_found(tmp_path):

@@ -15,8 +15,9 @@ torchao             Int8Tensor, IntxUnpackedToInt8Tensor, Int4Tensor            
 ==================  ==============================================================  =================================
 
 Other layouts are refused by name. A weight stays packed, a `QuantizedTensor` under the key that it has in a checkpoint
-which is not quantized, until it is read as an array: then it is dequantized, and none of it is kept. Modules that were
-not converted are what they are. Formats that round activations too are read as weights alone.
+which is not quantized, until it is read as an array: then it is dequantized, and none of it is kept. One that has a
+`form` may be read as its numbers and scales instead (``keep_quantized=True``). Modules that were not converted are what
+they are. Formats that round activations too are read as weights alone.
 """
 
 from peft_jax.interop.quantized.base import QuantizedTensor as QuantizedTensor
