@@ -5,7 +5,7 @@ unpacked and packed again one tensor at a time, as a file's order of bits is its
 """
 
 import abc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,13 @@ class Codes(NamedTuple):
 
 
 class Packed(abc.ABC):
-    """A tensor of a file that is read as an array, and may be in few bits there."""
+    """A tensor of a file that is read as an array, and may be in few bits there.
+
+    Attributes:
+        shape: That of the values.
+    """
+
+    shape: Any
 
     @property
     def is_quantized(self) -> bool:
@@ -108,14 +114,16 @@ def kept_weight(codes: Codes, kept: Kept) -> Quantized:
         codes = jax.tree.map(lambda array: array[None], codes)
     if form.group_size is None:
         return Int8(jnp.asarray(codes.numbers), jnp.asarray(codes.scale), layout, jnp.dtype(dtype), form.unit)
-    scale = jnp.asarray(codes.scale)
+    numbers, scale = jnp.asarray(codes.numbers), jnp.asarray(codes.scale)
     if form.kind in FLOATS:
         scales = DoubleScale(scale, jnp.asarray(codes.largest), jnp.asarray(codes.offset)) if form.is_nested else scale
         floats = FLOATS[form.kind]
-        return floats.from_codes(codes.numbers, scales, dtype, layout, block=form.group_size, file_dtype=form.dtype)
+        return floats.from_codes(numbers, scales, dtype, layout, block=form.group_size, file_dtype=form.dtype)
     integers = INTEGERS[form.kind]
-    options = {"group_size": form.group_size, "zero": codes.zeros, "file_dtype": form.dtype}
-    return integers.from_codes(codes.numbers, scale, dtype, layout, **options)
+    zero = None if codes.zeros is None else jnp.asarray(codes.zeros)
+    return integers.from_codes(
+        numbers, scale, dtype, layout, group_size=form.group_size, zero=zero, file_dtype=form.dtype
+    )
 
 
 def integer_form(

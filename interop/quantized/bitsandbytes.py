@@ -93,14 +93,13 @@ class Bnb4bit(QuantizedTensor):
 
     def form(self) -> Form | None:
         """NF4 or FP4; scales in 8 bits are kept if their table and blocks are those of bitsandbytes today."""
-        is_nested = self.nested_table is not None
         if len(self.shape) != 2:
             return None
-        if is_nested and (
-            self.nested_blocksize != NESTED_BLOCK or not np.array_equal(self.nested_table, NESTED_VALUES)
-        ):
-            return None
-        return Form(self.quant_type, self.blocksize, self.dtype, is_nested=is_nested)
+        form = Form(self.quant_type, self.blocksize, self.dtype)
+        if self.nested_table is None:
+            return form
+        fits = self.nested_blocksize == NESTED_BLOCK and np.array_equal(self.nested_table, NESTED_VALUES)
+        return form._replace(is_nested=True) if fits else None
 
     def codes(self) -> Codes:
         """The elements in halves of bytes, and the largest magnitudes by blocks of each output."""
