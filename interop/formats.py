@@ -105,6 +105,7 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("shira_indices", "shira_indices", ("out_in", "places")),
         ),
     },
+    "FOURIERFT": {False: (Row("fourierft_spectrum", "fourierft_spectrum", ("frequencies",)),)},
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),

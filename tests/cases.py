@@ -379,6 +379,32 @@ METHODS: dict[str, MethodCase] = {
         conv1d=False,
         scales=True,
     ),
+    "FOURIERFT": MethodCase(
+        config="FourierFTConfig",
+        tiny={"n_frequency": 20, "init_weights": True},
+        stacked={"n_frequency": 20, "n_frequency_pattern": {r"layers\.1\..*": 9}},
+        llama={
+            "FOURIERFT": {
+                "n_frequency": 60,
+                "target_modules": TARGETS,
+                "n_frequency_pattern": {r"layers\.1\.self_attn\.q_proj": 90, "down_proj": 40},
+                "bias": "fourierft_only",
+            },
+            "FOURIERFT of a seed": {
+                "n_frequency": 50,
+                "scaling": 40.0,
+                "random_loc_seed": 5,
+                "target_modules": ["up_proj"],
+                "modules_to_save": ["norm"],
+                "layers_to_transform": [0, 2],
+            },
+        },
+        models={"FOURIERFT": {"n_frequency": 60, "target_modules": TARGETS}},
+        starts={"FOURIERFT": {}, "FOURIERFT of zeros": {"init_weights": True}},
+        trained={"FOURIERFT": {"n_frequency": 60}},
+        finetune={"n_frequency": 50},
+        scales=True,
+    ),
     "LOHA": MethodCase(
         config="LoHaConfig",
         tiny={"r": 3, "alpha": 5},

@@ -309,6 +309,35 @@ def test_shira_of_places_that_a_user_chose_is_read_from_its_file(tmp_path):
     assert loaded["dense"]["kernel"].state["shira_indices"].dtype == jnp.int32
 
 
+def test_fourierft_has_a_spectrum_at_few_frequencies(dense):
+    config = pj.FourierFTConfig(n_frequency=7, scaling=3.0, random_loc_seed=2, target_modules=["dense"])
+    params = pj.apply_adapter(dense, config)
+    change = np.asarray(pj.merge(params)["dense"]["kernel"] - dense["dense"]["kernel"])
+    # The real part keeps the half of a spectrum that is its own mirror image.
+    spectrum = np.zeros((4, 6))
+    torch = pytest.importorskip("torch")
+    places = torch.randperm(24, generator=torch.Generator().manual_seed(2))[:7].numpy()
+    spectrum.flat[places] = params["dense"]["kernel"].params["fourierft_spectrum"]
+    mirror = np.roll(spectrum[::-1, ::-1], (1, 1), (0, 1))
+    close(np.fft.fft2(change.T), 1.5 * (spectrum + mirror))
+
+
+@pytest.mark.parametrize("method", [pj.FourierFTConfig])
+def test_sparse_spectra_of_stacked_layers_have_sizes_of_their_own(method):
+    config = method(n_frequency=5, n_frequency_pattern={"layers.1.dense": 3}, target_modules=["dense"])
+    layout = {".*kernel": pj.Layout((0,), (1,), (2,))}
+    params = perturbed(pj.apply_adapter({"layers": {"dense": {"kernel": normal(0, 2, 6, 4)}}}, config, layout=layout))
+    leaf = params["layers"]["dense"]["kernel"]
+
+    def loss(arrays):
+        return jnp.sum(jnp.sin(dataclasses.replace(leaf, params=arrays).dense()))
+
+    (gradient,) = jax.grad(loss)(leaf.params).values()
+    assert np.abs(gradient[0]).min() > 0 and np.abs(gradient[1, :3]).min() > 0
+    assert not np.any(gradient[1, 3:]), "padding is trained"
+    assert "trainable params: 8 ||" in pj.summary(params)
+
+
 @pytest.mark.parametrize("split", ["in", "out"])
 def test_delora_of_a_matrix_spread_over_devices(split):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))

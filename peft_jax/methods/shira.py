@@ -4,7 +4,6 @@ Bhardwaj et al., 2024, https://arxiv.org/abs/2406.13175, section 3. Numbers foll
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.frozen_arrays import FrozenArrays
 from peft_jax.methods.ranked import Ranked
 from peft_jax.methods.target_fields import TargetFields
+from peft_jax.methods.torch_draws import permutation
 
 VALUES, PLACES = "shira_weight", "shira_indices"
 TORCH_SEED = 67280421310721  # of a generator that is given none
@@ -87,7 +87,8 @@ class ShiraConfig(TargetFields, FrozenArrays, Ranked):
         params, state = super().init(layout, shape, names, adapted, key)
         n_in, n_out = layout.sizes(shape)
         seed = TORCH_SEED if self.random_seed is None else self.random_seed
-        places = np.unravel_index(drawn_places(seed, n_in * n_out, params[VALUES].shape[-1]), (n_out, n_in))
+        drawn = np.sort(permutation(seed, n_in * n_out, params[VALUES].shape[-1]))
+        places = np.unravel_index(drawn, (n_out, n_in))
         state[PLACES] = jnp.broadcast_to(jnp.asarray(places, jnp.int32), state[PLACES].shape)
         return params, state
 
@@ -101,26 +102,3 @@ class ShiraConfig(TargetFields, FrozenArrays, Ranked):
         values = state["scaling"].astype(params[VALUES].dtype) * params[VALUES]
         outputs, inputs = state[PLACES].astype(jnp.int32)
         return matrix.astype(values.dtype).at[inputs, outputs].add(values).astype(matrix.dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def drawn_places(seed: int, size: int, count: int) -> np.ndarray:
-    """The first ``count`` of PyTorch's random permutation of ``size`` numbers, in order.
-
-    Its CPU generator is the Mersenne Twister of NumPy's legacy generator. The permutation is a shuffle by exchanges
-    from the front (Fisher and Yates), of which the first numbers need only the first exchanges.
-
-    Example:
-        >>> drawn_places(0, 10, 3).tolist()  # torch.randperm(10, generator=torch.Generator().manual_seed(0))[:3]
-        [1, 4, 7]
-    """
-    steps = min(count, size - 1)
-    bits = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=steps, dtype=np.uint32)
-    moved: dict[int, int] = {}
-    drawn = []
-    for step, random in enumerate(bits.tolist()):
-        other = step + random % (size - step)
-        drawn.append(moved.get(other, other))
-        moved[other] = moved.get(step, step)
-    drawn += [moved.get(size - 1, size - 1)] * (count - steps)
-    return np.sort(np.array(drawn))

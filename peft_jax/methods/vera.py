@@ -4,7 +4,6 @@ Kopiczko et al., 2023, https://arxiv.org/abs/2310.11454, equation 2. Numbers fol
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability, check_rank
 from peft_jax.methods.shared_arrays import SharedArrays
 from peft_jax.methods.target_fields import LayerFields, TargetFields
+from peft_jax.methods.torch_draws import kaiming_uniform, seeded
 
 
 @register("VERA")
@@ -97,9 +97,11 @@ class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
 
     def shared(self, sizes: Sequence[tuple[int, int]]) -> dict[str, jax.Array]:
         """Drawn as PyTorch's ``kaiming_uniform_`` draws them one after the other, from ``projection_prng_key``."""
-        generator = np.random.RandomState(self.projection_prng_key % 2**32)
+        generator = seeded(self.projection_prng_key)
         shapes = self.shared_shapes(sizes)
-        return {role: jnp.asarray(_kaiming(generator, (out, fan_in)).T) for role, (fan_in, out) in shapes.items()}
+        return {
+            role: jnp.asarray(kaiming_uniform(generator, (out, fan_in)).T) for role, (fan_in, out) in shapes.items()
+        }
 
     def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
         """The beginnings of the random matrices, for each stacked layer."""
@@ -122,16 +124,6 @@ class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
         inner = product.scale(inner, params["vera_lambda_d"])
         update = product.scale(product.up(inner, random_b), _outer(params, state))
         return (y.astype(update.dtype) + update).astype(y.dtype)
-
-
-def _kaiming(generator: np.random.RandomState, shape: tuple[int, int]) -> Float[np.ndarray, "out in"]:
-    """The numbers that PyTorch's CPU generator, the same Mersenne Twister, draws for ``(out, in)`` from the same seed.
-
-    Of 32 random bits it takes the lower 24; the product and the sum are rounded once, as by a fused instruction.
-    """
-    bound = np.float32(math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1])))
-    bits = generator.randint(0, 2**32, size=shape, dtype=np.uint32) % 2**24
-    return (bits * 2.0**-24 * np.float64(bound + bound) - np.float64(bound)).astype(np.float32)
 
 
 def _random(params: Arrays, state: Arrays) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
