@@ -106,6 +106,7 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
         ),
     },
     "FOURIERFT": {False: (Row("fourierft_spectrum", "fourierft_spectrum", ("frequencies",)),)},
+    "C3A": {False: (Row("c3a_kernel", "c3a_kernel", ("out_blocks", "in_blocks", "offsets")),)},
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),

@@ -405,6 +405,35 @@ METHODS: dict[str, MethodCase] = {
         finetune={"n_frequency": 50},
         scales=True,
     ),
+    "C3A": MethodCase(
+        config="C3AConfig",
+        tiny={"block_size": 4, "init_weights": True},
+        stacked={"block_size": 4, "block_size_pattern": {r"layers\.1\..*": 2}},
+        llama={
+            "C3A": {
+                "block_size": 8,
+                "target_modules": TARGETS,
+                "block_size_pattern": {r"layers\.1\.self_attn\.q_proj": 4},
+                "bias": "all",
+            },
+            "C3A of some layers": {
+                "block_size": 4,
+                "init_weights": "gaussian",
+                "target_modules": ["up_proj"],
+                "modules_to_save": ["norm"],
+                "layers_to_transform": [0, 2],
+            },
+        },
+        models={"C3A": {"block_size": 8, "target_modules": TARGETS}},
+        starts={
+            "C3A": {},
+            "C3A of zeros": {"init_weights": True},
+            "C3A gaussian": {"init_weights": "gaussian"},
+            "C3A kaiming": {"init_weights": "kaiming_uniform", "block_size": 128},
+        },
+        finetune={"block_size": 8},
+        conv1d=False,
+    ),
     "LOHA": MethodCase(
         config="LoHaConfig",
         tiny={"r": 3, "alpha": 5},

@@ -338,6 +338,55 @@ def test_sparse_spectra_of_stacked_layers_have_sizes_of_their_own(method):
     assert "trainable params: 8 ||" in pj.summary(params)
 
 
+def test_c3a_is_circular_convolutions_of_blocks(dense):
+    params = perturbed(pj.apply_adapter(dense, pj.C3AConfig(block_size=2, target_modules=["dense"])))
+    kernel, x = params["dense"]["kernel"].params["c3a_kernel"], normal(3, 5, 6)
+    transformed = np.einsum("xif,oif->xof", np.fft.ifft(np.reshape(x, (5, 3, 2))), np.fft.fft(kernel))
+    close(pj.adapt(layer)(params, x) - layer(dense, x), np.fft.fft(transformed).real.reshape(5, 4) / 6)
+    with pytest.raises(ValueError, match=r"block_size=4\) needs a divisor of the 6 inputs and 4 outputs of 'dense'"):
+        pj.apply_adapter(dense, pj.C3AConfig(block_size=4, target_modules=["dense"]))
+
+
+def test_c3a_has_pefts_gradient_of_its_kernel():
+    """That of the inputs is right here and not in PEFT, so that whole models train otherwise there."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    options = {"block_size": 2, "target_modules": ["dense"]}
+    theirs = peft.get_peft_model(torch.nn.ModuleDict({"dense": torch.nn.Linear(6, 4)}), peft.C3AConfig(**options))
+    dense = theirs.base_model.model["dense"]
+    weight, kernel = dense.base_layer.weight, dense.c3a_kernel["default"]
+    x = normal(3, 5, 6)
+    given = torch.tensor(np.array(x), requires_grad=True)
+    torch.sin(dense(given)).sum().backward()
+    tree = {
+        "dense": {"kernel": jnp.array(weight.detach().numpy().T), "bias": jnp.array(dense.base_layer.bias.detach())}
+    }
+    params = pj.apply_adapter(tree, pj.C3AConfig(**options))
+    leaf = dataclasses.replace(params["dense"]["kernel"], params={"c3a_kernel": jnp.array(kernel.detach().numpy())})
+
+    def loss(arrays, x):
+        return jnp.sum(jnp.sin(dataclasses.replace(leaf, params=arrays).apply(x) + tree["dense"]["bias"][None]))
+
+    of_kernel, of_x = jax.grad(loss, argnums=(0, 1))(leaf.params, x)
+    close(of_kernel["c3a_kernel"], kernel.grad.numpy())
+    y = x @ leaf.dense() + tree["dense"]["bias"][None]
+    close(of_x, jnp.cos(y) @ leaf.dense().T)
+
+
+def test_c3a_blocks_of_stacked_layers_have_sizes_of_their_own():
+    kernel = normal(0, 2, 8, 4)
+    options = {"target_modules": ["dense"], "block_size_pattern": {"layers.1.dense": 2}}
+    layout = {".*kernel": pj.Layout((0,), (1,), (2,))}
+    params = pj.apply_adapter(
+        {"layers": {"dense": {"kernel": kernel}}}, pj.C3AConfig(block_size=4, **options), layout=layout
+    )
+    change = pj.merge(params)["layers"]["dense"]["kernel"] - kernel
+    for part, size in zip(np.asarray(change), (4, 2), strict=True):
+        blocks = part.reshape(8 // size, size, 4 // size, size)
+        for step in range(size):
+            close(np.roll(blocks, (step, step), (1, 3)), blocks)
+    assert f"trainable params: {32 // 4 + 32 // 2} ||" in pj.summary(params)
+
+
 @pytest.mark.parametrize("split", ["in", "out"])
 def test_delora_of_a_matrix_spread_over_devices(split):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))

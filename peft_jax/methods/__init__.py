@@ -4,6 +4,7 @@ from peft_jax.methods.adalora.config import AdaLoraConfig as AdaLoraConfig
 from peft_jax.methods.base import PeftConfig as PeftConfig
 from peft_jax.methods.beft import BeftConfig as BeftConfig
 from peft_jax.methods.boft import BOFTConfig as BOFTConfig
+from peft_jax.methods.c3a import C3AConfig as C3AConfig
 from peft_jax.methods.delora import DeloraConfig as DeloraConfig
 from peft_jax.methods.fourierft import FourierFTConfig as FourierFTConfig
 from peft_jax.methods.hira import HiraConfig as HiraConfig
