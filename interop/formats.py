@@ -107,6 +107,7 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
     },
     "FOURIERFT": {False: (Row("fourierft_spectrum", "fourierft_spectrum", ("frequencies",)),)},
     "C3A": {False: (Row("c3a_kernel", "c3a_kernel", ("out_blocks", "in_blocks", "offsets")),)},
+    "ROAD": {False: (Row("road_theta", "road_theta", ("turns",)), Row("road_alpha", "road_alpha", ("turns",)))},
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),

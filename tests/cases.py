@@ -434,6 +434,29 @@ METHODS: dict[str, MethodCase] = {
         finetune={"block_size": 8},
         conv1d=False,
     ),
+    "ROAD": MethodCase(
+        config="RoadConfig",
+        tiny={"group_size": 4},
+        variants={
+            "ROAD of outputs": {"group_size": 4, "variant": "road_2"},
+            "ROAD of both": {"group_size": 4, "variant": "road_4"},
+        },
+        llama={
+            "ROAD": {"group_size": 8, "target_modules": TARGETS},
+            "ROAD of outputs": {
+                "variant": "road_2",
+                "group_size": 4,
+                "target_modules": ["up_proj"],
+                "modules_to_save": ["norm"],
+            },
+            "ROAD of both": {"variant": "road_4", "group_size": 8, "target_modules": TARGETS},
+        },
+        models={"ROAD": {"group_size": 8, "target_modules": TARGETS}},
+        starts={"ROAD": {}, "ROAD random": {"variant": "road_4", "init_weights": False}},
+        trained={"ROAD": {"group_size": 8}},
+        finetune={"group_size": 8},
+        conv1d=False,
+    ),
     "LOHA": MethodCase(
         config="LoHaConfig",
         tiny={"r": 3, "alpha": 5},

@@ -387,6 +387,20 @@ def test_c3a_blocks_of_stacked_layers_have_sizes_of_their_own():
     assert f"trainable params: {32 // 4 + 32 // 2} ||" in pj.summary(params)
 
 
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
+def test_road_turns_pairs_of_outputs_with_the_bias(variant, dense):
+    config = pj.RoadConfig(variant=variant, group_size=4, target_modules=["dense"])
+    params = perturbed(pj.apply_adapter(dense, config))
+    x = normal(3, 5, 6)
+    y, turned = np.asarray(layer(dense, x)), np.asarray(pj.adapt(layer)(params, x))
+    close(layer(pj.merge(params), x), turned)
+    if variant == "road_1":  # one angle and one scale for each pair: lengths are scaled
+        scales = np.abs(params["dense"]["kernel"].params["road_alpha"])
+        close(np.hypot(turned[:, :2], turned[:, 2:]), scales * np.hypot(y[:, :2], y[:, 2:]))
+    with pytest.raises(ValueError, match="group_size=8.* needs a divisor of the 4 outputs of 'dense'"):
+        pj.apply_adapter(dense, config.replace(group_size=8))
+
+
 @pytest.mark.parametrize("split", ["in", "out"])
 def test_delora_of_a_matrix_spread_over_devices(split):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
