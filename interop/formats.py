@@ -108,6 +108,14 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
     "FOURIERFT": {False: (Row("fourierft_spectrum", "fourierft_spectrum", ("frequencies",)),)},
     "C3A": {False: (Row("c3a_kernel", "c3a_kernel", ("out_blocks", "in_blocks", "offsets")),)},
     "ROAD": {False: (Row("road_theta", "road_theta", ("turns",)), Row("road_alpha", "road_alpha", ("turns",)))},
+    "GRALORA": {
+        False: (
+            Row("gralora_A", "gralora_A", ("blocks", "part", "rank")),
+            Row("gralora_B", "gralora_B", ("blocks", "rank", "part")),
+            Row("gralora_A_general", "gralora_A_general.weight", ("rank", "in")),
+            Row("gralora_B_general", "gralora_B_general.weight", ("out", "rank")),
+        ),
+    },
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),

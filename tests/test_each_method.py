@@ -401,6 +401,19 @@ def test_road_turns_pairs_of_outputs_with_the_bias(variant, dense):
         pj.apply_adapter(dense, config.replace(group_size=8))
 
 
+def test_gralora_has_a_grid_of_low_rank_blocks():
+    kernel = normal(0, 12, 8)
+    config = pj.GraloraConfig(r=4, gralora_k=4, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter({"dense": {"kernel": kernel}}, config)
+    change = np.asarray(pj.merge(params)["dense"]["kernel"] - kernel)
+    assert np.linalg.matrix_rank(change, tol=1e-4) > 4, "a LoRA of that many numbers has rank 4"
+    blocks = change.reshape(4, 3, 4, 2).transpose(0, 2, 1, 3)
+    assert (np.linalg.matrix_rank(blocks, tol=1e-4) == 1).all()
+    assert "trainable params: 80 ||" in pj.summary(params)  # 4 (12 + 8)
+    with pytest.raises(ValueError, match=r"gralora_k=4\) needs a divisor of the 12 inputs and 6 outputs of 'dense'"):
+        pj.apply_adapter({"dense": {"kernel": kernel[:, :6]}}, config)
+
+
 @pytest.mark.parametrize("split", ["in", "out"])
 def test_delora_of_a_matrix_spread_over_devices(split):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))

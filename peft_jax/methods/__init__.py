@@ -7,6 +7,7 @@ from peft_jax.methods.boft import BOFTConfig as BOFTConfig
 from peft_jax.methods.c3a import C3AConfig as C3AConfig
 from peft_jax.methods.delora import DeloraConfig as DeloraConfig
 from peft_jax.methods.fourierft import FourierFTConfig as FourierFTConfig
+from peft_jax.methods.gralora import GraloraConfig as GraloraConfig
 from peft_jax.methods.hira import HiraConfig as HiraConfig
 from peft_jax.methods.hra import HRAConfig as HRAConfig
 from peft_jax.methods.ia3 import IA3Config as IA3Config
