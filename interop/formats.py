@@ -116,6 +116,7 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("gralora_B_general", "gralora_B_general.weight", ("out", "rank")),
         ),
     },
+    "WAVEFT": {False: (Row("waveft_spectrum", "waveft_spectrum", ("frequencies",)),)},
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),

@@ -15,6 +15,7 @@ import peft_jax as pj
 from peft_jax.methods import base
 from peft_jax.methods.lokr import factorization
 from peft_jax.methods.oft import nearest_divisor
+from peft_jax.methods.waveft import daubechies
 from peft_jax.models.defaults import method_defaults
 
 
@@ -322,7 +323,7 @@ def test_fourierft_has_a_spectrum_at_few_frequencies(dense):
     close(np.fft.fft2(change.T), 1.5 * (spectrum + mirror))
 
 
-@pytest.mark.parametrize("method", [pj.FourierFTConfig])
+@pytest.mark.parametrize("method", [pj.FourierFTConfig, pj.WaveFTConfig])
 def test_sparse_spectra_of_stacked_layers_have_sizes_of_their_own(method):
     config = method(n_frequency=5, n_frequency_pattern={"layers.1.dense": 3}, target_modules=["dense"])
     layout = {".*kernel": pj.Layout((0,), (1,), (2,))}
@@ -412,6 +413,25 @@ def test_gralora_has_a_grid_of_low_rank_blocks():
     assert "trainable params: 80 ||" in pj.summary(params)  # 4 (12 + 8)
     with pytest.raises(ValueError, match=r"gralora_k=4\) needs a divisor of the 12 inputs and 6 outputs of 'dense'"):
         pj.apply_adapter({"dense": {"kernel": kernel[:, :6]}}, config)
+
+
+@pytest.mark.parametrize("moments", range(1, 11))
+def test_waveft_filters_are_orthogonal_and_pefts(moments):
+    wavelets = pytest.importorskip("peft.tuners.waveft.wavelet")
+    low = daubechies(moments)
+    np.testing.assert_allclose(low, wavelets.Wavelet(f"db{moments}").rec_lo, rtol=0, atol=1e-10)
+    for shift in range(0, 2 * moments, 2):
+        np.testing.assert_allclose(low[shift:] @ low[: len(low) - shift], shift == 0, atol=1e-10)
+
+
+def test_waveft_of_haar_is_an_isometry(dense):
+    config = pj.WaveFTConfig(n_frequency=24, scaling=1.0, init_weights=False, target_modules=["dense"])
+    params = perturbed(pj.apply_adapter(dense, config))
+    change = pj.merge(params)["dense"]["kernel"] - dense["dense"]["kernel"]
+    close(jnp.linalg.norm(change), jnp.linalg.norm(params["dense"]["kernel"].params["waveft_spectrum"]))
+    for options in ({"wavelet_family": "sym4"}, {"proportional_parameters": True}):
+        with pytest.raises(ValueError, match=f"WaveFTConfig\\({next(iter(options))}=.* is not supported yet"):
+            pj.WaveFTConfig(**options)
 
 
 @pytest.mark.parametrize("split", ["in", "out"])
