@@ -399,7 +399,7 @@ METHODS: dict[str, MethodCase] = {
                 "layers_to_transform": [0, 2],
             },
         },
-        models={"FOURIERFT": {"n_frequency": 60, "target_modules": TARGETS}},
+        models={"FOURIERFT": {"n_frequency": 60, "scaling": 40.0, "target_modules": TARGETS}},
         starts={"FOURIERFT": {}, "FOURIERFT of zeros": {"init_weights": True}},
         trained={"FOURIERFT": {"n_frequency": 60}},
         finetune={"n_frequency": 50},
