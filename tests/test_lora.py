@@ -118,8 +118,8 @@ def test_dropout_drops_the_inputs_of_the_low_rank_path_only():
 def test_dropout_that_would_have_to_be_merged_is_an_error_that_names_the_primitive():
     config = pj.LoraConfig(lora_dropout=0.5, target_modules=["dense"])
     params = pj.with_dropout(pj.apply_lora({"dense": {"kernel": jnp.ones((4, 4))}}, config), jax.random.key(0))
-    with pytest.raises(ValueError, match="Primitive 'mul' takes a weight that has to be merged"):
-        pj.adapt(lambda p: p["dense"]["kernel"] * 2)(params)
+    with pytest.raises(ValueError, match="Primitive 'tanh' takes a weight that has to be merged"):
+        pj.adapt(lambda p: jnp.tanh(p["dense"]["kernel"]))(params)
 
 
 def test_adapters_stay_float32_on_a_bfloat16_base():
