@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from peft_jax.interop.extras import base_matrix, is_transposed
+from peft_jax.interop.extras import base_matrix, is_transposed, without_copies
 from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, PREFIXES
 
 from peft_jax.core.adapted import adapters, is_adapted
@@ -93,7 +93,8 @@ def with_tables(
         layout: As in `peft_jax.apply_adapter`, for a bare tree.
         values: Whether there are numbers to put and to compare, not shapes alone.
     """
-    rest, problems = dict(tensors), []
+    rest, problems = dict(without_copies(config, tensors)), []
+    biases = {key: tensor for key, tensor in tensors.items() if key not in rest}  # they belong to ``bias="all"``
     found = list(_places(params, config, layout))
     if config.peft_type in PREFIXES and not all(_plain_key(config, place) in tensors for place in found):
         found = []  # a prompt changes neither, and PEFT writes both of them or none
@@ -117,7 +118,7 @@ def with_tables(
                 modules.add(place.module)
             else:
                 others[key] = place
-    rest = _without_trained(params, config, rest)
+    rest = {**_without_trained(params, config, rest), **biases}
     if not values or problems:
         return Tables(params, rest, frozenset(), problems)
     nodes = {}
