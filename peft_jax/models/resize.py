@@ -102,8 +102,9 @@ def about_the_mean(rows: jax.Array, count: int, key: jax.Array) -> jax.Array:
         key: Random key.
 
     Example:
-        >>> about_the_mean(jnp.array([[0.0, 2.0], [2.0, 4.0]]), 1, jax.random.key(0)).round(3)
-        Array([[1., 3.]], dtype=float32)
+        >>> row = about_the_mean(jnp.array([[0.0, 2.0], [2.0, 4.0]]), 1, jax.random.key(0))
+        >>> [round(number, 3) for number in row[0].tolist()]
+        [1.0, 3.0]
     """
     table = rows.reshape(len(rows), -1).astype(jnp.float32)
     mean = jnp.mean(table, axis=0, keepdims=True)

@@ -55,6 +55,7 @@ class Qwen35Config(ModelConfig):
         2
     """
 
+    has_padding_row = True
     stems = MappingProxyType({TEXT: "Qwen3_5", WHOLE: "Qwen3_5"})
     tasks = MappingProxyType(
         {
