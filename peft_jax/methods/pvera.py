@@ -129,7 +129,7 @@ class PveraConfig(TargetFields, LayerFields, SharedArrays, FactoredChange):
         return first[..., : second.shape[-2]], second
 
     def apply(
-        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+        self, params: Arrays, state: Mapping[str, Any], base: Weight, x: Shaped[Array, "..."], product: Product
     ) -> Float[Array, "... out"]:
         """``x W + z B diag(b)``; an embedding has no noise, as it has no dropout."""
         if "dropout" not in state or product.looks_up:
@@ -147,7 +147,7 @@ class PveraConfig(TargetFields, LayerFields, SharedArrays, FactoredChange):
         return (y.astype(update.dtype) + update).astype(y.dtype)
 
     def _both(
-        self, params: Arrays, state: Arrays
+        self, params: Arrays, state: Mapping[str, Any]
     ) -> tuple[Float[Array, "*groups in both"], Float[Array, "*groups rank out"]]:
         """``A diag(d)`` of means and variances, and ``B diag(b)``, zero for layers that are not adapted."""
         inner = params[INNER]

@@ -113,8 +113,8 @@ class Whole(Role):
     def init(
         self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """The copy, and which stacked layers it replaces."""
-        copy = jnp.array(base.layout.matrix(base.dense()), jnp.float32, copy=True)
+        """A copy of the weight without other adapters, as in PEFT, and which stacked layers it replaces."""
+        copy = jnp.array(base.layout.matrix(base.unadapted.dense()), jnp.float32, copy=True)
         return {self.name: copy}, {"hit": jnp.asarray(adapted)}
 
     @staticmethod
