@@ -117,12 +117,6 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
         ),
     },
     "WAVEFT": {False: (Row("waveft_spectrum", "waveft_spectrum", ("frequencies",)),)},
-    "PVERA": {
-        False: (
-            Row("pvera_lambda_d", "pvera_lambda_d", ("rank",)),
-            Row("pvera_lambda_b", "pvera_lambda_b", ("out",)),
-        ),
-    },
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),
@@ -177,10 +171,6 @@ SHARED: dict[str, tuple[Row, ...]] = {
     "VERA": (
         Row("vera_A", "base_model.vera_A", ("rank", "in")),
         Row("vera_B", "base_model.vera_B", ("out", "rank")),
-    ),
-    "PVERA": (
-        Row("pvera_A", "base_model.pvera_A", ("rank", "in")),
-        Row("pvera_B", "base_model.pvera_B", ("out", "rank")),
     ),
 }
 

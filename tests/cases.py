@@ -514,27 +514,6 @@ METHODS: dict[str, MethodCase] = {
         finetune={"n_frequency": 50},
         scales=True,
     ),
-    "PVERA": MethodCase(
-        config="PveraConfig",
-        tiny={"r": 3, "d_initial": 0.5},
-        llama={
-            "PVERA": {"r": 6, "d_initial": 0.5, "target_modules": TARGETS},
-            "PVERA of a seed": {
-                "r": 5,
-                "projection_prng_key": 7,
-                "save_projection": False,
-                "pvera_dropout": 0.1,
-                "init_weights": False,
-                "target_modules": ["up_proj"],
-                "modules_to_save": ["norm"],
-                "layers_to_transform": [0, 2],
-            },
-        },
-        models={"PVERA": {"r": 6, "d_initial": 0.5, "target_modules": TARGETS}},
-        starts={"PVERA": {}, "PVERA random": {"init_weights": False}},
-        finetune={"r": 16},
-        drops_inputs={"r": 2, "pvera_dropout": 0.5},
-    ),
     "LOHA": MethodCase(
         config="LoHaConfig",
         tiny={"r": 3, "alpha": 5},
