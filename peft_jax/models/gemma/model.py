@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
-from peft_jax.models.gemma.config import GemmaConfig
+from peft_jax.models.gemma.config import SECOND, GemmaConfig
 from peft_jax.models.modules.attention import Scoring
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP, SelfAttention
@@ -37,7 +37,9 @@ class GemmaAttention(SelfAttention):
     """Self-attention with a scale of its own; Gemma 2 caps scores, Gemma 3 normalises queries and keys."""
 
     def __init__(self, config: GemmaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        bias, scoring = config.attention_bias, Scoring(config.scale, config.attn_logit_softcapping)
+        # transformers computes Gemma 2 with "eager" attention, in which padding that sees nothing gets a mean.
+        is_eager = config.model_type == SECOND
+        bias, scoring = config.attention_bias, Scoring(config.scale, config.attn_logit_softcapping, is_eager)
         super().__init__(config, dtype, rngs, bias=bias, out_bias=bias, scoring=scoring)
         self.qk_norm = config.qk_norm
         if config.qk_norm:

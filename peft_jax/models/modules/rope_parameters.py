@@ -113,7 +113,8 @@ class RopeParameters:
             hf["partial_rotary_factor"] = self.partial_rotary_factor
         for name in USED[self.rope_type]:
             value = getattr(self, name)
-            if value is not None:
+            is_default = self.rope_type == "proportional" and value == 1  # transformers leaves it out there
+            if value is not None and not is_default:
                 hf[name] = list(value) if name in LISTS else value
         return hf
 
