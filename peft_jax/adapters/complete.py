@@ -210,12 +210,11 @@ def with_own_names(config: M, found: Sequence[Leaf]) -> M:
         names = getattr(config, field, None)
         if names and not isinstance(names, str):
             spelled = spelled_out_names(list(names), modules, own)
-            if (
-                field == "target_modules"
-            ):  # whole names are not filtered by layers_to_transform, so that it is done here
+            if field == "target_modules":  # layers_to_transform does not filter whole names, so that it is done here
                 spelled = [name for name in spelled if name in names or is_of_chosen_layer(config, name)]
             changes[field] = spelled
-    for field in ("rank_pattern", "alpha_pattern"):
+    # Parameters that are targets by themselves have names of their own, which patterns name as they are.
+    for field in () if config.target_parameters else ("rank_pattern", "alpha_pattern"):
         patterns: dict[str, object] = {}
         for pattern, value in (getattr(config, field, None) or {}).items():
             for name in spelled_out_names([pattern], modules, own):
