@@ -227,7 +227,7 @@ LAYOUTS = {
     "linen: DenseGeneral": {"params.kernel": pj.Layout((), (0,), (1, 2))},
     "linen: DenseGeneral over two axes": {"params.kernel": pj.Layout((), (0, 1), (2,))},
     "linen: Embed": {"params.embedding": pj.Layout(lookup=True)},
-    "linen: Conv": {"params.kernel": pj.Layout((), (0, 1, 2), (3,))},
+    "linen: Conv": {"params.kernel": pj.Layout((), (2, 0, 1), (3,))},
     "linen: scan": {"params.layers.Dense_0.kernel": pj.Layout((0,), (1,), (2,))},
     "NNX: scan": {"layers.dense.kernel": pj.Layout((0,), (1,), (2,))},
     "Equinox: Linear": {"weight": pj.Layout((), (1,), (0,))},

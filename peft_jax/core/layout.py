@@ -47,7 +47,7 @@ class Layout:
     out: tuple[int, ...] = (1,)
     lookup: bool = False
     index_after: tuple[str | None, ...] = ("layers",)
-    source: str = dataclasses.field(default="given by layout=", compare=False, repr=False)
+    source: str = dataclasses.field(default="told by layout=", compare=False, repr=False)
     stored_in_out: bool | None = dataclasses.field(default=None, compare=False, repr=False)
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
     taps: tuple[int, ...] = dataclasses.field(default=(), compare=False, repr=False)
