@@ -205,7 +205,7 @@ def every_second(w, x):
 
 def layers_by_hand(w, x):
     """Layers that are taken apart and stacked again for a scan."""
-    return scanned(jnp.stack([w[1] * 2, w[0] * 3]), x)[0]
+    return scanned(jnp.stack([w[1] * 0.5, w[0] * 0.3]), x)[0]
 
 
 def fused(w, x):
@@ -313,7 +313,7 @@ FOLLOWED = {
         lambda w, x: np.stack([x @ w, 2 * x @ w]),
     ),
     "stacked for a scan": Row(
-        layers_by_hand, lambda w, x: scanned_np(np.stack([w[1] * 2, w[0] * 3]), x)[0], (2, 8, 8), STACK
+        layers_by_hand, lambda w, x: scanned_np(np.stack([w[1] * 0.5, w[0] * 0.3]), x)[0], (2, 8, 8), STACK
     ),
     "stacked, then one": Row(lambda w, x: x @ jnp.stack([w, w.T])[1], lambda w, x: x @ w.T),
     "experts by index": Row(experts, experts_np, (3, 8, 6), STACK),
