@@ -161,6 +161,7 @@ class Architecture:
         switches: Of a decoder, what is compared in test_decoders.py: model types, and what their configs have beside
             `sizes`, by name. The first of them is compared in everything, the others in numbers and tokens.
         noise: By how much its random weights are moved there; norms and caps of some models amplify roundoff.
+        adapter_noise: By how much the arrays of its adapters are moved there, for the same reason.
         grid: Further ones, for ``make test-models`` alone.
         refused: Options that are refused, and what the error names.
         to_build: By model type, what transformers' default config lacks for transformers to make a model of it.
@@ -183,6 +184,7 @@ class Architecture:
     types: bool = False
     switches: Mapping[str, Switches] = nothing()
     noise: float = 0.15
+    adapter_noise: float = 0.2
     grid: Mapping[str, Switches] = nothing()
     refused: Mapping[str, Switches] = nothing()
     to_build: Mapping[str, Options] = nothing()
@@ -1027,6 +1029,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         model_types={"gemma4_text": {}},
         noise=0.05,
+        adapter_noise=0.05,
         modules=Modules(
             first="q_proj",
             second="o_proj",

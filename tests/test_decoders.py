@@ -198,7 +198,7 @@ def test_adapters_both_ways(name_and_method: tuple[str, str], pairs: Any, tmp_pa
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                parameter.add_(case.row.adapter_noise * torch.randn_like(parameter))
     theirs.eval().save_pretrained(tmp_path / "theirs")
     want = torch_logits(theirs)
     assert np.abs(want - plain).max() > 100 * tolerance(want), "the adapter is dead"
