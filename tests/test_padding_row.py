@@ -9,6 +9,7 @@ import pytest
 from conformance import close, tolerance
 
 import peft_jax as pj
+from peft_jax.models.registry import BY_MODEL_TYPE, read_architecture
 
 PAD = 3
 IDS = np.array([[5, PAD, 17, 2, PAD], [8, 8, PAD, 3, 21]])
@@ -123,3 +124,11 @@ def test_a_row_of_a_batch_of_tables_gets_no_gradient():
     tables, ids = jnp.ones((2, 4, 3)), jnp.array([1, 2, 1])
     got = jax.grad(lambda tables: jax.vmap(lambda table: rows_at(table, ids, 1))(tables).sum())(tables)
     np.testing.assert_array_equal(got[:, :, 0], [[0, 0, 1, 0]] * 2)
+
+
+@pytest.mark.parametrize("kind", BY_MODEL_TYPE)
+def test_the_switch_is_no_entry_of_a_config(kind):
+    """config.json has what transformers knows; a model that trains the row is saved like any."""
+    config = read_architecture({"model_type": kind})
+    hf = dataclasses.replace(config, trains_padding=True).to_hf()
+    assert hf == config.to_hf() and "trains_padding" not in hf

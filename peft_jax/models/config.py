@@ -29,6 +29,8 @@ SUFFIXES = {
     "Model": FEATURE_EXTRACTION,
 }
 LABELS = 2  # transformers' default
+# Fields that are no entries of a config.json: `write_common` writes the first three in another form, if at all.
+NO_ENTRIES = ("task_type", "num_labels", "problem_type", "trains_padding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +91,7 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Make the dict of a config.json that transformers (5 or newer) reads as this architecture."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        ours = ("task_type", "num_labels", "problem_type", "trains_padding")
-        hf = {self.spelled.get(name, name): value for name, value in values.items() if name not in ours}
-        return hf | write_common(self)
+        return entries(self) | write_common(self)
 
     @property
     def untrained_row(self) -> int | None:
@@ -279,6 +278,32 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
     if config.problem_type is not None:
         hf["problem_type"] = config.problem_type
     return hf
+
+
+def entries(config: ModelConfig, *left_out: str) -> dict[str, Any]:
+    """The fields of a config under their names in a config.json, without those that it has in another form.
+
+    Args:
+        config: The config.
+        left_out: More fields to leave out.
+    """
+    names = [field.name for field in dataclasses.fields(config) if field.name not in (*NO_ENTRIES, *left_out)]
+    return {config.spelled.get(name, name): getattr(config, name) for name in names}
+
+
+def check_expressible(config: ModelConfig, hf: Mapping[str, Any], fields: str) -> None:
+    """Raise ValueError if a config.json is not read as the config that it was written of.
+
+    Args:
+        config: The config.
+        hf: The entries of the config.json.
+        fields: The fields that a model type is to be chosen by, in words.
+    """
+    if type(config).from_hf(hf) != dataclasses.replace(config, trains_padding=False):
+        raise ValueError(
+            f"transformers' {config.architecture} cannot express this configuration: {config}. "
+            f"Choose the model_type whose {fields} these are."
+        )
 
 
 def numbered_labels(count: int) -> dict[int, str]:

@@ -16,16 +16,16 @@ from peft_jax.models.config import (
     SUFFIXES,
     TOKEN_CLS,
     ModelConfig,
+    check_expressible,
     check_fixed,
     check_kinds,
     complete,
+    entries,
     read_common,
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.rope_parameters import RopeParameters
-
-OURS = ("task_type", "num_labels", "problem_type")  # fields that `write_common` writes in another form
 
 
 def tasks_of(*suffixes: str) -> Mapping[str, str]:
@@ -170,15 +170,9 @@ class RotaryConfig(ModelConfig):
         Raises:
             ValueError: No class of transformers has this combination of fields.
         """
-        left_out = {*OURS, *self.lacking.get(self.model_type, ()), "rope"}
-        names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
-        hf = {self.spelled.get(name, name): getattr(self, name) for name in names}
+        hf = entries(self, "rope", *self.lacking.get(self.model_type, ()))
         hf |= {**write_common(self), **self.written()}
-        if type(self).from_hf(hf) != self:
-            raise ValueError(
-                f"transformers' {self.architecture} cannot express this configuration: {self}. "
-                "Choose the model_type whose fields these are."
-            )
+        check_expressible(self, hf, "fields")
         return hf
 
 

@@ -14,8 +14,10 @@ from peft_jax.models.config import (
     SLIDING,
     TOKEN_CLS,
     ModelConfig,
+    check_expressible,
     check_kinds,
     complete,
+    entries,
     read_common,
     text_part,
     write_common,
@@ -198,9 +200,7 @@ class GemmaConfig(ModelConfig):
             >>> GemmaConfig.from_hf(config.to_hf()) == config
             True
         """
-        ours = ("ropes", "task_type", "num_labels", "problem_type")
-        hf = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ours}
-        hf |= write_common(self)
+        hf = entries(self, "ropes") | write_common(self)
         hf["layer_types"] = list(self.kinds)
         hf["rope_parameters"] = ropes_to_hf(dict(self.ropes), nested=self.model_type == THIRD)
         if self.model_type == FIRST:
@@ -208,11 +208,7 @@ class GemmaConfig(ModelConfig):
             for name in ("query_pre_attn_scalar", "sliding_window", "layer_types"):
                 del hf[name]
             del hf["final_logit_softcapping"], hf["attn_logit_softcapping"]
-        if GemmaConfig.from_hf(hf) != self:
-            raise ValueError(
-                f"transformers' {self.architecture} cannot express this configuration: {self}. "
-                "Choose the model_type whose windows, caps and ropes these are."
-            )
+        check_expressible(self, hf, "windows, caps and ropes")
         return hf
 
 

@@ -15,6 +15,7 @@ from peft_jax.models.config import (
     ModelConfig,
     check_kinds,
     complete,
+    entries,
     read_common,
     text_part,
     write_common,
@@ -180,9 +181,7 @@ class Gemma4Config(ModelConfig):
 
     def to_hf(self) -> dict[str, Any]:
         """Make the dict of a config.json that transformers (5 or newer) reads as this architecture."""
-        ours = ("ropes", "task_type", "num_labels", "problem_type")
-        hf = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ours}
-        hf |= write_common(self)
+        hf = entries(self, "ropes") | write_common(self)
         hf["layer_types"] = list(self.kinds)
         hf["rope_parameters"] = ropes_to_hf(dict(self.ropes), nested=True)
         return hf

@@ -11,12 +11,15 @@ from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
     FULL,
+    NO_ENTRIES,
     SEQ_CLS,
     SLIDING,
     TOKEN_CLS,
     ModelConfig,
+    check_expressible,
     check_kinds,
     complete,
+    entries,
     read_common,
     write_common,
 )
@@ -182,7 +185,7 @@ class LlamaConfig(ModelConfig):
             >>> LlamaConfig.from_hf(config.to_hf()) == config
             True
         """
-        hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_HF}
+        hf = entries(self, *_NOT_IN_HF)
         hf["rope_parameters"] = self.rope.to_hf()
         hf |= write_common(self)
         if self.model_type in ("qwen2", "qwen3"):
@@ -190,16 +193,12 @@ class LlamaConfig(ModelConfig):
             hf["use_sliding_window"] = self.sliding_window is not None
         else:
             del hf["layer_types"]
-        if LlamaConfig.from_hf(hf) != self:
-            raise ValueError(
-                f"transformers' {self.architecture} cannot express this configuration: {self}. "
-                "Choose the model_type whose biases, q/k norms and windows these are."
-            )
+        check_expressible(self, hf, "biases, q/k norms and windows")
         return hf
 
 
-_NOT_IN_HF = {"rope_theta", "rope_scaling", "attention_out_bias", "qk_norm", "task_type", "num_labels", "problem_type"}
-_TRANSLATED = _NOT_IN_HF | {
+_NOT_IN_HF = {"rope_theta", "rope_scaling", "attention_out_bias", "qk_norm"}
+_TRANSLATED = {*_NOT_IN_HF, *NO_ENTRIES} | {
     "model_type",
     "eos_token_id",
     "attention_bias",

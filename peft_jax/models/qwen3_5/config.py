@@ -15,7 +15,10 @@ from peft_jax.models.config import (
     SEQ_CLS,
     ModelConfig,
     as_dict,
+    check_fixed,
+    check_kinds,
     complete,
+    entries,
     read_common,
     write_common,
 )
@@ -100,11 +103,7 @@ class Qwen35Config(ModelConfig):
         ):
             if getattr(self, many) % getattr(self, few):
                 raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}.")
-        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= {FULL, LINEAR}:
-            raise ValueError(
-                f"layer_types must name {FULL!r} or {LINEAR!r} for each of {self.num_hidden_layers} layers, "
-                f"got {self.layer_types}."
-            )
+        check_kinds(self, self.kinds, (FULL, LINEAR))
         turned = int(self.head_dim * self.rope.partial_rotary_factor)
         if turned % 2 or turned == 0:
             raise ValueError(
@@ -167,9 +166,7 @@ class Qwen35Config(ModelConfig):
             'full_attention'
         """
         full = complete(_text_part(as_dict(hf)), cls.stems)
-        for name, only in cls.fixed.items():
-            if full.get(name, only) != only:
-                raise ValueError(f"{name}={full[name]!r} is not supported, only {only!r}.")
+        check_fixed(full, cls.fixed)
         names = {field.name for field in dataclasses.fields(cls)} & full.keys()
         values = {name: full[name] for name in names}
         rope = RopeParameters.from_hf(full["rope_parameters"], also=MROPE)
@@ -184,10 +181,12 @@ class Qwen35Config(ModelConfig):
             >>> Qwen35Config.from_hf(config.to_hf()) == config
             True
         """
-        left_out = {"task_type", "num_labels", "problem_type", "rope"}
-        names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
-        hf = {name: getattr(self, name) for name in names}
-        return {**hf, **write_common(self), "rope_parameters": self.rope.to_hf(), "layer_types": list(self.kinds)}
+        return {
+            **entries(self, "rope"),
+            **write_common(self),
+            "rope_parameters": self.rope.to_hf(),
+            "layer_types": list(self.kinds),
+        }
 
 
 def _text_part(hf: dict[str, Any]) -> dict[str, Any]:
