@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from peft_jax.interop.quantized import check_quant_method
 from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
@@ -31,6 +31,9 @@ SUFFIXES = {
 LABELS = 2  # transformers' default
 # Fields that are no entries of a config.json: `write_common` writes the first three in another form, if at all.
 NO_ENTRIES = ("task_type", "num_labels", "problem_type", "trains_padding")
+
+
+C = TypeVar("C", bound="ModelConfig")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,8 @@ class ModelConfig:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of each layer, which says what it sees (`peft_jax.models.modules.layer_views`)."""
-        return (FULL,) * self.num_hidden_layers
+        types: tuple[str, ...] | None = getattr(self, "layer_types", None)
+        return (FULL,) * self.num_hidden_layers if types is None else types
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -157,8 +161,12 @@ class ModelConfig:
         return ()
 
     def with_layers(self, order: Sequence[int]) -> Self:
-        """The architecture whose layers are those of ``order``."""
-        return dataclasses.replace(self, num_hidden_layers=len(order))
+        """The architecture whose layers, and their kinds, are those of ``order``."""
+        changes: dict[str, Any] = {"num_hidden_layers": len(order)}
+        types: tuple[str, ...] | None = getattr(self, "layer_types", None)
+        if types is not None:
+            changes["layer_types"] = tuple(types[layer] for layer in order)
+        return dataclasses.replace(self, **changes)
 
     def check(self) -> None:
         """Raise ValueError if there is no such architecture with such a head."""
@@ -234,6 +242,17 @@ def text_part(hf: Any, kind: str, text_kind: str) -> dict[str, Any]:
     outer = ("eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
     text |= {name: raw[name] for name in outer if raw.get(name) is not None}
     return {**text, "model_type": text_kind}
+
+
+def as_class(config: ModelConfig, cls: type[C], **changes: Any) -> C:
+    """The fields of a config as one of another class, which has the same ones, with some changed.
+
+    Example:
+        >>> from peft_jax.models.gemma.config import GemmaConfig, Gemma3Config
+        >>> as_class(Gemma3Config(hidden_size=64), GemmaConfig, model_type="gemma3_text").hidden_size
+        64
+    """
+    return cls(**{**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, **changes})
 
 
 def as_dict(hf: Any) -> dict[str, Any]:

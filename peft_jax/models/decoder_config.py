@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -206,19 +206,9 @@ class WindowedConfig(RotaryConfig):
         super().check()
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """layer_types, never None."""
-        return self.layer_types or ()
-
-    @property
     def window(self) -> int | None:
         """sliding_window."""
         return self.sliding_window
-
-    def with_layers(self, order: Sequence[int]) -> Self:
-        """The architecture whose layers, and their kinds, are those of ``order``."""
-        types = self.layer_types or ()
-        return dataclasses.replace(self, num_hidden_layers=len(order), layer_types=tuple(types[i] for i in order))
 
     @classmethod
     def translated(cls, full: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from peft_jax.models.config import (
     SLIDING,
     TOKEN_CLS,
     ModelConfig,
+    as_class,
     check_expressible,
     check_kinds,
     complete,
@@ -123,11 +124,6 @@ class GemmaConfig(ModelConfig):
         return self.head_dim
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """layer_types, never None."""
-        return self.layer_types or ()
-
-    @property
     def embedding_scale(self) -> float:
         """The factor of the embeddings of tokens where they are looked up."""
         return float(self.hidden_size**0.5)
@@ -151,11 +147,6 @@ class GemmaConfig(ModelConfig):
     def scale(self) -> float:
         """The factor of products of queries and keys."""
         return float((self.query_pre_attn_scalar or self.head_dim) ** -0.5)
-
-    def with_layers(self, order: Any) -> GemmaConfig:
-        """The architecture whose layers, and their kinds, are those of ``order``."""
-        kinds = tuple(self.kinds[layer] for layer in order)
-        return dataclasses.replace(self, num_hidden_layers=len(order), layer_types=kinds)
 
     @classmethod
     def from_hf(cls, hf: Any) -> GemmaConfig:
@@ -232,12 +223,8 @@ class Gemma3Config(GemmaConfig):
     def from_hf(cls, hf: Any) -> Gemma3Config:
         """Read a Hugging Face config; arguments and errors are those of `GemmaConfig.from_hf`."""
         text = GemmaConfig.from_hf(text_part(hf, MULTIMODAL, THIRD))
-        return cls(**{**_fields(text), "model_type": MULTIMODAL, "task_type": CAUSAL_LM})
+        return as_class(text, cls, model_type=MULTIMODAL, task_type=CAUSAL_LM)
 
     def to_hf(self) -> dict[str, Any]:
         """Make the dict of a config.json of a text model."""
-        return GemmaConfig(**{**_fields(self), "model_type": THIRD}).to_hf()
-
-
-def _fields(config: GemmaConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return as_class(self, GemmaConfig, model_type=THIRD).to_hf()

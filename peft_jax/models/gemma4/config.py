@@ -13,6 +13,7 @@ from peft_jax.models.config import (
     FULL,
     SLIDING,
     ModelConfig,
+    as_class,
     check_kinds,
     complete,
     entries,
@@ -126,11 +127,6 @@ class Gemma4Config(ModelConfig):
         return self.head_dim
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """layer_types, never None."""
-        return self.layer_types or ()
-
-    @property
     def stacks(self) -> tuple[str, ...]:
         """The name of the stack that each layer is in."""
         own = self.num_hidden_layers - self.num_kv_shared_layers
@@ -221,12 +217,8 @@ class Gemma4MultimodalConfig(Gemma4Config):
     def from_hf(cls, hf: Any) -> Gemma4MultimodalConfig:
         """Read a Hugging Face config; arguments and errors are those of `Gemma4Config.from_hf`."""
         text = Gemma4Config.from_hf(text_part(hf, MULTIMODAL, TEXT))
-        return cls(**{**_fields(text), "model_type": MULTIMODAL, "task_type": CAUSAL_LM})
+        return as_class(text, cls, model_type=MULTIMODAL, task_type=CAUSAL_LM)
 
     def to_hf(self) -> dict[str, Any]:
         """Make the dict of a config.json of a text model."""
-        return Gemma4Config(**{**_fields(self), "model_type": TEXT}).to_hf()
-
-
-def _fields(config: Gemma4Config) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return as_class(self, Gemma4Config, model_type=TEXT).to_hf()

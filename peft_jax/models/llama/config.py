@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -127,16 +126,6 @@ class LlamaConfig(ModelConfig):
     def rope(self) -> RopeParameters:
         """How positions turn queries and keys."""
         return dataclasses.replace(self.rope_scaling, rope_theta=self.rope_theta)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """layer_types, never None."""
-        return self.layer_types or ()
-
-    def with_layers(self, order: Sequence[int]) -> LlamaConfig:
-        """The architecture whose layers, and their kinds, are those of ``order``."""
-        kinds = tuple(self.kinds[layer] for layer in order)
-        return dataclasses.replace(self, num_hidden_layers=len(order), layer_types=kinds)
 
     @classmethod
     def from_hf(cls, hf: Any) -> LlamaConfig:

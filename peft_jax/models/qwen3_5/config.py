@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -122,11 +121,6 @@ class Qwen35Config(ModelConfig):
         return self.head_dim
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """layer_types, never None."""
-        return self.layer_types or ()
-
-    @property
     def stacks(self) -> tuple[str, ...]:
         """The name of the stack that each layer is in."""
         return tuple(STACKS[kind] for kind in self.kinds)
@@ -145,11 +139,6 @@ class Qwen35Config(ModelConfig):
     def conv_channels(self) -> int:
         """Features that the convolution of linear attention sees: of queries, keys and values."""
         return 2 * self.linear_keys + self.linear_values
-
-    def with_layers(self, order: Sequence[int]) -> Qwen35Config:
-        """The architecture whose layers, and their kinds, are those of ``order``."""
-        kinds = tuple(self.kinds[layer] for layer in order)
-        return dataclasses.replace(self, num_hidden_layers=len(order), layer_types=kinds)
 
     @classmethod
     def from_hf(cls, hf: Any) -> Qwen35Config:
