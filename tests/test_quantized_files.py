@@ -252,6 +252,8 @@ def test_dequantized_layers_are_rounded_to_int8_where_that_is_asked_for(tmp_path
     np.testing.assert_allclose(leaf.scale[1], steps, rtol=1e-6)
     error = np.abs(np.asarray(leaf.q[1]).T * steps[:, None] - weight)
     assert (error <= steps[:, None] * 0.5001).all(), "rounded once"
+    with pytest.warns(UserWarning, match="those of the layers are then rounded to nf4"):
+        load_model(tmp_path, load_in_4bit=True)
 
 
 def test_a_weight_is_dequantized_when_its_turn_has_come_and_not_kept(tmp_path, monkeypatch):

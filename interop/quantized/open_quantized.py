@@ -149,7 +149,7 @@ def notice(
     words: str,
     tensors: Mapping[str, LazyArray],
     dtype: str | np.dtype[Any],
-    load_in_8bit: bool,
+    rounded: str | None,
 ) -> str:
     """One line on what becomes of quantized weights, and how many bytes they take then.
 
@@ -158,10 +158,10 @@ def notice(
         words: What `read_quantized` says of it.
         tensors: Its tensors.
         dtype: The element type of the parameters.
-        load_in_8bit: Whether those of the layers are rounded to int8.
+        rounded: The format that those of the layers are rounded to afterwards; None if they are not.
     """
     dtype = jnp.dtype(dtype)
     weights = [tensor for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)]
     nbytes = sum(math.prod(weight.shape) for weight in weights) * dtype.itemsize
-    after = "; those of the layers are then rounded to int8" if load_in_8bit else ""
+    after = "" if rounded is None else f"; those of the layers are then rounded to {rounded}"
     return f"'{name_or_path}' has {words}. They are dequantized to {dtype} in {nbytes:,} bytes{after}."

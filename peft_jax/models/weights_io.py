@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
-from peft_jax.interop.files import GENERATION_CONFIG
+from peft_jax.interop.files import GENERATION_CONFIG, LazyArray
 from peft_jax.interop.quantized import fit_quantized, notice, open_quantized
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
@@ -89,14 +90,8 @@ def read_model(
     hf = base_config(folder, gguf_file)
     found = read_architecture(hf)
     family = family_of(found)
-    quantization, packed = hf.get("quantization_config"), ""
-    if gguf_file is not None:
-        tensors = gguf_tensors(open_base(folder, gguf_file), found)
-        packed = gguf_words(tensors)
-    elif quantization:
-        tensors, packed = open_quantized(folder, quantization, family.ignored)
-    else:
-        tensors = dict(open_tensors(folder, family.ignored))
+    quantization = hf.get("quantization_config")
+    tensors, packed = _opened(folder, quantization, gguf_file, found)
     if gguf_file is None:
         found = _with_generation_ids(found, folder)
     config = dataclasses.replace(found, **changes)
@@ -111,8 +106,6 @@ def read_model(
         refuse_options(name_or_path, fitted, {**others, "quantization_config": quantization_config is not None})
     if quantization:
         fitted = fit_quantized(fitted, rows)
-    if quantization and not keep_quantized:
-        warnings.warn(notice(name_or_path, packed, fitted, dtype, load_in_8bit), stacklevel=3)
     fresh = fresh_rows(family, config, rows, fitted)
     rounding = load_rounding(
         config,
@@ -121,6 +114,9 @@ def read_model(
         load_in_4bit=load_in_4bit,
         quantization_config=quantization_config,
     )
+    if quantization and not keep_quantized:
+        rounded = None if rounding is None else rounding.quantizer.kind
+        warnings.warn(notice(name_or_path, packed, fitted, dtype, rounded), stacklevel=3)
     convert = _converter(config, jnp.dtype(dtype), rounding)
     kept = {}
     if keep_quantized:
@@ -144,6 +140,19 @@ def read_model(
         for path, leaf in started.items():
             params = with_leaf(params, path, leaf)
     return Loaded(config, params, paths)
+
+
+def _opened(
+    folder: pathlib.Path, quantization: Any, gguf_file: str | None, config: ModelConfig
+) -> tuple[dict[str, LazyArray], str]:
+    """The tensors of a checkpoint by key, dequantized as they are read, and words on its quantized ones."""
+    if gguf_file is not None:
+        tensors = gguf_tensors(open_base(folder, gguf_file), config)
+        return dict(tensors), gguf_words(tensors)
+    ignored = family_of(config).ignored
+    if quantization:
+        return open_quantized(folder, quantization, ignored)
+    return dict(open_tensors(folder, ignored)), ""
 
 
 def random_leaves(
