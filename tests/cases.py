@@ -872,6 +872,15 @@ OF_AN_ENCODER = Modules(
     part="intermediate",
     embedding="word_embeddings",
 )
+OF_A_FUSED_DECODER = Modules(
+    first="query_key_value",
+    second="self_attention.dense",
+    last="dense_4h_to_h",
+    layers="h",
+    norm="ln_f",
+    part="mlp",
+    embedding="word_embeddings",
+)
 OF_A_DECODER = Modules(
     first="q_proj",
     second="v_proj",
@@ -923,15 +932,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
         sizes={**ENCODER, "num_key_value_heads": 2},
         model_types={"llama": {}, "mistral": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}},
-        modules=Modules(
-            first="q_proj",
-            second="v_proj",
-            last="down_proj",
-            layers="layers",
-            norm="norm",
-            part="mlp",
-            embedding="embed_tokens",
-        ),
+        modules=OF_A_DECODER,
         heads=("SequenceClassification", "TokenClassification", ""),
         prompts={"SEQ_CLS": ("prefix",), "TOKEN_CLS": ("p-tuning",)},
         switches={
@@ -984,15 +985,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(
         sizes={**ENCODER, "num_key_value_heads": 2, "head_dim": 8},
         model_types={"gemma": {}, "gemma2": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4}},
-        modules=Modules(
-            first="q_proj",
-            second="v_proj",
-            last="down_proj",
-            layers="layers",
-            norm="norm",
-            part="mlp",
-            embedding="embed_tokens",
-        ),
+        modules=OF_A_DECODER,
         heads=("SequenceClassification", "TokenClassification", ""),
         switches={
             "gemma3": (
@@ -1475,15 +1468,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bloom": Architecture(
         sizes={**SIZES, "pad_token_id": 0},
         model_types={"bloom": {"pretraining_tp": 2}},
-        modules=Modules(
-            first="query_key_value",
-            second="self_attention.dense",
-            last="dense_4h_to_h",
-            layers="h",
-            norm="ln_f",
-            part="mlp",
-            embedding="word_embeddings",
-        ),
+        modules=OF_A_FUSED_DECODER,
         heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
         switches={
             "bloom": ("bloom", {"n_head": 4}),
@@ -1498,15 +1483,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon": Architecture(
         sizes={**SIZES, "ffn_hidden_size": 40, "max_position_embeddings": 64, "pad_token_id": 0},
         model_types={"falcon": {}},
-        modules=Modules(
-            first="query_key_value",
-            second="self_attention.dense",
-            last="dense_4h_to_h",
-            layers="h",
-            norm="ln_f",
-            part="mlp",
-            embedding="word_embeddings",
-        ),
+        modules=OF_A_FUSED_DECODER,
         heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
         switches={
             "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
