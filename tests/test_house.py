@@ -91,7 +91,7 @@ def test_what_is_imported_is_declared() -> None:
     for file in FILES:
         roots = {name.split(".")[0] for name in imported_names(file)}
         foreign = roots - {"peft_jax"} - set(sys.stdlib_module_names)
-        assert foreign <= declared, f"{file} imports {sorted(foreign - declared)}, which pyproject.toml does not declare"
+        assert foreign <= declared, f"{file} imports {sorted(foreign - declared)}: pyproject.toml does not declare them"
 
 
 def test_adapted_leaves_have_one_builder() -> None:
