@@ -22,13 +22,16 @@ class ReadsInputIds(Protocol):
     def reads_input_ids(self) -> bool:
         """Whether this config's does."""
 
-    def with_input_ids(self, state: Mapping[str, Any], ids: jax.Array, stack: tuple[int, ...]) -> dict[str, Any]:
+    def with_input_ids(
+        self, state: Mapping[str, Any], ids: jax.Array, stack: tuple[int, ...], segment_ids: jax.Array | None
+    ) -> dict[str, Any]:
         """A leaf's state with what the change needs to know of token ids ``(batch, length)``.
 
         Args:
             state: Its state.
             ids: The token ids.
             stack: The leaf's stacked shape, which comes first in every array of a state.
+            segment_ids: The number of each token's text ``(batch, length)``, where a row holds several.
         """
 
 
@@ -37,27 +40,32 @@ def reads_input_ids(params: Any) -> bool:
     return any(leaf.active and _reader(leaf) is not None for _, leaf in adapted_leaves(params))
 
 
-def with_input_ids(params: T, input_ids: Int[Array, "batch length"] | Int[np.ndarray, "batch length"]) -> T:
+Ids = Int[Array, "batch length"] | Int[np.ndarray, "batch length"]
+
+
+def with_input_ids(params: T, input_ids: Ids, segment_ids: Ids | None = None) -> T:
     """The tree, or handle, whose adapters that depend on token ids have those of these sequences.
 
     Args:
         params: Any tree or model handle.
         input_ids: Token ids ``(batch, length)``.
+        segment_ids: The number of each token's text ``(batch, length)``, where a row holds several.
     """
     ids = jnp.asarray(input_ids)
+    segments = None if segment_ids is None else jnp.asarray(segment_ids)
 
     def hand_over(_: str, leaf: Adapted) -> Adapted:
         method = _reader(leaf)
         if method is None:
             return leaf
         stack = leaf.layout.stack_shape(leaf.shape)
-        return dataclasses.replace(leaf, state=method.with_input_ids(leaf.state, ids, stack))
+        return dataclasses.replace(leaf, state=method.with_input_ids(leaf.state, ids, stack, segments))
 
     changed: T = map_adapted(hand_over, params)
     return changed
 
 
-def with_invocations(params: T, input_ids: Int[Array, "batch length"] | Int[np.ndarray, "batch length"]) -> T:
+def with_invocations(params: T, input_ids: Ids, segment_ids: Ids | None = None) -> T:
     """The tree, or handle, whose aLoRA adapters know where they are invoked in these sequences.
 
     A `peft_jax.PeftModel` does it by itself. An adapter counts from the start of the last invocation in a row on, in
@@ -67,6 +75,8 @@ def with_invocations(params: T, input_ids: Int[Array, "batch length"] | Int[np.n
     Args:
         params: Any tree or model handle.
         input_ids: Token ids ``(batch, length)``.
+        segment_ids: The number of each token's text ``(batch, length)``, where a row holds several texts: then an
+            adapter counts from the last invocation of each text on.
 
     Example:
         >>> import peft_jax as pj
@@ -77,7 +87,7 @@ def with_invocations(params: T, input_ids: Int[Array, "batch length"] | Int[np.n
         >>> jnp.any(y != 0, axis=2).tolist()
         [[False, True, True]]
     """
-    return with_input_ids(params, input_ids)
+    return with_input_ids(params, input_ids, segment_ids)
 
 
 def _reader(leaf: Adapted) -> ReadsInputIds | None:

@@ -1,10 +1,12 @@
 """Pure pieces of a training run: data, loss, steps, loop and the loss curve."""
 
+from peft_jax.train.accumulate import make_accumulating_step as make_accumulating_step
 from peft_jax.train.data.answers import encode_answers as encode_answers
 from peft_jax.train.data.batches import Batch as Batch
 from peft_jax.train.data.batches import Packed as Packed
 from peft_jax.train.data.batches import Padded as Padded
 from peft_jax.train.data.batches import evaluation_batches as evaluation_batches
+from peft_jax.train.data.batches import micro_batches as micro_batches
 from peft_jax.train.data.batches import steps_per_epoch as steps_per_epoch
 from peft_jax.train.data.batches import training_batches as training_batches
 from peft_jax.train.data.classes import class_names as class_names
@@ -12,6 +14,8 @@ from peft_jax.train.data.classes import encode_texts as encode_texts
 from peft_jax.train.data.classes import make_scoring_step as make_scoring_step
 from peft_jax.train.data.classes import score as score
 from peft_jax.train.data.encode import encode as encode
+from peft_jax.train.data.layout import MicroLayout as MicroLayout
+from peft_jax.train.data.layout import micro_layout as micro_layout
 from peft_jax.train.data.prompt_batch import tokenize_prompts as tokenize_prompts
 from peft_jax.train.data.records import Chat as Chat
 from peft_jax.train.data.records import Completion as Completion

@@ -71,7 +71,7 @@ def check_finite(metrics: "StepMetrics", step: int, trainable: PyTree, opt_state
 
     Example:
         >>> from peft_jax.train import StepMetrics, check_finite
-        >>> metrics = StepMetrics(jnp.float32(2.5), jnp.float32(1.0), jnp.int32(8), jnp.int32(0))
+        >>> metrics = StepMetrics(jnp.float32(2.5), jnp.float32(1.0), jnp.int32(8), jnp.int32(0), jnp.int32(8))
         >>> check_finite(metrics, 1, {}, ())
     """
     fault = int(metrics.fault)

@@ -1,16 +1,17 @@
 """The training loop: ten lines to copy out and change."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import optax
 
 from peft_jax.core.partition import partition
-from peft_jax.train.data.batches import Batch
 from peft_jax.train.divergence import Diverged, check_finite
 from peft_jax.train.hooks import init_optimizer
 from peft_jax.train.step import StepMetrics, TrainingStep
+
+B = TypeVar("B")
 
 
 class State(NamedTuple):
@@ -36,12 +37,17 @@ def start(params: Any, optimizer: optax.GradientTransformation, *, seed: int) ->
 
 
 def train(
-    step: TrainingStep, state: State, frozen: Any, batches: Sequence[Batch], *, max_steps: int
+    step: TrainingStep[B],
+    state: State,
+    frozen: Any,
+    batches: Sequence[B],
+    *,
+    max_steps: int,
 ) -> Iterator[tuple[State, StepMetrics]]:
     """Train, and yield after each step.
 
     Args:
-        step: From `make_training_step`.
+        step: From `make_training_step`, or for batches in micro batches from `make_accumulating_step`.
         state: From `start`, or an earlier state of this run. Its memory is taken over, so do not use it afterwards.
         frozen: The frozen partition; ``peft_jax.combine(state.trainable, frozen)`` is the model, and
             ``peft_jax.train.finished(state.trainable, frozen, state.opt_state)`` the one to save.

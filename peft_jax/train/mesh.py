@@ -169,9 +169,9 @@ def place_batch(batch: Batch, mesh: Mesh) -> Any:
 
 
 class PlacedBatches(Sequence[Any]):
-    """Batches that are laid out on a mesh when they are asked for."""
+    """Batches, or their micro batches, that are laid out on a mesh when they are asked for."""
 
-    def __init__(self, batches: Sequence[Batch], mesh: Mesh) -> None:
+    def __init__(self, batches: Sequence[Batch] | Sequence[Sequence[Batch]], mesh: Mesh) -> None:
         self.batches, self.mesh = batches, mesh
 
     def __len__(self) -> int:
@@ -180,4 +180,7 @@ class PlacedBatches(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         """Return a batch, laid out."""
-        return place_batch(self.batches[index], self.mesh)
+        batch: Any = self.batches[index]
+        if isinstance(batch, list):
+            return [place_batch(part, self.mesh) for part in batch]
+        return place_batch(batch, self.mesh)

@@ -9,7 +9,7 @@ tokens may have logits in front of the others.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +39,18 @@ class StepMetrics(NamedTuple):
         fault: 0, int32; another number if the loss, the gradient's norm or what the step makes of a parameter or of the
             optimizer's state is not finite. The step then gives back the state that it was given. See
             `peft_jax.train.check_finite`.
+        computed: Number of the batch's tokens with padding, int32.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     tokens: jax.Array
     fault: jax.Array
+    computed: jax.Array
 
 
-TrainingStep = Callable[[Any, Any, Any, Batch, jax.Array], tuple[Any, Any, StepMetrics]]
+B = TypeVar("B")
+TrainingStep = Callable[[Any, Any, Any, B, jax.Array], tuple[Any, Any, StepMetrics]]
 EvaluationStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
@@ -58,7 +61,7 @@ def make_training_step(
     next_token: bool = True,
     micro_batch_size: int | None = None,
     out_shardings: Any = None,
-) -> TrainingStep:
+) -> TrainingStep[Batch]:
     """Build the step ``(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``.
 
     Gradients are taken with respect to the trainable partition alone. The step is one compiled program, so build it
@@ -98,7 +101,7 @@ def make_training_step(
 
     def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, count: jax.Array) -> jax.Array:
         params = with_dropout(combine(trainable, frozen), key)
-        return _loss_of(apply, params, batch, next_token)[0] / count
+        return loss_of(apply, params, batch, next_token)[0] / count
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
         given, hooks = (trainable, opt_state), RunHooks(frozen)
@@ -118,18 +121,47 @@ def make_training_step(
             parts = jax.tree.map(lambda x: _in_parts(x, micro_batch_size), batch)
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
             (loss, gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(rows // micro_batch_size)))
-        loss, gradients = hooks.penalize(loss, gradients, trainable)
-        tokens = jnp.sum(jnp.asarray(batch["attention_mask"]), dtype=jnp.int32)
-        opt_state, schedule = hooks.split(trainable, opt_state)
-        with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
-            grad_norm = optax.tree.norm(jax.tree.map(lambda one: one.astype(jnp.float32), gradients))
-            updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-            trainable = optax.apply_updates(trainable, updates)
-        found = hooks.advance(trainable, gradients, opt_state, schedule)
-        (trainable, opt_state), fault = finite_or_old(found, given, loss, grad_norm)
-        return trainable, opt_state, StepMetrics(loss, grad_norm, tokens, fault)
+        return updated(optimizer, hooks, given, trainable, loss, gradients, count_tokens(batch))
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def updated(
+    optimizer: optax.GradientTransformation,
+    hooks: RunHooks,
+    given: tuple[Any, Any],
+    trainable: Any,
+    loss: jax.Array,
+    gradients: Any,
+    tokens: tuple[jax.Array, jax.Array],
+) -> tuple[Any, Any, StepMetrics]:
+    """End a step: penalty, optimizer, schedule, and the state that was given if the new one is not finite.
+
+    Args:
+        optimizer: The optimizer.
+        hooks: Those of the step.
+        given: The trainable partition and the optimizer's state before the step.
+        trainable: The partition that the gradients are those of, projected.
+        loss: Mean over the batch's labels.
+        gradients: Its gradients.
+        tokens: From `count_tokens`, of the whole batch.
+    """
+    loss, gradients = hooks.penalize(loss, gradients, trainable)
+    opt_state, schedule = hooks.split(trainable, given[1])
+    with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
+        grad_norm = optax.tree.norm(jax.tree.map(lambda one: one.astype(jnp.float32), gradients))
+        updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    found = hooks.advance(trainable, gradients, opt_state, schedule)
+    (trainable, opt_state), fault = finite_or_old(found, given, loss, grad_norm)
+    real, computed = tokens
+    return trainable, opt_state, StepMetrics(loss, grad_norm, real, fault, computed)
+
+
+def count_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Count a batch's tokens without and with padding, int32."""
+    mask = jnp.asarray(batch["attention_mask"])
+    return jnp.sum(mask, dtype=jnp.int32), jnp.int32(mask.size)
 
 
 def _in_parts(x: jax.Array, size: int) -> jax.Array:
@@ -148,7 +180,8 @@ def _targets(params: Any, batch: Batch, next_token: bool) -> jax.Array:
     return jnp.sum(labels != IGNORE)
 
 
-def _loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:
+def loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:
+    """Sum the loss of a batch in nats, and count its labels."""
     logits = logits_of(apply, params, batch)
     if next_token:
         return cross_entropy(logits, *_labels_of(params, batch))
@@ -174,7 +207,7 @@ def make_evaluation_step(apply: Apply, *, next_token: bool = True) -> Evaluation
     """
 
     def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return _loss_of(apply, params, batch, next_token)
+        return loss_of(apply, params, batch, next_token)
 
     return jax.jit(step)
 

@@ -48,7 +48,7 @@ from peft_jax.prompts.tokenizer import read_tokenizer
 from peft_jax.train import State, train
 from peft_jax.train.divergence import Diverged
 from peft_jax.train.mesh import make_mesh, parse_mesh
-from peft_jax.train.metrics import MetricsLog, TensorBoard
+from peft_jax.train.metrics import MetricsLog, TensorBoard, read_metrics
 from peft_jax.train.run_state import Checkpoints
 
 
@@ -110,6 +110,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
     summary = trainable_parameters(model)
     print(data.said, summary, sep="\n")
     plan, state, frozen = make_plan(options, task, model, data, mesh)
+    print(f"{plan.layout}.")
     state, best = _train(options, plan, state, frozen, checkpoints, fingerprint)
     model = plan.finished(state, frozen)
     if is_first():
@@ -151,9 +152,10 @@ def _train(
         for state, metrics in bar:
             number, row = state.step, plan.row(state, metrics)
             log.write(row)
-            per_second = speed.add(int(metrics.tokens))
+            per_second = speed.add(int(metrics.tokens), int(metrics.computed))
             board.write({**row, "tokens_per_second": per_second})
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {per_second:,.0f} tokens/s", refresh=False)
+            said = f"loss {row['loss']:.3f}, {per_second:,.0f} tokens/s, {speed.share:.0%} of all computed"
+            bar.set_postfix_str(said, refresh=False)
             if plan.is_evaluated(number):
                 row = {"step": number, **plan.validation(state, frozen)}
                 if not math.isfinite(row["eval_loss"]):
@@ -221,4 +223,7 @@ def _say(folder: Path, curves: Curves, best: Best, max_steps: int) -> None:
         print(f"Validation loss {final:.3f}, at its best {best.loss:.3f} (step {best.step}, in best/).")
     if "accuracy" in curves:
         print(f"Validation accuracy {curves['accuracy'][-1][1]:.3f}.")
+    rows = [row for row in read_metrics(folder / METRICS) if "computed_tokens" in row]
+    real, computed = sum(row["tokens"] for row in rows), sum(row["computed_tokens"] for row in rows)
+    print(f"{real:,} tokens, and {computed - real:,} of padding beside them ({real / computed:.0%} are real).")
     print(f"Wrote the adapter, loss.png and README.md to {folder}.")

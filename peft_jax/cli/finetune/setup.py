@@ -120,9 +120,7 @@ def make_data(
     data = lay_out(training)
     kept = f", {len(validation)} of them for validation" if validation else ""
     left = f"{too_long} longer than {options.cutoff_len} tokens left out." if too_long else "None was too long."
-    layout_said = f"Packed into {len(data)} rows of" if options.packing else "Padded to"
-    lengths = " or ".join(map(str, data.lengths))
-    said = f"{len(examples)} examples{kept}. {left}\n{layout_said} {lengths} tokens."
+    said = f"{len(examples)} examples{kept}. {left}"
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())

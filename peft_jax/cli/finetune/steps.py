@@ -15,20 +15,23 @@ from peft_jax.cli.shared.task import Task
 from peft_jax.core.partition import combine
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.handles.base import ModelHandle
+from peft_jax.prompts.base import virtual_slots
 from peft_jax.train import (
     Batch,
     State,
     StepMetrics,
     evaluation_batches,
     finished,
+    make_accumulating_step,
     make_optimizer,
     make_schedule,
-    make_training_step,
+    micro_layout,
     start,
     steps_per_epoch,
     training_batches,
 )
-from peft_jax.train.data.batches import Data
+from peft_jax.train.data.batches import Data, longest_field
+from peft_jax.train.data.layout import MicroLayout
 from peft_jax.train.mesh import (
     PlacedBatches,
     place,
@@ -51,9 +54,9 @@ class Plan:
         epoch: Steps of an epoch.
         eval_steps: Steps between evaluations.
         rate: The learning rate by step.
-        batches: Item ``n`` is the batch of step ``n``.
+        batches: Item ``n`` is the batch of step ``n``, in micro batches.
         validation_data: Rows kept apart, or None.
-        rows: How many of them go through the model at once.
+        layout: How rows are laid into micro batches.
         step: The compiled training step.
         evaluation_step: The compiled evaluation step.
         mesh: The devices that all of it is sharded over; None for one device.
@@ -64,10 +67,10 @@ class Plan:
     epoch: int
     eval_steps: int
     rate: Schedule
-    batches: Sequence[Batch]
+    batches: Sequence[Sequence[Batch]]
     validation_data: Data | None
-    rows: int
-    step: TrainingStep
+    layout: MicroLayout
+    step: TrainingStep[Sequence[Batch]]
     evaluation_step: Any
     mesh: Mesh | None
 
@@ -80,6 +83,7 @@ class Plan:
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": float(self.rate(state.step - 1)),
             "tokens": int(metrics.tokens),
+            "computed_tokens": int(metrics.computed),
         }
 
     def is_evaluated(self, step: int) -> bool:
@@ -89,7 +93,7 @@ class Plan:
     def validation(self, state: State, frozen: PyTree) -> dict[str, float]:
         """Metrics of the validation rows: ``eval_loss`` in nats per label, and for classes the accuracy."""
         assert self.validation_data is not None
-        batches: Iterable[Batch] = evaluation_batches(self.validation_data, self.rows)
+        batches: Iterable[Batch] = evaluation_batches(self.validation_data, self.layout.rows, self.layout)
         if self.mesh is not None:
             batches = map(partial(place_batch, mesh=self.mesh), batches)
         found = self.task.evaluate(self.evaluation_step, combine(state.trainable, frozen), batches)
@@ -112,7 +116,8 @@ def make_plan(
     optimizer = make_optimizer(
         rate, optimizer=training.optimizer, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm
     )
-    batches = training_batches(data.training, training.batch_size, seed=training.seed)
+    rows = choose_layout(options, task, model, data, mesh)
+    batches = training_batches(data.training, training.batch_size, seed=training.seed, layout=rows)
     layout = None
     if mesh is None:
         state, frozen = start(model, optimizer, seed=training.seed)
@@ -121,13 +126,26 @@ def make_plan(
         state, frozen = start(place(model, mesh), optimizer, seed=training.seed)
         state = place_state(state, mesh)
         layout = (*shardings((state.trainable, state.opt_state)), NamedSharding(mesh, PartitionSpec()))
-    size = training.micro_batch_size
-    step = make_training_step(
-        task.apply, optimizer, next_token=task.next_token, micro_batch_size=size, out_shardings=layout
-    )
-    rows = training.micro_batch_size or training.batch_size
+    step = make_accumulating_step(task.apply, optimizer, next_token=task.next_token, out_shardings=layout)
     parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
     return Plan(*parts, step, task.make_evaluation_step(), mesh), state, frozen
+
+
+def choose_layout(options: Finetune, task: Task, model: ModelHandle, data: Examples, mesh: Mesh | None) -> MicroLayout:
+    """How examples are laid into micro batches: several to a row where the model and its adapter know texts apart."""
+    training, first = options.training, data.training[0]
+    together = training.micro_batch_size or training.batch_size
+    if options.data.packing or "decoder_input_ids" in first:  # of two lengths, and few of each are compiled
+        return MicroLayout(together, data.training.lengths, packed=False)
+    alone = virtual_slots(model) or set(first) > {"input_ids", "attention_mask", "labels"}
+    return micro_layout(
+        [longest_field(part[index]) for part in data.parts for index in range(len(part))],
+        training.batch_size,
+        packed=task.next_token and not alone,
+        micro_batch_size=training.micro_batch_size,
+        multiple=1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
+        longest=data.training.lengths[-1],
+    )
 
 
 def count_steps(options: Finetune, data: Data) -> int:

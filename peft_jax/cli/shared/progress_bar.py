@@ -32,15 +32,24 @@ class Speed:
 
     Example:
         >>> speed = Speed()
-        >>> speed.add(100), speed.add(100) > 0
+        >>> speed.add(100, 160), speed.add(100, 160) > 0
         (0.0, True)
+        >>> speed.share
+        0.625
     """
 
     def __init__(self) -> None:
         self.tokens, self.seconds, self.mark = 0, 0.0, 0.0
+        self.real, self.computed = 0, 0
 
-    def add(self, tokens: int) -> float:
-        """Count a step's tokens, and return the speed so far."""
+    @property
+    def share(self) -> float:
+        """The share of the computed tokens that are no padding."""
+        return self.real / max(self.computed, 1)
+
+    def add(self, tokens: int, computed: int) -> float:
+        """Count a step's tokens without and with padding, and return the speed so far by the former."""
+        self.real, self.computed = self.real + tokens, self.computed + computed
         now = time.perf_counter()
         if self.mark:
             self.tokens += tokens

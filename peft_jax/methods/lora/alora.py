@@ -13,13 +13,42 @@ import numpy as np
 from peft_jax.core.weight import MergeError
 
 TOKENS, COUNTS = "invocation", "counts"  # in the state: the invocation's ids; of how many last tokens each row is made
+COUNTED = "counted"  # in the state, where a row holds several texts: whether each token counts
 
 
-def with_places(state: Mapping[str, Any], ids: jax.Array, stack: tuple[int, ...]) -> dict[str, Any]:
-    """The state of a leaf with the places of the invocation in token ids ``(batch, length)``."""
+def with_places(
+    state: Mapping[str, Any], ids: jax.Array, stack: tuple[int, ...], segment_ids: jax.Array | None = None
+) -> dict[str, Any]:
+    """The state of a leaf with the places of the invocation in token ids ``(batch, length)``, or in each segment."""
     tokens = state[TOKENS].reshape(-1, state[TOKENS].shape[-1])[0]
-    counts = jnp.broadcast_to(last_counts(ids, tokens), (*stack, len(ids)))
-    return {**state, COUNTS: counts}
+    if segment_ids is None:
+        return {**state, COUNTS: jnp.broadcast_to(last_counts(ids, tokens), (*stack, len(ids)))}
+    counted = after_invocations(ids, segment_ids, tokens)
+    return {**state, COUNTED: jnp.broadcast_to(counted, (*stack, *ids.shape))}
+
+
+def after_invocations(ids: jax.Array, segment_ids: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Whether each token stands at or after the start of the last invocation in its segment: ``(batch, length)``.
+
+    Example:
+        >>> ids, segments = jnp.array([[7, 8, 1, 7, 1, 7, 8]]), jnp.array([[1, 1, 1, 2, 2, 3, 3]])
+        >>> after_invocations(ids, segments, jnp.array([7, 8]))[0].tolist()
+        [True, True, True, False, False, True, True]
+    """
+    batch, length = ids.shape
+    changes = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    numbers = jnp.cumsum(changes, axis=1)
+    begins = jnp.ones((batch, length), bool)
+    for offset in range(len(tokens)):
+        after = ((0, 0), (0, offset))
+        same_token = jnp.pad(ids[:, offset:] == tokens[offset], after)[:, :length]
+        same_segment = jnp.pad(numbers[:, offset:] == numbers[:, : max(length - offset, 0)], after)[:, :length]
+        begins &= same_token & same_segment
+    slots = jnp.arange(length)[None]
+    starts = jnp.where(begins, slots, -1)
+    last = jax.vmap(lambda one, number: jax.ops.segment_max(one, number, num_segments=length))(starts, numbers)
+    first_counted = jnp.take_along_axis(last, numbers, axis=1)
+    return (first_counted >= 0) & (slots >= first_counted)
 
 
 def last_counts(ids: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -43,6 +72,14 @@ def masked(update: jax.Array, state: Mapping[str, Any]) -> jax.Array:
     Raises:
         MergeError: if it is not known where that is.
     """
+    if COUNTED in state:
+        counted = state[COUNTED]
+        if counted.ndim != 2 or update.shape[:2] != counted.shape:
+            raise MergeError(
+                f"A product gives {update.shape}, where an adapter with alora_invocation_tokens counts at places of "
+                f"{counted.shape}. The first axes have to be batch and length."
+            )
+        return jnp.where(counted.reshape(*counted.shape, *[1] * (update.ndim - 2)), update, 0)
     if COUNTS not in state:
         raise MergeError(
             "The adapter has alora_invocation_tokens, and counts from where these are found in a sequence on. Tell it: "

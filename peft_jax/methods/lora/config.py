@@ -209,9 +209,11 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         """An aLoRA depends on where its invocation is."""
         return self.alora_invocation_tokens is not None
 
-    def with_input_ids(self, state: Mapping[str, Any], ids: jax.Array, stack: tuple[int, ...]) -> dict[str, Any]:
-        """The state with the places of the invocation."""
-        return alora.with_places(state, ids, stack)
+    def with_input_ids(
+        self, state: Mapping[str, Any], ids: jax.Array, stack: tuple[int, ...], segment_ids: jax.Array | None
+    ) -> dict[str, Any]:
+        """The state with the places of the invocation, that of each text of a row if it has several."""
+        return alora.with_places(state, ids, stack, segment_ids)
 
     def init_on(
         self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array

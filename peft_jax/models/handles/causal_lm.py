@@ -97,7 +97,7 @@ class CausalLM(ModelHandle):
         if lazy_logits and labels is not None:
             raise ValueError("lazy_logits=True leaves the loss to peft_jax.train.cross_entropy. Leave labels out.")
         labels = None if labels is None else token_labels(labels, self.config.vocab_size)
-        model = self.prepared_for(input_ids)
+        model = self.prepared_for(input_ids, segment_ids)
         out = model.run(
             input_ids,
             output_hidden_states,
@@ -117,7 +117,9 @@ class CausalLM(ModelHandle):
             loss = shifted_mean_cross_entropy(out.logits, all_labels, weights)
         return CausalLMOutput(out.logits, loss, out.hidden_states)
 
-    def prepared_for(self, input_ids: jax.Array | np.ndarray | None) -> Self:
+    def prepared_for(
+        self, input_ids: jax.Array | np.ndarray | None, segment_ids: jax.Array | np.ndarray | None = None
+    ) -> Self:
         """The model that runs these ids: this one, unless it has adapters that depend on the ids."""
         return self
 

@@ -175,11 +175,13 @@ class PeftModelForCausalLM(PeftModel, CausalLM):
 
     base = CausalLM
 
-    def prepared_for(self, input_ids: jax.Array | np.ndarray | None) -> Self:
+    def prepared_for(
+        self, input_ids: jax.Array | np.ndarray | None, segment_ids: jax.Array | np.ndarray | None = None
+    ) -> Self:
         """The model whose adapters that depend on token ids have ``input_ids``."""
         if input_ids is None or not reads_input_ids(self.params):
             return self
-        return with_input_ids(self, input_ids)
+        return with_input_ids(self, input_ids, segment_ids)
 
 
 @register_handle

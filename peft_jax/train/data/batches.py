@@ -1,14 +1,16 @@
 """Batches of a few fixed lengths, so that each length is compiled once: by padding, or by packing texts into rows."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NotRequired, Protocol, TypedDict, overload
 
 import grain
 import numpy as np
 
 from peft_jax.train.data.encode import IGNORE, Example
+from peft_jax.train.data.layout import MicroLayout, filled
 
 SHORTEST = 32
+NEAR = 64  # rows of evaluation that are laid out together, in micro batches
 
 
 class Batch(TypedDict):
@@ -172,15 +174,57 @@ def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int], pad: i
     return Batch(**batch)  # type: ignore[typeddict-item]
 
 
-def training_batches(data: Data, batch_size: int, *, seed: int) -> Sequence[Batch]:
+def micro_batches(rows: Sequence[Any], layout: MicroLayout, pad: int = 0) -> list[Batch]:
+    """Lay the rows of one batch into micro batches, each of its own length.
+
+    Args:
+        rows: The fields of `Batch` of each row, without the batch axis.
+        layout: From `peft_jax.train.data.layout.micro_layout`.
+        pad: The token id that fills rows up.
+
+    Example:
+        >>> fields = Padded([Example(np.array([5, 6, 7]), np.array([-100, 6, 7]))] * 3)
+        >>> [batch] = micro_batches(list(fields), MicroLayout(1, (32,), packed=True))
+        >>> batch["segment_ids"][0, :10].tolist()
+        [1, 1, 1, 2, 2, 2, 3, 3, 3, 0]
+    """
+    found = []
+    for chosen in layout.lay_out([longest_field(row) for row in rows]):
+        if layout.packed:
+            fields = filled(rows, chosen)
+        else:
+            fields = [rows[number] for one in chosen.rows for number in one]
+        found.append(collate(fields, layout.rows, layout.widths, pad))
+    return found
+
+
+def longest_field(row: Mapping[str, Any]) -> int:
+    """Count the tokens of a row's longest field."""
+    return max(np.size(field) for field in row.values())
+
+
+@overload
+def training_batches(data: Data, batch_size: int, *, seed: int) -> Sequence[Batch]: ...
+@overload
+def training_batches(data: Data, batch_size: int, *, seed: int, layout: MicroLayout) -> Sequence[Sequence[Batch]]: ...
+def training_batches(
+    data: Data, batch_size: int, *, seed: int, layout: MicroLayout | None = None
+) -> Sequence[Batch] | Sequence[Sequence[Batch]]:
     """Lay out an endless run: item ``n`` is the batch of step ``n``, the same each time it is asked for.
 
     Every epoch is shuffled anew and holds every row once; its last batch is filled up with rows that have no label.
+
+    Args:
+        data: The rows.
+        batch_size: Rows of a batch.
+        seed: Seed of the order.
+        layout: Gives each batch as micro batches, for `peft_jax.train.make_accumulating_step`. The rows of a batch do
+            not depend on it.
     """
     lengths, pad = data.lengths, data.pad
 
-    def stack(rows: Sequence[Any]) -> Batch:
-        return collate(rows, batch_size, lengths, pad)
+    def stack(rows: Sequence[Any]) -> Any:
+        return collate(rows, batch_size, lengths, pad) if layout is None else micro_batches(rows, layout, pad)
 
     shuffled = grain.MapDataset.source(data).seed(seed).shuffle()
     return shuffled.batch(batch_size, drop_remainder=False, batch_fn=stack).repeat()
@@ -191,8 +235,15 @@ def steps_per_epoch(data: Data, batch_size: int) -> int:
     return -(-len(data) // batch_size)
 
 
-def evaluation_batches(data: Data, batch_size: int) -> Iterator[Batch]:
-    """Yield every row once, in order; the last batch is filled up with rows that have no label."""
-    for start in range(0, len(data), batch_size):
-        rows = [data[index] for index in range(start, min(start + batch_size, len(data)))]
-        yield collate(rows, batch_size, data.lengths, data.pad)
+def evaluation_batches(data: Data, batch_size: int, layout: MicroLayout | None = None) -> Iterator[Batch]:
+    """Yield every row once, in order; the last batch is filled up with rows that have no label.
+
+    With a layout they are micro batches, each of its own length, and rows that are near each other change places.
+    """
+    together = batch_size if layout is None else NEAR * layout.rows
+    for start in range(0, len(data), together):
+        rows = [data[index] for index in range(start, min(start + together, len(data)))]
+        if layout is None:
+            yield collate(rows, batch_size, data.lengths, data.pad)
+        else:
+            yield from micro_batches(rows, layout, data.pad)

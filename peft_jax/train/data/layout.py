@@ -1,0 +1,169 @@
+"""The micro batches that the examples of one batch are laid into, so that little of what is computed is padding."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+STEP = 32  # the smallest width; widths are its multiples
+OCTAVE = 2  # widths from each power of two up to the next; each width that occurs is compiled
+
+
+class MicroRows(NamedTuple):
+    """A micro batch by the numbers of its examples.
+
+    Attributes:
+        width: Tokens of a row, padding included.
+        rows: The examples of each row, in the order in which they stand there.
+    """
+
+    width: int
+    rows: list[list[int]]
+
+
+class MicroLayout(NamedTuple):
+    """How the examples of a batch become micro batches.
+
+    Attributes:
+        rows: Rows of each micro batch.
+        widths: The tokens that a row may have, ascending; the last one holds every example.
+        packed: Whether a row may hold several examples.
+    """
+
+    rows: int
+    widths: Sequence[int]
+    packed: bool
+
+    def lay_out(self, lengths: Sequence[int]) -> list[MicroRows]:
+        """Deal out examples of these lengths.
+
+        Raises:
+            ValueError: If one is longer than the largest width.
+
+        Example:
+            >>> MicroLayout(2, (32, 64), packed=True).lay_out([30, 10, 20])
+            [MicroRows(width=32, rows=[[0], [2, 1]])]
+            >>> MicroLayout(2, (32, 64), packed=False).lay_out([30, 10, 40])
+            [MicroRows(width=64, rows=[[2], [0]]), MicroRows(width=32, rows=[[1], []])]
+        """
+        if max(lengths) > self.widths[-1]:
+            raise ValueError(f"an example of {max(lengths)} tokens, in rows of at most {self.widths[-1]}.")
+        if not self.packed:
+            return self._sorted(lengths)
+        least = -(-sum(lengths) // (self.rows * self.widths[-1]))
+        most = -(-len(lengths) // self.rows)
+        found = []
+        for count in range(min(least, most), most + 1):
+            found += self._balanced(lengths, count)
+            if len(found) == 2:  # more micro batches would add more rows than they save
+                break
+        return min(found, key=self._computed)
+
+    def __str__(self) -> str:
+        """Describe it as a run reports it."""
+        examples = ", several examples in each" if self.packed else ""
+        return f"Rows of {self.widths[0]} to {self.widths[-1]} tokens, {self.rows} at once{examples}"
+
+    def _sorted(self, lengths: Sequence[int]) -> list[MicroRows]:
+        """One example a row, the longest first."""
+        order = _longest_first(lengths)
+        micro_batches = []
+        for start in range(0, len(order), self.rows):
+            rows = [[number] for number in order[start : start + self.rows]]
+            rows += [[] for _ in range(self.rows - len(rows))]
+            micro_batches.append(MicroRows(self._width(lengths[order[start]]), rows))
+        return micro_batches
+
+    def _balanced(self, lengths: Sequence[int], count: int) -> list[list[MicroRows]]:
+        """``count`` micro batches of rows of about equal length, alone in a list; none if a row is too long.
+
+        Each example, the longest first, goes into the row that has the fewest tokens (Graham, 1969, LPT).
+        """
+        rows: list[list[int]] = [[] for _ in range(count * self.rows)]
+        tokens = [0] * len(rows)
+        for number in _longest_first(lengths):
+            shortest = tokens.index(min(tokens))
+            rows[shortest].append(number)
+            tokens[shortest] += lengths[number]
+        if max(tokens) > self.widths[-1]:
+            return []
+        order = _longest_first(tokens)
+        micro_batches = []
+        for start in range(0, len(order), self.rows):
+            chosen = [rows[number] for number in order[start : start + self.rows]]
+            micro_batches.append(MicroRows(self._width(tokens[order[start]]), chosen))
+        return [micro_batches]
+
+    def _width(self, tokens: int) -> int:
+        return next(width for width in self.widths if width >= tokens)
+
+    def _computed(self, micro_batches: Sequence[MicroRows]) -> int:
+        return sum(self.rows * one.width for one in micro_batches)
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+
+
+def fine_widths(longest: int) -> tuple[int, ...]:
+    """Return multiples of 32 up to ``longest``, rounded up: powers of two and what is halfway between them.
+
+    Example:
+        >>> fine_widths(300)
+        (32, 64, 96, 128, 192, 256, 384)
+    """
+    widths, width = [], 0
+    while width < longest:
+        width += max(STEP, 2 ** int(math.log2(max(width, 1))) // OCTAVE)
+        widths.append(width)
+    return tuple(widths)
+
+
+def micro_layout(
+    lengths: Sequence[int],
+    batch_size: int,
+    *,
+    packed: bool,
+    micro_batch_size: int | None = None,
+    multiple: int = 1,
+    longest: int | None = None,
+) -> MicroLayout:
+    """Choose the rows and widths of micro batches for a data set.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Examples of a batch.
+        packed: Whether a row may hold several examples.
+        micro_batch_size: Rows that go through the model at once. By default all of a batch; of packed ones, as many as
+            hold a batch of average length.
+        multiple: The rows are a multiple of this.
+        longest: The largest width, such as the model's positions; by default the longest example, rounded up.
+
+    Example:
+        >>> micro_layout([500, 20, 30, 50], 8, packed=True).rows
+        3
+    """
+    rows = micro_batch_size or batch_size
+    if packed and micro_batch_size is None:
+        rows = math.ceil(batch_size * np.mean(lengths) / max(lengths))
+    rows = -(-rows // multiple) * multiple
+    widths = fine_widths(max(lengths))
+    if longest is not None and widths[-1] > longest:
+        widths = (*widths[:-1], longest)
+    return MicroLayout(rows, widths, packed)
+
+
+def filled(fields: Sequence[Mapping[str, Any]], layout: MicroRows) -> list[dict[str, np.ndarray]]:
+    """The rows of a micro batch, each of its examples' fields one after the other, with their ``segment_ids``."""
+    rows = []
+    for numbers in layout.rows:
+        if numbers:
+            rows.append(_joined([fields[number] for number in numbers]))
+    return rows
+
+
+def _joined(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    counts = [len(example["input_ids"]) for example in examples]
+    row = {name: np.concatenate([example[name] for example in examples]) for name in examples[0]}
+    return {**row, "segment_ids": np.repeat(np.arange(1, len(counts) + 1, dtype=np.int32), counts)}

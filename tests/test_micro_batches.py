@@ -1,0 +1,149 @@
+"""Micro batches of their own lengths, several texts to a row: the same training as a text to a row."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import peft_jax as pj
+from peft_jax.cli.shared.forward_pass import apply_lazily as apply
+from peft_jax.train import (
+    MicroLayout,
+    Padded,
+    evaluate,
+    evaluation_batches,
+    init_optimizer,
+    make_accumulating_step,
+    make_evaluation_step,
+    make_training_step,
+    micro_batches,
+    micro_layout,
+    training_batches,
+)
+from peft_jax.train.data.encode import IGNORE, Example
+from peft_jax.train.data.layout import fine_widths
+
+INVOCATION = [5, 9]
+
+
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40), rows=st.integers(1, 8), packed=st.booleans())
+@settings(deadline=None)
+def test_every_example_is_laid_out_once(lengths: list[int], rows: int, packed: bool) -> None:
+    layout = MicroLayout(rows, fine_widths(100), packed)
+    laid = layout.lay_out(lengths)
+    assert sorted(number for one in laid for row in one.rows for number in row) == list(range(len(lengths)))
+    for one in laid:
+        assert len(one.rows) == rows and any(one.rows) and one.width in layout.widths
+        assert all(sum(lengths[number] for number in row) <= one.width for row in one.rows)
+        assert packed or all(len(row) <= 1 for row in one.rows)
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(128, 1.10), (16, 1.25)])
+def test_few_computed_tokens_are_padding(batch_size: int, most: float) -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(97) - 0.4, 0.9, 4096), 4, 512).astype(int).tolist()
+    layout = micro_layout(lengths, batch_size, packed=True, micro_batch_size=4)
+    computed = 0
+    for start in range(0, len(lengths), batch_size):
+        computed += sum(4 * one.width for one in layout.lay_out(lengths[start : start + batch_size]))
+    assert computed / sum(lengths) < most
+
+
+def test_the_widths_end_at_the_longest() -> None:
+    assert fine_widths(512) == (32, 64, 96, 128, 192, 256, 384, 512)
+    assert micro_layout([100, 90], 2, packed=False, longest=100).widths == (32, 64, 96, 100)
+    assert micro_layout([100, 90], 2, packed=True, multiple=4).rows == 4
+    with pytest.raises(ValueError, match="an example of 40 tokens, in rows of at most 32"):
+        MicroLayout(2, (32,), packed=True).lay_out([40])
+
+
+METHODS = {
+    "LORA": pj.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    "aLoRA": pj.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False,
+        alora_invocation_tokens=INVOCATION,
+        task_type="CAUSAL_LM",
+    ),
+    "OFT": pj.OFTConfig(oft_block_size=4, target_modules=["q_proj"], init_weights=False),
+    "IA3": pj.IA3Config(
+        target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    ),
+    "PREFIX_TUNING": pj.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "ADALORA": pj.AdaLoraConfig(init_r=4, target_r=2, total_step=9, tinit=1, tfinal=2, target_modules=["q_proj"]),
+}
+
+
+def examples(count: int = 13) -> list[Example]:
+    """Texts of random lengths, of which most hold the invocation, some twice and some not at all."""
+    rng, found = np.random.default_rng(3), []
+    for number in range(count):
+        ids = rng.integers(10, 60, rng.integers(6, 40)).astype(np.int32)
+        for place in rng.choice(len(ids) - 2, number % 3, replace=False):
+            ids[place : place + 2] = INVOCATION
+        labels = np.where(rng.random(len(ids)) < 0.7, ids, IGNORE).astype(np.int32)
+        labels[0] = IGNORE
+        found.append(Example(ids, labels))
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_packed_micro_batches_train_as_a_padded_batch(tiny_llama: Path, name: str) -> None:
+    """Loss, gradient norm and trained arrays of three steps; AdaLoRA's schedule and penalty among them."""
+    model = pj.get_peft_model(pj.AutoModelForCausalLM.from_pretrained(tiny_llama), METHODS[name])
+    data = Padded(examples())
+    layout = micro_layout([example.length for example in data.examples], 8, packed=True, micro_batch_size=2)
+    optimizer, found = optax.sgd(20.0), []  # gradients of a random model are small
+    for rows in (None, layout):
+        trainable, frozen = pj.partition(jax.tree.map(jnp.copy, model))
+        before = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(trainable)]
+        state, metrics = init_optimizer(optimizer, model), []
+        make = make_training_step if rows is None else make_accumulating_step
+        step = make(apply, optimizer)
+        batches = training_batches(data, 8, seed=0) if rows is None else training_batches(data, 8, seed=0, layout=rows)
+        for number in range(3):
+            trainable, state, one = step(trainable, state, frozen, batches[number], jax.random.key(0))
+            metrics.append([float(one.loss), float(one.grad_norm), float(one.tokens)])
+        found.append(([np.asarray(leaf) for leaf in jax.tree.leaves(trainable)], metrics, float(one.computed)))
+    (padded, losses, computed), (packed, others, fewer) = found
+    assert max(np.abs(new - old).max() for new, old in zip(padded, before, strict=True)) > 1e-3, "the adapter is alive"
+    np.testing.assert_allclose(losses, others, rtol=1e-5)
+    for one, other in zip(padded, packed, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert fewer < computed
+
+
+def test_evaluation_does_not_depend_on_the_layout(tiny_llama: Path) -> None:
+    model = pj.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    data, step = Padded(examples()), make_evaluation_step(apply)
+    want = evaluate(step, model, evaluation_batches(data, 4))
+    for packed in (True, False):
+        layout = MicroLayout(3, (32, 64), packed)
+        np.testing.assert_allclose(evaluate(step, model, evaluation_batches(data, 4, layout)), want, rtol=1e-6)
+
+
+def test_no_token_of_one_text_sees_another(tiny_llama: Path) -> None:
+    """A changed text changes its own logits in a row, and no others."""
+    model = pj.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    rows = list(Padded(examples(6)))
+    layout = MicroLayout(1, (192,), packed=True)
+    [batch] = micro_batches(rows, layout)
+    changed: Any = [dict(row) for row in rows]
+    changed[2]["input_ids"] = changed[2]["input_ids"] + 1
+    [other] = micro_batches(changed, layout)
+    touched = np.any(batch["input_ids"] != other["input_ids"], axis=0)
+    segment = np.unique(batch["segment_ids"][0, touched])
+    logits = [
+        np.asarray(model(b["input_ids"], attention_mask=b["attention_mask"], segment_ids=b["segment_ids"]).logits)
+        for b in (batch, other)
+    ]
+    differs = np.any(logits[0][0] != logits[1][0], axis=-1)
+    assert len(segment) == 1
+    np.testing.assert_array_equal(differs, batch["segment_ids"][0] == segment[0])
