@@ -27,7 +27,7 @@ from peft_jax.train import (
     training_batches,
 )
 from peft_jax.train.data.encode import IGNORE, Example
-from peft_jax.train.data.layout import fine_widths
+from peft_jax.train.data.micro_layout import fine_widths
 
 INVOCATION = [5, 9]
 

@@ -14,8 +14,8 @@ from peft_jax.train.data.classes import encode_texts as encode_texts
 from peft_jax.train.data.classes import make_scoring_step as make_scoring_step
 from peft_jax.train.data.classes import score as score
 from peft_jax.train.data.encode import encode as encode
-from peft_jax.train.data.layout import MicroLayout as MicroLayout
-from peft_jax.train.data.layout import micro_layout as micro_layout
+from peft_jax.train.data.micro_layout import MicroLayout as MicroLayout
+from peft_jax.train.data.micro_layout import micro_layout as micro_layout
 from peft_jax.train.data.prompt_batch import tokenize_prompts as tokenize_prompts
 from peft_jax.train.data.records import Chat as Chat
 from peft_jax.train.data.records import Completion as Completion

@@ -15,7 +15,7 @@ from peft_jax.train.step import Apply, StepMetrics, TrainingStep, count_tokens, 
 
 
 class Sums(NamedTuple):
-    """What the micro batches of a step add up to.
+    """Sums over the micro batches of a step.
 
     Attributes:
         loss: In nats, float32.

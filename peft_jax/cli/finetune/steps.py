@@ -31,7 +31,7 @@ from peft_jax.train import (
     training_batches,
 )
 from peft_jax.train.data.batches import Data, longest_field
-from peft_jax.train.data.layout import MicroLayout
+from peft_jax.train.data.micro_layout import MicroLayout
 from peft_jax.train.mesh import (
     PlacedBatches,
     place,

@@ -7,7 +7,7 @@ import grain
 import numpy as np
 
 from peft_jax.train.data.encode import IGNORE, Example
-from peft_jax.train.data.layout import MicroLayout, filled
+from peft_jax.train.data.micro_layout import MicroLayout, filled
 
 SHORTEST = 32
 NEAR = 64  # rows of evaluation that are laid out together, in micro batches
@@ -179,7 +179,7 @@ def micro_batches(rows: Sequence[Any], layout: MicroLayout, pad: int = 0) -> lis
 
     Args:
         rows: The fields of `Batch` of each row, without the batch axis.
-        layout: From `peft_jax.train.data.layout.micro_layout`.
+        layout: From `peft_jax.train.data.micro_layout.micro_layout`.
         pad: The token id that fills rows up.
 
     Example:
