@@ -40,7 +40,7 @@ test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
 
 test-models: .venv/test
-	$(BIN)/python -m pytest --grid tests/test_decoders.py tests/test_decoder_commands.py $(ARGS)
+	$(BIN)/python -m pytest --grid tests/test_base_dropout.py tests/test_decoders.py tests/test_decoder_commands.py $(ARGS)
 
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then \

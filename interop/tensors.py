@@ -26,6 +26,7 @@ from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model
 from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_sizes, may_be_target, plan
 from peft_jax.adapters.target_parameters import check_apart, is_parameter, with_parameters
 from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_adapters
+from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves
 from peft_jax.core.targets import is_saved_module, is_target
@@ -207,7 +208,9 @@ def _planned(
     handle = params if isinstance(params, Handle) else None
     config = config.of_file({key: tensor.shape for key, tensor in tensors.items()})
     if handle is None and config.on_model:
-        raise ValueError(f"A {config.peft_type} adapter goes on a model handle. Give the handle, not its tree.")
+        raise ValueError(
+            f"{article(config.peft_type, first=True)} adapter goes on a model handle. Give the handle, not its tree."
+        )
     if handle is not None:
         config = with_model_defaults(config, handle)
         has_copies = bool(tied_copies(handle, config, tensors).keys() & tensors.keys())
@@ -249,8 +252,8 @@ def _check_trainable(config: PromptMethod) -> None:
     """Raise ValueError if a prompt is to be trained on, and its file does not hold what is trained."""
     if not (config.inference_mode or config.trains_from_file):
         raise ValueError(
-            f"The file of a {config.peft_type} adapter holds what its encoder gave, not the encoder, so it cannot be "
-            "trained on. Load it without is_trainable, or train a fresh one."
+            f"The file of {article(config.peft_type)} adapter holds what its encoder gave, not the encoder, so "
+            "it cannot be trained on. Load it without is_trainable, or train a fresh one."
         )
 
 

@@ -220,7 +220,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "empty data": (_write("data.json", ""), finetune(), "is empty. Give"),
     "data without records": (_write("data.json", "[]"), finetune(), "holds no records. Give"),
     "data without the fields": (_write("data.json", '[{"text": "a"}]'), finetune(), "lacks instruction and output"),
-    "data over the cutoff": (_nothing, finetune(cutoff_len=8), "Raise cutoff_len to"),
+    "data over the cutoff": (_nothing, finetune(cutoff_len=8), "Raise --cutoff-len to"),
     "a target that hits nothing": (_nothing, finetune(target_modules="q_porj"), "q_porj"),
     "one of several hits nothing": (_nothing, finetune(target_modules=["q_proj", "q_porj"]), "q_porj"),
     "a rank of nothing": (_nothing, finetune(r=0), "at least 1"),

@@ -61,7 +61,7 @@ def test_json_and_jsonl_read_the_same(tmp_path: Path) -> None:
         ('[{"instruction": "a", "output": "b"}, {"text": "a", "title": "b"}]', "record 2 .* lacks .* has text, title"),
         ('{"instruction": "a", "response": "b"}', "record 1 of .* lacks output; it has instruction, response"),
         ("{}", "it has no fields"),
-        ('{"instruction": "a", "output": ["b"]}', "has a output of type list, not text"),
+        ('{"instruction": "a", "output": ["b"]}', "has an output of type list, not text"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
     ],
 )

@@ -144,7 +144,7 @@ def test_new_rows_are_about_the_mean_or_random(bases: dict[str, Path]) -> None:
     drawn = base.resize_token_embeddings(30, mean_resizing=False).params["model"]["embed_tokens"]["embedding"][24:]
     assert 0.2 < float(jnp.std(drawn)) < 0.9  # initializer_range is 0.5
     adapted = pj.get_peft_model(base, pj.LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="'lm_head.kernel' is a Adapted leaf, .* Resize the model first"):
+    with pytest.raises(ValueError, match="'lm_head.kernel' is an Adapted leaf, .* Resize the model first"):
         adapted.resize_token_embeddings(30)
 
 

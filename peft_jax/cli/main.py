@@ -7,8 +7,9 @@ from typing import NoReturn
 
 from peft_jax.cli.command_options import Demo, Eval, Generate, Inspect, Merge
 from peft_jax.cli.finetune.options import Finetune
-from peft_jax.cli.shared.command_line import nearest, overview, parse_command
+from peft_jax.cli.shared.command_line import nearest, overview, parse_command, with_flags
 from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output
+from peft_jax.cli.shared.way_out import of_full_disk, of_missing_device
 
 Command = Finetune | Generate | Eval | Merge | Inspect | Demo
 COMMANDS: Mapping[str, type[Command]] = {
@@ -30,9 +31,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The words after ``peft-jax``; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 after an error of the user's or for want of memory, said in one line, or 130 after
-        Ctrl-C, or 141 where the output's reader has closed it, as in ``peft-jax generate ... | head -1``. Any other
-        exception is a bug and goes through with its traceback. All that is printed passes through
+        The exit code: 0, or 2 after an error of the user's or for want of memory, disk or a device, said in one line,
+        or 130 after Ctrl-C, or 141 where the output's reader has closed it, as in ``peft-jax generate ... | head -1``.
+        Any other exception is a bug and goes through with its traceback. All that is printed passes through
         `peft_jax.cli.shared.terminal`.
     """
     with escaped_output():
@@ -40,6 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Sequence[str] | None) -> int:
+    command: Command | None = None
     try:
         command = parse(args)
         if isinstance(command, Demo):
@@ -60,15 +62,24 @@ def _run(args: Sequence[str] | None) -> int:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return UNREAD
     except (ValueError, OSError) as error:
-        return fail(str(error), 2)
-    except RuntimeError as error:
-        if not _is_want_of_memory(error):
+        return fail(_explained(error, command), 2)
+    except (RuntimeError, AssertionError) as error:
+        if "jax" in sys.modules and (message := of_missing_device()):
+            return fail(message, 2)
+        if not isinstance(error, RuntimeError) or not _is_want_of_memory(error):
             raise
         return fail(f"{error} Use smaller batches, shorter texts or --load-in-8bit or --load-in-4bit.", 2)
     except KeyboardInterrupt as stopped:
         print("peft-jax:", str(stopped) or "stopped; nothing was written.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _explained(error: Exception, command: Command | None) -> str:
+    """The message of a user's error, in the words of the command, with a way out."""
+    message = str(error) if command is None else with_flags(str(error), command)
+    way_out = of_full_disk(error)
+    return f"{message.rstrip('.')}. {way_out}" if way_out else message
 
 
 def run() -> NoReturn:

@@ -1,4 +1,4 @@
-"""Dropout in adapters: its keys are part of the tree, so that it is a pure change of it."""
+"""Dropout: its keys are part of the tree, so that it is a pure change of it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,8 +14,12 @@ from peft_jax.core.paths import keys_from_names, leaf_names
 from peft_jax.core.pytree import PyTree
 
 
-def with_dropout(params: PyTree, key: jax.Array) -> PyTree:
+def with_dropout(params: PyTree, key: jax.Array, *, base: bool = True) -> PyTree:
     """The tree with dropout switched on for this key; call it on the combined tree, in the loss, once a step.
+
+    A model handle's base drops too, as its config says and as PEFT's does after ``model.train()``: weights of its
+    attention, outputs of its layers and whatever else transformers drops in such a model. Functions over plain trees
+    are the caller's own, and nothing in them is dropped but in adapters.
 
     Only active adapters that are trained change, and of these the ones with a dropout rate above 0. Lookups of
     embeddings are never dropped, as in PEFT. Each layer has its own key, made from its name. In a product with a
@@ -25,6 +29,7 @@ def with_dropout(params: PyTree, key: jax.Array) -> PyTree:
     Args:
         params: Any tree or model handle.
         key: A JAX random key, a new one for every step.
+        base: Whether the base's own dropout is on, where the tree is a model handle.
 
     Example:
         >>> import peft_jax as pj
@@ -51,6 +56,8 @@ def with_dropout(params: PyTree, key: jax.Array) -> PyTree:
             switched_on[name] = jnp.asarray(np.full(names.shape, rate, np.float32))
         return dataclasses.replace(leaf, state={**leaf.state, "dropout": switched_on})
 
+    if base and isinstance(params, Handle):
+        params = params.dropping(key)
     return map_adapted(switch_on, params)
 
 
@@ -66,8 +73,13 @@ def dropout(x: jax.Array, state: Mapping[str, Any]) -> jax.Array:
     # A grouped product has one key a group, and each row of x belongs to one group: the first key serves all rows.
     key = jnp.reshape(state["dropout"]["key"], -1)[0]
     keep = 1 - jnp.reshape(state["dropout"]["rate"], -1)[0]
-    kept = jax.random.bernoulli(key, keep, x.shape)
+    kept = kept_elements(key, keep, x.shape)
     return jnp.where(kept, x / keep.astype(x.dtype), 0)
+
+
+def kept_elements(key: jax.Array, keep: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A mask of this shape, True with the probability ``keep``: what a site of dropout keeps."""
+    return jax.random.bernoulli(key, keep, shape)
 
 
 def drop_change(change: jax.Array, state: Mapping[str, Any], *, rescale: bool) -> jax.Array:

@@ -4,6 +4,8 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import jax
+
 from peft_jax.core.layout import Layout
 
 
@@ -65,6 +67,10 @@ class Handle(abc.ABC):
         Raises:
             ValueError: if it has no such layer, or PEFT replicates none of such a model.
         """
+
+    def dropping(self, key: jax.Array) -> Self:
+        """The same model, whose base drops by this key as it does in training; the model itself if it drops nothing."""
+        return self
 
     @abc.abstractmethod
     def replace(self, params: Any) -> Self:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from peft_jax.core.articles import article
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, FirstFactor, Product
 from peft_jax.core.pytree import PyTree
@@ -137,15 +138,15 @@ class Weight(abc.ABC):
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(
-            f"A {type(self).__name__} leaf stands for an array and cannot be indexed. Wrap the function that indexes "
-            "it: pj.adapt(fn). Or make plain arrays of the tree: pj.merge(params)."
+            f"{article(type(self).__name__, first=True)} leaf stands for an array and cannot be indexed. "
+            "Wrap the function that indexes it: pj.adapt(fn). Or make plain arrays of the tree: pj.merge(params)."
         )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(jax.Array, name):
             raise AttributeError(name)
         raise AttributeError(
-            f"A {type(self).__name__} leaf stands for an array but has no '{name}'. "
+            f"{article(type(self).__name__, first=True)} leaf stands for an array but has no '{name}'. "
             "Wrap the function that uses it: pj.adapt(fn). Or make plain arrays of the tree: pj.merge(params)."
         )
 
@@ -153,8 +154,8 @@ class Weight(abc.ABC):
 @functools.cache
 def _warn_of_merging(kind: str) -> None:
     warnings.warn(
-        f"A {kind} leaf is used outside of pj.adapt, so it is merged into a dense array at each use. "
-        "pj.adapt(fn) computes the same without merging, and faster.",
+        f"{article(kind, first=True)} leaf is used outside of pj.adapt, so it is merged into a dense array "
+        "at each use. pj.adapt(fn) computes the same without merging, and faster.",
         stacklevel=4,
     )
 

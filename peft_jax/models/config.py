@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
+from peft_jax.core.articles import article
 from peft_jax.interop.quantized import check_quant_method
+from peft_jax.models.modules.base_dropout import NO_DROPOUT, DropoutRates
 from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
 
 CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM = "CAUSAL_LM", "SEQ_2_SEQ_LM", "MASKED_LM"
@@ -29,6 +31,7 @@ SUFFIXES = {
     "Model": FEATURE_EXTRACTION,
 }
 LABELS = 2  # transformers' default
+HEAD_RATE = 0.1  # at which transformers' classifiers of tokens drop if their config does not say
 # Fields that are no entries of a config.json: `write_common` writes the first three in another form, if at all.
 NO_ENTRIES = ("task_type", "num_labels", "problem_type", "trains_padding")
 
@@ -150,6 +153,11 @@ class ModelConfig:
         return PLAIN
 
     @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training, as transformers' does with such a config."""
+        return NO_DROPOUT
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of each layer, which says what it sees (`peft_jax.models.modules.layer_views`)."""
         types: tuple[str, ...] | None = getattr(self, "layer_types", None)
@@ -173,7 +181,8 @@ class ModelConfig:
         check_model_type(self.model_type, self.stems)
         if self.task_type not in self.tasks:
             raise ValueError(
-                f"A {self.model_type} model for {self.task_type} is not supported. Supported: {', '.join(self.tasks)}."
+                f"{article(self.model_type, first=True)} model for {self.task_type} is not supported. "
+                f"Supported: {', '.join(self.tasks)}."
             )
 
 
@@ -306,8 +315,38 @@ def entries(config: ModelConfig, *left_out: str) -> dict[str, Any]:
         config: The config.
         left_out: More fields to leave out.
     """
-    names = [field.name for field in dataclasses.fields(config) if field.name not in (*NO_ENTRIES, *left_out)]
+    unset = [field.name for field in dataclasses.fields(config) if is_unset(config, field)]
+    names = [field.name for field in dataclasses.fields(config) if field.name not in (*NO_ENTRIES, *left_out, *unset)]
     return {config.spelled.get(name, name): getattr(config, name) for name in names}
+
+
+def rarely_set(default: Any) -> Any:
+    """A field of a config that is an entry of a config.json only where it is not its default."""
+    return dataclasses.field(default=default, metadata={"rarely_set": True})
+
+
+def is_unset(config: ModelConfig, field: dataclasses.Field[Any]) -> bool:
+    """Whether a field is one of `rarely_set` and has its default."""
+    return bool(field.metadata.get("rarely_set")) and getattr(config, field.name) == field.default
+
+
+def head_rate(config: ModelConfig, classifier_dropout: float | None, hidden_dropout: float | None = None) -> float:
+    """The probability with which transformers' classifiers of tokens drop inputs of their head; 0 for other tasks.
+
+    Args:
+        config: The architecture.
+        classifier_dropout: The config's field of that name.
+        hidden_dropout: That of this name, which counts where the other is None.
+
+    Example:
+        >>> from peft_jax.models import LlamaConfig
+        >>> head_rate(LlamaConfig(task_type="TOKEN_CLS"), None), head_rate(LlamaConfig(), None)
+        (0.1, 0.0)
+    """
+    if config.task_type != TOKEN_CLS:
+        return 0.0
+    said = [rate for rate in (classifier_dropout, hidden_dropout) if rate is not None]
+    return said[0] if said else HEAD_RATE
 
 
 def check_expressible(config: ModelConfig, hf: Mapping[str, Any], fields: str) -> None:

@@ -21,10 +21,13 @@ from peft_jax.models.config import (
     check_kinds,
     complete,
     entries,
+    head_rate,
+    rarely_set,
     read_common,
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
 
 
@@ -57,6 +60,8 @@ class RotaryConfig(ModelConfig):
         head_dim: Features of a head; None means hidden_size // num_attention_heads.
         hidden_act: transformers' name of the activation.
         rope: How positions turn queries and keys.
+        attention_dropout: The probability with which weights of the attention are dropped in training.
+        classifier_dropout: The same of inputs of a token classifier's head; None means transformers' 0.1.
 
     Raises:
         ValueError: A field has a value that the family does not support, named in the message.
@@ -78,6 +83,8 @@ class RotaryConfig(ModelConfig):
     rope: RopeParameters = RopeParameters()
     model_type: str = ""
     task_type: str = CAUSAL_LM
+    attention_dropout: float | None = rarely_set(0.0)
+    classifier_dropout: float | None = rarely_set(None)
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -125,6 +132,11 @@ class RotaryConfig(ModelConfig):
     def ropes(self) -> dict[str, RopeParameters | None]:
         """The rope of each kind of layer; None for a kind that turns nothing."""
         return dict.fromkeys(self.kinds, self.rope)
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        return DropoutRates(attention=self.attention_dropout or 0.0, head=head_rate(self, self.classifier_dropout))
 
     @property
     def window(self) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.describe import read_header
@@ -77,8 +78,8 @@ def resized(
         leaf = leaf_at(params, path)
         if is_weight(leaf):
             raise ValueError(
-                f"The leaf '{path}' is a {type(leaf).__name__} leaf, and its tokens cannot be resized. Resize the "
-                "model first, then quantize it and attach adapters."
+                f"The leaf '{path}' is {article(type(leaf).__name__)} leaf, and its tokens cannot be "
+                "resized. Resize the model first, then quantize it and attach adapters."
             )
         axis = next(i for i, (old, now) in enumerate(zip(shapes[path], wanted[path], strict=True)) if old != now)
         rows = jnp.moveaxis(leaf, axis, 0)

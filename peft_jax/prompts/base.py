@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.ids import is_outside
 from peft_jax.core.product import Product
@@ -117,15 +118,17 @@ class PromptMethod(Method):
     def merge(self, params: Arrays, state: Arrays, matrix: jax.Array) -> NoReturn:
         """Raise MergeError: a prompt is no change of a weight."""
         raise MergeError(
-            f"A {self.peft_type} adapter has no merged form: it changes what a model is given, not its weights. "
-            "Keep it as an adapter (pj.interop.save_adapter), or take it off: pj.unload, pj.disable_adapter."
+            f"{article(self.peft_type, first=True)} adapter has no merged form: it changes what a model is given, not "
+            "its weights. Keep it as an adapter (pj.interop.save_adapter), or take it off: pj.unload, "
+            "pj.disable_adapter."
         )
 
     def apply(self, params: Arrays, state: Arrays, base: Weight, x: jax.Array, product: Product) -> NoReturn:
         """Raise MergeError: only a model handle knows what to do with a prompt."""
         raise MergeError(
-            f"A {self.peft_type} adapter takes effect in a model handle's call, not in its tree of weights. "
-            "Call the model that pj.get_peft_model gives, or take the adapter off: pj.disable_adapter(params)."
+            f"{article(self.peft_type, first=True)} adapter takes effect in a model handle's call, not in its tree "
+            "of weights. Call the model that pj.get_peft_model gives, or take the adapter off: "
+            "pj.disable_adapter(params)."
         )
 
 

@@ -31,7 +31,12 @@ class Sums(NamedTuple):
 
 
 def make_accumulating_step(
-    apply: Apply, optimizer: optax.GradientTransformation, *, next_token: bool = True, out_shardings: Any = None
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    *,
+    next_token: bool = True,
+    out_shardings: Any = None,
+    base_dropout: bool = True,
 ) -> TrainingStep[Sequence[Batch]]:
     """Build the step ``(trainable, opt_state, frozen, micro_batches, key) -> (trainable, opt_state, metrics)``.
 
@@ -45,6 +50,7 @@ def make_accumulating_step(
         optimizer: As there.
         next_token: As there.
         out_shardings: As there.
+        base_dropout: As there.
 
     Example:
         >>> import peft_jax as pj
@@ -66,7 +72,7 @@ def make_accumulating_step(
 
     def add(sums: Sums, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array) -> Sums:
         def loss(trainable: Any) -> tuple[jax.Array, jax.Array]:
-            params = with_dropout(combine(trainable, frozen), jax.random.fold_in(key, number))
+            params = with_dropout(combine(trainable, frozen), jax.random.fold_in(key, number), base=base_dropout)
             return loss_of(apply, params, batch, next_token)
 
         (found, count), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)

@@ -61,6 +61,7 @@ def make_training_step(
     next_token: bool = True,
     micro_batch_size: int | None = None,
     out_shardings: Any = None,
+    base_dropout: bool = True,
 ) -> TrainingStep[Batch]:
     """Build the step ``(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``.
 
@@ -81,6 +82,8 @@ def make_training_step(
         micro_batch_size: Rows that go through the model at once; the gradients of a batch's parts are summed in one
             scan. It divides the batch. By default the whole batch at once.
         out_shardings: Shardings of trainable, optimizer state and metrics on a mesh, as `jax.jit` takes them.
+        base_dropout: Whether the base model's own dropout is on, as its config says and as in PEFT. False leaves the
+            adapter's alone.
 
     Returns:
         The step; ``key`` is for dropout. The loss is normalised by the target tokens of the whole batch, so that its
@@ -100,7 +103,7 @@ def make_training_step(
     """
 
     def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, count: jax.Array) -> jax.Array:
-        params = with_dropout(combine(trainable, frozen), key)
+        params = with_dropout(combine(trainable, frozen), key, base=base_dropout)
         return loss_of(apply, params, batch, next_token)[0] / count
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:

@@ -10,6 +10,8 @@ from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.command_line import flag as flag
 from peft_jax.cli.shared.common_options import CUTOFF, DATA, DTYPE, GGUF, INT4, INT8, MODEL, OUTPUT, TEMPLATE, Dtype
 
+TARGETS = Option(aliases=("--lora-target-modules",), of_adapter=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
@@ -50,11 +52,11 @@ class AdapterOptions:
     """Fields of the method's config as PEFT names them, such as '{"target_r": 4}', or a JSON file of them."""
     r: Annotated[int | None, Option(aliases=("--rank", "--lora-r", "--lora-rank"))] = None
     """Rank of the adapter, where the method has one (8 by default for LORA)."""
-    lora_alpha: float | None = None
+    lora_alpha: Annotated[float | None, Option(of_adapter=True)] = None
     """A LoRA is scaled by lora_alpha / r (16 by default)."""
-    lora_dropout: float | None = None
+    lora_dropout: Annotated[float | None, Option(of_adapter=True)] = None
     """Probability of zeroing an input of the adapter in training (0 by default)."""
-    target_modules: Annotated[tuple[str, ...] | None, Option(aliases=("--lora-target-modules",))] = None
+    target_modules: Annotated[tuple[str, ...] | None, TARGETS] = None
     """Names of the modules to adapt, or all-linear; by default PEFT's for the model's type."""
     adapter_config: Path | None = None
     """A file in the format of PEFT's adapter_config.json, method included, instead of the options above."""
@@ -112,6 +114,8 @@ class TrainingOptions:
     """Decoupled weight decay of the adapter."""
     max_grad_norm: float = 1
     """Norm that gradients are clipped to; 0 for no clipping."""
+    no_base_dropout: bool = False
+    """Leave the base model's own dropout off, which its config.json asks for and PEFT trains with."""
     optimizer: Annotated[Literal["adamw", "adafactor", "lion", "sgd"], Option(aliases=("--optim",))] = "adamw"
     """Optimizer, from optax."""
     seed: int = 0

@@ -126,7 +126,13 @@ def make_plan(
         state, frozen = start(place(model, mesh), optimizer, seed=training.seed)
         state = place_state(state, mesh)
         layout = (*shardings((state.trainable, state.opt_state)), NamedSharding(mesh, PartitionSpec()))
-    step = make_accumulating_step(task.apply, optimizer, next_token=task.next_token, out_shardings=layout)
+    step = make_accumulating_step(
+        task.apply,
+        optimizer,
+        next_token=task.next_token,
+        out_shardings=layout,
+        base_dropout=not training.no_base_dropout,
+    )
     parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
     return Plan(*parts, step, task.make_evaluation_step(), mesh), state, frozen
 

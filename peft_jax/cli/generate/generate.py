@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from peft_jax.cli.shared.adapter_base import (
     find_tokenizer,
     load_model,
 )
+from peft_jax.cli.shared.command_line import flag
 from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.terminal import verbatim
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
@@ -97,6 +99,10 @@ def check(options: Generate) -> None:
         raise ValueError(f"--batch-size is {options.batch_size}. Give a number above 0.")
     if options.seed < 0:
         raise ValueError(f"--seed is {options.seed}. Give 0 or a number above.")
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        value = getattr(options, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{flag(name)} is {value}. Give a finite number.")
     sampling = given_sampling_options(options)
     if options.do_sample:
         sampling = ["do-sample", *sampling]

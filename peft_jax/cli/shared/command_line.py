@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ class Option:
         metavar: Name of its value in the help; by default its type.
         positional: Whether it is given without a flag.
         repeatable: Whether its flag takes one value and may be given several times.
+        of_adapter: Whether it is a field of an adapter's config too, so that messages may mean either.
     """
 
     aliases: tuple[str, ...] = ()
@@ -39,6 +41,7 @@ class Option:
     metavar: str | None = None
     positional: bool = False
     repeatable: bool = False
+    of_adapter: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,28 @@ def parse_command(command: type[Command], name: str, words: Sequence[str]) -> Co
             value = typed[parameter.name]
             values[parameter.name] = value if parameter.type is bool else parameter.value(value)
     return _construct(command, values)
+
+
+def with_flags(message: str, command: object) -> str:
+    """A message of the library with its arguments as the command spells them.
+
+    Names in quotes, and those with a value behind ``=``, are fields of files or Python's and stay.
+
+    Args:
+        message: The message.
+        command: The options of the command that it is about.
+
+    Example:
+        >>> from peft_jax.cli.command_options import Eval
+        >>> with_flags("Raise cutoff_len to 44; dtype='x' stays.", Eval(data="x.json"))
+        "Raise --cutoff-len to 44; dtype='x' stays."
+    """
+    names = []
+    for _, group in option_groups(type(command)):
+        names += [parameter.name for parameter in group if "_" in parameter.name and not parameter.option.of_adapter]
+    if not names:
+        return message
+    return re.sub(rf"(?<![\w'\".\-/])({'|'.join(names)})(?![\w='\".:/-])", lambda found: flag(found[1]), message)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

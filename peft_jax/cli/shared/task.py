@@ -14,6 +14,7 @@ from typing import Any
 
 from peft_jax.cli.shared.forward_pass import apply, apply_lazily
 from peft_jax.core.adapted import adapted_leaves
+from peft_jax.core.articles import article
 from peft_jax.interop.checkpoint import read_config
 from peft_jax.interop.describe import read_adapter, read_adapter_config
 from peft_jax.methods.roles import Whole
@@ -220,8 +221,8 @@ def task_of(model: str, said: str | None, gguf_file: str | None = None) -> Task:
     if said is None and name in (MASKED_LM, FEATURE_EXTRACTION):
         able = [task for task in TASKS if task in config.tasks]
         raise ValueError(
-            f"{model} is a {config.architecture}, which has no head for a task. finetune gives it one with --task "
-            f"{' or '.join(able)}."
+            f"{model} is {article(config.architecture)}, which has no head for a task. finetune gives it one with "
+            f"--task {' or '.join(able)}."
         )
     raise ValueError(
         f"the commands are for {', '.join(TASKS)}, not for {name}. Train and run such a model in Python, as "

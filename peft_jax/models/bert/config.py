@@ -14,6 +14,7 @@ from peft_jax.models.config import (
     ModelConfig,
 )
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 TASKS = MappingProxyType(
     {
@@ -32,7 +33,9 @@ class BertConfig(ModelConfig):
 
     Attributes:
         type_vocab_size: Number of token types.
-        hidden_dropout_prob: Kept for saving, as the other dropouts.
+        hidden_dropout_prob: The probability with which embeddings and outputs of layers are dropped in training.
+        attention_probs_dropout_prob: The same of weights of the attention.
+        classifier_dropout: The same of inputs of a classifier's head; None means hidden_dropout_prob.
 
     Raises:
         ValueError: A field has a value that is not supported, named in the message.
@@ -87,6 +90,14 @@ class BertConfig(ModelConfig):
     def untrained_position(self) -> int | None:
         """The row of the positions' table that lookups do not train; None."""
         return None
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        out, head = self.hidden_dropout_prob, self.classifier_dropout
+        classifier = out if head is None else head
+        drops_head = self.task_type in (SEQ_CLS, TOKEN_CLS)
+        return DropoutRates(out, self.attention_probs_dropout_prob, out, out, head=classifier if drops_head else 0.0)
 
     @property
     def has_pooler(self) -> bool:

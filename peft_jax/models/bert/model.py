@@ -2,7 +2,7 @@
 
 Attribute names are the module names of Hugging Face transformers (`bert.encoder.layer.attention.self.query.kernel`);
 the layers are stacked and scanned, as in `peft_jax.models.llama.model`. Numbers are those of transformers' classes with
-their default ("sdpa") attention; dropout of the base is not applied.
+their default ("sdpa") attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from flax import nnx
 from peft_jax.models.bert.config import BertConfig
 from peft_jax.models.bert.task_heads import add_head, run_head
 from peft_jax.models.modules.activations import ACTIVATIONS
-from peft_jax.models.modules.attention import attend
+from peft_jax.models.modules.attention import attend, dropping_of
+from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import Prefix
 from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
@@ -34,11 +35,14 @@ class BertEmbeddings(nnx.Module):
         self.position_embeddings = Embed(config, dtype, rngs, positions, untrained_row=untrained)
         self.token_type_embeddings = Embed(config, dtype, rngs, config.type_vocab_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
+        self.rate = config.rates.embedding
 
-    def __call__(self, x: jax.Array, token_type_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, token_type_ids: jax.Array, positions: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
         """Add to the tokens' x (batch, length, hidden); ids and positions are (batch or 1, length)."""
         x = x + self.token_type_embeddings(token_type_ids) + self.position_embeddings(positions)
-        return self.LayerNorm(x)
+        return dropped(self.LayerNorm(x), key, self.rate, Site.EMBEDDING)
 
 
 class BertSelfAttention(nnx.Module):
@@ -46,26 +50,31 @@ class BertSelfAttention(nnx.Module):
 
     def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         linear, hidden = linear_maker(config, dtype, rngs), config.hidden_size
-        self.head_dim = hidden // config.num_attention_heads
+        self.head_dim, self.rate = hidden // config.num_attention_heads, config.rates.attention
         self.query, self.key, self.value = linear(hidden, hidden), linear(hidden, hidden), linear(hidden, hidden)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None, key: jax.Array | None) -> jax.Array:
         """Attend within x (batch, length, hidden) and to this layer's prefix."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (kept(linear(x)).reshape(heads) for linear in (self.query, self.key, self.value))
-        return attend(q, *put_before(prefix, k, v), mask).reshape(x.shape)
+        k, v = put_before(prefix, k, v)
+        return attend(q, k, v, mask, dropping=dropping_of(key, self.rate)).reshape(x.shape)
 
 
 class BertOutput(nnx.Module):
     """A linear layer, added to the residual stream and normalised after."""
 
-    def __init__(self, config: BertConfig, in_features: int, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: BertConfig, in_features: int, dtype: Any, rngs: nnx.Rngs, *, rate: float, site: Site
+    ) -> None:
+        self.rate, self.site = rate, site
         self.dense = linear_maker(config, dtype, rngs)(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
 
-    def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, residual: jax.Array, key: jax.Array | None) -> jax.Array:
         """Map x (batch, length, in) and add it to the residual (batch, length, hidden), whose dtype is kept."""
-        return self.LayerNorm(kept(self.dense(x).astype(residual.dtype) + residual))
+        out = dropped(self.dense(x), key, self.rate, self.site)
+        return self.LayerNorm(kept(out.astype(residual.dtype) + residual))
 
 
 class BertAttention(nnx.Module):
@@ -73,11 +82,12 @@ class BertAttention(nnx.Module):
 
     def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         self.self = BertSelfAttention(config, dtype, rngs)
-        self.output = BertOutput(config, config.hidden_size, dtype, rngs)
+        rate = config.rates.attention_out
+        self.output = BertOutput(config, config.hidden_size, dtype, rngs, rate=rate, site=Site.ATTENTION_OUT)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None, key: jax.Array | None) -> jax.Array:
         """Map x (batch, length, hidden)."""
-        return self.output(self.self(x, mask, prefix), x)
+        return self.output(self.self(x, mask, prefix, key), x, key)
 
 
 class BertIntermediate(nnx.Module):
@@ -98,12 +108,13 @@ class BertLayer(nnx.Module):
     def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         self.attention = BertAttention(config, dtype, rngs)
         self.intermediate = BertIntermediate(config, dtype, rngs)
-        self.output = BertOutput(config, config.intermediate_size, dtype, rngs)
+        rate = config.rates.mlp_out
+        self.output = BertOutput(config, config.intermediate_size, dtype, rngs, rate=rate, site=Site.MLP_OUT)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, prefix: Prefix | None, key: jax.Array | None) -> jax.Array:
         """Map x (batch, length, hidden)."""
-        x = self.attention(x, mask, prefix)
-        return self.output(self.intermediate(x), x)
+        x = self.attention(x, mask, prefix, key)
+        return self.output(self.intermediate(x), x, key)
 
 
 class BertEncoder(nnx.Module):
@@ -114,16 +125,17 @@ class BertEncoder(nnx.Module):
         self.layer = nnx.vmap(lambda key: BertLayer(config, dtype, nnx.Rngs(key)))(keys)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, prefix: Prefix | None, keep: bool, remat: bool
+        self, x: jax.Array, mask: jax.Array, prefix: Prefix | None, keep: bool, remat: bool, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Run all layers; keep asks for every layer's input as well, remat for recomputing layers in the backward."""
         graph, stacked = nnx.split(self.layer)
 
         def body(x: jax.Array, inputs: Any) -> Any:
-            state, before = inputs
-            return nnx.merge(graph, state)(x, mask, before), x if keep else None
+            state, before, layer = inputs
+            return nnx.merge(graph, state)(x, mask, before, key_of(key, layer)), x if keep else None
 
-        x, inputs = jax.lax.scan(rematerialized(body, whole=remat), x, (stacked, prefix))
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        x, inputs = jax.lax.scan(rematerialized(body, whole=remat), x, (stacked, prefix, jnp.arange(count)))
         return x, jnp.concatenate([inputs, x[None]]) if keep else None
 
 
@@ -160,6 +172,7 @@ class Bert(nnx.Module):
             "token_type_ids",
             "position_ids",
             "prefix",
+            "dropout_key",
             "output_hidden_states",
             "remat",
         )
@@ -184,11 +197,12 @@ class Bert(nnx.Module):
         mask = jnp.ones((1, 1, length), bool)
         if inputs.attention_mask is not None:
             mask = seen_slots(inputs.attention_mask, batch, length, length, False)[:, None, :]
-        x = inner.embeddings(x, types, positions)
-        h, states = inner.encoder(x, with_prefix(mask, prefix), prefix, inputs.output_hidden_states, inputs.remat)
+        x = inner.embeddings(x, types, positions, inputs.dropout_key)
+        asked, key = (inputs.output_hidden_states, inputs.remat), key_of(inputs.dropout_key, Site.LAYERS)
+        h, states = inner.encoder(x, with_prefix(mask, prefix), prefix, *asked, key)
         pooled = inner.pooler(h) if self.config.has_pooler else None
         table = inner.embeddings.word_embeddings.embedding
-        return run_head(self, self.config, h, pooled, table)._replace(hidden_states=states)
+        return run_head(self, self.config, h, pooled, table, inputs.dropout_key)._replace(hidden_states=states)
 
     def positions(self, input_ids: jax.Array | None, length: int, virtual: int) -> jax.Array:
         """Positions (batch or 1, length) where none are told: they count on from the virtual ones."""

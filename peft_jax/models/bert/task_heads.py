@@ -11,6 +11,7 @@ from flax import nnx
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
 from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.modules.activations import ACTIVATIONS
+from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.heads import head_width
 from peft_jax.models.modules.layers import LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
@@ -70,13 +71,14 @@ class RobertaClassificationHead(nnx.Module):
     """Two layers on the first token's output."""
 
     def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        linear = linear_maker(config, dtype, rngs)
+        linear, self.rate = linear_maker(config, dtype, rngs), config.rates.head
         self.dense = linear(config.hidden_size, config.hidden_size)
         self.out_proj = linear(config.hidden_size, config.num_labels)
 
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: jax.Array, key: jax.Array | None) -> jax.Array:
         """Logits (batch, n) of h (batch, length, hidden)."""
-        return self.out_proj(jnp.tanh(self.dense(h[:, 0])))
+        inner = jnp.tanh(self.dense(dropped(h[:, 0], key, self.rate, Site.HEAD)))
+        return self.out_proj(dropped(inner, key, self.rate, Site.HEAD_OUT))
 
 
 def add_head(module: Any, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -93,7 +95,9 @@ def add_head(module: Any, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> Non
         setattr(module, CLASSIFIERS[task], linear(config.hidden_size, head_width(config)))
 
 
-def run_head(module: Any, config: BertConfig, h: jax.Array, pooled: jax.Array | None, table: Any) -> ModelOutput:
+def run_head(
+    module: Any, config: BertConfig, h: jax.Array, pooled: jax.Array | None, table: Any, key: jax.Array | None
+) -> ModelOutput:
     """The head's output for the encoder's h (batch, length, hidden) and the pooler's; table is the embedding."""
     task, is_roberta = config.task_type, isinstance(config, RobertaConfig)
     if task == FEATURE_EXTRACTION:
@@ -101,7 +105,9 @@ def run_head(module: Any, config: BertConfig, h: jax.Array, pooled: jax.Array | 
     if task == MASKED_LM:
         return ModelOutput((module.lm_head if is_roberta else module.cls)(h, table))
     head = getattr(module, CLASSIFIERS[task])
-    return ModelOutput(head(pooled if task == SEQ_CLS and not is_roberta else h))
+    if task == SEQ_CLS and is_roberta:
+        return ModelOutput(head(h, key))
+    return ModelOutput(head(dropped(h if pooled is None else pooled, key, config.rates.head, Site.HEAD)))
 
 
 def _add_decoder(module: Any, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:

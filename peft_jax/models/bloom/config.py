@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from types import MappingProxyType
 
-from peft_jax.models.config import CAUSAL_LM, ModelConfig
+from peft_jax.models.config import CAUSAL_LM, ModelConfig, head_rate, rarely_set
 from peft_jax.models.decoder_config import tasks_of
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,9 @@ class BloomConfig(ModelConfig):
         max_position_embeddings: The length of pretraining, that of all published ones; numbers do not depend on it.
         apply_residual_connection_post_layernorm: Whether a layer adds to its normalised input.
         pretraining_tp: Kept for saving; it matters with ``slow_but_exact`` alone, which leaves out biases.
-        hidden_dropout: Kept for saving, as the other dropout.
+        hidden_dropout: The probability with which outputs of layers are dropped in training.
+        attention_dropout: The same of weights of the attention.
+        classifier_dropout: The same of inputs of a token classifier's head; None means hidden_dropout.
 
     Raises:
         ValueError: A field has a value that is not supported, named in the message.
@@ -47,6 +50,7 @@ class BloomConfig(ModelConfig):
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     pretraining_tp: int = 1
+    classifier_dropout: float | None = rarely_set(None)
 
     def __post_init__(self) -> None:
         self.check()
@@ -55,3 +59,10 @@ class BloomConfig(ModelConfig):
                 f"hidden_size={self.hidden_size} is not a multiple of n_head={self.num_attention_heads}, "
                 "which it must be."
             )
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        out = self.hidden_dropout
+        head = head_rate(self, self.classifier_dropout, out)
+        return DropoutRates(attention=self.attention_dropout, attention_out=out, mlp_out=out, head=head)

@@ -12,6 +12,7 @@ from peft_jax.models.bloom.config import BloomConfig
 from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.modules.alibi import alibi
 from peft_jax.models.modules.attention import Scoring
+from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import ForwardInputs
@@ -31,7 +32,7 @@ class BloomBlock(nnx.Module):
 
     def __init__(self, config: BloomConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         norm = partial(LayerNorm, config.hidden_size, config.layer_norm_epsilon, dtype)
-        self.adds_to_norm = config.apply_residual_connection_post_layernorm
+        self.adds_to_norm, self.rates = config.apply_residual_connection_post_layernorm, config.rates
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
         self.self_attention = FusedAttention(
             config, dtype, rngs, bias=True, out_bias=True, scoring=Scoring(finite=True)
@@ -42,9 +43,11 @@ class BloomBlock(nnx.Module):
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         normed = self.input_layernorm(x)
         out, buffers = self.self_attention(normed, call, buffers)
+        out = dropped(out, call.key, self.rates.attention_out, Site.ATTENTION_OUT)
         x = kept((normed if self.adds_to_norm else x) + out.astype(x.dtype))
         normed = self.post_attention_layernorm(x)
-        return (normed if self.adds_to_norm else x) + self.mlp(normed).astype(x.dtype), buffers
+        added = dropped(self.mlp(normed), call.key, self.rates.mlp_out, Site.MLP_OUT)
+        return (normed if self.adds_to_norm else x) + added.astype(x.dtype), buffers
 
 
 class BloomModel(DecoderBackbone):

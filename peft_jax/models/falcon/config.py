@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from peft_jax.models.config import head_rate
 from peft_jax.models.decoder_config import RotaryConfig, tasks_of
+from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
 
 SWITCHES = ("alibi", "new_decoder_architecture", "multi_query", "parallel_attn", "bias")
@@ -25,7 +27,9 @@ class FalconConfig(RotaryConfig):
         parallel_attn: Whether attention and feed-forward network stand side by side, or one behind the other.
         num_ln_in_parallel_attn: Norms before them, 1 or 2; None means 2 in the new architecture, 1 in the old one.
         bias: Whether projections have a bias.
-        hidden_dropout: Kept for saving, as the other dropout.
+        hidden_dropout: The probability with which outputs of layers are dropped in training.
+        attention_dropout: The same of weights of the attention with ``alibi``, as in transformers, and of outputs of
+            the attention without ``parallel_attn``.
 
     Example:
         >>> FalconConfig.from_hf({"model_type": "falcon"}).kv_heads
@@ -92,6 +96,17 @@ class FalconConfig(RotaryConfig):
     def ropes(self) -> dict[str, RopeParameters | None]:
         """The rope of each kind of layer; None with ALiBi."""
         return dict.fromkeys(self.kinds, None if self.alibi else self.rope)
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        attention = self.attention_dropout or 0.0
+        return DropoutRates(
+            attention=attention if self.alibi else 0.0,
+            attention_out=0.0 if self.parallel_attn else attention,
+            mlp_out=self.hidden_dropout or 0.0,
+            head=head_rate(self, self.classifier_dropout, self.hidden_dropout),
+        )
 
     @classmethod
     def translated(cls, full: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS, TOKEN
 from peft_jax.models.falcon.config import FalconConfig
 from peft_jax.models.modules.alibi import alibi
 from peft_jax.models.modules.attention import Scoring
+from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import ForwardInputs
@@ -35,7 +36,7 @@ class FalconDecoderLayer(nnx.Module):
         inner, act, bias = config.intermediate_size, config.hidden_act, config.bias
         norm = partial(LayerNorm, config.hidden_size, config.layer_norm_epsilon, dtype)
         scoring = Scoring(finite=config.alibi)  # transformers then adds the mask to the bias
-        self.parallel, self.two_norms = config.parallel_attn, config.two_norms
+        self.parallel, self.two_norms, self.rates = config.parallel_attn, config.two_norms, config.rates
         self.self_attention = FusedAttention(config, dtype, rngs, bias=bias, out_bias=bias, scoring=scoring)
         self.mlp = PlainMLP(config, dtype, rngs, names=PROJECTIONS, inner=inner, act=act, bias=bias)
         if self.two_norms:
@@ -49,12 +50,13 @@ class FalconDecoderLayer(nnx.Module):
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         normed = self.ln_attn(x) if self.two_norms else self.input_layernorm(x)
         out, buffers = self.self_attention(normed, call, buffers)
-        after = kept(x + out.astype(x.dtype))
         if not self.parallel:
-            normed = self.post_attention_layernorm(after)
-        elif self.two_norms:
-            normed = self.ln_mlp(x)
-        return after + self.mlp(normed).astype(x.dtype), buffers
+            out = dropped(out, call.key, self.rates.attention_out, Site.ATTENTION_OUT)
+            x = kept(x + out.astype(x.dtype))
+            added = self.mlp(self.post_attention_layernorm(x))
+        else:  # both outputs are dropped as one
+            added = kept(out) + self.mlp(self.ln_mlp(x) if self.two_norms else normed)
+        return x + dropped(added, call.key, self.rates.mlp_out, Site.MLP_OUT).astype(x.dtype), buffers
 
 
 class FalconModel(RotaryBackbone):

@@ -19,11 +19,14 @@ from peft_jax.models.config import (
     check_kinds,
     complete,
     entries,
+    head_rate,
+    rarely_set,
     read_common,
     text_part,
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.logits_form import LogitsForm
 from peft_jax.models.modules.rope_parameters import RopeParameters, ropes_by_kind, ropes_to_hf
 
@@ -86,6 +89,8 @@ class GemmaConfig(ModelConfig):
     query_pre_attn_scalar: float | None = None
     sliding_window: int | None = 4096
     layer_types: tuple[str, ...] | None = None
+    attention_dropout: float | None = rarely_set(0.0)
+    classifier_dropout: float | None = rarely_set(None)
     final_logit_softcapping: float | None = None
     attn_logit_softcapping: float | None = None
 
@@ -112,6 +117,11 @@ class GemmaConfig(ModelConfig):
         """Name of the class in transformers."""
         stem = "Gemma3Text" if self.model_type == THIRD and self.task_type != CAUSAL_LM else self.stems[self.model_type]
         return stem + self.tasks[self.task_type]
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        return DropoutRates(attention=self.attention_dropout or 0.0, head=head_rate(self, self.classifier_dropout))
 
     @property
     def kv_heads(self) -> int:

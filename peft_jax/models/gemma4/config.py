@@ -17,11 +17,13 @@ from peft_jax.models.config import (
     check_kinds,
     complete,
     entries,
+    rarely_set,
     read_common,
     text_part,
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.logits_form import LogitsForm
 from peft_jax.models.modules.rope_parameters import RopeParameters, ropes_by_kind, ropes_to_hf
 
@@ -88,6 +90,7 @@ class Gemma4Config(ModelConfig):
     attention_bias: bool = False
     sliding_window: int = 512
     layer_types: tuple[str, ...] | None = None
+    attention_dropout: float | None = rarely_set(0.0)
     vocab_size_per_layer_input: int = 262144
     hidden_size_per_layer_input: int = 256
     attention_k_eq_v: bool = False
@@ -115,6 +118,11 @@ class Gemma4Config(ModelConfig):
                     f"partial_rotary_factor={rope.partial_rotary_factor} of {kind} layers is not supported with "
                     f"rope_type={rope.rope_type!r}, only 1.0."
                 )
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        return DropoutRates(attention=self.attention_dropout or 0.0)
 
     @property
     def kv_heads(self) -> int:

@@ -18,7 +18,7 @@ from flax import nnx
 from peft_jax.models.config import CAUSAL_LM, FULL, SLIDING
 from peft_jax.models.gemma4.config import SHARING, SHORT, Gemma4Config
 from peft_jax.models.modules.activations import ACTIVATIONS
-from peft_jax.models.modules.attention import Scoring, attend
+from peft_jax.models.modules.attention import Scoring, attend, dropping_of
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP, SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
@@ -79,7 +79,8 @@ class Gemma4Attention(SelfAttention):
                 handed = {**handed, "cache": {**cache, self.name: buffers}}
             if handed["shared"] is not None:  # the last of these layers is the one whose keys and values are shared
                 handed = {**handed, "shared": {**handed["shared"], self.name: (k, v)}}
-        seen = attend(q, k, v, call.view.mask, causal=cache is None, scoring=self.scoring)
+        dropping = dropping_of(call.key, self.rate)
+        seen = attend(q, k, v, call.view.mask, causal=cache is None, scoring=self.scoring, dropping=dropping)
         return self.out(seen.reshape(batch, length, -1)), handed
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapt import adapt
+from peft_jax.core.articles import article
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.generation.decode import (
     Decoder,
@@ -119,7 +120,7 @@ def programs(config: ModelConfig, generation: Generation) -> Programs:
     family = family_of(config)
     make_cache = family.init_cache
     if make_cache is None:
-        raise ValueError(f"A {config.model_type} model does not generate.")
+        raise ValueError(f"{article(config.model_type, first=True)} model does not generate.")
     run, embed = adapt(partial(family.apply, config)), adapt(partial(family.embed, config))
 
     def decoder(params: Any) -> Decoder:

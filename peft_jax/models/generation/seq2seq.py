@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapt import adapt
+from peft_jax.core.articles import article
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.generation.causal import (
     padding_mask,
@@ -138,7 +139,7 @@ def programs(config: ModelConfig, generation: Generation) -> Programs:
     """The compiled programs of a generation, whose first argument is the parameters and a `Question`."""
     family = family_of(config)
     if family.encoder_decoder is None:
-        raise ValueError(f"A {config.model_type} model is no encoder-decoder.")
+        raise ValueError(f"{article(config.model_type, first=True)} model is no encoder-decoder.")
     embed = adapt(partial(family.embed, config))
     encode, fill, decode = (adapt(partial(part, config)) for part in family.encoder_decoder)
 

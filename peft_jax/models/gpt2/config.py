@@ -5,8 +5,18 @@ from __future__ import annotations
 import dataclasses
 from types import MappingProxyType
 
-from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, QUESTION_ANS, SEQ_CLS, TOKEN_CLS, ModelConfig
+from peft_jax.models.config import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    QUESTION_ANS,
+    SEQ_CLS,
+    TOKEN_CLS,
+    ModelConfig,
+    head_rate,
+    rarely_set,
+)
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +28,10 @@ class GPT2Config(ModelConfig):
         scale_attn_weights: Whether scores are divided by the root of the head's width.
         scale_attn_by_inverse_layer_idx: Whether they are divided by the number of the layer, counted from 1, too.
         reorder_and_upcast_attn: Kept for saving: with "sdpa" attention it changes nothing.
-        resid_pdrop: Kept for saving, as the other dropouts.
+        resid_pdrop: The probability with which outputs of layers are dropped in training.
+        embd_pdrop: The same of embeddings.
+        attn_pdrop: The same of weights of the attention.
+        classifier_dropout: The same of inputs of a token classifier's head; None means transformers' 0.1.
 
     Raises:
         ValueError: A field has a value that is not supported, named in the message.
@@ -65,6 +78,7 @@ class GPT2Config(ModelConfig):
     resid_pdrop: float = 0.1
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
+    classifier_dropout: float | None = rarely_set(None)
 
     def __post_init__(self) -> None:
         self.check()
@@ -83,3 +97,9 @@ class GPT2Config(ModelConfig):
     def type_rows(self) -> int | None:
         """Rows of the table of tokens, of which ``token_type_ids`` are too."""
         return self.vocab_size
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        out = self.resid_pdrop
+        return DropoutRates(self.embd_pdrop, self.attn_pdrop, out, out, head=head_rate(self, self.classifier_dropout))

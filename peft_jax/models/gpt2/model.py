@@ -2,7 +2,7 @@
 
 Attribute names are the module names of Hugging Face transformers (`transformer.h.attn.c_attn.kernel`); the layers are
 stacked and scanned, as in `peft_jax.models.llama.model`. Numbers are those of transformers' `GPT2LMHeadModel` and kin
-with their default ("sdpa") attention; dropout of the base is not applied.
+with their default ("sdpa") attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from flax import nnx
 from peft_jax.models.config import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.gpt2.config import GPT2Config
 from peft_jax.models.modules.activations import ACTIVATIONS
-from peft_jax.models.modules.attention import attend, attend_to
+from peft_jax.models.modules.attention import attend, attend_to, dropping_of
+from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import CAUSAL, ForwardInputs
 from peft_jax.models.modules.kv_cache import Buffers, extend, filled
@@ -34,11 +35,18 @@ class GPT2Attention(nnx.Module):
         linear, hidden = linear_maker(config, dtype, rngs), config.hidden_size
         self.head_dim = hidden // config.num_attention_heads
         self.scaled, self.by_layer = config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx
+        self.rates = config.rates
         self.c_attn = linear(hidden, 3 * hidden)
         self.c_proj = linear(hidden, hidden)
 
     def __call__(
-        self, x: jax.Array, places: Places, layer: jax.Array, beside: Beside, buffers: Buffers | None
+        self,
+        x: jax.Array,
+        places: Places,
+        layer: jax.Array,
+        beside: Beside,
+        buffers: Buffers | None,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, Buffers | None]:
         """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
         batch, length, _ = x.shape
@@ -50,8 +58,10 @@ class GPT2Attention(nnx.Module):
             q = q / (layer + 1).astype(q.dtype)
         k, v, buffers = extend(buffers, k, v, layer, places.index)
         k, v = put_before(beside.prefix, k, v)
-        seen = attend(q, k, v, places.mask, causal=buffers is None)
+        dropping = dropping_of(key, self.rates.attention)
+        seen = attend(q, k, v, places.mask, causal=buffers is None, dropping=dropping)
         out = self.c_proj(seen.reshape(batch, length, -1))
+        out = dropped(out, key, self.rates.attention_out, Site.ATTENTION_OUT)
         return out if adapted is None else out + adapted.reshape(out.shape).astype(out.dtype), buffers
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -83,18 +93,25 @@ class GPT2Block(nnx.Module):
     """Attention and feed-forward network, each normalised before and added to the residual stream."""
 
     def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.rate = config.rates.mlp_out
         self.ln_1 = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
         self.attn = GPT2Attention(config, dtype, rngs)
         self.ln_2 = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
         self.mlp = GPT2MLP(config, dtype, rngs)
 
     def __call__(
-        self, x: jax.Array, places: Places, layer: jax.Array, beside: Beside, buffers: Buffers | None
+        self,
+        x: jax.Array,
+        places: Places,
+        layer: jax.Array,
+        beside: Beside,
+        buffers: Buffers | None,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
-        out, buffers = self.attn(self.ln_1(x), places, layer, beside, buffers)
+        out, buffers = self.attn(self.ln_1(x), places, layer, beside, buffers, key)
         x = kept(x + out.astype(x.dtype))
-        return x + self.mlp(self.ln_2(x)).astype(x.dtype), buffers
+        return x + dropped(self.mlp(self.ln_2(x)), key, self.rate, Site.MLP_OUT).astype(x.dtype), buffers
 
 
 class GPT2Model(nnx.Module):
@@ -115,13 +132,15 @@ class GPT2Model(nnx.Module):
         buffers: Buffers | None,
         keep: bool,
         remat: bool,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None, Buffers | None]:
         """Run all layers; keep asks for every layer's input as well, remat for recomputing layers in the backward."""
         graph, stacked = nnx.split(self.h)
 
         def body(carry: tuple[jax.Array, Buffers | None], inputs: Any) -> Any:
             state, layer, prompt = inputs
-            return nnx.merge(graph, state)(carry[0], places, layer, prompt, carry[1]), carry[0] if keep else None
+            own = key_of(key, layer)
+            return nnx.merge(graph, state)(carry[0], places, layer, prompt, carry[1], own), carry[0] if keep else None
 
         body = rematerialized(body, whole=remat)
         count = jax.tree.leaves(stacked)[0].shape[0]
@@ -150,14 +169,16 @@ class GPT2(nnx.Module):
         check_room(places, inputs, self.config.max_position_embeddings)
         if inputs.token_type_ids is not None:
             x = x + inner.wte(inputs.token_type_ids)
-        x = x + inner.wpe(places.positions)
+        key = inputs.dropout_key
+        x = dropped(x + inner.wpe(places.positions), key, self.config.rates.embedding, Site.EMBEDDING)
         buffers = None if cache is None else (cache.keys, cache.values)
         beside = Beside(inputs.prefix, inputs.adaption)
-        h, states, buffers = inner(x, places, beside, buffers, inputs.output_hidden_states, inputs.remat)
+        asked = inputs.output_hidden_states, inputs.remat
+        h, states, buffers = inner(x, places, beside, buffers, *asked, key_of(key, Site.LAYERS))
         output = ModelOutput(last_hidden_state=h)
         if inputs.head:
             last = h[:, -inputs.logits_to_keep :]
-            output = HEAD.run(self, self.config, last, inputs.input_ids, inner.wte.embedding)
+            output = HEAD.run(self, self.config, last, inputs, inner.wte.embedding)
         return output._replace(hidden_states=states, cache=filled(buffers, places.index, length))
 
 

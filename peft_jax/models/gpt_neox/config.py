@@ -6,6 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from peft_jax.models.decoder_config import RotaryConfig, tasks_of
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,7 @@ class GPTNeoXConfig(RotaryConfig):
     Attributes:
         attention_bias: Whether the projections of attention have a bias.
         use_parallel_residual: Whether attention and feed-forward network stand side by side, or one behind the other.
-        hidden_dropout: Kept for saving, as the other dropouts.
+        hidden_dropout: The probability with which embeddings and outputs of layers are dropped in training.
 
     Example:
         >>> GPTNeoXConfig.from_hf({"model_type": "gpt_neox", "rotary_pct": 0.5}).rope.partial_rotary_factor
@@ -39,3 +40,9 @@ class GPTNeoXConfig(RotaryConfig):
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     classifier_dropout: float = 0.1
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        out = self.hidden_dropout
+        return super().rates._replace(embedding=out, attention_out=out, mlp_out=out)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from peft_jax.models.config import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.gpt_neox.config import GPTNeoXConfig
+from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.kv_cache import Buffers
@@ -27,7 +28,7 @@ class GPTNeoXLayer(nnx.Module):
 
     def __init__(self, config: GPTNeoXConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         inner, act, bias = config.intermediate_size, config.hidden_act, config.attention_bias
-        self.parallel = config.use_parallel_residual
+        self.parallel, self.rates = config.use_parallel_residual, config.rates
         self.attention = FusedAttention(config, dtype, rngs, bias=bias, out_bias=bias)
         self.mlp = PlainMLP(config, dtype, rngs, names=PROJECTIONS, inner=inner, act=act)
         self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
@@ -36,9 +37,11 @@ class GPTNeoXLayer(nnx.Module):
     def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         out, buffers = self.attention(self.input_layernorm(x), call, buffers)
+        out = dropped(out, call.key, self.rates.attention_out, Site.ATTENTION_OUT)
         after = kept(x + out.astype(x.dtype))
         seen = x if self.parallel else after
-        return after + self.mlp(self.post_attention_layernorm(seen)).astype(x.dtype), buffers
+        added = self.mlp(self.post_attention_layernorm(seen))
+        return after + dropped(added, call.key, self.rates.mlp_out, Site.MLP_OUT).astype(x.dtype), buffers
 
 
 class GPTNeoXModel(RotaryBackbone):

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from peft_jax.models.config import CAUSAL_LM, ModelConfig
 from peft_jax.models.decoder_config import tasks_of
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,9 @@ class GPTJConfig(ModelConfig):
     Attributes:
         rotary_dim: How many features of a head positions turn.
         n_inner: Width of the feed-forward network; None means 4 * hidden_size.
-        resid_pdrop: Kept for saving, as the other dropouts.
+        resid_pdrop: The probability with which outputs of layers are dropped in training.
+        embd_pdrop: The same of embeddings.
+        attn_pdrop: The same of weights of the attention.
 
     Raises:
         ValueError: A field has a value that is not supported, named in the message.
@@ -71,3 +74,9 @@ class GPTJConfig(ModelConfig):
     def type_rows(self) -> int | None:
         """Rows of the table of tokens, of which ``token_type_ids`` are too."""
         return self.vocab_size
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        out = self.resid_pdrop
+        return DropoutRates(self.embd_pdrop, self.attn_pdrop, out, out)

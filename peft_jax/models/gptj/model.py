@@ -11,6 +11,7 @@ from flax import nnx
 from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS
 from peft_jax.models.gptj.config import GPTJConfig
 from peft_jax.models.modules.attention import Scoring
+from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.decoder_blocks import SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
@@ -38,6 +39,7 @@ class GPTJBlock(nnx.Module):
 
     def __init__(self, config: GPTJConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         inner, act = config.n_inner or 4 * config.hidden_size, config.activation_function
+        self.rates = config.rates
         self.ln_1 = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
         self.attn = GPTJAttention(config, dtype, rngs, scoring=SCORING, interleaved=True)
         self.mlp = PlainMLP(config, dtype, rngs, names=("fc_in", "fc_out"), inner=inner, act=act)
@@ -46,7 +48,9 @@ class GPTJBlock(nnx.Module):
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         normed = self.ln_1(x)
         out, buffers = self.attn(normed, call, buffers)
-        return x + (out + self.mlp(normed)).astype(x.dtype), buffers
+        out = dropped(out, call.key, self.rates.attention_out, Site.ATTENTION_OUT)
+        added = dropped(self.mlp(normed), call.key, self.rates.mlp_out, Site.MLP_OUT)
+        return x + (out + added).astype(x.dtype), buffers
 
 
 class GPTJModel(DecoderBackbone):

@@ -30,9 +30,11 @@ from peft_jax.models.weights_io import save_model
 from peft_jax.prompts.base import Prompt, take_prompt, virtual_slots, without_prompts
 from peft_jax.prompts.learning import PromptLearning
 
+BASE = 0x62617365  # what a step's key is folded with for the base's dropout, so that adapters keep their masks: "base"
+
 # For the dataclasses of handles: parameters are the leaves, all else is static.
 register_handle = partial(
-    jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "source", "remat")
+    jax.tree_util.register_dataclass, data_fields=("params", "dropout_key"), meta_fields=("config", "source", "remat")
 )
 
 
@@ -70,6 +72,8 @@ class ModelHandle(Handle):
         config: The architecture.
         source: Where the model came from.
         remat: Whether backward recomputes each layer instead of keeping its activations.
+        dropout_key: The random key of the base's own dropout in a loss that is trained; None, as outside of
+            `peft_jax.with_dropout`, for none.
     """
 
     task: ClassVar[str]  # the task type of the configs that a subclass is for
@@ -78,6 +82,7 @@ class ModelHandle(Handle):
     config: ModelConfig
     source: Source = Source()
     remat: bool = False
+    dropout_key: jax.Array | None = None
 
     def run(
         self,
@@ -102,7 +107,12 @@ class ModelHandle(Handle):
                 )
         given: dict[str, Any] = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
         inputs = ForwardInputs(
-            input_ids=ids, output_hidden_states=output_hidden_states, head=head, remat=self.remat, **given
+            input_ids=ids,
+            output_hidden_states=output_hidden_states,
+            head=head,
+            remat=self.remat,
+            dropout_key=self.dropout_key,
+            **given,
         )
         output: ModelOutput = _forward(self.config)(self.params, inputs, task_ids)
         if not head:
@@ -255,6 +265,20 @@ class ModelHandle(Handle):
         """The same model with the layers numbered by ``order``, with this one's weights."""
         config, params = self.family.replicated(self.config, self.params, order)
         return dataclasses.replace(self, config=config, params=params)
+
+    def dropping(self, key: jax.Array) -> Self:
+        """The same model, whose base drops by this key as it does in training; the model itself if it drops nothing.
+
+        Example:
+            >>> from peft_jax.models import GPT2Config
+            >>> config = GPT2Config(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+            >>> model, ids = pj.AutoModelForCausalLM.from_config(config), jnp.array([[1, 2, 3]])
+            >>> bool(jnp.allclose(model.dropping(jax.random.key(0))(ids).logits, model(ids).logits))
+            False
+        """
+        if not any(self.config.rates):
+            return self
+        return dataclasses.replace(self, dropout_key=jax.random.fold_in(key, BASE))
 
     def replace(self, params: Any) -> Self:
         """The same model with other parameters."""

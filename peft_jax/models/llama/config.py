@@ -19,10 +19,13 @@ from peft_jax.models.config import (
     check_kinds,
     complete,
     entries,
+    head_rate,
+    rarely_set,
     read_common,
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
 
 RopeScaling = RopeParameters  # what this family calls it
@@ -88,6 +91,8 @@ class LlamaConfig(ModelConfig):
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    attention_dropout: float | None = rarely_set(0.0)
+    classifier_dropout: float | None = rarely_set(None)
 
     def __post_init__(self) -> None:
         _default(self, "num_key_value_heads", self.num_attention_heads)
@@ -111,6 +116,11 @@ class LlamaConfig(ModelConfig):
         check_kinds(self, self.kinds, (FULL, SLIDING))
         if SLIDING in self.kinds and self.sliding_window is None:
             raise ValueError(f"layer_types has {SLIDING!r} layers, but sliding_window is None. Set sliding_window.")
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        return DropoutRates(attention=self.attention_dropout or 0.0, head=head_rate(self, self.classifier_dropout))
 
     @property
     def kv_heads(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.chunks import chunk_size, in_chunks, out_of_chunks
+from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.logits_form import softcapped
 from peft_jax.models.modules.remat import kept
 from peft_jax.prompts.base import Adaption
@@ -40,6 +41,23 @@ class Scoring:
 PLAIN_SCORES = Scoring()
 
 
+class Dropping(NamedTuple):
+    """How weights of an attention are dropped: by a key, with a probability."""
+
+    key: jax.Array
+    rate: float
+
+
+def dropping_of(key: jax.Array | None, rate: float) -> Dropping | None:
+    """How a layer with this key drops weights of its attention; None if it drops none.
+
+    Example:
+        >>> dropping_of(None, 0.1) is None
+        True
+    """
+    return None if key is None or not rate else Dropping(key, rate)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -50,6 +68,7 @@ def attend(
     scoring: Scoring = PLAIN_SCORES,
     sinks: jax.Array | None = None,
     bias: jax.Array | None = None,
+    dropping: Dropping | None = None,
 ) -> jax.Array:
     """Attend from q (batch, length, heads, head_dim) to k and v (batch, kv_len, kv_heads, head_dim).
 
@@ -67,18 +86,22 @@ def attend(
         scoring: How scores are made.
         sinks: A score of each head (heads,) that takes its part in the softmax and has no value.
         bias: What is added to the scores, (batch or 1, heads, length or 1, kv_len).
+        dropping: How weights are dropped after the softmax; None for not at all.
     """
     size = chunk_size((*q.shape[:3], k.shape[1]), SCORES)
     if size == q.shape[1]:
         count = min(BLOCKS, max(1, size // LEAST)) if causal else 1
-        return _in_blocks(q, k, v, mask, count, scoring, sinks, bias)
+        return _in_blocks(q, k, v, mask, count, scoring, sinks, bias, dropping)
     parts = {"q": in_chunks(q, size), "mask": in_chunks(mask, size)}
+    if dropping is not None:
+        parts["key"] = jax.random.split(dropping.key, parts["q"].shape[0])
     if bias is not None and bias.shape[2] > 1:
         parts["bias"] = in_chunks(jnp.swapaxes(bias, 1, 2), size)
 
     def attend_part(part: dict[str, jax.Array]) -> jax.Array:
         own = jnp.swapaxes(part["bias"], 1, 2) if "bias" in part else bias
-        return _in_blocks(part["q"], k, v, part["mask"], 1, scoring, sinks, own)
+        turn_dropping = None if dropping is None else dropping._replace(key=part["key"])
+        return _in_blocks(part["q"], k, v, part["mask"], 1, scoring, sinks, own, turn_dropping)
 
     turn = jax.checkpoint(attend_part, prevent_cse=False)
     return out_of_chunks(jax.lax.map(turn, parts), q.shape[1])
@@ -93,6 +116,7 @@ def _in_blocks(
     scoring: Scoring,
     sinks: jax.Array | None,
     bias: jax.Array | None,
+    dropping: Dropping | None,
 ) -> jax.Array:
     """As `attend`; of several blocks of queries each leaves out the keys behind it."""
     batch, length, heads, size = q.shape
@@ -104,7 +128,9 @@ def _in_blocks(
         rows, seen = grouped[:, :, :, start:stop], k.shape[2] - length + stop
         added = None if bias is None else _rows_of_bias(bias, k.shape[1], start, stop)[..., :seen]
         top = None if sinks is None else _rows_of_sinks(sinks, k.shape[1], stop - start)
-        blocks.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], mask[:, start:stop, :seen], scoring, top, added))
+        block_mask = mask[:, start:stop, :seen]
+        drops = None if dropping is None else dropping._replace(key=jax.random.fold_in(dropping.key, start))
+        blocks.append(_attend(rows, k[:, :, :seen], v[:, :, :seen], block_mask, scoring, top, added, drops))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
@@ -131,6 +157,7 @@ def _attend(
     scoring: Scoring,
     sinks: jax.Array | None,
     bias: jax.Array | None,
+    dropping: Dropping | None,
 ) -> jax.Array:
     """Attend from q (batch, kv_heads, group, length, head_dim) to k and v (batch, kv_heads, kv_len, head_dim)."""
     rows = q.reshape(*q.shape[:2], -1, q.shape[-1])
@@ -151,6 +178,8 @@ def _attend(
     if sinks is not None:
         total = total + jnp.exp(sinks - top)
     total = kept(total)
+    if dropping is not None:  # the sum is that of all weights, as they are dropped after the softmax
+        weights = dropped(weights, dropping.key, dropping.rate, Site.ATTENTION)
     # Divided by their sum after the product with v: fewer divisions, and no sum over scores in the backward pass.
     out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return _quotient(out, jnp.where(total == 0, 1, total), v.dtype).reshape(*q.shape[:-1], v.shape[-1])

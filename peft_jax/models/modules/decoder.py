@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models.config import ModelConfig
+from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import CAUSAL, ForwardInputs
 from peft_jax.models.modules.kv_cache import KVCache, filled, make_cache
@@ -105,7 +106,8 @@ class DecoderBackbone(nnx.Module):
         x = self.embedded(inputs)
         batch, length, _ = x.shape
         places = causal_places(batch, length, inputs)
-        x = self.placed(x, places, inputs)
+        key = inputs.dropout_key
+        x = dropped(self.placed(x, places, inputs), key, self.config.rates.embedding, Site.EMBEDDING)
         run = Run(
             views=self.views(x, places, inputs),
             kinds=self.config.kinds,
@@ -115,6 +117,7 @@ class DecoderBackbone(nnx.Module):
             own=self.per_layer(x, inputs),
             keep=inputs.output_hidden_states,
             remat=inputs.remat,
+            key=key_of(key, Site.LAYERS),
         )
         cached = None if inputs.cache is None else inputs.cache.buffers
         x, handed, states = run_layers(getattr(self, self.layers_name), x, self.start(x, cached), run)
@@ -157,7 +160,7 @@ class Decoder(nnx.Module):
         if not inputs.head:
             return found
         last = found.last_hidden_state[:, -inputs.logits_to_keep :]
-        output: ModelOutput = self.head.run(self, self.config, last, inputs.input_ids, inner.table.embedding)
+        output: ModelOutput = self.head.run(self, self.config, last, inputs, inner.table.embedding)
         return output._replace(hidden_states=found.hidden_states, cache=found.cache)
 
 

@@ -11,7 +11,8 @@ from flax import nnx
 
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.modules.activations import ACTIVATIONS
-from peft_jax.models.modules.attention import PLAIN_SCORES, Scoring, attend, attend_to
+from peft_jax.models.modules.attention import PLAIN_SCORES, Scoring, attend, attend_to, dropping_of
+from peft_jax.models.modules.base_dropout import NO_DROPOUT, DropoutRates, Site, dropped
 from peft_jax.models.modules.kv_cache import Buffers, extend
 from peft_jax.models.modules.layer_scan import LayerCall
 from peft_jax.models.modules.layers import linear_maker, multiplied
@@ -31,6 +32,7 @@ def attend_within(
     scoring: Scoring = PLAIN_SCORES,
     sinks: jax.Array | None = None,
     bias: jax.Array | None = None,
+    rate: float = 0.0,
 ) -> tuple[jax.Array, Buffers | None]:
     """Attend from q to new keys and values, to a prefix before them and to those in the cache, which takes the new.
 
@@ -43,11 +45,13 @@ def attend_within(
         scoring: As in `attend`, like those after it.
         sinks: Scores of heads.
         bias: What is added to the scores.
+        rate: The probability with which weights are dropped in training.
     """
     k, v, buffers = extend(buffers, k, v, call.place, call.index)
     k, v = put_before(call.beside.prefix, k, v)
     mask = call.view.mask
-    seen = attend(q, k, v, mask, causal=buffers is None, scoring=scoring, sinks=sinks, bias=bias)
+    dropping = dropping_of(call.key, rate)
+    seen = attend(q, k, v, mask, causal=buffers is None, scoring=scoring, sinks=sinks, bias=bias, dropping=dropping)
     if scoring.finite:
         mean = mean_value(v, k.shape[1] if buffers is None else call.index + q.shape[1], q.shape[2])
         seen = jnp.where(mask.any(axis=-1)[..., None, None], seen, mean)
@@ -95,7 +99,7 @@ class SelfAttention(nnx.Module):
         kv_heads: int | None = None,
     ) -> None:
         self.head_dim = config.head_size if head_dim is None else head_dim
-        self.scoring, self.interleaved = scoring, interleaved
+        self.scoring, self.interleaved, self.rate = scoring, interleaved, config.rates.attention
         n_q = config.num_attention_heads * self.head_dim
         n_kv = (config.kv_heads if kv_heads is None else kv_heads) * self.head_dim
         self.add_projections(config.hidden_size, n_q, n_kv, linear_maker(config, dtype, rngs), bias)
@@ -127,7 +131,8 @@ class SelfAttention(nnx.Module):
         q, k = rotate(q, turn, interleaved=self.interleaved), rotate(k, turn, interleaved=self.interleaved)
         if call.view.query_factor is not None:
             q = q * call.view.query_factor.astype(q.dtype)
-        seen, buffers = attend_within(q, k, v, call, buffers, scoring=self.scoring, bias=call.view.bias)
+        bias = call.view.bias
+        seen, buffers = attend_within(q, k, v, call, buffers, scoring=self.scoring, bias=bias, rate=self.rate)
         adaption = call.beside.adaption
         if adaption is None:
             return self.out(seen.reshape(batch, length, -1)), buffers
@@ -183,19 +188,27 @@ class PreNormLayer(nnx.Module):
         mlp: The feed-forward network.
         make_norm: What makes a norm.
         factor: What both outputs are multiplied by.
+        rates: What is dropped in training.
     """
 
     def __init__(
-        self, attention: nnx.Module, mlp: nnx.Module, make_norm: Callable[[], nnx.Module], *, factor: float = 1
+        self,
+        attention: nnx.Module,
+        mlp: nnx.Module,
+        make_norm: Callable[[], nnx.Module],
+        *,
+        factor: float = 1,
+        rates: DropoutRates = NO_DROPOUT,
     ) -> None:
-        self.self_attn, self.mlp, self.factor = attention, mlp, factor
+        self.self_attn, self.mlp, self.factor, self.rates = attention, mlp, factor, rates
         self.input_layernorm, self.post_attention_layernorm = make_norm(), make_norm()
 
     def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         out, buffers = self.self_attn(self.input_layernorm(x), call, buffers)
+        out = dropped(out, call.key, self.rates.attention_out, Site.ATTENTION_OUT)
         x = kept(x + multiplied(out.astype(x.dtype), self.factor))
-        out = self.mlp(self.post_attention_layernorm(x))
+        out = dropped(self.mlp(self.post_attention_layernorm(x)), call.key, self.rates.mlp_out, Site.MLP_OUT)
         return x + multiplied(out.astype(x.dtype), self.factor), buffers
 
 
@@ -206,13 +219,18 @@ class ParallelLayer(nnx.Module):
         attention: The attention.
         mlp: The feed-forward network.
         norm: The norm.
+        rates: What is dropped in training.
     """
 
-    def __init__(self, attention: nnx.Module, mlp: nnx.Module, norm: nnx.Module) -> None:
-        self.self_attn, self.mlp, self.input_layernorm = attention, mlp, norm
+    def __init__(
+        self, attention: nnx.Module, mlp: nnx.Module, norm: nnx.Module, *, rates: DropoutRates = NO_DROPOUT
+    ) -> None:
+        self.self_attn, self.mlp, self.input_layernorm, self.rates = attention, mlp, norm, rates
 
     def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         normal = self.input_layernorm(x)
         out, buffers = self.self_attn(normal, call, buffers)
-        return kept(x + out.astype(x.dtype)) + self.mlp(normal).astype(x.dtype), buffers
+        out = dropped(out, call.key, self.rates.attention_out, Site.ATTENTION_OUT)
+        added = dropped(self.mlp(normal), call.key, self.rates.mlp_out, Site.MLP_OUT)
+        return kept(x + out.astype(x.dtype)) + added.astype(x.dtype), buffers

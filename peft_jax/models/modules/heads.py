@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, QUESTION_ANS, SEQ_CLS, ModelConfig
+from peft_jax.models.modules.base_dropout import Site, dropped
+from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.outputs import ModelOutput
 
 SPAN = 2  # outputs of a question-answering head: the span's start and end
@@ -40,7 +42,7 @@ class DecoderHead:
         bias = self.lm_bias if task == CAUSAL_LM else task != SEQ_CLS
         setattr(module, self.names[task], linear(config.embedding_size, head_width(config), use_bias=bias))
 
-    def run(self, module: Any, config: ModelConfig, h: jax.Array, input_ids: jax.Array | None, table: Any) -> Any:
+    def run(self, module: Any, config: ModelConfig, h: jax.Array, inputs: ForwardInputs, table: Any) -> Any:
         """The head's output for the last layer's h (batch, length, hidden); table is the embedding."""
         if config.task_type == FEATURE_EXTRACTION:
             return ModelOutput(last_hidden_state=h)
@@ -52,9 +54,9 @@ class DecoderHead:
             if self.lm_bias:
                 logits = logits + head.bias[...][None, None].astype(logits.dtype)
             return ModelOutput(config.logits_form(logits))
-        logits = head(h)
+        logits = head(dropped(h, inputs.dropout_key, config.rates.head, Site.HEAD))
         if config.task_type == SEQ_CLS:
-            return ModelOutput(of_last_token(logits, input_ids, config.pad_token_id))
+            return ModelOutput(of_last_token(logits, inputs.input_ids, config.pad_token_id))
         return ModelOutput(logits)
 
 

@@ -22,6 +22,7 @@ CAUSAL = frozenset(
         "cache",
         "prefix",
         "adaption",
+        "dropout_key",
         "output_hidden_states",
         "logits_to_keep",
         "head",
@@ -54,6 +55,7 @@ class ForwardInputs:
             ``(layers, batch or 1, n_virtual, kv_heads, head_dim)``. Positions count on from n_virtual.
         cross_prefix: The same before the encoder's output, for the attention to it.
         adaption: Gated prompts beside each layer's attention.
+        dropout_key: The random key of the base's dropout (`peft_jax.models.modules.base_dropout`); None for none.
         output_hidden_states: Also return the hidden states.
         logits_to_keep: Compute the logits at so many last positions only; 0 for all.
         head: Whether to compute logits; if not, the output has what goes into the head.
@@ -74,6 +76,7 @@ class ForwardInputs:
     prefix: Prefix | None = None
     cross_prefix: Prefix | None = None
     adaption: Adaption | None = None
+    dropout_key: jax.Array | None = None
     output_hidden_states: bool = False
     logits_to_keep: int = 0
     head: bool = True

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.models.modules.base_dropout import key_of
 from peft_jax.models.modules.layer_views import View, chosen
 from peft_jax.models.modules.positions import Beside
 from peft_jax.models.modules.remat import rematerialized
@@ -31,6 +32,7 @@ class LayerCall(NamedTuple):
         beside: Its part of a prompt.
         own: Its part of `Run.own`.
         stack: The name of its stack; empty if there is one alone.
+        key: The random key of its dropout; None for none.
     """
 
     view: View
@@ -40,6 +42,7 @@ class LayerCall(NamedTuple):
     beside: Beside
     own: Any
     stack: str = ""
+    key: jax.Array | None = None
 
 
 class Run(NamedTuple):
@@ -54,6 +57,7 @@ class Run(NamedTuple):
         own: Any tree of arrays with an axis of layers in front.
         keep: Whether each layer's input is returned.
         remat: Whether backward keeps each layer's input alone.
+        key: The random key of dropout in the layers; None for none.
     """
 
     views: Mapping[str, View]
@@ -64,6 +68,7 @@ class Run(NamedTuple):
     own: Any
     keep: bool
     remat: bool
+    key: jax.Array | None = None
 
 
 class Segment(NamedTuple):
@@ -119,7 +124,7 @@ def run_layers(layers: Any, x: jax.Array, buffers: Any, run: Run) -> tuple[jax.A
     def body(carry: tuple[jax.Array, Any], inputs: Any) -> Any:
         own_weights, layer, kind, beside, own = inputs
         view = run.views[names[0]] if kind is None else chosen(run.views, names, kind)
-        call = LayerCall(view, layer, layer, run.index, beside, own)
+        call = LayerCall(view, layer, layer, run.index, beside, own, key=key_of(run.key, layer))
         return nnx.merge(graph, own_weights)(carry[0], call, carry[1]), carry[0] if run.keep else None
 
     body = rematerialized(body, whole=run.remat)
@@ -155,7 +160,8 @@ def _run_segment(
         place = before.count(name) + step * pattern.count(name) + pattern[:offset].count(name)
         own_weights = _taken(weights[name], place)
         beside, own = _taken((run.beside, run.own), layer)
-        call = LayerCall(run.views[run.kinds[start + offset]], layer, place, run.index, beside, own, name)
+        view, key = run.views[run.kinds[start + offset]], key_of(run.key, layer)
+        call = LayerCall(view, layer, place, run.index, beside, own, name, key)
         return nnx.merge(graphs[name], own_weights)(x, call, buffers)
 
     def body(carry: tuple[jax.Array, Any], step: jax.Array) -> Any:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from peft_jax.models.config import CAUSAL_LM, ModelConfig
 from peft_jax.models.decoder_config import tasks_of
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,9 @@ class OPTConfig(ModelConfig):
             embeddings are projected on their way in, and back on their way out (OPT-350M).
         enable_bias: Whether projections have a bias.
         layer_norm_elementwise_affine: Whether norms have a scale and a bias.
-        dropout: Kept for saving, as the other dropouts.
+        dropout: The probability with which outputs of layers are dropped in training.
+        attention_dropout: The same of weights of the attention.
+        layerdrop: The same of whole layers.
 
     Raises:
         ValueError: A field has a value that is not supported, named in the message.
@@ -82,3 +85,9 @@ class OPTConfig(ModelConfig):
     def ends_in_norm(self) -> bool:
         """Whether the last output is normalised."""
         return self.do_layer_norm_before and not self.remove_final_layer_norm
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        out, layer = self.dropout, self.layerdrop
+        return DropoutRates(attention=self.attention_dropout, attention_out=out, mlp_out=out, layer=layer)

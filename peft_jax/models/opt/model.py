@@ -11,6 +11,7 @@ from flax import nnx
 
 from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS
 from peft_jax.models.modules.activations import ACTIVATIONS
+from peft_jax.models.modules.base_dropout import Site, dropped, layer_or_input
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.decoder_blocks import SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
@@ -55,7 +56,7 @@ class OPTDecoderLayer(nnx.Module):
 
     def __init__(self, config: OPTConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         linear, bias = linear_maker(config, dtype, rngs), config.enable_bias
-        self.before, self.act = config.do_layer_norm_before, config.activation_function
+        self.before, self.act, self.rates = config.do_layer_norm_before, config.activation_function, config.rates
         self.self_attn = OPTAttention(config, dtype, rngs, bias=bias, out_bias=bias)
         self.fc1 = linear(config.hidden_size, config.ffn_dim, use_bias=bias)
         self.fc2 = linear(config.ffn_dim, config.hidden_size, use_bias=bias)
@@ -63,14 +64,18 @@ class OPTDecoderLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, call: LayerCall, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
+        whole, rates = x, self.rates
         seen = self.self_attn_layer_norm(x) if self.before else x
         out, buffers = self.self_attn(seen, call, buffers)
+        out = dropped(out, call.key, rates.attention_out, Site.ATTENTION_OUT)
         x = kept(x + out.astype(x.dtype))
         if not self.before:
             x = self.self_attn_layer_norm(x)
         seen = self.final_layer_norm(x) if self.before else x
-        x = x + self.fc2(ACTIVATIONS[self.act](kept(self.fc1(seen)))).astype(x.dtype)
-        return x if self.before else self.final_layer_norm(x), buffers
+        added = self.fc2(ACTIVATIONS[self.act](kept(self.fc1(seen))))
+        x = x + dropped(added, call.key, rates.mlp_out, Site.MLP_OUT).astype(x.dtype)
+        x = x if self.before else self.final_layer_norm(x)
+        return layer_or_input(x, whole, call.key, rates.layer), buffers
 
 
 class OPTDecoder(DecoderBackbone):

@@ -6,6 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from peft_jax.models.decoder_config import RotaryConfig, tasks_of
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,8 @@ class PhiConfig(RotaryConfig):
 
     Attributes:
         qk_layernorm: Whether queries and keys are normalised per head.
-        resid_pdrop: Kept for saving, as the other dropouts.
+        resid_pdrop: The probability with which outputs of layers are dropped in training.
+        embd_pdrop: The same of embeddings.
 
     Example:
         >>> PhiConfig.from_hf({"model_type": "phi"}).rope.partial_rotary_factor
@@ -35,3 +37,9 @@ class PhiConfig(RotaryConfig):
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
     attention_dropout: float | None = 0.0
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        out = self.resid_pdrop
+        return super().rates._replace(embedding=self.embd_pdrop, attention_out=out, mlp_out=out)

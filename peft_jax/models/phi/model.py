@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from peft_jax.models.decoder_config import heads_of
+from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.decoder_blocks import SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
@@ -42,7 +43,7 @@ class PhiDecoderLayer(nnx.Module):
     """Attention and feed-forward network side by side, of the same norm."""
 
     def __init__(self, config: PhiConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        inner, act = config.intermediate_size, config.hidden_act
+        inner, act, self.rates = config.intermediate_size, config.hidden_act, config.rates
         self.self_attn = PhiAttention(config, dtype, rngs)
         self.mlp = PlainMLP(config, dtype, rngs, names=("fc1", "fc2"), inner=inner, act=act)
         self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
@@ -51,7 +52,9 @@ class PhiDecoderLayer(nnx.Module):
         """Map x (batch, length, hidden); its dtype is kept, also where a parameter's dtype is wider."""
         normed = self.input_layernorm(x)
         out, buffers = self.self_attn(normed, call, buffers)
-        return x + (out + self.mlp(normed)).astype(x.dtype), buffers
+        out = dropped(out, call.key, self.rates.attention_out, Site.ATTENTION_OUT)
+        added = dropped(self.mlp(normed), call.key, self.rates.mlp_out, Site.MLP_OUT)
+        return x + (out + added).astype(x.dtype), buffers
 
 
 class PhiModel(RotaryBackbone):

@@ -6,6 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Phi3Config(WindowedConfig):
 
     Attributes:
         original_max_position_embeddings: The length of pretraining, beyond which a long rope turns otherwise.
-        resid_pdrop: Kept for saving, as the other dropouts.
+        resid_pdrop: The probability with which outputs of layers are dropped in training.
+        embd_pdrop: Kept for saving: transformers does not use it either.
 
     Example:
         >>> Phi3Config.from_hf({"model_type": "phi3", "sliding_window": 2047}).kinds[0]
@@ -33,3 +35,8 @@ class Phi3Config(WindowedConfig):
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
     attention_dropout: float = 0.0
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        return super().rates._replace(attention_out=self.resid_pdrop, mlp_out=self.resid_pdrop)

@@ -49,7 +49,7 @@ class Phi3MLP(nnx.Module):
 def make_layer(config: Phi3Config, dtype: Any, rngs: nnx.Rngs) -> PreNormLayer:
     """A layer with fused projections."""
     norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype)
-    return PreNormLayer(Phi3Attention(config, dtype, rngs), Phi3MLP(config, dtype, rngs), norm)
+    return PreNormLayer(Phi3Attention(config, dtype, rngs), Phi3MLP(config, dtype, rngs), norm, rates=config.rates)
 
 
 class Phi3Model(RotaryBackbone):

@@ -18,10 +18,12 @@ from peft_jax.models.config import (
     check_kinds,
     complete,
     entries,
+    rarely_set,
     read_common,
     write_common,
 )
 from peft_jax.models.modules.activations import check_activation
+from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
 
 TEXT, WHOLE = "qwen3_5_text", "qwen3_5"
@@ -86,6 +88,7 @@ class Qwen35Config(ModelConfig):
     linear_num_key_heads: int = 16
     linear_num_value_heads: int = 32
     layer_types: tuple[str, ...] | None = None
+    attention_dropout: float | None = rarely_set(0.0)
     model_type: str = TEXT
     task_type: str = CAUSAL_LM
 
@@ -109,6 +112,11 @@ class Qwen35Config(ModelConfig):
                 f"Rotary embeddings turn pairs of features, got head_dim={self.head_dim} with "
                 f"partial_rotary_factor={self.rope.partial_rotary_factor}, which are {turned}."
             )
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        return DropoutRates(attention=self.attention_dropout or 0.0)
 
     @property
     def kv_heads(self) -> int:

@@ -43,7 +43,7 @@ class GatedAttention(nnx.Module):
         linear = linear_maker(config, dtype, rngs)
         hidden, bias = config.hidden_size, config.attention_bias
         n_q, n_kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.head_dim = config.head_dim
+        self.head_dim, self.rate = config.head_dim, config.rates.attention
         self.q_proj = linear(hidden, 2 * n_q, use_bias=bias)
         self.k_proj = linear(hidden, n_kv, use_bias=bias)
         self.v_proj = linear(hidden, n_kv, use_bias=bias)
@@ -58,7 +58,7 @@ class GatedAttention(nnx.Module):
         q, gate = jnp.split(both, 2, axis=-1)
         k, v = (kept(project(x)).reshape(batch, length, -1, self.head_dim) for project in (self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), call.view.turn), rotate(self.k_norm(k), call.view.turn)
-        seen, buffers = attend_within(q, k, v, call, buffers)
+        seen, buffers = attend_within(q, k, v, call, buffers, rate=self.rate)
         return self.o_proj((seen * jax.nn.sigmoid(gate)).reshape(batch, length, -1)), buffers
 
 

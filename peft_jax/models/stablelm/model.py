@@ -61,8 +61,8 @@ def make_layer(config: StableLmConfig, dtype: Any, rngs: nnx.Rngs) -> ParallelLa
     mlp = GatedMLP(config, dtype, rngs, inner=config.intermediate_size, act=config.hidden_act)
     norm = partial(LayerNorm, config.hidden_size, config.layer_norm_eps, dtype)
     if config.use_parallel_residual:
-        return ParallelLayer(attention, mlp, norm())
-    return PreNormLayer(attention, mlp, norm)
+        return ParallelLayer(attention, mlp, norm(), rates=config.rates)
+    return PreNormLayer(attention, mlp, norm, rates=config.rates)
 
 
 class StableLmModel(RotaryBackbone):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from types import MappingProxyType
 
+from peft_jax.models.config import rarely_set
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +16,8 @@ class Starcoder2Config(WindowedConfig):
 
     Attributes:
         use_bias: Whether all projections of the layers have a bias.
+        residual_dropout: The probability with which outputs of layers are dropped in training.
+        embedding_dropout: The same of embeddings.
 
     Example:
         >>> Starcoder2Config.from_hf({"model_type": "starcoder2", "sliding_window": 4096}).kinds[0]
@@ -39,3 +43,11 @@ class Starcoder2Config(WindowedConfig):
     eos_token_id: int | tuple[int, ...] | None = 50256
     norm_epsilon: float = 1e-5
     use_bias: bool = True
+    residual_dropout: float = rarely_set(0.0)
+    embedding_dropout: float = rarely_set(0.0)
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        out = self.residual_dropout
+        return super().rates._replace(embedding=self.embedding_dropout, attention_out=out, mlp_out=out)

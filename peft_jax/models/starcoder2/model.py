@@ -37,7 +37,7 @@ def make_layer(config: Starcoder2Config, dtype: Any, rngs: nnx.Rngs) -> PreNormL
     """A layer; all of its projections have a bias, or none."""
     attention = SelfAttention(config, dtype, rngs, bias=config.use_bias, out_bias=config.use_bias)
     norm = partial(LayerNorm, config.hidden_size, config.norm_epsilon, dtype)
-    return PreNormLayer(attention, Starcoder2MLP(config, dtype, rngs), norm)
+    return PreNormLayer(attention, Starcoder2MLP(config, dtype, rngs), norm, rates=config.rates)
 
 
 class Starcoder2Model(RotaryBackbone):

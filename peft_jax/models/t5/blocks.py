@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models.modules.activations import ACTIVATIONS
+from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.kv_cache import extend
 from peft_jax.models.modules.positions import put_before
 from peft_jax.models.t5.config import T5Config
@@ -38,33 +39,42 @@ class T5LayerSelfAttention(nnx.Module):
     """Attention of a stack's positions to each other, added to the residual stream."""
 
     def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.SelfAttention = T5Attention(config, dtype, rngs)
+        self.SelfAttention, self.rate = T5Attention(config, dtype, rngs), config.rates.attention_out
         self.layer_norm = T5LayerNorm(config, dtype)
 
     def __call__(
-        self, x: jax.Array, seen: Seen, layer: jax.Array, buffers: KeysValues | None, prefix: KeysValues | None
+        self,
+        x: jax.Array,
+        seen: Seen,
+        layer: jax.Array,
+        buffers: KeysValues | None,
+        prefix: KeysValues | None,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, KeysValues | None]:
         """Attend within x (batch, length, hidden), to a prefix, and to this layer's part of the cache's buffers."""
         normed = self.layer_norm(x)
         k, v, buffers = extend(buffers, *self.SelfAttention.keys_values(normed), layer, seen.slot)
         kv = put_before(prefix, k, v)
-        return _add(x, self.SelfAttention(normed, kv, seen.bias, seen.mask)), buffers
+        out = self.SelfAttention(normed, kv, seen.bias, seen.mask, key)
+        return _add(x, dropped(out, key, self.rate, Site.ATTENTION_OUT)), buffers
 
 
 class T5LayerCrossAttention(nnx.Module):
     """Attention of the decoder's positions to the encoder's output, added to the residual stream."""
 
     def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.EncDecAttention = T5Attention(config, dtype, rngs)
+        self.EncDecAttention, self.rate = T5Attention(config, dtype, rngs), config.rates.attention_out
         self.layer_norm = T5LayerNorm(config, dtype)
 
     def keys_values(self, encoded: jax.Array, prefix: KeysValues | None) -> KeysValues:
         """Keys and values (batch, kv_len, heads, head_dim) of the encoder's output (batch, length, hidden)."""
         return put_before(prefix, *self.EncDecAttention.keys_values(encoded.astype(self.layer_norm.scale[...].dtype)))
 
-    def __call__(self, x: jax.Array, kv: KeysValues, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, kv: KeysValues, mask: jax.Array, key: jax.Array | None) -> jax.Array:
         """Attend from x (batch, length, hidden)."""
-        return _add(x, self.EncDecAttention(self.layer_norm(x), kv, None, mask))
+        crossing = key_of(key, Site.CROSS_ATTENTION)
+        out = self.EncDecAttention(self.layer_norm(x), kv, None, mask, crossing)
+        return _add(x, dropped(out, crossing, self.rate, Site.ATTENTION_OUT))
 
 
 class T5Dense(nnx.Module):
@@ -73,7 +83,7 @@ class T5Dense(nnx.Module):
     def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
         self.activation = config.activation
         n_in, inner = config.hidden_size, config.intermediate_size
-        self.is_gated = config.is_gated
+        self.is_gated, self.rate = config.is_gated, config.rates.inner
         if config.is_gated:
             self.wi_0 = linear(config, n_in, inner, n_in**-0.5, dtype, rngs)
             self.wi_1 = linear(config, n_in, inner, n_in**-0.5, dtype, rngs)
@@ -81,10 +91,11 @@ class T5Dense(nnx.Module):
             self.wi = linear(config, n_in, inner, n_in**-0.5, dtype, rngs)
         self.wo = linear(config, inner, n_in, inner**-0.5, dtype, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Map x (batch, length, hidden)."""
         act = ACTIVATIONS[self.activation]
         h = act(self.wi_0(x)) * self.wi_1(x) if self.is_gated else act(self.wi(x))
+        h = dropped(h, key, self.rate, Site.INNER)
         return self.wo(h.astype(self.wo.kernel[...].dtype))
 
 
@@ -92,12 +103,13 @@ class T5LayerFF(nnx.Module):
     """Feed-forward network, added to the residual stream."""
 
     def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.DenseReluDense = T5Dense(config, dtype, rngs)
+        self.DenseReluDense, self.rate = T5Dense(config, dtype, rngs), config.rates.mlp_out
         self.layer_norm = T5LayerNorm(config, dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Map x (batch, length, hidden)."""
-        return _add(x, self.DenseReluDense(self.layer_norm(x)))
+        out = self.DenseReluDense(self.layer_norm(x), key)
+        return _add(x, dropped(out, key, self.rate, Site.MLP_OUT))
 
 
 def _add(x: jax.Array, out: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig, as_dict, complete
 from peft_jax.models.modules.activations import ACTIVATIONS
+from peft_jax.models.modules.base_dropout import DropoutRates
 
 WITHOUT_LIMIT = 1 << 30  # relative positions go on
 
@@ -22,7 +23,7 @@ class T5Config(ModelConfig):
         num_hidden_layers: Blocks of the encoder.
         num_decoder_layers: Blocks of the decoder; None means as many.
         feed_forward_proj: An activation (``"relu"``: T5), or a gated one (``"gated-gelu"``: v1.1, FLAN, mT5).
-        dropout_rate: Kept for saving; dropout is not applied.
+        dropout_rate: The probability with which all that T5 drops in training is dropped.
         initializer_factor: Multiplies the deviations of random parameters.
         tie_word_embeddings: Whether the output head is the embedding ``shared``.
         scale_decoder_outputs: Whether the head's inputs are multiplied by ``hidden_size**-0.5``; None means as
@@ -107,6 +108,12 @@ class T5Config(ModelConfig):
         """Name of the activation; a gated gelu is the tanh approximation, as in transformers."""
         name = self.feed_forward_proj.removeprefix("gated-")
         return "gelu_new" if self.is_gated and name == "gelu" else name
+
+    @property
+    def rates(self) -> DropoutRates:
+        """The probabilities with which the model drops in training."""
+        rate = self.dropout_rate
+        return DropoutRates(rate, rate, rate, rate, inner=rate, final=rate)
 
     @property
     def kv_heads(self) -> int:

@@ -6,7 +6,7 @@ blocks of a stack are stacked: every leaf below `block.layer` has a leading axis
 `block.0`.
 
 The model is plain Flax and knows nothing of adapters or quantization. Its numbers are those of transformers'
-`T5ForConditionalGeneration` with its default ("sdpa") attention; dropout is not applied.
+`T5ForConditionalGeneration` with its default ("sdpa") attention.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from flax import nnx
 
 from peft_jax.core.ids import rows_at
 from peft_jax.models.modules import functional
+from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import make_cache
 from peft_jax.models.modules.positions import seen_slots
@@ -39,7 +40,7 @@ from peft_jax.models.t5.relative_attention import (
     relative_buckets,
 )
 
-OF_ENCODER = ("input_ids", "inputs_embeds", "attention_mask", "output_hidden_states", "remat")
+OF_ENCODER = ("input_ids", "inputs_embeds", "attention_mask", "dropout_key", "output_hidden_states", "remat")
 OF_DECODER = (*OF_ENCODER, "cache", "prefix", "cross_prefix")
 
 
@@ -115,27 +116,37 @@ class T5Stack(nnx.Module):
     def __init__(self, config: T5Config, name: str, dtype: Any, rngs: nnx.Rngs) -> None:
         if not config.share_embeddings:
             self.embed_tokens = embedding(config, dtype, rngs)
-        self.depth = config.depths[name]
+        self.depth, self.rates = config.depths[name], config.rates
         self.block = T5Blocks(config, name, dtype, rngs)
         self.final_layer_norm = T5LayerNorm(config, dtype)
 
     def scan(
-        self, step: Callable[..., Any], x: jax.Array, buffers: KeysValues | None, extras: Any, keep: bool, remat: bool
+        self,
+        step: Callable[..., Any],
+        x: jax.Array,
+        buffers: KeysValues | None,
+        extras: Any,
+        keep: bool,
+        remat: bool,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None, KeysValues | None]:
-        """Run all blocks by ``step(layer, x, buffers, index, extra) -> (x, buffers)``.
+        """Run all blocks by ``step(layer, x, buffers, index, extra, key) -> (x, buffers)``.
 
         extras are arrays of which each block has its part; keep asks for every block's input as well, remat for
-        recomputing blocks in the backward.
+        recomputing blocks in the backward; key is of the stack's dropout.
         """
         graph, stacked = nnx.split(self.block.layer)
+        layers = key_of(key, Site.LAYERS)
+        x = dropped(x, key, self.rates.embedding, Site.EMBEDDING)
 
         def body(carry: Any, inputs: Any) -> Any:
             state, index, extra = inputs
-            return step(nnx.merge(graph, state), *carry, index, extra), carry[0] if keep else None
+            own = key_of(layers, index)
+            return step(nnx.merge(graph, state), *carry, index, extra, own), carry[0] if keep else None
 
         body = jax.checkpoint(body) if remat else body
         (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(self.depth), extras))
-        x = self.final_layer_norm(x)
+        x = dropped(self.final_layer_norm(x), key, self.rates.final, Site.FINAL)
         return x, jnp.concatenate([inputs, x[None].astype(inputs.dtype)]) if keep else None, buffers
 
 
@@ -162,6 +173,7 @@ class T5(nnx.Module):
             "decoder_attention_mask",
             "prefix",
             "cross_prefix",
+            "dropout_key",
             "output_hidden_states",
             "remat",
         )
@@ -189,6 +201,7 @@ class T5(nnx.Module):
             attention_mask=inputs.decoder_attention_mask,
             prefix=inputs.prefix,
             cross_prefix=inputs.cross_prefix,
+            dropout_key=inputs.dropout_key,
             output_hidden_states=inputs.output_hidden_states,
             remat=inputs.remat,
         )
@@ -199,7 +212,8 @@ class T5(nnx.Module):
         """Run the encoder on its inputs."""
         x = self.embed("encoder", inputs.input_ids, inputs.inputs_embeds)
         mask = as_mask("attention_mask", inputs.attention_mask, *x.shape[:2])
-        return self.encode(x, mask, keep=inputs.output_hidden_states, remat=inputs.remat)
+        key = key_of(inputs.dropout_key, Site.ENCODER)
+        return self.encode(x, mask, keep=inputs.output_hidden_states, remat=inputs.remat, key=key)
 
     def write(
         self, inputs: ForwardInputs, encoded: jax.Array | None, encoder_attention_mask: jax.Array | None
@@ -224,8 +238,9 @@ class T5(nnx.Module):
             cross = Cross(seen, encoded, inputs.cross_prefix)
         else:
             raise ValueError("decode needs encoded= (the output of encode) or cache= (of init_cache), got neither.")
-        static = {"keep": inputs.output_hidden_states, "remat": inputs.remat}
-        h, states, buffers = self.decode(x, behind(prefix, mask), slot, buffers, prefix, cross, **static)
+        asked: dict[str, Any] = {"keep": inputs.output_hidden_states, "remat": inputs.remat}
+        asked["key"] = key_of(inputs.dropout_key, Site.DECODER)
+        h, states, buffers = self.decode(x, behind(prefix, mask), slot, buffers, prefix, cross, **asked)
         if cache is not None and buffers is not None:
             cache = cache._replace(keys=buffers[0], values=buffers[1], index=cache.index + length)
         return Decoded(self.logits(h), states, cache)
@@ -246,16 +261,18 @@ class T5(nnx.Module):
         ff = stack.block.layer[str(len(stack.block.layer) - 1)]
         return x.astype(ff.DenseReluDense.wo.kernel[...].dtype)
 
-    def encode(self, x: jax.Array, mask: jax.Array, *, keep: bool, remat: bool) -> Encoded:
-        """Run the encoder on x (batch, length, hidden) with mask (batch or 1, length)."""
+    def encode(
+        self, x: jax.Array, mask: jax.Array, *, keep: bool, remat: bool, key: jax.Array | None = None
+    ) -> Encoded:
+        """Run the encoder on x (batch, length, hidden) with mask (batch or 1, length); key is of its dropout."""
         slots = jnp.arange(x.shape[1])
         bias = self.encoder.block.bias(relative_buckets(self.config, slots, slots, causal=False))
         seen = Seen(bias, mask[:, None, None, :])
 
-        def step(layer: Any, x: jax.Array, buffers: None, index: jax.Array, extra: None) -> Any:
-            return layer["1"](layer["0"](x, seen, index, None, None)[0]), None
+        def step(layer: Any, x: jax.Array, buffers: None, index: jax.Array, extra: None, key: Any) -> Any:
+            return layer["1"](layer["0"](x, seen, index, None, None, key)[0], key), None
 
-        return Encoded(*self.encoder.scan(step, x, None, None, keep, remat)[:2])
+        return Encoded(*self.encoder.scan(step, x, None, None, keep, remat, key)[:2])
 
     def cross_keys_values(self, encoded: jax.Array, prefix: KeysValues | None) -> KeysValues:
         """Keys and values (layers, batch, kv_len, heads, head_dim) of the encoder's output for all blocks."""
@@ -278,6 +295,7 @@ class T5(nnx.Module):
         *,
         keep: bool,
         remat: bool,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, KeysValues | None]:
         """Run the decoder on x (batch, length, hidden).
 
@@ -291,6 +309,7 @@ class T5(nnx.Module):
             cross: The encoder's.
             keep: Whether to return the hidden states.
             remat: Whether the backward recomputes blocks.
+            key: The key of its dropout.
         """
         virtual = 0 if prefix is None else prefix[0].shape[2]
         queries, keys = jnp.arange(x.shape[1]) + (virtual + slot), jnp.arange(mask.shape[1])
@@ -298,13 +317,13 @@ class T5(nnx.Module):
         causal = keys[None, :] <= queries[:, None]
         seen = Seen(bias, mask[:, None, None, :] & causal[None, None], slot)
 
-        def step(layer: Any, x: jax.Array, buffers: KeysValues | None, index: jax.Array, extra: Any) -> Any:
+        def step(layer: Any, x: jax.Array, buffers: KeysValues | None, index: jax.Array, extra: Any, key: Any) -> Any:
             prefix, cross_prefix, ready = extra
-            x, buffers = layer["0"](x, seen, index, buffers, prefix)
+            x, buffers = layer["0"](x, seen, index, buffers, prefix, key)
             kv = ready or layer["1"].keys_values(cross.encoded, cross_prefix)
-            return layer["2"](layer["1"](x, kv, cross.mask[:, None, None, :])), buffers
+            return layer["2"](layer["1"](x, kv, cross.mask[:, None, None, :], key), key), buffers
 
-        return self.decoder.scan(step, x, buffers, (prefix, cross.prefix, cross.ready), keep, remat)
+        return self.decoder.scan(step, x, buffers, (prefix, cross.prefix, cross.ready), keep, remat, key)
 
     def logits(self, h: jax.Array) -> jax.Array:
         """Logits (batch, length, vocab) of the decoder's output."""

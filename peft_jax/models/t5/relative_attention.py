@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from peft_jax.models.modules.attention import Dropping, dropping_of
+from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.positions import with_prefix
 from peft_jax.models.t5.config import T5Config
 
@@ -72,7 +74,9 @@ def relative_buckets(config: T5Config, queries: jax.Array, keys: jax.Array, *, c
     return found if causal else found + jnp.where(relative > 0, buckets, 0)
 
 
-def attend(q: jax.Array, kv: KeysValues, bias: jax.Array | None, mask: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array, kv: KeysValues, bias: jax.Array | None, mask: jax.Array, dropping: Dropping | None = None
+) -> jax.Array:
     """Attend from q (batch, length, heads, head_dim) to keys and values (batch, kv_len, heads, head_dim), unscaled.
 
     The softmax is in float32. A query that may see nothing sees everything equally, as in transformers.
@@ -81,6 +85,8 @@ def attend(q: jax.Array, kv: KeysValues, bias: jax.Array | None, mask: jax.Array
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, keys, preferred_element_type=jnp.float32)
     scores = scores if bias is None else scores + bias.astype(jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    if dropping is not None:
+        weights = dropped(weights, dropping.key, dropping.rate, Site.ATTENTION)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(values.dtype), values)
 
 
@@ -94,7 +100,7 @@ class T5Attention(nnx.Module):
 
     def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
         inner, wide = config.num_attention_heads * config.head_dim, config.hidden_size
-        self.head_dim = config.head_dim
+        self.head_dim, self.rate = config.head_dim, config.rates.attention
         self.q = linear(config, wide, inner, (wide * config.head_dim) ** -0.5, dtype, rngs)
         self.k = linear(config, wide, inner, wide**-0.5, dtype, rngs)
         self.v = linear(config, wide, inner, wide**-0.5, dtype, rngs)
@@ -105,10 +111,13 @@ class T5Attention(nnx.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         return self.k(x).reshape(heads), self.v(x).reshape(heads)
 
-    def __call__(self, x: jax.Array, kv: KeysValues, bias: jax.Array | None, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, kv: KeysValues, bias: jax.Array | None, mask: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
         """Attend from x (batch, length, hidden)."""
         q = self.q(x).reshape(*x.shape[:2], -1, self.head_dim)
-        return self.o(attend(q, kv, bias, mask).reshape(*x.shape[:2], -1))
+        seen = attend(q, kv, bias, mask, dropping_of(key, self.rate))
+        return self.o(seen.reshape(*x.shape[:2], -1))
 
 
 def linear(config: T5Config, n_in: int, n_out: int, deviation: float, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:

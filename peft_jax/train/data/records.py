@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_jax.core.articles import article
 from peft_jax.core.text_files import read_text
 
 FORMATS = "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label"
@@ -220,7 +221,7 @@ def _texts(
     fields = {name: value[name] for name in needed} | {name: value.get(name) or "" for name in optional}
     for name, content in fields.items():
         if not isinstance(content, str):
-            raise ValueError(f"{where} has a {name} of type {type(content).__name__}, not text. {rule}")
+            raise ValueError(f"{where} has {article(name)} of type {type(content).__name__}, not text. {rule}")
     return fields
 
 
