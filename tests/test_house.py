@@ -88,6 +88,7 @@ def test_what_is_imported_is_declared() -> None:
     listed = [*project["dependencies"], *extras["tensorboard"], *extras["hub"], *extras["gguf"]]
     declared = {re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in listed}
     declared |= {"orbax"} if "orbax_checkpoint" in declared else set()
+    declared |= {"yaml"} if "pyyaml" in declared else set()
     for file in FILES:
         roots = {name.split(".")[0] for name in imported_names(file)}
         foreign = roots - {"peft_jax"} - set(sys.stdlib_module_names)

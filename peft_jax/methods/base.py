@@ -35,6 +35,8 @@ class PeftConfig:
     """Fields that every PEFT config has; PEFT reads and writes them as ``adapter_config.json``.
 
     Attributes:
+        learning_rate: The peak that suits the method with AdamW, which ``peft-jax finetune`` takes by default: that of
+            the method's paper or of PEFT's examples, 3e-4 for changes of low rank.
         task_type: What the adapter is for, e.g. ``"CAUSAL_LM"``; None if unsaid.
         base_model_name_or_path: Folder or hub id of the base model.
         revision: Revision of the base model on the hub.
@@ -44,6 +46,7 @@ class PeftConfig:
     """
 
     peft_type: ClassVar[str]
+    learning_rate: ClassVar[float] = 3e-4
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None

@@ -44,6 +44,7 @@ class BeftConfig(TargetFields, BiasRule, Method):
         (3,)
     """
 
+    learning_rate: ClassVar[float] = 3e-3
     takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"beft_bias": ("out",)}
 

@@ -45,6 +45,7 @@ class FourierFTConfig(TargetFields, ExcludeFields, LayerFields, SparseSpectrum):
         (5,)
     """
 
+    learning_rate: ClassVar[float] = 3e-3
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {SPECTRUM: ("frequencies",)}
     structural: ClassVar[tuple[str, ...]] = ("random_loc_seed",)
 

@@ -49,6 +49,7 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         ((3,), (2,))
     """
 
+    learning_rate: ClassVar[float] = 3e-3
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"ia3_in": ("in",), "ia3_out": ("out",)}
 
     feedforward_modules: str | Sequence[str] | None = None

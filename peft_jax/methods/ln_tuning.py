@@ -31,4 +31,5 @@ class LNTuningConfig(TargetFields, ExcludeFields, Method):
         ['base_model.model.norm.ln_tuning_layers.bias', 'base_model.model.norm.ln_tuning_layers.weight']
     """
 
+    learning_rate: ClassVar[float] = 1e-3
     replaces: ClassVar[bool] = True

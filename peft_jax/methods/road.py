@@ -46,6 +46,7 @@ class RoadConfig(TargetFields, BiasRule, Method):
         (3,)
     """
 
+    learning_rate: ClassVar[float] = 3e-3
     takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {ANGLES: ("turns",), SCALES: ("turns",)}
     structural: ClassVar[tuple[str, ...]] = ("variant", "group_size")

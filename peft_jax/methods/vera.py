@@ -54,6 +54,7 @@ class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
         (8, 4)
     """
 
+    learning_rate: ClassVar[float] = 4e-3
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"vera_lambda_d": ("rank",), "vera_lambda_b": ("out",)}
 
     r: int = 256

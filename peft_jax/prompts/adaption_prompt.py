@@ -38,6 +38,7 @@ class AdaptionPromptConfig(PromptMethod):
         model.layers.self_attn.k_proj.kernel
     """
 
+    learning_rate: ClassVar[float] = 9e-3
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"adaption_prompt": ("tokens", "in"), "adaption_gate": ("one",)}
 
     target_modules: str | None = None

@@ -58,6 +58,7 @@ class CPTConfig(TrainingHooks, PromptLearning):
         (1, 6)
     """
 
+    learning_rate: ClassVar[float] = 1e-2
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {PROMPT: ("tokens", "features"), DELTA: ("tokens", "features")}
     structural: ClassVar[tuple[str, ...]] = (
         *PromptLearning.structural,

@@ -6,7 +6,7 @@ Liu et al., 2021, https://arxiv.org/abs/2103.10385, section 3. Numbers follow PE
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -53,6 +53,7 @@ class PromptEncoderConfig(PromptLearning):
         (1, 7)
     """
 
+    learning_rate: ClassVar[float] = 3e-3
     encoder_reparameterization_type: str = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2

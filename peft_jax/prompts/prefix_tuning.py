@@ -42,6 +42,7 @@ class PrefixTuningConfig(PromptLearning):
         (1, 3)
     """
 
+    learning_rate: ClassVar[float] = 1e-2
     structural: ClassVar[tuple[str, ...]] = (
         *PromptLearning.structural,
         "num_layers",

@@ -5,7 +5,7 @@ Lester et al., 2021, https://arxiv.org/abs/2104.08691, section 2. Numbers follow
 
 import dataclasses
 import enum
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ class PromptTuningConfig(PromptLearning):
         (1, 7)
     """
 
+    learning_rate: ClassVar[float] = 3e-2
     prompt_tuning_init: str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None

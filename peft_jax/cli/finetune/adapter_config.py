@@ -69,6 +69,15 @@ def make_config(options: AdapterOptions) -> PeftConfig:
     return kind(**{**DEFAULTS.get(kind.peft_type, {}), **typed, **given})
 
 
+def with_rate(options: Finetune, config: PeftConfig) -> Finetune:
+    """The options with the learning rate that suits the adapter's method where none is given; it is printed."""
+    if options.training.learning_rate is not None:
+        return options
+    rate = config.learning_rate
+    print(f"Learning rate {rate:g}, which suits {config.peft_type}; --learning-rate sets another.")
+    return dataclasses.replace(options, training=dataclasses.replace(options.training, learning_rate=rate))
+
+
 OWN = {field.name for field in dataclasses.fields(PeftConfig)}  # fields that the command sets itself
 SHARED = {field.name for group in (TargetFields, ExcludeFields, LayerFields) for field in dataclasses.fields(group)}
 

@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from peft_jax.cli.finetune import setup as setup
-from peft_jax.cli.finetune.adapter_config import attach, choose_task, make_config
+from peft_jax.cli.finetune.adapter_config import attach, choose_task, make_config, with_rate
 from peft_jax.cli.finetune.options import Finetune as Finetune
-from peft_jax.cli.finetune.options import check, settings
+from peft_jax.cli.finetune.options import check
 from peft_jax.cli.finetune.processes import (
     all_or_none,
     check_processes,
@@ -90,10 +90,11 @@ def finetune(options: Finetune) -> None:
 def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None:
     folder = options.run.output
     with all_or_none():
+        config = make_config(options.adapter)
+        options = with_rate(options, config)
         fingerprint = setup.fingerprint(options)
         if options.run.resume:
             setup.refuse_others(checkpoints.notes()["settings"], fingerprint)
-        config = make_config(options.adapter)
         task = choose_task(options, config)
         config = config.replace(task_type=task.name)
         records = setup.load_records(options.data)
@@ -114,7 +115,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
     state, best = _train(options, plan, state, frozen, checkpoints, fingerprint)
     model = plan.finished(state, frozen)
     if is_first():
-        curves = export(model, task, folder, settings(options), summary)
+        curves = export(model, task, folder, options, summary)
         _say(folder, curves, best, plan.max_steps)
 
 

@@ -102,8 +102,9 @@ class TrainingOptions:
     """Rows per update."""
     micro_batch_size: int | None = None
     """Rows that go through the model at once, a divisor of the batch size; by default the whole batch."""
-    learning_rate: Annotated[float, Option(aliases=("--lr",))] = 3e-4
-    """Peak of the schedule."""
+    learning_rate: Annotated[float | None, Option(aliases=("--lr",))] = None
+    """Peak of the schedule; by default what suits the method, which the run says: 3e-4 for LORA, and 10 to 100 times
+    that for prompts."""
     lr_scheduler: Annotated[Literal["linear", "cosine", "constant"], Option(aliases=("--lr-scheduler-type",))] = (
         "linear"
     )
@@ -150,8 +151,8 @@ class RunOptions:
     TITLE = "Output"
 
     output: Annotated[Path, OUTPUT]
-    """Folder to create: adapter, best/ by validation loss, checkpoints/, metrics.jsonl, loss.png, README.md, and of
-    classes labels.json."""
+    """Folder to create: adapter, best/ by validation loss, checkpoints/, metrics.jsonl, loss.png, README.md,
+    run.yaml for --config, and of classes labels.json."""
     eval_steps: int | None = None
     """Steps between evaluations; by default once an epoch. The last step is always evaluated."""
     early_stopping: Annotated[int | None, Option(aliases=("--early-stopping-patience",))] = None
@@ -162,6 +163,8 @@ class RunOptions:
     """How many checkpoints are kept."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder, with the settings it was made with."""
+    config: Path | None = None
+    """YAML file of options by their names here, such as the run.yaml of another run; flags beside it count more."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (needs peft-jax[tensorboard])."""
 
@@ -180,7 +183,7 @@ class Finetune:
 
 # Options that change nothing in the numbers of a run, so that it may go on with others.
 FREE = (
-    *("output", "resume", "tensorboard", "save_total_limit", "mesh"),
+    *("output", "resume", "tensorboard", "save_total_limit", "mesh", "config"),
     *("coordinator_address", "num_processes", "process_id", "distributed", "initialization_timeout"),
 )
 
@@ -195,6 +198,14 @@ def each(options: Finetune) -> Iterator[tuple[str, Any]]:
 def settings(options: Finetune) -> dict[str, Any]:
     """Return the options that a run goes on with, as JSON has them."""
     return {name: _plain(value) for name, value in each(options) if name not in FREE}
+
+
+OF_A_PROCESS = ("resume", "config", "coordinator_address", "num_processes", "process_id", "distributed")
+
+
+def to_run_again(options: Finetune) -> dict[str, Any]:
+    """Return the options that a file for ``--config`` has: all but what is of one process, or of how this one began."""
+    return {name: _plain(value) for name, value in each(options) if name not in OF_A_PROCESS}
 
 
 def check(options: Finetune) -> None:

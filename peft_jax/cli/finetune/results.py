@@ -6,25 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.cli.finetune.initialize import initial
-from peft_jax.cli.finetune.options import DESCRIBED, flag
+from peft_jax.cli.finetune.options import DESCRIBED, Finetune, flag, settings, to_run_again
 from peft_jax.cli.shared.end_token import end_tokens
+from peft_jax.cli.shared.option_file import write_options
 from peft_jax.cli.shared.task import LABELS_FILE, Task, write_labels
 from peft_jax.models.handles.peft_model import PeftModel
 from peft_jax.train import plot_losses
 from peft_jax.train.metrics import read_metrics
 
-METRICS = "metrics.jsonl"
+METRICS, OPTIONS = "metrics.jsonl", "run.yaml"
 BEST, CHECKPOINTS, TENSORBOARD = "best", "checkpoints", "tensorboard"  # folders
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def export(model: PeftModel, task: Task, folder: Path, settings: Mapping[str, Any], trainable: str) -> Curves:
-    """Write the adapter in PEFT's format, loss.png and README.md; each file appears whole or not at all.
+def export(model: PeftModel, task: Task, folder: Path, options: Finetune, trainable: str) -> Curves:
+    """Write the adapter in PEFT's format, loss.png, README.md and run.yaml; each file appears whole or not at all.
 
     Returns:
         The curves: of the loss, and of the accuracy on rows kept apart.
     """
-    rows = read_metrics(folder / METRICS)
+    given, rows = settings(options), read_metrics(folder / METRICS)
     curves = {
         "training": [(row["step"], row["loss"]) for row in rows if "loss" in row],
         "validation": [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
@@ -32,10 +33,11 @@ def export(model: PeftModel, task: Task, folder: Path, settings: Mapping[str, An
     }
     curves = {name: points for name, points in curves.items() if points}
     losses = {name: points for name, points in curves.items() if name != "accuracy"}
-    title = f"{Path(settings['model']).name} on {Path(settings['data']).name}"
+    title = f"{Path(given['model']).name} on {Path(given['data']).name}"
     _whole(folder / "loss.png", lambda file: plot_losses(file, losses, title=title))
-    card = model_card(model, task, settings, curves, trainable)
+    card = model_card(model, task, given, curves, trainable)
     _whole(folder / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
+    _whole(folder / OPTIONS, lambda file: write_options(to_run_again(options), file))
     save(model, task, folder, folder)
     return curves
 

@@ -112,6 +112,7 @@ def make_plan(
     training = options.training
     max_steps, epoch = count_steps(options, data.training), steps_per_epoch(data.training, training.batch_size)
     warmup = default_warmup(max_steps) if training.warmup_steps is None else training.warmup_steps
+    assert training.learning_rate is not None  # `with_rate` has filled it in
     rate = make_schedule(training.learning_rate, max_steps, schedule=training.lr_scheduler, warmup_steps=warmup)
     optimizer = make_optimizer(
         rate, optimizer=training.optimizer, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm

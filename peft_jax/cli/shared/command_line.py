@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import shutil
 import textwrap
@@ -17,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from peft_jax.cli.shared.option_file import read_options
 
 Command = TypeVar("Command")
 METAVARS = {str: "TEXT", int: "INT", float: "NUMBER", Path: "PATH"}
@@ -133,6 +136,8 @@ def parse_command(command: type[Command], name: str, words: Sequence[str]) -> Co
         raise ValueError(_misused(parameters, str(error.argument_name).split("/")[0])) from error
     typed = vars(found)
     _apply_presets(parameters, typed)
+    if "config" in typed:
+        typed = {**_from_file(Path(typed["config"]), parameters, name), **typed}
     for parameter in parameters:
         if parameter.option.positional and parameter.type is tuple and not any(word.startswith("-") for word in rest):
             typed[parameter.name] = [*typed.get(parameter.name, ()), *rest]  # words behind further options
@@ -147,8 +152,46 @@ def parse_command(command: type[Command], name: str, words: Sequence[str]) -> Co
     for parameter in parameters:
         if parameter.name in typed:
             value = typed[parameter.name]
-            values[parameter.name] = value if parameter.type is bool else parameter.value(value)
+            values[parameter.name] = value if isinstance(value, bool) else parameter.value(value)
     return _construct(command, values)
+
+
+def _from_file(file: Path, parameters: Sequence[Parameter], name: str) -> dict[str, Any]:
+    """The options in a file, as if they had been typed: as words, lists of words, and booleans.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has what is no option, or a value that cannot be one.
+    """
+    by_flag = {flag: parameter for parameter in parameters for flag in parameter.flags}
+    found: dict[str, Any] = {}
+    for key, value in read_options(file).items():
+        spelled = flag(key)
+        parameter = by_flag.get(spelled)
+        if parameter is None or parameter.name == "config":
+            raise ValueError(f"{file} has {key}, which is no option of {name}.{nearest(spelled, list(by_flag))}")
+        if parameter.name in found:
+            raise ValueError(f"{file} has {parameter.name} by two names. Write it once.")
+        if value is not None:
+            found[parameter.name] = _words_of(value, parameter, f"{key} in {file}")
+    return found
+
+
+def _words_of(value: Any, parameter: Parameter, where: str) -> Any:
+    """A value of a file as it would be typed."""
+    if parameter.type is bool or isinstance(value, bool):
+        if parameter.type is bool and isinstance(value, bool):
+            return value
+        wanted = "true or false" if parameter.type is bool else parameter.metavar
+        raise ValueError(f"{where} is {json.dumps(value, default=str)}. Write {wanted}.")
+    if parameter.type is tuple:
+        parts = value if isinstance(value, list) else [value]
+        return [str(part) for part in parts]
+    if isinstance(value, dict) and parameter.option.metavar == "JSON":
+        return json.dumps(value)
+    if isinstance(value, list | dict):
+        raise ValueError(f"{where} is {json.dumps(value, default=str)}. Write one value.")
+    return str(value)
 
 
 def with_flags(message: str, command: object) -> str:
