@@ -275,3 +275,22 @@ def test_metrics_are_json_or_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="JSON compliant"):
             log.write({"step": 2, "loss": float("nan")})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_the_axis_fits_the_losses_and_a_line_is_smoothed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    noise = np.random.default_rng(0).normal(size=400)
+    losses = 2 + np.where(np.arange(400) < 4, 9.0, 0.2 * noise)
+    curves = {"training": list(enumerate(losses.tolist(), 1)), "validation": [(100, 2.1), (200, 1.9), (400, 2.0)]}
+    plot_losses(tmp_path / "loss.png", curves, title="a run")
+    (axes,) = figures[0].axes
+    bottom, top = axes.get_ylim()
+    assert 0.9 < bottom < min(losses) and top < 6, "the axis begins at 0, or shows the first steps alone"
+    points, line, validation, best = axes.get_lines()
+    assert points.get_linestyle() == "None" and points.get_alpha() < 0.5
+    assert np.std(line.get_ydata()[200:]) < 0.5 * np.std(losses[200:])
+    assert abs(np.mean(line.get_ydata()[200:]) - np.mean(losses[200:])) < 0.05
+    assert validation.get_marker() == "o" and best.get_marker() == "*" and list(best.get_xdata()) == [200]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["training (smoothed)", "validation", "best validation: 1.900"]

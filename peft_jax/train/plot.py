@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 FEW_POINTS = 40
 SMOOTHED = 30  # a smoothed line follows about this share of the steps: one of so many
+MOST = 0.98  # of many points, and of the line through them, are shown: the others are the first steps
 EDGE = 0.05  # of the axis, above and below what it shows
 Points = Sequence[tuple[int, float]]
 
@@ -36,9 +37,9 @@ def smoothed(values: Sequence[float], span: float) -> np.ndarray:
 
 
 def limits(curves: Mapping[str, Points], lines: Mapping[str, np.ndarray]) -> tuple[float, float]:
-    """The ends of the loss axis: all lines and nearly all points are between them.
+    """The ends of the loss axis: between them are curves of few points whole, and those of many nearly so.
 
-    A few points far above the others, as in the first steps, do not press the rest together.
+    The first steps of a long run, far above the others, do not press the rest together.
 
     Args:
         curves: The points by name.
@@ -51,10 +52,9 @@ def limits(curves: Mapping[str, Points], lines: Mapping[str, np.ndarray]) -> tup
     """
     shown = []
     for name, points in curves.items():
-        losses = [loss for _, loss in points]
-        few = len(losses) <= FEW_POINTS
-        highest = max(losses) if few else float(np.quantile(losses, 0.98))
-        shown += [min(losses), highest, float(lines[name].min()), float(lines[name].max())]
+        losses, line = [loss for _, loss in points], lines[name]
+        share = 1.0 if len(losses) <= FEW_POINTS else MOST
+        shown += [min(losses), float(np.quantile(losses, share)), float(line.min()), float(np.quantile(line, share))]
     low, high = min(shown), max(shown)
     margin = EDGE * (high - low) or EDGE * max(abs(high), 1e-3)
     return low - margin, high + margin
@@ -85,7 +85,7 @@ def plot_losses(file: str | Path, curves: Mapping[str, Points], *, title: str) -
             axes.plot(steps, losses, label=name, color=color, marker="o", markersize=5, linewidth=2)
         else:
             lines[name] = smoothed(losses, max(10, len(points) / SMOOTHED))
-            axes.plot(steps, losses, ".", color=color, markersize=3, alpha=0.25, markeredgewidth=0)
+            axes.plot(steps, losses, ".", color=color, markersize=3, alpha=0.35, markeredgewidth=0)
             axes.plot(steps, lines[name], label=f"{name} (smoothed)", color=color, linewidth=2)
         if name == "validation":
             best, loss = min(points, key=lambda point: point[1])
