@@ -80,6 +80,7 @@ def test_a_run_writes_an_adapter_that_peft_loads(workplace: Path, capsys: pytest
         "adapter_model.safetensors",
         "metrics.jsonl",
         "loss.png",
+        "run.yaml",
         "README.md",
         "checkpoints",
     }

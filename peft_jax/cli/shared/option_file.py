@@ -11,7 +11,7 @@ HEAD = "# Options of a run: peft-jax finetune --config run.yaml --output another
 
 
 def read_options(file: Path) -> dict[str, Any]:
-    """The entries of a YAML file of options, by name as they are written.
+    r"""The entries of a YAML file of options, by name as they are written.
 
     Args:
         file: The file.
@@ -21,7 +21,7 @@ def read_options(file: Path) -> dict[str, Any]:
         ValueError: If it is not YAML, or not a mapping, or has a name twice.
 
     Example:
-        >>> _ = Path("run.yaml").write_text("max-steps: 3\\ntarget_modules: [q_proj, v_proj]\\n")
+        >>> _ = Path("run.yaml").write_text("max-steps: 3\ntarget_modules: [q_proj, v_proj]\n")
         >>> read_options(Path("run.yaml"))
         {'max-steps': 3, 'target_modules': ['q_proj', 'v_proj']}
     """
