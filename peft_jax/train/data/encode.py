@@ -4,14 +4,14 @@ Labels are `IGNORE` on tokens that are not trained. A text has BOS if the tokeni
 twice; every text ends with a trained end-of-sequence mark.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from peft_jax.prompts.tokenizer import Tokenizer
+from peft_jax.train.data.chats import ChatMasks, encode_chats, render_chat
 from peft_jax.train.data.records import (
     AnyRecord,
     Asked,
@@ -59,12 +59,13 @@ def encode(
     template: PromptTemplate = TEMPLATES["short"],
     train_on_inputs: bool = False,
     tasks: int = 0,
+    masks: ChatMasks | None = None,
 ) -> Encoded:
     """Tokenize records for a causal language model.
 
     Of alpaca's fields and of a prompt with its completion, the answer and the end-of-sequence token are trained, and a
     token that straddles prompt and answer too. Of a chat, the assistant's turns are trained, to the mark that ends
-    them: by the template's ``{% generation %}`` marks, or else by laying out the chat turn by turn.
+    them, as `peft_jax.train.data.chats` finds them.
 
     Args:
         records: The records.
@@ -73,6 +74,7 @@ def encode(
         template: Lays out alpaca's fields.
         train_on_inputs: Train all tokens instead.
         tasks: How many tasks a prompt has, of which each record names one; 0 where records need to name none.
+        masks: Gets what was learned of chats, and how that was found.
 
     Returns:
         The examples in the order of the records.
@@ -91,15 +93,20 @@ def encode(
         ' 3<|eos|>'
     """
     check_eos(tokenizer)
-    examples = []
-    for number, record in enumerate(records, 1):
+    laid_out = [template(record) if isinstance(record, Record) else record for record in records]
+    rendered = []
+    for number, record in enumerate(laid_out, 1):
         if isinstance(record, Chat):
-            ids, trained = _chat(record, tokenizer, f"chat {number}")
-        elif isinstance(record, Labelled):
+            rendered.append(render_chat(record.messages, tokenizer, f"chat {number}"))
+    chats = iter(encode_chats(rendered, tokenizer, masks))
+    examples = []
+    for number, record in enumerate(laid_out, 1):
+        if isinstance(record, Labelled):
             raise ValueError(f"record {number} has a label, and a language model learns to write. Give other data.")
+        if isinstance(record, Chat):
+            ids, trained = next(chats)
         else:
-            laid_out = template(record) if isinstance(record, Record) else record
-            ids, start = encode_completion(laid_out.prompt, laid_out.completion, tokenizer)
+            ids, start = encode_completion(record.prompt, record.completion, tokenizer)
             trained = [position >= start for position in range(len(ids))]
         if train_on_inputs:
             trained = [True] * len(ids)
@@ -168,63 +175,3 @@ def _one_bos(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """The ids without a second BOS, where a text brings one along and the tokenizer puts another."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return list(ids[1:]) if bos is not None and list(ids[:2]) == [bos, bos] else list(ids)
-
-
-def _chat(record: Chat, tokenizer: Tokenizer, where: str) -> tuple[list[int], list[bool]]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the tokenizer has no chat template, which messages need. Put chat_template.jinja beside the weights, or "
-            "give data with prompt and completion."
-        )
-    messages = list(record.messages)
-    try:
-        if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
-            found = tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, trained = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
-        else:
-            ids, trained = _by_turns(messages, tokenizer, where)
-    except ValueError:
-        raise
-    except Exception as error:  # a template can raise anything: jinja2's errors, those of its own raise_exception
-        raise ValueError(f"the tokenizer's chat template refuses {where}: {error}.") from error
-    return _ended(ids, trained, tokenizer)
-
-
-def _ended(ids: list[int], trained: list[bool], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """The ids, so that every learned turn is learned to its end: the EOS after it, or one put behind the last."""
-    for position in range(1, len(ids)):
-        trained[position] |= trained[position - 1] and ids[position] == tokenizer.eos_token_id != ids[position - 1]
-    last = max((position for position, one in enumerate(trained) if one), default=-1)
-    mark = last
-    while mark > 0 and not tokenizer.decode([ids[mark]]).strip():  # white space after the mark
-        mark -= 1
-    if last < 0 or ids[mark] in {tokenizer.eos_token_id, *getattr(tokenizer, "all_special_ids", ())}:
-        return ids, trained
-    return [*ids[: last + 1], tokenizer.eos_token_id], [*trained[: last + 1], True]
-
-
-def _by_turns(messages: list[Mapping[str, Any]], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[bool]]:
-    """Ids of a chat, and which of them the assistant's turns add to what stands before them."""
-
-    def layout(count: int, prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-
-    full, spans = layout(len(messages)), []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = layout(index, prompt=True) if index else full[: full.find(message["content"])]
-            after = layout(index + 1)
-            if not (full.startswith(after) and after.startswith(before)):
-                raise ValueError(
-                    f"the chat template lays out message {index + 1} of {where} differently when others follow, so "
-                    "the trained tokens cannot be found. Mark the assistant's text in it with {% generation %}."
-                )
-            spans.append((len(before), len(after)))
-    found = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = found["offset_mapping"]
-    trained = []
-    for start, end in offsets:
-        trained.append(any(start < after and before < end for before, after in spans))
-    return list(found["input_ids"]), trained
