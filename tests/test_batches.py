@@ -174,7 +174,7 @@ def test_chats_that_cannot_be_laid_out(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
     with pytest.raises(ValueError, match="refuses chat 1: no system turns"):
         encode(chat, tokenizer, cutoff_len=256)
-    tokenizer.chat_template = "{{ messages | length }}" + PLAIN
+    tokenizer.chat_template = "{{ messages | length }}" + PLAIN.replace("m['content']", "m['content'] | upper")
     with pytest.raises(ValueError, match="lays out message 3 of chat 1 differently"):
         encode(chat, tokenizer, cutoff_len=256)
 

@@ -83,6 +83,10 @@ def test_a_run_writes_an_adapter_that_peft_loads(workplace: Path, capsys: pytest
         "run.yaml",
         "README.md",
         "checkpoints",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "training_layout.json",
     }
     assert [file.name for file in out.parent.iterdir()] == ["first"]
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

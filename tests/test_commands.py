@@ -413,7 +413,8 @@ def test_eval_is_the_loss_of_pytorch(run: Callable[..., str], torch_model: Calla
     (workplace / "same.jsonl").write_text("\n".join(map(json.dumps, completions)))
     for adapter, words in ((True, ["--adapter", "adapter"]), (False, ["--model", "model"])):
         want, count = torch_loss(torch_model(adapter), tokenizer, RECORDS)
-        said = run("eval", *words, "--data", "data.json", "--json", "--batch-size", "3")
+        short = ["--prompt-template", "short"]
+        said = run("eval", *words, "--data", "data.json", "--json", "--batch-size", "3", *short)
         found = json.loads(said)
         assert found["loss"] == pytest.approx(want, rel=0, abs=1e-5)
         assert found["perplexity"] == pytest.approx(np.exp(want), rel=1e-4)
@@ -432,7 +433,8 @@ def test_eval_in_words(run: Callable[..., str], torch_model: Callable[..., Any],
     cutoff = sorted(lengths)[4]
     kept = [record for record, length in zip(RECORDS, lengths, strict=True) if length <= cutoff]
     want, count = torch_loss(torch_model(True), tokenizer, kept)
-    said = run("eval", "--adapter", "adapter", "--data", "data.json", "--cutoff-len", str(cutoff))
+    words = ["--data", "data.json", "--cutoff-len", str(cutoff), "--prompt-template", "short"]
+    said = run("eval", "--adapter", "adapter", *words)
     left_out = f", {len(RECORDS) - len(kept)} longer than {cutoff} left out"
     assert said.splitlines() == [
         f"Data        {len(kept)} examples, {count} tokens of answers{left_out}",

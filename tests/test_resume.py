@@ -66,7 +66,9 @@ def test_a_run_killed_at_every_bad_moment_ends_in_the_same_bits(killed: tuple[Pa
     assert set(codes.values()) == {-signal.SIGKILL} and len(codes) == 8
     whole = results(folder / "whole")
     wanted = {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "README.md"}
-    assert whole.keys() == wanted | {"best/adapter_model.safetensors", "best/adapter_config.json"}
+    beside = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "training_layout.json"}
+    best = {"adapter_model.safetensors", "adapter_config.json", *beside}
+    assert whole.keys() == wanted | beside | {f"best/{name}" for name in best}
     assert results(folder / "chosen") == whole
     assert sorted(file.name for file in (folder / "chosen" / "checkpoints").iterdir()) == ["12", "14"]
 

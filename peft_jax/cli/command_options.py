@@ -30,9 +30,9 @@ class PromptOptions:
     file: Path | None = None
     """Prompts in a file: .json or .jsonl (texts, or objects with instruction and input, prompt, or messages), else a
     prompt a line."""
-    prompt_template: Annotated[str, TEMPLATE] = "short"
-    """Template around texts and instructions: short, alpaca, or a JSON file in alpaca-lora's format, as in finetune;
-    chat for the tokenizer's chat template; raw for nothing."""
+    prompt_template: Annotated[str | None, TEMPLATE] = None
+    """Template around texts and instructions: chat, short, alpaca, raw or a JSON file, as in finetune; by default that
+    of the adapter's training, else chat where the tokenizer has a chat template, else short."""
     task_id: int | None = None
     """The task of the prompts, by its number, for an adapter that is a prompt of several tasks."""
     batch_size: int = 8
@@ -87,8 +87,9 @@ class Eval(ModelOptions):
 
     data: Annotated[str, DATA]
     """JSON or JSONL file (or hub id of a dataset) of any kind that finetune takes."""
-    prompt_template: Annotated[str, TEMPLATE] = "short"
-    """For instruction data: short, alpaca, or a JSON file in alpaca-lora's format."""
+    prompt_template: Annotated[str | None, TEMPLATE] = None
+    """For instruction data: chat, short, alpaca, raw or a JSON file, as in finetune; by default that of the adapter's
+    training, else chat where the tokenizer has a chat template, else short."""
     batch_size: int = 8
     """Examples at a time."""
     cutoff_len: Annotated[int, CUTOFF] = 256

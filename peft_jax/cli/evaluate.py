@@ -2,12 +2,13 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 
 from peft_jax.cli.command_options import Eval
 from peft_jax.cli.finetune.options import DataOptions
-from peft_jax.cli.finetune.setup import check_fit, load_records, padded
+from peft_jax.cli.finetune.setup import check_fit, layout_of_data, load_records, padded
 from peft_jax.cli.shared.adapter_base import (
     find_task,
     find_tokenizer,
@@ -15,8 +16,9 @@ from peft_jax.cli.shared.adapter_base import (
 )
 from peft_jax.cli.shared.progress_bar import progress
 from peft_jax.cli.shared.task import RowOptions
+from peft_jax.cli.shared.training_layout import ANSWERS, EVERYTHING, clash, read_layout
 from peft_jax.prompts.base import prompt_tasks, virtual_slots
-from peft_jax.train import evaluation_batches, load_template
+from peft_jax.train import evaluation_batches
 from peft_jax.train.data.encode import IGNORE
 
 
@@ -33,11 +35,15 @@ def evaluate_model(options: Eval) -> None:
     task = find_task(options.model, options.adapter, options.gguf_file)
     records = load_records(DataOptions(data=options.data, prompt_template=options.prompt_template))
     task.check(records)
-    template = load_template(options.prompt_template)
     tokenizer = find_tokenizer(options.model, options.adapter, options.gguf_file)
+    recorded = read_layout(options.adapter)
+    used = layout_of_data(options.prompt_template, recorded, records, tokenizer, task)
+    if note := clash(recorded, [used], tokenizer):
+        print(note, file=sys.stderr)
     model = load_model(options, task)
-    layout = RowOptions(options.cutoff_len, template, tasks=prompt_tasks(model))
-    examples, too_long = task.encode(records, tokenizer, model, layout)
+    everything = recorded is not None and recorded.learned == EVERYTHING
+    rows = RowOptions(options.cutoff_len, used.layout, everything, prompt_tasks(model))
+    examples, too_long = task.encode(records, tokenizer, model, rows)
     data = padded(task, examples, options.cutoff_len, model)
     check_fit([data], model.config, virtual_slots(model))
     batches = list(evaluation_batches(data, options.batch_size))
@@ -66,6 +72,7 @@ def evaluate_model(options: Eval) -> None:
         print(f"Loss        {found['loss']:.4f} nats a text")
         print(f"Accuracy    {found['accuracy']:.4f}")
         return
-    print(f"Data        {len(data)} examples, {targets} tokens of answers{left_out}")
+    learned = f"{EVERYTHING}, as in training" if everything else ANSWERS
+    print(f"Data        {len(data)} examples, {targets} tokens of {learned}{left_out}")
     print(f"Loss        {found['loss']:.4f} nats a token")
     print(f"Perplexity  {found['perplexity']:.4g}")

@@ -8,9 +8,10 @@ import jax
 import peft_jax as pj
 from peft_jax.cli.command_options import Merge
 from peft_jax.cli.shared.adapter_base import Base, find_base
-from peft_jax.cli.shared.end_token import with_end_token
+from peft_jax.cli.shared.end_token import with_end_token, with_generation_config
 from peft_jax.cli.shared.output_folder import new_folder
 from peft_jax.cli.shared.task import refuse_random, task_of_adapter
+from peft_jax.models.weights_io import read_generation_config
 from peft_jax.prompts.tokenizer import Tokenizer, read_tokenizer
 
 # What belongs to a tokenizer, and goes along as it is.
@@ -46,7 +47,7 @@ def _merge(options: Merge, folder: Path) -> list[str]:
     model = task.read_for(str(base.folder), options.adapter, **choices)
     model = pj.PeftModel.from_pretrained(model.resized_for(options.adapter), options.adapter)
     refuse_random(model)
-    model = model.merge_and_unload()
+    model = with_generation_config(model.merge_and_unload(), read_generation_config(options.adapter))
     if options.dtype is not None:
         model = model.replace(jax.tree.map(lambda leaf: leaf.astype(options.dtype), model.params))
     tokenizer, unread = _tokenizer(options.adapter, base)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from peft_jax.prompts.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Tools = Sequence[Mapping[str, Any]] | None
+Tools = Sequence[Mapping[str, Any]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 # A chat of which the end of the answer is looked for. Its words are in no template.
@@ -42,24 +42,24 @@ def has_chat_template(tokenizer: Tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def chosen_template(tokenizer: Tokenizer, tools: Tools = None) -> str:
+def chosen_template(tokenizer: Tokenizer, tools: Tools = ()) -> str:
     """The text of the chat template, of several the one that transformers takes.
 
     Raises:
         TemplateError: If the tokenizer has several and none is the default.
     """
     try:
-        return str(tokenizer.get_chat_template(None, tools))
+        return str(tokenizer.get_chat_template(None, _listed(tools)))
     except ValueError as error:  # of several templates, none is named default
         raise TemplateError(str(error)) from error
 
 
-def has_generation_marks(tokenizer: Tokenizer, tools: Tools = None) -> bool:
+def has_generation_marks(tokenizer: Tokenizer, tools: Tools = ()) -> bool:
     """Whether the template marks the assistant's text with ``{% generation %}``."""
     return bool(_GENERATION.search(chosen_template(tokenizer, tools)))
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Tools = None, prompt: bool = False) -> str:
+def render(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Tools = (), prompt: bool = False) -> str:
     """The text of a chat.
 
     Args:
@@ -81,7 +81,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Tools = 
         raise TemplateError(str(error) or type(error).__name__) from error
 
 
-def render_marked(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Tools = None) -> Marked:
+def render_marked(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Tools = ()) -> Marked:
     """The text of a chat, and which parts of it the template marks with ``{% generation %}``.
 
     These are the characters that transformers' ``return_assistant_tokens_mask`` goes by.
@@ -142,4 +142,5 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 
 def _listed(tools: Tools) -> list[Any] | None:
-    return None if tools is None else list(tools)
+    """Tools as transformers takes them: of none, templates speak of None."""
+    return list(tools) or None

@@ -19,15 +19,19 @@ class Tokenizer(Protocol):
     bos_token_id: Any
     eos_token: Any
     chat_template: Any
+    special_tokens_map: Any
 
     def __len__(self) -> int:
         """The number of tokens, added ones included."""
 
-    def __call__(self, text: str, **options: Any) -> Any:
-        """Token ids of a text under the key ``input_ids``."""
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
+        """Token ids of a text, or of each of several, under the key ``input_ids``."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """A conversation as text or as token ids."""
+
+    def get_chat_template(self, chat_template: Any, tools: Any) -> str:
+        """The text of the chat template, of several the one for these tools."""
 
     def decode(self, token_ids: Any, **options: Any) -> str:
         """The text of token ids."""

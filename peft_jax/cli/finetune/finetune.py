@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from peft_jax.cli.finetune import setup as setup
 from peft_jax.cli.finetune.adapter_config import attach, choose_task, make_config, with_rate
+from peft_jax.cli.finetune.adapter_folder import Beside
 from peft_jax.cli.finetune.options import Finetune as Finetune
 from peft_jax.cli.finetune.options import check
 from peft_jax.cli.finetune.processes import (
@@ -40,6 +42,7 @@ from peft_jax.cli.finetune.steps import (
 )
 from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.progress_bar import Speed, progress
+from peft_jax.cli.shared.training_layout import clash, read_layout
 from peft_jax.core.finite import non_finite
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.summary import trainable_parameters
@@ -103,24 +106,35 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         tokenizer = read_tokenizer(options.base.model, gguf_file=options.base.gguf_file)
         tasks = getattr(config, "tasks", 0)
         base = with_end_token(base, tokenizer)
-        data = setup.make_data(task, records, tokenizer, base, options.data, options.training.seed, tasks)
+        recorded = read_layout(options.adapter.adapter)
+        data = setup.make_data(task, records, tokenizer, base, options.data, options.training.seed, tasks, recorded)
+        base = with_end_token(base, tokenizer, data.ends)
         model = attach(base, config, options, count_steps(options, data.training), data.training)
         setup.check_fit(data.parts, base.config, virtual_slots(model))
         fingerprint["tokens"] = data.digest
     fingerprint["contents"] |= setup.start_digests(folder)
     summary = trainable_parameters(model)
     print(data.said, summary, sep="\n")
+    if note := clash(recorded, [data.layout.used], tokenizer):
+        print(note, file=sys.stderr)
+    beside = Beside(tokenizer, None if task.has_classes else data.layout)
     plan, state, frozen = make_plan(options, task, model, data, mesh)
     print(f"{plan.layout}.")
-    state, best = _train(options, plan, state, frozen, checkpoints, fingerprint)
+    state, best = _train(options, plan, state, frozen, checkpoints, fingerprint, beside)
     model = plan.finished(state, frozen)
     if is_first():
-        curves = export(model, task, folder, options, summary)
+        curves = export(model, task, beside, folder, options, summary)
         _say(folder, curves, best, plan.max_steps)
 
 
 def _train(
-    options: Finetune, plan: Plan, state: State, frozen: PyTree, checkpoints: Checkpoints, fingerprint: dict[str, Any]
+    options: Finetune,
+    plan: Plan,
+    state: State,
+    frozen: PyTree,
+    checkpoints: Checkpoints,
+    fingerprint: dict[str, Any],
+    beside: Beside,
 ) -> tuple[State, Best]:
     """Train from the start or the last checkpoint to the end; return where that was."""
     run, best, size, digest = options.run, Best(), 0, None
@@ -167,7 +181,7 @@ def _train(
                 if best.note(row["eval_loss"], number):
                     model = plan.finished(state, frozen)
                     if is_first():
-                        save(model, plan.task, run.output / BEST, run.output)
+                        save(model, plan.task, beside, run.output / BEST, run.output)
             stopped = in_any(stop.requested)
             end = number == plan.max_steps or best.since >= patience
             if end or stopped or number % run.save_steps == 0:

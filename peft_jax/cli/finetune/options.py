@@ -76,8 +76,9 @@ class DataOptions:
     """JSON or JSONL file (or hub id of a dataset) of records with instruction, input and output, or with prompt and
     completion, or with messages; for SEQ_CLS with text (and text_pair) and label. Where a prompt has several tasks,
     with task_id too."""
-    prompt_template: Annotated[str, TEMPLATE] = "short"
-    """For instruction data: short, alpaca, or a JSON file in alpaca-lora's format."""
+    prompt_template: Annotated[str | None, TEMPLATE] = None
+    """For instruction data: chat (the tokenizer's chat template), short, alpaca, a JSON file in alpaca-lora's format,
+    or raw for nothing; by default chat where there is such a template, else short."""
     train_on_inputs: bool = False
     """Learn the prompts too, not the responses alone."""
     cutoff_len: Annotated[int, CUTOFF] = 256
@@ -151,8 +152,8 @@ class RunOptions:
     TITLE = "Output"
 
     output: Annotated[Path, OUTPUT]
-    """Folder to create: adapter, best/ by validation loss, checkpoints/, metrics.jsonl, loss.png, README.md,
-    run.yaml for --config, and of classes labels.json."""
+    """Folder to create: adapter, best/ by validation loss, checkpoints/, metrics.jsonl, loss.png, README.md, the
+    tokenizer, generation_config.json, training_layout.json, run.yaml for --config, and of classes labels.json."""
     eval_steps: int | None = None
     """Steps between evaluations; by default once an epoch. The last step is always evaluated."""
     early_stopping: Annotated[int | None, Option(aliases=("--early-stopping-patience",))] = None

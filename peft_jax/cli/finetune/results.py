@@ -5,11 +5,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_jax.cli.finetune.adapter_folder import Beside
+from peft_jax.cli.finetune.card_snippet import layout_in_words, snippet, where_to_run
 from peft_jax.cli.finetune.initialize import initial
 from peft_jax.cli.finetune.options import DESCRIBED, Finetune, flag, settings, to_run_again
 from peft_jax.cli.shared.end_token import end_tokens
 from peft_jax.cli.shared.option_file import write_options
 from peft_jax.cli.shared.task import LABELS_FILE, Task, write_labels
+from peft_jax.cli.shared.training_layout import TrainingLayout
 from peft_jax.models.handles.peft_model import PeftModel
 from peft_jax.train import plot_losses
 from peft_jax.train.metrics import read_metrics
@@ -19,8 +22,12 @@ BEST, CHECKPOINTS, TENSORBOARD = "best", "checkpoints", "tensorboard"  # folders
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def export(model: PeftModel, task: Task, folder: Path, options: Finetune, trainable: str) -> Curves:
-    """Write the adapter in PEFT's format, loss.png, README.md and run.yaml; each file appears whole or not at all.
+def export(
+    model: PeftModel, task: Task, beside: Beside, folder: Path, options: Finetune, trainable: str
+) -> Curves:
+    """Write the adapter in PEFT's format and what is beside it, loss.png, README.md and run.yaml.
+
+    Each file appears whole or not at all.
 
     Returns:
         The curves: of the loss, and of the accuracy on rows kept apart.
@@ -35,16 +42,17 @@ def export(model: PeftModel, task: Task, folder: Path, options: Finetune, traina
     losses = {name: points for name, points in curves.items() if name != "accuracy"}
     title = f"{Path(given['model']).name} on {Path(given['data']).name}"
     _whole(folder / "loss.png", lambda file: plot_losses(file, losses, title=title))
-    card = model_card(model, task, given, curves, trainable)
+    card = model_card(model, task, beside.layout, given, curves, trainable)
     _whole(folder / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
     _whole(folder / OPTIONS, lambda file: write_options(to_run_again(options), file))
-    save(model, task, folder, folder)
+    save(model, task, beside, folder, folder)
     return curves
 
 
-def save(model: PeftModel, task: Task, folder: Path, run: Path) -> None:
-    """Write a run's adapter as one that goes on the base as it was, and the names of its classes."""
+def save(model: PeftModel, task: Task, beside: Beside, folder: Path, run: Path) -> None:
+    """Write a run's adapter as one that goes on the base as it was, what is beside it, and the names of its classes."""
     model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial(model, run))
+    beside.write(model, folder)
     if task.has_classes:
         _whole(folder / LABELS_FILE, lambda file: write_labels(model, file))
 
@@ -58,7 +66,14 @@ def _whole(file: Path, write: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def model_card(model: PeftModel, task: Task, settings: Mapping[str, Any], curves: Curves, trainable: str) -> str:
+def model_card(
+    model: PeftModel,
+    task: Task,
+    layout: TrainingLayout | None,
+    settings: Mapping[str, Any],
+    curves: Curves,
+    trainable: str,
+) -> str:
     """Write the README.md of an adapter, with the header that the Hugging Face hub reads."""
     base = settings["model"]
     results = [f"| last training loss | {curves['training'][-1][1]:.4f} (step {curves['training'][-1][0]}) |"]
@@ -83,9 +98,10 @@ def model_card(model: PeftModel, task: Task, settings: Mapping[str, Any], curves
         *("tags:", f"- base_model:adapter:{base}", f"- {config.peft_type.lower()}", "- peft_jax", "---", ""),
         *(f"# {config.peft_type} adapter for {Path(base).name}", ""),
         *(f"Trained with `peft-jax finetune` on `{settings['data']}`, in the format of Hugging Face PEFT:", ""),
-        *("```python", f"from peft import {task.auto_peft}", ""),
-        *(f'model = {task.auto_peft}.from_pretrained("path/to/this/folder"{more})', "```", ""),
+        *("```python", *snippet(model, task, layout, more), "```", ""),
+        *where_to_run(base),
         *("![Loss curve](loss.png)", "", trainable, ""),
+        *((layout_in_words(layout), "") if layout else ()),
         *((ends, "") if ends else ()),
         *("| result | |", "|---|---|", *results, ""),
         *("| setting | |", "|---|---|", *typed, ""),

@@ -24,14 +24,25 @@ from peft_jax.cli.shared.task import (
     Task,
     classes_of_data,
 )
+from peft_jax.cli.shared.training_layout import (
+    ANSWERS,
+    CHATS,
+    EVERYTHING,
+    TEXTS,
+    NamedLayout,
+    TrainingLayout,
+    choose_layout,
+    template_digest,
+)
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.models.gguf_checkpoint import base_files
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.prompts.tokenizer import Tokenizer
-from peft_jax.train import Packed, Padded, load_template, read_data
+from peft_jax.train import Packed, Padded, read_data
 from peft_jax.train.data.batches import Data
+from peft_jax.train.data.chats import LAST, MARKS, TURNS, ChatMasks
 from peft_jax.train.data.encode import Example
-from peft_jax.train.data.records import AnyRecord, Record, to_records
+from peft_jax.train.data.records import AnyRecord, Chat, Record, to_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +54,16 @@ class Examples:
         validation: Rows kept apart, or None.
         said: The report on it that is printed.
         digest: Hash of all tokens and labels.
+        layout: How the data were laid out.
+        ends: The special tokens that end learned turns of chats.
     """
 
     training: Data
     validation: Data | None
     said: str
     digest: str
+    layout: TrainingLayout
+    ends: frozenset[int] = frozenset()
 
     @property
     def parts(self) -> list[Data]:
@@ -67,7 +82,8 @@ def load_records(options: DataOptions) -> list[AnyRecord]:
         records = _from_hub(options.data)
     else:
         records = read_data(options.data)
-    if options.prompt_template != "short" and not isinstance(records[0], Record):
+    is_own = options.prompt_template == "chat" and isinstance(records[0], Chat)
+    if options.prompt_template is not None and not isinstance(records[0], Record) and not is_own:
         raise ValueError("--prompt-template is for instruction data, but this data has its own layout. Leave it out.")
     return records
 
@@ -94,6 +110,7 @@ def make_data(
     options: DataOptions,
     seed: int,
     tasks: int,
+    recorded: TrainingLayout | None = None,
 ) -> Examples:
     """Tokenize, split and lay out.
 
@@ -105,13 +122,14 @@ def make_data(
         options: How they are laid out.
         seed: Seed of the split.
         tasks: How many tasks the prompt has, if it has any.
+        recorded: How the data of the adapter were laid out that is trained on, if there is one.
 
     Raises:
         ValueError: If nothing fits, or nothing is left to train on.
     """
-    template = load_template(options.prompt_template)
-    layout = RowOptions(options.cutoff_len, template, options.train_on_inputs, tasks)
-    examples, too_long = task.encode(records, tokenizer, base, layout)
+    used = layout_of_data(options.prompt_template, recorded, records, tokenizer, task)
+    rows = RowOptions(options.cutoff_len, used.layout, options.train_on_inputs, tasks)
+    examples, too_long = task.encode(records, tokenizer, base, rows)
     training, validation = _split(examples, options.val_size, seed)
 
     def lay_out(part: Sequence[Example]) -> Data:
@@ -121,12 +139,55 @@ def make_data(
     kept = f", {len(validation)} of them for validation" if validation else ""
     left = f"{too_long} longer than {options.cutoff_len} tokens left out." if too_long else "None was too long."
     said = f"{len(examples)} examples{kept}. {left}"
+    if not task.has_classes:
+        said += f"\n{_said_of_layout(used, rows.masks)}"
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())
         for name in sorted(example.more):
             digest.update(example.more[name].tobytes())
-    return Examples(data, lay_out(validation) if validation else None, said, digest.hexdigest())
+    layout = TrainingLayout(
+        used,
+        EVERYTHING if options.train_on_inputs else ANSWERS,
+        template_digest(tokenizer) if used.is_chat else None,
+        tuple(tokenizer.decode([number]) for number in sorted(rows.masks.ends or {tokenizer.eos_token_id})),
+        rows.masks.rules,
+        rows.masks.left_out,
+    )
+    held_out = lay_out(validation) if validation else None
+    return Examples(data, held_out, said, digest.hexdigest(), layout, frozenset(rows.masks.ends))
+
+
+def layout_of_data(
+    given: str | None,
+    recorded: TrainingLayout | None,
+    records: Sequence[AnyRecord],
+    tokenizer: Tokenizer,
+    task: Task,
+) -> NamedLayout:
+    """The layout of records: chats and prompts with completions have their own, and for instructions it is chosen.
+
+    The arguments and errors are those of `choose_layout`.
+    """
+    if isinstance(records[0], Chat):
+        return CHATS
+    if not isinstance(records[0], Record):
+        return TEXTS
+    return choose_layout(given, recorded, tokenizer, chats=task.next_token)
+
+
+def _said_of_layout(used: NamedLayout, masks: ChatMasks) -> str:
+    """A line on the layout, and on how the answers of chats were found."""
+    if not used.is_chat:
+        return f"Layout: {used.name}."
+    if masks.rules.keys() == {MARKS}:
+        return "Layout: the chat template, whose generation marks say what is learned."
+    if masks.rules.keys() == {TURNS}:
+        return "Layout: the chat template. Every answer is learned."
+    return (
+        f"Layout: the chat template, which changes with what follows in {masks.rules[LAST]} chats.\n"
+        f"{masks.left_out} answers there are not learned; the last one of each chat is."
+    )
 
 
 def padded(task: Task, examples: Sequence[Example], longest: int, model: ModelHandle) -> Padded:

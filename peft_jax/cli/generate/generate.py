@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft_jax.cli.generate.printer import Printer, text_of
 from peft_jax.cli.generate.prompt_input import (
     Prompt,
     encode,
+    layout_of,
     pad,
     read_prompts,
     standard_input,
@@ -26,11 +28,13 @@ from peft_jax.cli.shared.adapter_base import (
 from peft_jax.cli.shared.command_line import flag
 from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.terminal import verbatim
+from peft_jax.cli.shared.training_layout import choose_layout, clash, read_layout
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
 from peft_jax.models.generation.generation_config import new_tokens, with_defaults
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
 from peft_jax.prompts.base import prompt_tasks
+from peft_jax.prompts.chat_template import end_of_turn
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.batches import rounded_up
 
@@ -55,12 +59,20 @@ def generate(options: Generate) -> None:
             "which reports its accuracy."
         )
     tokenizer = find_tokenizer(options.model, options.adapter, options.gguf_file)
-    encoded = [encode(prompt, options.prompt_template, tokenizer, goes_on=task.next_token) for prompt in prompts]
+    recorded = read_layout(options.adapter)
+    chosen_layout = choose_layout(options.prompt_template, recorded, tokenizer, chats=task.next_token)
+    used = list(dict.fromkeys(layout_of(prompt, chosen_layout) for prompt in prompts))
+    if note := clash(recorded, used, tokenizer):
+        print(note, file=sys.stderr)
+    encoded = [encode(prompt, chosen_layout.layout, tokenizer, goes_on=task.next_token) for prompt in prompts]
     if not all(encoded):
         raise ValueError(
             f"prompt {encoded.index([]) + 1} has no tokens. Leave it out, or give --prompt-template short."
         )
     stop_tokens = [stop_token(text, tokenizer) for text in options.stop_token]
+    turn = end_of_turn(tokenizer)
+    if turn is not None and any(one.is_chat for one in used):
+        stop_tokens.append(turn)
     model = load_model(options, task)
     if options.adapter is not None:
         model = with_end_token(model, tokenizer)

@@ -8,9 +8,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from peft_jax.cli.shared.training_layout import CHATS, TEXTS, NamedLayout
 from peft_jax.core.text_files import read_text
+from peft_jax.prompts import chat_template
+from peft_jax.prompts.chat_template import Message, Tools, has_chat_template
 from peft_jax.prompts.tokenizer import Tokenizer
-from peft_jax.train import Record, load_template
+from peft_jax.train import Chat, Record
+from peft_jax.train.data.template import Layout, load_layout
 
 Prompt = str | dict[str, Any]
 KINDS = "a text, or an object with instruction (and input), prompt, or messages"
@@ -82,53 +86,58 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
 
 
-def render(prompt: Prompt, template: str, tokenizer: Tokenizer) -> tuple[str, bool]:
+def layout_of(prompt: Prompt, chosen: NamedLayout) -> NamedLayout:
+    """The layout of a prompt: messages and ``prompt`` have their own, and texts and instructions the chosen one."""
+    if isinstance(prompt, dict) and "messages" in prompt:
+        return CHATS
+    if isinstance(prompt, dict) and "instruction" not in prompt:
+        return TEXTS
+    return chosen
+
+
+def render(prompt: Prompt, layout: str | Layout, tokenizer: Tokenizer) -> tuple[str, bool]:
     """The text of a prompt, and whether it is a chat template's, which writes special tokens itself.
 
-    As in training, the template formats texts and instructions, ``prompt`` is used unchanged, and the tokenizer's chat
+    As in training, the layout is that of texts and instructions, ``prompt`` is used unchanged, and the tokenizer's chat
     template formats ``messages``.
 
     Raises:
-        FileNotFoundError: If there is no such template.
+        FileNotFoundError: If there is no such layout.
         ValueError: If it is damaged, the tokenizer has no chat template, or the chat template refuses the messages.
     """
     if isinstance(prompt, dict) and "messages" in prompt:
         messages = prompt["messages"]
         if messages[-1].get("role") == "assistant":  # the answer, in a file of training data
             messages = messages[:-1]
-        return _chat(messages, tokenizer), True
+        return _chat(messages, prompt.get("tools") or (), tokenizer), True
     if isinstance(prompt, dict) and "instruction" not in prompt:
         return prompt["prompt"], False
     if isinstance(prompt, str):
         record = Record(instruction=prompt, input="", output="")
     else:
         record = Record(instruction=prompt["instruction"], input=prompt.get("input", ""), output="")
-    if template == "chat":
-        content = "\n\n".join(part for part in (record.instruction, record.input) if part)
-        return _chat([{"role": "user", "content": content}], tokenizer), True
-    if template == "raw" and record.input:
-        return f"{record.instruction}\n{record.input}", False
-    if template == "raw":
-        return record.instruction, False
-    return load_template(template)(record).prompt, False
+    laid_out = (load_layout(layout) if isinstance(layout, str) else layout)(record)
+    if isinstance(laid_out, Chat):
+        return _chat(laid_out.messages[:-1], laid_out.tools, tokenizer), True
+    return laid_out.prompt, False
 
 
-def _chat(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
-    if not getattr(tokenizer, "chat_template", None):
+def _chat(messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer) -> str:
+    if not has_chat_template(tokenizer):
         raise ValueError("the tokenizer has no chat template. Give --prompt-template short or raw, and no messages.")
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # a template is a program in the checkpoint, which may raise any error
+        return chat_template.render(messages, tokenizer, tools=tools, prompt=True)
+    except chat_template.TemplateError as error:
         raise ValueError(f"the chat template refuses the messages ({error}). Give --prompt-template raw.") from error
 
 
-def encode(prompt: Prompt, template: str, tokenizer: Tokenizer, *, goes_on: bool = True) -> list[int]:
+def encode(prompt: Prompt, layout: str | Layout, tokenizer: Tokenizer, *, goes_on: bool = True) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer puts before a text.
 
     Those after a text are left out if the model is to continue the prompt. An encoder-decoder, for which ``goes_on`` is
     False, gets them.
     """
-    text, is_chat = render(prompt, template, tokenizer)
+    text, is_chat = render(prompt, layout, tokenizer)
     ids = list(tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"])
     if ids[1:] and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text has one of its own
         ids = ids[1:]

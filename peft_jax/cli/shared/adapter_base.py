@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import peft_jax as pj
 from peft_jax.cli.shared.common_options import ModelOptions
+from peft_jax.cli.shared.end_token import with_generation_config
 from peft_jax.cli.shared.task import Task, refuse_random, task_of_adapter
 from peft_jax.interop.base_file import read_base_file
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.interop.describe import read_adapter_config
 from peft_jax.models.gguf_checkpoint import base_files
+from peft_jax.models.weights_io import read_generation_config
 from peft_jax.prompts.tokenizer import read_tokenizer
 
 
@@ -22,7 +24,7 @@ class Base(NamedTuple):
 
 
 def load_model(options: ModelOptions, task: Task) -> Any:
-    """The base model, with the adapter if there is one.
+    """The base model, with the adapter and its generation settings if there is one.
 
     Raises:
         ValueError: If no base is named, the adapter does not fit it, or a part of it would be random.
@@ -40,6 +42,7 @@ def load_model(options: ModelOptions, task: Task) -> Any:
     )
     if options.adapter is not None:
         model = pj.PeftModel.from_pretrained(model.resized_for(options.adapter), options.adapter)
+        model = with_generation_config(model, read_generation_config(options.adapter))
     refuse_random(model)
     return model
 

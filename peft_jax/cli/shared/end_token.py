@@ -1,6 +1,7 @@
 """The token that ends an answer: what `finetune` teaches, and where `generate` and a merged checkpoint stop."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_2_SEQ_LM
@@ -15,7 +16,7 @@ class EndsTexts(Protocol):
     eos_token_id: Any
 
 
-def with_end_token(model: H, tokenizer: EndsTexts) -> H:
+def with_end_token(model: H, tokenizer: EndsTexts, turns: Iterable[int] = ()) -> H:
     """The model with the tokenizer's eos among the tokens that end an answer, as transformers' Trainer aligns them.
 
     The tokens that the checkpoint names stay; a tokenizer without an eos, and a model that writes no text, change
@@ -24,6 +25,7 @@ def with_end_token(model: H, tokenizer: EndsTexts) -> H:
     Args:
         model: A model handle.
         tokenizer: The tokenizer that the adapter is trained with.
+        turns: Tokens with which a chat template ends turns; they end answers too, and stand first.
 
     Example:
         >>> import peft_jax as pj
@@ -37,15 +39,23 @@ def with_end_token(model: H, tokenizer: EndsTexts) -> H:
     if end is None or model.task not in (CAUSAL_LM, SEQ_2_SEQ_LM):
         return model
     of_config, of_generation = _listed(model.config.eos_token_id), _listed(end_tokens(model))
-    if end in of_config and end in of_generation:
+    wanted = list(dict.fromkeys((*sorted(turns), end)))
+    if end in of_config and set(wanted) <= set(of_generation):
         return model
     aligned: Any = end
     if isinstance(model.config.eos_token_id, tuple):
-        aligned = tuple(_first(end, of_config))
+        aligned = tuple(_first([end], of_config))
     config = dataclasses.replace(model.config, eos_token_id=aligned)
-    generation = {**model.generation_config, "eos_token_id": _first(end, of_generation)}
-    source = dataclasses.replace(model.source, generation_config=generation)
-    return dataclasses.replace(model, config=config, source=source)
+    generation = {**model.generation_config, "eos_token_id": _first(wanted, of_generation)}
+    return with_generation_config(dataclasses.replace(model, config=config), generation)
+
+
+def with_generation_config(model: H, generation_config: Mapping[str, Any]) -> H:
+    """The model with other contents of generation_config.json, such as those beside its adapter; unchanged for none."""
+    if not generation_config:
+        return model
+    source = dataclasses.replace(model.source, generation_config=generation_config)
+    return dataclasses.replace(model, source=source)
 
 
 def end_tokens(model: ModelHandle) -> Any:
@@ -53,8 +63,8 @@ def end_tokens(model: ModelHandle) -> Any:
     return model.generation_config.get("eos_token_id", model.config.eos_token_id)
 
 
-def _first(end: int, others: list[int]) -> list[int]:
-    return [end, *(other for other in others if other != end)]
+def _first(ends: list[int], others: list[int]) -> list[int]:
+    return list(dict.fromkeys((*ends, *others)))
 
 
 def _listed(ends: Any) -> list[int]:

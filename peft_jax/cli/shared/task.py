@@ -39,7 +39,6 @@ from peft_jax.train import (
     Chat,
     Completion,
     Labelled,
-    PromptTemplate,
     Record,
     class_names,
     encode_answers,
@@ -49,20 +48,26 @@ from peft_jax.train import (
     make_scoring_step,
     score,
 )
+from peft_jax.train.data.chats import ChatMasks
 from peft_jax.train.data.encode import Encoded, encode
 from peft_jax.train.data.records import AnyRecord, named
+from peft_jax.train.data.template import Layout
 
 LABELS_FILE = "labels.json"  # beside an adapter: the names of its classes, as config.json has them
 
 
 @dataclasses.dataclass(frozen=True)
 class RowOptions:
-    """How records become rows: what the options of the same names say, and how many tasks a prompt has."""
+    """How records become rows: what the options of the same names say, and how many tasks a prompt has.
+
+    ``masks`` gets what was learned of chats.
+    """
 
     cutoff_len: int
-    template: PromptTemplate
+    template: Layout
     train_on_inputs: bool = False
     tasks: int = 0
+    masks: ChatMasks = dataclasses.field(default_factory=ChatMasks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,12 @@ from peft_jax.train.data.encode import (
 )
 from peft_jax.train.data.records import (
     AnyRecord,
+    Chat,
     Completion,
     Record,
     named,
 )
-from peft_jax.train.data.template import TEMPLATES, PromptTemplate
+from peft_jax.train.data.template import TEMPLATES, Layout
 
 
 def encode_answers(
@@ -27,7 +28,7 @@ def encode_answers(
     *,
     cutoff_len: int,
     start_token_id: int,
-    template: PromptTemplate = TEMPLATES["short"],
+    template: Layout = TEMPLATES["short"],
     tasks: int = 0,
 ) -> Encoded:
     """Tokenize records for an encoder-decoder.
@@ -67,6 +68,8 @@ def encode_answers(
                 f"{named(Record, Completion)}."
             )
         laid_out = template(record) if isinstance(record, Record) else record
+        if isinstance(laid_out, Chat):
+            raise ValueError("an encoder-decoder learns no chats. Give another template than that of chats.")
         prompt = list(tokenizer(laid_out.prompt, verbose=False)["input_ids"])
         answer = list(tokenizer(laid_out.completion, verbose=False)["input_ids"])
         if not answer or answer[-1] != tokenizer.eos_token_id:

@@ -15,7 +15,6 @@ import numpy as np
 from peft_jax.prompts.chat_template import (
     Message,
     TemplateError,
-    Tools,
     end_of_turn,
     has_chat_template,
     has_generation_marks,
@@ -24,6 +23,7 @@ from peft_jax.prompts.chat_template import (
     special_ids,
 )
 from peft_jax.prompts.tokenizer import Tokenizer
+from peft_jax.train.data.records import Chat
 
 Span = tuple[int, int]
 MARKS, TURNS, LAST = "generation marks", "turn by turn", "last answer"
@@ -102,22 +102,13 @@ def encode_chats(
     return encoded
 
 
-def render_chat(
-    messages: Sequence[Message],
-    tokenizer: Tokenizer,
-    where: str,
-    *,
-    tools: Tools = None,
-    learned: Sequence[bool] | None = None,
-) -> RenderedChat:
+def render_chat(chat: Chat, tokenizer: Tokenizer, where: str) -> RenderedChat:
     """The text of a chat, and which parts of it are learned.
 
     Args:
-        messages: The turns.
+        chat: The chat.
         tokenizer: A tokenizer with a chat template.
         where: Names the chat in errors.
-        tools: Schemas of the functions that the model may call.
-        learned: For each message whether it is learned, if the assistant wrote it; None for all.
 
     Raises:
         ValueError: If there is no template, it refuses the chat, or nothing of the chat is learned.
@@ -127,56 +118,42 @@ def render_chat(
             "the tokenizer has no chat template, which messages need. Put chat_template.jinja beside the weights, or "
             "give data with prompt and completion."
         )
-    wanted = [True] * len(messages) if learned is None else list(learned)
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     try:
-        if has_generation_marks(tokenizer, tools):
-            chat = _by_marks(messages, answers, wanted, tokenizer, where, tools)
+        if has_generation_marks(tokenizer, chat.tools):
+            rendered = _by_marks(chat, answers, tokenizer, where)
         else:
-            chat = _by_turns(messages, answers, wanted, tokenizer, where, tools)
+            rendered = _by_turns(chat, answers, tokenizer, where)
     except TemplateError as error:
         raise ValueError(f"the tokenizer's chat template refuses {where}: {error}.") from error
-    spans = tuple(span for span in chat.spans if span[0] < span[1])
+    spans = tuple(span for span in rendered.spans if span[0] < span[1])
     if not spans:
         raise ValueError(f"nothing of {where} is learned. Leave it out, or let one of its answers be learned.")
-    return chat._replace(spans=spans)
+    return rendered._replace(spans=spans)
 
 
-def _by_marks(
-    messages: Sequence[Message],
-    answers: Sequence[int],
-    wanted: Sequence[bool],
-    tokenizer: Tokenizer,
-    where: str,
-    tools: Tools,
-) -> RenderedChat:
-    text, spans = render_marked(messages, tokenizer, tools=tools)
-    if not all(wanted[index] for index in answers):
-        if len(spans) != len(answers):
-            raise ValueError(
-                f"the chat template marks {len(spans)} parts of {where} with {{% generation %}}, which has "
-                f"{len(answers)} answers, so those that are not to be learned cannot be found. Split the chat."
-            )
-        spans = tuple(span for span, index in zip(spans, answers, strict=True) if wanted[index])
-    return RenderedChat(text, spans, MARKS)
+def _by_marks(chat: Chat, answers: Sequence[int], tokenizer: Tokenizer, where: str) -> RenderedChat:
+    text, spans = render_marked(chat.messages, tokenizer, tools=chat.tools)
+    if not chat.given:
+        return RenderedChat(text, spans, MARKS)
+    if len(spans) != len(answers):
+        raise ValueError(
+            f"the chat template marks {len(spans)} parts of {where} with {{% generation %}}, which has {len(answers)} "
+            "answers, so those that are not to be learned cannot be found. Split the chat."
+        )
+    learned = tuple(span for span, index in zip(spans, answers, strict=True) if index not in chat.given)
+    return RenderedChat(text, learned, MARKS)
 
 
-def _by_turns(
-    messages: Sequence[Message],
-    answers: Sequence[int],
-    wanted: Sequence[bool],
-    tokenizer: Tokenizer,
-    where: str,
-    tools: Tools,
-) -> RenderedChat:
+def _by_turns(chat: Chat, answers: Sequence[int], tokenizer: Tokenizer, where: str) -> RenderedChat:
     """A chat, of which an answer is learned where the texts up to it and behind it are beginnings of the whole."""
-    full = render(messages, tokenizer, tools=tools)
+    full = render(chat.messages, tokenizer, tools=chat.tools)
     spans, changed = [], []
     for index in answers:
-        if not wanted[index]:
+        if index in chat.given:
             continue
         try:
-            span = _span(messages, index, full, tokenizer, tools)
+            span = _span(chat, index, full, tokenizer)
         except TemplateError:  # the template takes the whole chat, and not its beginning
             span = None
         if span is None:
@@ -185,7 +162,7 @@ def _by_turns(
             spans.append(span)
     if spans or not changed:
         return RenderedChat(full, tuple(spans), LAST if changed else TURNS, len(changed))
-    if changed[-1] == answers[-1] and (last := _last_answer(messages, answers[-1], tokenizer, tools)):
+    if changed[-1] == answers[-1] and (last := _last_answer(chat, answers[-1], tokenizer)):
         return last._replace(left_out=len(changed) - 1)
     raise ValueError(
         f"the chat template lays out message {changed[0] + 1} of {where} differently when others follow, so the trained"
@@ -193,28 +170,30 @@ def _by_turns(
     )
 
 
-def _span(messages: Sequence[Message], index: int, full: str, tokenizer: Tokenizer, tools: Tools) -> Span | None:
+def _span(chat: Chat, index: int, full: str, tokenizer: Tokenizer) -> Span | None:
     """The characters of a chat's text that an answer adds; None if it reads differently without what follows."""
-    after = render(messages[: index + 1], tokenizer, tools=tools)
+    messages = chat.messages
+    after = render(messages[: index + 1], tokenizer, tools=chat.tools)
     if not full.startswith(after):
         return None
     if index == 0:  # nothing stands before it that could be rendered
         return max(0, full.find(_content(messages[0]))), len(after)
-    before = render(messages[:index], tokenizer, tools=tools, prompt=True)
+    before = render(messages[:index], tokenizer, tools=chat.tools, prompt=True)
     start = _common_start(before, after)
     if start < len(before):
         # The prompt may hold more than stands before this answer, such as the opening of a thought that it has not.
-        given = render(messages[:index], tokenizer, tools=tools)
+        given = render(messages[:index], tokenizer, tools=chat.tools)
         if start < len(given) or not before.startswith(given):
             return None
     return start, len(after)
 
 
-def _last_answer(messages: Sequence[Message], index: int, tokenizer: Tokenizer, tools: Tools) -> RenderedChat | None:
+def _last_answer(chat: Chat, index: int, tokenizer: Tokenizer) -> RenderedChat | None:
     """The prompt of a chat's last answer, as it is rendered to generate it, and the answer; None if it is not found."""
+    messages = chat.messages
     try:
-        prompt = render(messages[:index], tokenizer, tools=tools, prompt=True)
-        after = render(messages[: index + 1], tokenizer, tools=tools)
+        prompt = render(messages[:index], tokenizer, tools=chat.tools, prompt=True)
+        after = render(messages[: index + 1], tokenizer, tools=chat.tools)
     except TemplateError:
         return None
     answer, question = _content(messages[index]), _content(messages[index - 1])
@@ -284,9 +263,7 @@ def _ended(
     return [*ids[: last + 1], tokenizer.eos_token_id], [*trained[: last + 1], True]
 
 
-def _last_marks(
-    ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer, special: frozenset[int]
-) -> set[int]:
+def _last_marks(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer, special: frozenset[int]) -> set[int]:
     """The special tokens that end learned parts."""
     marks = {ids[_mark(ids, position, tokenizer)] for position in _part_ends(trained)}
     return marks & special

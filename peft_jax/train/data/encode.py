@@ -19,7 +19,7 @@ from peft_jax.train.data.records import (
     Labelled,
     Record,
 )
-from peft_jax.train.data.template import TEMPLATES, PromptTemplate
+from peft_jax.train.data.template import TEMPLATES, Layout
 
 IGNORE = -100
 
@@ -56,7 +56,7 @@ def encode(
     tokenizer: Tokenizer,
     *,
     cutoff_len: int,
-    template: PromptTemplate = TEMPLATES["short"],
+    template: Layout = TEMPLATES["short"],
     train_on_inputs: bool = False,
     tasks: int = 0,
     masks: ChatMasks | None = None,
@@ -97,7 +97,7 @@ def encode(
     rendered = []
     for number, record in enumerate(laid_out, 1):
         if isinstance(record, Chat):
-            rendered.append(render_chat(record.messages, tokenizer, f"chat {number}"))
+            rendered.append(render_chat(record, tokenizer, f"chat {number}"))
     chats = iter(encode_chats(rendered, tokenizer, masks))
     examples = []
     for number, record in enumerate(laid_out, 1):

@@ -78,9 +78,13 @@ class Chat(Asked):
 
     Attributes:
         messages: Turns, each with a role and its content. The turns of role ``assistant`` are learned.
+        tools: The tools that the model may call, as JSON schemas that transformers' chat templates take.
+        given: Positions of the assistant's turns that are context alone and are not learned.
     """
 
     messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    given: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Prompt templates for alpaca's fields: two by name, and files in alpaca-lora's format."""
+"""Layouts of alpaca's fields: templates by name and in alpaca-lora's files, and the tokenizer's chat template."""
 
 import dataclasses
 import string
 from pathlib import Path
 
 from peft_jax.core.text_files import read_object
-from peft_jax.train.data.records import Completion, Record
+from peft_jax.train.data.records import Chat, Completion, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,27 @@ class PromptTemplate:
         return Completion(text.format(instruction=record.instruction, input=record.input), record.output)
 
 
+@dataclasses.dataclass(frozen=True)
+class ChatLayout:
+    """A chat of one question and its answer, for the tokenizer's chat template to lay out.
+
+    Example:
+        >>> ChatLayout()(Record("Reverse.", "", "cba")).messages[0]
+        {'role': 'user', 'content': 'Reverse.'}
+    """
+
+    def __call__(self, record: Record) -> Chat:
+        """Lay out a record."""
+        parts = [part for part in (record.instruction, record.input) if part]
+        question = {"role": "user", "content": "\n\n".join(parts)}
+        return Chat((question, {"role": "assistant", "content": record.output}), task_id=record.task_id)
+
+
+Layout = PromptTemplate | ChatLayout
+
+CHAT = ChatLayout()
+RAW = PromptTemplate("{instruction}\n{input}", "{instruction}")  # nothing around the texts
+
 TEMPLATES = {
     "short": PromptTemplate(
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
@@ -44,6 +65,21 @@ TEMPLATES = {
         "### Instruction:\n{instruction}\n\n### Response:\n",
     ),
 }
+
+
+def load_layout(name_or_file: str | Path) -> Layout:
+    """As `load_template`, with the further names ``chat`` (the tokenizer's chat template) and ``raw`` (nothing).
+
+    Raises:
+        FileNotFoundError: If it is neither a name nor a file.
+        ValueError: If a file is damaged.
+
+    Example:
+        >>> load_layout("chat")
+        ChatLayout()
+    """
+    named: dict[str, Layout] = {"chat": CHAT, "raw": RAW}
+    return named[str(name_or_file)] if str(name_or_file) in named else load_template(name_or_file)
 
 
 def load_template(name_or_file: str | Path) -> PromptTemplate:

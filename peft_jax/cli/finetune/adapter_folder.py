@@ -1,0 +1,58 @@
+"""What is written beside an adapter so that its folder is complete: tokenizer, generation settings, layout."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft_jax.cli.shared.end_token import end_tokens
+from peft_jax.cli.shared.training_layout import LAYOUT_FILE, TrainingLayout, layout_text
+from peft_jax.interop.files import GENERATION_CONFIG
+from peft_jax.models.handles.base import ModelHandle
+from peft_jax.prompts.tokenizer import Tokenizer
+
+# Fields that transformers takes from a model's config where the checkpoint has no generation_config.json.
+FROM_CONFIG = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What an adapter's folder holds beside PEFT's files.
+
+    Attributes:
+        tokenizer: The tokenizer, chat template included.
+        layout: How the training data were laid out; None for classes of texts.
+    """
+
+    tokenizer: Tokenizer
+    layout: TrainingLayout | None
+
+    def write(self, model: ModelHandle, folder: Path) -> None:
+        """Write the files; each appears whole or not at all."""
+        with tempfile.TemporaryDirectory(prefix=".beside.", dir=folder) as part:
+            self.tokenizer.save_pretrained(part)
+            if self.layout is not None:
+                Path(part, LAYOUT_FILE).write_text(layout_text(self.layout), encoding="utf-8")
+                settings = json.dumps(generation_settings(model), indent=2, sort_keys=True)
+                Path(part, GENERATION_CONFIG).write_text(settings + "\n", encoding="utf-8")
+            for file in sorted(Path(part).rglob("*")):
+                if file.is_file():
+                    target = folder / file.relative_to(part)
+                    target.parent.mkdir(exist_ok=True)
+                    os.replace(file, target)
+
+
+def generation_settings(model: ModelHandle) -> dict[str, Any]:
+    """Contents of generation_config.json: the base's, with the tokens that end an answer of the adapter."""
+    settings: dict[str, Any] = {}
+    for name in FROM_CONFIG:
+        value = getattr(model.config, name, None)
+        if value is not None:
+            settings[name] = list(value) if isinstance(value, tuple) else value
+    settings |= model.generation_config
+    ends = end_tokens(model)
+    if ends is not None:
+        settings["eos_token_id"] = list(ends) if isinstance(ends, tuple) else ends
+    return settings
