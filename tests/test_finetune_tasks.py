@@ -247,6 +247,15 @@ def test_an_answer_is_that_of_its_task(trained: Callable[[str], Path], capsys: p
     assert found["text"] == tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert main(words) == 2
     assert "--task-id is not given, and the prompt has 2 tasks. Give 0 to 1." in capsys.readouterr().err
+    _run_card(out)
+
+
+def _run_card(out: Path) -> None:
+    """Run the program in a model card where its base is."""
+    card = (out / "README.md").read_text()
+    program = card.split("```python\n")[1].split("```")[0]
+    assert 'folder = "."' in program and "is a path from the folder that `peft-jax finetune` ran in" in card
+    exec(compile(program.replace('folder = "."', f"folder = {str(out)!r}"), "README.md", "exec"), {})
 
 
 def test_classes_keep_their_names(trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,6 +267,7 @@ def test_classes_keep_their_names(trained: Callable[[str], Path], capsys: pytest
     assert json.loads((out / "adapter_config.json").read_text())["modules_to_save"][0] == "bert.pooler.dense"
     card = (out / "README.md").read_text()
     assert "AutoPeftModelForSequenceClassification" in card and "num_labels=3" in card and "accuracy" in card
+    _run_card(out)
     shutil.rmtree("merged", ignore_errors=True)
     assert main(["merge", "--adapter", out.name, "--output", "merged"]) == 0
     assert json.loads(Path("merged/config.json").read_text())["id2label"] == names
