@@ -92,8 +92,9 @@ def render_marked(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: T
     from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds to import
 
     template = chosen_template(tokenizer, tools)
+    render_all: Any = render_jinja_template  # annotated as returning the texts alone, which it does not
     try:
-        texts, spans = render_jinja_template(
+        texts, spans = render_all(
             conversations=[list(messages)],
             tools=_listed(tools),
             chat_template=template,

@@ -1,4 +1,4 @@
-"""What is written beside an adapter so that its folder is complete: tokenizer, generation settings, layout."""
+"""The files beside an adapter that make its folder complete: tokenizer, generation settings, layout."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ FROM_CONFIG = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """What an adapter's folder holds beside PEFT's files.
+    """The contents of an adapter's folder beside PEFT's files.
 
     Attributes:
         tokenizer: The tokenizer, chat template included.

@@ -47,7 +47,7 @@ class RenderedChat(NamedTuple):
 
 @dataclasses.dataclass
 class ChatMasks:
-    """What was learned of the chats of a data set; `encode` adds to it.
+    """A report on what was learned of the chats of a data set; `encode` adds to it.
 
     Attributes:
         rules: The number of chats by the rule of their mask.
