@@ -22,9 +22,7 @@ BEST, CHECKPOINTS, TENSORBOARD = "best", "checkpoints", "tensorboard"  # folders
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def export(
-    model: PeftModel, task: Task, beside: Beside, folder: Path, options: Finetune, trainable: str
-) -> Curves:
+def export(model: PeftModel, task: Task, beside: Beside, folder: Path, options: Finetune, trainable: str) -> Curves:
     """Write the adapter in PEFT's format and what is beside it, loss.png, README.md and run.yaml.
 
     Each file appears whole or not at all.
