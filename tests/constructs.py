@@ -82,6 +82,42 @@ tripled.defvjp(lambda x: (x * 3, None), lambda _, g: (g * 3,))
 
 
 @jax.custom_vjp
+def clipped_gradient(w):
+    """A weight whose gradient is not that of a copy."""
+    return w
+
+
+clipped_gradient.defvjp(lambda w: (w, None), lambda _, g: (jnp.clip(g, -1e-3, 1e-3),))
+
+
+@jax.custom_jvp
+def halved_tangent(w):
+    return w
+
+
+halved_tangent.defjvp(lambda primals, tangents: (halved_tangent(*primals), tangents[0] / 2))
+
+
+@jax.custom_vjp
+def scaled_and_moved(w, factor):
+    """A weight that is passed on beside another result."""
+    return factor * w.T, jnp.cos(factor)
+
+
+def scaled_and_moved_back(res, g):
+    w, factor = res
+    return jax.vjp(lambda w, factor: (factor * w.T, jnp.cos(factor)), w, factor)[1](g)
+
+
+scaled_and_moved.defvjp(lambda w, factor: (scaled_and_moved(w, factor), (w, factor)), scaled_and_moved_back)
+
+
+def passed_on_beside(w, x):
+    w, number = scaled_and_moved(w, jnp.sum(x))
+    return x @ w + number
+
+
+@jax.custom_vjp
 def own_matmul(x, w):
     return x @ w
 
@@ -247,7 +283,55 @@ def gathered(w, x):
     return jax.shard_map(local, mesh=MESH, in_specs=(P("data"), P()), out_specs=P(), check_vma=False)(w, x)
 
 
+def gathered_untiled(w, x, *, spec=("data",), at=0, order=(0, 1, 2), check=False):
+    def local(w, x):
+        parts = jax.lax.all_gather(w, "data", axis=at, tiled=False)
+        y = x @ parts.transpose(order).reshape(8, 8)
+        return jax.lax.pmean(y, "data") if check else y
+
+    return jax.shard_map(local, mesh=MESH, in_specs=(P(*spec), P()), out_specs=P(), check_vma=check)(w, x)
+
+
+def passed_around(w, x):
+    """Parts of a weight go from device to device, and each meets its part of the input."""
+
+    def local(w, x):
+        device, y = jax.lax.axis_index("data"), jnp.zeros((5, 8))
+        for turn in range(4):
+            rows = jax.lax.dynamic_slice_in_dim(x, 2 * ((device + turn) % 4), 2, axis=1)
+            y = y + rows @ w
+            w = jax.lax.ppermute(w, "data", [(i, (i - 1) % 4) for i in range(4)])
+        return y
+
+    return jax.shard_map(local, mesh=MESH, in_specs=(P("data"), P()), out_specs=P(), check_vma=False)(w, x)
+
+
+def layers_gathered_in_a_scan(w, x):
+    def local(w, x):
+        def step(h, layer):
+            return jnp.tanh(h @ jax.lax.all_gather(layer, "data", axis=1, tiled=True)), None
+
+        return jax.lax.scan(step, x, w)[0]
+
+    return jax.shard_map(local, mesh=MESH, in_specs=(P(None, None, "data"), P()), out_specs=P(), check_vma=False)(w, x)
+
+
+def index_pairs(x):
+    return jnp.argmax(x, axis=1) % 2, jnp.argmin(x, axis=1) % 3
+
+
+def expert_of_layer(w, x):
+    layers, experts = index_pairs(x)
+    return jnp.einsum("bi,bio->bo", x, w[layers, experts]) + jnp.einsum("bi,bio->bo", x, w[1, experts])
+
+
+def expert_of_layer_np(w, x):
+    layers, experts = np.argmax(x, axis=1) % 2, np.argmin(x, axis=1) % 3
+    return np.einsum("bi,bio->bo", x, w[layers, experts] + w[1, experts])
+
+
 DOT, TWO = (lambda w, x: x @ w), (lambda w, x: 2 * (x @ w))
+TURNED = pj.Layout((), (1,), (0,))
 TAPS = {n: pj.Layout((), tuple(range(n + 1)), (n + 1,)) for n in (1, 2, 3)}
 
 FOLLOWED = {
@@ -343,6 +427,42 @@ FOLLOWED = {
     "every second layer": Row(every_second, lambda w, x: scanned_np(w[1::2], x)[0], (4, 8, 8), STACK),
     "mixed element types": Row(mixed, lambda w, x: x @ w, tolerance=0.05),  # bfloat16 has 8 bits of mantissa
     "shard_map, gathered": Row(gathered, lambda w, x: x @ w),
+    "shard_map, gathered untiled": Row(gathered_untiled, DOT),
+    "shard_map, gathered untiled, checked": Row(partial(gathered_untiled, check=True), DOT),
+    "shard_map, columns gathered untiled": Row(
+        partial(gathered_untiled, spec=(None, "data"), at=1, order=(0, 1, 2)),
+        DOT,
+    ),
+    "shard_map, columns gathered in front": Row(
+        partial(gathered_untiled, spec=(None, "data"), order=(1, 0, 2)),
+        DOT,
+    ),
+    "shard_map, passed around": Row(passed_around, DOT),
+    "shard_map, layers gathered in a scan": Row(
+        layers_gathered_in_a_scan, lambda w, x: scanned_np(w, x)[0], (3, 8, 8), STACK
+    ),
+    "w[i, j]": Row(
+        expert_of_layer, expert_of_layer_np, (2, 3, 8, 6), pj.Layout((0, 1), (2,), (3,), index_after=("layers", ""))
+    ),
+    "w[i, j], one of each": Row(
+        lambda w, x: x @ w[index_pairs(x)[0][0], index_pairs(x)[1][0]],
+        lambda w, x: x @ w[np.argmax(x[0]) % 2, np.argmin(x[0]) % 3],
+        (2, 3, 8, 6),
+        pj.Layout((0, 1), (2,), (3,), index_after=("layers", "")),
+    ),
+    "custom_jvp that passes it on": Row(lambda w, x: x @ doubled(w), lambda w, x: 2 * (x @ w)),
+    "custom_vjp that passes it on": Row(
+        lambda w, x: x @ tripled(w[::-1]).T, lambda w, x: 3 * (x @ w[::-1].T), layout=TURNED
+    ),
+    "custom_vjp that passes it on and more": Row(
+        passed_on_beside, lambda w, x: x.sum() * (x @ w.T) + np.cos(x.sum()), layout=TURNED
+    ),
+    "custom_vjp that changes its gradient": Row(
+        lambda w, x: x @ clipped_gradient(w), lambda w, x: x @ w, side_path=False
+    ),
+    "custom_jvp that changes its gradient": Row(
+        lambda w, x: x @ halved_tangent(w), lambda w, x: x @ w, side_path=False
+    ),
 }
 
 ROWS = {
@@ -495,7 +615,6 @@ ROWS = {
         STACK,
     ),
     "custom_jvp on activations": Row(lambda w, x: jax.nn.relu(doubled(x @ w)), lambda w, x: np.maximum(2 * (x @ w), 0)),
-    "custom_jvp on the weight": Row(lambda w, x: x @ doubled(w), TWO, side_path=False),
     "custom_vjp on activations": Row(lambda w, x: tripled(x @ w), lambda w, x: 3 * (x @ w)),
     "custom_vjp on the weight": Row(lambda w, x: own_matmul(x, w), DOT, side_path=False),
     "shard_map": Row(shard_mapped, DOT, x=(24, 8)),

@@ -43,7 +43,8 @@ UNCLEAR = [
     "fused kernels, inputs",
     "weight times weight",
     "custom_vjp on the weight",
-    "custom_jvp on the weight",
+    "custom_vjp that changes its gradient",
+    "custom_jvp that changes its gradient",
     "one row",
 ]
 

@@ -5,7 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from constructs import ROWS, doubled, own_matmul, tripled
+from constructs import ROWS, clipped_gradient, halved_tangent, own_matmul
 from jax.experimental import pallas as pl
 
 import peft_jax as pj
@@ -38,13 +38,13 @@ def scanned(w, x):
     return jax.lax.scan(lambda h, layer: (jnp.tanh(h @ jnp.tanh(layer)), None), x, w.reshape(1, 8, 8))[0]
 
 
-def gathered(w, x):
-    """All devices have a part of the weight, as in FSDP."""
+def resharded(w, x):
+    """Devices have rows of the weight, and then columns."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("fsdp")
-    local = lambda w, x: x @ jax.lax.all_gather(w, "fsdp").reshape(8, 8)  # noqa: E731
-    whole = jax.sharding.PartitionSpec()
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec, whole), out_specs=whole, check_vma=False)(w, x)
+    local = lambda w, x: x @ jax.lax.all_to_all(w, "fsdp", 1, 0, tiled=True)  # noqa: E731
+    whole, columns = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, "fsdp")
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec, whole), out_specs=columns)(w, x)
 
 
 # How a program uses a weight (8, 8), and the primitive through which it is not followed.
@@ -58,9 +58,9 @@ LOSES = {
     "padded by ones": (lambda w, x: x @ jnp.pad(w, ((0, 0), (0, 2)), constant_values=1.0), "pad"),
     "where": (lambda w, x: x @ jnp.where(jnp.tri(8) > 0, w, 0.0), "select_n"),
     "where on": (lambda w, x: x @ jnp.where(x[0, 0] > 0, w, 0.0), "select_n"),
-    "custom_vjp of the weight": (lambda w, x: x @ tripled(w), "custom_vjp_call"),
+    "custom_vjp of the weight": (lambda w, x: x @ clipped_gradient(w), "custom_vjp_call"),
     "custom_vjp of the product": (lambda w, x: own_matmul(x, w), "custom_vjp_call"),
-    "custom_jvp": (lambda w, x: x @ doubled(w), "custom_jvp_call"),
+    "custom_jvp": (lambda w, x: x @ halved_tangent(w), "custom_jvp_call"),
     "8 bits": (lambda w, x: x @ w.astype(jnp.float8_e4m3fn).astype(x.dtype), "convert_element_type"),
     "at[].set": (lambda w, x: x @ w.at[0].set(0.0), "scatter"),
     "put into a buffer": (lambda w, x: x @ jnp.zeros((8, 16)).at[:, 8:].set(w), "(dynamic_update_slice|scatter)"),
@@ -76,7 +76,7 @@ LOSES = {
     "vmap": (lambda w, x: jax.vmap(lambda row: row @ jnp.tanh(w))(x), "tanh"),
     "constant inputs": (lambda w, x: jnp.ones((5, 8)) @ jnp.tanh(w) + x, "tanh"),
     "Pallas kernel": (in_a_kernel, "pallas_call"),
-    "shard_map": (gathered, "all_gather"),
+    "shard_map": (resharded, "all_to_all"),
 }
 
 
@@ -192,6 +192,17 @@ ASIDE = {
     ),
     "returned": (lambda p, x: (x @ p["seen"]["kernel"], 2 * p["aside"]), (8, 8)),
 }
+
+
+@pytest.mark.parametrize("index", [3, slice(2, 3), "computed"])
+def test_a_matrix_of_which_one_column_is_taken_is_not_left_out(index):
+    def fn(params, x):
+        i = jnp.argmax(x[0]) if index == "computed" else index
+        return x @ params["lost"]["kernel"][:, i] + x @ params["turned"]["weight"][i].T
+
+    params = {**two(), "turned": {"weight": normal(2, 8, 8)}}
+    changed = pj.apply_lora(params, ALL, fn=fn, args=(X,))
+    assert weights_of(changed) == {"lost.kernel", "turned.weight"}
 
 
 @pytest.mark.parametrize("way", WAYS)

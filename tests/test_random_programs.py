@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from constructs import doubled, tripled
 from test_constructs import close
 
 import peft_jax as pj
@@ -52,6 +53,8 @@ FOLLOWED = {
     "jit": lambda rng, w: through_jit(w),
     "checkpoint": lambda rng, w: jax.checkpoint(lambda w: 2 * w)(w),
     "device_put": lambda rng, w: jax.device_put(w),
+    "custom_jvp": lambda rng, w: doubled(w),
+    "custom_vjp": lambda rng, w: tripled(w),
 }
 LAST = {
     "fused": lambda rng, w: jnp.concatenate([w, -w / 2], axis=int(rng.integers(0, 2))),

@@ -123,6 +123,12 @@ class Probe(Weight):
         labels = (*self.labels[:position], *[self.labels[position]] * len(sizes), *self.labels[position + 1 :])
         return dataclasses.replace(self, part=self.part.reshape(shape), labels=labels)
 
+    def join(self, position: int) -> "Probe":
+        """The leaf with an axis and the next one as one, which is a part of the second."""
+        n, m = self.shape[position : position + 2]
+        part = self.part.reshape(*self.shape[:position], n * m, *self.shape[position + 2 :])
+        return dataclasses.replace(self, part=part, labels=(*self.labels[:position], *self.labels[position + 1 :]))
+
     def relaid(self, layout: Layout) -> "Probe":
         """The leaf itself, which has no layout to change."""
         return self
@@ -259,8 +265,11 @@ def read_program(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], fa
     for path, note in notes.items():
         convention = conventional_layout(path, found[path].shape, fan_in_fan_out)
         is_lookup = convention is not None and convention.lookup
+        columns = _by_columns(note.uses, convention)
         vector = None if is_lookup else note.vector()
-        if vector is not None:
+        if columns is not None:
+            matrices[path] = columns
+        elif vector is not None:
             after = _index_after(path, vector.layers, ())
             vectors[path] = Layout(vector.layers, (), vector.rest, index_after=after, source=READ)
         elif note.uses:
@@ -320,6 +329,19 @@ def _settled(path: str, uses: Sequence[Use], convention: Layout | None) -> Layou
     after = _index_after(path, first.stack, _without(first.stack, layered))
     rows, multiplied = bool(lookups), len(lookups) < len(uses)
     return Layout(first.stack, first.inp, first.out, rows, after, READ, multiplied=multiplied)
+
+
+def _by_columns(uses: Sequence[Use], convention: Layout | None) -> Layout | None:
+    """The layout of a matrix of which all products take one column, ``x @ w[:, i]``; None of others.
+
+    Of ``x @ w[i]`` only the convention says whether it takes a row of a matrix or a vector of a stack.
+    """
+    if convention is None or not uses:
+        return None
+    for use in uses:
+        if (use.inp, use.stack, use.out) != (convention.inp, convention.out, ()) or use.looks_up or use.batched:
+            return None
+    return dataclasses.replace(convention, source=READ)
 
 
 def _is_choice(use: Use, uses: Sequence[Use]) -> bool:

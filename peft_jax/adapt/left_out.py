@@ -18,6 +18,7 @@ from typing import NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.custom_calls import CUSTOM_CALLS
 from peft_jax.adapt.infer_layouts import Reading
 from peft_jax.adapt.rules import CALLS, RULES
 
@@ -215,7 +216,7 @@ class _Walk:
             return [_lost(_joined(outs), loss) for outs in zip(*branches, strict=True)]
         if name == "shard_map":
             return _all_lost(self.program(compat.shard_map_parts(eqn).body, notes, place), loss)
-        return self.program(p["jaxpr"], notes, place)
+        return self.program(p["call_jaxpr" if name in CUSTOM_CALLS else "jaxpr"], notes, place)
 
     def loop(self, step: Callable[["_Walk", list[Note]], list[Note]], carry: list[Note], loss: Loss) -> list[Note]:
         """Notes of a loop's outputs; its body is walked through until the notes of the carried values stay the same."""

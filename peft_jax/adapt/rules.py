@@ -13,6 +13,7 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.custom_calls import CUSTOM_CALLS, has_derivative_of_body
 from peft_jax.adapt.edits import Cut, Pad, Reverse, cuts
 from peft_jax.adapt.joined import joined_or_stacked, layers_of
 from peft_jax.adapt.view import (
@@ -129,8 +130,10 @@ def gather(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     for i, n in enumerate(view.shape):
         if i not in stack and (i in gone or p["slice_sizes"][i] != n):
             rows.append(i)
-    if is_view(indices) or len(rows) != 1:
+    if is_view(indices) or not rows:
         return None
+    if len(rows) > 1:
+        return chosen_by_several(view, indices, eqn, rows)
     if view.role(rows, stack, looks_up=True) != "in":
         return chosen_layers(view, indices, eqn, rows[0])
     if not _looks_up(p, rows[0]):
@@ -164,7 +167,18 @@ def chosen_layers(view: View, indices: jax.Array, eqn: JaxprEqn, axis: int) -> O
     fill = p["fill_value"]
     if not is_choice or len(view.shape) < 3 or not (fill is None or fill != fill):
         return None
-    ids, fills = indices[..., 0], p["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    taken = taken_layers(view, indices[..., 0], eqn, axis)
+    if taken is None:
+        return None
+    if axis not in numbers.collapsed_slice_dims:
+        at = indices.ndim - 1 + axis
+        taken = taken.replace(axes=(*taken.axes[:at], (), *taken.axes[at:]))
+    return [in_place(taken, indices.ndim - 1, numbers)]
+
+
+def taken_layers(view: View, ids: jax.Array, eqn: JaxprEqn, axis: int) -> View | None:
+    """The layers of a stack at some indices, whose axes are in front of the others; None if they have to be merged."""
+    fills = eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
 
     def take(array: jax.Array, along: int) -> jax.Array:
         has_nan = jnp.issubdtype(array.dtype, jnp.inexact)
@@ -176,14 +190,41 @@ def chosen_layers(view: View, indices: jax.Array, eqn: JaxprEqn, axis: int) -> O
     taken = taken.reshaped((*view.shape[:axis], *ids.shape, *view.shape[axis + 1 :]))
     if taken is None:
         return None
-    of_ids = iter(taken.axes[axis : axis + ids.ndim])
-    left = [*taken.axes[:axis], *taken.axes[axis + ids.ndim :]]
-    if axis not in numbers.collapsed_slice_dims:
-        left.insert(axis, ())
-    of_view, axes = iter(left), []
-    for i in range(len(left) + ids.ndim):
+    of_ids = taken.axes[axis : axis + ids.ndim]
+    return taken.replace(axes=(*of_ids, *taken.axes[:axis], *taken.axes[axis + ids.ndim :]))
+
+
+def in_place(taken: View, count: int, numbers: jax.lax.GatherDimensionNumbers) -> View:
+    """A view whose first axes are those of the indices, with its axes where a gather has them."""
+    of_ids, of_view = iter(taken.axes[:count]), iter(taken.axes[count:])
+    axes: list[Axis] = []
+    for i in range(len(taken.axes)):
         axes.append(next(of_view if i in numbers.offset_dims else of_ids))
-    return [taken.replace(axes=tuple(axes))]
+    return taken.replace(axes=tuple(axes))
+
+
+def chosen_by_several(view: View, indices: jax.Array, eqn: JaxprEqn, rows: Sequence[int]) -> Outputs:
+    """Whole matrices of a stack of stacks, by an index along each: ``w[i, j]`` of a layer and an expert."""
+    p, numbers = eqn.params, eqn.params["dimension_numbers"]
+    first, fill = rows[0], p["fill_value"]
+    are_beside = list(rows) == list(range(first, first + len(rows)))
+    is_choice = numbers.collapsed_slice_dims == numbers.start_index_map == tuple(rows)
+    if not (are_beside and is_choice) or numbers.operand_batching_dims or not (fill is None or fill != fill):
+        return None
+    joined: View | None = view
+    for _ in rows[1:]:
+        joined = None if joined is None else joined.joined(first)
+    if joined is None:
+        return None
+    ids = jnp.zeros(indices.shape[:-1], indices.dtype)
+    is_inside = jnp.ones(ids.shape, bool)
+    for i, axis in enumerate(rows):
+        own = jnp.clip(indices[..., i], 0, view.shape[axis] - 1)
+        ids, is_inside = ids * view.shape[axis] + own, is_inside & (own == indices[..., i])
+    if p["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        ids = jnp.where(is_inside, ids, joined.shape[first])
+    taken = taken_layers(joined, ids, eqn, first)
+    return None if taken is None else [in_place(taken, ids.ndim, numbers)]
 
 
 def convolution(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
@@ -496,22 +537,61 @@ def reshard(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
 def all_gather(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     """Of a weight that is split over devices each array that is split is gathered, as FSDP does it."""
     (view,), p = values, eqn.params
-    if not p["tiled"] or p["axis_index_groups"] is not None:
+    axis = view.axis_over(p["axis_name"])
+    if axis is None or p["axis_index_groups"] is not None:
         return None
-    entries: list[Any] = [None] * len(view.shape)
-    entries[p["all_gather_dimension"]] = MARK
-    specs = view.specs(entries)
-    if specs is None or not view.axes[p["all_gather_dimension"]]:
+    params = {**p, "tiled": True, "all_gather_dimension": MARK}
+    whole = _each_part(view, axis, eqn.replace(params=params), "all_gather_dimension")
+    if whole is None:
+        return None
+    local, at = view.weight.shape[axis], p["all_gather_dimension"]
+    devices: Axis = (Atom(axis, local, whole.weight.shape[axis] // local),)
+    if p["tiled"]:
+        axes = (*view.axes[:at], (*devices, *view.axes[at]), *view.axes[at + 1 :])
+    else:
+        axes = (*view.axes[:at], devices, *view.axes[at:])
+    shards = (*view.shards[:axis], None, *view.shards[axis + 1 :])
+    return [whole.replace(axes=axes, shards=shards)]
+
+
+def ppermute(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """Parts of a weight go from device to device: of each array that is split."""
+    (view,), p = values, eqn.params
+    axis, devices = view.axis_over(p["axis_name"]), range(jax.lax.axis_size(p["axis_name"]))
+    if axis is None or sorted(to for _, to in p["perm"]) != list(devices):  # others have zeros afterwards
+        return None
+    return _or_merge(_each_part(view, axis, eqn, None))
+
+
+def _each_part(view: View, axis: int, eqn: JaxprEqn, dimension: str | None) -> View | None:
+    """A view of a weight after a collective of each array that is split along an axis of the weight.
+
+    Args:
+        view: The view.
+        axis: The weight's axis.
+        eqn: The collective.
+        dimension: The parameter that is the axis of the array, if there is one.
+    """
+    entries: list[Any] = [None] * view.weight.ndim
+    entries[axis] = MARK
+    try:
+        specs = view.weight.specs(tuple(entries))
+    except MergeError:
         return None
 
-    def gathered(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def collected(array: jax.Array, spec: PartitionSpec) -> jax.Array:
         if MARK not in spec:
             return array
-        axis = spec.index(MARK)
-        own = {**p, "all_gather_dimension": axis}
-        return compat.bind(eqn.replace(params=own), [varying_over(array, p["axis_name"])])[0]
+        own = dict(eqn.params)
+        if dimension is not None:
+            own[dimension] = spec.index(MARK)
+        return compat.bind(eqn.replace(params=own), [varying_over(array, _names(own["axis_name"]))])[0]
 
-    return [jax.tree.map(gathered, view, specs).refreshed()]
+    return view.replace(weight=jax.tree.map(collected, view.weight, specs))
+
+
+def _names(axis_name: Any) -> tuple[str, ...]:
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
 def _or_merge(view: View | None) -> Outputs:
@@ -552,6 +632,14 @@ def checkpoint(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Output
     """``jax.checkpoint`` stays, with its policy."""
     p, inner = eqn.params, functools.partial(evaluate, eqn.params["jaxpr"])
     return jax.checkpoint(inner, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
+
+
+def custom_call(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
+    """A function with a derivative of its own is what its body is, if the derivative is that of the body."""
+    if not has_derivative_of_body(eqn):
+        return None
+    inner = [rewatched(value, lambda watch: watch.inside(eqn)) for value in values]
+    return evaluate(eqn.params["call_jaxpr"], *inner)
 
 
 def scan(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
@@ -659,7 +747,9 @@ def shard_map(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs
         return None
 
     def body(*local: Value) -> list[jax.Array]:
-        inner = [value.refreshed() if is_view(value) else value for value in local]
+        inner = []
+        for value, spec in zip(local, parts.in_specs, strict=True):
+            inner.append(value.part(_entries(spec, value)) if is_view(value) else value)
         return [merged(value, eqn) for value in evaluate(parts.body, *inner)]
 
     outs: list[Value] = parts.again(body, in_specs=tuple(specs))(*values)
@@ -684,7 +774,7 @@ def merged(value: Value, eqn: JaxprEqn | None) -> jax.Array:
 
 
 # The weights go inside of these.
-CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "scan", "while", "cond", "shard_map")
+CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", *CUSTOM_CALLS, "scan", "while", "cond", "shard_map")
 
 RULES: dict[str, Rule] = {
     "dot_general": dot_general,
@@ -714,6 +804,7 @@ RULES: dict[str, Rule] = {
     "reshard": reshard,
     "all_gather": all_gather,
     "all_gather_invariant": all_gather,
+    "ppermute": ppermute,
     "pvary": pvary,
     "pcast": pvary,
     "optimization_barrier": optimization_barrier,
@@ -723,6 +814,7 @@ RULES: dict[str, Rule] = {
     "checkpoint": checkpoint,
     "remat": checkpoint,
     "remat2": checkpoint,
+    **dict.fromkeys(CUSTOM_CALLS, custom_call),
     "scan": scan,
     "while": while_loop,
     "cond": cond,

@@ -66,17 +66,22 @@ class Watch(Protocol):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("weight",),
-    meta_fields=("axes", "watch", "untrained_row", "edits"),
+    meta_fields=("axes", "watch", "untrained_row", "edits", "shards"),
 )
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A weight whose axes were moved, split, joined, added or edited. Digits of size 1 are left out."""
+    """A weight whose axes were moved, split, joined, added or edited. Digits of size 1 are left out.
+
+    Inside of ``shard_map`` the weight is one device's part, and ``shards`` has the mesh axes by which each of its axes
+    was split, as a spec has them.
+    """
 
     weight: Weight
     axes: tuple[Axis, ...]
     watch: Watch | None = None
     untrained_row: int | None = None  # a row of the weight that lookups do not train
     edits: tuple[Edit, ...] = ()
+    shards: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, weight: Weight, watch: Watch | None = None) -> "View":
@@ -260,7 +265,26 @@ class View:
             return tuple(atoms)
 
         edits = [edit._replace(source=renamed(edit.source)) for edit in self.edits]
-        return self.replace(weight=weight, axes=tuple(map(renamed, self.axes)), edits=tuple(edits))
+        inner = [None] * (len(digits) - 1)
+        shards = (*self.shards[: stacked + 1], *inner, *self.shards[stacked + 1 :]) if self.shards else ()
+        return self.replace(weight=weight, axes=tuple(map(renamed, self.axes)), edits=tuple(edits), shards=shards)
+
+    def joined(self, axis: int) -> "View | None":
+        """The view with this axis and the next one as one, if both are stacked axes that are beside each other."""
+        position, following = self.stack_position(axis), self.stack_position(axis + 1)
+        if position is None or following != position + 1:
+            return None
+        first, second = self.weight.layout.stack[position : position + 2]
+        if second != first + 1:
+            return None
+        try:
+            weight = self.weight.join(position)
+        except MergeError:
+            return None
+        axes = [_without_axis(one, second) for one in self.axes]
+        axes[axis : axis + 2] = [_whole(first, weight.shape[first])]
+        edits = [edit._replace(source=_without_axis(edit.source, second)) for edit in self.edits]
+        return self.replace(weight=weight, axes=tuple(axes), edits=tuple(edits), shards=())
 
     def mapped(self, axis: int, change: Change, *, drop: bool) -> "View | None":
         """The view after ``change(array, axis)`` along a stacked axis, which with ``drop`` is then gone."""
@@ -276,29 +300,43 @@ class View:
             return self.replace(weight=weight, axes=axes)
         left = (*self.axes[:axis], *self.axes[axis + 1 :])
         edits = [edit._replace(source=_without_axis(edit.source, gone)) for edit in self.edits]
-        return self.replace(weight=weight, axes=tuple(_without_axis(one, gone) for one in left), edits=tuple(edits))
+        axes = tuple(_without_axis(one, gone) for one in left)
+        shards = (*self.shards[:gone], *self.shards[gone + 1 :])
+        return self.replace(weight=weight, axes=axes, edits=tuple(edits), shards=shards)
 
     def specs(self, entries: Sequence[Any]) -> "View | None":
         """Specs of all arrays, in the view's structure, for those of its axes; None if there are none such."""
-        wanted = View.of(self.weight).axes
-        if self.edits or sorted(self.axes) != sorted(wanted):
+        if self.edits or sorted(self.axes) != sorted(View.of(self.weight).axes):
             return None
-        of_weight: list[Any] = []
-        for axis in wanted:
-            of_weight.append(entries[self.axes.index(axis)] if axis else None)
         try:
-            specs = self.weight.specs(tuple(of_weight))
+            specs = self.weight.specs(self._of_weight(entries))
         except MergeError:
             return None
         return self.replace(weight=specs)
 
-    def refreshed(self) -> "View":
-        """The view of a part of the weight, as ``shard_map`` hands it out, after `specs`."""
+    def _of_weight(self, entries: Sequence[Any]) -> tuple[Any, ...]:
+        """Entries for the axes of the weight, given those for the axes of the view."""
+        found: list[Any] = [None] * self.weight.ndim
+        for axis, entry in zip(self.axes, entries, strict=True):
+            if axis:
+                found[axis[0].axis] = entry
+        return tuple(found)
+
+    def part(self, entries: Sequence[Any]) -> "View":
+        """The view of a part of the weight, as ``shard_map`` hands it out, after `specs` of these entries."""
         wanted = View.of(self.weight).axes
         axes: list[Axis] = []
         for axis in self.axes:
             axes.append(wanted[axis[0].axis] if axis else ())
-        return self.replace(axes=tuple(axes))
+        return self.replace(axes=tuple(axes), shards=self._of_weight(entries))
+
+    def axis_over(self, mesh_axes: str | tuple[str, ...]) -> int | None:
+        """The axis of the weight that ``shard_map`` has split over these axes of a mesh and no others."""
+        names = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+        for axis, entry in enumerate(self.shards):
+            if entry in (names, *names[: len(names) == 1]):
+                return None if self.edits else axis
+        return None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("axis",))

@@ -174,6 +174,10 @@ class Layout:
             index_after=names[:position] + names[position : position + 1] * count + names[position + 1 :],
         )
 
+    def join(self, position: int) -> "Layout":
+        """The layout once one of the stacked axes and the next one, which is beside it, are joined."""
+        return self.unstacked(position + 1)
+
 
 def _transpose(array: jax.Array, permutation: tuple[int, ...]) -> jax.Array:
     return array if permutation == tuple(range(array.ndim)) else jnp.transpose(array, permutation)

@@ -116,6 +116,10 @@ class Repeated(Weight):
         """Not there: the order of the layers has one axis."""
         raise MergeError("the stacked axis of a leaf with repeated layers cannot be split.")
 
+    def join(self, position: int) -> "Repeated":
+        """Not there: one of the two axes is that of the order."""
+        raise MergeError("the stacked axes of a leaf with repeated layers cannot be joined.")
+
     def relaid(self, layout: Layout) -> "Repeated":
         """The leaf with another layout of the same axes."""
         return dataclasses.replace(self, layout=layout)

@@ -124,6 +124,20 @@ class Weight(abc.ABC):
         layout = self.layout.split(position, len(sizes))
         return self.mapped(position, apart, drop=False).relaid(layout)
 
+    def join(self, position: int) -> "Weight":
+        """The weight with one of the stacked axes and the next one, which is beside it, as one: undoes `split`.
+
+        Raises:
+            MergeError: if its arrays cannot be joined so.
+        """
+
+        def together(array: jax.Array, axis: int) -> jax.Array:
+            n, m = array.shape[axis : axis + 2]
+            return array.reshape(*array.shape[:axis], n * m, *array.shape[axis + 2 :])
+
+        layout = self.layout.join(position)
+        return self.mapped(position, together, drop=False).relaid(layout)
+
     @abc.abstractmethod
     def specs(self, entries: tuple[Any, ...]) -> PyTree:
         """Specs of all arrays, in the weight's structure, given the entry of each axis of the dense array.
