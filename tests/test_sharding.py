@@ -133,3 +133,28 @@ def test_a_scanned_stack_of_heads_on_a_mesh(kind):
         got = jax.jit(jax.grad(loss_of(fn, frozen)))(trainable, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}])
+@pytest.mark.parametrize("base", [None, 8])
+def test_inputs_that_are_sharded_on_an_explicit_mesh(fields, base):
+    """The contraction is over devices, so that each product has to say how its result is sharded."""
+    mesh, tree = mesh_of(AxisType.Explicit), {"up": {"kernel": normal(0, 16, 32)}}
+    config = pj.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False, **fields)
+    fn = lambda params, x, spec=None: jnp.einsum("bi,io->bo", x, params["up"]["kernel"], out_sharding=spec)  # noqa: E731
+    x = normal(2, 8, 16)
+
+    def gradient(tree, x, spec):
+        tree = tree if base is None else pj.quantize(tree, base, target_modules=["up"])
+        trainable, frozen = pj.partition(pj.apply_lora(tree, config))
+        loss = loss_of(pj.adapt(lambda params, x: fn(params, x, spec)), frozen)
+        return jax.jit(jax.value_and_grad(loss))(trainable, x)
+
+    want = gradient(tree, x, None)
+    with jax.set_mesh(mesh):
+        spec = NamedSharding(mesh, P("tensor", None))
+        sharded = {"up": {"kernel": jax.device_put(tree["up"]["kernel"], spec)}}
+        x = jax.device_put(x, NamedSharding(mesh, P("data", "tensor")))
+        got = gradient(sharded, x, P("data", None))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))

@@ -15,6 +15,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted, matrix_path, module_path
 from peft_jax.core.product import MATMUL, FirstFactor, Product
+from peft_jax.core.serialized_nodes import register_node
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight, role_specs
 
 LAYER = "layer"  # in the state of a bias: the arrays of the adapter of its layer's matrix, where both share them
@@ -110,7 +111,7 @@ class Tag:
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("base", "params", "state"),
     meta_fields=("layout", "tag", "active", "trainable"),
 )

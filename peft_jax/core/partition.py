@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from peft_jax.core.adapted import LAYER, adapted_leaves, is_adapted, tied
+from peft_jax.core.static_leaf import made_leaves, made_static
 from peft_jax.core.weight import is_weight
 
 SHARED = "shared"  # an array that is in neither partition at its place: `combine` takes it from the leaf that trains it
@@ -23,7 +24,8 @@ def partition(params: Any) -> tuple[Any, Any]:
         params: Any pytree, or a model handle. Trained are the arrays of active adapters attached for training.
 
     Returns:
-        ``(trainable, frozen)``, each of ``params``'s structure with None where the other has the leaf.
+        ``(trainable, frozen)``, each of ``params``'s structure with None where the other has the leaf. Functions and
+        strings among the leaves, which compiled programs do not take, are constants in the structure of both.
 
     Example:
         >>> import jax.numpy as jnp, peft_jax as pj
@@ -32,6 +34,7 @@ def partition(params: Any) -> tuple[Any, Any]:
         >>> [leaf.shape for leaf in jax.tree.leaves(trainable)]
         [(4, 2), (2, 4)]
     """
+    params = made_static(params)
     mask = _trained(params)
     trainable = jax.tree.map(lambda trained, leaf: leaf if trained is True else None, mask, params)
     frozen = jax.tree.map(lambda trained, leaf: leaf if trained is False else None, mask, params)
@@ -47,7 +50,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
         ValueError: if the partitions do not belong to one tree.
     """
     pick = lambda kept, trained: trained if kept is None else kept  # noqa: E731
-    return tied(jax.tree.map(pick, frozen, trainable, is_leaf=lambda leaf: leaf is None))
+    return made_leaves(tied(jax.tree.map(pick, frozen, trainable, is_leaf=lambda leaf: leaf is None)))
 
 
 def trainable_mask(trainable: Any, roles: tuple[str, ...] | None = None) -> Any:

@@ -12,12 +12,11 @@ from jax.sharding import PartitionSpec
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.serialized_nodes import register_node
 from peft_jax.core.weight import Change, MergeError, Weight, as_weight
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("base", "order"), meta_fields=("layout", "inner", "dense_dtype")
-)
+@partial(register_node, data_fields=("base", "order"), meta_fields=("layout", "inner", "dense_dtype"))
 @dataclasses.dataclass(frozen=True)
 class Repeated(Weight):
     """A stack whose layers are those of another one: ``dense()[i] == base[order[i]]`` along the first stacked axis.

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from peft_jax.core.serialized_nodes import register_node
+
 BLOCK = 256
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -40,7 +42,7 @@ def _linspace(count: int) -> np.ndarray:
 VALUES = _dynamic_values()
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("codes", "largest", "offset"), meta_fields=())
+@partial(register_node, data_fields=("codes", "largest", "offset"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class DoubleScale:
     """Scales as ``VALUES[codes] * largest + offset``.

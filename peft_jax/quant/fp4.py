@@ -7,15 +7,14 @@ import dataclasses
 from functools import partial
 from typing import ClassVar
 
-import jax
-
+from peft_jax.core.serialized_nodes import register_node
 from peft_jax.quant.float_blocks import FloatBlocks
 
 POSITIVE = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("packed", "scale"),
     meta_fields=("layout", "dense_dtype", "axes", "compute_dtype", "file_dtype"),
 )

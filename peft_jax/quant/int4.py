@@ -6,12 +6,13 @@ from typing import ClassVar
 
 import jax
 
+from peft_jax.core.serialized_nodes import register_node
 from peft_jax.quant.int_blocks import IntBlocks
 from peft_jax.quant.nibbles import pack, unpack, unpacked_at
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("packed", "scale", "zero"),
     meta_fields=("layout", "dense_dtype", "axes", "compute_dtype", "file_dtype"),
 )

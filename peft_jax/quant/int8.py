@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.serialized_nodes import register_node
 from peft_jax.core.weight import Change, role_specs
 from peft_jax.quant.quantized import Quantized, check_array, check_scale
 
@@ -21,7 +22,7 @@ from peft_jax.quant.quantized import Quantized, check_array, check_scale
 SMALLEST_STEP = 2.0**-125
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=("layout", "dense_dtype", "unit"))
+@partial(register_node, data_fields=("q", "scale"), meta_fields=("layout", "dense_dtype", "unit"))
 @dataclasses.dataclass(frozen=True)
 class Int8(Quantized):
     """A matrix in 8 bits: ``q * scale * unit``, computed in float32; ``dense()`` rounds it to ``dtype``.

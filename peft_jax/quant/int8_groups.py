@@ -7,11 +7,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.serialized_nodes import register_node
 from peft_jax.quant.int_blocks import IntBlocks
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("packed", "scale", "zero"),
     meta_fields=("layout", "dense_dtype", "axes", "compute_dtype", "file_dtype"),
 )

@@ -7,8 +7,7 @@ import dataclasses
 from functools import partial
 from typing import ClassVar
 
-import jax
-
+from peft_jax.core.serialized_nodes import register_node
 from peft_jax.quant.float_blocks import FloatBlocks
 
 # fmt: off
@@ -21,7 +20,7 @@ VALUES = (
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("packed", "scale"),
     meta_fields=("layout", "dense_dtype", "axes", "compute_dtype", "file_dtype"),
 )

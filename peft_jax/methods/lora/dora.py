@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
-from peft_jax.core.product import Product
+from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.weight import Weight, varying
 from peft_jax.methods.base import Arrays
 
@@ -70,8 +71,17 @@ def _squares(params: Arrays, state: Mapping[str, Any], base: Weight) -> jax.Arra
     a, b = params["lora_A"], params["lora_B"]
     scaling, weight = state["scaling"].astype(a.dtype), base.unadapted.astype(a.dtype)
     matrix = weight.layout.matrix(weight.dense())
-    squares = jnp.sum(jnp.square(matrix), axis=0) + 2 * scaling * jnp.sum(weight.apply(a.T) * b, axis=0)
-    return squares + jnp.square(scaling) * jnp.sum(b * (a.T @ a @ b), axis=0)
+    products = weight.apply(a.T, _over_inputs(matrix))
+    squares = jnp.sum(jnp.square(matrix), axis=0) + 2 * scaling * jnp.sum(products * b, axis=0)
+    return squares + jnp.square(scaling) * jnp.sum(b * (_over_inputs(a).full(a.T, a) @ b), axis=0)
+
+
+def _over_inputs(matrix: jax.Array) -> Product:
+    """The product of ``A'`` with a matrix ``(in, k)``, whose inputs may be sharded on a mesh of explicit axes."""
+    sharding = jax.typeof(matrix).sharding
+    if all(entry is None for entry in sharding.spec):
+        return MATMUL
+    return MATMUL.replace(out_sharding=NamedSharding(sharding.mesh, PartitionSpec(None, sharding.spec[1])))
 
 
 def _factor(params: Arrays, state: Mapping[str, Any], squares: jax.Array) -> jax.Array:
