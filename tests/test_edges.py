@@ -113,3 +113,47 @@ def test_an_adapted_leaf_that_is_indexed_says_what_to_write():
     adapted = pj.apply_lora(ONE, pj.LoraConfig(target_modules=["a"]))
     with pytest.raises(TypeError, match=r"cannot be indexed.*pj.adapt\(fn\).*pj.merge\(params\)"):
         adapted["a"]["weight"][...]
+
+
+def depthwise(params, x):
+    def conv(w, x, groups):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups)
+
+    return conv(params["point"]["kernel"], conv(params["depth"]["kernel"], x, 4), 1)
+
+
+def test_all_linear_leaves_out_depthwise_kernels_that_cannot_share_the_rank_and_says_so():
+    params = {"depth": {"kernel": normal(0, 3, 3, 1, 4)}, "point": {"kernel": normal(1, 1, 1, 4, 6)}}
+    image, config = normal(2, 1, 5, 5, 4), pj.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    with pytest.warns(UserWarning, match=r"groups do not divide the rank: 'depth\.kernel'\. Name them"):
+        adapted = pj.apply_lora(params, config, fn=depthwise, args=(image,))
+    assert isinstance(adapted["depth"]["kernel"], jax.Array)
+    close(pj.adapt(depthwise)(adapted, image), depthwise(pj.merge(adapted), image), 1e-5)
+    pj.apply_lora(params, config.replace(exclude_modules=["depth"]), fn=depthwise, args=(image,))  # without a warning
+    for changed in (config.replace(r=4), config.replace(rank_pattern={"depth": 8})):
+        both = pj.apply_lora(params, changed, fn=depthwise, args=(image,))
+        assert not any(isinstance(leaf["kernel"], jax.Array) for leaf in both.values())
+    with pytest.raises(ValueError, match=r"all-linear' leaves out convolutions.*'depth\.kernel'"):
+        alone = lambda params, x: depthwise({**params, "point": {"kernel": jnp.ones((1, 1, 4, 6))}}, x)  # noqa: E731
+        pj.apply_lora({"depth": params["depth"]}, config, fn=alone, args=(image,))
+
+
+def test_adapters_attached_under_vmap_are_merged_outside_of_it():
+    def net(params, x):
+        return jnp.tanh(x @ params["a"]["kernel"]) @ params["b"]["kernel"]
+
+    members = {"a": {"kernel": normal(0, 3, 8, 6)}, "b": {"kernel": normal(1, 3, 6, 4)}}
+    config = pj.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    for kind in (None, "int8"):
+        base = (
+            members
+            if kind is None
+            else jax.vmap(lambda p, kind=kind: pj.quantize(p, kind=kind, fn=net, args=(X,)))(members)
+        )
+        adapted = jax.vmap(lambda member: pj.apply_lora(member, config, fn=net, args=(X,)))(base)
+        merged = pj.merge(adapted)
+        assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, members)
+        got = jax.vmap(pj.adapt(net), in_axes=(0, None))(adapted, X)
+        close(got, jax.vmap(net, in_axes=(0, None))(merged, X), 1e-5)
+        assert not jnp.allclose(got, jax.vmap(net, in_axes=(0, None))(members, X))

@@ -20,7 +20,7 @@ def as_the_frameworks_want_it():
 
 
 X = jax.random.normal(jax.random.key(1), (6, 4))
-TX = optax.sgd(0.1, momentum=0.9)
+TX = optax.sgd(0.01, momentum=0.9)
 
 
 def run(model, x):

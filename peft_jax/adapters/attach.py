@@ -1,5 +1,6 @@
 """Attach an adapter to a tree."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,9 +163,12 @@ def _attached(
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
     config = with_own_names(config, found)
     linear = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
-    asked, config = config, expand_all_linear(config, linear, others=found)
+    fitting = [leaf for leaf in linear if leaf.layout is None or _fits(config, leaf)]
+    asked, config = config, expand_all_linear(config, fitting, others=found)
+    misfits = {leaf.path for leaf in linear} - {leaf.path for leaf in fitting}
+    _warn_of_misfits(asked, config, [leaf for leaf in linear if leaf.path in misfits])
     if read is not None:
-        losses = left_out(read.reading, not_expanded(asked, config, found))
+        losses = left_out(read.reading, not_expanded(asked, config, found) - misfits)
         is_empty = not (config.target_modules or config.target_parameters)
         report("target_modules='all-linear'", losses, LEFT_OUT, alone=is_empty, stacklevel=4)
     every = sorted({name for leaf in found for name in leaf.names.flat})
@@ -187,3 +191,24 @@ def _attached(
 
     contents_of = initial_contents(config, planned, initialize)
     return build(params, adapter_name, config, planned, contents_of, trainable=not config.inference_mode)
+
+
+def _fits(config: Method, leaf: Leaf) -> bool:
+    """Whether ``all-linear`` can mean a leaf of known axes."""
+    assert leaf.layout is not None
+    return all(config.fits(name, leaf.layout) for name in leaf.names.flat)
+
+
+def _warn_of_misfits(asked: Method, expanded: Method, misfits: Sequence[Leaf]) -> None:
+    """Warn of convolutions that ``all-linear`` leaves out; raise ValueError if it leaves out everything."""
+    paths = sorted(not_expanded(asked, expanded, misfits))
+    if not paths:
+        return
+    named = ", ".join(f"'{path}'" for path in paths)
+    told = (
+        f"target_modules='all-linear' leaves out convolutions whose groups do not divide the rank: {named}. Name them "
+        "in target_modules, with a rank in rank_pattern that is a multiple of their groups, or in exclude_modules."
+    )
+    if not expanded.target_modules:
+        raise ValueError(told)
+    warnings.warn(told, stacklevel=4)

@@ -13,7 +13,7 @@ from peft_jax.core.pytree import PyTree
 from peft_jax.core.static_leaf import made_leaves, made_static
 
 
-class Frozen(nnx.Variable):
+class Frozen(nnx.Variable[Any]):
     """An array that is not trained: no ``nnx.Param``."""
 
 
@@ -41,7 +41,8 @@ class AdaptedModule(nnx.Module):
             else:
                 frozen[name] = Frozen(leaf)
         self.trained, self.frozen = nnx.data(trained), nnx.data(frozen)
-        self.places, self.structure = nnx.static(tuple(places)), nnx.static(structure)
+        self.places = nnx.static(tuple(places))
+        self.structure: Any = nnx.static(structure)
 
     @property
     def params(self) -> PyTree:
@@ -52,8 +53,8 @@ class AdaptedModule(nnx.Module):
         """The function of the adapted tree and these inputs."""
         params = self.params
         out = self.fn(params, *args, **kwargs)
-        after, structure = jax.tree.flatten(made_static(params))
-        if structure != self.structure:
+        after = jax.tree.leaves(made_static(params))
+        if jax.tree.structure(made_static(params)) != self.structure:
             raise ValueError(
                 "The function gave a module among the parameters other attributes, which a module of nnx_module does "
                 "not keep. Write them before nnx_module, or train with pj.partition."

@@ -8,7 +8,7 @@ import jax
 from peft_jax.core.adapted import Adapted, adapters, map_adapted
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.paths import dotted
-from peft_jax.core.weight import MergeError, is_weight
+from peft_jax.core.weight import MergeError, dense_in_ensemble, is_weight
 
 
 def merge(params: Any) -> Any:
@@ -28,7 +28,7 @@ def merge(params: Any) -> Any:
     def dense(key_path: Any, leaf: Any) -> Any:
         if not is_weight(leaf):
             return leaf
-        array = leaf.dense()
+        array = dense_in_ensemble(leaf)
         if not holds_finite(array):
             raise MergeError(
                 f"Merging leaf '{dotted(key_path)}' gives NaN or infinity in {array.dtype}. Merge into a base of a "

@@ -259,6 +259,14 @@ def as_sliced(weight: Weight) -> Weight:
     return weight.relaid(layout) if gone else weight
 
 
+def dense_in_ensemble(weight: Weight) -> jax.Array:
+    """The dense array of a leaf, which a ``vmap`` around what attached it may have given axes in front."""
+    dense: Callable[[Weight], jax.Array] = type(weight).dense
+    for _ in range(weight.ndim - len(weight.layout.order)):
+        dense = jax.vmap(dense)
+    return dense(weight)
+
+
 def as_weight(leaf: PyTree, layout: Layout) -> Weight:
     """A leaf as a weight: itself, or `Dense` around an array."""
     return leaf if is_weight(leaf) else Dense(leaf, layout)

@@ -209,6 +209,10 @@ class Method(AbsentFields, PeftConfig):
         """
         raise NotImplementedError
 
+    def fits(self, module: str, layout: Layout) -> bool:
+        """Whether ``all-linear`` can mean a matrix of such axes: one that it cannot is an error where it is named."""
+        return True
+
     def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """`shapes` at a module whose leaf is of ``shape``; override where the matrix's sizes alone do not tell."""
         return self.shapes(module, *layout.sizes(shape), lookup=layout.lookup)

@@ -159,6 +159,10 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         shapes |= {BIAS: (n_out,)} if self.lora_bias else {}
         return shapes | ({dora.MAGNITUDE: (n_out,)} if self.use_dora else {})
 
+    def fits(self, module: str, layout: Layout) -> bool:
+        """Whether the groups of a convolution, as of a depthwise one, can share the rank."""
+        return self.rank(module) % layout.groups == 0
+
     def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Those of the matrix, or of a convolution with groups."""
         shapes = super().leaf_shapes(module, layout, shape)
