@@ -13,7 +13,6 @@ from peft_jax.cli.main import main
 from peft_jax.cli.shared.training_layout import (
     CHATS,
     EVERYTHING,
-    LAYOUT_FILE,
     TEXTS,
     NamedLayout,
     TrainingLayout,
@@ -23,6 +22,7 @@ from peft_jax.cli.shared.training_layout import (
     read_layout,
     template_digest,
 )
+from peft_jax.models.resize import LAYOUT_FILE
 from peft_jax.prompts.chat_template import end_of_turn
 from peft_jax.train import Chat, load_template
 from peft_jax.train.data.chats import LAST, MARKS, TURNS, ChatMasks
@@ -242,7 +242,9 @@ def test_a_layout_is_the_given_one_or_that_of_training_or_the_chat_templates(tin
     assert choose_layout("raw", alpaca, chats, chats=True) == TEXTS
     with pytest.raises(ValueError, match="chat is for CAUSAL_LM. Give short"):
         choose_layout("chat", None, chats, chats=False)
-    of_chats = TrainingLayout(CHATS, template=template_digest(chats), chat_masks={LAST: 2}, answers_left_out=3)
+    of_chats = TrainingLayout(
+        CHATS, template=template_digest(chats), chat_masks={LAST: 2}, answers_left_out=3, tokens=288
+    )
     for layout in (alpaca, of_chats):
         (tmp_path / LAYOUT_FILE).write_text(layout_text(layout))
         assert read_layout(tmp_path) == layout

@@ -195,15 +195,15 @@ def test_a_tokenizer_that_cannot_be_read_says_why(planted: Planted) -> None:
 
 
 def test_nothing_else_of_an_adapter_or_a_base_runs(planted: Planted, capsys: pytest.CaptureFixture[str]) -> None:
-    adapted, base = ["--adapter", "adapter"], ["--model", "model"]
+    adapted, base, short = ["--adapter", "adapter"], ["--model", "model"], ["--prompt-template", "short"]
     commands: list[tuple[int, list[str]]] = [
         (0, ["inspect", "adapter", *base]),
-        (0, ["generate", *adapted, "--max-new-tokens", "1", "--ignore-generation-config", "a"]),
+        (0, ["generate", *adapted, "--max-new-tokens", "1", "--ignore-generation-config", *short, "a"]),
         (2, ["generate", *adapted, "--prompt-template", "chat", "a"]),
         (2, ["generate", *base, "--prompt-template", "chat", "a"]),
-        (0, ["eval", *adapted, "--data", "data.json"]),
+        (0, ["eval", *adapted, "--data", "data.json", *short]),
         (0, ["merge", *adapted, "--output", "merged"]),
-        (0, ["finetune", *base, *TRAIN, "--output", "out"]),
+        (0, ["finetune", *base, *TRAIN, *short, "--output", "out"]),
         (2, ["finetune", *base, *TRAIN, "--data", "chats.json", "--output", "other"]),
     ]
     for folder in ("adapter", "model"):
@@ -211,7 +211,7 @@ def test_nothing_else_of_an_adapter_or_a_base_runs(planted: Planted, capsys: pyt
     for code, words in commands:
         assert main(words) == code, (words, capsys.readouterr().err)
         assert not planted.ran(), words
-    resume = ["finetune", *base, *TRAIN, "--output", "out", "--resume"]
+    resume = ["finetune", *base, *TRAIN, *short, "--output", "out", "--resume"]
     for folder in ("out", "out/checkpoints"):
         planted.into(Path(folder))
     assert main(resume) == 0, capsys.readouterr().err
@@ -228,10 +228,10 @@ def test_pickled_weights_are_not_read(planted: Planted, capsys: pytest.CaptureFi
     assert main(["inspect", "adapter"]) == 0
     assert "a pickled file, which is not read" in capsys.readouterr().out
     for words in (["generate", "--adapter", "adapter", "a"], ["generate", "--model", "model", "a"]):
-        assert main(words) == 2
+        assert main([*words, "--prompt-template", "short"]) == 2
     assert "load it in PyTorch and save it anew" in capsys.readouterr().err
     shutil.copy("adapter/adapter_model.npy", "adapter/adapter_model.safetensors")
-    assert main(["generate", "--adapter", "adapter", "a"]) == 2
+    assert main(["generate", "--adapter", "adapter", "--prompt-template", "short", "a"]) == 2
 
 
 def test_the_tokenizer_of_a_prompts_config_brings_no_code(planted: Planted) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
+from peft_jax.core.text_files import read_object
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.describe import read_header
 from peft_jax.interop.formats import PREFIX, WEIGHTS_FILE
@@ -21,13 +22,15 @@ from peft_jax.prompts.tokenizer import read_tokenizer
 
 # A table of the base in an adapter's file, by what follows the module's path.
 TABLES = ("weight", "base_layer.weight", "original_module.weight", "token_adapter.base_layer.weight")
+LAYOUT_FILE = "training_layout.json"  # written beside an adapter by finetune
+RULE = "Copy the adapter again, or remove the file and give --prompt-template."
 SPREAD = 1e-9  # transformers' factor of the covariance of new rows
 
 
 def tokens_of_adapter(handle: Handle, config: ModelConfig, directory: str | os.PathLike[str]) -> int:
     """How many tokens the model has that an adapter was trained on.
 
-    The tables in the adapter's file say it, or else the tokenizer in its folder. Never fewer than the model has: an
+    The tables in the adapter's file say it, or else what finetune wrote beside it, or the tokenizer there. Never fewer than the model has: an
     adapter for fewer is that of another base.
 
     Args:
@@ -45,6 +48,11 @@ def tokens_of_adapter(handle: Handle, config: ModelConfig, directory: str | os.P
         rows = {tensor.shape[0] for key, tensor in read_header(folder / WEIGHTS_FILE).items() if key in known}
     if len(rows) == 1:
         tokens = max(tokens, rows.pop())
+    recorded = None
+    if (folder / LAYOUT_FILE).is_file():
+        recorded = read_object(folder / LAYOUT_FILE, LAYOUT_FILE, RULE).get("tokens")
+    if not rows and isinstance(recorded, int):
+        return max(tokens, recorded)
     if not rows and (folder / "tokenizer_config.json").is_file():
         tokens = max(tokens, len(read_tokenizer(folder)))
     return tokens

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.cli.shared.end_token import end_tokens
-from peft_jax.cli.shared.training_layout import LAYOUT_FILE, TrainingLayout, layout_text
+from peft_jax.cli.shared.training_layout import TrainingLayout, layout_text
 from peft_jax.interop.files import GENERATION_CONFIG
+from peft_jax.models.config import CAUSAL_LM, SEQ_2_SEQ_LM
 from peft_jax.models.handles.base import ModelHandle
+from peft_jax.models.resize import LAYOUT_FILE
 from peft_jax.prompts.tokenizer import Tokenizer
 
 # Fields that transformers takes from a model's config where the checkpoint has no generation_config.json.
@@ -23,18 +25,19 @@ class Beside:
 
     Attributes:
         tokenizer: The tokenizer, chat template included.
-        layout: How the training data were laid out; None for classes of texts.
+        layout: How the training data were laid out.
     """
 
     tokenizer: Tokenizer
-    layout: TrainingLayout | None
+    layout: TrainingLayout
 
     def write(self, model: ModelHandle, folder: Path) -> None:
         """Write the files; each appears whole or not at all."""
         with tempfile.TemporaryDirectory(prefix=".beside.", dir=folder) as part:
             self.tokenizer.save_pretrained(part)
-            if self.layout is not None:
-                Path(part, LAYOUT_FILE).write_text(layout_text(self.layout), encoding="utf-8")
+            layout = dataclasses.replace(self.layout, tokens=model.config.vocab_size)
+            Path(part, LAYOUT_FILE).write_text(layout_text(layout), encoding="utf-8")
+            if model.task in (CAUSAL_LM, SEQ_2_SEQ_LM):
                 settings = json.dumps(generation_settings(model), indent=2, sort_keys=True)
                 Path(part, GENERATION_CONFIG).write_text(settings + "\n", encoding="utf-8")
             for file in sorted(Path(part).rglob("*")):

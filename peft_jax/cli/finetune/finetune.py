@@ -117,7 +117,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
     print(data.said, summary, sep="\n")
     if note := clash(recorded, [data.layout.used], tokenizer):
         print(note, file=sys.stderr)
-    beside = Beside(tokenizer, None if task.has_classes else data.layout)
+    beside = Beside(tokenizer, data.layout)
     plan, state, frozen = make_plan(options, task, model, data, mesh)
     print(f"{plan.layout}.")
     state, best = _train(options, plan, state, frozen, checkpoints, fingerprint, beside)

@@ -40,7 +40,7 @@ def export(model: PeftModel, task: Task, beside: Beside, folder: Path, options: 
     losses = {name: points for name, points in curves.items() if name != "accuracy"}
     title = f"{Path(given['model']).name} on {Path(given['data']).name}"
     _whole(folder / "loss.png", lambda file: plot_losses(file, losses, title=title))
-    card = model_card(model, task, beside.layout, given, curves, trainable)
+    card = model_card(model, task, None if task.has_classes else beside.layout, given, curves, trainable)
     _whole(folder / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
     _whole(folder / OPTIONS, lambda file: write_options(to_run_again(options), file))
     save(model, task, beside, folder, folder)

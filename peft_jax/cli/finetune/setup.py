@@ -146,11 +146,12 @@ def make_data(
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())
         for name in sorted(example.more):
             digest.update(example.more[name].tobytes())
+    ends = rows.masks.ends or {tokenizer.eos_token_id} - {None}
     layout = TrainingLayout(
         used,
         EVERYTHING if options.train_on_inputs else ANSWERS,
         template_digest(tokenizer) if used.is_chat else None,
-        tuple(tokenizer.decode([number]) for number in sorted(rows.masks.ends or {tokenizer.eos_token_id})),
+        tuple(tokenizer.decode([number]) for number in sorted(ends)),
         rows.masks.rules,
         rows.masks.left_out,
     )

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.core.text_files import parse_object, read_text
+from peft_jax.models.resize import LAYOUT_FILE, RULE
 from peft_jax.prompts.chat_template import has_chat_template
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.template import CHAT, RAW, ChatLayout, Layout, PromptTemplate, load_layout
 
-LAYOUT_FILE = "training_layout.json"
-RULE = "Copy the adapter again, or remove the file and give --prompt-template."
 ANSWERS, EVERYTHING = "answers", "prompts and answers"
 
 
@@ -41,6 +40,7 @@ class TrainingLayout:
         end_of_turn: The tokens that end learned turns.
         chat_masks: The number of chats by the rule that found their answers.
         answers_left_out: How many answers of chats are not learned, as the template changes with what follows.
+        tokens: How many tokens the model has, which may be fewer than the tokenizer's; None where it is not known.
     """
 
     used: NamedLayout
@@ -49,6 +49,7 @@ class TrainingLayout:
     end_of_turn: tuple[str, ...] = ()
     chat_masks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     answers_left_out: int = 0
+    tokens: int | None = None
 
 
 CHATS, TEXTS = NamedLayout("chat", CHAT), NamedLayout("raw", RAW)
@@ -117,7 +118,7 @@ def layout_text(layout: TrainingLayout) -> str:
     fields: dict[str, Any] = {"prompt_template": layout.used.name}
     if isinstance(layout.used.layout, PromptTemplate):
         fields |= dataclasses.asdict(layout.used.layout)
-    fields |= {"learned": layout.learned, "end_of_turn": list(layout.end_of_turn)}
+    fields |= {"learned": layout.learned, "end_of_turn": list(layout.end_of_turn), "tokens": layout.tokens}
     if layout.used.is_chat:
         fields |= {
             "chat_template_sha256": layout.template,
@@ -159,4 +160,5 @@ def read_layout(adapter: Path | None) -> TrainingLayout | None:
         tuple(map(str, ends)),
         found.get("chat_masks") or {},
         found.get("answers_left_out") or 0,
+        found.get("tokens"),
     )
