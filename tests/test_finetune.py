@@ -112,6 +112,14 @@ def test_micro_batches_draw_their_own_dropout() -> None:
         assert np.abs(whole[name] - parts[name]).max() < 0.1
 
 
+def test_the_base_drops_as_its_config_says_unless_it_is_switched_off(plain: tuple[Path, dict[str, np.ndarray]]) -> None:
+    shutil.copytree("model", "dropping", dirs_exist_ok=True)
+    config = json.loads(Path("dropping/config.json").read_text())
+    Path("dropping/config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    assert not same(run(model="dropping"), plain[1])
+    assert same(run(model="dropping", no_base_dropout=True), plain[1])
+
+
 def test_epochs_count_steps_and_the_last_batch_may_be_small(capsys: pytest.CaptureFixture[str]) -> None:
     run(max_steps=None, epochs=2, batch_size=5)
     assert "6 steps, 3 an epoch." in capsys.readouterr().out
@@ -305,7 +313,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mixed formats": ({"data": "mixed.jsonl"}, "Give one format a file"),
     "not JSON": ({"data": "model/model.safetensors"}, "Give a JSON or JSONL file"),
     "chats without a template": ({"data": "chats.jsonl"}, "no chat template, which messages need"),
-    "nothing under the cutoff": ({"cutoff_len": 4}, "none of 12 examples fits into 4 tokens. Raise cutoff_len to"),
+    "nothing under the cutoff": ({"cutoff_len": 4}, "none of 12 examples fits into 4 tokens. Raise --cutoff-len to"),
     "a dataset without the package": ({"data": "me/mine"}, "pip install 'peft-jax[hub]'"),
     "a mesh for other machines": ({"mesh": "data=64"}, "the mesh data=64 needs 64 devices, but there are 8"),
     "rows that do not split": ({"mesh": "data=4"}, "--batch-size 2 cannot be split over data x fsdp = 4 devices"),

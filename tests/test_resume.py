@@ -66,6 +66,7 @@ def test_a_run_killed_at_every_bad_moment_ends_in_the_same_bits(killed: tuple[Pa
     assert set(codes.values()) == {-signal.SIGKILL} and len(codes) == 8
     whole = results(folder / "whole")
     wanted = {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "README.md"}
+    wanted.add("run.yaml")
     beside = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "training_layout.json"}
     best = {"adapter_model.safetensors", "adapter_config.json", *beside}
     assert whole.keys() == wanted | beside | {f"best/{name}" for name in best}

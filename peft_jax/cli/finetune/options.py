@@ -201,14 +201,6 @@ def settings(options: Finetune) -> dict[str, Any]:
     return {name: _plain(value) for name, value in each(options) if name not in FREE}
 
 
-OF_A_PROCESS = ("resume", "config", "coordinator_address", "num_processes", "process_id", "distributed")
-
-
-def to_run_again(options: Finetune) -> dict[str, Any]:
-    """Return the options that a file for ``--config`` has: all but what is of one process, or of how this one began."""
-    return {name: _plain(value) for name, value in each(options) if name not in OF_A_PROCESS}
-
-
 def check(options: Finetune) -> None:
     """Raise ValueError for numbers that cannot work, and for options that exclude each other."""
     given = dict(each(options))

@@ -8,7 +8,7 @@ from typing import Any
 from peft_jax.cli.finetune.adapter_folder import Beside
 from peft_jax.cli.finetune.card_snippet import layout_in_words, snippet, where_to_run
 from peft_jax.cli.finetune.initialize import initial
-from peft_jax.cli.finetune.options import DESCRIBED, Finetune, flag, settings, to_run_again
+from peft_jax.cli.finetune.options import DESCRIBED, Finetune, flag, settings
 from peft_jax.cli.shared.end_token import end_tokens
 from peft_jax.cli.shared.option_file import write_options
 from peft_jax.cli.shared.task import LABELS_FILE, Task, write_labels
@@ -42,7 +42,7 @@ def export(model: PeftModel, task: Task, beside: Beside, folder: Path, options: 
     _whole(folder / "loss.png", lambda file: plot_losses(file, losses, title=title))
     card = model_card(model, task, None if task.has_classes else beside.layout, given, curves, trainable)
     _whole(folder / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
-    _whole(folder / OPTIONS, lambda file: write_options(to_run_again(options), file))
+    _whole(folder / OPTIONS, lambda file: write_options(given, file))
     save(model, task, beside, folder, folder)
     return curves
 
