@@ -30,8 +30,8 @@ SPREAD = 1e-9  # transformers' factor of the covariance of new rows
 def tokens_of_adapter(handle: Handle, config: ModelConfig, directory: str | os.PathLike[str]) -> int:
     """How many tokens the model has that an adapter was trained on.
 
-    The tables in the adapter's file say it, or else what finetune wrote beside it, or the tokenizer there. Never fewer than the model has: an
-    adapter for fewer is that of another base.
+    The tables in the adapter's file say it, or else what finetune wrote beside it, or the tokenizer there. Never fewer
+    than the model has: an adapter for fewer is that of another base.
 
     Args:
         handle: The base model.
