@@ -45,8 +45,10 @@ class Row(NamedTuple):
         path: Dotted path of the leaf.
         shape: Its shape, the axis of stacked layers in front if it is stacked.
         key: The tensor's key; for a stacked leaf with ``{}`` where the layer's number stands.
-        transposed: Whether the tensor is the transpose of our (one layer's) matrix.
+        transposed: Whether the tensor has the last two axes of our (one layer's) leaf the other way around.
         numbers: The layers of a stacked leaf, where these are not 0, 1, 2 and so on.
+        parts: Other keys that checkpoints hold the tensor under, as ``key``; with one more ``{}`` for the number of an
+            expert if they hold experts one by one. Several of them follow one another along the first axis of each.
     """
 
     path: str
@@ -54,6 +56,7 @@ class Row(NamedTuple):
     key: str
     transposed: bool
     numbers: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -65,13 +68,27 @@ class Row(NamedTuple):
         """The keys of all its tensors, by layer."""
         if not self.stacked:
             return [self.key]
-        return [self.key.format(number) for number in self.numbers or range(self.shape[0])]
+        return [self.key.format(number) for number in self.layers]
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The numbers of the layers of a stacked leaf."""
+        return self.numbers or range(self.shape[0])
+
+    @property
+    def part_keys(self) -> list[list[list[str]]]:
+        """The other keys of each tensor, by layer, part and expert; of a tensor without experts one a part."""
+        experts = self.tensor_shape[0] if len(self.tensor_shape) > 2 else 1
+        found = []
+        for layer in self.layers:
+            found.append([[part.format(layer, expert) for expert in range(experts)] for part in self.parts])
+        return found
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of each tensor."""
         shape = self.shape[1:] if self.stacked else self.shape
-        return shape[::-1] if self.transposed else shape
+        return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
 
 
 Convert = Callable[[str, jax.Array], Any]
@@ -166,6 +183,7 @@ def _load(row: Row, tensors: Mapping[str, LazyArray], convert: Convert) -> Any:
     for layer, key in enumerate(row.keys):
         tensor = np.asarray(tensors[key])
         in_pieces = row.transposed and not (is_weight(whole) and not whole.in_pieces)
+        in_pieces = in_pieces or tensor.ndim > 2  # pieces of experts are whole matrices
         count = max(1, -(-tensor.nbytes // PIECE)) if in_pieces else 1
         step = -(-len(tensor) // count)
         finite = []
@@ -221,18 +239,24 @@ def _why_not_finite(key: str, tensor: np.ndarray, dtype: Any) -> str:
 
 
 def _leaf(piece: jax.Array, row: Row, convert: Convert) -> Any:
-    array = piece.T if row.transposed else piece
+    array = jnp.swapaxes(piece, -1, -2) if row.transposed else piece
     return convert(row.path, array[None] if row.stacked else array)
 
 
 @partial(jax.jit, static_argnames=("row", "convert"), donate_argnums=0)
-def _fill(buffers: Any, piece: jax.Array, layer: int, column: int, row: Row, convert: Convert) -> tuple[Any, jax.Array]:
-    """The buffers with a piece in its place, and whether what it was converted to is finite."""
+def _fill(buffers: Any, piece: jax.Array, layer: int, place: int, row: Row, convert: Convert) -> tuple[Any, jax.Array]:
+    """The buffers with a piece in its place, and whether what it was converted to is finite.
+
+    The place of a matrix's piece is a column of our leaf, that of experts their first number.
+    """
 
     def put(buffer: jax.Array, part: jax.Array) -> jax.Array:
         start = [0] * part.ndim
         start[0] = layer if row.stacked else 0
-        start[-1] = column if row.transposed else start[-1]
+        if piece.ndim > 2:
+            start[int(row.stacked)] = place
+        elif row.transposed:
+            start[-1] = place
         return jax.lax.dynamic_update_slice(buffer, part, start)
 
     converted = _leaf(piece, row, convert)
@@ -288,10 +312,22 @@ def save_checkpoint(
 def _tensors(leaf: Any, row: Row) -> Iterator[Tensor]:
     def make(layer: int) -> np.ndarray:
         array = np.asarray(leaf[layer] if row.stacked else leaf)
-        return np.ascontiguousarray(array.T if row.transposed else array)
+        return np.ascontiguousarray(np.swapaxes(array, -1, -2) if row.transposed else array)
 
-    for layer, key in enumerate(row.keys):
-        yield Tensor(key, leaf.nbytes // len(row.keys), partial(make, layer))
+    def make_part(layer: int, number: int, expert: int) -> np.ndarray:
+        one = leaf[layer, expert] if leaf.ndim > 3 else leaf[layer]
+        array = np.asarray(one).T if row.transposed else np.asarray(one)
+        return np.ascontiguousarray(np.split(array, len(row.parts))[number])
+
+    if not row.parts:
+        for layer, key in enumerate(row.keys):
+            yield Tensor(key, leaf.nbytes // len(row.keys), partial(make, layer))
+        return
+    for layer, names in enumerate(row.part_keys):
+        nbytes = leaf.nbytes // (len(row.part_keys) * len(names) * len(names[0]))
+        for number, part in enumerate(names):
+            for expert, key in enumerate(part):
+                yield Tensor(key, nbytes, partial(make_part, layer, number, expert))
 
 
 def _at(tree: Mapping[str, Any], path: str) -> Any:

@@ -872,6 +872,15 @@ OF_AN_ENCODER = Modules(
     part="intermediate",
     embedding="word_embeddings",
 )
+OF_A_MIXTURE = Modules(
+    first="q_proj",
+    second="v_proj",
+    last="o_proj",
+    layers="layers",
+    norm="norm",
+    part="mlp",
+    embedding="embed_tokens",
+)
 OF_A_FUSED_DECODER = Modules(
     first="query_key_value",
     second="self_attention.dense",
@@ -1540,6 +1549,55 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         },
         refused={"qwen3_5 without a gate": ("qwen3_5_text", {"attn_output_gate": False})},
+    ),
+    "mixtral": Architecture(
+        sizes={**WITH_GROUPS, "num_local_experts": 5},
+        model_types={"mixtral": {}},
+        modules=OF_A_MIXTURE,
+        heads=BOTH_CLASSES,
+        switches={
+            "mixtral": ("mixtral", {"sliding_window": 4, "head_dim": 12}),
+            "mixtral-tied": ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
+        },
+        grid={"mixtral-all": ("mixtral", {"num_experts_per_tok": 5, "hidden_act": "gelu"})},
+        refused={
+            "mixtral with noise": ("mixtral", {"router_jitter_noise": 0.1}),
+            "mixtral of more experts than there are": ("mixtral", {"num_experts_per_tok": 6}),
+        },
+    ),
+    "qwen3_moe": Architecture(
+        sizes={**WITH_GROUPS, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+        model_types={"qwen3_moe": {}, "qwen2_moe": {"shared_expert_intermediate_size": 20}},
+        modules=OF_A_MIXTURE,
+        heads=BOTH_CLASSES,
+        switches={
+            "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "head_dim": 12}),
+            "qwen2_moe": (
+                "qwen2_moe",
+                {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+            ),
+            "qwen3_moe-windows": (
+                "qwen3_moe",
+                {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": True},
+            ),
+        },
+        grid={
+            "qwen2_moe-plain": ("qwen2_moe", {"qkv_bias": False, "norm_topk_prob": True}),
+            "qwen3_moe-dense": ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}),
+        },
+        refused={"qwen2_moe with heads of another size": ("qwen2_moe", {"head_dim": 12})},
+    ),
+    "olmoe": Architecture(
+        sizes={**WITH_GROUPS, "num_experts": 6, "num_experts_per_tok": 3},
+        model_types={"olmoe": {}},
+        modules=OF_A_MIXTURE,
+        heads=("",),
+        switches={
+            "olmoe": ("olmoe", {"clip_qkv": 0.7}),
+            "olmoe-biases": ("olmoe", {"attention_bias": True, "norm_topk_prob": True, "tie_word_embeddings": True}),
+        },
+        grid={"olmoe-plain": ("olmoe", {})},
+        refused={"olmoe with heads of another size": ("olmoe", {"head_dim": 12})},
     ),
 }
 

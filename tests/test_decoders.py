@@ -54,7 +54,7 @@ CASES, GRID, REFUSED = cases_of("switches"), cases_of("grid"), cases_of("refused
 WHOLE = [next(iter(row.switches)) for row in ARCHITECTURES.values() if row.switches]  # one of each architecture
 KINDS = [kind for row in ARCHITECTURES.values() if row.switches for kind in row.model_types]
 # Those whose layers have a form of their own: what is slow is compared for these alone, but for ``--grid``.
-FORMS = ["llama", "gemma4", "cohere", "phi3-long", "gpt_neox", "falcon-new", "qwen3_5"]
+FORMS = ["llama", "gemma4", "cohere", "phi3-long", "gpt_neox", "falcon-new", "qwen3_5", "qwen3_moe"]
 ALWAYS = "gemma3"  # the case of what is compared for one architecture alone, but for ``--grid``
 METHODS: dict[str, Options] = {
     "LoraConfig": {"r": 4, "target_modules": ["{first}", "{second}", "{last}"]},

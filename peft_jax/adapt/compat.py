@@ -63,6 +63,12 @@ def shard_map_parts(eqn: core.JaxprEqn) -> ShardMap:
     return ShardMap(p["jaxpr"], tuple(p["in_specs"]), again)
 
 
+def platforms_of(eqn: core.JaxprEqn) -> tuple[tuple[str, ...] | None, ...] | None:
+    """The platforms of each branch of a ``cond`` that `jax.lax.platform_dependent` made; None of any other."""
+    found: tuple[tuple[str, ...] | None, ...] | None = eqn.params.get("branches_platforms")
+    return found
+
+
 def closed(jaxpr: Program) -> core.ClosedJaxpr:
     """A jaxpr that an equation holds, with its constants (checkpoint's has none and is stored bare)."""
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())

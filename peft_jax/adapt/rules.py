@@ -731,8 +731,25 @@ def cond(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
         return [merged(value, eqn) for value in evaluate(jaxpr, *operands)]
 
     branches = [functools.partial(branch, jaxpr) for jaxpr in eqn.params["branches"]]
+    platforms = compat.platforms_of(eqn)
+    if platforms is not None:  # a choice that is made before compilation has to stay one
+        return list(platform_dependent(platforms, branches, operands))
     outs: list[Value] = jax.lax.switch(merged(index, eqn), branches, *operands)
     return outs
+
+
+def platform_dependent(
+    platforms: Sequence[Sequence[str] | None], branches: Sequence[Callable[..., Any]], operands: Sequence[Value]
+) -> Any:
+    """The branch of the platform that the program is compiled for; ``None`` among the platforms is all others."""
+    own: dict[str, Callable[..., Any]] = {}
+    default = None
+    for names, branch in zip(platforms, branches, strict=True):
+        if names is None:
+            default = branch
+        else:
+            own |= dict.fromkeys(names, branch)
+    return jax.lax.platform_dependent(*operands, default=default, **own)
 
 
 def shard_map(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:

@@ -68,6 +68,11 @@ def plan(
                 f"Leaf '{leaf.path}' of shape {leaf.value.shape} stacks experts without names of their own. Name "
                 "it in target_parameters."
             )
+        if layout.parameter and role is None and not is_parameter(config, f"{leaf.names.flat[0]}"):
+            raise ValueError(
+                f"'{leaf.names.flat[0]}' is no linear layer, so that no file of PEFT's can hold an adapter of it as a "
+                f"module. Name its weight in target_parameters (LoRA), or leave it out of target_modules."
+            )
         target = Target(position, leaf, adapted, role)
         _check_names(target, seen)
         targets.append(target)

@@ -26,6 +26,8 @@ class Layout:
         source: How the axes were found; only `peft_jax.explain` reads it.
         stored_in_out: Whether PyTorch stores the matrix as ``(in, out)``; None if ``fan_in_fan_out`` says.
         multiplied: Whether an embedding is the weight of a product too, as a tied head is: ``all-linear`` means it.
+        parameter: Whether PyTorch's module is no linear layer, as that of a router or of fused experts: methods name
+            such a weight by itself (``target_parameters``), and ``all-linear`` does not mean it.
         taps: Those of the input axes that are positions in the kernel of a convolution, in PyTorch's order. They are
             flattened after the channels, as there; files of some adapters have axes of their own for them.
         groups: Of how many groups of input channels the convolution is, each with a part of the output channels; the
@@ -50,6 +52,7 @@ class Layout:
     source: str = dataclasses.field(default="told by layout=", compare=False, repr=False)
     stored_in_out: bool | None = dataclasses.field(default=None, compare=False, repr=False)
     multiplied: bool = dataclasses.field(default=False, compare=False, repr=False)
+    parameter: bool = dataclasses.field(default=False, compare=False, repr=False)
     taps: tuple[int, ...] = dataclasses.field(default=(), compare=False, repr=False)
     groups: int = dataclasses.field(default=1, compare=False, repr=False)
     numbers: tuple[int, ...] = dataclasses.field(default=(), repr=False)
@@ -65,7 +68,7 @@ class Layout:
     @property
     def is_linear(self) -> bool:
         """Whether the leaf is the weight of a product, not of lookups alone."""
-        return not self.lookup or self.multiplied
+        return (not self.lookup or self.multiplied) and not self.parameter
 
     @property
     def unnamed(self) -> tuple[int, ...]:

@@ -50,11 +50,15 @@ class Sharding(NamedTuple):
         columns: Those whose outputs are split among devices that compute one product together.
         rows: Those whose inputs are, as they are the outputs of such modules.
         tables: Embeddings, which are split by rows.
+        expert_columns: As ``columns``, of fused experts, which have no module of their own; empty without experts.
+        expert_rows: As ``rows``, of fused experts.
     """
 
     columns: str
     rows: str
     tables: str
+    expert_columns: str = ""
+    expert_rows: str = ""
 
 
 class EncoderDecoder(NamedTuple):
@@ -99,6 +103,8 @@ class Family:
         moved: What the keys of other layouts start with, and what they start with here.
         written: What keys start with, and what they start with in the checkpoint that is written, where transformers
             writes another layout than its modules have.
+        single_experts: Where checkpoints hold experts one by one: by the end of a fused tensor's key the ends of the
+            keys of its parts, with ``{}`` for the number of an expert.
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
         float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
@@ -124,6 +130,7 @@ class Family:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     written: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    single_experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     float32: str = ""
     replicable: Collection[str] = ()
@@ -303,10 +310,19 @@ def rows_by_layout(family: Family, config: ModelConfig) -> tuple[Row, ...]:
             if layout.stack_name:
                 modules.remove(layout.stack_name)
             modules.insert(modules.index(str(layout.index_after[0])) + 1, "{}")
-        transposed = name == "kernel" and not (layout is not None and layout.stored_in_out)
+        is_matrix = name == "kernel" or (layout is not None and bool(layout.unnamed and layout.inp))
+        transposed = is_matrix and not (layout is not None and layout.stored_in_out)
         key = ".".join([*modules, TORCH_NAMES.get(name, name)])
-        rows.append(Row(path, shape, key, transposed, numbers))
+        rows.append(Row(path, shape, key, transposed, numbers, _parts(family, key)))
     return tuple(rows)
+
+
+def _parts(family: Family, key: str) -> tuple[str, ...]:
+    """The keys of a tensor's parts, as templates like its own key; none where checkpoints hold it as it is."""
+    for end, names in family.single_experts.items():
+        if key.endswith(f".{end}"):
+            return tuple(key.removesuffix(end) + name for name in names)
+    return ()
 
 
 def stacked_layouts(after: str, *, stored_in_out: bool = False) -> dict[str, Layout]:

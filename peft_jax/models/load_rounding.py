@@ -74,7 +74,7 @@ def load_rounding(
 
 
 def matrix_layout(model: ModelConfig, row: Row, *, outside: bool) -> Layout | None:
-    """Axes of a matrix that may be in few bits; None for other leaves, and embeddings.
+    """Axes of a matrix that may be in few bits; None for other leaves, embeddings and routers.
 
     Args:
         model: The architecture.
@@ -83,6 +83,8 @@ def matrix_layout(model: ModelConfig, row: Row, *, outside: bool) -> Layout | No
     """
     layout = family_of(model).layout(model, row.path) or conventional_layout(row.path, row.shape)
     if layout is None or not layout.inp:
+        return None
+    if layout.parameter and not layout.unnamed:  # a router: bitsandbytes quantizes no module but linear layers
         return None
     return layout if layout.stack or (outside and not layout.lookup) else None
 

@@ -23,11 +23,14 @@ from peft_jax.models.gptj.family import GPTJ as GPTJ
 from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.ministral.family import MINISTRAL as MINISTRAL
+from peft_jax.models.mixtral.family import MIXTRAL as MIXTRAL
 from peft_jax.models.olmo.family import OLMO as OLMO
+from peft_jax.models.olmoe.family import OLMOE as OLMOE
 from peft_jax.models.opt.family import OPT as OPT
 from peft_jax.models.phi.family import PHI as PHI
 from peft_jax.models.phi3.family import PHI3 as PHI3
 from peft_jax.models.qwen3_5.family import QWEN3_5 as QWEN3_5
+from peft_jax.models.qwen_moe.family import QWEN_MOE as QWEN_MOE
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
 from peft_jax.models.stablelm.family import STABLELM as STABLELM
 from peft_jax.models.starcoder2.family import STARCODER2 as STARCODER2
@@ -58,6 +61,9 @@ FAMILIES: tuple[Family, ...] = (
     GPTJ,
     BLOOM,
     FALCON,
+    MIXTRAL,
+    QWEN_MOE,
+    OLMOE,
     QWEN3_5,
 )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
 from peft_jax.interop.files import GENERATION_CONFIG, LazyArray
+from peft_jax.interop.fused_experts import with_fused_experts
 from peft_jax.interop.quantized import fit_quantized, notice, open_quantized
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
@@ -101,6 +102,7 @@ def read_model(
         raise ValueError(f"dtype={dtype!r} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
     config, fitted = family.settled(config, fit_keys(family, config, tensors))
     rows = family.rows(config)
+    fitted = with_fused_experts(fitted, rows)
     if keep_quantized:
         others = {"load_in_8bit=True": load_in_8bit, "load_in_4bit=True": load_in_4bit}
         refuse_options(name_or_path, fitted, {**others, "quantization_config": quantization_config is not None})

@@ -39,6 +39,8 @@ RULES: tuple[tuple[str, P], ...] = (
     *((rf"({family.sharding.columns})\.kernel", COLUMNS) for family in FAMILIES),
     *((rf"({family.sharding.rows})\.kernel", ROWS) for family in FAMILIES),
     *((rf"({family.sharding.tables})\.embedding", TABLE) for family in FAMILIES),
+    *((family.sharding.expert_columns, COLUMNS) for family in FAMILIES if family.sharding.expert_columns),
+    *((family.sharding.expert_rows, ROWS) for family in FAMILIES if family.sharding.expert_rows),
 )
 
 

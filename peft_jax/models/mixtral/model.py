@@ -1,0 +1,39 @@
+"""Mixtral in Flax NNX: the numbers are those of transformers' `MixtralForCausalLM`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
+from peft_jax.models.modules.decoder import Decoder
+from peft_jax.models.modules.decoder_blocks import SelfAttention
+from peft_jax.models.modules.heads import DecoderHead
+from peft_jax.models.modules.mixture import Experts, SparseMLP, TopKRouter
+from peft_jax.models.modules.mixture_backbone import MixtureBackbone
+
+
+class MixtralModel(MixtureBackbone):
+    """Embedding, stacked layers, final norm."""
+
+    embedding_name = "embed_tokens"
+
+    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The attention of a layer."""
+        return SelfAttention(self.config, dtype, rngs)
+
+    def make_experts(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The router and experts of a layer."""
+        config, count = self.config, self.config.num_experts
+        top_k = config.num_experts_per_tok
+        router = TopKRouter(config, dtype, rngs, experts=count, top_k=top_k, normalised=True, wide=True)
+        inner, act = config.intermediate_size, config.hidden_act
+        return SparseMLP(router, Experts(config, dtype, rngs, experts=count, inner=inner, act=act))
+
+
+class Mixtral(Decoder):
+    """A Mixtral with the head of its task."""
+
+    backbone_class = MixtralModel
+    head = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
