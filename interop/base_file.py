@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 
-from peft_jax.core.text_files import parse_object, read_text
+from peft_jax.core.text_files import read_object
 
 BASE_FILE = "gguf_base.json"
 RULE = "Copy the adapter again, or name the base and its file yourself."
@@ -43,7 +43,7 @@ def read_base_file(folder: str | os.PathLike[str]) -> str | None:
     path = pathlib.Path(folder) / BASE_FILE
     if not path.is_file():
         return None
-    name = parse_object(read_text(path, BASE_FILE, RULE), f"'{path}'", RULE).get("gguf_file")
+    name = read_object(path, BASE_FILE, RULE, f"'{path}'").get("gguf_file")
     if not isinstance(name, str):
         raise ValueError(f"'{path}' has no gguf_file that is a name. {RULE}")
     return name

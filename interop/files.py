@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peft_jax.core.file_names import is_path_below
-from peft_jax.core.text_files import parse_object, read_text
+from peft_jax.core.text_files import parse_object, read_object
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def read_config(folder: Path, file: str = CONFIG) -> dict[str, Any]:
             rule = f"Found {packed[0]}: name it as gguf_file."
         raise FileNotFoundError(f"No {file} in '{folder}'. {rule}")
     rule = "Copy or save the checkpoint again."
-    return parse_object(read_text(path, file, rule), f"'{path}'", rule)
+    return read_object(path, file, rule, f"'{path}'")
 
 
 def open_tensors(folder: Path, ignored: Sequence[str] = (), *, packed: bool = False) -> dict[str, np.ndarray]:
@@ -141,7 +141,8 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
         raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the checkpoint again.") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
+        header = file.read(length).decode()  # UTF-8, according to the check
+    return parse_object(header, f"the header of '{path}'", "Copy or save the checkpoint again."), 8 + length
 
 
 def _map_file(path: pathlib.Path, ignored: Sequence[str], dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2305.14314, or ``fp4``) times the largest magnitude of eac
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +28,7 @@ from peft_jax.interop.quantized.base import (
     damaged,
 )
 
+from peft_jax.core.strict_json import parse_json
 from peft_jax.quant.double_scale import BLOCK as NESTED_BLOCK
 from peft_jax.quant.double_scale import VALUES as NESTED_VALUES
 from peft_jax.quant.nf4 import VALUES
@@ -189,7 +189,7 @@ def _read_4bit(state_key: str, stored: StoredTensors) -> Bnb4bit:
 def _read_state(key: str, octets: Array) -> dict[str, Any]:
     """The JSON object that a quant_state tensor holds, with the fields that are needed here."""
     try:
-        state = json.loads(octets.tobytes())
+        state = parse_json(octets.tobytes().decode())
         sizes = [state["blocksize"], *state["shape"]]
         if "nested_offset" in state:
             sizes.append(state["nested_blocksize"])

@@ -6,7 +6,6 @@ points are ``(groups, out)``. Layouts for the kernels of one device, as ``Int4Ti
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,6 +29,8 @@ from peft_jax.interop.quantized.base import (
     scaled_by_rows,
     unpack,
 )
+
+from peft_jax.core.strict_json import parse_json
 
 PLAIN = "Tensor"
 BYTES, NIBBLES = ("Int8Tensor", "IntxUnpackedToInt8Tensor"), "Int4Tensor"
@@ -128,20 +129,25 @@ def read_torchao(settings: Settings, stored: StoredTensors) -> Iterator[Quantize
 
 def _names(metadata: Mapping[str, str]) -> list[str]:
     try:
-        return list(json.loads(metadata["tensor_names"]))
+        names = parse_json(metadata["tensor_names"])
     except (KeyError, ValueError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(
             "The checkpoint's safetensors have no description of torchao's tensors in their headers (tensor_names). "
             "Save it with torchao 0.15 or newer and safe_serialization=True."
-        ) from None
+        )
+    return names
 
 
 def _description(key: str, metadata: Mapping[str, str]) -> Mapping[str, Any]:
     try:
-        about = json.loads(metadata[key])
+        about = parse_json(metadata[key])
         kind, data = about["_type"], about.get("_data", {})
     except (KeyError, ValueError, TypeError, AttributeError):
-        raise damaged(key, "is not described in the header of its file") from None
+        data = None
+    if not isinstance(data, Mapping):
+        raise damaged(key, "is not described in the header of its file")
     return {"_type": kind, "_data": data}
 
 

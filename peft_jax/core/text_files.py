@@ -1,8 +1,11 @@
 """Reading text files and JSON objects: the one place that opens them and says in one line why they cannot be used."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from peft_jax.core.strict_json import JSONError, parse_json
+
+LARGEST = 10**8  # bytes of a file that holds one object
 
 
 def read_text(file: Path, called: str, rule: str) -> str:
@@ -41,19 +44,28 @@ def parse_object(text: str, subject: str, rule: str) -> dict[str, Any]:
         {'r': 4}
     """
     try:
-        found = json.loads(text)
-    except ValueError as error:
+        found = parse_json(text)
+    except JSONError as error:
         raise ValueError(f"{subject} is not JSON ({error}). {rule}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{subject} is not a JSON object but {type(found).__name__}. {rule}")
     return found
 
 
-def read_object(file: Path, called: str, rule: str) -> dict[str, Any]:
+def read_object(file: Path, called: str, rule: str, subject: str = "") -> dict[str, Any]:
     """Read a JSON object from a file; arguments are those of `read_text`.
+
+    Args:
+        file: The file.
+        called: What the file is, for errors.
+        rule: What to write instead, for errors.
+        subject: How errors name it, if not as ``called`` and the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not text, not JSON or not an object.
+        ValueError: If it is not text, too large, not JSON (`peft_jax.core.strict_json.parse_json`) or not an object.
     """
-    return parse_object(read_text(file, called, rule), f"the {called} {file}", rule)
+    subject = subject or f"the {called} {file}"
+    if file.is_file() and (size := file.stat().st_size) > LARGEST:
+        raise ValueError(f"{subject} has {size} bytes, more than {LARGEST} that one object may have. {rule}")
+    return parse_object(read_text(file, called, rule), subject, rule)

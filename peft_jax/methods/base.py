@@ -21,7 +21,7 @@ from peft_jax.core.adapted import apply_merged
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
-from peft_jax.core.text_files import parse_object, read_text
+from peft_jax.core.text_files import read_object
 from peft_jax.core.weight import Weight
 from peft_jax.methods.fields import check_fields, is_kind, is_off
 from peft_jax.methods.target_fields import AbsentFields
@@ -118,7 +118,7 @@ class PeftConfig:
         if not path.is_file():
             raise FileNotFoundError(f"No {CONFIG_FILE} in '{directory}'. Give the folder of a saved adapter.")
         rule = "Save the adapter again."
-        return cls.from_dict(parse_object(read_text(path, CONFIG_FILE, rule), f"'{path}'", rule))
+        return cls.from_dict(read_object(path, CONFIG_FILE, rule, f"'{path}'"))
 
 
 class Method(AbsentFields, PeftConfig):

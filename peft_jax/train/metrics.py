@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from peft_jax.core.text_files import parse_object, read_text
+
+RULE = "Restore the file."
 Row = Mapping[str, float | int]
 
 
@@ -37,16 +40,13 @@ class MetricsLog:
             return
         found = file.stat().st_size if file.exists() else 0
         if found < size:
-            raise ValueError(
-                f"{file} has {found} bytes, but had {size} when the checkpoint was saved. Restore the file."
-            )
+            raise ValueError(f"{file} has {found} bytes, but had {size} when the checkpoint was saved. {RULE}")
         if size:
             with open(file, "rb") as stream:
                 self._hash.update(stream.read(size))
         if size and digest is not None and self.digest != digest:
             raise ValueError(
-                f"the first {size} bytes of {file} are not those that it had when the checkpoint was saved. Restore "
-                "the file."
+                f"the first {size} bytes of {file} are not those that it had when the checkpoint was saved. {RULE}"
             )
         self._stream = open(file, "ab")
         self._stream.truncate(size)
@@ -82,8 +82,14 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics file."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """Read the rows of a metrics file.
+
+    Raises:
+        ValueError: If a line is not a JSON object, or a number in it is not finite.
+    """
+    text = read_text(file, "metrics file", RULE)
+    lines = text.splitlines()
+    return [parse_object(line, f"line {number} of {file}", RULE) for number, line in enumerate(lines, 1)]
 
 
 class TensorBoard:

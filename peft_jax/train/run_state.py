@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from peft_jax.core.paths import dotted, named_leaves
+from peft_jax.core.strict_json import parse_json
 from peft_jax.train.loop import State
 
 STATE, NOTES, FILES = "state", "notes", "files.json"
@@ -86,7 +87,7 @@ class Checkpoints:
             arrays = _arrays(state)
             if shutil.disk_usage(self.folder).free < sum(array.nbytes for array in arrays.values()) + SPARE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of which the storage layer makes much noise
-            plain = json.loads(json.dumps(dict(notes)))  # as they will be read
+            plain = parse_json(json.dumps(dict(notes)))  # as they will be read
             sealed = _sealed(state.step, plain, _digest(arrays))
             items = {STATE: ocp.args.StandardSave(arrays), NOTES: ocp.args.JsonSave(sealed)}
             self._manager.save(state.step, args=ocp.args.Composite(**items))
@@ -149,8 +150,8 @@ class Checkpoints:
         if not (folder / FILES).is_file():
             return
         try:
-            wanted = json.loads((folder / FILES).read_bytes())
-        except ValueError as error:
+            wanted = parse_json((folder / FILES).read_text(encoding="utf-8"))
+        except ValueError as error:  # not UTF-8, or not JSON
             raise self._damaged(f"{FILES} is not JSON") from error
         found = _file_digests(folder)
         if not isinstance(wanted, dict) or found.keys() != wanted.keys():

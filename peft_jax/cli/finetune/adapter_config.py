@@ -1,7 +1,6 @@
 """The adapter that `peft-jax finetune` trains: any method by name, its config's fields from options or a file."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from peft_jax.cli.shared.task import (
     refuse_random,
     task_of,
 )
+from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.core.targets import SAVED_HEADS
 from peft_jax.core.text_files import read_object
 from peft_jax.methods.base import Method, PeftConfig, by_name
@@ -110,8 +110,8 @@ def _read_fields(text: str) -> dict[str, Any]:
     if not is_json(text):
         return read_object(Path(text), "--peft-config", rule)
     try:
-        fields = json.loads(text)
-    except ValueError as error:
+        fields = parse_json(text)
+    except JSONError as error:
         raise ValueError(f"--peft-config is not JSON: {error}. {rule}") from error
     return dict(fields)
 

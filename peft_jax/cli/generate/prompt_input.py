@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from peft_jax.cli.shared.training_layout import CHATS, TEXTS, NamedLayout
+from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.core.text_files import read_text
 from peft_jax.prompts import chat_template
 from peft_jax.prompts.chat_template import Message, Tools, has_chat_template
@@ -55,9 +56,9 @@ def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
 def _values(text: str, file: Path) -> list[Any]:
     try:
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+            return [parse_json(line) for line in text.split("\n") if line.strip()]
+        values = parse_json(text)
+    except JSONError as error:
         raise ValueError(f"{file} is not {file.suffix[1:].upper()}: {error}. Each prompt is {KINDS}.") from error
     return values if isinstance(values, list) else [values]
 

@@ -4,12 +4,12 @@ A file holds one of the four formats. It is a JSON list of objects, or JSONL, on
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft_jax.core.articles import article
+from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.core.text_files import read_text
 
 FORMATS = "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label"
@@ -253,14 +253,14 @@ def _parse(text: str, file: Path) -> list[Any]:
     hint = "Give a JSON list of objects, or one JSON object a line."
     if text.lstrip().startswith("["):
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
+            return list(parse_json(text))
+        except JSONError as error:
             raise ValueError(f"{file} is not JSON: {error}. {hint}") from error
     values = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                values.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file} is not JSON in line {number}: {error.msg}. {hint}") from error
+                values.append(parse_json(line))
+            except JSONError as error:
+                raise ValueError(f"{file} is not JSON in line {number}: {error.reason}. {hint}") from error
     return values
