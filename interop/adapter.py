@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from peft_jax.core.finite import non_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
+from peft_jax.core.short_errors import short_errors
 from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
 
 T = TypeVar("T")
@@ -123,14 +124,20 @@ def load_adapter(
         ValueError: if the file is damaged, its config is not supported, it does not fit this base, or it holds values
             that are not finite; nothing is loaded in part.
     """
+    with short_errors():
+        return _loaded(params, directory, adapter_name, is_trainable, {"layout": layout, "fn": fn, "args": args})
+
+
+def _loaded(
+    params: T, directory: str | os.PathLike[str], adapter_name: str, is_trainable: bool, options: dict[str, Any]
+) -> T:
+    """`load_adapter`, with errors of any length."""
     config = PeftConfig.from_pretrained(directory)
     if not isinstance(config, Method) or config.peft_type not in ROWS:
         raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
     config = dataclasses.replace(config, inference_mode=not is_trainable)
     tensors = _read(pathlib.Path(directory) / WEIGHTS_FILE)
-    loaded = set_peft_model_state_dict(
-        params, config, tensors, adapter_name=adapter_name, layout=layout, fn=fn, args=args
-    )
+    loaded = set_peft_model_state_dict(params, config, tensors, adapter_name=adapter_name, **options)
     warn_of_sorted_patterns(config, tensors)
     return loaded
 

@@ -12,8 +12,10 @@ from peft_jax.interop.files import CONFIG, read_config
 from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, KEYS, PREFIX, ROWS, WEIGHTS_FILE
 from safetensors import SafetensorError, safe_open
 
+from peft_jax.core.strict_json import shown
 from peft_jax.core.targets import ALL_LINEAR, is_target, pattern_value
 from peft_jax.methods.base import CONFIG_FILE
+from peft_jax.methods.fields import is_kind
 
 PICKLE_FILE = "adapter_model.bin"
 PROMPT_KEY = "prompt_embeddings"
@@ -40,21 +42,23 @@ LORA_ENDS = {
 BASE_COPIES = re.compile(r"\.(base_layer|original_module)\.(.*\.)?weight$|\.modules_to_save\.")
 RESHAPING = ("target_parameters", "use_qalora", "use_bdlora")  # fields that change their shapes
 # What the fields that are read here have to be, whatever the method.
-KINDS: dict[str, tuple[type, ...]] = {
-    "peft_type": (str,),
-    "base_model_name_or_path": (str,),
-    "task_type": (str,),
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "target_modules": (str, list),
-    "exclude_modules": (str, list),
-    "modules_to_save": (list,),
-    "layers_to_transform": (int, list),
-    "layers_pattern": (str, list),
-    "layer_replication": (list,),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
-    "bias": (str,),
+KINDS: dict[str, Any] = {
+    "peft_type": str,
+    "base_model_name_or_path": str,
+    "task_type": str,
+    "r": int,
+    "lora_alpha": float,
+    "target_modules": str | list[str],
+    "exclude_modules": str | list[str],
+    "modules_to_save": list[str],
+    "layers_to_transform": int | list[int],
+    "layers_pattern": str | list[str],
+    "layer_replication": list[list[int]],
+    "rank_pattern": dict[str, int],
+    "alpha_pattern": dict[str, float],
+    "bias": str,
+    "num_virtual_tokens": int,
+    "num_transformer_submodules": int,
 }
 
 
@@ -124,6 +128,8 @@ class AdapterFolder:
         """The scale of a module's LoRA: ``alpha / rank``, or by its square root where ``use_rslora`` is set."""
         alpha = pattern_value(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
         rank = self.ranks[module]
+        if rank == 0:  # of an empty matrix, which is one of the `problems`
+            return 0.0
         return float(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
 
     @property
@@ -264,9 +270,9 @@ def read_adapter_config(directory: str | pathlib.Path) -> dict[str, Any]:
     config = read_config(folder, CONFIG_FILE)
     if config.get("peft_type") is None:
         raise ValueError(f"'{folder / CONFIG_FILE}' names no peft_type, so it is no adapter's. Save the adapter again.")
-    for field, kinds in KINDS.items():
-        if config.get(field) is not None and not isinstance(config[field], kinds):
-            raise ValueError(f"'{folder / CONFIG_FILE}' has {field}={config[field]!r}. Save the adapter again.")
+    for field, kind in KINDS.items():
+        if config.get(field) is not None and not is_kind(config[field], kind):
+            raise ValueError(f"'{folder / CONFIG_FILE}' has {field}={shown(config[field])}. Save the adapter again.")
     return {field: value for field, value in config.items() if value is not None or field not in ("r", "lora_alpha")}
 
 

@@ -10,6 +10,7 @@ from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.shared.command_line import nearest, overview, parse_command, with_flags
 from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output
 from peft_jax.cli.shared.way_out import of_full_disk, of_missing_device
+from peft_jax.core.short_errors import shortened
 
 Command = Finetune | Generate | Eval | Merge | Inspect | Demo
 COMMANDS: Mapping[str, type[Command]] = {
@@ -170,5 +171,5 @@ def _is_want_of_memory(error: RuntimeError) -> bool:
 
 def fail(message: str, code: int) -> int:
     """Say what went wrong in one line on stderr."""
-    print("peft-jax: error:", *message.split(), file=sys.stderr)
+    print("peft-jax: error:", shortened(" ".join(message.split())), file=sys.stderr)
     return code

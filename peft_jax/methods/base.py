@@ -21,6 +21,7 @@ from peft_jax.core.adapted import apply_merged
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
+from peft_jax.core.short_errors import short_errors
 from peft_jax.core.text_files import read_object
 from peft_jax.core.weight import Weight
 from peft_jax.methods.fields import check_fields, is_kind, is_off
@@ -79,7 +80,11 @@ class PeftConfig:
             >>> PeftConfig.from_dict({"peft_type": "LORA", "r": 4}).r
             4
         """
-        given = dict(fields)
+        with short_errors():
+            return cls._from_dict(dict(fields))
+
+    @classmethod
+    def _from_dict(cls, given: dict[str, Any]) -> Self:
         peft_type = given.pop("peft_type", getattr(cls, "peft_type", None))
         if peft_type is None:
             raise ValueError(f"An adapter config needs 'peft_type', found only {sorted(given)}.")

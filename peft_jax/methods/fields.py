@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from peft_jax.core.strict_json import shown
 from peft_jax.core.targets import check_expressions
 from peft_jax.methods.task_type import TaskType
 
@@ -48,6 +50,9 @@ def check_fields(config: Any, peft_type: str) -> None:
             raise ValueError(
                 f"{type(config).__name__}({field.name}={value!r}) is not supported yet. Leave it at its default."
             )
+    if isinstance(config.modules_to_save, str):
+        raise ValueError(f"modules_to_save is a list of names. Write [{config.modules_to_save!r}].")
+    check_kinds(config)
     if config.task_type is not None and config.task_type not in list(TaskType):
         raise ValueError(f"task_type is one of {', '.join(TaskType)}, or None, got {config.task_type!r}.")
     only = config.bias_only or f"{peft_type.lower()}_only"
@@ -60,18 +65,34 @@ def check_fields(config: Any, peft_type: str) -> None:
     tokens = config.trainable_token_indices
     for name, ids in (tokens if isinstance(tokens, Mapping) else {"": tokens} if tokens is not None else {}).items():
         check_tokens(ids, f"trainable_token_indices{f' of {name!r}' if name else ''}")
-    if isinstance(config.modules_to_save, str):
-        raise ValueError(f"modules_to_save is a list of names. Write [{config.modules_to_save!r}].")
-    check_kinds(config)
     check_expressions(config, config.patterns)
 
 
 def check_kinds(options: Any) -> None:
-    """Raise ValueError if a field of a dataclass has a value of another kind than it says."""
+    """Raise ValueError if a field of a dataclass has a value of another kind than it says, or a number without bounds.
+
+    Numbers are finite, and whole ones fit into 64 bits.
+    """
     for field in dataclasses.fields(options):
+        if not _is_bounded(getattr(options, field.name)):
+            found = shown(getattr(options, field.name))
+            raise ValueError(
+                f"{type(options).__name__} has {field.name}={found}. Write finite numbers of at most 64 bits."
+            )
         if not is_kind(value := getattr(options, field.name), field.type):
             kind = inspect.formatannotation(field.type).replace("collections.abc.", "").replace("typing.", "")
-            raise ValueError(f"{type(options).__name__} has {field.name}={value!r}. Give it a value of: {kind}.")
+            raise ValueError(f"{type(options).__name__} has {field.name}={shown(value)}. Give it a value of: {kind}.")
+
+
+def _is_bounded(value: Any) -> bool:
+    """Whether a number is, or all those in a value are, finite and of at most 64 bits."""
+    if isinstance(value, Mapping):
+        return all(map(_is_bounded, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_bounded, value))
+    if isinstance(value, float | np.floating):
+        return math.isfinite(value)
+    return not isinstance(value, int) or abs(value) < 2**64
 
 
 def is_kind(value: Any, annotation: Any) -> bool:
@@ -89,12 +110,16 @@ def is_kind(value: Any, annotation: Any) -> bool:
     if origin in (int, float):
         numbers = (int, np.integer) if origin is int else (int, float, np.integer, np.floating)
         return isinstance(value, numbers) and not isinstance(value, bool)
+    if origin is tuple and parts and parts[-1] is not Ellipsis:
+        is_fitting = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(parts)
+        return is_fitting and all(map(is_kind, value, parts))
     if origin in (list, tuple, Sequence):
         inner = parts[:1] or (Any,)
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
         return is_list and all(is_kind(item, inner[0]) for item in value)
     if origin in (dict, Mapping):
-        return isinstance(value, Mapping) and all(is_kind(item, parts[1]) for item in value.values())
+        inner = parts[1:] or (Any,)
+        return isinstance(value, Mapping) and all(is_kind(item, inner[0]) for item in value.values())
     return origin is None and value is None or isinstance(origin, type) and isinstance(value, origin)
 
 

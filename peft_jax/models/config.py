@@ -8,7 +8,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 from peft_jax.core.articles import article
+from peft_jax.core.short_errors import shortened
+from peft_jax.core.strict_json import shown
 from peft_jax.interop.quantized import check_quant_method
+from peft_jax.models.config_ranges import check_raw
 from peft_jax.models.modules.base_dropout import NO_DROPOUT, DropoutRates
 from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
 
@@ -188,8 +191,8 @@ class ModelConfig:
 
 def check_model_type(model_type: Any, known: Iterable[str]) -> str:
     """The model type, or ValueError if it is not one of the known ones."""
-    if model_type not in known:
-        raise ValueError(f"model_type={model_type!r} is not supported. Supported: {', '.join(known)}.")
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ValueError(f"model_type={shown(model_type)} is not supported. Supported: {', '.join(known)}.")
     return str(model_type)
 
 
@@ -227,7 +230,14 @@ def complete(hf: Any, known: Iterable[str]) -> dict[str, Any]:
     # Imported here: it takes seconds, and a model that was not read from a checkpoint does not need it.
     from transformers import AutoConfig
 
-    return {**AutoConfig.for_model(kind, **raw).to_dict(), "model_type": kind}
+    check_raw(raw)
+    try:
+        return {**AutoConfig.for_model(kind, **raw).to_dict(), "model_type": kind}
+    except Exception as error:  # its checks raise several kinds, and arithmetic on odd values more
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"this is no config of a {kind} model, according to transformers: {shortened(reason)} Correct config.json."
+        ) from error
 
 
 def text_part(hf: Any, kind: str, text_kind: str) -> dict[str, Any]:
@@ -247,7 +257,10 @@ def text_part(hf: Any, kind: str, text_kind: str) -> dict[str, Any]:
     """
     raw = as_dict(hf)
     check_model_type(raw.get("model_type"), (kind,))
-    text = as_dict(raw.get("text_config") or {})
+    text = raw.get("text_config") or {}
+    if not isinstance(text, Mapping) and not hasattr(text, "to_dict"):
+        raise ValueError(f"text_config={shown(text)} is not supported. Write the text model's config.")
+    text = as_dict(text)
     outer = ("eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
     text |= {name: raw[name] for name in outer if raw.get(name) is not None}
     return {**text, "model_type": text_kind}

@@ -26,6 +26,7 @@ from peft_jax.models.config import (
     read_common,
     write_common,
 )
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
@@ -87,6 +88,7 @@ class RotaryConfig(ModelConfig):
     classifier_dropout: float | None = rarely_set(None)
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -201,6 +203,7 @@ class WindowedConfig(RotaryConfig):
     layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         if self.layer_types is None:
             object.__setattr__(self, "layer_types", self.default_types())
         super().__post_init__()

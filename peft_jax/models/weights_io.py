@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.strict_json import shown
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
 from peft_jax.interop.files import GENERATION_CONFIG, LazyArray
 from peft_jax.interop.fused_experts import with_fused_experts
 from peft_jax.interop.quantized import fit_quantized, notice, open_quantized
+from peft_jax.methods.fields import is_kind
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
 from peft_jax.models.family import leaf_at, with_leaf
@@ -98,8 +100,8 @@ def read_model(
     config = dataclasses.replace(found, **changes)
     if dtype is None:
         dtype = hf.get("dtype") or hf.get("torch_dtype") or next(iter(tensors.values())).dtype
-    if (dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
+    if _dtype_name(dtype) not in DTYPES:
+        raise ValueError(f"dtype={shown(dtype)} is not supported. Write dtype= one of {', '.join(DTYPES)}.")
     config, fitted = family.settled(config, fit_keys(family, config, tensors))
     rows = family.rows(config)
     fitted = with_fused_experts(fitted, rows)
@@ -142,6 +144,16 @@ def read_model(
         for path, leaf in started.items():
             params = with_leaf(params, path, leaf)
     return Loaded(config, params, paths)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of an element type; empty for what is none."""
+    if isinstance(dtype, str):
+        return dtype
+    try:
+        return str(jnp.dtype(dtype).name)
+    except TypeError:
+        return ""
 
 
 def _opened(
@@ -250,4 +262,7 @@ def _with_generation_ids(config: ModelConfig, folder: os.PathLike[str]) -> Model
         name: found[name] for name in ("eos_token_id", "pad_token_id") if found.get(name) is not None
     }
     ids = {name: tuple(value) if isinstance(value, list) else value for name, value in ids.items()}
+    for name, value in ids.items():
+        if not is_kind(value, int | tuple[int, ...]):
+            raise ValueError(f"{GENERATION_CONFIG} has {name}={shown(value)}. Write the number of a token, or several.")
     return dataclasses.replace(config, **ids)

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from peft_jax.core.paths import dotted, named_leaves
+from peft_jax.core.short_errors import shortened
 from peft_jax.core.strict_json import parse_json
 from peft_jax.train.loop import State
 
@@ -176,7 +177,7 @@ class Checkpoints:
         if earlier:
             way = f"Remove that folder to go on from the one before, of step {earlier[-1]}."
         return ValueError(
-            f"the checkpoint {self.folder / str(self.latest)} is damaged or of another run ({reason}). {way}"
+            f"the checkpoint {self.folder / str(self.latest)} is damaged or of another run ({shortened(reason)}). {way}"
         )
 
     def _drop_old(self) -> None:

@@ -13,6 +13,7 @@ from peft_jax.models.config import (
     TOKEN_CLS,
     ModelConfig,
 )
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 
@@ -68,6 +69,7 @@ class BertConfig(ModelConfig):
     classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         self.check()
         check_activation("hidden_act", self.hidden_act)
         if self.hidden_size % self.num_attention_heads:

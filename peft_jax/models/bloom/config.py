@@ -6,6 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from peft_jax.models.config import CAUSAL_LM, ModelConfig, head_rate, rarely_set
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.decoder_config import tasks_of
 from peft_jax.models.modules.base_dropout import DropoutRates
 
@@ -53,6 +54,7 @@ class BloomConfig(ModelConfig):
     classifier_dropout: float | None = rarely_set(None)
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         self.check()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

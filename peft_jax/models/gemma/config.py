@@ -25,6 +25,7 @@ from peft_jax.models.config import (
     text_part,
     write_common,
 )
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.logits_form import LogitsForm
@@ -95,6 +96,7 @@ class GemmaConfig(ModelConfig):
     attn_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         self.check()
         if self.layer_types is None:
             every = EVERY[self.model_type]

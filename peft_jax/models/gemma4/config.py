@@ -22,6 +22,7 @@ from peft_jax.models.config import (
     text_part,
     write_common,
 )
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.logits_form import LogitsForm
@@ -99,6 +100,7 @@ class Gemma4Config(ModelConfig):
     final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         self.check()
         if self.layer_types is None:
             types = [SLIDING if (i + 1) % 6 else FULL for i in range(self.num_hidden_layers)]

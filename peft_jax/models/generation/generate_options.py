@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
+from peft_jax.methods.fields import check_kinds
 from peft_jax.models.generation.sampling import Sampling
 from peft_jax.models.generation.unsupported_options import as_arguments, is_unsupported
 
@@ -53,6 +54,7 @@ class GenerateOptions:
         count = self.max_new_tokens
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"max_new_tokens is at least 1, got {count}.")
+        check_kinds(self)  # so that what is compared are finite numbers
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"temperature is above 0, got {self.temperature}. For greedy leave do_sample out.")
         if self.top_k is not None and self.top_k < 0:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from peft_jax.core.strict_json import shown
+from peft_jax.methods.fields import is_kind
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
 from peft_jax.models.generation.sampling import Sampling
 from peft_jax.models.generation.unsupported_options import refuse_unsupported
@@ -113,6 +115,8 @@ def new_tokens(
     max_length = generation_config.get("max_length")
     if max_length is None:
         return max(1, min(default, positions - length))
+    if not is_kind(max_length, int):
+        raise ValueError(f"generation_config.json has max_length={shown(max_length)}. Write a whole number.")
     if max_length <= length:
         raise ValueError(
             f"generation_config.json has max_length={max_length}, but the prompt has {length} tokens already. "

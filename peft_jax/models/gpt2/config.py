@@ -15,6 +15,7 @@ from peft_jax.models.config import (
     head_rate,
     rarely_set,
 )
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 
@@ -81,6 +82,7 @@ class GPT2Config(ModelConfig):
     classifier_dropout: float | None = rarely_set(None)
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         self.check()
         check_activation("activation_function", self.activation_function)
         if self.hidden_size % self.num_attention_heads:

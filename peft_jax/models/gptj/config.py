@@ -6,6 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from peft_jax.models.config import CAUSAL_LM, ModelConfig
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.decoder_config import tasks_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
@@ -58,6 +59,7 @@ class GPTJConfig(ModelConfig):
     attn_pdrop: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         self.check()
         check_activation("activation_function", self.activation_function)
         if self.hidden_size % self.num_attention_heads:

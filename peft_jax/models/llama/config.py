@@ -24,6 +24,7 @@ from peft_jax.models.config import (
     read_common,
     write_common,
 )
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
@@ -95,6 +96,7 @@ class LlamaConfig(ModelConfig):
     classifier_dropout: float | None = rarely_set(None)
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         _default(self, "num_key_value_heads", self.num_attention_heads)
         _default(self, "head_dim", self.hidden_size // self.num_attention_heads)
         _default(self, "attention_out_bias", self.attention_bias)

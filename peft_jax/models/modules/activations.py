@@ -88,5 +88,5 @@ def check_activation(field: str, name: str) -> None:
         ...
         ValueError: hidden_act='xielu' is not supported. Supported: silu, gelu, gelu_pytorch_tanh, relu, ...
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{field}={name!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")

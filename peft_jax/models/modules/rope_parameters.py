@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from peft_jax.core.strict_json import shown
+from peft_jax.models.config_ranges import check_fields_of
+
 # The fields that each kind of rope uses beside its base.
 USED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -25,6 +28,10 @@ USED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 LISTS = ("short_factor", "long_factor")
+# Those without which transformers computes nothing.
+NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"linear": ("factor",), "dynamic": ("factor",), "llama3": USED["llama3"], "longrope": LISTS}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +80,9 @@ class RopeParameters:
     long_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         if self.rope_type not in USED:
-            raise ValueError(f"rope_type={self.rope_type!r} is not supported. Supported: {', '.join(USED)}.")
+            raise ValueError(f"rope_type={shown(self.rope_type)} is not supported. Supported: {', '.join(USED)}.")
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any], also: Collection[str] = ()) -> RopeParameters:
@@ -87,11 +95,17 @@ class RopeParameters:
         Raises:
             ValueError: The dict has a key that is not known.
         """
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"rope_parameters={shown(parameters)} are not supported. Write an object.")
         if "rope_type" not in parameters:
             raise ValueError(
                 f"Rotary parameters per kind of layer are not supported, got rope_parameters={dict(parameters)}."
             )
         kind = parameters["rope_type"]
+        if not isinstance(kind, str):
+            raise ValueError(f"rope_type={shown(kind)} is not supported. Supported: {', '.join(USED)}.")
+        if missing := [name for name in NEEDED.get(kind, ()) if parameters.get(name) is None]:
+            raise ValueError(f"rope_parameters with rope_type={kind!r} need {', '.join(missing)}. Write numbers.")
         known = {field.name for field in dataclasses.fields(cls)}
         surplus = sorted(parameters.keys() - known - {"type", *also})
         if surplus:
@@ -100,10 +114,11 @@ class RopeParameters:
         for name in ("rope_theta", "partial_rotary_factor", *USED.get(kind, ())):
             value = parameters.get(name)
             if value is not None:
-                values[name] = tuple(value) if name in LISTS else value
+                values[name] = tuple(value) if name in LISTS and isinstance(value, list) else value
         if parameters.get("factor") is None and kind in ("yarn", "longrope"):
             values["factor"] = None
-        values["rope_theta"] = float(values.get("rope_theta", cls.rope_theta))
+        if isinstance(values.get("rope_theta"), int):
+            values["rope_theta"] = float(values["rope_theta"])
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:

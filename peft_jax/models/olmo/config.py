@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peft_jax.models.config import FULL, SLIDING
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
 from peft_jax.models.modules.rope_parameters import RopeParameters, ropes_by_kind, ropes_to_hf
 
@@ -41,6 +42,7 @@ class OlmoConfig(WindowedConfig):
     sliding_rope: RopeParameters | None = None
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         if self.sliding_rope is None:
             object.__setattr__(self, "sliding_rope", self.rope)
         super().__post_init__()

@@ -6,6 +6,7 @@ import dataclasses
 from types import MappingProxyType
 
 from peft_jax.models.config import CAUSAL_LM, ModelConfig
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.decoder_config import tasks_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
@@ -61,6 +62,7 @@ class OPTConfig(ModelConfig):
     layerdrop: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         if self.word_embed_proj_dim is None:
             object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
         self.check()

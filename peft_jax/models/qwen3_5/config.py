@@ -22,6 +22,7 @@ from peft_jax.models.config import (
     read_common,
     write_common,
 )
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
@@ -93,6 +94,7 @@ class Qwen35Config(ModelConfig):
     task_type: str = CAUSAL_LM
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         if self.layer_types is None:
             numbers = range(1, self.num_hidden_layers + 1)
             kinds = tuple(LINEAR if number % INTERVAL else FULL for number in numbers)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from peft_jax.models.config import FULL, SLIDING
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
 from peft_jax.models.modules.rope_parameters import RopeParameters
 
@@ -52,6 +53,7 @@ class SmolLM3Config(WindowedConfig):
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         if self.no_rope_layers is None:
             turned = tuple(int((i + 1) % 4 != 0) for i in range(self.num_hidden_layers))
             object.__setattr__(self, "no_rope_layers", turned)

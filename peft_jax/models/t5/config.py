@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig, as_dict, complete
+from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.base_dropout import DropoutRates
 
@@ -77,6 +78,7 @@ class T5Config(ModelConfig):
     task_type: str = SEQ_2_SEQ_LM
 
     def __post_init__(self) -> None:
+        check_fields_of(self)
         self.check()
         if self.activation not in ACTIVATIONS:
             raise ValueError(
