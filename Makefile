@@ -4,6 +4,8 @@
 #   make test     the whole test suite; ARGS="..." is handed to pytest
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest)
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
+#   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; some three hours)
+#   make kills    kill 100 runs at chosen and random moments and resume them (tests/killed_runs.py; some 40 minutes)
 #   make lint     ruff and mypy
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's figures
@@ -30,7 +32,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-models test-newest lint types conformance conformance-full quantization models bench lowering
+.PHONY: demo test fuzz kills test-models test-newest lint types conformance conformance-full quantization models bench lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -41,6 +43,12 @@ test: .venv/test
 
 test-models: .venv/test
 	$(BIN)/python -m pytest --grid tests/test_base_dropout.py tests/test_decoders.py tests/test_decoder_commands.py $(ARGS)
+
+fuzz: .venv/test
+	$(BIN)/python -m pytest -n 0 -s --fuzz 5000 tests/fuzz $(ARGS)
+
+kills: .venv/test
+	$(BIN)/python -m pytest -n 0 -s --kills 86 tests/test_resume.py -k killed $(ARGS)
 
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then \

@@ -25,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="compare decoders under all switches of cases.py, and run the commands on each",
     )
+    parser.addoption("--fuzz", type=int, metavar="COUNT", help="damaged folders of each kind that tests/fuzz reads")
+    parser.addoption("--kills", type=int, default=1, metavar="COUNT", help="kills at random moments of test_resume.py")
     parser.addoption("--full-grid", action="store_true", help="try every file of tests/test_file_grid.py")
     parser.addoption("--conformance", type=Path, metavar="FILE", help="write how closely outputs agree with PEFT's")
 

@@ -3,7 +3,7 @@
     python tests/killed_runs.py FOLDER [SEED ...]
 
 FOLDER holds a model and data.json. Runs go into FOLDER/whole (not killed), FOLDER/chosen (killed and resumed at every
-moment below in turn), and FOLDER/random-<SEED>, killed at some time after its first checkpoint; FOLDER/whole-prompt and
+moment below in turn), and FOLDER/random-<SEED>, killed at some time, mostly after its first checkpoint; FOLDER/whole-prompt and
 FOLDER/prompt (killed once) train a prompt instead of a LoRA; FOLDER/early is killed before its first checkpoint, at
 every moment of EARLY in turn. Exit codes are printed as JSON. All children are forked from this process, which has
 imported everything and touched no device.
@@ -25,6 +25,7 @@ from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 from transformers import AutoConfig
 
 from peft_jax.cli.finetune import run_folder
+from peft_jax.cli.finetune.run_folder import MARKER
 from peft_jax.cli.finetune.steps import Plan
 from peft_jax.cli.main import main
 from peft_jax.prompts.tokenizer import read_tokenizer
@@ -192,14 +193,25 @@ def wait(child: int) -> int:
 
 
 def at_random(seed: int, seconds: float) -> tuple[int, int]:
-    """Kill a run some time after its first checkpoint."""
+    """Kill a run at some time, mostly after its first checkpoint, and go on with it."""
     output = f"random-{seed}"
     child = fork(output)
-    while not (Path(output) / "checkpoints" / "3").exists():
-        time.sleep(0.001)
-    time.sleep(random.Random(seed).uniform(0, seconds))
+    dice = random.Random(seed)
+    if seed % 3:  # else at any moment from the start on
+        while not (Path(output) / "checkpoints" / "3").exists():
+            time.sleep(0.001)
+    else:
+        seconds *= 4
+    time.sleep(dice.uniform(0, seconds))
     os.kill(child, signal.SIGKILL)
-    return wait(child), wait(fork(output, "--resume"))
+    code = wait(child)
+    words = ("--resume",) if has_marker(output) else ()
+    return code, wait(fork(output, *words))
+
+
+def has_marker(output: str) -> bool:
+    """Whether a run has marked its folder, or ended: from then on it is resumed, and before that started again."""
+    return (Path(output) / MARKER).exists() or (Path(output) / "checkpoints").exists()
 
 
 def everything(seeds: list[int]) -> dict[str, Any]:

@@ -330,15 +330,38 @@ def test_an_evaluation_that_is_not_finite_is_an_error(workplace: Path, capsys: p
     assert "the loss is nan: what the model computes is not finite" in output.err and not output.out
 
 
-def test_a_bug_keeps_its_traceback(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for bug in (KeyError("a bug"), jax.errors.JaxRuntimeError("INTERNAL: a bug")):
+def test_a_bug_is_one_line_and_its_traceback_is_printed_when_asked_for(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bugs: list[tuple[Exception, int, str]] = [
+        (KeyError("a bug"), 1, "KeyError: 'a bug'. This is a defect of peft-jax: report what"),
+        (jax.errors.JaxRuntimeError("INTERNAL: a bug."), 1, "JaxRuntimeError: INTERNAL: a bug. This is a defect"),
+        (RecursionError(), 1, "RecursionError. This is a defect"),
+        (AssertionError("a\nb"), 1, "AssertionError: a b. This is a defect"),
+        (MemoryError(), 2, "out of memory. Use smaller batches"),
+        (ValueError("wrong. " * 10_000), 2, "wrong. wrong."),
+    ]
+    for bug, status, said in bugs:
 
         def broken(options: Any, bug: Exception = bug) -> None:
             raise bug
 
         monkeypatch.setattr(main_module, "finetune", broken)
-        with pytest.raises(type(bug), match="a bug"):
-            main(finetune())
+        assert main(finetune()) == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line and len(line) < 1300
+        assert main([*finetune(), "--debug"]) == status
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("Traceback") and any("in broken" in one for one in lines)
+        assert lines[-1] == line
+
+
+def test_a_prompt_may_be_spelled_as_the_option_for_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Any]()
+    monkeypatch.setattr(main_module, "generate", seen.append)
+    assert main(["generate", "--model", "m", "--", "--debug"]) == 0
+    assert main(["generate", "--debug", "--model", "m", "a"]) == 0
+    assert [one.prompts for one in seen] == [("--debug",), ("a",)]
 
 
 def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(

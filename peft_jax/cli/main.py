@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -22,6 +23,8 @@ COMMANDS: Mapping[str, type[Command]] = {
     "demo": Demo,
 }
 
+DEBUG = "--debug"  # of all commands
+DEFECT, REFUSED = 1, 2
 INTERRUPTED, UNREAD = 130, 141  # as shells say it
 
 
@@ -32,47 +35,37 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The words after ``peft-jax``; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 after an error of the user's or for want of memory, disk or a device, said in one line,
-        or 130 after Ctrl-C, or 141 where the output's reader has closed it, as in ``peft-jax generate ... | head -1``.
-        Any other exception is a bug and goes through with its traceback. All that is printed passes through
-        `peft_jax.cli.shared.terminal`.
+        The exit status: 0; 1 for a defect of the program; 2 after an error of the user's or for want of memory,
+        disk or a device; 130 after Ctrl-C; 141 where the output's reader has closed it, as in ``peft-jax generate ... | head -1``. Each but
+        141 is said in one line on stderr. ``--debug`` among the words prints the traceback before it. All that is
+        printed passes through `peft_jax.cli.shared.terminal`.
     """
+    words = list(sys.argv[1:] if args is None else args)
+    options = words[: words.index("--")] if "--" in words else words
+    debug = DEBUG in options
+    if debug:
+        words.remove(DEBUG)
     with escaped_output():
-        return _run(args)
+        return _run(words, debug)
 
 
-def _run(args: Sequence[str] | None) -> int:
+def _run(words: Sequence[str], debug: bool) -> int:
     command: Command | None = None
     try:
-        command = parse(args)
-        if isinstance(command, Demo):
-            demo(command)
-        elif isinstance(command, Generate):
-            generate(command)
-        elif isinstance(command, Eval):
-            evaluate_model(command)
-        elif isinstance(command, Merge):
-            merge(command)
-        elif isinstance(command, Inspect):
-            inspect(command)
-        else:
-            finetune(command)
+        command = parse(words)
+        _run_command(command)
         sys.stdout.flush()
     except BrokenPipeError:
         with open(os.devnull, "w") as nowhere:  # for what Python flushes at its end
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return UNREAD
-    except (ValueError, OSError) as error:
-        return fail(_explained(error, command), 2)
-    except (RuntimeError, AssertionError) as error:
-        if "jax" in sys.modules and (message := of_missing_device()):
-            return fail(message, 2)
-        if not isinstance(error, RuntimeError) or not _is_want_of_memory(error):
-            raise
-        return fail(f"{error} Use smaller batches, shorter texts or --load-in-8bit or --load-in-4bit.", 2)
     except KeyboardInterrupt as stopped:
         print("peft-jax:", str(stopped) or "stopped; nothing was written.", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:  # whatever it is, one line says it
+        if debug:
+            traceback.print_exc()
+        return _failed(error, command)
     return 0
 
 
@@ -81,6 +74,35 @@ def _explained(error: Exception, command: Command | None) -> str:
     message = str(error) if command is None else with_flags(str(error), command)
     way_out = of_full_disk(error)
     return f"{message.rstrip('.')}. {way_out}" if way_out else message
+
+
+def _run_command(command: Command) -> None:
+    if isinstance(command, Demo):
+        demo(command)
+    elif isinstance(command, Generate):
+        generate(command)
+    elif isinstance(command, Eval):
+        evaluate_model(command)
+    elif isinstance(command, Merge):
+        merge(command)
+    elif isinstance(command, Inspect):
+        inspect(command)
+    else:
+        finetune(command)
+
+
+def _failed(error: Exception, command: Command | None) -> int:
+    """Say in one line what ended a command; the exit status."""
+    if isinstance(error, ValueError | OSError):
+        return fail(_explained(error, command), REFUSED)
+    is_of_jax = isinstance(error, RuntimeError | AssertionError) and "jax" in sys.modules
+    if is_of_jax and (message := of_missing_device()):
+        return fail(message, REFUSED)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_want_of_memory(error)):
+        said = str(error) or "out of memory."
+        return fail(f"{said} Use smaller batches, shorter texts or --load-in-8bit or --load-in-4bit.", REFUSED)
+    said = f"{type(error).__name__}: {error}".rstrip(".: ")
+    return fail(f"{said}. This is a defect of peft-jax: report what the same command says with {DEBUG}.", DEFECT)
 
 
 def run() -> NoReturn:

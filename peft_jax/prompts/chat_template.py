@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from peft_jax.core.time_limit import TEMPLATE_SECONDS, time_limit
 from peft_jax.prompts.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -72,11 +73,12 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Tools = 
         TemplateError: If the template refuses the messages, or fails.
     """
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tools=_listed(tools), tokenize=False, add_generation_prompt=prompt
+        with time_limit(TEMPLATE_SECONDS):
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages), tools=_listed(tools), tokenize=False, add_generation_prompt=prompt
+                )
             )
-        )
     except Exception as error:  # a template is a program of the checkpoint, which may raise any error
         raise TemplateError(str(error) or type(error).__name__) from error
 
@@ -94,13 +96,14 @@ def render_marked(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: T
     template = chosen_template(tokenizer, tools)
     render_all: Any = render_jinja_template  # annotated as returning the texts alone, which it does not
     try:
-        texts, spans = render_all(
-            conversations=[list(messages)],
-            tools=_listed(tools),
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
+        with time_limit(TEMPLATE_SECONDS):
+            texts, spans = render_all(
+                conversations=[list(messages)],
+                tools=_listed(tools),
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
     except Exception as error:  # as in render
         raise TemplateError(str(error) or type(error).__name__) from error
     return Marked(texts[0], tuple((int(start), int(end)) for start, end in spans[0]))

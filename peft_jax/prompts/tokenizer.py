@@ -11,6 +11,8 @@ from peft_jax.core.file_names import is_path_below
 from peft_jax.core.gguf_metadata import open_gguf
 from peft_jax.prompts.gguf_tokenizer import tokenizer_of
 
+LONGEST_TEMPLATE, LONGEST_NUMBER = 1_000_000, 7  # characters
+
 
 class Tokenizer(Protocol):
     """The members of a tokenizer of `transformers` that are used. Chats need its ``apply_chat_template`` too."""
@@ -76,6 +78,7 @@ def read_tokenizer(name_or_path: str | os.PathLike[str], **options: Any) -> Toke
             _check_names(tokenizer_config, _model_config(name, options))
             tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
             _check_class(type(tokenizer), type(tokenizer).__name__)
+            _check_template(tokenizer)
             found: Tokenizer = tokenizer
             return found
     except Exception as error:  # damaged files raise many kinds, and tokenizers a bare Exception
@@ -147,6 +150,28 @@ def _check_class(found: Any, name: str) -> None:
     is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
     if found is not None and not is_tokenizer:
         raise _Refused(f"{name} is not a class of tokenizers")
+
+
+def _check_template(tokenizer: Any) -> None:
+    """Refuse a chat template with powers or large numbers: a single operation on them may take forever.
+
+    Its loops are bounded where it is used, by `peft_jax.core.time_limit`.
+    """
+    import jinja2
+
+    found = getattr(tokenizer, "chat_template", None)
+    for template in found.values() if isinstance(found, Mapping) else (found,):
+        if template is None:
+            continue
+        if not isinstance(template, str) or len(template) > LONGEST_TEMPLATE:
+            raise _Refused(f"its chat template is no text of at most {LONGEST_TEMPLATE} characters")
+        try:
+            tokens = list(jinja2.Environment().lex(template))
+        except jinja2.TemplateError:
+            continue  # said where it is used
+        for _, kind, value in tokens:
+            if value == "**" or (kind in ("integer", "float") and len(value) > LONGEST_NUMBER):
+                raise _Refused(f"its chat template computes with '{value[:LONGEST_NUMBER]}'")
 
 
 @contextlib.contextmanager

@@ -171,7 +171,9 @@ def _damage_value(value: Any, dice: random.Random) -> str:
             return f"{place[:40]} removed"
     old = value[place] if isinstance(value, list) or place in value else None
     if isinstance(old, int | float) and not isinstance(old, bool) and dice.random() < 0.4:
-        new = dice.choice([old + 1, old - 1, -old, old * 2, str(old), [old], old + 0.5 if abs(old) < 1e9 else 0.5, old * 10**6])
+        new = dice.choice(
+            [old + 1, old - 1, -old, old * 2, str(old), [old], old + 0.5 if abs(old) < 1e9 else 0.5, old * 10**6]
+        )
     value[place] = new
     return f"{str(place)[:40]} = {str(new)[:40]!r}"
 

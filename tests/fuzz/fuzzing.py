@@ -1,9 +1,9 @@
 """Reads damaged folders, and reports each that ends otherwise than in a result or in a short error of the project's.
 
-    python tests/fuzz/fuzzing.py KIND FOLDER FIRST COUNT [--oracle]
+    python tests/fuzz/fuzzing.py KIND FOLDER FIRST COUNT
 
-KIND is a key of `subjects.SUBJECTS`. Each number from FIRST on is a seed that makes one input. Each failure is a line of
-JSON. A process that crashes has left the seed at hand in FOLDER/seed.
+KIND is a key of `subjects.SUBJECTS`. Each number from FIRST on is a seed that makes one input. Each failure is a line
+of JSON. A process that crashes has left the seed at hand in FOLDER/seed.
 """
 
 import collections

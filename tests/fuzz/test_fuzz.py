@@ -1,0 +1,26 @@
+"""Damaged folders: each ends in a result, or in one short error of the project's, within ten seconds.
+
+`make test` reads a few hundred of them, `make fuzz` 20,000. A failure's seed makes its folder again.
+"""
+
+from pathlib import Path
+
+import pytest
+from fuzzing import Fuzzer
+from subjects import SUBJECTS
+
+# How many inputs of each kind `make test` has time for: some 40 seconds in all.
+QUICK = {"adapter": 60, "base": 30, "data": 150, "run": 80}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SUBJECTS)
+def test_damaged_folders_end_in_a_result_or_a_short_error(
+    kind: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    count = pytestconfig.getoption("--fuzz") or QUICK[kind]
+    fuzzer = Fuzzer(kind, tmp_path)
+    failures = [failure for seed in range(count) if (failure := fuzzer.try_one(seed))]
+    print(f"{kind}: {count} inputs, {dict(fuzzer.ends)}, the slowest {fuzzer.slowest:.2f} s")
+    assert failures == []
+    assert fuzzer.ends["refused"] > fuzzer.ends["accepted"] > 0
