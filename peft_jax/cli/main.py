@@ -36,9 +36,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 for a defect of the program; 2 after an error of the user's or for want of memory,
-        disk or a device; 130 after Ctrl-C; 141 where the output's reader has closed it, as in ``peft-jax generate ... | head -1``. Each but
-        141 is said in one line on stderr. ``--debug`` among the words prints the traceback before it. All that is
-        printed passes through `peft_jax.cli.shared.terminal`.
+        disk or a device; 130 after Ctrl-C; 141 where the output's reader has closed it, as in
+        ``peft-jax generate ... | head -1``. Each but 141 is said in one line on stderr. ``--debug`` among the words
+        prints the traceback before it. All that is printed passes through `peft_jax.cli.shared.terminal`.
     """
     words = list(sys.argv[1:] if args is None else args)
     options = words[: words.index("--")] if "--" in words else words

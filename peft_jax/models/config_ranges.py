@@ -58,7 +58,8 @@ def check_fields_of(config: Any) -> None:
     if width % heads:
         width_name, heads_name = spelled.get("hidden_size", "hidden_size"), spelled.get("num_attention_heads")
         raise ValueError(
-            f"{width_name}={width} is not a multiple of {heads_name or 'num_attention_heads'}={heads}, which it must be."
+            f"{width_name}={width} is not a multiple of {heads_name or 'num_attention_heads'}={heads}, which it "
+            "must be."
         )
 
 

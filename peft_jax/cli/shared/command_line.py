@@ -236,8 +236,8 @@ def overview(description: str, commands: Mapping[str, type]) -> str:
         lines += _wrapped(_prose(command.__doc__), width, first=f"  {name}".ljust(indent), rest=" " * indent)
     lines += ["", "peft-jax COMMAND --help lists the options of a command.", ""]
     statuses = (
-        "Exit statuses: 0 done, 1 a defect of the program, 2 an error that the line on stderr says, 130 stopped by Ctrl-C, "
-        "141 the output's reader is gone. With --debug, an error keeps its traceback."
+        "Exit statuses: 0 done, 1 a defect of the program, 2 an error that the line on stderr says, 130 stopped by "
+        "Ctrl-C, 141 the output's reader is gone. With --debug, an error keeps its traceback."
     )
     lines += _wrapped(statuses, width, first="", rest="")
     return "\n".join(lines)
