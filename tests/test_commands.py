@@ -649,7 +649,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "drawing without do_sample": (_nothing, [*GENERATE, "--top-p", "0.5", "a"], "Add --do-sample"),
     "greedy drawing": (_nothing, [*GENERATE, "--greedy", "--top-k", "5", "a"], "--greedy and --top-k contradict"),
     "no temperature": (_nothing, [*GENERATE, "--do-sample", "--temperature", "0", "a"], "temperature is above 0"),
-    "a top_p above 1": (_nothing, [*GENERATE, "--do-sample", "--top-p", "2", "a"], "top_p is in (0, 1]"),
+    "a top_p above 1": (_nothing, [*GENERATE, "--do-sample", "--top-p", "2", "a"], "--top-p is in (0, 1]"),
     "no tokens": (_nothing, [*GENERATE, "--max-new-tokens", "0", "a"], "--max-new-tokens is at least 1"),
     "too many tokens": (_nothing, [*GENERATE, "--max-new-tokens", "300", "a"], "or less"),
     "too long a prompt": (_nothing, [*GENERATE, "ab " * 300], "Shorten it"),
