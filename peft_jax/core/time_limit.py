@@ -44,4 +44,4 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class _Stopped(Exception):
-    """What is raised within the block."""
+    """Raised within the block."""

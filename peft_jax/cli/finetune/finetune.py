@@ -59,13 +59,13 @@ from peft_jax.train.run_state import Checkpoints
 class Best:
     """The best evaluation so far, and how many have followed it that were no better."""
 
-    loss: float = math.inf
+    loss: float | None = None  # None before the first one
     step: int = 0
     since: int = 0
 
     def note(self, loss: float, step: int) -> bool:
         """Note an evaluation; return whether it is the best."""
-        better = loss < self.loss
+        better = self.loss is None or loss < self.loss
         self.loss, self.step, self.since = (loss, step, 0) if better else (self.loss, self.step, self.since + 1)
         return better
 
@@ -235,6 +235,7 @@ def _say(folder: Path, curves: Curves, best: Best, max_steps: int) -> None:
     print(f"Training loss {first:.3f} -> {last:.3f} (means of the first and last {few} steps).")
     if "validation" in curves:
         final = curves["validation"][-1][1]
+        assert best.loss is not None, "an evaluation noted one"
         print(f"Validation loss {final:.3f}, at its best {best.loss:.3f} (step {best.step}, in best/).")
     if "accuracy" in curves:
         print(f"Validation accuracy {curves['accuracy'][-1][1]:.3f}.")
