@@ -25,7 +25,7 @@ from peft_jax.interop.formats import (
 )
 
 from peft_jax.adapters.plan import Target
-from peft_jax.adapters.target_parameters import depth, is_parameter
+from peft_jax.adapters.target_parameters import depth, parameters_of
 from peft_jax.core.leaves import Leaf
 from peft_jax.methods.base import Method
 from peft_jax.methods.roles import BIAS, Whole
@@ -83,9 +83,10 @@ def entries_of(target: Target, config: Method, adapted: Collection[str]) -> Iter
         adapted: Names of all modules with the method's arrays.
     """
     leaf, role, layers = target.leaf, target.role, target.adapted
+    parameters = parameters_of([leaf], config)
     for index in zip(*np.nonzero(layers), strict=True) if layers.ndim else [()]:
         name = str(leaf.names[index])
-        if role is None and is_parameter(config, name):
+        if role is None and name in parameters:
             if not any(index[i] for i in leaf.layout.unnamed):
                 yield from _parameter_entries(target, config, adapted, index)
         elif role is None:

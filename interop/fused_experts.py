@@ -1,5 +1,6 @@
 """Experts that a checkpoint holds one by one, as the fused tensors of a model, and the way back."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,15 @@ class FusedTensor:
         self.parts = parts
         out, n_in = sum(part[0].shape[0] for part in parts), parts[0][0].shape[1]
         self.shape, self.dtype = (len(parts[0]), out, n_in), parts[0][0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def __len__(self) -> int:
+        """Count the experts."""
+        return self.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The tensor ``(experts, out, in)``."""

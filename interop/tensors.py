@@ -23,8 +23,9 @@ from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapters.attach import EMBEDDING
 from peft_jax.adapters.build import Contents, build, state_beside
 from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model_defaults, with_replicas, with_ties
+from peft_jax.adapters.fused_targets import with_fused_adapters, with_fused_targets
 from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_sizes, may_be_target, plan
-from peft_jax.adapters.target_parameters import check_apart, is_parameter, with_parameters
+from peft_jax.adapters.target_parameters import check_apart, parameters_of, with_parameters
 from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_adapters
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
@@ -206,6 +207,7 @@ def _planned(
 ) -> tuple[FilePlan, Tensors]:
     """The plan of a config on a base, and the tensors of its file without copies of the base's."""
     handle = params if isinstance(params, Handle) else None
+    tensors = with_fused_adapters(tensors, handle, config)
     config = config.of_file({key: tensor.shape for key, tensor in tensors.items()})
     if handle is None and config.on_model:
         raise ValueError(
@@ -231,14 +233,16 @@ def _planned(
         )
         tree, layouts, embedding = handle.params, {**handle.layouts(), **(layout or {})}, handle.input_module
     found = find_leaves(tree, layouts, config.fan_in_fan_out, read)
-    config = expand_all_linear(config, found, None if handle is None else handle.output_module)
+    expanded = expand_all_linear(config, found, None if handle is None else handle.output_module)
+    config = with_fused_targets(expanded, config, handle, found)
     modules = {str(name) for leaf in found for name in leaf.names.flat}
     found = with_parameters(found, config)
     if isinstance(config, PromptMethod) and handle is not None:
         adapted = prompt_places(config, found, handle)
     else:
         names = {str(name) for leaf in found if may_be_target(config, leaf) for name in leaf.names.flat}
-        adapted = {name for name in names if is_target(config, name) or is_parameter(config, name)}
+        adapted = {name for name in names if is_target(config, name)}
+        adapted |= parameters_of(found, config)
     tokens = tokens_by_module(config.trainable_token_indices, sorted(modules), embedding, strict=False)
     targets = plan(found, config, adapted, tokens)
     check_apart([target.leaf for target in matrices(targets)], config)

@@ -21,7 +21,7 @@ from peft_jax.adapters.complete import (
     with_ties,
 )
 from peft_jax.adapters.plan import Target, may_be_target, plan
-from peft_jax.adapters.target_parameters import is_parameter, parameters_of, with_parameters
+from peft_jax.adapters.target_parameters import parameters_of, with_parameters
 from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float
@@ -177,7 +177,7 @@ def _attached(
     modules = [name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)]
     if not modules:
         _refuse_complex(found)
-    modules = [*(name for name in modules if not is_parameter(config, name)), *aliases]
+    modules = [*(name for name in modules if name not in parameters), *aliases]
     vectors = [name for leaf in found if not may_be_target(config, leaf) and is_float(leaf) for name in leaf.names.flat]
     modules_of_targets = {*check_targets(config, modules, every, config.patterns, parameters, vectors), *parameters}
     tokens = tokens_by_module(config.trainable_token_indices, modules, embedding)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from peft_jax.adapters.fused_targets import with_fused_targets
 from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
@@ -51,7 +52,8 @@ def _with_saved_heads(config: M) -> M:
 def spelled_out(config: M, handle: Handle, layout: Layouts) -> M:
     """The config with what the model's leaves say: its linear modules, and how PyTorch stores the targets."""
     found = find_leaves(handle.params, layout)
-    return _with_storage(expand_all_linear(config, found, handle.output_module), found)
+    expanded = expand_all_linear(config, found, handle.output_module)
+    return _with_storage(with_fused_targets(expanded, config, handle, found), found)
 
 
 def _with_storage(config: M, found: Sequence[Leaf]) -> M:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peft_jax.adapters.target_parameters import is_parameter
+from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
@@ -63,15 +63,15 @@ def plan(
         if not adapted.any():
             continue
         layout = leaf.required_layout()
-        if layout.unnamed and not is_parameter(config, str(leaf.names.flat[0])):
+        if layout.unnamed and not names_parameter(config, leaf):
             raise ValueError(
                 f"Leaf '{leaf.path}' of shape {leaf.value.shape} stacks experts without names of their own. Name "
                 "it in target_parameters."
             )
-        if layout.parameter and role is None and not is_parameter(config, f"{leaf.names.flat[0]}"):
+        if layout.parameter and role is None and not names_parameter(config, leaf):
             raise ValueError(
                 f"'{leaf.names.flat[0]}' is no linear layer, so that no file of PEFT's can hold an adapter of it as a "
-                f"module. Name its weight in target_parameters (LoRA), or leave it out of target_modules."
+                "module. Name its weight in target_parameters (LoRA), or leave it out of target_modules."
             )
         target = Target(position, leaf, adapted, role)
         _check_names(target, seen)

@@ -37,8 +37,9 @@ def with_parameters(found: Sequence[Leaf], config: Method) -> list[Leaf]:
     for target in config.target_parameters:
         if not any(names_module([target], name) for name in every):
             raise ValueError(nothing_hit(f"Target parameter '{target}'", target, every))
-    owners = {name.rpartition(".")[0] for name in parameters_of(leaves, config)}
-    inside = [name for leaf in leaves for name in leaf.names.flat if not is_parameter(config, name)]
+    parameters = parameters_of(leaves, config)
+    inside = [name for leaf in leaves for name in leaf.names.flat if name not in parameters]
+    owners = {name.rpartition(".")[0] for name in parameters}
     for name in inside:
         if is_target(config, name) and any(name.startswith(f"{owner}.") for owner in owners):
             raise ValueError(
@@ -67,8 +68,12 @@ def is_parameter(config: Method, name: str) -> bool:
 
 
 def parameters_of(leaves: Sequence[Leaf], config: Method) -> set[str]:
-    """The names of the adapted parameters, given the leaves of `with_parameters`."""
-    return {str(name) for leaf in leaves for name in leaf.names.flat if is_parameter(config, name)}
+    """The names of the adapted parameters, given the leaves of `with_parameters`.
+
+    The name of a module may end like that of a parameter elsewhere: a dense layer's ``down_proj`` is none of experts.
+    """
+    named = [leaf for leaf in leaves if names_parameter(config, leaf)]
+    return {str(name) for leaf in named for name in leaf.names.flat if is_parameter(config, name)}
 
 
 def depth(config: Method, parameter: str, adapted: set[str]) -> int:
@@ -94,7 +99,7 @@ def check_apart(leaves: Sequence[Leaf], config: Method) -> None:
     """
     seen: dict[tuple[Any, ...], str] = {}
     for leaf in leaves:
-        for name in sorted({str(name) for name in leaf.names.flat if is_parameter(config, str(name))}):
+        for name in sorted(parameters_of([leaf], config)):
             owner, _, own = name.rpartition(".")
             experts = math.prod(leaf.value.shape[leaf.layout.stack[i]] for i in leaf.layout.unnamed)
             kind = (owner, *leaf.layout.sizes(leaf.value.shape), experts, pattern_value(config.rank_pattern, name, 0))

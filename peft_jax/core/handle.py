@@ -48,6 +48,11 @@ class Handle(abc.ABC):
         """PEFT's defaults for such a model, by field of the method's config."""
 
     @property
+    def single_experts(self) -> Mapping[str, tuple[str, ...]]:
+        """By the end of a fused parameter's name the ends of those of single experts, with ``{}`` for their number."""
+        return {}
+
+    @property
     @abc.abstractmethod
     def tied_modules(self) -> tuple[str, ...]:
         """Paths of modules that share one leaf; adapting one of them needs `untied` first."""

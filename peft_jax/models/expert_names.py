@@ -17,6 +17,7 @@ USUAL_NAMES: Names = MappingProxyType(
     {
         "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
         "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
+        "mlp.gate.weight": ("mlp.gate.weight",),
     }
 )
 
@@ -44,5 +45,5 @@ def expert_layouts(after: str) -> dict[str, Layout]:
     experts = Layout(stack=(0, 1), inp=(2,), out=(3,), index_after=(after, None), **own)
     return {
         rf"(.*\.)?{after}\..*\.experts\.(gate_up|down)_proj": experts,
-        rf"(.*\.)?{after}\..*\.mlp\.gate\.kernel": router,
+        rf"(.*\.)?{after}\.(.*\.)?mlp\.gate\.kernel": router,
     }

@@ -105,6 +105,7 @@ class Family:
             writes another layout than its modules have.
         single_experts: Where checkpoints hold experts one by one: by the end of a fused tensor's key the ends of the
             keys of its parts, with ``{}`` for the number of an expert.
+        converted: The model types of which PEFT converts LoRA on single experts to LoRA on fused ones.
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
         float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
@@ -131,6 +132,7 @@ class Family:
     moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     written: Mapping[str, str] = dataclasses.field(default_factory=dict)
     single_experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    converted: Collection[str] = ()
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     float32: str = ""
     replicable: Collection[str] = ()

@@ -195,6 +195,11 @@ class ModelHandle(Handle):
         """Name of the matrix of an attention module whose leaf carries adaption prompts; empty if there is none."""
         return self.family.adaption_carrier
 
+    @property
+    def single_experts(self) -> Mapping[str, tuple[str, ...]]:
+        """As `Family.single_experts`; empty for a model type of which PEFT converts no adapters."""
+        return self.family.single_experts if self.config.model_type in self.family.converted else {}
+
     def defaults(self, peft_type: str) -> Mapping[str, Any]:
         """PEFT's defaults for this model, by field of the method's config."""
         if issubclass(by_name(peft_type), PromptLearning):

@@ -31,6 +31,7 @@ MIXTRAL = Family(
     },
     sharding=SHARDING,
     single_experts=NAMES,
+    converted=("mixtral",),
     replicable=tuple(MixtralConfig.tasks),
     init_cache=decoder_cache,
 )

@@ -16,6 +16,7 @@ OLMOE = Family(
     peft_defaults=dict.fromkeys(OlmoeConfig.stems, {OTHERWISE: {}}),
     sharding=SHARDING,
     single_experts=USUAL_NAMES,
+    converted=("olmoe",),
     replicable=tuple(OlmoeConfig.tasks),
     init_cache=decoder_cache,
 )

@@ -16,6 +16,7 @@ QWEN_MOE = Family(
     peft_defaults=dict.fromkeys(QwenMoeConfig.stems, {OTHERWISE: {}}),
     sharding=SHARDING,
     single_experts=USUAL_NAMES,
+    converted=("qwen3_moe",),  # not Qwen2-MoE, which PEFT's table lacks
     replicable=tuple(QwenMoeConfig.tasks),
     init_cache=decoder_cache,
 )

@@ -1,0 +1,236 @@
+"""Mixtures of experts: products by group, files in both layouts, LoRA on experts as PEFT has it, bad input."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import ARCHITECTURES
+from conformance import close, same_files, tolerance
+from safetensors.numpy import load_file, save_file
+
+import peft_jax as pj
+from peft_jax.models.modules.grouped_products import grouped_product, product_in_blocks
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROWS = {"mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "qwen2_moe": "qwen3_moe", "olmoe": "olmoe"}
+DENSE = {"qwen3_moe": {"mlp_only_layers": [1]}}  # a dense layer among the others
+IDS = np.random.default_rng(0).integers(3, 50, (2, 9))
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "gate.weight"]}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One kind is compared, that with a dense layer among the others; with ``--grid`` all are."""
+    converted = "are_read_as" in metafunc.function.__name__  # names of its own in old files, or PEFT's table lacks it
+    with_grid = metafunc.config.getoption("--grid")
+    if "kind" in metafunc.fixturenames and converted:
+        metafunc.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"] if with_grid else ["mixtral", "qwen3_moe"])
+    elif "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", ROWS if with_grid else ["qwen3_moe"])
+
+
+def torch_model(kind: str) -> Any:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    row = ARCHITECTURES[ROWS[kind]]
+    torch.manual_seed(0)
+    fields = {**row.sizes, **row.model_types[kind], **DENSE.get(kind, {})}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields))
+    return moved(model.float().eval(), 0.15, list(model.parameters()))
+
+
+def moved(model: Any, noise: float, parameters: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
+def torch_logits(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.numpy()
+
+
+def logits(model: Any) -> np.ndarray:
+    return np.asarray(model(IDS).logits)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Any] = {}
+
+    def get(kind: str) -> Any:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            torch_model(kind).save_pretrained(made[kind])
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("rows", [3, 40, 300])
+def test_grouped_products_and_their_gradients(rows: int) -> None:
+    """Some groups are empty, others have more rows than a block; all are multiplied by the matrix of their group."""
+    random = np.random.default_rng(rows)
+    groups = np.sort(random.choice([0, 1, 3, 3, 3, 6], rows))
+    sizes = jnp.array(np.bincount(groups, minlength=7), jnp.int32)
+    x, w, dy = (jnp.array(random.normal(size=shape), jnp.float32) for shape in ((rows, 5), (7, 5, 4), (rows, 4)))
+    want = np.einsum("ri,rio->ro", x, np.asarray(w)[groups])
+    dx = np.einsum("ro,rio->ri", dy, np.asarray(w)[groups])
+    dw = np.zeros(w.shape)
+    np.add.at(dw, groups, np.einsum("ri,ro->rio", x, dy))
+    for product in (grouped_product, product_in_blocks):
+        y, pull = jax.vjp(lambda x, w, product=product: product(x, w, sizes), x, w)
+        for one, other in zip((y, *pull(dy)), (want, dx, dw), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, np.abs(other).max()))
+
+
+def test_backward_keeps_no_matrix_of_an_expert() -> None:
+    """Neither a slice of each block nor a copy: the frozen matrices themselves, and rows."""
+    x, w, sizes = jnp.ones((256, 32)), jnp.ones((4, 32, 48)), jnp.full(4, 64)
+    _, pull = jax.vjp(lambda x: product_in_blocks(x, w, sizes), x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size > x.size]
+    assert all(leaf.shape == w.shape for leaf in kept) and len(kept) <= 1, [leaf.shape for leaf in kept]
+
+
+def test_fused_checkpoints_are_read_like_those_of_single_experts(kind: str, folders: Any, tmp_path: Any) -> None:
+    model = torch_model(kind)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert any(key.endswith("gate_up_proj") for key in load_file(tmp_path / "model.safetensors"))
+    one, other = (pj.AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (tmp_path, folders(kind)))
+    assert one.config == other.config
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+def test_lora_on_experts_both_ways(kind: str, folders: Any, tmp_path: Any) -> None:
+    """One adapter for each expert, of the router, and of a module: the same logits, merged too, and the same files."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    base = torch_model(kind)
+    plain = torch_logits(base)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    torch.manual_seed(1)
+    moved(theirs, 0.2, [parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    want = torch_logits(theirs)
+    assert np.abs(want - plain).max() > 100 * tolerance(want), "the adapter is dead"
+    ours = pj.AutoModelForCausalLM.from_pretrained(folders(kind), dtype="float32")
+    model = pj.PeftModel.from_pretrained(ours, tmp_path / "theirs")
+    close(logits(model), want)
+    close(logits(model.merge_and_unload()), want)
+    model.save_pretrained(tmp_path / "ours")
+    same_files(tmp_path / "ours", tmp_path / "theirs")
+    fresh = pj.get_peft_model(ours, pj.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    close(logits(fresh), plain)
+    small = pj.AutoModelForCausalLM.from_pretrained(folders(kind), dtype="float32", load_in_8bit=True)
+    rounded = logits(pj.PeftModel.from_pretrained(small, tmp_path / "theirs"))
+    assert 0 < np.linalg.norm(rounded - want) / np.linalg.norm(want) < 0.1
+
+
+def test_gradients_of_adapters_on_experts(kind: str, folders: Any, tmp_path: Any) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    theirs = peft.get_peft_model(torch_model(kind), peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    torch.manual_seed(1)
+    moved(theirs, 0.2, [parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.train().save_pretrained(tmp_path)
+    theirs(torch.tensor(IDS), labels=torch.tensor(IDS)).loss.backward()
+    want = {
+        name.replace(".default", ""): parameter.grad.numpy()
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
+    base = pj.AutoModelForCausalLM.from_pretrained(folders(kind), dtype="float32")
+    model = pj.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    trainable, frozen = pj.partition(model)
+    grads = jax.grad(lambda own: pj.combine(own, frozen)(IDS, labels=IDS).loss)(trainable)
+    found = pj.get_peft_model_state_dict(pj.combine(grads, frozen))
+    assert found.keys() == want.keys()
+    largest = max(np.abs(one).max() for one in want.values())
+    for key in want:
+        np.testing.assert_allclose(found[key], want[key], rtol=0, atol=1e-5 * max(1, largest), err_msg=key)
+
+
+def test_bad_checkpoints_are_refused_in_one_line(folders: Any, tmp_path: Any) -> None:
+    tensors = load_file(folders("olmoe") / "model.safetensors")
+    config = json.loads((folders("olmoe") / "config.json").read_text())
+    expert = "model.layers.1.mlp.experts.2.up_proj.weight"
+    lacking = {key: tensor for key, tensor in tensors.items() if key != expert}
+    narrow = {**tensors, expert: tensors[expert][:-1]}
+    for bad, said, change in (
+        (lacking, f"missing: {expert}", {}),
+        (narrow, expert, {}),
+        (tensors, "mlp.gate.weight", {"num_experts": 5}),
+        (tensors, "missing", {"num_experts": 7}),
+    ):
+        save_file(bad, tmp_path / "model.safetensors", {"format": "pt"})
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match="do not fit its config.json") as caught:
+            pj.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert said in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
+def test_bad_adapters_are_refused_in_one_line(folders: Any, tmp_path: Any) -> None:
+    base = pj.AutoModelForCausalLM.from_pretrained(folders("olmoe"), dtype="float32")
+    pj.get_peft_model(base, pj.LoraConfig(**LORA, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    of_expert = next(key for key in tensors if key.endswith("experts.lora_A.weight"))
+    save_file({**tensors, of_expert: tensors[of_expert][:-2]}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit this base: .*experts\.lora_A\.weight has shape") as caught:
+        pj.PeftModel.from_pretrained(base, tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.gate' is no linear layer.*target_parameters"):
+        pj.get_peft_model(base, pj.LoHaConfig(target_modules=["gate"], task_type="CAUSAL_LM"))
+
+
+def single_experts(kind: str, folder: Any, targets: list[str]) -> dict[str, np.ndarray]:
+    """An adapter on experts one by one and on routers, as PEFT wrote it before transformers 5."""
+    row = ARCHITECTURES[ROWS[kind]]
+    n, hidden = row.sizes.get("num_local_experts", row.sizes.get("num_experts")), row.sizes["hidden_size"]
+    inner = row.sizes.get("moe_intermediate_size", row.sizes["intermediate_size"])
+    block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+    random, tensors = np.random.default_rng(3), {}
+    for layer in range(row.sizes["num_hidden_layers"]):
+        if layer in DENSE.get(kind, {}).get("mlp_only_layers", ()):
+            continue
+        front = f"base_model.model.model.layers.{layer}.{block}"
+        shapes = {}
+        for target in targets:
+            n_in, n_out = (inner, hidden) if target in ("w2", "down_proj") else (hidden, inner)
+            shapes |= {f"{front}.experts.{expert}.{target}": (n_in, n_out) for expert in range(n)}
+        shapes[f"{front}.gate"] = (hidden, n)
+        for name, (n_in, n_out) in shapes.items():
+            tensors[f"{name}.lora_A.weight"] = random.normal(0, 0.3, (2, n_in)).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = random.normal(0, 0.3, (n_out, 2)).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 3}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": [*targets, "gate"]}))
+    return tensors
+
+
+def test_adapters_on_single_experts_are_read_as_peft_reads_them(kind: str, folders: Any, tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    targets = ["w1", "w2", "w3"] if kind == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    single_experts(kind, tmp_path, targets)
+    theirs = peft.PeftModel.from_pretrained(torch_model(kind), tmp_path).eval()
+    ours = pj.AutoModelForCausalLM.from_pretrained(folders(kind), dtype="float32")
+    model = pj.PeftModel.from_pretrained(ours, tmp_path)
+    close(logits(model), torch_logits(theirs))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    same_files(tmp_path / "ours", tmp_path / "theirs")
+    for chosen in (["q_proj", *targets], "all-linear", rf".*\.({'|'.join(targets)})"):
+        options = {"r": 2, "target_modules": chosen, "task_type": "CAUSAL_LM"}
+        fresh = pj.get_peft_model(ours, pj.LoraConfig(**options))
+        other = peft.get_peft_model(torch_model(kind), peft.LoraConfig(**options))
+        shapes = {key: tuple(one.shape) for key, one in peft.get_peft_model_state_dict(other).items()}
+        assert {key: one.shape for key, one in pj.get_peft_model_state_dict(fresh).items()} == shapes
+    with pytest.raises(ValueError, match=f"names '{targets[0]}' without .* Name both, or neither"):
+        pj.get_peft_model(ours, pj.LoraConfig(target_modules=[targets[0]], task_type="CAUSAL_LM"))
