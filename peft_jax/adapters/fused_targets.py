@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from peft_jax.adapters.target_parameters import DECLARED
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf
 from peft_jax.core.targets import ALL_LINEAR, is_target
@@ -110,7 +111,7 @@ def _fuse(tensors: dict[str, np.ndarray], front: str, new: str, names: Sequence[
         parts.append(np.stack([tensors.pop(key) for key in keys]))
     owner, _, last = new.rpartition(".")
     # Where both tensors of the experts are adapted, PEFT's wrapper of the one that is declared first is inside.
-    is_inside = last != "down_proj" and _adapts_down(tensors, front, every)
+    is_inside = last != DECLARED[-1] and _adapts_down(tensors, front, every)
     key = f"{front}{owner}.{'base_layer.' if is_inside else ''}{role}.weight"
     if role == "lora_A":
         whole = np.concatenate(parts, axis=1)
@@ -131,7 +132,7 @@ WHOLE = "Take an undamaged copy of the file."
 def _adapts_down(tensors: Mapping[str, np.ndarray], front: str, every: Names) -> bool:
     """Whether the file has adapters of a layer's last projections, single ones or fused ones already."""
     for new, names in every.items():
-        if new.rpartition(".")[2] == "down_proj":
+        if new.rpartition(".")[2] == DECLARED[-1]:
             single = front + names[0].format(0).removesuffix("weight") + "lora_A.weight"
             return single in tensors or f"{front}{new.rpartition('.')[0]}.lora_A.weight" in tensors
     return False
