@@ -26,7 +26,7 @@ from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model
 from peft_jax.adapters.fused_targets import with_fused_adapters, with_fused_targets
 from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_sizes, may_be_target, plan
 from peft_jax.adapters.target_parameters import check_apart, parameters_of, with_parameters
-from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_adapters
+from peft_jax.core.adapted import Adapted, adapters, changed_layers, check_adapter_name, nested_adapters
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves
@@ -84,7 +84,7 @@ def get_peft_model_state_dict(
     for leaf, node in nodes:
         role = node.tag.role
         arrays = config.saved(node.params, node.state) if role is None else node.params
-        for entry in entries_of(Target(0, leaf, _hit(node), role), config, adapted):
+        for entry in entries_of(Target(0, leaf, changed_layers(node), role), config, adapted):
             if entry.key in owners:
                 raise ValueError(
                     f"The leaves '{owners[entry.key]}' and '{leaf.path}' both have the key '{entry.key}' in a file. "
@@ -97,7 +97,7 @@ def get_peft_model_state_dict(
         if role is None and save_embedding_layers:
             tensors |= base_tensors(leaf, config, at_the_ends(params, adapted))
         elif role == Whole(SAVED):
-            copies = copied_biases(leaf, _hit(node), config, tensors, adapter_name)
+            copies = copied_biases(leaf, changed_layers(node), config, tensors, adapter_name)
             tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
         tensors |= whole_embeddings(params, config) | trained_copies(params, config, tensors)
@@ -377,10 +377,6 @@ def _shared_tensor(row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
     return np.ascontiguousarray(part.T.astype(largest.tag.dtypes.get(row.suffix, part.dtype)))
 
 
-def _hit(node: Adapted) -> np.ndarray:
-    return np.asarray(node.state["hit"] if "hit" in node.state else node.state["rank"]) > 0
-
-
 def _hits(leaf: Leaf, node: Adapted) -> list[str]:
-    adapted = _hit(node)
+    adapted = changed_layers(node)
     return [str(leaf.names[index]) for index in np.ndindex(adapted.shape) if adapted[index]]

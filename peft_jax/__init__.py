@@ -17,11 +17,14 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.adapters import with_adapter_rows as with_adapter_rows
     from peft_jax.adapters import with_invocations as with_invocations
     from peft_jax.core.dropout import with_dropout as with_dropout
+    from peft_jax.core.dropout import without_dropout as without_dropout
     from peft_jax.core.layout import Layout as Layout
+    from peft_jax.core.merge import active_adapters as active_adapters
     from peft_jax.core.merge import delete_adapter as delete_adapter
     from peft_jax.core.merge import disable_adapter as disable_adapter
     from peft_jax.core.merge import merge as merge
     from peft_jax.core.merge import set_adapter as set_adapter
+    from peft_jax.core.merge import set_requires_grad as set_requires_grad
     from peft_jax.core.merge import unload as unload
     from peft_jax.core.partition import combine as combine
     from peft_jax.core.partition import partition as partition
@@ -52,6 +55,8 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from peft_jax.models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from peft_jax.models import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from peft_jax.models import get_layer_status as get_layer_status
+    from peft_jax.models import get_model_status as get_model_status
     from peft_jax.models import get_peft_model as get_peft_model
     from peft_jax.models import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from peft_jax.models import replace_lora_weights_loftq as replace_lora_weights_loftq

@@ -324,6 +324,18 @@ def nested_adapters(leaf: Any) -> dict[str, Adapted]:
     return found
 
 
+def changed_layers(leaf: Adapted) -> np.ndarray:
+    """Which of the layers that a leaf stands for its adapter changes: booleans of the leaf's stacked shape.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.ones((2, 2))}}, pj.LoraConfig(target_modules=["q"]))
+        >>> changed_layers(params["q"]["kernel"]).tolist()
+        True
+    """
+    return np.asarray(leaf.state["hit"] if "hit" in leaf.state else leaf.state["rank"]) > 0
+
+
 def adapters(tree: Any) -> dict[str, Any]:
     """Name and config of every adapter in a tree, in order of appearance.
 

@@ -61,6 +61,27 @@ def with_dropout(params: PyTree, key: jax.Array, *, base: bool = True) -> PyTree
     return map_adapted(switch_on, params)
 
 
+def without_dropout(params: PyTree) -> PyTree:
+    """The tree with dropout switched off everywhere: the inverse of `with_dropout`.
+
+    Args:
+        params: Any tree or model handle.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> cfg = pj.LoraConfig(target_modules=["q"], lora_dropout=0.5)
+        >>> params = with_dropout(pj.apply_lora({"q": {"kernel": jnp.ones((4, 4))}}, cfg), jax.random.key(1))
+        >>> has_dropout(params), has_dropout(without_dropout(params))
+        (True, False)
+    """
+
+    def switch_off(path: str, leaf: Adapted) -> Adapted:
+        state = {name: part for name, part in leaf.state.items() if name != "dropout"}
+        return dataclasses.replace(leaf, state=state)
+
+    return map_adapted(switch_off, params)
+
+
 def has_dropout(params: PyTree) -> bool:
     """Whether `with_dropout` switched it on in any leaf of a tree."""
     return any("dropout" in leaf.state for _, leaf in adapted_leaves(params))

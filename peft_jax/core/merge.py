@@ -1,12 +1,14 @@
 """Whole-tree operations: merge, unload, and switching adapters. All pure: each gives a new tree."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from peft_jax.core.adapted import Adapted, adapters, map_adapted
+from peft_jax.core.adapted import Adapted, adapted_leaves, adapters, is_adapted, map_adapted, nested_adapters
 from peft_jax.core.finite import holds_finite
+from peft_jax.core.handle import Handle
 from peft_jax.core.paths import dotted
 from peft_jax.core.weight import MergeError, dense_in_ensemble, is_weight
 
@@ -44,14 +46,67 @@ def unload(params: Any) -> Any:
     return map_adapted(lambda _, leaf: leaf.base, params)
 
 
-def set_adapter(params: Any, adapter_name: str) -> Any:
-    """The tree with one adapter active and all others not.
+def set_adapter(params: Any, adapter_name: str | Sequence[str], *, inference_mode: bool | None = None) -> Any:
+    """The tree with one adapter active, or several, and all others not.
+
+    Several are applied in the order of their names, each on the weight that the ones before it make.
+
+    Args:
+        params: A tree or model handle with the adapters.
+        adapter_name: Name of an adapter, or several.
+        inference_mode: Whether these are frozen from now on; None leaves that as it is.
 
     Raises:
-        ValueError: if the tree has no adapter of that name.
+        ValueError: if the tree has no adapter of a name, or a name is there twice.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> params = {"q": {"kernel": jax.numpy.eye(2)}}
+        >>> for name in "ab":
+        ...     params = pj.apply_lora(params, pj.LoraConfig(target_modules=["q"]), adapter_name=name)
+        >>> active_adapters(set_adapter(params, "b")), active_adapters(set_adapter(params, ["b", "a"]))
+        (['b'], ['b', 'a'])
     """
-    _known(params, adapter_name)
-    return map_adapted(lambda _, leaf: dataclasses.replace(leaf, active=leaf.tag.name == adapter_name), params)
+    names = _names(params, adapter_name)
+    new = map_adapted(lambda _, leaf: dataclasses.replace(leaf, active=leaf.tag.name in names), params)
+    new = _in_order(new, names)
+    return new if inference_mode is None else set_requires_grad(new, names, not inference_mode)
+
+
+def set_requires_grad(params: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> Any:
+    """The tree in which some adapters are trained while they are active, or are frozen.
+
+    Raises:
+        ValueError: if the tree has no adapter of a name, or a name is there twice.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> config = pj.LoraConfig(target_modules=["q"])
+        >>> params = pj.apply_lora({"q": {"kernel": jax.numpy.eye(2)}}, config)
+        >>> len(jax.tree.leaves(pj.partition(set_requires_grad(params, "default", False))[0]))
+        0
+    """
+    names = _names(params, adapter_names)
+
+    def trained(_: str, leaf: Adapted) -> Adapted:
+        return dataclasses.replace(leaf, trainable=requires_grad) if leaf.tag.name in names else leaf
+
+    return map_adapted(trained, params)
+
+
+def active_adapters(params: Any) -> list[str]:
+    """The names of the adapters that are active, in the order in which they are applied.
+
+    Example:
+        >>> active_adapters({"kernel": jax.numpy.eye(2)})
+        []
+    """
+    on_leaves: dict[str, list[str]] = {}
+    for path, leaf in adapted_leaves(params):
+        if leaf.active:
+            on_leaves.setdefault(path, []).append(leaf.tag.name)
+    most_first = sorted(on_leaves.values(), key=len, reverse=True)  # a leaf with several says in which order
+    return list(dict.fromkeys(name for names in most_first for name in names))
 
 
 def disable_adapter(params: Any) -> Any:
@@ -76,3 +131,34 @@ def delete_adapter(params: Any, adapter_name: str) -> Any:
 def _known(params: Any, adapter_name: str) -> None:
     if adapter_name not in (found := adapters(params)):
         raise ValueError(f"No adapter is named '{adapter_name}'. Found: {sorted(found)}.")
+
+
+def _names(params: Any, given: str | Sequence[str]) -> list[str]:
+    """One name or several as a list, all of them known and each there once."""
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        _known(params, name)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"Give one adapter's name, or several, each once: got {names}. Found: {sorted(adapters(params))}."
+        )
+    return names
+
+
+def _in_order(tree: Any, names: Sequence[str]) -> Any:
+    """The tree or handle whose leaves have these adapters outside of all others, the first of them innermost."""
+    if len(names) < 2:
+        return tree
+    if isinstance(tree, Handle):
+        return tree.replace(_in_order(tree.params, names))
+
+    def sorted_by_name(node: Any) -> Any:
+        nodes = list(nested_adapters(node).values())[::-1]  # the innermost first
+        if not nodes:
+            return node
+        base = nodes[0].base
+        for one in sorted(nodes, key=lambda one: names.index(one.tag.name) if one.active else -1):
+            base = dataclasses.replace(one, base=base)
+        return base
+
+    return jax.tree.map(sorted_by_name, tree, is_leaf=is_adapted)

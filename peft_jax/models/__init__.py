@@ -5,6 +5,10 @@ from peft_jax.models.bert.config import RobertaConfig as RobertaConfig
 from peft_jax.models.gemma.config import GemmaConfig as GemmaConfig
 from peft_jax.models.gemma4.config import Gemma4Config as Gemma4Config
 from peft_jax.models.gpt2.config import GPT2Config as GPT2Config
+from peft_jax.models.handles.adapter_status import TunerLayerStatus as TunerLayerStatus
+from peft_jax.models.handles.adapter_status import TunerModelStatus as TunerModelStatus
+from peft_jax.models.handles.adapter_status import get_layer_status as get_layer_status
+from peft_jax.models.handles.adapter_status import get_model_status as get_model_status
 from peft_jax.models.handles.auto import AutoModel as AutoModel
 from peft_jax.models.handles.auto import AutoModelForCausalLM as AutoModelForCausalLM
 from peft_jax.models.handles.auto import AutoModelForMaskedLM as AutoModelForMaskedLM

@@ -9,10 +9,8 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from peft_jax.adapt import adapt
-from peft_jax.core.handle import Handle
 from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
@@ -20,6 +18,7 @@ from peft_jax.methods.base import by_name
 from peft_jax.models.config import MASKED_LM, ModelConfig
 from peft_jax.models.defaults import method_defaults, prompt_sizes
 from peft_jax.models.family import Family
+from peft_jax.models.handles.inspection import Inspection
 from peft_jax.models.handles.prompted import apply_prompted
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.lazy_logits import LazyLogits
@@ -63,8 +62,8 @@ class Source:
         return hash(Source)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelHandle(Handle):
+@dataclasses.dataclass(frozen=True, repr=False)
+class ModelHandle(Inspection):
     """Base class of the handles of all tasks; a subclass adds the call, with its labels and outputs.
 
     Attributes:
@@ -151,14 +150,6 @@ class ModelHandle(Handle):
             id2label=self.source.id2label,
             max_shard_size=max_shard_size,
         )
-
-    def num_parameters(self) -> int:
-        """The number of elements of all parameters, quantized ones included; repeated layers count once."""
-        count = 0
-        for leaf in jax.tree.leaves(self.params, is_leaf=is_weight):
-            shape = leaf.stored_shape if is_weight(leaf) else leaf.shape
-            count += int(np.prod(shape))
-        return count
 
     @property
     def family(self) -> Family:

@@ -40,7 +40,7 @@ class CausalLMOutput(NamedTuple):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CausalLM(ModelHandle):
     """A causal language model; its parameters are its leaves, all else is static.
 

@@ -72,7 +72,7 @@ class FeatureOutput(NamedTuple):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SequenceClassifier(ModelHandle):
     """A classifier, or regressor, of texts.
 
@@ -137,7 +137,7 @@ class SequenceClassifier(ModelHandle):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TokenClassifier(ModelHandle):
     """A classifier of tokens."""
 
@@ -170,7 +170,7 @@ class TokenClassifier(ModelHandle):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuestionAnswerer(ModelHandle):
     """A model that finds the span of a text that answers a question."""
 
@@ -211,7 +211,7 @@ class QuestionAnswerer(ModelHandle):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FeatureExtractor(ModelHandle):
     """A bare model, whose outputs are its last hidden states."""
 
@@ -240,7 +240,7 @@ class FeatureExtractor(ModelHandle):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MaskedLM(ModelHandle):
     """A language model that fills in masked tokens."""
 

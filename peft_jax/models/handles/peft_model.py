@@ -9,14 +9,14 @@ import numpy as np
 
 from peft_jax.adapters.attach import apply_adapter
 from peft_jax.adapters.input_ids import reads_input_ids, with_input_ids
-from peft_jax.core.adapted import adapters
+from peft_jax.core.discarded import warn_if_discarded
 from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.precision import in_base_dtype
-from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
 from peft_jax.interop.base_file import write_base_file
 from peft_jax.methods.base import Method
+from peft_jax.models.handles.adapter_verbs import AdapterVerbs
 from peft_jax.models.handles.base import ModelHandle, register_handle
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.handles.encoders import (
@@ -72,8 +72,8 @@ def get_peft_model(
     return PeftModel.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 
 
-@dataclasses.dataclass(frozen=True)
-class PeftModel(ModelHandle):
+@dataclasses.dataclass(frozen=True, repr=False)
+class PeftModel(AdapterVerbs):
     """A model with adapters, which is called and generates like its base; each task has a subclass."""
 
     base: ClassVar[type[ModelHandle]]
@@ -110,11 +110,6 @@ class PeftModel(ModelHandle):
         adapted = load_adapter(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
         return cls.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 
-    @property
-    def peft_config(self) -> dict[str, Method]:
-        """The config of every adapter by its name."""
-        return adapters(self.params)
-
     def save_pretrained(  # type: ignore[override]
         self,
         directory: str | os.PathLike[str],
@@ -142,9 +137,65 @@ class PeftModel(ModelHandle):
             )
             write_base_file(adapter_folder(directory, name), self.source.gguf_file)
 
-    def print_trainable_parameters(self) -> None:
-        """Print PEFT's line of trainable and all parameters."""
-        print(trainable_parameters(self.params))
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Method,
+        *,
+        key: jax.Array | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> Self:
+        """The model with one fresh adapter more, which is not active while others are.
+
+        Args:
+            adapter_name: Its name.
+            peft_config: As in `get_peft_model`.
+            key: As there.
+            autocast_adapter_dtype: As there.
+
+        Raises:
+            ValueError: as `peft_jax.apply_adapter`; also if name and config are the wrong way round.
+        """
+        warn_if_discarded("model.add_adapter(...)")
+        if not isinstance(adapter_name, str):
+            raise ValueError(f"add_adapter takes a name and a config, got {adapter_name!r} as the name. Swap them.")
+        options: dict[str, Any] = {"key": key, "autocast_adapter_dtype": autocast_adapter_dtype}
+        return self._switched_as(get_peft_model(self, peft_config, adapter_name, **options))
+
+    def load_adapter(self, directory: str | os.PathLike[str], adapter_name: str, **options: Any) -> Self:
+        """The model with one adapter more from PEFT's files, which is not active while others are.
+
+        Args:
+            directory: Folder or hub id of the adapter.
+            adapter_name: Name to give it.
+            **options: As in `from_pretrained`, such as ``is_trainable=True``.
+
+        Raises:
+            FileNotFoundError: as `from_pretrained`.
+            ValueError: as there.
+
+        Example:
+            >>> import tempfile, peft_jax as pj
+            >>> from peft_jax.cli.demo_data import MODEL
+            >>> base = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+            >>> model = pj.get_peft_model(base, pj.LoraConfig(r=2, target_modules=["q_proj"]))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     model.save_pretrained(folder)
+            ...     model = model.load_adapter(folder, "again")
+            >>> sorted(model.peft_config), model.active_adapters
+            (['again', 'default'], ['default'])
+        """
+        warn_if_discarded("model.load_adapter(...)")
+        loaded = type(self).from_pretrained(self, directory, adapter_name=adapter_name, **options)
+        return self._switched_as(loaded)
+
+    def _switched_as(self, more: Any) -> Any:
+        """A model with one adapter more, with those active that are active here; all if there was none here."""
+        if not self.peft_config:
+            return more
+        active = self.active_adapters
+        params = set_adapter(more.params, active) if active else disable_adapter(more.params)
+        return more.replace(params)
 
     def merge_and_unload(self) -> Any:
         """The base model with its active adapters folded in, in dense arrays of the base's dtype."""
@@ -154,14 +205,6 @@ class PeftModel(ModelHandle):
         """The base model, bit-identical to the one that was adapted; quantized where that was."""
         return self.base_handle(unload(self.params))
 
-    def set_adapter(self, adapter_name: str) -> Self:
-        """The model with one adapter active and the others not."""
-        return self.replace(set_adapter(self.params, adapter_name))
-
-    def disable_adapter(self) -> Self:
-        """The model with no adapter active."""
-        return self.replace(disable_adapter(self.params))
-
     def base_handle(self, params: Any) -> Any:
         """A base model's handle on ``params``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -169,7 +212,7 @@ class PeftModel(ModelHandle):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PeftModelForCausalLM(PeftModel, CausalLM):
     """A causal language model with adapters."""
 
@@ -185,7 +228,7 @@ class PeftModelForCausalLM(PeftModel, CausalLM):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PeftModelForSeq2SeqLM(PeftModel, Seq2SeqLM):
     """A sequence-to-sequence language model with adapters."""
 
@@ -193,7 +236,7 @@ class PeftModelForSeq2SeqLM(PeftModel, Seq2SeqLM):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PeftModelForSequenceClassification(PeftModel, SequenceClassifier):
     """A classifier of texts with adapters."""
 
@@ -201,7 +244,7 @@ class PeftModelForSequenceClassification(PeftModel, SequenceClassifier):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PeftModelForTokenClassification(PeftModel, TokenClassifier):
     """A classifier of tokens with adapters."""
 
@@ -209,7 +252,7 @@ class PeftModelForTokenClassification(PeftModel, TokenClassifier):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PeftModelForQuestionAnswering(PeftModel, QuestionAnswerer):
     """A model that finds spans with adapters."""
 
@@ -217,7 +260,7 @@ class PeftModelForQuestionAnswering(PeftModel, QuestionAnswerer):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PeftModelForFeatureExtraction(PeftModel, FeatureExtractor):
     """A bare model with adapters."""
 
@@ -225,7 +268,7 @@ class PeftModelForFeatureExtraction(PeftModel, FeatureExtractor):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PeftModelForMaskedLM(PeftModel, MaskedLM):
     """A masked language model with adapters."""
 

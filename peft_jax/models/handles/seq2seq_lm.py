@@ -38,7 +38,7 @@ class Seq2SeqLMOutput(NamedTuple):
 
 
 @register_handle
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Seq2SeqLM(ModelHandle):
     """A sequence-to-sequence language model; its parameters are its leaves, all else is static.
 

@@ -1,0 +1,133 @@
+"""Parameters of a model under the names that they have in PyTorch: transformers', and PEFT's where it has adapters."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.adapted import Adapted, adapters, changed_layers, nested_adapters
+from peft_jax.core.handle import Handle
+from peft_jax.core.leaves import find_leaves
+from peft_jax.core.merge import unload
+from peft_jax.core.paths import named_leaves
+from peft_jax.core.weight import is_weight
+from peft_jax.interop.checkpoint import Row
+from peft_jax.interop.formats import FIXED, PREFIX
+from peft_jax.interop.tensors import get_peft_model_state_dict
+from peft_jax.methods.roles import REPLACED, SAVED, Whole
+from peft_jax.methods.trainable_tokens import Tokens
+
+
+class Parameter(NamedTuple):
+    """A parameter under PyTorch's name; the array is made when it is asked for.
+
+    Attributes:
+        name: Its key in PyTorch's ``state_dict``.
+        make: A function that gives it as a NumPy array, in PyTorch's orientation.
+        requires_grad: Whether it is trained.
+    """
+
+    name: str
+    make: Callable[[], np.ndarray]
+    requires_grad: bool
+
+
+def named(handle: Handle, rows: tuple[Row, ...]) -> Iterator[Parameter]:
+    """The parameters of a handle, the base's first, then each adapter's.
+
+    Args:
+        handle: A base model, or one with adapters.
+        rows: The tensors of its checkpoint.
+    """
+    tree: Any = handle.params
+    base = named_leaves(unload(tree), is_leaf=is_weight)
+    known = adapters(tree)
+    prefix = PREFIX if known else ""
+    inside = _inside(tree)
+    tensors = dict(_of_adapters(handle, known))
+    for row in rows:
+        for layer, key in enumerate(row.keys):
+            module, _, end = key.rpartition(".")
+            name = f"{prefix}{module}{inside.get(module, '')}.{end}"
+            if name not in tensors:
+                yield Parameter(name, partial(_tensor, base[row.path], row, layer), False)
+    for name, (array, trained) in tensors.items():
+        yield Parameter(name, partial(np.asarray, array), trained)
+
+
+def _tensor(leaf: Any, row: Row, layer: int) -> np.ndarray:
+    """One tensor of a base's leaf, dense."""
+    array = leaf.dense() if is_weight(leaf) else jnp.asarray(leaf)
+    one = np.asarray(array[layer] if row.stacked else array)
+    return np.ascontiguousarray(one.T if row.transposed else one)
+
+
+def _inside(tree: Any) -> dict[str, str]:
+    """The path that PEFT puts between a module's path and its base's parameters, by module."""
+    found: dict[str, str] = {}
+    for leaf in find_leaves(tree, None):
+        for node in nested_adapters(leaf.value).values():
+            part = _wrapper(node)
+            if not part:
+                continue
+            changed = changed_layers(node)
+            for index in np.ndindex(leaf.names.shape):
+                if np.all(changed[index] if changed.ndim else changed):
+                    found[str(leaf.names[index])] = part
+    return found
+
+
+def _wrapper(node: Adapted) -> str:
+    """The path of the base inside of PEFT's layer for one adapted leaf."""
+    role = node.tag.role
+    if role is None:
+        return "" if node.tag.config.on_model else ".base_layer"
+    if isinstance(role, Tokens):
+        return ".token_adapter.base_layer"
+    if isinstance(role, Whole) and role.name == SAVED:
+        return ".original_module"
+    return ".base_layer" if role == Whole(REPLACED) else ""
+
+
+def _of_adapters(handle: Handle, known: dict[str, Any]) -> Iterator[tuple[str, tuple[np.ndarray, bool]]]:
+    """Name, array and whether it is trained of the tensors of all adapters."""
+    tree = handle.params
+    leaves = find_leaves(tree, None)
+    modules = {str(name) for leaf in leaves for name in leaf.names.flat}
+    for adapter in known:
+        nodes = [(leaf, nested_adapters(leaf.value).get(adapter)) for leaf in leaves]
+        saved = set()
+        trained = False
+        for leaf, node in nodes:
+            if node is None:
+                continue
+            trained = trained or (node.active and node.trainable)
+            if node.tag.role == Whole(SAVED):
+                saved |= {str(name) for name in leaf.names.flat}
+        for key, array in get_peft_model_state_dict(handle, adapter, save_embedding_layers=False).items():
+            if np.issubdtype(array.dtype, np.integer):  # places, which are no parameter in PEFT's model
+                continue
+            yield _with_name(key, adapter, modules, saved), (array, trained and not key.endswith(FIXED))
+
+
+def _with_name(key: str, adapter: str, modules: set[str], saved: set[str]) -> str:
+    """The key of an adapter's tensor in a model, where it has the adapter's name."""
+    path = key.removeprefix(PREFIX)
+    module = path.rpartition(".")[0]
+    while module and module not in modules:
+        module = module.rpartition(".")[0]
+    if not module:
+        return f"{key}.{adapter}"
+    end = path[len(module) + 1 :]
+    if end.startswith("base_layer."):
+        return key
+    if module in saved:
+        return f"{PREFIX}{module}.modules_to_save.{adapter}.{end}"
+    first, *rest = end.split(".")
+    if first == "lora_magnitude_vector":  # a module in a model, and a tensor in a file
+        rest = ["weight"]
+    if first in ("token_adapter", "base_layer") and rest:
+        first, *rest = f"{first}.{rest[0]}", *rest[1:]
+    return PREFIX + ".".join([module, first, adapter, *rest])
