@@ -5,20 +5,24 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 from peft_jax.interop.conversion import without_start
 from peft_jax.interop.files import save_tensors
 from peft_jax.interop.formats import PEFT_VERSION, ROWS, WEIGHTS_FILE
+from peft_jax.interop.keys import renamed
 from peft_jax.interop.patterns import in_file_order, warn_of_sorted_patterns
 from peft_jax.interop.tensors import adapter_config, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from peft_jax.adapters.attach import apply_adapter
 from peft_jax.core.finite import non_finite
 from peft_jax.core.handle import Handle
+from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.short_errors import short_errors
 from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
@@ -104,6 +108,10 @@ def load_adapter(
     layout: Layouts | None = None,
     fn: Callable[..., Any] | None = None,
     args: Sequence[Any] = (),
+    config: PeftConfig | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    **hub: Unpack[HubOptions],
 ) -> T:
     """A new tree or handle with an adapter that PEFT, or `save_adapter`, wrote.
 
@@ -112,12 +120,18 @@ def load_adapter(
 
     Args:
         params: The base: a tree or a model handle.
-        directory: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or an id on the hub.
         adapter_name: Name to give the adapter.
         is_trainable: Whether it is to be trained on.
         layout: As in `peft_jax.apply_adapter`, for a bare tree.
         fn: As there. Give it where it was given when the adapter was attached.
         args: As there.
+        config: The adapter's config, instead of the one in the folder.
+        key_mapping: Replacements of parts of keys by regexes, before the file is read; the first that matches a key is
+            applied. A key has no ``base_model.model.`` in front there, as in PEFT.
+        ignore_mismatched_sizes: Whether tensors of other shapes than the base asks for are left out, with a warning;
+            these arrays are initialized as those of a fresh adapter.
+        **hub: Where on the hub, as `peft_jax.core.hub.HubOptions` says.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -125,21 +139,32 @@ def load_adapter(
             that are not finite; nothing is loaded in part.
     """
     with short_errors():
-        return _loaded(params, directory, adapter_name, is_trainable, {"layout": layout, "fn": fn, "args": args})
-
-
-def _loaded(
-    params: T, directory: str | os.PathLike[str], adapter_name: str, is_trainable: bool, options: dict[str, Any]
-) -> T:
-    """`load_adapter`, with errors of any length."""
-    config = PeftConfig.from_pretrained(directory)
-    if not isinstance(config, Method) or config.peft_type not in ROWS:
-        raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
-    config = dataclasses.replace(config, inference_mode=not is_trainable)
-    tensors = _read(pathlib.Path(directory) / WEIGHTS_FILE)
-    loaded = set_peft_model_state_dict(params, config, tensors, adapter_name=adapter_name, **options)
+        folder = find_folder(directory, ADAPTER_FILES, hub)
+        if config is None:
+            config = PeftConfig.from_pretrained(folder)
+        if not isinstance(config, Method) or config.peft_type not in ROWS:
+            raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
+        config = dataclasses.replace(config, inference_mode=not is_trainable)
+        tensors = renamed(_read(folder / WEIGHTS_FILE), key_mapping or {})
+        if ignore_mismatched_sizes:
+            tensors = _fitting(params, config, tensors, {"layout": layout, "fn": fn, "args": args})
+        loaded = set_peft_model_state_dict(
+            params, config, tensors, adapter_name=adapter_name, layout=layout, fn=fn, args=args
+        )
     warn_of_sorted_patterns(config, tensors)
     return loaded
+
+
+def _fitting(
+    params: object, config: Method, tensors: dict[str, np.ndarray], options: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The tensors of a file, those of other shapes than a fresh adapter's exchanged for these."""
+    fresh = get_peft_model_state_dict(apply_adapter(params, config, **options), save_embedding_layers=False)
+    unlike = [key for key, tensor in tensors.items() if key in fresh and fresh[key].shape != tensor.shape]
+    if unlike:
+        told = ", ".join(f"{key} {tensors[key].shape}, not {fresh[key].shape}" for key in unlike)
+        warnings.warn(f"Tensors of other sizes are not loaded and start afresh: {told}.", stacklevel=3)
+    return {**tensors, **{key: fresh[key] for key in unlike}}
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:

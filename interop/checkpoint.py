@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +27,7 @@ from peft_jax.interop.files import (
 from peft_jax.interop.packed_codes import Codes, Kept, Packed, kept_weight
 
 from peft_jax.core.finite import holds_finite
+from peft_jax.core.hub import HubOptions, find_folder
 from peft_jax.core.weight import is_weight
 
 __all__ = ["Row", "find_checkpoint", "load_params", "open_tensors", "read_config", "save_checkpoint"]
@@ -94,31 +94,23 @@ class Row(NamedTuple):
 Convert = Callable[[str, jax.Array], Any]
 
 
-def find_checkpoint(name_or_path: Path, files: Sequence[str] = HUB_FILES) -> pathlib.Path:
+def find_checkpoint(
+    name_or_path: Path, files: Sequence[str] = HUB_FILES, options: HubOptions | None = None
+) -> pathlib.Path:
     """Return the folder of a checkpoint, which is downloaded if it is an id on the Hugging Face hub.
 
     Args:
         name_or_path: Folder or id.
         files: Patterns of the files to download.
+        options: Where on the hub.
 
     Raises:
         FileNotFoundError: if there is no such folder and no such id, or the hub cannot be reached.
     """
-    folder = pathlib.Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    name = os.fspath(name_or_path)
-    if folder.suffix == ".gguf" and folder.is_file():
-        raise FileNotFoundError(f"'{name}' is no folder. Name '{folder.parent}', and gguf_file='{folder.name}' in it.")
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise FileNotFoundError(f"No folder '{name}'. Name a checkpoint's folder, or an id 'owner/name' on the hub.")
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:  # the hub's errors are kinds of these
-        raise FileNotFoundError(
-            f"'{name}' is neither a folder nor can it be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}). Check the spelling, the network and, for a gated model, your access token."
-        ) from error
+    file = pathlib.Path(name_or_path)
+    if file.suffix == ".gguf" and file.is_file():
+        raise FileNotFoundError(f"'{file}' is no folder. Name '{file.parent}', and gguf_file='{file.name}' in it.")
+    return find_folder(name_or_path, files, options, kind="a checkpoint's folder")
 
 
 def load_params(

@@ -3,6 +3,10 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
+from peft_jax.interop.formats import PREFIX
+
+from peft_jax.core.bounded_regex import compiled
+
 T = TypeVar("T")
 
 # What trainers put into the names of modules, and what does it.
@@ -15,6 +19,38 @@ WRAPPERS = {
 }
 MAGNITUDE = ".lora_magnitude_vector"
 SHOWN = 4  # how many problems an error lists
+
+
+def renamed(tensors: Mapping[str, T], key_mapping: Mapping[str, str]) -> dict[str, T]:
+    """The tensors of a file under other keys: PEFT's ``key_mapping``.
+
+    Args:
+        tensors: Tensors by key.
+        key_mapping: Replacements by regex, for keys without PEFT's prefix; the first that matches a key is applied.
+
+    Raises:
+        ValueError: if an expression is none, or two tensors get one key.
+
+    Example:
+        >>> list(renamed({"base_model.model.old.q.lora_A.weight": 1}, {"^old": "model.layers.0"}))
+        ['base_model.model.model.layers.0.q.lora_A.weight']
+    """
+    patterns = {compiled(pattern, "a key of key_mapping"): new for pattern, new in key_mapping.items()}
+    found: dict[str, T] = {}
+    for key, tensor in tensors.items():
+        plain = key.removeprefix(PREFIX)
+        prefix = key.removesuffix(plain)
+        for pattern, new in patterns.items():
+            changed, count = pattern.subn(new, plain)
+            if count:
+                plain = changed
+                break
+        if prefix + plain in found:
+            raise ValueError(
+                f"key_mapping gives two tensors the key '{prefix + plain}'. Make its expressions narrower."
+            )
+        found[prefix + plain] = tensor
+    return found
 
 
 def without_adapter_name(tensors: Mapping[str, T], adapter_name: str) -> dict[str, T]:

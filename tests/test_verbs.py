@@ -266,3 +266,18 @@ def test_a_model_prints_no_weights(base: Path) -> None:
     count = f"{model.num_parameters():,} parameters"
     expected = f"<PeftModelForCausalLM '{base}'; LlamaForCausalLM; {count}; adapter 'mine': LORA, not active>"
     assert repr(model.disable_adapter()) == expected and repr(model) == expected.replace(", not active", "")
+
+
+def test_each_row_has_its_adapter_by_pefts_spelling(two: tuple[Any, Any]) -> None:
+    theirs, ours = two
+    rows = ["b", "__base__"]
+    assert list(theirs.peft_config) == list(ours.peft_config)
+    single = {name: ours.set_adapter("b") if name == "b" else ours.disable_adapter() for name in rows}
+    expected = np.stack([logits(single[name])[row] for row, name in enumerate(rows)])
+    close(np.asarray(ours(IDS, adapter_names=rows).logits), expected)
+    tokens = ours.generate(IDS, adapter_names=rows, max_new_tokens=4)
+    for row, name in enumerate(rows):
+        alone = single[name].generate(IDS[row : row + 1], max_new_tokens=4)
+        np.testing.assert_array_equal(tokens[row, : alone.shape[1]], alone[0])
+    with pytest.raises(ValueError, match="No adapters are named \\['x'\\]"):
+        ours(IDS, adapter_names=["x", "b"])

@@ -7,10 +7,9 @@ import dataclasses
 import importlib
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
+from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
@@ -112,14 +112,18 @@ class PeftConfig:
         return dict(fields)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
-        """Read ``adapter_config.json`` from a folder.
+    def from_pretrained(cls, directory: str | os.PathLike[str], **options: Unpack[HubOptions]) -> Self:
+        """Read ``adapter_config.json`` from a folder, or from a repository of the Hugging Face hub.
+
+        Args:
+            directory: Folder, or id on the hub.
+            **options: Where on the hub, as `peft_jax.core.hub.HubOptions` says.
 
         Raises:
-            FileNotFoundError: if the folder holds no ``adapter_config.json``.
+            FileNotFoundError: if there is no such folder or id, or it holds no ``adapter_config.json``.
             ValueError: if it is not a JSON object, or as in `from_dict`.
         """
-        path = pathlib.Path(directory) / CONFIG_FILE
+        path = find_folder(directory, ADAPTER_FILES, options) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"No {CONFIG_FILE} in '{directory}'. Give the folder of a saved adapter.")
         rule = "Save the adapter again."

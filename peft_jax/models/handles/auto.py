@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.hub import HubOptions
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.gguf_checkpoint import base_config, base_files
@@ -22,6 +23,7 @@ from peft_jax.models.handles.encoders import (
 )
 from peft_jax.models.handles.label_losses import PROBLEMS
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
+from peft_jax.models.handles.transformers_keywords import element_type, hub_options
 from peft_jax.models.registry import family_of
 from peft_jax.models.weights_io import read_generation_config, read_model
 from peft_jax.quant.bitsandbytes_config import BitsAndBytesConfig
@@ -47,6 +49,8 @@ class AutoHandle:
         gguf_file: str | None = None,
         remat: bool = False,
         key: jax.Array | None = None,
+        torch_dtype: Any = None,
+        **keywords: Any,
     ) -> Any:
         """Read a Hugging Face checkpoint; a head (or pooler) that it lacks is initialized at random, with a warning.
 
@@ -67,6 +71,10 @@ class AutoHandle:
                 weight of `peft_jax.quant` holds them exactly, as transformers keeps them. The others are dequantized.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
+            torch_dtype: Another name of ``dtype``.
+            **keywords: Where on the hub, as `peft_jax.core.hub.HubOptions` says: ``revision``, ``subfolder``,
+                ``token``, ``cache_dir``, ``local_files_only``. Other arguments of transformers are an error that says
+                what to write instead, unless they ask for what is done here in any case.
 
         Raises:
             FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
@@ -76,7 +84,8 @@ class AutoHandle:
         return cls._read(
             name_or_path,
             remat,
-            dtype=dtype,
+            hub_options(keywords),
+            dtype=element_type(dtype, torch_dtype),
             load_in_8bit=load_in_8bit,
             load_in_4bit=load_in_4bit,
             quantization_config=quantization_config,
@@ -118,10 +127,15 @@ class AutoHandle:
 
     @classmethod
     def _read(
-        cls, name_or_path: Path, remat: bool, id2label: Mapping[int, str] | None = None, **options: Any
+        cls,
+        name_or_path: Path,
+        remat: bool,
+        hub: HubOptions,
+        id2label: Mapping[int, str] | None = None,
+        **options: Any,
     ) -> ModelHandle:
         gguf_file = options.get("gguf_file")
-        folder = find_checkpoint(name_or_path, base_files(gguf_file))
+        folder = find_checkpoint(name_or_path, base_files(gguf_file), hub)
         config, params, fresh = read_model(folder, task_type=cls.handle.task, **options)
         saved_labels = base_config(folder, gguf_file).get("id2label") or {}
         if id2label is None and len(saved_labels) == config.num_labels:
@@ -189,6 +203,8 @@ class _AutoClassifier(AutoHandle):
         gguf_file: str | None = None,
         remat: bool = False,
         key: jax.Array | None = None,
+        torch_dtype: Any = None,
+        **keywords: Any,
     ) -> Any:
         """Read a Hugging Face checkpoint; a head that it lacks is initialized at random, with a warning.
 
@@ -210,6 +226,10 @@ class _AutoClassifier(AutoHandle):
                 weight of `peft_jax.quant` holds them exactly, as transformers keeps them. The others are dequantized.
             remat: Whether backward recomputes each layer instead of keeping its activations.
             key: Random key of a head that the checkpoint lacks; None means ``jax.random.key(0)``.
+            torch_dtype: Another name of ``dtype``.
+            **keywords: Where on the hub, as `peft_jax.core.hub.HubOptions` says: ``revision``, ``subfolder``,
+                ``token``, ``cache_dir``, ``local_files_only``. Other arguments of transformers are an error that says
+                what to write instead, unless they ask for what is done here in any case.
 
         Raises:
             FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
@@ -234,8 +254,9 @@ class _AutoClassifier(AutoHandle):
         return cls._read(
             name_or_path,
             remat,
+            hub_options(keywords),
             id2label,
-            dtype=dtype,
+            dtype=element_type(dtype, torch_dtype),
             load_in_8bit=load_in_8bit,
             load_in_4bit=load_in_4bit,
             quantization_config=quantization_config,

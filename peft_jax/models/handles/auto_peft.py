@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.interop.base_file import read_base_file
 from peft_jax.methods.base import PeftConfig
 from peft_jax.models.handles import auto
@@ -18,32 +19,50 @@ class AutoPeftModel:
     def from_pretrained(
         cls,
         directory: str | os.PathLike[str],
-        *,
-        is_trainable: bool = False,
         adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        *,
+        subfolder: str | None = None,
         **options: Any,
     ) -> Any:
         """The base model with the adapter, and with as many tokens as that was trained with.
 
         Args:
-            directory: Folder of the adapter.
-            is_trainable: Whether its arrays are trainable.
+            directory: Folder of the adapter, or an id on the Hugging Face hub.
             adapter_name: Name to give it.
-            **options: For the base model's ``from_pretrained``, e.g. ``load_in_8bit=True`` or ``num_labels=3``.
+            is_trainable: Whether its arrays are trainable.
+            config: Its config, instead of the one in the folder.
+            revision: Branch, tag or commit of the adapter; the base's is in the adapter's config.
+            subfolder: Folder of the adapter in the repository.
+            **options: For the base model's ``from_pretrained``, e.g. ``load_in_8bit=True`` or ``num_labels=3``;
+                ``token``, ``cache_dir`` and ``local_files_only`` are for both.
 
         Raises:
             ValueError: if the config names no base model; also as `PeftModel.from_pretrained`.
         """
-        base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+        hub: HubOptions = {"revision": revision, "subfolder": subfolder}
+        for name in ("token", "cache_dir", "local_files_only"):
+            if name in options:
+                hub[name] = options[name]
+        folder = find_folder(directory, ADAPTER_FILES, hub)
+        if config is None:
+            config = PeftConfig.from_pretrained(folder)
+        base = config.base_model_name_or_path
         if not base:
             raise ValueError(
                 f"The adapter in '{directory}' names no base model. Load the base yourself and write "
                 "pj.PeftModel.from_pretrained(model, directory)."
             )
-        gguf_file = read_base_file(directory)
-        model = cls.auto.from_pretrained(base, **{**({"gguf_file": gguf_file} if gguf_file else {}), **options})
-        model = model.resized_for(directory)
-        return PeftModel.from_pretrained(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+        given: dict[str, Any] = {}
+        if gguf_file := read_base_file(folder):
+            given["gguf_file"] = gguf_file
+        if config.revision and not os.path.isdir(base):
+            given["revision"] = config.revision
+        model = cls.auto.from_pretrained(base, **{**given, **options})
+        model = model.resized_for(folder)
+        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -5,12 +5,13 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.adapt import adapt
+from peft_jax.adapters.per_row import with_adapter_rows
 from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
@@ -18,8 +19,10 @@ from peft_jax.methods.base import by_name
 from peft_jax.models.config import MASKED_LM, ModelConfig
 from peft_jax.models.defaults import method_defaults, prompt_sizes
 from peft_jax.models.family import Family
+from peft_jax.models.handles.batches import as_batch
 from peft_jax.models.handles.inspection import Inspection
 from peft_jax.models.handles.prompted import apply_prompted
+from peft_jax.models.hub_upload import PushOptions, model_card, push
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.outputs import ModelOutput
@@ -89,13 +92,20 @@ class ModelHandle(Inspection):
         output_hidden_states: bool,
         head: bool = True,
         task_ids: jax.Array | None = None,
+        adapter_names: Sequence[str] | None = None,
         **arrays: Any,
     ) -> ModelOutput:
         """Run the architecture, compiled once per shape; the other arrays are those of `ForwardInputs`.
 
+        With ``adapter_names`` each row has its own adapter, as in `peft_jax.with_adapter_rows`.
+
         Without the head, an option of language models, the output's logits are `LazyLogits`.
         """
+        if adapter_names is not None:
+            by_row = self.replace(with_adapter_rows(self.params, adapter_names))
+            return by_row.run(input_ids, output_hidden_states, head, task_ids, **arrays)
         ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
+        arrays = {name: as_batch(array, name) for name, array in arrays.items()}
         for name, rows in (("position_ids", self._position_rows()), ("token_type_ids", self.config.type_rows)):
             array = arrays.get(name)
             if array is None or rows is None:
@@ -150,6 +160,29 @@ class ModelHandle(Inspection):
             id2label=self.source.id2label,
             max_shard_size=max_shard_size,
         )
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Write the model and a card, and upload them to a repository of the Hugging Face hub.
+
+        Args:
+            repo_id: The repository, which is made if need be.
+            **options: As `peft_jax.models.hub_upload.PushOptions` says.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            FileNotFoundError: if the hub cannot be reached, or refuses.
+            ValueError: as `save_pretrained`.
+        """
+        if options.pop("selected_adapters", None) is not None:
+            raise ValueError("selected_adapters= is for a model with adapters. Leave it out.")
+
+        def write(folder: str) -> str:
+            self.save_pretrained(folder)
+            return model_card(self)
+
+        return push(repo_id, write, options)
 
     @property
     def family(self) -> Family:
@@ -287,6 +320,7 @@ def token_ids(ids: Any, vocabulary: int, name: str = "input_ids") -> jax.Array:
     Raises:
         ValueError: if an id is not one of the vocabulary.
     """
+    ids = as_batch(ids, name)
     if bounds := is_outside(ids, vocabulary):
         raise ValueError(
             f"{name} are from {bounds[0]} to {bounds[1]}, but the vocabulary has ids 0 to {vocabulary - 1}. "

@@ -1,13 +1,14 @@
 """Causal language models: next-token loss and generation."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.adapters.per_row import with_adapter_rows
 from peft_jax.models.config import CAUSAL_LM
 from peft_jax.models.generation.causal import continue_prompts
 from peft_jax.models.generation.decode import Streamer
@@ -18,6 +19,7 @@ from peft_jax.models.handles.base import (
     register_handle,
     token_ids,
 )
+from peft_jax.models.handles.batches import as_batch
 from peft_jax.models.handles.label_losses import shifted_mean_cross_entropy, token_labels
 from peft_jax.models.modules.outputs import HiddenStates
 from peft_jax.prompts.base import task_array, with_virtual_labels
@@ -67,6 +69,7 @@ class CausalLM(ModelHandle):
         input_type_mask: jax.Array | np.ndarray | None = None,
         output_hidden_states: bool = False,
         lazy_logits: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> CausalLMOutput:
         """Logits at all positions, compiled once per shape.
 
@@ -89,6 +92,7 @@ class CausalLM(ModelHandle):
             output_hidden_states: Whether to return the hidden states.
             lazy_logits: Whether to return `LazyLogits`, from which `peft_jax.train.cross_entropy` computes the loss
                 without holding all logits.
+            adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
 
         Raises:
             ValueError: if labels are given beside lazy_logits, or input_type_mask without labels; also for inputs of a
@@ -96,7 +100,8 @@ class CausalLM(ModelHandle):
         """
         if lazy_logits and labels is not None:
             raise ValueError("lazy_logits=True leaves the loss to peft_jax.train.cross_entropy. Leave labels out.")
-        labels = None if labels is None else token_labels(labels, self.config.vocab_size)
+        labels = None if labels is None else token_labels(as_batch(labels, "labels"), self.config.vocab_size)
+        input_ids = as_batch(input_ids, "input_ids")
         model = self.prepared_for(input_ids, segment_ids)
         out = model.run(
             input_ids,
@@ -107,6 +112,7 @@ class CausalLM(ModelHandle):
             position_ids=position_ids,
             segment_ids=segment_ids,
             task_ids=task_array(self.params, task_ids),
+            adapter_names=adapter_names,
         )
         types = None if input_type_mask is None else jnp.asarray(input_type_mask)
         if types is not None and labels is None:
@@ -132,18 +138,20 @@ class CausalLM(ModelHandle):
         task_ids: jax.Array | np.ndarray | None = None,
         generation_config: Mapping[str, Any] | None = None,
         streamer: Streamer | None = None,
+        adapter_names: Sequence[str] | None = None,
         **options: Unpack[GenerateKeywords],
     ) -> jax.Array:
         """Prompts with their continuations, in one compiled program per shape.
 
         Args:
-            input_ids: Prompts ``(batch, length)``, padded on the left.
+            input_ids: Prompts ``(batch, length)``, padded on the left; a list of ids is one prompt.
             attention_mask: 0 on the padding. None takes ``pad_token_id`` for padding, unless that token ends a row too.
             key: Random key for sampling; None means ``jax.random.key(0)``.
             task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             generation_config: Used instead of the contents of generation_config.json; ``{}`` ignores that file.
             streamer: Receives the prompts, then each token as soon as it is decoded: its ``put`` is called with them,
                 and at the end its ``end``. transformers' streamers fit. Chunks are decoded in a program of their own.
+            adapter_names: Each prompt's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
             **options: The fields of `peft_jax.models.generation.generate_options.GenerateOptions`.
 
         Returns:
@@ -155,8 +163,11 @@ class CausalLM(ModelHandle):
                 asks for an option that is not supported.
         """
         chosen = from_keywords(options, self.generate)
-        model = self.prepared_for(input_ids)
         ids = token_ids(input_ids, self.config.vocab_size)
+        attention_mask = as_batch(attention_mask, "attention_mask")
+        model = self.prepared_for(ids)
+        if adapter_names is not None:
+            model = with_adapter_rows(model, adapter_names)
         if generation_config is None:
             generation_config = self.generation_config
         params = (model.params, task_array(model.params, task_ids))

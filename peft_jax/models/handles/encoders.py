@@ -1,6 +1,7 @@
 """Handles of encoders' tasks: classes of texts and of tokens, spans, features, and masked tokens."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -99,6 +100,7 @@ class SequenceClassifier(ModelHandle):
         labels: Ids = None,
         task_ids: Ids = None,
         output_hidden_states: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> ClassifierOutput:
         """Logits of each text, compiled once per shape.
 
@@ -114,6 +116,7 @@ class SequenceClassifier(ModelHandle):
                 of one text; the config's ``problem_type`` says which, or if it is None their type.
             task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             output_hidden_states: Whether to return the hidden states.
+            adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
 
         Raises:
             ValueError: if a shape, an id or a label does not fit.
@@ -125,6 +128,7 @@ class SequenceClassifier(ModelHandle):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
+            adapter_names=adapter_names,
             task_ids=task_array(self.params, task_ids),
         )
         loss = None
@@ -154,6 +158,7 @@ class TokenClassifier(ModelHandle):
         labels: Ids = None,
         task_ids: Ids = None,
         output_hidden_states: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> ClassifierOutput:
         """Logits of each token; arguments as those of `SequenceClassifier`, labels are classes ``(batch, length)``."""
         out = self.run(
@@ -163,6 +168,7 @@ class TokenClassifier(ModelHandle):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
+            adapter_names=adapter_names,
             task_ids=task_array(self.params, task_ids),
         )
         loss = None if labels is None else token_loss(self, out.logits, class_labels(labels, self.config.num_labels))
@@ -187,6 +193,7 @@ class QuestionAnswerer(ModelHandle):
         start_positions: Ids = None,
         end_positions: Ids = None,
         output_hidden_states: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> SpanOutput:
         """Logits of the answer's ends; arguments as those of `SequenceClassifier`.
 
@@ -200,6 +207,7 @@ class QuestionAnswerer(ModelHandle):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
+            adapter_names=adapter_names,
         )
         starts, ends = out.logits[..., 0], out.logits[..., 1]
         if (start_positions is None) != (end_positions is None):
@@ -226,6 +234,7 @@ class FeatureExtractor(ModelHandle):
         position_ids: Ids = None,
         inputs_embeds: Ids = None,
         output_hidden_states: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> FeatureOutput:
         """Features of each token and, with a pooler, of the text; arguments as those of `SequenceClassifier`."""
         out = self.run(
@@ -235,6 +244,7 @@ class FeatureExtractor(ModelHandle):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
+            adapter_names=adapter_names,
         )
         return FeatureOutput(out.last_hidden_state, out.pooler_output, out.hidden_states)
 
@@ -256,6 +266,7 @@ class MaskedLM(ModelHandle):
         inputs_embeds: Ids = None,
         labels: Ids = None,
         output_hidden_states: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> ClassifierOutput:
         """Logits of each token; arguments as those of `SequenceClassifier`, labels are ids ``(batch, length)``."""
         out = self.run(
@@ -265,6 +276,7 @@ class MaskedLM(ModelHandle):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
+            adapter_names=adapter_names,
         )
         loss = None if labels is None else token_loss(self, out.logits, class_labels(labels, self.config.vocab_size))
         return ClassifierOutput(out.logits, loss, out.hidden_states)

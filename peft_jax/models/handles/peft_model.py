@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, Unpack
 
 import jax
 import numpy as np
@@ -10,12 +11,13 @@ import numpy as np
 from peft_jax.adapters.attach import apply_adapter
 from peft_jax.adapters.input_ids import reads_input_ids, with_input_ids
 from peft_jax.core.discarded import warn_if_discarded
+from peft_jax.core.hub import HubOptions
 from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.precision import in_base_dtype
 from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
 from peft_jax.interop.base_file import write_base_file
-from peft_jax.methods.base import Method
+from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.models.handles.adapter_verbs import AdapterVerbs
 from peft_jax.models.handles.base import ModelHandle, register_handle
 from peft_jax.models.handles.causal_lm import CausalLM
@@ -27,6 +29,8 @@ from peft_jax.models.handles.encoders import (
     TokenClassifier,
 )
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
+from peft_jax.models.handles.transformers_keywords import check_device
+from peft_jax.models.hub_upload import PushOptions, adapter_card, push
 from peft_jax.prompts.attach_prompt import attach_prompt
 from peft_jax.prompts.base import PromptMethod
 
@@ -89,45 +93,89 @@ class PeftModel(AdapterVerbs):
         cls,
         model: ModelHandle,
         directory: str | os.PathLike[str],
-        *,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        *,
         autocast_adapter_dtype: bool = True,
+        key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        torch_device: str | None = None,
+        low_cpu_mem_usage: bool = False,
+        ephemeral_gpu_offload: bool = False,
+        **hub: Unpack[HubOptions],
     ) -> Any:
         """The model with an adapter from PEFT's files (`peft_jax.interop.load_adapter`).
 
         Args:
             model: The base model, or one with other adapters.
-            directory: Folder of the adapter.
+            directory: Folder of the adapter, or an id on the Hugging Face hub; from its cache where there is no
+                network.
             adapter_name: Name to give it.
             is_trainable: Whether its arrays are trainable.
+            config: Its config, instead of the one in the folder.
             autocast_adapter_dtype: Whether it is float32 on a base of half precision, else in the base's dtype.
+            key_mapping: Replacements of parts of keys by regexes, as in `peft_jax.interop.load_adapter`.
+            ignore_mismatched_sizes: Whether tensors of other shapes are left out and start afresh, with a warning.
+            torch_device: Must name the kind of device that the base is on, where the adapter's arrays go in any case.
+            low_cpu_mem_usage: Changes nothing: no array is initialized that the file has.
+            ephemeral_gpu_offload: Must be False: there is no offloading.
+            **hub: Where on the hub, as `peft_jax.core.hub.HubOptions` says: ``subfolder``, ``revision``, ``token``,
+                ``cache_dir``, ``local_files_only``.
 
         Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if the file does not fit this base, or is not supported.
+            FileNotFoundError: if a file is missing, or the hub cannot be reached and its cache has no copy.
+            ValueError: if the file does not fit this base, or an argument is not supported.
         """
-        adapted = load_adapter(model, directory, adapter_name=adapter_name, is_trainable=is_trainable)
+        if ephemeral_gpu_offload:
+            raise ValueError("ephemeral_gpu_offload=True is not supported: arrays stay where they are. Leave it out.")
+        check_device(torch_device, model.params)
+        adapted = load_adapter(
+            model,
+            directory,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **hub,
+        )
         return cls.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 
     def save_pretrained(  # type: ignore[override]
         self,
         directory: str | os.PathLike[str],
-        *,
-        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Write every adapter in PEFT's format: ``default`` into the folder, others into folders of their names.
+        """Write adapters in PEFT's format: ``default`` into the folder, others into folders of their names.
 
         The name of a GGUF file that the base was read from goes into ``gguf_base.json`` beside each.
 
         Args:
             directory: Folder to write to; made if need be.
-            path_initial_model_for_weight_conversion: As in `peft_jax.interop.save_adapter`.
+            safe_serialization: Must be True: pickles are not written.
+            selected_adapters: Names of those to write; None for all.
             save_embedding_layers: Whether to write the base's embedding and output head too. ``"auto"`` writes those
                 that are targets; True does too, or writes both if neither is a target; False writes neither.
+            is_main_process: Whether to write at all, where several processes have the same adapter:
+                ``jax.process_index() == 0``.
+            path_initial_model_for_weight_conversion: As in `peft_jax.interop.save_adapter`.
+
+        Raises:
+            ValueError: if an adapter is not there, or as `peft_jax.interop.save_adapter`.
         """
-        for name in self.peft_config:
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False asks for a pickle, which is not written. Leave it out.")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        if missing := [name for name in names if name not in self.peft_config]:
+            raise ValueError(
+                f"selected_adapters names {missing}, which are not there. Found: {list(self.peft_config)}."
+            )
+        for name in names if is_main_process else ():
             save_adapter(
                 self,
                 directory,
@@ -136,6 +184,29 @@ class PeftModel(AdapterVerbs):
                 save_embedding_layers=save_embedding_layers,
             )
             write_base_file(adapter_folder(directory, name), self.source.gguf_file)
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Write the adapters and a model card, and upload them to a repository of the Hugging Face hub.
+
+        Args:
+            repo_id: The repository, which is made if need be.
+            **options: As `peft_jax.models.hub_upload.PushOptions` says: ``selected_adapters``, ``token``, ``private``,
+                ``revision``, ``commit_message`` and others.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            FileNotFoundError: if the hub cannot be reached, or refuses.
+            ValueError: as `save_pretrained`.
+        """
+        selected = options.pop("selected_adapters", None)
+
+        def write(folder: str) -> str:
+            self.save_pretrained(folder, selected_adapters=selected)
+            return adapter_card(self)
+
+        return push(repo_id, write, options)
 
     def add_adapter(
         self,

@@ -1,18 +1,20 @@
 """Handles on sequence-to-sequence language models: an encoder, a decoder, and a head over the vocabulary."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.adapters.per_row import with_adapter_rows
 from peft_jax.models.config import SEQ_2_SEQ_LM
 from peft_jax.models.generation.decode import Streamer
 from peft_jax.models.generation.generate_options import GenerateKeywords, from_keywords
 from peft_jax.models.generation.seq2seq import Question, answer
 from peft_jax.models.handles.base import ModelHandle, register_handle, token_ids
+from peft_jax.models.handles.batches import as_batch
 from peft_jax.models.handles.label_losses import IGNORED_LABEL, mean_cross_entropy, token_labels
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
@@ -66,6 +68,7 @@ class Seq2SeqLM(ModelHandle):
         decoder_inputs_embeds: jax.Array | None = None,
         task_ids: jax.Array | np.ndarray | None = None,
         output_hidden_states: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> Seq2SeqLMOutput:
         """Logits at all of the decoder's positions, compiled once per shape.
 
@@ -86,11 +89,12 @@ class Seq2SeqLM(ModelHandle):
             decoder_inputs_embeds: Embeddings ``(batch, decoder's length, hidden)`` instead of ``decoder_input_ids``.
             task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             output_hidden_states: Whether to return the hidden states.
+            adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
 
         Raises:
             ValueError: if inputs are missing, given twice, or of a wrong shape, or ids or labels are out of range.
         """
-        labels = None if labels is None else token_labels(labels, self.config.vocab_size)
+        labels = None if labels is None else token_labels(as_batch(labels, "labels"), self.config.vocab_size)
         if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
             decoder_input_ids = self.shifted_right(labels)
         elif decoder_input_ids is not None:
@@ -105,6 +109,7 @@ class Seq2SeqLM(ModelHandle):
             decoder_attention_mask=decoder_attention_mask,
             decoder_inputs_embeds=decoder_inputs_embeds,
             task_ids=task_array(self.params, task_ids),
+            adapter_names=adapter_names,
         )
         loss = None
         if labels is not None:
@@ -147,6 +152,7 @@ class Seq2SeqLM(ModelHandle):
         task_ids: jax.Array | np.ndarray | None = None,
         generation_config: Mapping[str, Any] | None = None,
         streamer: Streamer | None = None,
+        adapter_names: Sequence[str] | None = None,
         **options: Unpack[GenerateKeywords],
     ) -> jax.Array:
         """Answers to inputs, in one compiled program per shape; the encoder runs once.
@@ -164,6 +170,7 @@ class Seq2SeqLM(ModelHandle):
             generation_config: Used instead of the contents of generation_config.json; ``{}`` ignores that file.
             streamer: Receives the first tokens of the answers, then each token as soon as it is decoded, as in
                 `CausalLM.generate`.
+            adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
             **options: The fields of `peft_jax.models.generation.generate_options.GenerateOptions`.
 
         Returns:
@@ -181,8 +188,10 @@ class Seq2SeqLM(ModelHandle):
         if decoder_input_ids is not None:
             decoder_ids = token_ids(decoder_input_ids, vocabulary, "decoder_input_ids")
         tasks = task_array(self.params, task_ids)
-        question = Question(ids, inputs_embeds, encoder_outputs, attention_mask, tasks)
+        mask = as_batch(attention_mask, "attention_mask")
+        question = Question(ids, inputs_embeds, encoder_outputs, mask, tasks)
         if generation_config is None:
             generation_config = self.generation_config
-        decoder_prompt = (decoder_ids, decoder_attention_mask)
-        return answer(self.config, self.params, question, decoder_prompt, chosen, generation_config, key, streamer)
+        decoder_prompt = (decoder_ids, as_batch(decoder_attention_mask, "decoder_attention_mask"))
+        params = self.params if adapter_names is None else with_adapter_rows(self.params, adapter_names)
+        return answer(self.config, params, question, decoder_prompt, chosen, generation_config, key, streamer)
