@@ -233,17 +233,11 @@ def test_lists_of_a_tokenizer_are_batches(base: Any) -> None:
         base.generate({"input_ids": [ids], "attention_mask": [[1, 1, 1, 1]]})
 
 
-def test_options_of_generate_that_change_nothing_or_are_refused(base: Any) -> None:
-    expected = base.generate(IDS[:1], max_new_tokens=3)
-    same = base.generate(
-        IDS[:1], max_new_tokens=3, num_beams=1, use_cache=True, num_return_sequences=1, return_dict_in_generate=False
-    )
-    np.testing.assert_array_equal(same, expected)
+def test_a_refusal_of_generate_says_what_to_write(base: Any) -> None:
     for options, line in (
-        ({"num_beams": 4}, "transformers' num_beams. num_beams=4: There is no beam search"),
+        ({"num_beams": 4}, "transformers' num_beams. .* num_beams=4: There is no beam search"),
         ({"max_length": 9}, "max_length=9: Write max_new_tokens="),
         ({"use_cache": False}, "use_cache=False: Leave it out"),
-        ({"early_stopping": True}, "does not support transformers' early_stopping"),
     ):
         with pytest.raises(TypeError, match=line):
             base.generate(IDS[:1], **options)

@@ -32,6 +32,9 @@ from peft_jax.train.hooks import init_optimizer as init_optimizer
 from peft_jax.train.loop import State as State
 from peft_jax.train.loop import start as start
 from peft_jax.train.loop import train as train
+from peft_jax.train.lora_optimizers import lora_fa as lora_fa
+from peft_jax.train.lora_optimizers import lora_plus as lora_plus
+from peft_jax.train.lora_optimizers import riemannian as riemannian
 from peft_jax.train.losses import cross_entropy as cross_entropy
 from peft_jax.train.optimizer import make_optimizer as make_optimizer
 from peft_jax.train.optimizer import make_schedule as make_schedule

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from peft_jax.methods.fields import check_kinds
 from peft_jax.models.generation.sampling import Sampling
-from peft_jax.models.generation.unsupported_options import INSTEAD, as_arguments, is_neutral, is_unsupported
+from peft_jax.models.generation.unsupported_options import INSTEAD, as_arguments, is_unsupported
 
 # The options that greedy decoding ignores, with the values that have no effect in sampling either.
 SAMPLING_OPTIONS: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": None, "min_p": None}
@@ -133,13 +133,10 @@ def from_keywords(keywords: GenerateKeywords, generate: Callable[..., Any]) -> G
         {'top_p': 0.9}
     """
     options = [field.name for field in dataclasses.fields(GenerateOptions)]
-    given: dict[str, Any] = {}
     for name, value in keywords.items():
-        if name in options:
-            given[name] = value
-        elif not is_neutral(name, value):
+        if name not in options:
             raise TypeError(_refusal(name, value, options, generate))
-    return GenerateOptions(**given)
+    return GenerateOptions(**keywords)
 
 
 def _refusal(name: str, value: Any, options: Sequence[str], generate: Callable[..., Any]) -> str:
@@ -149,5 +146,5 @@ def _refusal(name: str, value: Any, options: Sequence[str], generate: Callable[.
     known = f"Its arguments are {', '.join([*others, *options])}."
     if not is_unsupported(name):
         return f"generate has no argument {name}. {known}"
-    instead = f"{name}={value!r}: {INSTEAD[name]} " if name in INSTEAD else ""
-    return f"generate does not support transformers' {name}. {instead}{known}"
+    instead = f" {name}={value!r}: {INSTEAD[name]}" if name in INSTEAD else ""
+    return f"generate does not support transformers' {name}. {known}{instead}"

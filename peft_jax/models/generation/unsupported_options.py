@@ -88,21 +88,6 @@ ARGUMENTS = (
 )
 
 
-# Values of these that ask for what is done in any case.
-ALREADY: dict[str, tuple[Any, ...]] = {
-    "use_cache": (True,),
-    "early_stopping": (False,),
-    "length_penalty": (1,),
-    "diversity_penalty": (0,),
-    "return_dict_in_generate": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
-    "synced_gpus": (False,),
-}
 # What to write instead of what people write most.
 INSTEAD = {
     "num_beams": "There is no beam search: decoding is greedy, or samples with do_sample=True.",
@@ -112,19 +97,6 @@ INSTEAD = {
     "return_dict_in_generate": "The tokens are returned as an array.",
     "use_cache": "Leave it out: there is a cache in any case.",
 }
-
-
-def is_neutral(name: str, value: Any) -> bool:
-    """Whether an option that is not supported is given with a value that changes nothing.
-
-    Example:
-        >>> is_neutral("num_beams", 1), is_neutral("num_beams", 4), is_neutral("use_cache", True)
-        (True, False, True)
-    """
-    if not is_unsupported(name):
-        return False
-    values = (None, *IN_ANY_DECODING.get(name, ()), *IN_SAMPLING.get(name, ()), *ALREADY.get(name, ()))
-    return any(value is one or (type(value) is not bool and value == one) for one in values)
 
 
 def is_unsupported(name: str) -> bool:

@@ -19,8 +19,8 @@ from peft_jax.methods.base import by_name
 from peft_jax.models.config import MASKED_LM, ModelConfig
 from peft_jax.models.defaults import method_defaults, prompt_sizes
 from peft_jax.models.family import Family
-from peft_jax.models.handles.batches import as_batch
 from peft_jax.models.handles.inspection import Inspection
+from peft_jax.models.handles.list_inputs import as_batch
 from peft_jax.models.handles.prompted import apply_prompted
 from peft_jax.models.hub_upload import PushOptions, model_card, push
 from peft_jax.models.modules.inputs import ForwardInputs

@@ -19,8 +19,8 @@ from peft_jax.models.handles.base import (
     register_handle,
     token_ids,
 )
-from peft_jax.models.handles.batches import as_batch
 from peft_jax.models.handles.label_losses import shifted_mean_cross_entropy, token_labels
+from peft_jax.models.handles.list_inputs import as_batch
 from peft_jax.models.modules.outputs import HiddenStates
 from peft_jax.prompts.base import task_array, with_virtual_labels
 

@@ -14,8 +14,8 @@ from peft_jax.models.generation.decode import Streamer
 from peft_jax.models.generation.generate_options import GenerateKeywords, from_keywords
 from peft_jax.models.generation.seq2seq import Question, answer
 from peft_jax.models.handles.base import ModelHandle, register_handle, token_ids
-from peft_jax.models.handles.batches import as_batch
 from peft_jax.models.handles.label_losses import IGNORED_LABEL, mean_cross_entropy, token_labels
+from peft_jax.models.handles.list_inputs import as_batch
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 
