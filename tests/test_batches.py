@@ -94,7 +94,7 @@ def test_three_formats_are_read(tmp_path: Path, ending: str) -> None:
         ('[{"messages": []}]', "messages that are no list, or an empty one"),
         ('[{"messages": [{"role": "user"}]}]', "message 1 in record 1 .* lacks a role or a content"),
         ('[{"messages": [{"role": "user", "content": "a"}]}]', "no message of role assistant"),
-        ('[{"text": "a"}]', "lacks instruction and output; it has text.*or messages, or text and label"),
+        ('[{"body": "a"}]', "lacks instruction and output; it has body.*or messages, or text and label"),
         ('[{"sentence": "a", "label": 1}]', "lacks text; it has sentence, label"),
         ("nonsense", "is not JSON in line 1"),
     ],

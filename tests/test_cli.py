@@ -159,10 +159,29 @@ def test_rank_alpha_and_targets_are_written(workplace: Path, capsys: pytest.Capt
 
 def test_examples_over_the_cutoff_are_counted(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("data.json").write_text(json.dumps([*RECORDS, {"instruction": "a", "output": "b" * 100}]))
-    assert main(finetune(output="one", max_steps=1, cutoff_len=80)) == 0
+    assert main(finetune(output="one", max_steps=1, cutoff_len=80, long="drop")) == 0
     assert "12 examples. 1 longer than 80 tokens left out.\n" in capsys.readouterr().out
     assert main(finetune(output="two", max_steps=1)) == 0
     assert "13 examples. None was too long.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cutoff_len": 80}, "13 examples. 1 longer than 80 tokens cut to that.\n"),
+        ({"cutoff_len": 24}, "1 examples. 1 longer than 24 tokens cut to that. 12 with nothing to learn in that left"),
+        ({"cutoff_len": 80, "long": "split"}, "14 examples. 1 longer than 80 tokens split.\n"),
+        ({}, "13 examples. 1 longer than 256 tokens cut to that.\n"),
+    ],
+    ids=["cut", "cut before the answer", "split", "the model's positions"],
+)
+def test_long_examples_are_cut_or_split_and_counted(
+    workplace: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    answer = "b" * (400 if not changes else 100)
+    Path("data.json").write_text(json.dumps([*RECORDS, {"instruction": "a", "output": answer}]))
+    assert main(finetune(output="one", max_steps=1, **changes)) == 0
+    assert said in capsys.readouterr().out
 
 
 def test_the_fields_own_job_in_one_line(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +243,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "data that is a folder": (_nothing, finetune(data="model"), "no data file at model"),
     "empty data": (_write("data.json", ""), finetune(), "is empty. Give"),
     "data without records": (_write("data.json", "[]"), finetune(), "holds no records. Give"),
-    "data without the fields": (_write("data.json", '[{"text": "a"}]'), finetune(), "lacks instruction and output"),
+    "data without the fields": (_write("data.json", '[{"body": "a"}]'), finetune(), "lacks instruction and output"),
     "data over the cutoff": (_nothing, finetune(cutoff_len=8), "Raise --cutoff-len to"),
     "a target that hits nothing": (_nothing, finetune(target_modules="q_porj"), "q_porj"),
     "one of several hits nothing": (_nothing, finetune(target_modules=["q_proj", "q_porj"]), "q_porj"),

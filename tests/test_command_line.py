@@ -140,7 +140,7 @@ def test_options_have_the_names_that_the_package_has() -> None:
     assert f"init_lora_weights is {', '.join(first)} or {last}" in found["start_batches"].help
     for command in ("finetune", "generate", "eval"):
         assert f"{', '.join(TEMPLATES)}, or a JSON file" in parameters(command)["prompt_template"].help
-    assert DataOptions(data="d").prompt_template in TEMPLATES
+    assert DataOptions(data=("d",)).prompt_template in TEMPLATES
     assert AdapterOptions() == parse(["finetune", *NEEDED["finetune"]]).adapter  # type: ignore[union-attr]
 
 
@@ -167,6 +167,8 @@ def test_every_flag_sets_its_option_and_no_other(command: str) -> None:
     plain = flat(parse([command, *NEEDED[command]]))
     for parameter in parameters(command).values():
         words, value = typed(parameter)
+        if parameter.option.repeatable and parameter.flags[0] in NEEDED[command]:
+            value = (*plain[parameter.name], *value)
         for flag in parameter.flags:
             spellings = {flag, f"--{flag[2:].replace('-', '_')}"}
             for spelling in spellings:
@@ -220,7 +222,7 @@ def test_a_line_of_alpaca_lora() -> None:
     found = flat(parse(["finetune", *line.split()]))
     wanted = {
         "model": "m",
-        "data": "d",
+        "data": ("d",),
         "output": Path("o"),
         "epochs": 3,
         "val_size": 2000,

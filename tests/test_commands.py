@@ -433,7 +433,7 @@ def test_eval_in_words(run: Callable[..., str], torch_model: Callable[..., Any],
     cutoff = sorted(lengths)[4]
     kept = [record for record, length in zip(RECORDS, lengths, strict=True) if length <= cutoff]
     want, count = torch_loss(torch_model(True), tokenizer, kept)
-    words = ["--data", "data.json", "--cutoff-len", str(cutoff), "--prompt-template", "short"]
+    words = ["--data", "data.json", "--cutoff-len", str(cutoff), "--long", "drop", "--prompt-template", "short"]
     said = run("eval", "--adapter", "adapter", *words)
     left_out = f", {len(RECORDS) - len(kept)} longer than {cutoff} left out"
     assert said.splitlines() == [

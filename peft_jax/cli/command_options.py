@@ -7,8 +7,6 @@ from typing import Annotated
 from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.common_options import (
     ADAPTER,
-    CUTOFF,
-    DATA,
     DTYPE,
     GGUF,
     MODEL,
@@ -17,6 +15,7 @@ from peft_jax.cli.shared.common_options import (
     Dtype,
     ModelOptions,
 )
+from peft_jax.cli.shared.data_options import DataFileOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,20 +79,13 @@ class Generate(PromptOptions, ModelOptions, DecodingOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(ModelOptions):
+class Eval(ModelOptions, DataFileOptions):
     """Loss and perplexity of a model on the answers in a file; loss and accuracy of a classifier of texts."""
 
     TITLE = "Evaluation"
 
-    data: Annotated[str, DATA]
-    """JSON or JSONL file (or hub id of a dataset) of any kind that finetune takes."""
-    prompt_template: Annotated[str | None, TEMPLATE] = None
-    """For instruction data: chat, short, alpaca, raw or a JSON file, as in finetune; by default that of the adapter's
-    training, else chat where the tokenizer has a chat template, else short."""
     batch_size: int = 8
     """Examples at a time."""
-    cutoff_len: Annotated[int, CUTOFF] = 256
-    """Longest example in tokens; longer ones are left out and counted."""
     json: bool = False
     """Print a JSON object: loss, perplexity, target_tokens, examples, too_long; of classes accuracy, and no tokens."""
 

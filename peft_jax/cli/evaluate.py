@@ -7,19 +7,20 @@ import sys
 import numpy as np
 
 from peft_jax.cli.command_options import Eval
-from peft_jax.cli.finetune.options import DataOptions
-from peft_jax.cli.finetune.setup import check_fit, layout_of_data, load_records, padded
+from peft_jax.cli.finetune.setup import check_fit, layout_of_data, padded
 from peft_jax.cli.shared.adapter_base import (
     find_task,
     find_tokenizer,
     load_model,
 )
+from peft_jax.cli.shared.data_sources import load_records
 from peft_jax.cli.shared.progress_bar import progress
+from peft_jax.cli.shared.row_layout import row_options
 from peft_jax.cli.shared.task import RowOptions
 from peft_jax.cli.shared.training_layout import ANSWERS, EVERYTHING, clash, read_layout
 from peft_jax.prompts.base import prompt_tasks, virtual_slots
 from peft_jax.train import evaluation_batches
-from peft_jax.train.data.encode import IGNORE
+from peft_jax.train.data.encode import IGNORE, Encoded
 
 
 def evaluate_model(options: Eval) -> None:
@@ -30,21 +31,26 @@ def evaluate_model(options: Eval) -> None:
         OSError: If a file or folder is missing.
     """
     for name in ("batch_size", "cutoff_len"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Give a number above 0.")
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}. Give a number above 0.")
     task = find_task(options.model, options.adapter, options.gguf_file)
-    records = load_records(DataOptions(data=options.data, prompt_template=options.prompt_template))
-    task.check(records)
+    loaded = load_records(options)
+    if loaded.weights is not None:
+        raise ValueError("--data has weights, and every record is evaluated once. Leave them out.")
+    task.check(loaded.records)
     tokenizer = find_tokenizer(options.model, options.adapter, options.gguf_file)
     recorded = read_layout(options.adapter)
-    used = layout_of_data(options.prompt_template, recorded, records, tokenizer, task)
+    used = layout_of_data(options.prompt_template, recorded, loaded.records, tokenizer, task)
     if note := clash(recorded, [used], tokenizer):
         print(note, file=sys.stderr)
     model = load_model(options, task)
     everything = recorded is not None and recorded.learned == EVERYTHING
-    rows = RowOptions(options.cutoff_len, used.layout, everything, prompt_tasks(model))
-    examples, too_long = task.encode(records, tokenizer, model, rows)
-    data = padded(task, examples, options.cutoff_len, model)
+    virtual, tasks = virtual_slots(model), prompt_tasks(model)
+    layout = row_options(options, model.config, used.layout, virtual=virtual, train_on_inputs=everything, tasks=tasks)
+    encoded = task.encode(loaded.records, tokenizer, model, layout)
+    examples = encoded.examples
+    data = padded(task, examples, layout.cutoff_len, model)
     check_fit([data], model.config, virtual_slots(model))
     batches = list(evaluation_batches(data, options.batch_size))
     with progress(batches, len(batches)) as bar:
@@ -63,10 +69,12 @@ def evaluate_model(options: Eval) -> None:
             printed["perplexity"] = None  # JSON has no infinity
         if not task.has_classes:
             printed["target_tokens"] = targets
-        printed |= {"examples": len(data), "too_long": too_long}
+        printed |= {"examples": len(data), "too_long": encoded.too_long}
+        if encoded.shortened:
+            printed["shortened"] = encoded.shortened
         print(json.dumps(printed))
         return
-    left_out = f", {too_long} longer than {options.cutoff_len} left out" if too_long else ""
+    left_out = _said_of_length(encoded, layout)
     if task.has_classes:
         print(f"Data        {len(data)} texts{left_out}")
         print(f"Loss        {found['loss']:.4f} nats a text")
@@ -76,3 +84,10 @@ def evaluate_model(options: Eval) -> None:
     print(f"Data        {len(data)} examples, {targets} tokens of {learned}{left_out}")
     print(f"Loss        {found['loss']:.4f} nats a token")
     print(f"Perplexity  {found['perplexity']:.4g}")
+
+
+def _said_of_length(encoded: Encoded, layout: RowOptions) -> str:
+    """The examples that are longer than a row, in words behind the others."""
+    done = "split" if layout.long == "split" else "cut"
+    said = f", {encoded.shortened} longer than {layout.cutoff_len} {done}" if encoded.shortened else ""
+    return said + (f", {encoded.too_long} longer than {layout.cutoff_len} left out" if encoded.too_long else "")

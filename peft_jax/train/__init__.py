@@ -13,6 +13,8 @@ from peft_jax.train.data.classes import class_names as class_names
 from peft_jax.train.data.classes import encode_texts as encode_texts
 from peft_jax.train.data.classes import make_scoring_step as make_scoring_step
 from peft_jax.train.data.classes import score as score
+from peft_jax.train.data.data_files import read_data as read_data
+from peft_jax.train.data.data_files import read_records as read_records
 from peft_jax.train.data.encode import encode as encode
 from peft_jax.train.data.micro_layout import MicroLayout as MicroLayout
 from peft_jax.train.data.micro_layout import micro_layout as micro_layout
@@ -20,9 +22,8 @@ from peft_jax.train.data.prompt_batch import tokenize_prompts as tokenize_prompt
 from peft_jax.train.data.records import Chat as Chat
 from peft_jax.train.data.records import Completion as Completion
 from peft_jax.train.data.records import Labelled as Labelled
+from peft_jax.train.data.records import PlainText as PlainText
 from peft_jax.train.data.records import Record as Record
-from peft_jax.train.data.records import read_data as read_data
-from peft_jax.train.data.records import read_records as read_records
 from peft_jax.train.data.template import PromptTemplate as PromptTemplate
 from peft_jax.train.data.template import load_template as load_template
 from peft_jax.train.divergence import Diverged as Diverged

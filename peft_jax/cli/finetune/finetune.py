@@ -40,6 +40,7 @@ from peft_jax.cli.finetune.steps import (
     make_plan,
     surroundings,
 )
+from peft_jax.cli.shared.data_sources import load_records
 from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.progress_bar import Speed, progress
 from peft_jax.cli.shared.training_layout import clash, read_layout
@@ -100,14 +101,13 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
             setup.refuse_others(checkpoints.notes()["settings"], fingerprint)
         task = choose_task(options, config)
         config = config.replace(task_type=task.name)
-        records = setup.load_records(options.data)
-        task.check(records)
-        base = setup.load_base(options.base, task, records, options.adapter.adapter)
+        loaded = load_records(options.data)
+        task.check(loaded.records)
+        base = setup.load_base(options.base, task, loaded.records, options.adapter.adapter)
         tokenizer = read_tokenizer(options.base.model, gguf_file=options.base.gguf_file)
-        tasks = getattr(config, "tasks", 0)
         base = with_end_token(base, tokenizer)
         recorded = read_layout(options.adapter.adapter)
-        data = setup.make_data(task, records, tokenizer, base, options.data, options.training.seed, tasks, recorded)
+        data = setup.make_data(task, loaded, tokenizer, base, options.data, options.training.seed, config, recorded)
         base = with_end_token(base, tokenizer, data.ends)
         model = attach(base, config, options, count_steps(options, data.training), data.training)
         setup.check_fit(data.parts, base.config, virtual_slots(model))

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.command_line import flag as flag
-from peft_jax.cli.shared.common_options import CUTOFF, DATA, DTYPE, GGUF, INT4, INT8, MODEL, OUTPUT, TEMPLATE, Dtype
+from peft_jax.cli.shared.common_options import DTYPE, GGUF, INT4, INT8, MODEL, OUTPUT, Dtype
+from peft_jax.cli.shared.data_options import DataFileOptions
 
 TARGETS = Option(aliases=("--lora-target-modules",), of_adapter=True)
 
@@ -66,23 +67,14 @@ class AdapterOptions:
     """Batches of the data that a LoRA looks at whose init_lora_weights is eva, corda or lora_ga (8 by default)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(DataFileOptions):
     """The data and how it is laid out."""
 
     TITLE = "Data"
 
-    data: Annotated[str, DATA]
-    """JSON or JSONL file (or hub id of a dataset) of records with instruction, input and output, or with prompt and
-    completion, or with messages; for SEQ_CLS with text (and text_pair) and label. Where a prompt has several tasks,
-    with task_id too."""
-    prompt_template: Annotated[str | None, TEMPLATE] = None
-    """For instruction data: chat (the tokenizer's chat template), short, alpaca, a JSON file in alpaca-lora's format,
-    or raw for nothing; by default chat where there is such a template, else short."""
     train_on_inputs: bool = False
     """Learn the prompts too, not the responses alone."""
-    cutoff_len: Annotated[int, CUTOFF] = 256
-    """Longest example in tokens; longer ones are left out and counted."""
     packing: Annotated[bool, Option(aliases=("--sample-packing",))] = False
     """Fill rows of cutoff-len tokens with several examples each, which do not see each other."""
     val_size: Annotated[float, Option(aliases=("--val-set-size",))] = 0

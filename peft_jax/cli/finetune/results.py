@@ -38,7 +38,7 @@ def export(model: PeftModel, task: Task, beside: Beside, folder: Path, options: 
     }
     curves = {name: points for name, points in curves.items() if points}
     losses = {name: points for name, points in curves.items() if name != "accuracy"}
-    title = f"{Path(given['model']).name} on {Path(given['data']).name}"
+    title = f"{Path(given['model']).name} on {' and '.join(Path(name).name for name in given['data'])}"
     _whole(folder / "loss.png", lambda file: plot_losses(file, losses, title=title))
     card = model_card(model, task, None if task.has_classes else beside.layout, given, curves, trainable)
     _whole(folder / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
@@ -91,11 +91,12 @@ def model_card(
     more = f", num_labels={model.config.num_labels}" if task.has_classes else ""
     if settings.get("gguf_file"):
         more += f", gguf_file={settings['gguf_file']!r}"
+    trained_on = ", ".join(f"`{name}`" for name in settings["data"])
     lines = [
         *("---", f"base_model: {base}", "library_name: peft", f"pipeline_tag: {task.pipeline}"),
         *("tags:", f"- base_model:adapter:{base}", f"- {config.peft_type.lower()}", "- peft_jax", "---", ""),
         *(f"# {config.peft_type} adapter for {Path(base).name}", ""),
-        *(f"Trained with `peft-jax finetune` on `{settings['data']}`, in the format of Hugging Face PEFT:", ""),
+        *(f"Trained with `peft-jax finetune` on {trained_on}, in the format of Hugging Face PEFT:", ""),
         *("```python", *snippet(model, task, layout, more), "```", ""),
         *where_to_run(base),
         *("![Loss curve](loss.png)", "", trainable, ""),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from peft_jax.cli.finetune.options import (
     flag,
     settings,
 )
+from peft_jax.cli.shared.data_sources import Loaded, sources_of
+from peft_jax.cli.shared.row_layout import row_options, said_of_length
 from peft_jax.cli.shared.task import (
     LABELS_FILE,
-    RowOptions,
     Task,
     classes_of_data,
 )
@@ -35,14 +35,15 @@ from peft_jax.cli.shared.training_layout import (
     template_digest,
 )
 from peft_jax.interop.checkpoint import find_checkpoint
+from peft_jax.methods.base import PeftConfig
 from peft_jax.models.gguf_checkpoint import base_files
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.prompts.tokenizer import Tokenizer
-from peft_jax.train import Packed, Padded, read_data
-from peft_jax.train.data.batches import Data
-from peft_jax.train.data.chats import LAST, MARKS, TURNS, ChatMasks
-from peft_jax.train.data.encode import Example
-from peft_jax.train.data.records import AnyRecord, Chat, Record, to_records
+from peft_jax.train import Packed, Padded
+from peft_jax.train.data.batches import Data, Mixture
+from peft_jax.train.data.chats import LAST, MARKS, ChatMasks
+from peft_jax.train.data.encode import Encoded, Example
+from peft_jax.train.data.records import AnyRecord, Chat, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,76 +72,51 @@ class Examples:
         return [self.training] if self.validation is None else [self.training, self.validation]
 
 
-def load_records(options: DataOptions) -> list[AnyRecord]:
-    """Read a file, or the split ``train`` of a dataset on the hub.
-
-    Raises:
-        FileNotFoundError: If there is no such file or dataset.
-        ValueError: If the records are of no known format, or a template is given for data that needs none.
-    """
-    if not Path(options.data).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", options.data):
-        records = _from_hub(options.data)
-    else:
-        records = read_data(options.data)
-    is_own = options.prompt_template == "chat" and isinstance(records[0], Chat)
-    if options.prompt_template is not None and not isinstance(records[0], Record) and not is_own:
-        raise ValueError("--prompt-template is for instruction data, but this data has its own layout. Leave it out.")
-    return records
-
-
-def _from_hub(name: str) -> list[AnyRecord]:
-    said = f"no data file at {name}, and as a dataset on the hub it"
-    try:
-        import datasets  # an optional dependency
-    except ImportError as error:
-        raise ValueError(f"{said} needs the package datasets. Install it: pip install 'peft-jax[hub]'") from error
-    try:
-        rows = list(datasets.load_dataset(name, split="train", trust_remote_code=False))
-    except Exception as error:  # of many kinds: no network, no such dataset, a gated one
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{said} cannot be read: {reason}. Check the spelling and the network.") from error
-    return to_records(rows, name)
-
-
 def make_data(
     task: Task,
-    records: Sequence[AnyRecord],
+    loaded: Loaded,
     tokenizer: Tokenizer,
     base: ModelHandle,
     options: DataOptions,
     seed: int,
-    tasks: int,
+    config: PeftConfig,
     recorded: TrainingLayout | None = None,
 ) -> Examples:
     """Tokenize, split and lay out.
 
     Args:
         task: What is trained.
-        records: The records.
+        loaded: The records.
         tokenizer: The checkpoint's tokenizer.
         base: The model.
         options: How they are laid out.
         seed: Seed of the split.
-        tasks: How many tasks the prompt has, if it has any.
+        config: The adapter's config, which may be a prompt of several tasks and of virtual tokens.
         recorded: How the data of the adapter were laid out that is trained on, if there is one.
 
     Raises:
         ValueError: If nothing fits, or nothing is left to train on.
     """
-    used = layout_of_data(options.prompt_template, recorded, records, tokenizer, task)
-    rows = RowOptions(options.cutoff_len, used.layout, options.train_on_inputs, tasks)
-    examples, too_long = task.encode(records, tokenizer, base, rows)
-    training, validation = _split(examples, options.val_size, seed)
+    used = layout_of_data(options.prompt_template, recorded, loaded.records, tokenizer, task)
+    prompt = {"virtual": getattr(config, "slots", 0), "tasks": getattr(config, "tasks", 0)}
+    rows = row_options(options, base.config, used.layout, train_on_inputs=options.train_on_inputs, **prompt)
+    encoded = task.encode(loaded.records, tokenizer, base, rows)
+    examples, longest = encoded.examples, rows.cutoff_len
+    training, validation = _split(len(examples), options.val_size, seed)
 
-    def lay_out(part: Sequence[Example]) -> Data:
-        return Packed(part, options.cutoff_len) if options.packing else padded(task, part, options.cutoff_len, base)
+    def lay_out(places: Sequence[int]) -> Data:
+        part = [examples[place] for place in places]
+        return Packed(part, longest) if options.packing else padded(task, part, longest, base)
 
-    data = lay_out(training)
+    if loaded.weights is None:
+        data = lay_out(training)
+    else:
+        data = Mixture([lay_out(part) for part in _by_source(training, encoded, loaded)], loaded.weights)
     kept = f", {len(validation)} of them for validation" if validation else ""
-    left = f"{too_long} longer than {options.cutoff_len} tokens left out." if too_long else "None was too long."
-    said = f"{len(examples)} examples{kept}. {left}"
+    said = f"{len(examples)} examples{kept}. {said_of_length(encoded, rows)}"
     if not task.has_classes:
         said += f"\n{_said_of_layout(used, rows.masks)}"
+    said = "\n".join([said, *loaded.notes])
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())
@@ -170,11 +146,9 @@ def layout_of_data(
 
     The arguments and errors are those of `choose_layout`.
     """
-    if isinstance(records[0], Chat):
-        return CHATS
-    if not isinstance(records[0], Record):
-        return TEXTS
-    return choose_layout(given, recorded, tokenizer, chats=task.next_token)
+    if any(isinstance(record, Record) for record in records):
+        return choose_layout(given, recorded, tokenizer, chats=task.next_token)
+    return CHATS if any(isinstance(record, Chat) for record in records) else TEXTS
 
 
 def _said_of_layout(used: NamedLayout, masks: ChatMasks) -> str:
@@ -183,7 +157,7 @@ def _said_of_layout(used: NamedLayout, masks: ChatMasks) -> str:
         return f"Layout: {used.name}."
     if masks.rules.keys() == {MARKS}:
         return "Layout: the chat template, whose generation marks say what is learned."
-    if masks.rules.keys() == {TURNS}:
+    if LAST not in masks.rules:
         return "Layout: the chat template. Every answer is learned."
     return (
         f"Layout: the chat template, which changes with what follows in {masks.rules[LAST]} chats.\n"
@@ -191,23 +165,39 @@ def _said_of_layout(used: NamedLayout, masks: ChatMasks) -> str:
     )
 
 
+def _by_source(places: Sequence[int], encoded: Encoded, loaded: Loaded) -> list[list[int]]:
+    """The places of examples, source by source.
+
+    Raises:
+        ValueError: If a source has none.
+    """
+    parts: list[list[int]] = [[] for _ in loaded.counts]
+    for place in places:
+        parts[loaded.source_of(encoded.records[place])].append(place)
+    for number, part in enumerate(parts, 1):
+        if not part:
+            raise ValueError(
+                f"of the {number}. --data no example is left to train on. Leave it out, or give more of it."
+            )
+    return parts
+
+
 def padded(task: Task, examples: Sequence[Example], longest: int, model: ModelHandle) -> Padded:
     """Examples, one a row. Padding has the model's id, except for causal models, which go by the mask alone."""
     return Padded(examples, longest, 0 if task.next_token else model.config.pad_token_id or 0)
 
 
-def _split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Example], list[Example]]:
-    count = int(val_size) if val_size >= 1 else round(val_size * len(examples))
-    if val_size and not 0 < count < len(examples):
+def _split(examples: int, val_size: float, seed: int) -> tuple[list[int], list[int]]:
+    """The places of examples to train on, and of those for validation."""
+    count = int(val_size) if val_size >= 1 else round(val_size * examples)
+    if val_size and not 0 < count < examples:
         raise ValueError(
-            f"--val-size {val_size:g} keeps {count} of {len(examples)} examples for validation, and both parts need "
+            f"--val-size {val_size:g} keeps {count} of {examples} examples for validation, and both parts need "
             "some. Give another size, or more data."
         )
-    order = np.random.default_rng(seed).permutation(len(examples))
-    kept = set(order[:count].tolist())
-    training = [example for number, example in enumerate(examples) if number not in kept]
-    validation = [example for number, example in enumerate(examples) if number in kept]
-    return training, validation
+    order = np.random.default_rng(seed).permutation(examples)
+    validation = sorted(order[:count].tolist())
+    return sorted(order[count:].tolist()), validation
 
 
 def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
@@ -251,7 +241,8 @@ def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], a
 def fingerprint(options: Finetune) -> dict[str, Any]:
     """All that decides a run's numbers: its options, and the contents of the files they name."""
     found = settings(options)
-    named = [options.data.data, options.data.prompt_template, options.adapter.adapter_config]
+    sources = [source.name for source in sources_of(options.data)]
+    named = [*sources, options.data.prompt_template, options.adapter.adapter_config]
     if not is_json(options.adapter.peft_config):
         named.append(options.adapter.peft_config)
     if options.adapter.adapter is not None:

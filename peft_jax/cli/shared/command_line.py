@@ -244,22 +244,37 @@ def overview(description: str, commands: Mapping[str, type]) -> str:
 
 
 def option_groups(command: type) -> list[tuple[str, list[Parameter]]]:
-    """The options of a command by title, in the order of the help."""
+    """The options of a command by title, in the order of the help.
+
+    Those of a class without a title are in the group of the class that inherits them.
+    """
     groups = []
+    waiting: list[Parameter] = []
     for owner in _owners(command):
         own = inspect.get_annotations(owner)
         docs = _attribute_docs(owner)
         fields = [field for field in dataclasses.fields(owner) if field.name in own]
         parameters = [_parameter(field, docs.get(field.name, "")) for field in fields]
-        groups.append((str(vars(owner).get("TITLE", "Options")), parameters))
+        if _is_part(owner, command):
+            waiting += parameters
+        else:
+            groups.append((str(vars(owner).get("TITLE", "Options")), waiting + parameters))
+            waiting = []
     return groups
+
+
+def _is_part(owner: type, command: type) -> bool:
+    """Whether a class of options is shown with those of a class that inherits them."""
+    return owner is not command and "TITLE" not in vars(owner)
 
 
 def _owners(command: type) -> Iterator[type]:
     """The classes whose fields are options: of a command's fields, or those it inherits from and itself."""
     parts = [field.type for field in dataclasses.fields(command) if dataclasses.is_dataclass(field.type)]
     if parts:
-        yield from (part for part in parts if isinstance(part, type))
+        for part in parts:
+            assert isinstance(part, type)
+            yield from (owner for owner in (*part.__mro__[1:], part) if dataclasses.is_dataclass(owner))
     else:
         yield from (owner for owner in (*command.__mro__[1:], command) if dataclasses.is_dataclass(owner))
 

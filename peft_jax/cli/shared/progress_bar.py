@@ -2,13 +2,15 @@
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 WIDTH = 77  # of 80 columns, so that the terminal's ^C does not break the line
 FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+
+FEW = 4  # chunks, which are tokenized within a second
 
 
 def progress(run: Iterable[Any], steps: int, *, done: int = 0, shown: bool = True) -> Any:
@@ -25,6 +27,11 @@ def progress(run: Iterable[Any], steps: int, *, done: int = 0, shown: bool = Tru
         mininterval=0.1 if watched else 60,
         disable=not shown,
     )
+
+
+def watched_encoding(starts: Sequence[int]) -> Any:
+    """Wrap the chunks of records that are tokenized in such a bar; few records get none."""
+    return progress(starts, len(starts), shown=len(starts) > FEW)
 
 
 class Speed:

@@ -39,6 +39,7 @@ from peft_jax.train import (
     Chat,
     Completion,
     Labelled,
+    PlainText,
     Record,
     class_names,
     encode_answers,
@@ -50,15 +51,17 @@ from peft_jax.train import (
 )
 from peft_jax.train.data.chats import ChatMasks
 from peft_jax.train.data.encode import Encoded, encode
+from peft_jax.train.data.long_examples import Long
 from peft_jax.train.data.records import AnyRecord, named
 from peft_jax.train.data.template import Layout
+from peft_jax.train.data.token_rows import Watch
 
 LABELS_FILE = "labels.json"  # beside an adapter: the names of its classes, as config.json has them
 
 
 @dataclasses.dataclass(frozen=True)
 class RowOptions:
-    """How records become rows: what the options of the same names say, and how many tasks a prompt has.
+    """How records become rows: what the options of the same names say, how many tasks a prompt has, and who watches.
 
     ``masks`` gets what was learned of chats.
     """
@@ -68,6 +71,8 @@ class RowOptions:
     train_on_inputs: bool = False
     tasks: int = 0
     masks: ChatMasks = dataclasses.field(default_factory=ChatMasks)
+    long: Long = "drop"
+    watch: Watch = iter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +119,12 @@ class Task:
 
     def check(self, records: Sequence[AnyRecord]) -> None:
         """Raise ValueError for records that it does not learn from."""
-        if not isinstance(records[0], self.kinds):
-            raise ValueError(
-                f"{self.name} is learned from {named(*self.kinds)}, and the data has {named(type(records[0]))}. Give "
-                "such data; what else finetune trains a model for, its --task says."
-            )
+        for record in records:
+            if not isinstance(record, self.kinds):
+                raise ValueError(
+                    f"{self.name} is learned from {named(*self.kinds)}, and the data has {named(type(record))}. Give "
+                    "such data; what else finetune trains a model for, its --task says."
+                )
 
     def read_for(self, model: str, adapter: Path | None, **options: Any) -> Any:
         """Read a base model for an adapter, or to run alone."""
@@ -162,6 +168,8 @@ def _answers(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: Seq2SeqL
         start_token_id=start,
         template=layout.template,
         tasks=layout.tasks,
+        long=layout.long,
+        watch=layout.watch,
     )
 
 
@@ -178,6 +186,8 @@ def _texts(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandl
         id2label=id2label_of(model),
         token_types=getattr(model.config, "type_vocab_size", 0) > 1,
         tasks=layout.tasks,
+        long=layout.long,
+        watch=layout.watch,
     )
 
 
@@ -187,7 +197,7 @@ TASKS: Mapping[str, Task] = {
         Task(
             name=CAUSAL_LM,
             reader=auto.AutoModelForCausalLM,
-            kinds=(Record, Completion, Chat),
+            kinds=(Record, Completion, Chat, PlainText),
             encode=_causal,
             pipeline="text-generation",
             next_token=True,

@@ -12,6 +12,7 @@ from peft_jax.train.data.encode import (
     kept,
     task_field,
 )
+from peft_jax.train.data.long_examples import Long, check_not_split
 from peft_jax.train.data.records import (
     AnyRecord,
     Chat,
@@ -20,6 +21,7 @@ from peft_jax.train.data.records import (
     named,
 )
 from peft_jax.train.data.template import TEMPLATES, Layout
+from peft_jax.train.data.token_rows import Watch, chunks, token_rows
 
 
 def encode_answers(
@@ -30,6 +32,8 @@ def encode_answers(
     start_token_id: int,
     template: Layout = TEMPLATES["short"],
     tasks: int = 0,
+    long: Long = "drop",
+    watch: Watch = iter,
 ) -> Encoded:
     """Tokenize records for an encoder-decoder.
 
@@ -39,10 +43,13 @@ def encode_answers(
     Args:
         records: Alpaca's, or prompts with completions.
         tokenizer: A `transformers` tokenizer with an end-of-sequence token.
-        cutoff_len: Examples whose prompt or answer has more tokens are left out and counted.
+        cutoff_len: The most tokens of a prompt, and of an answer.
         start_token_id: The first of the decoder's inputs, the config's ``decoder_start_token_id``.
         template: Lays out alpaca's fields.
         tasks: As `peft_jax.train.data.encode` takes it.
+        long: Whether examples with a longer prompt or answer are left out (``drop``) or cut (``truncate``): a prompt as
+            the tokenizer cuts it, with the special tokens around it, and an answer behind its first tokens.
+        watch: As `peft_jax.train.data.encode` takes it.
 
     Returns:
         The examples in the order of the records, with ``decoder_input_ids``: the labels behind the start token.
@@ -60,7 +67,8 @@ def encode_answers(
         ('<|bos|>3<|eos|>', 0)
     """
     check_eos(tokenizer)
-    examples = []
+    check_not_split(long, "an encoder-decoder")
+    texts = []
     for number, record in enumerate(records, 1):
         if not isinstance(record, Record | Completion):
             raise ValueError(
@@ -70,10 +78,21 @@ def encode_answers(
         laid_out = template(record) if isinstance(record, Record) else record
         if isinstance(laid_out, Chat):
             raise ValueError("an encoder-decoder learns no chats. Give another template than that of chats.")
-        prompt = list(tokenizer(laid_out.prompt, verbose=False)["input_ids"])
-        answer = list(tokenizer(laid_out.completion, verbose=False)["input_ids"])
-        if not answer or answer[-1] != tokenizer.eos_token_id:
-            answer.append(tokenizer.eos_token_id)
-        ids, labels, shifted = (np.asarray(row, np.int32) for row in (prompt, answer, [start_token_id, *answer[:-1]]))
-        examples.append(Example(ids, labels, {"decoder_input_ids": shifted, **task_field(record, number, tasks)}))
-    return kept(examples, cutoff_len)
+        texts.append(laid_out)
+    examples: list[Example] = []
+    shortened = 0
+    for part in chunks(len(records), watch):
+        prompts = token_rows([text.prompt for text in texts[part]], tokenizer)
+        answers = token_rows([text.completion for text in texts[part]], tokenizer)
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), part.start + 1):
+            ids, labels = prompt.ids, answer.ids
+            if not labels or labels[-1] != tokenizer.eos_token_id:
+                labels.append(tokenizer.eos_token_id)
+            if long == "truncate" and max(len(ids), len(labels)) > cutoff_len:
+                cut = tokenizer(texts[number - 1].prompt, truncation=True, max_length=cutoff_len, verbose=False)
+                ids, labels = cut["input_ids"], labels[:cutoff_len]
+                shortened += 1
+            more = task_field(records[number - 1], number, tasks)
+            more["decoder_input_ids"] = np.asarray([start_token_id, *labels[:-1]], np.int32)
+            examples.append(Example(np.asarray(ids, np.int32), np.asarray(labels, np.int32), more))
+    return kept(examples, cutoff_len, long, shortened)

@@ -130,6 +130,41 @@ class Packed:
         return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": labels, "segment_ids": numbers}
 
 
+class Mixture:
+    """Rows of several sources, of which each has its share of the rows that are drawn.
+
+    `training_batches` draws them in turn by these shares. Of a source whose share is larger than its part of the rows,
+    rows come more than once in an epoch, each as often as the others of it or once more.
+
+    Args:
+        parts: The rows of each source.
+        weights: The share of each.
+
+    Example:
+        >>> example = Example(np.array([5, 6, 7]), np.array([-100, 6, 7]))
+        >>> mixture = Mixture([Padded([example] * 2), Padded([example] * 6)], (0.5, 0.5))
+        >>> len(mixture), mixture.lengths
+        (8, (32,))
+    """
+
+    def __init__(self, parts: Sequence[Data], weights: Sequence[float]) -> None:
+        self.parts, self.weights = parts, weights
+        self.lengths = max((part.lengths for part in parts), key=lambda lengths: lengths[-1])
+        self.pad = parts[0].pad
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a row; those of the first source are the first ones."""
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+
 def rounded_up(length: int) -> int:
     """Return the next multiple of 32."""
     return -(-length // SHORTEST) * SHORTEST
@@ -212,7 +247,8 @@ def training_batches(
 ) -> Sequence[Batch] | Sequence[Sequence[Batch]]:
     """Lay out an endless run: item ``n`` is the batch of step ``n``, the same each time it is asked for.
 
-    Every epoch is shuffled anew and holds every row once; its last batch is filled up with rows that have no label.
+    Every epoch is shuffled anew and holds every row once; its last batch is filled up with rows that have no label. Of
+    a `Mixture` each source is shuffled and repeated by itself.
 
     Args:
         data: The rows.
@@ -226,6 +262,12 @@ def training_batches(
     def stack(rows: Sequence[Any]) -> Any:
         return collate(rows, batch_size, lengths, pad) if layout is None else micro_batches(rows, layout, pad)
 
+    if isinstance(data, Mixture):
+        parts = []
+        for number, part in enumerate(data.parts):
+            parts.append(grain.MapDataset.source(part).seed(seed + number).shuffle().repeat())
+        mixed = grain.MapDataset.mix(parts, data.weights)
+        return mixed.batch(batch_size, drop_remainder=True, batch_fn=stack)
     shuffled = grain.MapDataset.source(data).seed(seed).shuffle()
     return shuffled.batch(batch_size, drop_remainder=False, batch_fn=stack).repeat()
 

@@ -18,7 +18,9 @@ from peft_jax.train.data.encode import (
     kept,
     task_field,
 )
+from peft_jax.train.data.long_examples import Long, check_not_split
 from peft_jax.train.data.records import AnyRecord, Labelled, named
+from peft_jax.train.data.token_rows import Watch, chunks, paired_rows
 from peft_jax.train.losses import cross_entropy
 from peft_jax.train.step import Apply, logits_of
 
@@ -68,16 +70,21 @@ def encode_texts(
     id2label: Mapping[int, str],
     token_types: bool = False,
     tasks: int = 0,
+    long: Long = "drop",
+    watch: Watch = iter,
 ) -> Encoded:
     """Tokenize texts, and pairs of texts, with the number of their class.
 
     Args:
         records: Texts with their labels.
         tokenizer: A `transformers` tokenizer.
-        cutoff_len: Texts of more tokens are left out and counted.
+        cutoff_len: The most tokens of a text or a pair.
         id2label: Names of the classes by number, from 0 on.
         token_types: Whether the model distinguishes two texts of a row by ``token_type_ids``.
         tasks: As `peft_jax.train.data.encode` takes it.
+        long: Whether longer texts are left out (``drop``) or cut as the tokenizer cuts them (``truncate``), with the
+            special tokens around them.
+        watch: As `peft_jax.train.data.encode` takes it.
 
     Returns:
         The examples in the order of the records; labels are int32 of shape ().
@@ -96,21 +103,28 @@ def encode_texts(
     """
     numbers = {name: number for number, name in id2label.items()}
     labelled = _labelled(records)
+    check_not_split(long, "a classifier of texts")
     typed = token_types and any(record.text_pair for record in labelled)
-    examples = []
-    for number, record in enumerate(labelled, 1):
-        label = numbers.get(record.label, -1) if isinstance(record.label, str) else record.label
-        if label not in id2label:
-            known = ", ".join(id2label.values())
-            raise ValueError(f"record {number} has the label {record.label!r}, and the model's are {known}.")
-        texts = (record.text, record.text_pair) if record.text_pair else (record.text,)
-        found = tokenizer(*texts, return_token_type_ids=typed, verbose=False)
-        more = task_field(record, number, tasks)
-        if typed:
-            more["token_type_ids"] = np.asarray(found["token_type_ids"], np.int32)
-        ids = np.asarray(found["input_ids"], np.int32)
-        examples.append(Example(ids, np.asarray(label, np.int32), more))
-    return kept(examples, cutoff_len)
+    examples: list[Example] = []
+    shortened = 0
+    for part in chunks(len(labelled), watch):
+        texts = [(record.text, record.text_pair) if record.text_pair else (record.text,) for record in labelled[part]]
+        rows = paired_rows(texts, tokenizer, return_token_type_ids=typed)
+        for number, (record, row) in enumerate(zip(labelled[part], rows, strict=True), part.start + 1):
+            label = numbers.get(record.label, -1) if isinstance(record.label, str) else record.label
+            if label not in id2label:
+                known = ", ".join(id2label.values())
+                raise ValueError(f"record {number} has the label {record.label!r}, and the model's are {known}.")
+            if long == "truncate" and len(row["input_ids"]) > cutoff_len:
+                cut = {"truncation": True, "max_length": cutoff_len, "return_token_type_ids": typed}
+                [row] = paired_rows([texts[number - 1 - part.start]], tokenizer, **cut)
+                shortened += 1
+            more = task_field(record, number, tasks)
+            if typed:
+                more["token_type_ids"] = np.asarray(row["token_type_ids"], np.int32)
+            ids = np.asarray(row["input_ids"], np.int32)
+            examples.append(Example(ids, np.asarray(label, np.int32), more))
+    return kept(examples, cutoff_len, long, shortened)
 
 
 def make_scoring_step(apply: Apply) -> ScoringStep:

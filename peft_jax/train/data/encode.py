@@ -5,50 +5,29 @@ twice; every text ends with a trained end-of-sequence mark.
 """
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.chats import ChatMasks, encode_chats, render_chat
+from peft_jax.train.data.conversations import check_written
+from peft_jax.train.data.long_examples import IGNORE as IGNORE
+from peft_jax.train.data.long_examples import Encoded as Encoded
+from peft_jax.train.data.long_examples import Example as Example
+from peft_jax.train.data.long_examples import Long
+from peft_jax.train.data.long_examples import kept as kept
 from peft_jax.train.data.records import (
     AnyRecord,
     Asked,
     Chat,
+    Completion,
     Labelled,
+    PlainText,
     Record,
 )
 from peft_jax.train.data.template import TEMPLATES, Layout
-
-IGNORE = -100
-
-
-class Example(NamedTuple):
-    """One row of a batch to be, all int32.
-
-    Attributes:
-        input_ids: Token ids (length,).
-        labels: Of a causal model the same where they are trained and `IGNORE` elsewhere; of an encoder-decoder the
-            answer's token ids (its length,); of a classifier of texts the class ().
-        more: The batch's further fields by name, as ``decoder_input_ids``.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    more: Mapping[str, np.ndarray] = MappingProxyType({})
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longer one of inputs and labels."""
-        return max(self.input_ids.size, self.labels.size)
-
-
-class Encoded(NamedTuple):
-    """The examples that fit, and how many were left out because they do not."""
-
-    examples: list[Example]
-    too_long: int
+from peft_jax.train.data.token_rows import Watch, chunks, token_rows
 
 
 def encode(
@@ -60,21 +39,25 @@ def encode(
     train_on_inputs: bool = False,
     tasks: int = 0,
     masks: ChatMasks | None = None,
+    long: Long = "drop",
+    watch: Watch = iter,
 ) -> Encoded:
     """Tokenize records for a causal language model.
 
     Of alpaca's fields and of a prompt with its completion, the answer and the end-of-sequence token are trained, and a
-    token that straddles prompt and answer too. Of a chat, the assistant's turns are trained, to the mark that ends
-    them, as `peft_jax.train.data.chats` finds them.
+    token that straddles prompt and answer too. A plain text is trained whole. Of a chat, the assistant's turns are
+    trained, to the mark that ends them, as `peft_jax.train.data.chats` finds them.
 
     Args:
         records: The records.
         tokenizer: A `transformers` tokenizer with an end-of-sequence token; for chats, with a chat template.
-        cutoff_len: Examples of more tokens are left out and counted.
+        cutoff_len: The most tokens of an example.
         template: Lays out alpaca's fields.
         train_on_inputs: Train all tokens instead.
         tasks: How many tasks a prompt has, of which each record names one; 0 where records need to name none.
         masks: Gets what was learned of chats, and how that was found.
+        long: Whether longer examples are left out (``drop``), cut (``truncate``) or split into several (``split``).
+        watch: Wraps the sequence of chunks of records, as a progress bar does.
 
     Returns:
         The examples in the order of the records.
@@ -93,30 +76,57 @@ def encode(
         ' 3<|eos|>'
     """
     check_eos(tokenizer)
-    laid_out = [template(record) if isinstance(record, Record) else record for record in records]
-    rendered = []
-    for number, record in enumerate(laid_out, 1):
+    longest = cutoff_len if long == "truncate" else None
+    examples: list[Example] = []
+    for part in chunks(len(records), watch):
+        first = part.start + 1
+        laid_out = []
+        for number, record in enumerate(records[part], first):
+            laid_out.append(_laid_out(record, template, number))
+        for number, (ids, trained) in enumerate(_rows(laid_out, first, tokenizer, masks, longest), first):
+            if train_on_inputs:
+                trained = [True] * len(ids)
+            examples.append(_example(ids, trained, task_field(records[number - 1], number, tasks)))
+    return kept(examples, cutoff_len, long)
+
+
+def _laid_out(record: AnyRecord, template: Layout, number: int) -> Completion | Chat:
+    """A record as a chat, or as the text that is given and the text that is learned."""
+    if isinstance(record, Labelled):
+        raise ValueError(f"record {number} has a label, and a language model learns to write. Give other data.")
+    if isinstance(record, Record):
+        return template(record)
+    if isinstance(record, PlainText):
+        return Completion("", record.text)
+    return record
+
+
+def _rows(
+    records: Sequence[Completion | Chat], first: int, tokenizer: Tokenizer, masks: ChatMasks | None, longest: int | None
+) -> list[tuple[Sequence[int], Any]]:
+    """Ids of each record, and which of them are trained; ``first`` is the number of the first record."""
+    texts, rendered = [], []
+    for number, record in enumerate(records, first):
         if isinstance(record, Chat):
             rendered.append(render_chat(record, tokenizer, f"chat {number}"))
-    chats = iter(encode_chats(rendered, tokenizer, masks))
-    examples = []
-    for number, record in enumerate(laid_out, 1):
-        if isinstance(record, Labelled):
-            raise ValueError(f"record {number} has a label, and a language model learns to write. Give other data.")
-        if isinstance(record, Chat):
-            ids, trained = next(chats)
+            check_written(record, str(tokenizer.chat_template), f"chat {number}")
         else:
-            ids, start = encode_completion(record.prompt, record.completion, tokenizer)
-            trained = [position >= start for position in range(len(ids))]
-        if train_on_inputs:
-            trained = [True] * len(ids)
-        examples.append(_example(ids, trained, task_field(record, number, tasks)))
-    return kept(examples, cutoff_len)
+            texts.append(record)
+    chats = iter(encode_chats(rendered, tokenizer, masks))
+    completions = iter(encode_completions(texts, tokenizer, longest))
+    rows: list[tuple[Sequence[int], Any]] = []
+    for record in records:
+        if isinstance(record, Chat):
+            rows.append(next(chats))
+        else:
+            ids, start = next(completions)
+            rows.append((ids, np.arange(len(ids)) >= start))
+    return rows
 
 
-def _example(ids: Sequence[int], trained: Sequence[bool], more: Mapping[str, np.ndarray]) -> Example:
+def _example(ids: Sequence[int], trained: Any, more: Mapping[str, np.ndarray]) -> Example:
     input_ids = np.asarray(ids, np.int32)
-    labels = np.where(np.asarray(trained, bool), input_ids, IGNORE).astype(np.int32)
+    labels = np.where(np.asarray(trained, bool), input_ids, np.int32(IGNORE))
     labels[:1] = IGNORE  # nothing predicts the first token
     return Example(input_ids, labels, more)
 
@@ -125,21 +135,6 @@ def check_eos(tokenizer: Tokenizer) -> None:
     """Raise ValueError if the tokenizer has no token that ends an answer."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, so no answer could end. Name one in tokenizer_config.json.")
-
-
-def kept(examples: Sequence[Example], cutoff_len: int) -> Encoded:
-    """The examples that are not too long.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    fitting = [example for example in examples if example.length <= cutoff_len]
-    if not fitting:
-        shortest = min((example.length for example in examples), default=0)
-        raise ValueError(
-            f"none of {len(examples)} examples fits into {cutoff_len} tokens. Raise cutoff_len to {shortest} or more."
-        )
-    return Encoded(fitting, len(examples) - len(fitting))
 
 
 def task_field(record: Asked, number: int, tasks: int) -> dict[str, np.ndarray]:
@@ -163,12 +158,38 @@ def task_field(record: Asked, number: int, tasks: int) -> dict[str, np.ndarray]:
 
 def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
     """Token ids of both texts and EOS, and the index of the first one that the prompt alone does not have."""
-    alone = _one_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
-    ids = _one_bos(tokenizer(prompt + completion, verbose=False)["input_ids"], tokenizer)
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    same = (number for number, (one, other) in enumerate(zip(alone, ids, strict=False)) if one != other)
-    return ids, min(next(same, len(alone)), len(ids) - 1)
+    [found] = encode_completions([Completion(prompt, completion)], tokenizer)
+    return found
+
+
+def encode_completions(
+    records: Sequence[Completion], tokenizer: Tokenizer, longest: int | None = None
+) -> list[tuple[list[int], int]]:
+    """As `encode_completion`, for many.
+
+    Args:
+        records: The prompts and what follows them.
+        tokenizer: The tokenizer.
+        longest: The length to which rows are cut afterwards; of longer ones the beginning alone is encoded.
+    """
+    needed = None if longest is None else longest + 1
+    prompts = token_rows([record.prompt for record in records], tokenizer, needed)
+    wholes = token_rows([record.prompt + record.completion for record in records], tokenizer, needed)
+    rows = []
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        alone, ids = _one_bos(prompt.ids, tokenizer), _one_bos(whole.ids, tokenizer)
+        if whole.is_whole and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids.append(tokenizer.eos_token_id)
+        rows.append((ids, min(_shared(alone, ids), len(ids) - 1)))
+    return rows
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many ids two rows have in common from their beginning on."""
+    if other[: len(one)] == one:
+        return len(one)
+    pairs = zip(one, other, strict=False)
+    return next((number for number, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
 
 
 def _one_bos(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:

@@ -25,9 +25,15 @@ class PromptTemplate:
     prompt_no_input: str
 
     def __call__(self, record: Record) -> Completion:
-        """Lay out a record."""
-        text = self.prompt_input if record.input else self.prompt_no_input
-        return Completion(text.format(instruction=record.instruction, input=record.input), record.output)
+        """Lay out a record: a system prompt, earlier questions with their answers, and then its own question."""
+        before = [record.system] if record.system else []
+        for question, answer in record.history:
+            before.append(self._prompt(question, "") + answer)
+        return Completion("\n\n".join([*before, self._prompt(record.instruction, record.input)]), record.output)
+
+    def _prompt(self, instruction: str, input: str) -> str:
+        text = self.prompt_input if input else self.prompt_no_input
+        return text.format(instruction=instruction, input=input)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +46,16 @@ class ChatLayout:
     """
 
     def __call__(self, record: Record) -> Chat:
-        """Lay out a record."""
+        """Lay out a record; answers to earlier questions are given, not learned."""
+        turns = [{"role": "system", "content": record.system}] if record.system else []
+        given = []
+        for question, answer in record.history:
+            given.append(len(turns) + 1)
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         parts = [part for part in (record.instruction, record.input) if part]
-        question = {"role": "user", "content": "\n\n".join(parts)}
-        return Chat((question, {"role": "assistant", "content": record.output}), task_id=record.task_id)
+        turns.append({"role": "user", "content": "\n\n".join(parts)})
+        turns.append({"role": "assistant", "content": record.output})
+        return Chat(tuple(turns), given=tuple(given), task_id=record.task_id)
 
 
 Layout = PromptTemplate | ChatLayout

@@ -1,0 +1,35 @@
+"""The options of data that several commands have. They import nothing that takes long."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from peft_jax.cli.shared.command_line import Option
+from peft_jax.cli.shared.common_options import CUTOFF, DATA, TEMPLATE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataFileOptions:
+    """Where data is, which of its columns are used, and how its texts become rows."""
+
+    data: Annotated[tuple[str, ...], DATA]
+    """JSON, JSONL, CSV, TSV, Parquet or Arrow file, perhaps compressed (.gz), or id of a data set on the hub: records
+    with instruction and output (and input, system, history), question and answer, prompt and completion (texts or
+    messages), messages or conversations (and system, tools), or text; for SEQ_CLS with text (and text_pair) and label.
+    Where a prompt has several tasks, with task_id too. May be given several times; data.json@2 beside other.json@1
+    gives that data two thirds of the examples."""
+    columns: Annotated[tuple[str, ...] | None, Option(metavar="FIELD=COLUMN")] = None
+    """Columns that hold the fields of other names, such as instruction=query output=reply."""
+    data_split: Annotated[str | None, Option(metavar="NAME")] = None
+    """Split of data sets on the hub, by default train; train[:10%] is a part of it."""
+    data_subset: Annotated[str | None, Option(metavar="NAME")] = None
+    """Configuration of data sets on the hub that have several."""
+    data_revision: Annotated[str | None, Option(metavar="NAME")] = None
+    """Branch, tag or commit of data sets on the hub."""
+    prompt_template: Annotated[str | None, TEMPLATE] = None
+    """For instruction data: chat (the tokenizer's chat template), short, alpaca, a JSON file in alpaca-lora's format,
+    or raw for nothing; by default that of the adapter's training, else chat where there is such a template, else
+    short."""
+    cutoff_len: Annotated[int | None, CUTOFF] = None
+    """Most tokens of an example; by default 2048, or what the model's positions leave if that is less."""
+    long: Literal["truncate", "drop", "split"] = "truncate"
+    """Longer examples are cut, left out, or split into several; how many is reported."""

@@ -1,0 +1,203 @@
+"""Data of the commands: files and data sets on the hub, their columns, and their shares in a mixture."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_jax.cli.shared.data_options import DataFileOptions
+from peft_jax.train.data.data_files import TABLES, ending_of, read_rows, with_numbers
+from peft_jax.train.data.record_forms import parse_records
+from peft_jax.train.data.records import AnyRecord, Chat, Record
+
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One --data: the file or the id of a data set, and its share in the mixture, if it is given."""
+
+    name: str
+    weight: float | None = None
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether it is an id on the hub: one that no file has."""
+        return not Path(self.name).exists() and re.fullmatch(HUB_ID, self.name) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Records of all sources.
+
+    Attributes:
+        records: The records, source by source.
+        counts: How many of them each source has.
+        weights: The share of each source; None where none is given, and all records are used equally often.
+        notes: What is to be said of them.
+    """
+
+    records: list[AnyRecord]
+    counts: tuple[int, ...]
+    weights: tuple[float, ...] | None
+    notes: tuple[str, ...]
+
+    def source_of(self, record: int) -> int:
+        """The position of a record's source."""
+        for number, count in enumerate(self.counts):
+            if record < count:
+                return number
+            record -= count
+        raise IndexError(record)
+
+
+def load_records(options: DataFileOptions) -> Loaded:
+    """Read the files and data sets.
+
+    Raises:
+        FileNotFoundError: If there is no such file or data set.
+        ValueError: If the records are of no known form, an option does not fit the data, or some sources have weights
+            and others do not.
+    """
+    sources = sources_of(options)
+    columns = parse_columns(options.columns or ())
+    records: list[AnyRecord] = []
+    counts, notes = [], []
+    for source in sources:
+        found = parse_records(renamed(_rows(source, options), columns, source), source.name)
+        records += found.records
+        counts.append(len(found.records))
+        if found.unused:
+            notes.append(f"Not used of {source.name}: {', '.join(found.unused)}.")
+    kinds = {type(record) for record in records}
+    is_own = options.prompt_template == "chat" and Chat in kinds
+    if options.prompt_template is not None and Record not in kinds and not is_own:
+        raise ValueError("--prompt-template is for instruction data, but this data has its own layout. Leave it out.")
+    return Loaded(records, tuple(counts), weights_of(sources), tuple(notes))
+
+
+def sources_of(options: DataFileOptions) -> list[Source]:
+    """The sources that the options name.
+
+    Raises:
+        ValueError: If a weight is no number above 0, or an option is for data sets on the hub and none is named.
+    """
+    sources = [parse_source(word) for word in options.data]
+    for name in ("data_split", "data_subset", "data_revision"):
+        if getattr(options, name) is not None and not any(source.is_on_hub for source in sources):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is for data sets on the hub, and --data names files. Leave it out.")
+    weights_of(sources)
+    return sources
+
+
+def parse_source(word: str) -> Source:
+    """The source that a --data names.
+
+    Raises:
+        ValueError: If its weight is no number above 0.
+
+    Example:
+        >>> parse_source("chats.jsonl@0.3")
+        Source(name='chats.jsonl', weight=0.3)
+    """
+    name, at, text = word.rpartition("@")
+    if not at or Path(word).exists():
+        return Source(word)
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not weight > 0 or math.isinf(weight) or not name:
+        raise ValueError(
+            f"--data {word} has the weight '{text}'. Give a number above 0 behind the @, such as data.json@2."
+        )
+    return Source(name, weight)
+
+
+def weights_of(sources: Sequence[Source]) -> tuple[float, ...] | None:
+    """The shares of the sources in a mixture, or None where there is no mixture.
+
+    Raises:
+        ValueError: If some have a weight and others do not.
+    """
+    given = [source.weight for source in sources if source.weight is not None]
+    if given and len(given) < len(sources):
+        missing = next(source.name for source in sources if source.weight is None)
+        raise ValueError(f"--data {missing} has no weight, and other data has one. Give weights to all, or to none.")
+    return tuple(weight / sum(given) for weight in given) if len(given) > 1 else None
+
+
+def parse_columns(words: Sequence[str]) -> dict[str, str]:
+    """The column of each field.
+
+    Raises:
+        ValueError: If a word is not a field and a column, or a field has two.
+
+    Example:
+        >>> parse_columns(["instruction=query", "output=reply"])
+        {'instruction': 'query', 'output': 'reply'}
+    """
+    columns: dict[str, str] = {}
+    for word in words:
+        field, equals, column = word.partition("=")
+        if not (field and equals and column):
+            raise ValueError(f"--columns has '{word}'. Give a field and its column, such as instruction=query.")
+        if field in columns:
+            raise ValueError(
+                f"--columns names two columns for {field}: {columns[field]} and {column}. Give one of them."
+            )
+        columns[field] = column
+    return columns
+
+
+def renamed(rows: Sequence[Any], columns: Mapping[str, str], source: Source) -> list[Any]:
+    """The rows with their columns named as the fields that they hold.
+
+    Raises:
+        ValueError: If the first row lacks a column.
+    """
+    if rows and isinstance(rows[0], dict):
+        for field, column in columns.items():
+            if column not in rows[0]:
+                raise ValueError(
+                    f"--columns {field}={column}: {source.name} has no column {column}; it has {', '.join(rows[0])}."
+                )
+    return [_renamed(row, columns, source) for row in rows]
+
+
+def _renamed(row: Any, columns: Mapping[str, str], source: Source) -> Any:
+    if not isinstance(row, dict):
+        return row
+    taken = {*columns, *columns.values()}
+    found = {name: value for name, value in row.items() if name not in taken}
+    found |= {field: row[column] for field, column in columns.items() if column in row}
+    return with_numbers(found) if ending_of(Path(source.name)) in TABLES else found
+
+
+def _rows(source: Source, options: DataFileOptions) -> Sequence[Any]:
+    return from_hub(source.name, options) if source.is_on_hub else read_rows(Path(source.name))
+
+
+def from_hub(name: str, options: DataFileOptions) -> Any:
+    """The rows of a data set on the hub, which are read from disk when they are asked for.
+
+    Raises:
+        FileNotFoundError: If it cannot be read.
+        ValueError: If the package is missing.
+    """
+    said = f"no data file at {name}, and as a dataset on the hub it"
+    try:
+        import datasets  # an optional dependency
+    except ImportError as error:
+        raise ValueError(f"{said} needs the package datasets. Install it: pip install 'peft-jax[hub]'") from error
+    subset = [] if options.data_subset is None else [options.data_subset]
+    revision = {} if options.data_revision is None else {"revision": options.data_revision}
+    split = options.data_split or "train"
+    try:
+        return datasets.load_dataset(name, *subset, split=split, trust_remote_code=False, **revision)
+    except Exception as error:  # of many kinds: no network, no such dataset, a gated one
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{said} cannot be read: {reason}. Check the spelling and the network.") from error

@@ -1,0 +1,231 @@
+"""Files of records: JSON, JSONL, CSV, TSV, Parquet and Arrow, compressed by gzip or not."""
+
+import csv
+import gzip
+import importlib
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from peft_jax.core.text_files import read_text
+from peft_jax.train.data.record_forms import FORMATS, to_records
+from peft_jax.train.data.records import AnyRecord, Record, named
+
+TABLES = {".csv": ",", ".tsv": "\t"}
+COLUMNAR = (".parquet", ".arrow", ".feather")
+RULE = f"Give a JSON or JSONL file of records with {FORMATS}."
+NUMBERS = ("label", "task_id", "weight")  # fields that are numbers elsewhere, and texts in tables of texts
+
+
+def read_data(file: str | Path) -> list[AnyRecord]:
+    """Read a file of records in one of the forms of `peft_jax.train.data.record_forms`.
+
+    Args:
+        file: A CSV, TSV, Parquet or Arrow file, by its ending, or else a JSON list or one JSON object a line; ``.gz``
+            behind the ending for a compressed one.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or empty, or its records are of no known form or of several.
+
+    Example:
+        >>> Path("data.jsonl").write_text('{"prompt": "1, 2,", "completion": " 3"}')
+        39
+        >>> read_data("data.jsonl")
+        [Completion(prompt='1, 2,', completion=' 3')]
+    """
+    return to_records(read_rows(Path(file)), str(file))
+
+
+def read_records(file: str | Path) -> list[Record]:
+    """Read a file by `read_data` whose records have alpaca's fields.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As `read_data` does, or if the records are of another format.
+
+    Example:
+        >>> Path("data.jsonl").write_text('{"instruction": "Reverse.", "input": "abc", "output": "cba"}')
+        60
+        >>> read_records("data.jsonl")
+        [Record(instruction='Reverse.', input='abc', output='cba')]
+    """
+    records = []
+    for record in read_data(file):
+        if not isinstance(record, Record):
+            raise ValueError(
+                f"the records of {file} have {named(type(record))}, not {named(Record)}. Read them with read_data."
+            )
+        records.append(record)
+    return records
+
+
+def read_rows(file: Path) -> list[Any]:
+    r"""The values in a file: a JSON list's items, one value a line, or the rows of a table as objects.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or empty, or of a format that needs a package which is not installed.
+
+    Example:
+        >>> Path("data.csv").write_text("question,answer\n1 + 1?,2\n")
+        25
+        >>> read_rows(Path("data.csv"))
+        [{'question': '1 + 1?', 'answer': '2'}]
+    """
+    ending = ending_of(file)
+    if ending in COLUMNAR:
+        return _read_columnar(file)
+    text = _read_text(file)
+    if not text.strip():
+        raise ValueError(f"{file} is empty. Give at least one record with {FORMATS}.")
+    if ending in TABLES:
+        return list(_table(text, file, TABLES[ending]))
+    return _parse(text, file)
+
+
+def ending_of(file: Path) -> str:
+    """The ending of a file's name that says its format, without that of its compression.
+
+    Example:
+        >>> ending_of(Path("data.csv.gz"))
+        '.csv'
+    """
+    name = file.with_suffix("") if file.suffix.lower() == ".gz" else file
+    return name.suffix.lower()
+
+
+def is_compressed(file: Path) -> bool:
+    """Whether a file's name says that it is compressed."""
+    return file.suffix.lower() == ".gz"
+
+
+def _read_text(file: Path) -> str:
+    if not is_compressed(file):
+        return read_text(file, "data file", RULE)
+    try:
+        return _unpacked(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text. {RULE}") from error
+
+
+def _unpacked(file: Path) -> bytes:
+    """The content of a compressed file."""
+    _check_there(file)
+    try:
+        with gzip.open(file) as stream:
+            return stream.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is not a whole gzip file ({error}). Compress it again.") from error
+
+
+def _check_there(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"no data file at {file}. {RULE}")
+
+
+def _parse(text: str, file: Path) -> list[Any]:
+    hint = "Give a JSON list of objects, or one JSON object a line."
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON: {error}. {hint}") from error
+    values = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            values.append(parse_line(line, number, file))
+    return values
+
+
+def parse_line(line: str | bytes, number: int, file: Path) -> Any:
+    """The value in a line of a JSONL file.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        hint = "Give a JSON list of objects, or one JSON object a line."
+        raise ValueError(f"{file} is not JSON in line {number}: {error.msg}. {hint}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text in line {number}. {RULE}") from error
+
+
+def _table(text: str, file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table whose first line names the columns; empty cells are left out."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(reader)
+        for row in reader:
+            if len(row) not in (0, len(names)):
+                raise ValueError(
+                    f"{file} has {len(row)} cells in line {reader.line_num} and {len(names)} columns "
+                    f"({', '.join(names)}). Put cells that hold separators or line breaks in double quotes."
+                )
+            if row:
+                yield dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(
+            f"{file} is no table in line {reader.line_num}: {error}. Write it with a CSV writer."
+        ) from error
+
+
+def with_numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table of texts, whose fields of numbers are numbers.
+
+    Example:
+        >>> with_numbers({"text": "12", "label": "3"})
+        {'text': '12', 'label': 3}
+    """
+    changed = {}
+    for name in NUMBERS:
+        text = row.get(name)
+        if isinstance(text, str) and text.strip().removeprefix("-").isdecimal():
+            changed[name] = int(text)
+    return {**row, **changed}
+
+
+def _read_columnar(file: Path) -> list[dict[str, Any]]:
+    arrow = import_arrow(file)
+    _check_there(file)
+    try:
+        source = arrow.BufferReader(_unpacked(file)) if is_compressed(file) else arrow.memory_map(str(file))
+        if ending_of(file) == ".parquet":
+            return importlib.import_module("pyarrow.parquet").read_table(source).to_pylist()
+        return open_arrow(arrow, source).read_all().to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> ValueError:
+    """The error of a Parquet or Arrow file that cannot be read."""
+    reason = " ".join(str(error).split())
+    return ValueError(f"{file} is not a whole {ending_of(file)[1:]} file ({reason}). Write it again.")
+
+
+def open_arrow(arrow: ModuleType, source: Any) -> Any:
+    """Open an Arrow file, in the format of files or in that of streams, in which data sets are saved."""
+    try:
+        return arrow.ipc.open_file(source)
+    except arrow.ArrowInvalid:
+        source.seek(0)
+        return arrow.ipc.open_stream(source)
+
+
+def import_arrow(file: Path) -> ModuleType:
+    """The package that reads Parquet and Arrow.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        return importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise ValueError(f"{file} needs the package pyarrow. Install it: pip install 'peft-jax[arrow]'") from error

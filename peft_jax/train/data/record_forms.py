@@ -1,0 +1,232 @@
+"""The forms that records have in people's files, and how each becomes a record.
+
+A form is a row of `FORMS`. Each field of a record is used, or refused by name where leaving it out would change what
+the record says, or reported as unused.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from peft_jax.train.data.conversations import parsed, to_chat
+from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Record
+
+FORMATS = (
+    "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label, or "
+    "question and answer, or conversations, or text"
+)
+ADVICE = "--columns instruction=question names columns anew."
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A form of records.
+
+    Attributes:
+        signs: Fields by any of which it is known.
+        needed: Fields that it must have.
+        optional: Fields that it may have.
+        make: Makes a record of these fields' values and the name of the record.
+        rule: Describes the fields, for errors.
+    """
+
+    signs: tuple[str, ...]
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    make: Callable[[Mapping[str, Any], str], AnyRecord]
+    rule: str
+
+    @property
+    def name(self) -> str:
+        """The fields that it must have, in words."""
+        return " and ".join(self.needed)
+
+
+class Parsed(NamedTuple):
+    """Records of one source, and the names of their fields that are not used."""
+
+    records: list[AnyRecord]
+    unused: list[str]
+
+
+def _alpaca(value: Mapping[str, Any], where: str) -> Record:
+    texts = _texts(value, ("instruction", "input", "output", "system"), where, "instruction and output")
+    return Record(**texts, history=_history(value.get("history"), where))
+
+
+def _question(value: Mapping[str, Any], where: str) -> Record:
+    texts = _texts(value, ("question", "answer", "system"), where, "question and answer")
+    return Record(texts["question"], "", texts["answer"], texts["system"])
+
+
+def _completion(value: Mapping[str, Any], where: str) -> AnyRecord:
+    prompt, completion = value["prompt"], value["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        return to_chat(answer, where, given=given, tools=value.get("tools"))
+    if value.get("tools"):
+        raise ValueError(
+            f"{where} has tools and a prompt that is text. Give prompt and completion as lists of messages."
+        )
+    return Completion(**_texts(value, ("prompt", "completion"), where, "prompt and completion"))
+
+
+def _chat(value: Mapping[str, Any], where: str) -> AnyRecord:
+    messages = value.get("messages", value.get("conversations"))
+    more = {name: value.get(name) for name in ("tools", "functions")}
+    return to_chat(messages, where, system=_text(value, "system", where, "messages"), **more)
+
+
+def _labelled(value: Mapping[str, Any], where: str) -> Labelled:
+    texts = _texts(value, ("text", "text_pair"), where, "text and label")
+    label = value["label"]
+    if not isinstance(label, str | int) or isinstance(label, bool) or (isinstance(label, int) and label < 0):
+        raise ValueError(f"{where} has the label {label!r}. Give the name of a class, or its number from 0 on.")
+    return Labelled(texts["text"], label, texts["text_pair"])
+
+
+def _plain(value: Mapping[str, Any], where: str) -> PlainText:
+    return PlainText(_text(value, "text", where, "text"))
+
+
+# The first form that a record has a sign of is its form.
+FORMS = (
+    Form(("messages",), ("messages",), ("system", "tools", "functions"), _chat, "messages"),
+    Form(("conversations",), ("conversations",), ("system", "tools", "functions"), _chat, "conversations"),
+    Form(("completion", "prompt"), ("prompt", "completion"), ("tools",), _completion, FORMATS),
+    Form(
+        ("instruction", "output"),
+        ("instruction", "output"),
+        ("input", "system", "history"),
+        _alpaca,
+        "the fields instruction and output, and may have input, system and history",
+    ),
+    Form(("label",), ("text", "label"), ("text_pair",), _labelled, "the fields text and label, and may have text_pair"),
+    Form(("question", "answer"), ("question", "answer"), ("system",), _question, "the fields question and answer"),
+    Form(("text",), ("text",), (), _plain, "the field text"),
+)
+
+# Fields that say more than texts do. A record that has one which its form does not use is refused.
+MEANT = (
+    *("system", "history", "tools", "functions", "weight", "train", "chosen", "rejected", "label", "reward"),
+    *("images", "image", "videos", "video", "audio", "audios", "documents", "context", "text_pair"),
+    *("chat_template_kwargs", "chat_template"),
+)
+EMPTY: tuple[Any, ...] = ("", [], {}, ())
+
+
+def to_records(objects: Sequence[Any], source: str) -> list[AnyRecord]:
+    """Turn parsed objects into records; ``source`` names where they come from in errors.
+
+    Raises:
+        ValueError: If there are none, they are of no known format or of several, or have a field that changes their
+            meaning and cannot be used.
+
+    Example:
+        >>> to_records([{"question": "1 + 1?", "answer": "2"}], "here")
+        [Record(instruction='1 + 1?', input='', output='2')]
+    """
+    return parse_records(objects, source).records
+
+
+def parse_records(objects: Sequence[Any], source: str) -> Parsed:
+    """As `to_records`, with the names of the fields that are not used.
+
+    Raises:
+        ValueError: As `to_records` does.
+
+    Example:
+        >>> parse_records([{"text": "A text.", "url": "u"}], "here")
+        Parsed(records=[PlainText(text='A text.')], unused=['url'])
+    """
+    if not objects:
+        raise ValueError(f"{source} holds no records. Give at least one with {FORMATS}.")
+    form = form_of(objects[0], f"record 1 of {source}")
+    unused: dict[str, None] = {}
+    records = []
+    for number, value in enumerate(objects, 1):
+        where = f"record {number} of {source}"
+        records.append(to_record(value, form, where))
+        unused |= dict.fromkeys(unused_fields(value, form))
+    return Parsed(records, list(unused))
+
+
+def form_of(value: Any, where: str) -> Form:
+    """The form of a parsed object.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    found = _form(_fields(value, where))
+    if found is None:
+        has = ", ".join(value) or "no fields"
+        raise ValueError(f"{where} lacks instruction and output; it has {has}. Each record needs {FORMATS}. {ADVICE}")
+    return found
+
+
+def to_record(value: Any, form: Form, where: str) -> AnyRecord:
+    """Make a record of a parsed object of a form.
+
+    Raises:
+        ValueError: If it is of another form, or has a field that cannot be used.
+    """
+    fields = _fields(value, where)
+    missing = [name for name in form.needed if name not in fields]
+    has = ", ".join(value) or "no fields"
+    if missing and _form(fields) is not form:
+        raise ValueError(
+            f"{where} lacks {' and '.join(missing)}, which the first one has; it has {has}. Give one format a file."
+        )
+    if missing:
+        raise ValueError(f"{where} lacks {' and '.join(missing)}; it has {has}. Each record needs {form.rule}.")
+    for name in MEANT:
+        is_used = name in (*form.needed, *form.optional)
+        if not is_used and fields.get(name, "") not in EMPTY:
+            raise ValueError(
+                f"{where} has a field {name}, which records with {form.name} have no use for here. Remove it, or name "
+                "the columns by --columns."
+            )
+    record = form.make(fields, where)
+    if "task_id" in fields:
+        return dataclasses.replace(record, task_id=fields["task_id"])
+    return record
+
+
+def unused_fields(value: Mapping[str, Any], form: Form) -> list[str]:
+    """The fields of a parsed object that its record does not have."""
+    used = (*form.needed, *form.optional, "task_id", *MEANT)
+    return [name for name in value if name not in used]
+
+
+def _fields(value: Any, where: str) -> dict[str, Any]:
+    """The fields that have a value; tables have nulls where a row has none."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is of type {type(value).__name__}, not an object. Each record needs {FORMATS}.")
+    return {name: content for name, content in value.items() if content is not None}
+
+
+def _form(fields: Mapping[str, Any]) -> Form | None:
+    return next((form for form in FORMS if any(name in fields for name in form.signs)), None)
+
+
+def _texts(value: Mapping[str, Any], names: Sequence[str], where: str, form: str) -> dict[str, str]:
+    return {name: _text(value, name, where, form) for name in names}
+
+
+def _text(value: Mapping[str, Any], name: str, where: str, form: str) -> str:
+    """A field's text; empty where the record does not have the field."""
+    content = value.get(name, "")
+    if not isinstance(content, str):
+        raise ValueError(
+            f"{where} has a {name} of type {type(content).__name__}, not text. Each record needs texts in {form}."
+        )
+    return content
+
+
+def _history(value: Any, where: str) -> tuple[tuple[str, str], ...]:
+    pairs = parsed(value or [], "history", where)
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f'{where} has a history that is no list of pairs such as [["Hello", "Hi"]].')
+    return tuple((question, answer) for question, answer in pairs)
