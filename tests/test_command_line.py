@@ -20,6 +20,7 @@ from peft_jax.train.optimizer import OPTIMIZERS, SCHEDULES
 
 NEEDED = {
     "finetune": ["--model", "m", "--data", "d", "--output", "o"],
+    "preview": ["--model", "m", "--data", "d"],
     "generate": [],
     "eval": ["--data", "d"],
     "merge": ["--adapter", "a", "--output", "o"],
@@ -140,7 +141,7 @@ def test_options_have_the_names_that_the_package_has() -> None:
     assert f"init_lora_weights is {', '.join(first)} or {last}" in found["start_batches"].help
     for command in ("finetune", "generate", "eval"):
         assert f"{', '.join(TEMPLATES)}, or a JSON file" in parameters(command)["prompt_template"].help
-    assert DataOptions(data=("d",)).prompt_template in TEMPLATES
+    assert DataOptions(data=("d",)).prompt_template is None
     assert AdapterOptions() == parse(["finetune", *NEEDED["finetune"]]).adapter  # type: ignore[union-attr]
 
 
@@ -311,15 +312,15 @@ WRONG = {
         "finetune needs --data DATA, --output PATH. peft-jax finetune --help says what that is.",
     ),
     "a folder that must be given": (["inspect"], "inspect needs PATH. peft-jax inspect --help says what that is."),
-    "no command": ([], "no command is given. Give one of finetune, generate, eval, merge, inspect, demo."),
+    "no command": ([], "no command is given. Give one of finetune, preview, generate, eval, merge, inspect, demo."),
     "a mistyped command": (
         ["fintune"],
-        "there is no command 'fintune'. Did you mean finetune? Give one of finetune, generate, eval, merge, inspect, "
+        "there is no command 'fintune'. Did you mean finetune? Give one of finetune, preview, generate, eval, merge, inspect, "
         "demo.",
     ),
     "an unknown command": (
         ["serve"],
-        "there is no command 'serve'. Give one of finetune, generate, eval, merge, inspect, demo.",
+        "there is no command 'serve'. Give one of finetune, preview, generate, eval, merge, inspect, demo.",
     ),
 }
 

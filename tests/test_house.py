@@ -177,7 +177,15 @@ def test_a_docstring_opens_with_a_sentence(file: Path) -> None:
 def test_no_two_modules_share_a_basename() -> None:
     """A reader who has an open file called `plan.py` knows which one it is."""
     shared = {"__init__", "base", "config", "model", "family", "registry"}
-    commands = {"merge", "evaluate", "demo", "finetune", "generate", "inspect"}  # named in cli/ as they are typed
+    commands = {
+        "merge",
+        "evaluate",
+        "demo",
+        "finetune",
+        "generate",
+        "inspect",
+        "preview",
+    }  # named in cli/ as they are typed
     seen: dict[str, Path] = {}
     for file in FILES:
         is_command = file.stem in commands and module_name(file)[1] == "cli"

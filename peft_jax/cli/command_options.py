@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.common_options import (
@@ -30,7 +30,7 @@ class PromptOptions:
     """Prompts in a file: .json or .jsonl (texts, or objects with instruction and input, prompt, or messages), else a
     prompt a line."""
     prompt_template: Annotated[str | None, TEMPLATE] = None
-    """Template around texts and instructions: chat, short, alpaca, raw or a JSON file, as in finetune; by default that
+    """Template around texts and instructions: chat, raw, short, alpaca, or a JSON file, as in finetune; by default that
     of the adapter's training, else chat where the tokenizer has a chat template, else short."""
     task_id: int | None = None
     """The task of the prompts, by its number, for an adapter that is a prompt of several tasks."""
@@ -88,6 +88,26 @@ class Eval(ModelOptions, DataFileOptions):
     """Examples at a time."""
     json: bool = False
     """Print a JSON object: loss, perplexity, target_tokens, examples, too_long; of classes accuracy, and no tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preview(DataFileOptions):
+    """Show the tokens that finetune would make of data, and which of them are learned; reads no weights."""
+
+    TITLE = "Preview"
+
+    model: Annotated[str, MODEL]
+    """Folder (or hub id) of the model, of which config and tokenizer are read."""
+    gguf_file: Annotated[str | None, GGUF] = None
+    """GGUF file in that folder, of which the metadata are read."""
+    task: Annotated[Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None, Option(aliases=("--task-type",))] = None
+    """Task to train it for, as in finetune."""
+    train_on_inputs: bool = False
+    """Learn the prompts too, as in finetune."""
+    examples: int = 3
+    """How many examples are shown, from the first on."""
+    html: Path | None = None
+    """Write a page of HTML too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

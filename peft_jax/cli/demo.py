@@ -82,9 +82,11 @@ class Bench:
     def rows(self, records: Sequence[Record]) -> Padded:
         """Tokenize records and pad them to one length, so that each step is compiled once."""
         length = self.settings.length
-        examples, too_long = encode(records, self.tokenizer, cutoff_len=length)
-        if too_long:
-            raise ValueError(f"{too_long} records are longer than {length} tokens. Raise the length in Settings.")
+        encoded = encode(records, self.tokenizer, cutoff_len=length)
+        if encoded.too_long:
+            raise ValueError(
+                f"{encoded.too_long} records are longer than {length} tokens. Raise the length in Settings."
+            )
         return Padded(examples, length, shortest=length)
 
     def held_out_loss(self, model: CausalLM) -> float:

@@ -6,16 +6,17 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from peft_jax.cli.command_options import Demo, Eval, Generate, Inspect, Merge
+from peft_jax.cli.command_options import Demo, Eval, Generate, Inspect, Merge, Preview
 from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.shared.command_line import nearest, overview, parse_command, with_flags
 from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output
 from peft_jax.cli.shared.way_out import of_full_disk, of_missing_device
 from peft_jax.core.short_errors import shortened
 
-Command = Finetune | Generate | Eval | Merge | Inspect | Demo
+Command = Finetune | Preview | Generate | Eval | Merge | Inspect | Demo
 COMMANDS: Mapping[str, type[Command]] = {
     "finetune": Finetune,
+    "preview": Preview,
     "generate": Generate,
     "eval": Eval,
     "merge": Merge,
@@ -87,6 +88,8 @@ def _run_command(command: Command) -> None:
         merge(command)
     elif isinstance(command, Inspect):
         inspect(command)
+    elif isinstance(command, Preview):
+        preview(command)
     else:
         finetune(command)
 
@@ -147,6 +150,13 @@ def finetune(options: Finetune) -> None:
     from peft_jax.cli.finetune import finetune as command
 
     command.finetune(options)
+
+
+def preview(options: Preview) -> None:
+    """Run `peft-jax preview`."""
+    from peft_jax.cli import preview as command
+
+    command.preview(options)
 
 
 def generate(options: Generate) -> None:

@@ -3,6 +3,7 @@
 from peft_jax.train.accumulate import make_accumulating_step as make_accumulating_step
 from peft_jax.train.data.answers import encode_answers as encode_answers
 from peft_jax.train.data.batches import Batch as Batch
+from peft_jax.train.data.batches import Mixture as Mixture
 from peft_jax.train.data.batches import Packed as Packed
 from peft_jax.train.data.batches import Padded as Padded
 from peft_jax.train.data.batches import evaluation_batches as evaluation_batches

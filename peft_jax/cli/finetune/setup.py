@@ -18,7 +18,7 @@ from peft_jax.cli.finetune.options import (
     settings,
 )
 from peft_jax.cli.shared.data_sources import Loaded, sources_of
-from peft_jax.cli.shared.row_layout import row_options, said_of_length
+from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
 from peft_jax.cli.shared.task import (
     LABELS_FILE,
     Task,
@@ -116,7 +116,7 @@ def make_data(
     said = f"{len(examples)} examples{kept}. {said_of_length(encoded, rows)}"
     if not task.has_classes:
         said += f"\n{_said_of_layout(used, rows.masks)}"
-    said = "\n".join([said, *loaded.notes])
+    said = "\n".join([said, *loaded.notes, *said_of_thoughts(loaded.records, tokenizer)])
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())

@@ -26,8 +26,8 @@ class DataFileOptions:
     data_revision: Annotated[str | None, Option(metavar="NAME")] = None
     """Branch, tag or commit of data sets on the hub."""
     prompt_template: Annotated[str | None, TEMPLATE] = None
-    """For instruction data: chat (the tokenizer's chat template), short, alpaca, a JSON file in alpaca-lora's format,
-    or raw for nothing; by default that of the adapter's training, else chat where there is such a template, else
+    """For instruction data: chat (the tokenizer's chat template), raw (nothing), short, alpaca, or a JSON file in
+    alpaca-lora's format; by default that of the adapter's training, else chat where there is such a template, else
     short."""
     cutoff_len: Annotated[int | None, CUTOFF] = None
     """Most tokens of an example; by default 2048, or what the model's positions leave if that is less."""

@@ -1,11 +1,15 @@
 """Rows of the commands: how long they are, and what is said of the examples that are longer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft_jax.cli.shared.data_options import DataFileOptions
 from peft_jax.cli.shared.progress_bar import watched_encoding
 from peft_jax.cli.shared.task import RowOptions
+from peft_jax.prompts.tokenizer import Tokenizer
+from peft_jax.train.data.conversations import unwritten_thoughts
 from peft_jax.train.data.encode import Encoded
+from peft_jax.train.data.records import AnyRecord, Chat
 from peft_jax.train.data.template import Layout
 
 LONGEST = 2048  # tokens of an example where --cutoff-len is not given
@@ -25,6 +29,13 @@ def row_options(options: DataFileOptions, config: Any, layout: Layout, *, virtua
     if longest is None:
         longest = max(1, min(LONGEST, config.room - virtual))
     return RowOptions(longest, layout, long=options.long, watch=watched_encoding, **more)
+
+
+def said_of_thoughts(records: Sequence[AnyRecord], tokenizer: Tokenizer) -> list[str]:
+    """Sentences on thoughts in chats that the tokenizer's chat template leaves out."""
+    chats = [record for record in records if isinstance(record, Chat)]
+    found = unwritten_thoughts(chats, str(tokenizer.chat_template)) if chats else {}
+    return [f"The chat template does not write {name}, which {count} chats have." for name, count in found.items()]
 
 
 def said_of_length(encoded: Encoded, options: RowOptions) -> str:

@@ -97,6 +97,11 @@ def verbatim() -> TextIO:
     return sys.stdout
 
 
+def obeyed() -> TextIO:
+    """Standard output for a text whose codes a terminal is to obey; whoever writes it has escaped the rest of it."""
+    return sys.stdout.stream if isinstance(sys.stdout, Escaping) else sys.stdout
+
+
 def escape_tracebacks() -> None:
     """Escape what Python itself prints when the process ends."""
     sys.stderr = cast(TextIO, Escaping(sys.stderr, rewrites_lines=True))

@@ -28,8 +28,7 @@ ROLES = {
 # Fields of a turn that would change what it says.
 REFUSED = ("images", "image", "videos", "video", "audio", "audios", "files", "chosen", "rejected", "refusal")
 
-# Fields that a template has to write, or else a part of the conversation would be lost.
-WRITTEN = ("tool_calls", "reasoning_content", "thinking")
+THOUGHTS = ("reasoning_content", "thinking")  # many templates leave thoughts out on purpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _turn(message: Any, where: str) -> Turn:
     calls = _calls(fields, where)
     if calls:
         fields["tool_calls"] = calls
-    has_more = role == "assistant" and any(fields.get(name) for name in WRITTEN)
+    has_more = role == "assistant" and any(fields.get(name) for name in ("tool_calls", *THOUGHTS))
     text = _text(content, where)
     if text is None and not has_more:
         raise wrong
@@ -200,7 +199,7 @@ def _tools(tools: Any, functions: Any, where: str) -> tuple[Mapping[str, Any], .
 
 
 def check_written(chat: Chat, template: str, where: str) -> None:
-    """Raise ValueError for parts of a conversation that a chat template does not write.
+    """Raise ValueError for tools and tool calls that a chat template does not write.
 
     Args:
         chat: The conversation.
@@ -208,17 +207,31 @@ def check_written(chat: Chat, template: str, where: str) -> None:
         where: The name of the conversation, for the error.
 
     Example:
-        >>> chat = Chat(({"role": "assistant", "content": "4", "reasoning_content": "2 + 2"},))
+        >>> chat = Chat(({"role": "assistant", "content": "4"},), tools=({"type": "function"},))
         >>> check_written(chat, "{{ messages[0].content }}", "chat 1")
         Traceback (most recent call last):
-        ValueError: chat 1 has reasoning_content, which the tokenizer's chat template does not write. Remove the...
+        ValueError: chat 1 has tools, which the tokenizer's chat template does not write. Remove the field, or give...
     """
-    parts: Sequence[str] = [name for name in WRITTEN if any(message.get(name) for message in chat.messages)]
-    if chat.tools:
-        parts = [*parts, "tools"]
-    for name in parts:
-        if name not in template:
+    has = {"tools": bool(chat.tools), "tool_calls": any(message.get("tool_calls") for message in chat.messages)}
+    for name, is_there in has.items():
+        if is_there and name not in template:
             raise ValueError(
                 f"{where} has {name}, which the tokenizer's chat template does not write. Remove the field, or give "
                 "the tokenizer a template that writes it."
             )
+
+
+def unwritten_thoughts(chats: Sequence[Chat], template: str) -> dict[str, int]:
+    """The fields of thoughts that a chat template does not write, and how many chats have them.
+
+    Example:
+        >>> chat = Chat(({"role": "assistant", "content": "4", "reasoning_content": "2 + 2"},))
+        >>> unwritten_thoughts([chat], "{{ messages[0].content }}")
+        {'reasoning_content': 1}
+    """
+    found: dict[str, int] = {}
+    for name in THOUGHTS:
+        if name not in template:
+            count = sum(any(message.get(name) for message in chat.messages) for chat in chats)
+            found |= {name: count} if count else {}
+    return found

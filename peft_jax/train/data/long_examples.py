@@ -61,7 +61,8 @@ def kept(examples: Sequence[Example], cutoff_len: int, long: Long = "drop", shor
         examples: One for each record.
         cutoff_len: The longest row.
         long: ``drop`` leaves longer ones out; ``truncate`` keeps their beginning; ``split`` makes several rows of one,
-            in which each learned token is learned once. The last two are for labels beside the tokens of a causal model.
+            in which each learned token is learned once. The last two are for labels beside the tokens of a causal
+            model.
         shortened: How many are cut already.
 
     Raises:

@@ -1,0 +1,101 @@
+"""`peft-jax preview`: the tokens that a model would see of the data, and which of them are learned."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from peft_jax.cli.command_options import Preview
+from peft_jax.cli.finetune.setup import layout_of_data
+from peft_jax.cli.shared.data_sources import load_records
+from peft_jax.cli.shared.preview_page import Part, Shown, page, painted
+from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
+from peft_jax.cli.shared.task import classes_of_data, task_of
+from peft_jax.cli.shared.terminal import obeyed
+from peft_jax.models.gguf_checkpoint import base_config
+from peft_jax.models.registry import read_architecture
+from peft_jax.prompts.tokenizer import Tokenizer, read_tokenizer
+from peft_jax.train.data.encode import IGNORE, Example
+
+
+def preview(options: Preview) -> None:
+    """Run the command. It reads the model's config and tokenizer, and no weights.
+
+    Raises:
+        ValueError: If an option, the data or the checkpoint is unusable.
+        OSError: If a file or folder is missing, or the page cannot be written.
+    """
+    for name in ("examples", "cutoff_len"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}. Give a number above 0.")
+    task = task_of(options.model, options.task, options.gguf_file)
+    if options.train_on_inputs and not task.next_token:
+        raise ValueError("--train-on-inputs is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")
+    loaded = load_records(options)
+    task.check(loaded.records)
+    classes = classes_of_data(options.model, loaded.records, options.gguf_file) if task.has_classes else {}
+    config: Any = read_architecture(base_config(options.model, options.gguf_file))
+    # The encoders of tasks read these two of a model alone.
+    model: Any = SimpleNamespace(config=config, source=SimpleNamespace(id2label=classes))
+    tokenizer = read_tokenizer(options.model, gguf_file=options.gguf_file)
+    used = layout_of_data(options.prompt_template, None, loaded.records, tokenizer, task)
+    layout = row_options(options, config, used.layout, virtual=0, train_on_inputs=options.train_on_inputs)
+    encoded = task.encode(loaded.records, tokenizer, model, layout)
+    shown = [_shown(example, tokenizer, classes) for example in encoded.examples[: options.examples]]
+    said = [_counts(encoded.examples), said_of_length(encoded, layout)]
+    said += [*loaded.notes, *said_of_thoughts(loaded.records, tokenizer)]
+    if options.html is not None:
+        _write(options.html, page(shown, said))
+        said.append(f"Wrote {options.html}.")
+    is_colored = sys.stdout.isatty()
+    print(painted(shown, colored=is_colored), file=obeyed() if is_colored else sys.stdout)
+    print("\n".join(said))
+
+
+def _shown(example: Example, tokenizer: Tokenizer, classes: dict[int, str]) -> Shown:
+    """An example as texts of tokens."""
+    ids, labels = example.input_ids, example.labels
+    if labels.shape == ids.shape and "decoder_input_ids" not in example.more:
+        return Shown(_parts(ids, labels != IGNORE, tokenizer))
+    given = _parts(ids, np.zeros(ids.shape, bool), tokenizer)
+    if labels.ndim == 0:
+        return Shown(given, label=classes.get(int(labels), str(int(labels))))
+    return Shown([*given, Part("\n", None), *_parts(labels, labels != IGNORE, tokenizer)])
+
+
+def _parts(ids: np.ndarray, learned: np.ndarray, tokenizer: Tokenizer) -> list[Part]:
+    """The texts of tokens. A character of several tokens is written behind the last of them."""
+    parts: list[Part] = []
+    before = ""
+    waiting: list[int] = []
+    for number, is_learned in zip(ids.tolist(), learned.tolist(), strict=True):
+        waiting.append(number)
+        text = tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and len(waiting) < 8:
+            parts.append(Part("", is_learned))
+            continue
+        parts.append(Part(text.removeprefix(before), is_learned))
+        # The token before decides whether a decoder writes the space of the next one.
+        waiting = [number]
+        before = tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+    return parts
+
+
+def _counts(examples: list[Example]) -> str:
+    """A sentence on the tokens of all examples."""
+    lengths = [example.input_ids.size for example in examples]
+    learned = sum(int(np.sum(example.labels != IGNORE)) for example in examples)
+    return (
+        f"{len(examples)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all; {learned} labels "
+        "are learned."
+    )
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{file} cannot be written: {error.strerror}. Name another file with --html.") from error
