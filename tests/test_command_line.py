@@ -315,8 +315,8 @@ WRONG = {
     "no command": ([], "no command is given. Give one of finetune, preview, generate, eval, merge, inspect, demo."),
     "a mistyped command": (
         ["fintune"],
-        "there is no command 'fintune'. Did you mean finetune? Give one of finetune, preview, generate, eval, merge, inspect, "
-        "demo.",
+        "there is no command 'fintune'. Did you mean finetune? Give one of finetune, preview, generate, eval, merge, "
+        "inspect, demo.",
     ),
     "an unknown command": (
         ["serve"],

@@ -99,7 +99,6 @@ def test_there_is_a_test_for_every_option() -> None:
     here += Path(__file__).with_name("test_resume.py").read_text().replace("--", "").replace("-", "_")
     here += Path(__file__).with_name("test_processes.py").read_text().replace("-", "_")
     here += Path(__file__).with_name("test_record_forms.py").read_text()
-    here += Path(__file__).with_name("test_record_forms.py").read_text()
     for name in ("test_gguf.py", "test_kept_quantized.py"):
         here += Path(__file__).with_name(name).read_text()
     options = parse(words())

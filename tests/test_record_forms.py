@@ -1,4 +1,4 @@
-"""Data in the forms that people have it: each form by its public description, through preview and a step of finetune."""
+"""Data in the forms that people have: each by its public description, through preview and a step of finetune."""
 
 import gzip
 import json

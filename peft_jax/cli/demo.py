@@ -87,7 +87,7 @@ class Bench:
             raise ValueError(
                 f"{encoded.too_long} records are longer than {length} tokens. Raise the length in Settings."
             )
-        return Padded(examples, length, shortest=length)
+        return Padded(encoded.examples, length, shortest=length)
 
     def held_out_loss(self, model: CausalLM) -> float:
         """Mean loss over the held-out items, in nats per answer token."""
