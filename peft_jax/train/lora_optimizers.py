@@ -35,7 +35,7 @@ def lora_plus(
         optimizer: Makes an optimizer from a learning rate, such as ``optax.adamw``.
         learning_rate: The rate of A, and of what is trained whole.
         loraplus_lr_ratio: How many times larger the rate of B, biases and magnitudes is.
-        loraplus_lr_embedding: The rate of adapters on embeddings.
+        loraplus_lr_embedding: The rate of the factors of embeddings.
 
     Example:
         >>> optimizer = lora_plus(optax.adamw, 1e-4, loraplus_lr_ratio=16)
@@ -195,7 +195,7 @@ def _plus_labels(trainable: Any) -> Any:
             label = "A"
             if array is not None and (role == "lora_B" or array.ndim - len(node.layout.stack) == 1):
                 label = "B"
-            if node.layout.lookup and node.tag.role is None:
+            if node.layout.lookup and role in FACTORS:
                 label = "embedding"
             labels[role] = None if array is None else label
         return dataclasses.replace(node, base=visit(node.base), params=labels)
