@@ -17,7 +17,7 @@ DELTA = 1e-8  # PEFT's damping in LoRA-FA
 class Moments(NamedTuple):
     """State of LoRA-FA's Adam: steps, and moving averages of the gradients and of their squares."""
 
-    count: jax.Array
+    steps: jax.Array
     mean: Any
     square: Any
 
@@ -139,7 +139,7 @@ def lora_fa(
             return dataclasses.replace(leaf, params={**leaf.params, "lora_B": inverse @ b / safe**2})
 
         grads = map_adapted(projected, updates)
-        count = state.count + 1
+        count = state.steps + 1
         mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, grads)
         square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, grads)
         steps_done = count.astype(jnp.float32)
