@@ -309,7 +309,10 @@ WRONG: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         *(TEXTS, ["--task", "CAUSAL_LM", "--adapter", "classes"]),
         "--task CAUSAL_LM, but the adapter's config has the task_type SEQ_CLS. Drop --task",
     ),
-    "no room": (*_headless([{**row, "text": "word " * 30} for row in TEXTS]), "exceed the model's 64 positions"),
+    "no room": (
+        *_headless([{**row, "text": "word " * 30} for row in TEXTS], "--cutoff-len", "256"),
+        "exceed the model's 64 positions",
+    ),
     "no ids of tasks": (TASKLESS, ["--model", "t5", *MULTITASK], "record 1 has no task_id, and the prompt has 2 tasks"),
     "another id": (
         *([{**PAIRS[0], "task_id": 2}], ["--model", "t5", *MULTITASK]),
