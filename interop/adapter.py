@@ -26,8 +26,10 @@ from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.short_errors import short_errors
 from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
+from peft_jax.prompts.base import PromptMethod
 
 T = TypeVar("T")
+WITHOUT_TASK = ("ADAPTION_PROMPT", "CPT")  # the first is within the layers, and the second sets its task itself
 
 
 def save_adapter(
@@ -144,6 +146,7 @@ def load_adapter(
             config = PeftConfig.from_pretrained(folder)
         if not isinstance(config, Method) or config.peft_type not in ROWS:
             raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
+        _check_task(config, folder)
         config = dataclasses.replace(config, inference_mode=not is_trainable)
         tensors = renamed(_read(folder / WEIGHTS_FILE), key_mapping or {})
         if ignore_mismatched_sizes:
@@ -153,6 +156,15 @@ def load_adapter(
         )
     warn_of_sorted_patterns(config, tensors)
     return loaded
+
+
+def _check_task(config: Method, folder: pathlib.Path) -> None:
+    """Refuse a prompt without a task: PEFT makes a model of it that computes nothing."""
+    if config.task_type is None and isinstance(config, PromptMethod) and config.peft_type not in WITHOUT_TASK:
+        raise ValueError(
+            f"'{folder / CONFIG_FILE}' has no task_type, without which PEFT computes nothing from a "
+            f"{config.peft_type}. Write the task that it was trained for, such as CAUSAL_LM."
+        )
 
 
 def _fitting(

@@ -3,10 +3,10 @@
     python tests/killed_runs.py FOLDER [SEED ...]
 
 FOLDER holds a model and data.json. Runs go into FOLDER/whole (not killed), FOLDER/chosen (killed and resumed at every
-moment below in turn), and FOLDER/random-<SEED>, killed at some time, mostly after its first checkpoint; FOLDER/whole-prompt and
-FOLDER/prompt (killed once) train a prompt instead of a LoRA; FOLDER/early is killed before its first checkpoint, at
-every moment of EARLY in turn. Exit codes are printed as JSON. All children are forked from this process, which has
-imported everything and touched no device.
+moment below in turn), and FOLDER/random-<SEED>, killed at some time, mostly after its first checkpoint;
+FOLDER/whole-prompt and FOLDER/prompt (killed once) train a prompt instead of a LoRA; FOLDER/early is killed before its
+first checkpoint, at every moment of EARLY in turn. Exit codes are printed as JSON. All children are forked from this
+process, which has imported everything and touched no device.
 """
 
 import json

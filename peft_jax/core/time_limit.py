@@ -44,4 +44,4 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class _Stopped(Exception):
-    """Raised within the block."""
+    """The exception that a timer raises within the block."""

@@ -98,8 +98,12 @@ class PeftConfig:
         unknown = {name: value for name, value in given.items() if name not in known and not is_off(value)}
         if unknown:
             raise ValueError(f"{target.__name__} does not know {unknown}. Remove these fields if they change nothing.")
-        # Null, in the files of some older versions, means the default of a field that has no other use for it.
-        has_value = {name: value is not None or is_kind(None, known.get(name)) for name, value in given.items()}
+        # Null, in the files of some older versions, means the default of a field that has no other use for it. PEFT
+        # takes it for False, so that it is refused where the default is True.
+        is_on = {field.name for field in dataclasses.fields(target) if field.default is True}
+        has_value = {
+            name: value is not None or is_kind(None, known.get(name)) or name in is_on for name, value in given.items()
+        }
         return target(**{name: value for name, value in given.items() if name in known and has_value[name]})
 
     @classmethod

@@ -56,11 +56,9 @@ def check_fields_of(config: Any) -> None:
     if width is None or heads is None or getattr(config, "head_dim", None) is not None:
         return
     if width % heads:
-        width_name, heads_name = spelled.get("hidden_size", "hidden_size"), spelled.get("num_attention_heads")
-        raise ValueError(
-            f"{width_name}={width} is not a multiple of {heads_name or 'num_attention_heads'}={heads}, which it "
-            "must be."
-        )
+        width_name = spelled.get("hidden_size", "hidden_size")
+        heads_name = spelled.get("num_attention_heads", "num_attention_heads")
+        raise ValueError(f"{width_name}={width} is not a multiple of {heads_name}={heads}, which it must be.")
 
 
 def check_raw(raw: Mapping[str, Any]) -> None:

@@ -88,7 +88,7 @@ class Checkpoints:
             arrays = _arrays(state)
             if shutil.disk_usage(self.folder).free < sum(array.nbytes for array in arrays.values()) + SPARE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of which the storage layer makes much noise
-            plain = parse_json(json.dumps(dict(notes)))  # as they will be read
+            plain = _plain(notes)  # as they will be read
             sealed = _sealed(state.step, plain, _digest(arrays))
             items = {STATE: ocp.args.StandardSave(arrays), NOTES: ocp.args.JsonSave(sealed)}
             self._manager.save(state.step, args=ocp.args.Composite(**items))
@@ -229,6 +229,13 @@ def _sealed(step: int, notes: dict[str, Any], arrays: str) -> dict[str, Any]:
     found = {"step": step, "notes": notes, "arrays": arrays}
     text = json.dumps(found, sort_keys=True)
     return {**found, "hash": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back: lists in place of tuples, and names for keys."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _rebuilt(name: str, like: Any, arrays: Mapping[str, jax.Array]) -> Any:

@@ -57,15 +57,62 @@ HOSTILE: list[Any] = [
         ["full_attention"],
     ),
 ]
+# Values that many fields take, so that what is damaged may be accepted, and has to mean what it means to PEFT.
+MILD: list[Any] = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        2,
+        3,
+        4,
+        0.5,
+        2.0,
+        "none",
+        "all",
+        "lora_only",
+        "q_proj",
+        ".*_proj",
+        "all-linear",
+        "",
+        [],
+    ),
+    *(["q_proj"], ["k_proj", "v_proj"], ["lm_head"], ["embed_tokens"], ["norm"], [0], [1, 2], [-1], {}, {"q_proj": 1}),
+    *(
+        {"v_proj": 3},
+        {"layers.0": 2},
+        {"q_proj": 0},
+        {"self_attn.q_proj": 2},
+        {r"layers\.1\..*": 2},
+        "layers",
+        ["layers"],
+    ),
+    *(
+        [[0, 1], [0, 2]],
+        [[0, 3]],
+        "CAUSAL_LM",
+        "SEQ_CLS",
+        "LORA",
+        "IA3",
+        "LOHA",
+        "gaussian",
+        "pissa",
+        "model",
+        "0.21.2",
+    ),
+]
 # Names of fields that files of other kinds have: they are added where they do not belong.
 FIELDS = (
-    "r lora_alpha target_modules rank_pattern alpha_pattern layers_to_transform layers_pattern modules_to_save use_dora "
-    "use_rslora bias fan_in_fan_out init_lora_weights peft_type task_type layer_replication target_parameters "
-    "exclude_modules trainable_token_indices megatron_config loftq_config eva_config corda_config num_virtual_tokens "
-    "hidden_size num_attention_heads num_key_value_heads head_dim hidden_act num_hidden_layers vocab_size "
-    "max_position_embeddings rope_parameters rope_scaling rope_theta rms_norm_eps tie_word_embeddings torch_dtype dtype "
-    "quantization_config architectures id2label label2id num_labels eos_token_id pad_token_id bos_token_id model_type "
-    "initializer_range attention_bias sliding_window layer_types is_causal partial_rotary_factor intermediate_size"
+    "r lora_alpha target_modules rank_pattern alpha_pattern layers_to_transform layers_pattern modules_to_save "
+    "use_dora use_rslora bias fan_in_fan_out init_lora_weights peft_type task_type layer_replication "
+    "target_parameters exclude_modules trainable_token_indices megatron_config loftq_config eva_config "
+    "corda_config num_virtual_tokens hidden_size num_attention_heads num_key_value_heads head_dim hidden_act "
+    "num_hidden_layers vocab_size max_position_embeddings rope_parameters rope_scaling rope_theta rms_norm_eps "
+    "tie_word_embeddings torch_dtype dtype quantization_config architectures id2label label2id num_labels "
+    "eos_token_id pad_token_id bos_token_id model_type initializer_range attention_bias sliding_window "
+    "layer_types is_causal partial_rotary_factor intermediate_size"
 ).split()
 TEXTS: list[Callable[[str, random.Random], str]] = [
     lambda text, dice: text[: dice.randrange(len(text) + 1)],
@@ -156,7 +203,7 @@ def _damage_value(value: Any, dice: random.Random) -> str:
         if not inner or dice.random() < 0.6:
             break
         value = dice.choice(inner)
-    new = dice.choice(HOSTILE)
+    new = dice.choice(HOSTILE if dice.random() < 0.6 else MILD)
     if isinstance(value, list):
         if not value or dice.random() < 0.3:
             value.append(new)

@@ -1,24 +1,21 @@
 """Reads damaged folders, and reports each that ends otherwise than in a result or in a short error of the project's.
 
-    python tests/fuzz/fuzzing.py KIND FOLDER FIRST COUNT
+    python tests/fuzz/fuzzing.py KIND FOLDER FIRST COUNT [compare]
 
-KIND is a key of `subjects.SUBJECTS`. Each number from FIRST on is a seed that makes one input. Each failure is a line
+KIND is a key of `subjects.SUBJECTS`. With `compare`, adapters that are accepted have to compute what PEFT computes.
+ Each number from FIRST on is a seed that makes one input. Each failure is a line
 of JSON. A process that crashes has left the seed at hand in FOLDER/seed.
 """
 
 import collections
-import contextlib
-import faulthandler
 import json
 import random
 import shutil
-import signal
 import sys
 import time
 import traceback
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,31 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax  # noqa: E402
 from damage import damage  # noqa: E402
 from subjects import SUBJECTS, check, one_of  # noqa: E402
-
-LATEST = 10  # seconds of the processor for one input; others share the machine
-
-
-class Late(BaseException):
-    """An input that took too long."""
-
-
-def on_alarm(number: int, frame: FrameType | None) -> None:
-    """Raise Late where the program is."""
-    raise Late
-
-
-@contextlib.contextmanager
-def watchdog() -> Any:
-    """End a block that takes longer than `LATEST`: by an exception, and by the process's end where that is not seen."""
-    before = signal.signal(signal.SIGPROF, on_alarm)
-    signal.setitimer(signal.ITIMER_PROF, LATEST)
-    faulthandler.dump_traceback_later(6 * LATEST, exit=True)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGPROF, before)
+from watchdog import Late, watchdog  # noqa: E402
 
 
 class Fuzzer:
@@ -83,19 +56,22 @@ class Fuzzer:
                 warnings.simplefilter("ignore")
                 found = self.subject.read(target)
             self.ends["accepted"] += 1
+            self.slowest = max(self.slowest, time.monotonic() - begin)
             if compare is not None:
-                compare(target, found)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    compare(target, found)
         except Late as error:
             failure = "late\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
         except AssertionError as error:
             failure = _told(error.__cause__ or error, str(error))
         except BaseException as error:
             self.ends["refused"] += 1
+            self.slowest = max(self.slowest, time.monotonic() - begin)
             try:
                 check(error)
             except AssertionError as wrong:
                 failure = _told(error, str(wrong))
-        self.slowest = max(self.slowest, time.monotonic() - begin)
         if failure is None:
             return None
         self.ends["failed"] += 1
@@ -109,15 +85,22 @@ def _told(error: BaseException, message: str) -> str:
     return f"{message} @ {places}"
 
 
-def run(kind: str, folder: Path, first: int, count: int) -> int:
+def run(kind: str, folder: Path, first: int, count: int, *, compared: bool = False) -> int:
     """Try some inputs, print failures and then a summary; the exit status is 1 if there is a failure."""
-    fuzzer = Fuzzer(kind, folder)
+    fuzzer, oracle = Fuzzer(kind, folder), None
+    if compared:
+        from oracle import Oracle  # which imports torch
+
+        oracle = Oracle()
     for seed in range(first, first + count):
         (folder / "seed").write_text(str(seed))
-        failure = fuzzer.try_one(seed)
+        failure = fuzzer.try_one(seed, oracle)
         if failure is not None:
             print(json.dumps(failure), flush=True)
-    print(json.dumps({"kind": kind, "inputs": count, **fuzzer.ends, "slowest": round(fuzzer.slowest, 2)}), flush=True)
+    told: dict[str, Any] = {"kind": kind, "inputs": count, **fuzzer.ends, "slowest": round(fuzzer.slowest, 2)}
+    if oracle is not None:
+        told |= {"compared with PEFT": oracle.compared, "alive": oracle.alive, "refused by PEFT alone": oracle.refused}
+    print(json.dumps(told), flush=True)
     return 1 if fuzzer.ends["failed"] else 0
 
 
@@ -131,4 +114,6 @@ def compile_quickly(folder: Path) -> None:
 
 if __name__ == "__main__":
     compile_quickly(Path(sys.argv[2]))
-    sys.exit(run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    sys.exit(
+        run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), compared="compare" in sys.argv[5:])
+    )

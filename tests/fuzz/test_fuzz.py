@@ -3,7 +3,9 @@
 `make test` reads a few hundred of them, `make fuzz` 20,000. A failure's seed makes its folder again.
 """
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fuzzing import Fuzzer
@@ -13,6 +15,15 @@ from subjects import SUBJECTS
 QUICK = {"adapter": 60, "base": 30, "data": 150, "run": 80}
 
 
+def oracle_of(kind: str) -> Any:
+    """PEFT, for adapters and where it is installed."""
+    if kind != "adapter" or importlib.util.find_spec("peft") is None:
+        return None
+    from oracle import Oracle
+
+    return Oracle()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", SUBJECTS)
 def test_damaged_folders_end_in_a_result_or_a_short_error(
@@ -20,7 +31,10 @@ def test_damaged_folders_end_in_a_result_or_a_short_error(
 ) -> None:
     count = pytestconfig.getoption("--fuzz") or QUICK[kind]
     fuzzer = Fuzzer(kind, tmp_path)
-    failures = [failure for seed in range(count) if (failure := fuzzer.try_one(seed))]
+    oracle = oracle_of(kind)
+    failures = [failure for seed in range(count) if (failure := fuzzer.try_one(seed, oracle))]
     print(f"{kind}: {count} inputs, {dict(fuzzer.ends)}, the slowest {fuzzer.slowest:.2f} s")
     assert failures == []
+    if oracle is not None:
+        assert oracle.alive * 2 > oracle.compared > 0
     assert fuzzer.ends["refused"] > fuzzer.ends["accepted"] > 0

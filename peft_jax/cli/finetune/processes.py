@@ -44,6 +44,7 @@ def joined(options: ProcessOptions) -> Iterator[None]:
     # Where there is no accelerator. Programs that run at once would meet the other processes' in another order.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_enable_recoverability", True)  # else the end of another process aborts this one
     try:
         jax.distributed.initialize(**found, initialization_timeout=options.initialization_timeout)
     except (RuntimeError, ValueError) as error:
@@ -54,6 +55,7 @@ def joined(options: ProcessOptions) -> Iterator[None]:
             if not is_first():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
+        multihost_utils.sync_global_devices("the end of the run")  # process 0 has what the others need to leave
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
