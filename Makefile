@@ -4,8 +4,8 @@
 #   make test     the whole test suite; ARGS="..." is handed to pytest
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest)
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
-#   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; some three hours)
-#   make kills    kill 100 runs at chosen and random moments and resume them (tests/killed_runs.py; some 40 minutes)
+#   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
+#   make kills    kill 100 runs at chosen and random moments and resume them (tests/killed_runs.py; half an hour)
 #   make lint     ruff and mypy
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's figures

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,15 @@ def free_port() -> int:
 
 
 def together(words: Sequence[Sequence[str]], *, by_flags: bool = True) -> list[tuple[int, str, str]]:
-    """Start a process of two devices for each list of words; their exit codes and what they print."""
+    """Run a process of two devices for each list of words; their exit codes and what they print."""
+    runs = started(words, by_flags=by_flags)
+    said = [run.communicate(timeout=120) for run in runs]
+    out = ["\n".join(line for line in text.splitlines() if GLOO.sub("", line)) for text, _ in said]
+    return [(run.returncode, text, errors) for run, text, (_, errors) in zip(runs, out, said, strict=True)]
+
+
+def started(words: Sequence[Sequence[str]], *, by_flags: bool = True) -> list["subprocess.Popen[str]"]:
+    """Start a process of two devices for each list of words."""
     settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     address, runs = f"localhost:{free_port()}", []
     for number, own in enumerate(words):
@@ -47,9 +56,7 @@ def together(words: Sequence[Sequence[str]], *, by_flags: bool = True) -> list[t
         command = [sys.executable, "-c", "from peft_jax.cli.main import run; run()", *own, *flags]
         env = {**os.environ, **settings, **named, "JAX_PLATFORMS": "cpu"}
         runs.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    said = [run.communicate(timeout=120) for run in runs]
-    out = ["\n".join(line for line in text.splitlines() if GLOO.sub("", line)) for text, _ in said]
-    return [(run.returncode, text, errors) for run, text, (_, errors) in zip(runs, out, said, strict=True)]
+    return runs
 
 
 def stopped_halfway(source: str, target: str) -> None:
@@ -87,6 +94,27 @@ def results(run: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     tensors = {f"{n} {name}": array for n, file in enumerate(files) for name, array in load_file(file).items()}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return tensors, rows
+
+
+def test_a_killed_process_leaves_the_other_with_one_line(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, "model")
+    Path("data.json").write_text(json.dumps(RECORDS))
+    words = [*WORDS, "--max-steps", "2000", "--output", "out", "--mesh", MESH]
+    runs = started([words, words])
+    while not Path("out", "checkpoints", MIDDLE).exists():
+        assert runs[0].poll() is None
+        time.sleep(0.05)
+    runs[1].kill()
+    runs[1].communicate()
+    _, errors = runs[0].communicate(timeout=60)
+    last = errors.strip().splitlines()[-1]
+    assert runs[0].returncode == 2, errors
+    assert last.startswith("peft-jax: error: another process of the run ended, or cannot be reached: ")
+    assert last.endswith("start all of them again, with --resume if there is a checkpoint.")
+    assert "stack trace" not in errors and Path("out", "checkpoints", MIDDLE).is_dir()
 
 
 @pytest.mark.parametrize("run", ["two", "two-one", "one-two"])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from peft_jax.core.short_errors import short_errors
 from peft_jax.models.bert.family import BERT as BERT
 from peft_jax.models.bert.family import ROBERTA as ROBERTA
 from peft_jax.models.bloom.family import BLOOM as BLOOM
@@ -97,5 +98,6 @@ def read_architecture(hf: Any) -> ModelConfig:
         >>> read_architecture({"model_type": "qwen3", "num_hidden_layers": 2}).qk_norm
         True
     """
-    model_type = check_model_type(as_dict(hf).get("model_type"), BY_MODEL_TYPE)
-    return BY_MODEL_TYPE[model_type].config.from_hf(hf)
+    with short_errors():
+        model_type = check_model_type(as_dict(hf).get("model_type"), BY_MODEL_TYPE)
+        return BY_MODEL_TYPE[model_type].config.from_hf(hf)
