@@ -12,10 +12,10 @@ from peft_jax.interop.files import CONFIG, read_config
 from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, KEYS, PREFIX, ROWS, WEIGHTS_FILE
 from safetensors import SafetensorError, safe_open
 
+from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.strict_json import shown
 from peft_jax.core.targets import ALL_LINEAR, is_target, pattern_value
 from peft_jax.methods.base import CONFIG_FILE
-from peft_jax.methods.fields import is_kind
 
 PICKLE_FILE = "adapter_model.bin"
 PROMPT_KEY = "prompt_embeddings"
@@ -54,7 +54,7 @@ KINDS: dict[str, Any] = {
     "layers_to_transform": int | list[int],
     "layers_pattern": str | list[str],
     "layer_replication": list[list[int]],
-    "rank_pattern": dict[str, int],
+    "rank_pattern": dict[str, int | list[bool]],  # AdaLoRA's are lists
     "alpha_pattern": dict[str, float],
     "bias": str,
     "num_virtual_tokens": int,
@@ -270,9 +270,14 @@ def read_adapter_config(directory: str | pathlib.Path) -> dict[str, Any]:
     config = read_config(folder, CONFIG_FILE)
     if config.get("peft_type") is None:
         raise ValueError(f"'{folder / CONFIG_FILE}' names no peft_type, so it is no adapter's. Save the adapter again.")
-    for field, kind in KINDS.items():
+    kinds = {**KINDS, "rank_pattern": dict[str, int]} if config["peft_type"] == "LORA" else KINDS
+    for field, kind in kinds.items():
         if config.get(field) is not None and not is_kind(config[field], kind):
             raise ValueError(f"'{folder / CONFIG_FILE}' has {field}={shown(config[field])}. Save the adapter again.")
+    if config["peft_type"] == "LORA" and config.get("r") is not None and config["r"] < 1:
+        raise ValueError(
+            f"'{folder / CONFIG_FILE}' has r={config['r']}, and a rank is at least 1. Save the adapter again."
+        )
     return {field: value for field, value in config.items() if value is not None or field not in ("r", "lora_alpha")}
 
 

@@ -1,6 +1,8 @@
 """Every field of a model's config has a kind and a range, checked before anything is computed from it."""
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from cases import ARCHITECTURES
 import peft_jax as pj
 from peft_jax.models import GPT2Config, LlamaConfig
 from peft_jax.models.registry import read_architecture
+from peft_jax.prompts.tokenizer import read_tokenizer
 
 # Changes to a config.json of a Llama, and the words of the error.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -54,3 +57,11 @@ def test_numbers_of_adapters_are_finite() -> None:
         pj.LoraConfig(target_modules=["q"], r=0)
     with pytest.raises(ValueError, match="temperature"):
         pj.models.generation.generate_options.GenerateOptions(temperature=float("nan"))
+
+
+def test_the_tokenizer_does_not_expand_what_a_config_says(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("num_labels", "num_hidden_layers"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", name: 10**30}))
+        with pytest.raises(ValueError, match=f"its config.json: {name}=1000000"):
+            read_tokenizer(tmp_path)

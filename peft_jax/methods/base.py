@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
+from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
@@ -24,7 +25,7 @@ from peft_jax.core.product import Product
 from peft_jax.core.short_errors import short_errors
 from peft_jax.core.text_files import read_object
 from peft_jax.core.weight import Weight
-from peft_jax.methods.fields import check_fields, is_kind, is_off
+from peft_jax.methods.fields import check_fields, is_off
 from peft_jax.methods.target_fields import AbsentFields
 
 CONFIG_FILE = "adapter_config.json"

@@ -8,10 +8,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 from peft_jax.core.articles import article
+from peft_jax.core.config_ranges import check_raw
 from peft_jax.core.short_errors import shortened
 from peft_jax.core.strict_json import shown
 from peft_jax.interop.quantized import check_quant_method
-from peft_jax.models.config_ranges import check_raw
 from peft_jax.models.modules.base_dropout import NO_DROPOUT, DropoutRates
 from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.strict_json import shown
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
 from peft_jax.interop.files import GENERATION_CONFIG, LazyArray
 from peft_jax.interop.fused_experts import with_fused_experts
 from peft_jax.interop.quantized import fit_quantized, notice, open_quantized
-from peft_jax.methods.fields import is_kind
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
 from peft_jax.models.family import leaf_at, with_leaf

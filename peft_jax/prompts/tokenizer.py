@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import huggingface_hub
 
+from peft_jax.core.config_ranges import check_raw
 from peft_jax.core.file_names import is_path_below
 from peft_jax.core.gguf_metadata import open_gguf
 from peft_jax.prompts.gguf_tokenizer import tokenizer_of
@@ -118,6 +119,10 @@ def _model_config(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         config, _ = PreTrainedConfig.get_config_dict(name, **options)
     except OSError:
         return {}
+    try:
+        check_raw(config)  # transformers makes an object of it, with lists of as many entries as it says
+    except ValueError as error:
+        raise _Refused(f"its config.json: {str(error).rstrip('.')}") from error
     return config
 
 

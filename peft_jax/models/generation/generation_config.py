@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.strict_json import shown
-from peft_jax.methods.fields import is_kind
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
 from peft_jax.models.generation.sampling import Sampling
 from peft_jax.models.generation.unsupported_options import refuse_unsupported

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from peft_jax.core.config_ranges import check_fields_of
 from peft_jax.core.strict_json import shown
-from peft_jax.models.config_ranges import check_fields_of
 
 # The fields that each kind of rope uses beside its base.
 USED: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from peft_jax.core.config_ranges import check_fields_of
 from peft_jax.models.config import FULL, SLIDING
-from peft_jax.models.config_ranges import check_fields_of
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
 from peft_jax.models.modules.rope_parameters import RopeParameters, ropes_by_kind, ropes_to_hf
 

@@ -10,8 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.strict_json import shown
-from peft_jax.methods.fields import is_kind
 
 # The smallest and the largest number that a field may have, by a regex of its names, ours and transformers'.
 RANGES: tuple[tuple[str, float, float], ...] = (
@@ -39,14 +39,14 @@ def check_fields_of(config: Any) -> None:
         config: A model's config, or a part of one.
 
     Example:
-        >>> from peft_jax.models import LlamaConfig
-        >>> LlamaConfig(num_hidden_layers=10**9)
+        >>> check_range("num_hidden_layers", 10**9, "n_layer")
         Traceback (most recent call last):
         ...
-        ValueError: num_hidden_layers=1000000000 is not supported. Write a number from 1 to 10000.
+        ValueError: n_layer=1000000000 is not supported. Write a number from 1 to 10000.
     """
     spelled: Mapping[str, str] = getattr(config, "spelled", {})
-    kinds = _kinds(type(config))
+    cls: Any = type(config)
+    kinds = _kinds(cls)
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), spelled.get(field.name, field.name)
         if not is_kind(value, kinds[field.name]) and not dataclasses.is_dataclass(value):
@@ -111,8 +111,8 @@ def _range(field: str) -> tuple[float, float]:
     return -LARGEST, LARGEST
 
 
-@functools.lru_cache(maxsize=64)
-def _kinds(cls: type) -> dict[str, Any]:
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
