@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peft_jax.core.file_names import is_path_below
+from peft_jax.core.short_errors import shortened
 from peft_jax.core.text_files import parse_object, read_object
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -24,7 +25,7 @@ PACKED_DTYPES = {
     **{"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
     **{"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2, "F8_E8M0": jnp.float8_e8m0fnu},
 }
-LISTED = 5  # how many items an error lists
+LISTED, NAME = 5, 120  # how many items an error lists, and characters of each
 
 Path = str | os.PathLike[str]
 
@@ -221,5 +222,5 @@ def _split(tensors: Sequence[Tensor], max_size: int) -> list[list[Tensor]]:
 
 def some(items: Iterable[Any]) -> str:
     """List the first few items, and how many more there are."""
-    told = [str(item) for item in items]
+    told = [shortened(str(item), NAME) for item in items]
     return ", ".join(told[:LISTED]) + (f" and {len(told) - LISTED} more" if len(told) > LISTED else "")

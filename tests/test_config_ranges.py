@@ -59,6 +59,13 @@ def test_numbers_of_adapters_are_finite() -> None:
         pj.models.generation.generate_options.GenerateOptions(temperature=float("nan"))
 
 
+def test_an_empty_object_switches_on_what_null_leaves_off() -> None:
+    with pytest.raises(ValueError, match="kasa_config={}.* is not supported"):
+        pj.LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "kasa_config": {}})
+    with pytest.raises(ValueError, match="use_cayley_neumann=None"):
+        pj.OFTConfig.from_dict({"peft_type": "OFT", "target_modules": ["q"], "use_cayley_neumann": None})
+
+
 def test_the_tokenizer_does_not_expand_what_a_config_says(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     for name in ("num_labels", "num_hidden_layers"):

@@ -26,7 +26,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     (r"rope_theta|(rope_)?factor|low_freq_factor|high_freq_factor", 1e-6, 1e30),
     (r"(short|long)_factor", 1e-6, 1e30),
 )
-LARGEST = 2**31  # of any other whole number
+LARGEST = 2**31 - 1  # of any other whole number
 EXPANDED = ("num_hidden_layers", "num_decoder_layers", "num_layers", "n_layer", "n_layers", "num_labels")
 
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-START, END = 900, 300  # characters of a longer message that are kept
+LONGEST = 1200  # characters of a message; three in four are of its start
 
 
 @contextlib.contextmanager
@@ -26,13 +26,18 @@ def short_errors() -> Iterator[None]:
         raise
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, longest: int = LONGEST) -> str:
     """A text without its middle, if it is long.
+
+    Args:
+        text: The text.
+        longest: How many of its characters are kept.
 
     Example:
         >>> shortened("short")
         'short'
     """
-    if len(text) <= START + END:
+    if len(text) <= longest:
         return text
-    return f"{text[:START]} ... {text[-END:]}"
+    end = longest // 4
+    return f"{text[: longest - end]} ... {text[-end:]}"

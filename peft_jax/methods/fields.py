@@ -43,7 +43,10 @@ def check_fields(config: Any, peft_type: str) -> None:
         if isinstance(value, (list, set, frozenset)):
             ordered = value if isinstance(value, list) else sorted(value)
             object.__setattr__(config, field.name, tuple(ordered))
-        if "default" not in field.metadata or is_off(value) or value == field.metadata["default"]:
+        if "default" not in field.metadata or value == field.metadata["default"]:
+            continue
+        is_on_when_empty = isinstance(value, Mapping) and field.metadata["default"] is None  # as PEFT asks for None
+        if is_off(value) and not is_on_when_empty:
             continue
         if not field.metadata["switch"] or not is_off(getattr(config, field.metadata["switch"])):
             raise ValueError(

@@ -152,7 +152,7 @@ def _dtype_name(dtype: Any) -> str:
         return dtype
     try:
         return str(jnp.dtype(dtype).name)
-    except TypeError:
+    except (TypeError, ValueError):  # as NumPy has it
         return ""
 
 
