@@ -12,6 +12,7 @@ process, which has imported everything and touched no device.
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -193,18 +194,24 @@ def wait(child: int) -> int:
 
 
 def at_random(seed: int, seconds: float) -> tuple[int, int]:
-    """Kill a run at some time, mostly after its first checkpoint, and go on with it."""
-    output = f"random-{seed}"
-    child = fork(output)
-    dice = random.Random(seed)
-    if seed % 3:  # else at any moment from the start on
-        while not (Path(output) / "checkpoints" / "3").exists():
+    """Kill a run at some time, mostly after its first checkpoint, and go on with it.
+
+    One that ends before it is killed is removed, and another one is killed within half the time.
+    """
+    output, dice = f"random-{seed}", random.Random(seed)
+    is_late = seed % 3 > 0  # else at any moment from the start on
+    longest = seconds if is_late else 4 * seconds
+    while True:
+        child = fork(output)
+        while is_late and not (Path(output) / "checkpoints" / "3").exists():
             time.sleep(0.001)
-    else:
-        seconds *= 4
-    time.sleep(dice.uniform(0, seconds))
-    os.kill(child, signal.SIGKILL)
-    code = wait(child)
+        time.sleep(dice.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        code = wait(child)
+        if code != 0:
+            break
+        shutil.rmtree(output)
+        longest /= 2
     words = ("--resume",) if has_marker(output) else ()
     return code, wait(fork(output, *words))
 
