@@ -182,6 +182,23 @@ def test_tokens_of_a_padded_batch(each: str, pairs: Any) -> None:
     np.testing.assert_array_equal(np.asarray(got), want.numpy())
 
 
+@pytest.mark.parametrize("length", [3, 7, 8, 9])
+def test_tokens_across_the_length_of_pretraining(length: int, pairs: Any) -> None:
+    """A cache of Phi-3 is computed again when the ids, padding included, are more than those of pretraining."""
+    pair = pairs("phi3-long")
+    assert pair.ours.config.renewed_at == 8
+    mask = np.ones((2, length), int)
+    mask[1, :2] = 0
+    options = {"max_new_tokens": 10, "do_sample": False}
+    for rows in (slice(0, 2), slice(1, 2)):  # the second alone is longer than its positions
+        ids, seen = IDS[:2, :length][rows], mask[rows]
+        tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
+        want = pair.theirs.generate(**tensors, eos_token_id=None, pad_token_id=0, **options)
+        given = {"pad_token_id": 0, "eos_token_id": None}
+        got = pair.ours.generate(ids, seen, generation_config=given, **options)
+        np.testing.assert_array_equal(np.asarray(got), want.numpy())
+
+
 def test_config_survives_a_file(each: str) -> None:
     config = read_architecture(torch_config({**CASES, **GRID}[each]))
     again = read_architecture(json.loads(json.dumps(config.to_hf())))

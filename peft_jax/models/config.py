@@ -121,6 +121,14 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def renewed_at(self) -> int | None:
+        """How many positions a cache has when generation computes it again, as positions turn otherwise from there on.
+
+        None for the models, which are nearly all, of which a cache stays as it is.
+        """
+        return None
+
+    @property
     def position_rows(self) -> int | None:
         """Rows of the table of positions; None for a model that computes them."""
         return None

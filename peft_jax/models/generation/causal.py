@@ -130,7 +130,10 @@ def programs(config: ModelConfig, generation: Generation) -> Programs:
             return run(rest, dataclasses.replace(inputs, logits_to_keep=1))
 
         model = Cached(apply, partial(embed, rest), prompt)
-        return Decoder(model, generation.eos_token_ids, generation.pad_token_id or 0, generation.sampling)
+        # After virtual tokens transformers finds the cache longer than the ids, and does not compute it again.
+        renewed_at = config.renewed_at if model.slots == 0 else None
+        pad = generation.pad_token_id or 0
+        return Decoder(model, generation.eos_token_ids, pad, generation.sampling, renewed_at)
 
     def cache(params: Any, batch: int, positions: int) -> KVCache:
         dtype = family.embedding_table(config, params[0]).dtype

@@ -58,12 +58,14 @@ class Decoder(NamedTuple):
         eos_token_ids: The tokens that end a row.
         pad_token_id: The token that fills a row after its end.
         sampling: How tokens are chosen.
+        renewed_at: How many tokens are in the cache when it is computed again, with the next one; None for never.
     """
 
     model: CachedModel
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
     sampling: Sampling = Sampling()
+    renewed_at: int | None = None
 
     def start(
         self, cache: KVCache, input_ids: jax.Array, attention_mask: jax.Array, key: jax.Array, max_new_tokens: int
@@ -78,15 +80,21 @@ class Decoder(NamedTuple):
             max_new_tokens: The number of tokens to make space for, at least 1.
         """
         padding = ((0, 0), (0, max_new_tokens))
-        counts = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
-        positions = jnp.maximum(counts - 1, 0)
         mask = jnp.pad(attention_mask.astype(jnp.int32), padding)
-        inputs = ForwardInputs(input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache)
-        out = self.model.first(inputs)
+        out = self._read(input_ids, mask, cache)
         tokens = jnp.pad(input_ids, padding, constant_values=self.pad_token_id)
+        last = jnp.sum(attention_mask.astype(jnp.int32), axis=1) - 1
         done = jnp.zeros(len(tokens), bool)
-        state = State(jnp.int32(0), tokens, mask, counts[:, -1] - 1, done, out.cache, key)
+        state = State(jnp.int32(0), tokens, mask, last, done, out.cache, key)
         return self._add(state, out.logits[:, -1])
+
+    def _read(self, input_ids: jax.Array, mask: jax.Array, cache: KVCache) -> Any:
+        """Read tokens (batch, length) into an empty cache; the mask is that of all tokens there will be."""
+        counts = jnp.cumsum(mask[:, : input_ids.shape[1]], axis=1)
+        positions = jnp.maximum(counts - 1, 0)
+        return self.model.first(
+            ForwardInputs(input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache)
+        )
 
     def proceed(self, state: State, count: jax.Array | int) -> State:
         """Decode until there are ``count`` new tokens or all rows are done."""
@@ -95,17 +103,37 @@ class Decoder(NamedTuple):
             return (state.count < count) & ~jnp.all(state.done)
 
         def step(state: State) -> State:
-            at = self._filled(state)  # index of the last token, which is not in the cache yet
-            inputs = ForwardInputs(
-                input_ids=jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1),
-                attention_mask=state.mask,
-                position_ids=state.positions[:, None],
-                cache=state.cache,
-            )
-            out = self.model.apply(inputs)
-            return self._add(state._replace(cache=out.cache), out.logits[:, -1])
+            logits, cache = self._renewed_or_read_on(state)
+            return self._add(state._replace(cache=cache), logits)
 
         return jax.lax.while_loop(is_unfinished, step, state)
+
+    def _renewed_or_read_on(self, state: State) -> tuple[jax.Array, KVCache]:
+        """The logits (batch, vocabulary) after the last token, and the cache with it."""
+        last_read = state.tokens.shape[1] - 2  # the last token of all is chosen, and not read
+        if self.renewed_at is None or self.renewed_at > last_read:
+            return self._read_on(state)
+        is_time = self._filled(state) == self.renewed_at
+        return jax.lax.cond(is_time, self._read_again, self._read_on, state)
+
+    def _read_on(self, state: State) -> tuple[jax.Array, KVCache]:
+        """Read the last token, after those in the cache."""
+        at = self._filled(state)  # index of the last token, which is not in the cache yet
+        inputs = ForwardInputs(
+            input_ids=jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1),
+            attention_mask=state.mask,
+            position_ids=state.positions[:, None],
+            cache=state.cache,
+        )
+        out = self.model.apply(inputs)
+        return out.logits[:, -1], out.cache
+
+    def _read_again(self, state: State) -> tuple[jax.Array, KVCache]:
+        """Read the first ``renewed_at`` tokens and the next one into the emptied cache."""
+        length = (self.renewed_at or 0) + 1
+        empty = jax.tree.map(jnp.zeros_like, state.cache)
+        out = self._read(state.tokens[:, :length], state.mask, empty)
+        return out.logits[:, -1], out.cache
 
     def _filled(self, state: State) -> jax.Array:
         """The number of tokens in the cache."""

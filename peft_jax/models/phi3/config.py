@@ -40,3 +40,8 @@ class Phi3Config(WindowedConfig):
     def rates(self) -> DropoutRates:
         """The probabilities with which the model drops in training."""
         return super().rates._replace(attention_out=self.resid_pdrop, mlp_out=self.resid_pdrop)
+
+    @property
+    def renewed_at(self) -> int | None:
+        """original_max_position_embeddings, from which on a long rope turns all positions otherwise."""
+        return self.original_max_position_embeddings if self.rope.rope_type == "longrope" else None

@@ -1,7 +1,7 @@
 """Phi-3 and Phi-4 in Flax NNX: the numbers are those of transformers' `Phi3ForCausalLM` and kin with "sdpa" attention.
 
-A long rope turns all positions of a call alike, by the longest text in it. transformers computes the cache again when a
-text grows beyond the length of pretraining while it is generated; here keys in the cache keep their turns.
+A long rope turns all positions of a call alike, by the longest text in it. When a text grows beyond the length of
+pretraining while it is generated, the cache is computed again, as in transformers (`Phi3Config.renewed_at`).
 """
 
 from __future__ import annotations
