@@ -18,6 +18,7 @@ from peft_jax.interop.extras import (
 )
 from peft_jax.interop.formats import PREFIX, SHARED, Row
 from peft_jax.interop.keys import some_of_each, without_adapter_name, wrapper_in
+from peft_jax.interop.old_layouts import with_present_names
 
 from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapters.attach import EMBEDDING
@@ -207,6 +208,8 @@ def _planned(
 ) -> tuple[FilePlan, Tensors]:
     """The plan of a config on a base, and the tensors of its file without copies of the base's."""
     handle = params if isinstance(params, Handle) else None
+    if handle is not None:
+        config, tensors = with_present_names(config, tensors, handle.moved_modules)
     tensors = with_fused_adapters(tensors, handle, config)
     config = config.of_file({key: tensor.shape for key, tensor in tensors.items()})
     if handle is None and config.on_model:

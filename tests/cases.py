@@ -913,6 +913,15 @@ LONGROPE = {
     **{"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 8},
     **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
 }
+OF_QWEN3_5 = Modules(
+    first="in_proj_qkv",
+    second="v_proj",
+    last="out_proj",
+    layers="layers",
+    norm="norm",
+    part="mlp",
+    embedding="embed_tokens",
+)
 OF_GEMMA = Modules(
     first="q_proj",
     second="v_proj",
@@ -1520,16 +1529,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen3_5_text": Architecture(
         sizes=QWEN3_5,
-        model_types={"qwen3_5_text": {}, "qwen3_5": {"text_config": QWEN3_5}},
-        modules=Modules(
-            first="in_proj_qkv",
-            second="v_proj",
-            last="out_proj",
-            layers="layers",
-            norm="norm",
-            part="mlp",
-            embedding="embed_tokens",
-        ),
+        model_types={"qwen3_5_text": {}},
+        modules=OF_QWEN3_5,
         switches={
             "qwen3_5": ("qwen3_5_text", {}),
             "qwen3_5-tied": (
@@ -1540,7 +1541,6 @@ ARCHITECTURES: dict[str, Architecture] = {
                     "rope_parameters": {**YARN, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
                 },
             ),
-            "qwen3_5-with-images": ("qwen3_5", {}),
         },
         grid={
             "qwen3_5-linear-last": (
@@ -1598,6 +1598,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         grid={"olmoe-plain": ("olmoe", {})},
         refused={"olmoe with heads of another size": ("olmoe", {"head_dim": 12})},
+    ),
+    "qwen3_5": Architecture(
+        sizes={"text_config": QWEN3_5},
+        model_types={"qwen3_5": {}},
+        modules=OF_QWEN3_5,
+        switches={"qwen3_5-with-images": ("qwen3_5", {})},
     ),
 }
 

@@ -77,6 +77,11 @@ class Handle(abc.ABC):
         """The same model, whose base drops by this key as it does in training; the model itself if it drops nothing."""
         return self
 
+    @property
+    def moved_modules(self) -> Mapping[str, str]:
+        """The starts of keys in old adapters, and the starts of today for them."""
+        return {}
+
     @abc.abstractmethod
     def replace(self, params: Any) -> Self:
         """The same model with other parameters."""

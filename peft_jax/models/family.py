@@ -100,12 +100,14 @@ class Family:
         ignored: Regexes of tensors in checkpoints that no model has use for.
         surplus: Regexes of tensors that some checkpoints have beside those of all leaves.
         renamed: What the keys of old checkpoints end in, and what they end in since.
-        moved: What the keys of other layouts start with, and what they start with here.
+        moved: What the keys of other layouts start with, and what they start with here; an adapter's keys too.
         written: What keys start with, and what they start with in the checkpoint that is written, where transformers
             writes another layout than its modules have.
         single_experts: Where checkpoints hold experts one by one: by the end of a fused tensor's key the ends of the
             keys of its parts, with ``{}`` for the number of an expert.
         converted: The model types of which PEFT converts LoRA on single experts to LoRA on fused ones.
+        beside: By model type, the one of the same text model whose modules have other names, as a multimodal model
+            has it inside; an adapter's keys may be those of either.
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
         float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
@@ -133,6 +135,7 @@ class Family:
     written: Mapping[str, str] = dataclasses.field(default_factory=dict)
     single_experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     converted: Collection[str] = ()
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     float32: str = ""
     replicable: Collection[str] = ()

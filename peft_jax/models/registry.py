@@ -31,6 +31,7 @@ from peft_jax.models.opt.family import OPT as OPT
 from peft_jax.models.phi.family import PHI as PHI
 from peft_jax.models.phi3.family import PHI3 as PHI3
 from peft_jax.models.qwen3_5.family import QWEN3_5 as QWEN3_5
+from peft_jax.models.qwen3_5.family import QWEN3_5_MULTIMODAL as QWEN3_5_MULTIMODAL
 from peft_jax.models.qwen_moe.family import QWEN_MOE as QWEN_MOE
 from peft_jax.models.smollm3.family import SMOLLM3 as SMOLLM3
 from peft_jax.models.stablelm.family import STABLELM as STABLELM
@@ -66,6 +67,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_MOE,
     OLMOE,
     QWEN3_5,
+    QWEN3_5_MULTIMODAL,
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = MappingProxyType(

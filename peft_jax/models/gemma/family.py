@@ -30,6 +30,7 @@ GEMMA = Family(
     peft_defaults={FIRST: DEFAULTS, SECOND: SANDWICHED, THIRD: SANDWICHED},
     sharding=Sharding(columns=r"(q|k|v|gate|up)_proj|lm_head", rows=r"(o|down)_proj", tables="embed_tokens"),
     ignored=(r".*\.rotary_emb\.inv_freq",),  # in old checkpoints; computed from the config instead
+    beside={THIRD: MULTIMODAL},
     replicable=tuple(GemmaConfig.tasks),
     init_cache=decoder_cache,
     gguf=GGUF,
@@ -44,6 +45,7 @@ GEMMA3 = dataclasses.replace(
     ignored=(*GEMMA.ignored, r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
     moved={"language_model.model.": f"{model.Gemma3.backbone}.", "language_model.lm_head.": "lm_head."},
     written={f"{model.Gemma3.backbone}.": "model."},
+    beside={MULTIMODAL: THIRD},
     replicable=(),
     gguf={},
 )

@@ -24,6 +24,7 @@ GEMMA4 = Family(
     ),
     # Layers that share keys and values may have projections to them nevertheless.
     surplus=(r".*layers\.\d+\.self_attn\.(k|v)_(proj|norm)\..*",),
+    beside={TEXT: MULTIMODAL},
     init_cache=model.init_cache,
 )
 
@@ -43,4 +44,5 @@ GEMMA4_MULTIMODAL = dataclasses.replace(
     },
     ignored=(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\..*",),
     written={f"{model.Gemma4Multimodal.backbone}.": "model."},
+    beside={MULTIMODAL: TEXT},
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Self, Unpack
@@ -12,10 +13,15 @@ import jax.numpy as jnp
 
 from peft_jax.adapt import adapt
 from peft_jax.adapters.per_row import with_adapter_rows
+from peft_jax.core.adapted import adapters
+from peft_jax.core.handle import Handle
 from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
 from peft_jax.core.weight import is_weight
+from peft_jax.interop.describe import read_header
+from peft_jax.interop.formats import WEIGHTS_FILE
 from peft_jax.methods.base import by_name
+from peft_jax.models.adapter_names import config_for, params_for
 from peft_jax.models.config import MASKED_LM, ModelConfig
 from peft_jax.models.defaults import method_defaults, prompt_sizes
 from peft_jax.models.family import Family
@@ -287,8 +293,31 @@ class ModelHandle(Inspection):
         Args:
             adapter: Folder of the adapter.
         """
-        tokens = tokens_of_adapter(self, self.config, adapter)
-        return self if tokens == self.config.vocab_size else self.resize_token_embeddings(tokens)
+        named = self.named_for(adapter)
+        tokens = tokens_of_adapter(named, named.config, adapter)
+        return named if tokens == self.config.vocab_size else named.resize_token_embeddings(tokens)
+
+    def named_for(self, adapter: str | os.PathLike[str]) -> Self:
+        """The same model under the module names that an adapter's keys have, if that is a text model's other name.
+
+        Adapters of a multimodal model fit its text model so, and are written back under their keys. A model that has
+        adapters keeps its names.
+
+        Args:
+            adapter: Folder of the adapter.
+        """
+        file = pathlib.Path(adapter) / WEIGHTS_FILE
+        if not file.is_file() or adapters(self.params):
+            return self
+        config = config_for(self.config, read_header(file))
+        if config is self.config:
+            return self
+        return dataclasses.replace(self, config=config, params=params_for(self.config, self.params, config))
+
+    @property
+    def moved_modules(self) -> Mapping[str, str]:
+        """The starts of keys in old adapters, and the starts of today for them."""
+        return self.family.moved
 
     def replicated(self, order: Sequence[int]) -> Self:
         """The same model with the layers numbered by ``order``, with this one's weights."""

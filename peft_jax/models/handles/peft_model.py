@@ -11,7 +11,7 @@ import numpy as np
 from peft_jax.adapters.attach import apply_adapter
 from peft_jax.adapters.input_ids import reads_input_ids, with_input_ids
 from peft_jax.core.discarded import warn_if_discarded
-from peft_jax.core.hub import HubOptions
+from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.precision import in_base_dtype
@@ -130,15 +130,15 @@ class PeftModel(AdapterVerbs):
         if ephemeral_gpu_offload:
             raise ValueError("ephemeral_gpu_offload=True is not supported: arrays stay where they are. Leave it out.")
         check_device(torch_device, model.params)
+        folder = find_folder(directory, ADAPTER_FILES, hub)
         adapted = load_adapter(
-            model,
-            directory,
+            model.named_for(folder),
+            folder,
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             config=config,
             key_mapping=key_mapping,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
-            **hub,
         )
         return cls.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 

@@ -14,6 +14,7 @@ from peft_jax.models.config import (
     LINEAR,
     SEQ_CLS,
     ModelConfig,
+    as_class,
     as_dict,
     check_fixed,
     check_kinds,
@@ -61,7 +62,7 @@ class Qwen35Config(ModelConfig):
     """
 
     has_padding_row = True
-    stems = MappingProxyType({TEXT: "Qwen3_5", WHOLE: "Qwen3_5"})
+    stems = MappingProxyType({TEXT: "Qwen3_5"})
     tasks = MappingProxyType(
         {
             CAUSAL_LM: "ForCausalLM",
@@ -186,6 +187,32 @@ class Qwen35Config(ModelConfig):
             "rope_parameters": self.rope.to_hf(),
             "layer_types": list(self.kinds),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen35MultimodalConfig(Qwen35Config):
+    """Architecture of the text part of a Qwen3.5 with images, whose modules have names of their own.
+
+    A checkpoint that is written of it is that of a text model.
+
+    Example:
+        >>> Qwen35MultimodalConfig(num_hidden_layers=4).to_hf()["model_type"]
+        'qwen3_5_text'
+    """
+
+    stems = MappingProxyType({WHOLE: "Qwen3_5"})
+    tasks = MappingProxyType({CAUSAL_LM: "ForConditionalGeneration"})
+
+    model_type: str = WHOLE
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> Qwen35Config:
+        """Read the text model of a Hugging Face config, as `Qwen35Config.from_hf`, whose names its modules get."""
+        return Qwen35Config.from_hf(hf)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Make the dict of a config.json of a text model."""
+        return as_class(self, Qwen35Config, model_type=TEXT).to_hf()
 
 
 def _text_part(hf: dict[str, Any]) -> dict[str, Any]:

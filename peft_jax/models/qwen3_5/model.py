@@ -123,6 +123,12 @@ class Qwen35(Decoder):
     takes = CAUSAL - {"prefix", "adaption"}
 
 
+class Qwen35Multimodal(Qwen35):
+    """Qwen3.5's text model under the names that its modules have in the model with images."""
+
+    backbone = "model.language_model"
+
+
 def init_cache(config: Qwen35Config, batch: int, max_len: int, dtype: Any = jnp.float32) -> MixedCache:
     """An empty cache: keys and values of max_len positions, and memories whose size depends on no length.
 
