@@ -937,6 +937,7 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 GROWTH = {"llama_4_scaling_beta": 0.8, "original_max_position_embeddings": 5}
 WITH_GROUPS = {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
 BOTH_CLASSES = ("SequenceClassification", "TokenClassification", "")
+ALL_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "")
 
 QWEN3_5 = {
     **{**ENCODER, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 12},
@@ -951,7 +952,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         sizes={**ENCODER, "num_key_value_heads": 2},
         model_types={"llama": {}, "mistral": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}},
         modules=OF_A_DECODER,
-        heads=("SequenceClassification", "TokenClassification", ""),
+        heads=ALL_HEADS,
+        adapters={"QUESTION_ANS": ["default"]},
         prompts={"SEQ_CLS": ("prefix",), "TOKEN_CLS": ("p-tuning",)},
         switches={
             "llama": ("llama", {}),
@@ -987,7 +989,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             part="mlp",
             embedding="wte",
         ),
-        heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        heads=ALL_HEADS,
         adapters={"CAUSAL_LM": None, "SEQ_CLS": ["default"]},
         more={
             "output head": {"target_modules": ["lm_head", "c_attn"]},
@@ -1237,7 +1239,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sizes=WITH_GROUPS,
         model_types={"smollm3": {"no_rope_layers": [1, 0, 1]}},
         modules=OF_A_DECODER,
-        heads=BOTH_CLASSES,
+        heads=ALL_HEADS,
         switches={
             "smollm3": ("smollm3", {"attention_bias": True, "mlp_bias": True}),
             "smollm3-windows": (
@@ -1336,7 +1338,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "ministral3": {"head_dim": 12, "rope_parameters": {**DEFAULT_ROPE, **GROWTH}},
         },
         modules=OF_A_DECODER,
-        heads=BOTH_CLASSES,
+        heads=ALL_HEADS,
         switches={
             "ministral3": ("ministral3", {"rope_parameters": {**YARN, **GROWTH}}),
             "ministral": ("ministral", {"layer_types": MIXED, "tie_word_embeddings": True}),
@@ -1418,7 +1420,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             part="mlp",
             embedding="embed_in",
         ),
-        heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        heads=ALL_HEADS,
         switches={
             "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 100}),
             "gpt_neox-sequential": (
@@ -1487,7 +1489,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sizes={**SIZES, "pad_token_id": 0},
         model_types={"bloom": {"pretraining_tp": 2}},
         modules=OF_A_FUSED_DECODER,
-        heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        heads=ALL_HEADS,
         switches={
             "bloom": ("bloom", {"n_head": 4}),
             "bloom-post": (
@@ -1502,7 +1504,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sizes={**SIZES, "ffn_hidden_size": 40, "max_position_embeddings": 64, "pad_token_id": 0},
         model_types={"falcon": {}},
         modules=OF_A_FUSED_DECODER,
-        heads=("SequenceClassification", "TokenClassification", "QuestionAnswering", ""),
+        heads=ALL_HEADS,
         switches={
             "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
             "falcon-old": ("falcon", {"tie_word_embeddings": False}),

@@ -18,8 +18,8 @@ import peft_jax as pj
 from peft_jax.cli.main import main
 from peft_jax.models.registry import read_architecture
 
-# Those with switches, and GPT-2, whose comparisons are in files of its own. What a model with images has of a text model
-# is saved as that text model, which has a row of its own.
+# Those with switches, and GPT-2, whose comparisons are in files of its own. What a model with images has of a text
+# model is saved as that text model, which has a row of its own.
 DECODERS = [
     name for name, row in ARCHITECTURES.items() if (row.switches or row.conv1d) and "text_config" not in row.sizes
 ]

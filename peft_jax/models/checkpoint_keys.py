@@ -22,7 +22,10 @@ def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str,
         ['transformer.wte.weight']
     """
     found = {_new_name(family, key): tensor for key, tensor in tensors.items()}
-    prefix = f"{family.backbone}." if family.backbone else ""
+    backbone = family.backbone_of(config)
+    prefix = f"{backbone}." if backbone else ""
+    if backbone != family.backbone:  # the checkpoint may be that of another task
+        found = {_restarted(key, f"{family.backbone}.", prefix): tensor for key, tensor in found.items()}
     has_prefix = any(key.startswith(prefix) for key in found)
     if config.task_type == FEATURE_EXTRACTION:
         return {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix) or not has_prefix}
@@ -59,6 +62,10 @@ def _new_name(family: Family, key: str) -> str:
         if key.endswith(old):
             return key.removesuffix(old) + new
     return key
+
+
+def _restarted(key: str, start: str, new: str) -> str:
+    return new + key.removeprefix(start) if key.startswith(start) else key
 
 
 def _head_names(family: Family) -> set[str]:

@@ -121,6 +121,11 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def own_backbone(self) -> str | None:
+        """The module that holds all but the head, where transformers has another for the task than the family's."""
+        return None
+
+    @property
     def renewed_at(self) -> int | None:
         """How many positions a cache has when generation computes it again, as positions turn otherwise from there on.
 

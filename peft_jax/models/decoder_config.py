@@ -12,6 +12,7 @@ from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
     FULL,
+    QUESTION_ANS,
     SEQ_CLS,
     SLIDING,
     SUFFIXES,
@@ -42,7 +43,7 @@ def tasks_of(*suffixes: str) -> Mapping[str, str]:
     return MappingProxyType({SUFFIXES[suffix]: suffix for suffix in suffixes})
 
 
-HEAD_NAMES = MappingProxyType({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
+HEAD_NAMES = MappingProxyType({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score", QUESTION_ANS: "qa_outputs"})
 
 
 def heads_of(tasks: Mapping[str, str]) -> dict[str, str]:

@@ -185,7 +185,11 @@ class Family:
     def embedding_module(self, config: ModelConfig) -> str:
         """Path of the token embedding."""
         is_bare = config.task_type == FEATURE_EXTRACTION or not self.backbone
-        return self.embedding if is_bare else f"{self.backbone}.{self.embedding}"
+        return self.embedding if is_bare else f"{self.backbone_of(config)}.{self.embedding}"
+
+    def backbone_of(self, config: ModelConfig) -> str:
+        """The module that holds all but the head in the model of the config's task."""
+        return config.own_backbone or self.backbone
 
     def embedding_table(self, config: ModelConfig, params: Any) -> Any:
         """The token embedding, ``(vocabulary, hidden)``."""
@@ -236,7 +240,7 @@ class Family:
         Raises:
             ValueError: if there is no such layer, or PEFT replicates none of such a model.
         """
-        if config.task_type not in self.replicable:
+        if config.task_type not in self.replicable or config.own_backbone is not None:
             raise ValueError(f"PEFT has no layer_replication for models like this {config.architecture}. Leave it out.")
         if max(order) >= config.num_hidden_layers:
             raise ValueError(

@@ -12,6 +12,7 @@ from peft_jax.models.config import (
     FEATURE_EXTRACTION,
     FULL,
     NO_ENTRIES,
+    QUESTION_ANS,
     SEQ_CLS,
     SLIDING,
     TOKEN_CLS,
@@ -68,6 +69,7 @@ class LlamaConfig(ModelConfig):
             CAUSAL_LM: "ForCausalLM",
             SEQ_CLS: "ForSequenceClassification",
             TOKEN_CLS: "ForTokenClassification",
+            QUESTION_ANS: "ForQuestionAnswering",
             FEATURE_EXTRACTION: "Model",
         }
     )
@@ -138,6 +140,12 @@ class LlamaConfig(ModelConfig):
     def rope(self) -> RopeParameters:
         """How positions turn queries and keys."""
         return dataclasses.replace(self.rope_scaling, rope_theta=self.rope_theta)
+
+    @property
+    def own_backbone(self) -> str | None:
+        """The module that holds all but the head, where it is not ``model``."""
+        is_other = self.task_type == QUESTION_ANS and self.model_type != "mistral"
+        return "transformer" if is_other else None
 
     @classmethod
     def from_hf(cls, hf: Any) -> LlamaConfig:

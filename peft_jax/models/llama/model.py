@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
+from peft_jax.models.decoder_config import heads_of
 from peft_jax.models.llama.config import LlamaConfig
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP, PreNormLayer, SelfAttention
@@ -82,4 +82,4 @@ class Llama(Decoder):
     """
 
     backbone_class = LlamaModel
-    head = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
+    head = DecoderHead(heads_of(LlamaConfig.tasks))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from peft_jax.models.config import QUESTION_ANS
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
 from peft_jax.models.modules.rope_parameters import RopeParameters
 
@@ -31,7 +32,9 @@ class MinistralConfig(WindowedConfig):
     """
 
     stems = MappingProxyType({FIRST: "Ministral", THIRD: "Ministral3"})
-    tasks = tasks_of("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
+    tasks = tasks_of(
+        "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"
+    )
     lacking = MappingProxyType({FIRST: ("growth", "growth_from"), THIRD: ("layer_types", "growth", "growth_from")})
 
     intermediate_size: int = 14336
@@ -43,6 +46,11 @@ class MinistralConfig(WindowedConfig):
     rms_norm_eps: float = 1e-6
     growth: float = 0.0
     growth_from: int = 0
+
+    @property
+    def own_backbone(self) -> str | None:
+        """The module that holds all but the head, where it is not ``model``."""
+        return "transformer" if self.task_type == QUESTION_ANS and self.model_type == FIRST else None
 
     @classmethod
     def translated(cls, full: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
+from peft_jax.models.decoder_config import heads_of
 from peft_jax.models.ministral.config import MinistralConfig
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP, PreNormLayer, SelfAttention
@@ -55,4 +55,4 @@ class Ministral(Decoder):
     """A Ministral with the head of its task."""
 
     backbone_class = MinistralModel
-    head = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
+    head = DecoderHead(heads_of(MinistralConfig.tasks))

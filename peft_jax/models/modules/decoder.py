@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
-        *outer, name = self.backbone.split(".")
+        *outer, name = self.own_backbone.split(".")
         holder: nnx.Module = self
         for part in outer:  # in a multimodal model the backbone is a part of another module
             setattr(holder, part, Holder())
@@ -153,9 +153,14 @@ class Decoder(nnx.Module):
         setattr(holder, name, self.backbone_class(config, dtype, rngs))
         self.head.add(self, config, linear_maker(config, dtype, rngs))
 
+    @property
+    def own_backbone(self) -> str:
+        """The path of the backbone in the model of this task."""
+        return self.config.own_backbone or self.backbone
+
     def __call__(self, inputs: ForwardInputs) -> ModelOutput:
         """Compute logits, hidden states and the filled cache, where they are asked for."""
-        inner: Any = functools.reduce(getattr, self.backbone.split("."), self)
+        inner: Any = functools.reduce(getattr, self.own_backbone.split("."), self)
         found: ModelOutput = inner(inputs)
         if not inputs.head:
             return found

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from peft_jax.core.config_ranges import check_fields_of
-from peft_jax.models.config import FULL, SLIDING
+from peft_jax.models.config import FULL, QUESTION_ANS, SLIDING
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
 from peft_jax.models.modules.rope_parameters import RopeParameters
 
@@ -33,7 +33,9 @@ class SmolLM3Config(WindowedConfig):
     """
 
     stems = MappingProxyType({"smollm3": "SmolLM3"})
-    tasks = tasks_of("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
+    tasks = tasks_of(
+        "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"
+    )
 
     vocab_size: int = 128256
     hidden_size: int = 2048
@@ -58,6 +60,11 @@ class SmolLM3Config(WindowedConfig):
             turned = tuple(int((i + 1) % 4 != 0) for i in range(self.num_hidden_layers))
             object.__setattr__(self, "no_rope_layers", turned)
         super().__post_init__()
+
+    @property
+    def own_backbone(self) -> str | None:
+        """The module that holds all but the head, where it is not ``model``."""
+        return "transformer" if self.task_type == QUESTION_ANS else None
 
     def check(self) -> None:
         """Raise ValueError if there is no such architecture with such a head."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
+from peft_jax.models.decoder_config import heads_of
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP, PreNormLayer, SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
@@ -54,4 +54,4 @@ class SmolLM3(Decoder):
     """A SmolLM3 with the head of its task."""
 
     backbone_class = SmolLM3Model
-    head = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
+    head = DecoderHead(heads_of(SmolLM3Config.tasks))
