@@ -1007,6 +1007,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         model_types={"gemma": {}, "gemma2": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4}},
         modules=OF_A_DECODER,
         heads=("SequenceClassification", "TokenClassification", ""),
+        prompts={"CAUSAL_LM": ("prefix",)},
         switches={
             "gemma3": (
                 "gemma3_text",
@@ -1369,6 +1370,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             embedding="embed_tokens",
         ),
         heads=("SequenceClassification", "TokenClassification", ""),
+        prompts={"CAUSAL_LM": ("prefix",)},
         switches={
             "phi3-long": (
                 "phi3",
@@ -1476,6 +1478,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         heads=("SequenceClassification", "QuestionAnswering", ""),
         types=True,
+        prompts={"CAUSAL_LM": ("prefix",)},
         switches={
             "gptj": ("gptj", {}),
             "gptj-whole": ("gptj", {"rotary_dim": 8, "n_inner": 40, "activation_function": "relu"}),
@@ -1490,6 +1493,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         model_types={"bloom": {"pretraining_tp": 2}},
         modules=OF_A_FUSED_DECODER,
         heads=ALL_HEADS,
+        prompts={"CAUSAL_LM": ("prefix",)},
         switches={
             "bloom": ("bloom", {"n_head": 4}),
             "bloom-post": (
@@ -1533,6 +1537,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sizes=QWEN3_5,
         model_types={"qwen3_5_text": {}},
         modules=OF_QWEN3_5,
+        prompts={"CAUSAL_LM": ("prompt",)},
         switches={
             "qwen3_5": ("qwen3_5_text", {}),
             "qwen3_5-tied": (

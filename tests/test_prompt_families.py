@@ -57,7 +57,8 @@ def bases(tmp_path_factory):
             torch.manual_seed(1)
             architecture = ARCHITECTURES[family]
             padding = {} if task == "SEQ_2_SEQ_LM" else {"pad_token_id": 1}
-            config = transformers.AutoConfig.for_model(family, **{**architecture.sizes, **padding}, num_labels=3)
+            sizes = {**architecture.sizes, **architecture.model_types[family], **padding}
+            config = transformers.AutoConfig.for_model(family, **sizes, num_labels=3)
             config.num_labels = 2 if task == "QUESTION_ANS" else 3
             model = auto_class(transformers, task).from_config(config)
             with torch.no_grad():
