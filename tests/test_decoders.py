@@ -79,7 +79,7 @@ HEADED = [f"{kind}-{task}" for kind in KINDS for task in OUTPUTS if config_of(ki
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``each`` is each case, ``form`` one of `FORMS`, ``some`` and ``headed`` one; with ``--grid`` they are all."""
+    """``each`` is each case, ``form`` one of `FORMS`, ``some`` and ``half`` a few, ``headed`` one; ``--grid``: all."""
     with_grid = metafunc.config.getoption("--grid")
     if "each" in metafunc.fixturenames:
         metafunc.parametrize("each", [*CASES, *GRID] if with_grid else [*CASES])
@@ -91,6 +91,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name_and_method", kept, ids=["-".join(pair) for pair in kept])
     if "some" in metafunc.fixturenames:
         metafunc.parametrize("some", WHOLE if with_grid else [ALWAYS])
+    if "half" in metafunc.fixturenames:  # OLMo turns queries and keys in float32
+        metafunc.parametrize("half", WHOLE if with_grid else [ALWAYS, "olmo3"])
     if "headed" in metafunc.fixturenames:
         metafunc.parametrize("headed", HEADED if with_grid else [f"{CASES[ALWAYS].kind}-{SEQ_CLS}"])
 
@@ -372,13 +374,13 @@ def test_heads_of_classes_and_spans(headed: str, tmp_path: Any) -> None:
         assert np.ptp(other) > 100 * tolerance(other), "the head is dead"
 
 
-def test_bfloat16_is_as_close_as_that_of_pytorch(some: str, pairs: Any) -> None:
+def test_bfloat16_is_as_close_as_that_of_pytorch(half: str, pairs: Any) -> None:
     """Both round to 8 bits, in other places; so neither is right, and what is compared is how far each is off.
 
     The reference is float32 on the rounded weights. Were the errors independent and of one size, the two would be
     1.4 times as far from each other as from the reference; twice is what is allowed, as the sample is small.
     """
-    folder = pairs(some).folder
+    folder = pairs(half).folder
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     ours = pj.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
     with torch.no_grad():

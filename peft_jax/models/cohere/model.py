@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models.cohere.config import CohereConfig
@@ -13,7 +14,10 @@ from peft_jax.models.config import CAUSAL_LM
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP, ParallelLayer, SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
+from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.layer_views import View
 from peft_jax.models.modules.layers import LayerNorm
+from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.rotary_backbone import RotaryBackbone
 
 
@@ -51,6 +55,7 @@ class CohereModel(RotaryBackbone):
     """Embedding, stacked layers, final norm."""
 
     embedding_name = "embed_tokens"
+
     interleaved = True
 
     def make_layer(self, dtype: Any) -> MakeLayer:
@@ -60,6 +65,16 @@ class CohereModel(RotaryBackbone):
     def make_norm(self, dtype: Any) -> nnx.Module:
         """The final norm."""
         return make_norm(self.config, dtype)
+
+    def views(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> dict[str, View]:
+        """The view of each kind of layer; cosines and sines have x's digits, and turn queries and keys in float32."""
+        views = super().views(x, places, inputs)
+        return {kind: view._replace(turn=jax.tree.map(widened, view.turn)) for kind, view in views.items()}
+
+
+def widened(array: jax.Array) -> jax.Array:
+    """The array in float32, or in its own element type if that is wider."""
+    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
 
 
 class Cohere(Decoder):

@@ -62,15 +62,12 @@ class GlmModel(RotaryBackbone):
     """Embedding, stacked layers, final norm."""
 
     embedding_name = "embed_tokens"
+
     interleaved = True
 
     def make_layer(self, dtype: Any) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(GlmDecoderLayer, self.config, dtype)
-
-    def make_norm(self, dtype: Any) -> nnx.Module:
-        """The final norm."""
-        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
 
 
 class Glm(Decoder):

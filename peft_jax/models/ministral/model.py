@@ -37,10 +37,6 @@ class MinistralModel(RotaryBackbone):
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
-        """The final norm."""
-        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
-
     def views(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> dict[str, View]:
         """The view of each kind of layer, with the factor of queries where they grow."""
         views, config = super().views(x, places, inputs), self.config

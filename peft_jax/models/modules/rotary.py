@@ -74,6 +74,9 @@ def rotate(x: jax.Array, turn: Rotation | None, *, interleaved: bool = False) ->
     if size < x.shape[-1]:
         rest = x[..., size:]
         return jnp.concatenate([rotate(x[..., :size], turn, interleaved=interleaved), rest], axis=-1)
+    dtype = x.dtype
+    if dtype.itemsize < turn.cos.dtype.itemsize:  # some models turn in float32 whatever their dtype
+        x = x.astype(turn.cos.dtype)
     if interleaved:
         pairs = x.reshape(*x.shape[:-1], -1, 2)
         crossed = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
@@ -81,7 +84,7 @@ def rotate(x: jax.Array, turn: Rotation | None, *, interleaved: bool = False) ->
         left, right = jnp.split(x, 2, axis=-1)
         crossed = jnp.concatenate([-right, left], axis=-1)
     turned: jax.Array = x * turn.cos + crossed * turn.sin
-    return turned.astype(x.dtype)
+    return turned.astype(dtype)
 
 
 def inverse_frequencies(

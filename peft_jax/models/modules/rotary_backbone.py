@@ -6,21 +6,27 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from peft_jax.models.modules.decoder import DecoderBackbone
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.layer_views import View, views_by_kind
+from peft_jax.models.modules.layers import RMSNorm
 from peft_jax.models.modules.positions import Places
 
 
 class RotaryBackbone(DecoderBackbone):
     """A backbone of a `peft_jax.models.decoder_config.RotaryConfig`, whose windows and ropes it follows.
 
-    A subclass names its embedding, and makes its layers and its final norm.
+    A subclass names its embedding, and makes its layers, and its final norm where that is no RMSNorm.
     """
 
     interleaved: ClassVar[bool] = False  # as in `rotation`
     exact_turns: ClassVar[bool] = False  # whether queries and keys are turned in float32 whatever their dtype
+
+    def make_norm(self, dtype: Any) -> nnx.Module:
+        """The final norm."""
+        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
 
     def views(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> dict[str, View]:
         """The view of each kind of layer, for embeddings x (batch, length, hidden)."""

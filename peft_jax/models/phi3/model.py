@@ -61,10 +61,6 @@ class Phi3Model(RotaryBackbone):
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
-        """The final norm."""
-        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
-
 
 class Phi3(Decoder):
     """A Phi-3 with the head of its task."""

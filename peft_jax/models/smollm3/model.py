@@ -37,10 +37,6 @@ class SmolLM3Model(RotaryBackbone):
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
-        """The final norm."""
-        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
-
     def views(self, x: jax.Array, places: Places, inputs: ForwardInputs) -> dict[str, View]:
         """The view of each kind of layer: two masks, each with and without rotations."""
         config = self.config
