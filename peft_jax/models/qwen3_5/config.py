@@ -206,7 +206,7 @@ class Qwen35MultimodalConfig(Qwen35Config):
     model_type: str = WHOLE
 
     @classmethod
-    def from_hf(cls, hf: Any) -> Qwen35Config:
+    def from_hf(cls, hf: Any) -> Qwen35Config:  # type: ignore[override]  # transformers reads it as the text model
         """Read the text model of a Hugging Face config, as `Qwen35Config.from_hf`, whose names its modules get."""
         return Qwen35Config.from_hf(hf)
 
