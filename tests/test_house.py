@@ -237,6 +237,8 @@ LISTING = {
     "peft_jax/models/modules/layers.py": "the class LayerNorm itself",
     "peft_jax/models/modules/plain_blocks.py": "the fused attention that several decoders share",
     "peft_jax/models/modules/decoder_blocks.py": "the attention and the feed-forward network that most decoders share",
+    "peft_jax/models/modules/mixture.py": "the experts, and the layer around them, that several mixtures share",
+    "peft_jax/models/expert_names.py": "the names of experts in the checkpoints of most mixtures",
     "peft_jax/adapters/attach.py": "PEFT's name for the input embedding of what is no model of transformers'",
     "interop/formats.py": "PEFT's list of the modules whose base weight a file holds too",
     "peft_jax/cli/inspect/servers.py": "the list in a server's own code of the modules that it takes adapters of",
@@ -263,17 +265,19 @@ def words_of(file: Path, *, with_docstrings: bool) -> str:
 
 def architectures_named(text: str) -> set[str]:
     """The model types whose names, or names of classes, are words of a text: `LlamaConfig`, `GPT-2`, `t5`."""
-    found = set()
+    found: list[tuple[int, int, str]] = []
     for family in FAMILIES:
         for model_type, stem in family.config.stems.items():
             for name in (model_type, stem):
                 spelled = re.sub(r"(?<=[a-z])(?=\d)", "[-_ ]?", name.lower())
+                pattern = rf"(?<![A-Za-z0-9])(?i:{spelled})(?![a-z0-9]|[._][0-9])"
                 if model_type in ABBREVIATIONS:  # alone, or at the beginning of the name of a class
-                    if re.search(rf"(?m)^{model_type}$|(?<![A-Za-z0-9]){stem}(?![a-z0-9]|[A-Z](?![a-z]))", text):
-                        found.add(model_type)
-                elif re.search(rf"(?<![A-Za-z0-9])(?i:{spelled})(?![a-z0-9]|[._][0-9])", text):
-                    found.add(model_type)
-    return found
+                    pattern = rf"(?m)^{model_type}$|(?<![A-Za-z0-9]){stem}(?![a-z0-9]|[A-Z](?![a-z]))"
+                found += [(*match.span(), model_type) for match in re.finditer(pattern, text)]
+    ends: dict[int, int] = {}  # of the longest name that starts there: qwen2_moe names no qwen2
+    for start, end, _ in found:
+        ends[start] = max(ends.get(start, 0), end)
+    return {model_type for start, end, model_type in found if end == ends[start]}
 
 
 def folder_of(file: Path) -> str:
@@ -299,6 +303,7 @@ def test_names_of_architectures_are_found() -> None:
         "is_qwen3_5": "qwen3_5",
     }.items():
         assert model_type in architectures_named(text), text
+    assert architectures_named("qwen2_moe Qwen2MoeConfig") == {"qwen2_moe"}
     assert architectures_named("llama3 test5 at5 t51 opt_state OPTIONS") == set(), (
         "a kind of rotary scaling, and other words"
     )
