@@ -37,7 +37,10 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     "chats.jsonl": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
     "labels.json": [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no", "text_pair": "x"}],
 }
-CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% generation %}{% endgeneration %}{% endfor %}"
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}</s>"
+    "{% else %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}"
+)
 
 
 class Subject(NamedTuple):

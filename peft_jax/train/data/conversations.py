@@ -5,10 +5,10 @@ null beside tool calls. ``weight`` and ``train`` of a turn say whether it is lea
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.train.data.records import Chat
 
 RULE = 'Messages are a list of objects like {"role": "user", "content": "Hello"}.'
@@ -90,8 +90,8 @@ def parsed(value: Any, name: str, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError as error:
+        return parse_json(value)
+    except JSONError as error:
         raise ValueError(
             f"{where} has a {name} that is text and not JSON ({error}). Give a list of objects."
         ) from error

@@ -4,13 +4,13 @@ import csv
 import gzip
 import importlib
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.core.text_files import read_text
 from peft_jax.train.data.record_forms import FORMATS, to_records
 from peft_jax.train.data.records import AnyRecord, Record, named
@@ -132,29 +132,17 @@ def _parse(text: str, file: Path) -> list[Any]:
     hint = "Give a JSON list of objects, or one JSON object a line."
     if text.lstrip().startswith("["):
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
+            return list(parse_json(text))
+        except JSONError as error:
             raise ValueError(f"{file} is not JSON: {error}. {hint}") from error
     values = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            values.append(parse_line(line, number, file))
+            try:
+                values.append(parse_json(line))
+            except JSONError as error:
+                raise ValueError(f"{file} is not JSON in line {number}: {error.reason}. {hint}") from error
     return values
-
-
-def parse_line(line: str | bytes, number: int, file: Path) -> Any:
-    """The value in a line of a JSONL file.
-
-    Raises:
-        ValueError: If it is not JSON.
-    """
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        hint = "Give a JSON list of objects, or one JSON object a line."
-        raise ValueError(f"{file} is not JSON in line {number}: {error.msg}. {hint}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text in line {number}. {RULE}") from error
 
 
 def _table(text: str, file: Path, delimiter: str) -> Iterator[dict[str, Any]]:

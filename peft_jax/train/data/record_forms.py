@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from peft_jax.core.articles import article
 from peft_jax.train.data.conversations import parsed, to_chat
 from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Record
 
@@ -219,7 +220,7 @@ def _text(value: Mapping[str, Any], name: str, where: str, form: str) -> str:
     content = value.get(name, "")
     if not isinstance(content, str):
         raise ValueError(
-            f"{where} has a {name} of type {type(content).__name__}, not text. Each record needs texts in {form}."
+            f"{where} has {article(name)} of type {type(content).__name__}, not text. Each record needs texts in {form}."
         )
     return content
 
