@@ -220,7 +220,8 @@ def _text(value: Mapping[str, Any], name: str, where: str, form: str) -> str:
     content = value.get(name, "")
     if not isinstance(content, str):
         raise ValueError(
-            f"{where} has {article(name)} of type {type(content).__name__}, not text. Each record needs texts in {form}."
+            f"{where} has {article(name)} of type {type(content).__name__}, not text. "
+            f"Each record needs texts in {form}."
         )
     return content
 
