@@ -12,6 +12,7 @@ from peft_jax.cli.shared.common_options import (
     MODEL,
     OUTPUT,
     TEMPLATE,
+    CompilationOptions,
     Dtype,
     ModelOptions,
 )
@@ -69,7 +70,7 @@ class DecodingOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(PromptOptions, ModelOptions, DecodingOptions):
+class Generate(PromptOptions, ModelOptions, DecodingOptions, CompilationOptions):
     """Continue or answer prompts; what is not given here is as the checkpoint's generation_config.json says."""
 
     TITLE = "Output"
@@ -79,7 +80,7 @@ class Generate(PromptOptions, ModelOptions, DecodingOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(ModelOptions, DataFileOptions):
+class Eval(ModelOptions, DataFileOptions, CompilationOptions):
     """Loss and perplexity of a model on the answers in a file; loss and accuracy of a classifier of texts."""
 
     TITLE = "Evaluation"
@@ -111,7 +112,7 @@ class Preview(DataFileOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Merge:
+class Merge(CompilationOptions):
     """Fold an adapter into its base and write a checkpoint that transformers loads."""
 
     adapter: Annotated[Path, ADAPTER]
@@ -140,8 +141,8 @@ class Inspect:
     """Print a JSON object instead."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Demo:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo(CompilationOptions):
     """Fine-tune a small checkpoint that ships with the package; needs no network."""
 
     output: Annotated[Path, OUTPUT] = Path("demo-output")

@@ -9,6 +9,8 @@ from typing import NoReturn
 from peft_jax.cli.command_options import Demo, Eval, Generate, Inspect, Merge, Preview
 from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.shared.command_line import nearest, overview, parse_command, with_flags
+from peft_jax.cli.shared.common_options import CompilationOptions
+from peft_jax.cli.shared.compilation_cache import keep_programs
 from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output
 from peft_jax.cli.shared.way_out import of_full_disk, of_missing_device
 from peft_jax.core.short_errors import shortened
@@ -78,6 +80,9 @@ def _explained(error: Exception, command: Command | None) -> str:
 
 
 def _run_command(command: Command) -> None:
+    compilation = command.compilation if isinstance(command, Finetune) else command
+    if isinstance(compilation, CompilationOptions):
+        keep_programs(compilation)
     if isinstance(command, Demo):
         demo(command)
     elif isinstance(command, Generate):

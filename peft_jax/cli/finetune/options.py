@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.command_line import flag as flag
-from peft_jax.cli.shared.common_options import DTYPE, GGUF, INT4, INT8, MODEL, OUTPUT, Dtype
+from peft_jax.cli.shared.common_options import DTYPE, GGUF, INT4, INT8, MODEL, OUTPUT, CompilationOptions, Dtype
 from peft_jax.cli.shared.data_options import DataFileOptions
 
 TARGETS = Option(aliases=("--lora-target-modules",), of_adapter=True)
@@ -171,12 +171,14 @@ class Finetune:
     data: DataOptions
     training: TrainingOptions
     processes: ProcessOptions
+    compilation: CompilationOptions
     run: RunOptions
 
 
 # Options that change nothing in the numbers of a run, so that it may go on with others.
 FREE = (
     *("output", "resume", "tensorboard", "save_total_limit", "mesh", "config"),
+    *("compilation_cache", "no_compilation_cache"),
     *("coordinator_address", "num_processes", "process_id", "distributed", "initialization_timeout"),
 )
 

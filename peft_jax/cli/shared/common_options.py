@@ -41,3 +41,16 @@ class ModelOptions:
     """Keep the weights of a base that is quantized already in its own bits, where these have a form here."""
     dtype: Annotated[Dtype | None, DTYPE] = None
     """Element type of the base's weights; by default the checkpoint's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompilationOptions:
+    """Where compiled programs are kept."""
+
+    TITLE = "Compilation"
+
+    compilation_cache: Annotated[Path | None, Option(metavar="FOLDER")] = None
+    """Folder that keeps compiled programs for the next start; by default JAX_COMPILATION_CACHE_DIR, or
+    peft_jax/compiled in the user's cache folder."""
+    no_compilation_cache: bool = False
+    """Keep no compiled programs, and read none."""
