@@ -108,7 +108,8 @@ def test_help_is_in_named_groups(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_defaults_and_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(page(capsys, "finetune", "--help").split())
     assert text.startswith("usage: peft-jax finetune --model MODEL --data DATA --output PATH [OPTIONS]")
-    assert "Peak of the schedule. (default: 0.0003)" in text and "in the README's table. (required)" in text
+    assert "Peak of the schedule; by default what suits the method, which the run says: 3e-4 for LORA" in text
+    assert "in the README's table. (required)" in text
     assert "Decoupled weight decay of the adapter. (default: 0)" in text
     assert (
         "Recompute each layer in the backward pass instead of keeping its activations: less memory, more time. " in text
@@ -167,6 +168,8 @@ def typed(parameter: Parameter) -> tuple[list[str], Any]:
 def test_every_flag_sets_its_option_and_no_other(command: str) -> None:
     plain = flat(parse([command, *NEEDED[command]]))
     for parameter in parameters(command).values():
+        if parameter.name == "config":  # its file is read at once: tests/test_option_file.py
+            continue
         words, value = typed(parameter)
         if parameter.option.repeatable and parameter.flags[0] in NEEDED[command]:
             value = (*plain[parameter.name], *value)

@@ -556,7 +556,10 @@ def test_a_merge_that_finds_no_room_is_one_line(
 
     monkeypatch.setattr("peft_jax.interop.files.save_file", full)
     assert main(["merge", "--adapter", "adapter", "--output", "out"]) == 2
-    said = "peft-jax: error: model.safetensors cannot be written: No space left on device"
+    said = (
+        "peft-jax: error: model.safetensors cannot be written: No space left on device. "
+        "Free space on that disk, or name a folder on another one with --output."
+    )
     assert capfd.readouterr().err.strip() == said and not Path("out").exists()
 
 
