@@ -14,6 +14,7 @@ from peft_jax.core.strict_json import shown
 from peft_jax.interop.quantized import check_quant_method
 from peft_jax.models.modules.base_dropout import NO_DROPOUT, DropoutRates
 from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
+from peft_jax.models.modules.router_load import Routing
 
 CAUSAL_LM, SEQ_2_SEQ_LM, MASKED_LM = "CAUSAL_LM", "SEQ_2_SEQ_LM", "MASKED_LM"
 SEQ_CLS, TOKEN_CLS, QUESTION_ANS = "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"
@@ -167,6 +168,11 @@ class ModelConfig:
     def logits_form(self) -> LogitsForm:
         """The form of a language model's logits, from the products of its head."""
         return PLAIN
+
+    @property
+    def routing(self) -> Routing | None:
+        """The facts on which the loss of routers depends; None for a model without such a loss."""
+        return None
 
     @property
     def rates(self) -> DropoutRates:

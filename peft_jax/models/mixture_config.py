@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from peft_jax.models.decoder_config import WindowedConfig
+from peft_jax.models.modules.router_load import Routing
 
 DENSE, SPARSE = "dense", "sparse"  # how the stacks of layers without experts and with them are called
 
@@ -18,7 +19,7 @@ class MixtureConfig(WindowedConfig):
     Attributes:
         num_experts: Experts of a layer.
         num_experts_per_tok: How many of them a token goes through.
-        output_router_logits: Whether a call gives the routers' logits, and the loss their balance.
+        output_router_logits: Whether a call gives the routers' logits, and a language model's loss has theirs.
         router_aux_loss_coef: The factor of the routers' loss.
 
     Raises:
@@ -38,6 +39,16 @@ class MixtureConfig(WindowedConfig):
                 f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts} are not supported, "
                 "only 1 to all of them."
             )
+        if self.output_router_logits and not any(self.sparse_layers):
+            raise ValueError(
+                "output_router_logits=True is not supported where no layer has a router, only False: "
+                f"all of the {self.num_hidden_layers} layers are dense."
+            )
+
+    @property
+    def routing(self) -> Routing:
+        """The facts on which the loss of routers depends."""
+        return Routing(self.output_router_logits, self.num_experts_per_tok, self.router_aux_loss_coef)
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:

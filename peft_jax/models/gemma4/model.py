@@ -171,7 +171,7 @@ class Gemma4TextModel(DecoderBackbone):
         own = self.per_layer_projection_norm(projected.reshape(shape)) + looked_up.reshape(shape)
         return jnp.moveaxis(own * 2**-0.5, 2, 0)
 
-    def start(self, x: jax.Array, buffers: Any) -> Handed:
+    def start(self, x: jax.Array, buffers: Any, inputs: ForwardInputs) -> Handed:
         """The caches of all stacks, and places for the keys and values that are shared."""
         config = self.config
         if not config.num_kv_shared_layers:

@@ -98,6 +98,7 @@ class ModelHandle(Inspection):
         head: bool = True,
         task_ids: jax.Array | None = None,
         adapter_names: Sequence[str] | None = None,
+        output_router_logits: bool = False,
         **arrays: Any,
     ) -> ModelOutput:
         """Run the architecture, compiled once per shape; the other arrays are those of `ForwardInputs`.
@@ -108,7 +109,7 @@ class ModelHandle(Inspection):
         """
         if adapter_names is not None:
             by_row = self.replace(with_adapter_rows(self.params, adapter_names))
-            return by_row.run(input_ids, output_hidden_states, head, task_ids, **arrays)
+            return by_row.run(input_ids, output_hidden_states, head, task_ids, None, output_router_logits, **arrays)
         ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
         arrays = {name: as_batch(array, name) for name, array in arrays.items()}
         for name, rows in (("position_ids", self._position_rows()), ("token_type_ids", self.config.type_rows)):
@@ -123,6 +124,7 @@ class ModelHandle(Inspection):
         inputs = ForwardInputs(
             input_ids=ids,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
             head=head,
             remat=self.remat,
             dropout_key=self.dropout_key,
@@ -135,6 +137,11 @@ class ModelHandle(Inspection):
             bias, form = self.family.head_bias(self.config, params), self.config.logits_form
             output = output._replace(logits=LazyLogits(output.last_hidden_state, weight, tied, bias, form))
         return output
+
+    def asks_routers(self, said: bool | None = None) -> bool:
+        """Whether a call gives the routers' logits: as the call says, else as the config says, as in transformers."""
+        routing = self.config.routing
+        return routing is not None and routing.asked if said is None else said
 
     def _position_rows(self) -> int | None:
         """The number of positions that ``position_ids`` may name, without a prefix's; None for any number."""

@@ -22,6 +22,7 @@ from peft_jax.models.handles.base import (
 from peft_jax.models.handles.label_losses import shifted_mean_cross_entropy, token_labels
 from peft_jax.models.handles.list_inputs import as_batch
 from peft_jax.models.modules.outputs import HiddenStates
+from peft_jax.models.modules.router_load import router_load
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 __all__ = ["CausalLM", "CausalLMOutput", "Source"]
@@ -32,13 +33,19 @@ class CausalLMOutput(NamedTuple):
 
     Attributes:
         logits: ``(batch, length, vocabulary)``; `LazyLogits` with ``lazy_logits=True``.
-        loss: Mean cross entropy over the labels, float32; None without labels.
+        loss: Mean cross entropy over the labels, float32, with the routers' loss if there is one; None without labels.
         hidden_states: ``(layers + 1, batch, length, hidden)``; None without ``output_hidden_states=True``.
+        router_logits: With ``output_router_logits=True`` the outputs of the routers of all layers that have one,
+            ``(layers, batch * length, experts)``; else None.
+        aux_loss: With them the routers' load balancing loss, float32, of which ``loss`` has the config's
+            ``router_aux_loss_coef`` times as much.
     """
 
     logits: Any
     loss: jax.Array | None = None
     hidden_states: HiddenStates = None
+    router_logits: jax.Array | None = None
+    aux_loss: jax.Array | None = None
 
 
 @register_handle
@@ -68,6 +75,7 @@ class CausalLM(ModelHandle):
         task_ids: jax.Array | np.ndarray | None = None,
         input_type_mask: jax.Array | np.ndarray | None = None,
         output_hidden_states: bool = False,
+        output_router_logits: bool | None = None,
         lazy_logits: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> CausalLMOutput:
@@ -90,6 +98,9 @@ class CausalLM(ModelHandle):
             task_ids: Each row's task ``(batch,)``, for a prompt that has several.
             input_type_mask: The type of each token ``(batch, length)``, for the loss of CPT; see `CPTConfig`.
             output_hidden_states: Whether to return the hidden states.
+            output_router_logits: Whether to return the logits of the routers of a mixture of experts, and to add their
+                load balancing loss to that of the labels; None asks the config's field of that name. Tokens of padding
+                are ignored in it, and virtual ones are not.
             lazy_logits: Whether to return `LazyLogits`, from which `peft_jax.train.cross_entropy` computes the loss
                 without holding all logits.
             adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
@@ -113,7 +124,11 @@ class CausalLM(ModelHandle):
             segment_ids=segment_ids,
             task_ids=task_array(self.params, task_ids),
             adapter_names=adapter_names,
+            output_router_logits=self.asks_routers(output_router_logits),
         )
+        load = None
+        if out.router_logits is not None:
+            load = router_load(out.router_logits, as_batch(attention_mask, "attention_mask"), self.config.routing)
         types = None if input_type_mask is None else jnp.asarray(input_type_mask)
         if types is not None and labels is None:
             raise ValueError("input_type_mask says which labels count, and none are given. Give labels too.")
@@ -121,7 +136,12 @@ class CausalLM(ModelHandle):
         if labels is not None:
             all_labels, weights = with_virtual_labels(self.params, labels, types)
             loss = shifted_mean_cross_entropy(out.logits, all_labels, weights)
-        return CausalLMOutput(out.logits, loss, out.hidden_states)
+        if load is None:
+            return CausalLMOutput(out.logits, loss, out.hidden_states)
+        aux_loss = load.loss()
+        loss = None if loss is None else loss + load.factor * aux_loss
+        logits = dataclasses.replace(out.logits, load=load) if lazy_logits else out.logits
+        return CausalLMOutput(logits, loss, out.hidden_states, out.router_logits, aux_loss)
 
     def prepared_for(
         self, input_ids: jax.Array | np.ndarray | None, segment_ids: jax.Array | np.ndarray | None = None

@@ -65,11 +65,13 @@ class FeatureOutput(NamedTuple):
         last_hidden_state: ``(batch, length, hidden)``.
         pooler_output: ``(batch, hidden)``; None of a model without a pooler.
         hidden_states: ``(layers + 1, batch, length, hidden)``; None without ``output_hidden_states=True``.
+        router_logits: As `CausalLMOutput` has them.
     """
 
     last_hidden_state: jax.Array
     pooler_output: jax.Array | None = None
     hidden_states: HiddenStates = None
+    router_logits: jax.Array | None = None
 
 
 @register_handle
@@ -234,9 +236,13 @@ class FeatureExtractor(ModelHandle):
         position_ids: Ids = None,
         inputs_embeds: Ids = None,
         output_hidden_states: bool = False,
+        output_router_logits: bool | None = None,
         adapter_names: Sequence[str] | None = None,
     ) -> FeatureOutput:
-        """Features of each token and, with a pooler, of the text; arguments as those of `SequenceClassifier`."""
+        """Features of each token and, with a pooler, of the text; arguments as those of `SequenceClassifier`.
+
+        ``output_router_logits`` is as in `CausalLM`.
+        """
         out = self.run(
             input_ids,
             output_hidden_states,
@@ -245,8 +251,9 @@ class FeatureExtractor(ModelHandle):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             adapter_names=adapter_names,
+            output_router_logits=self.asks_routers(output_router_logits),
         )
-        return FeatureOutput(out.last_hidden_state, out.pooler_output, out.hidden_states)
+        return FeatureOutput(out.last_hidden_state, out.pooler_output, out.hidden_states, out.router_logits)
 
 
 @register_handle

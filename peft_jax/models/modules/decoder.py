@@ -38,7 +38,7 @@ class DecoderBackbone(nnx.Module):
     """All of a decoder but its head.
 
     A subclass names its modules, makes its layers and its final norm, and says what each kind of layer sees. The hooks
-    `embedded`, `placed`, `per_layer`, `start` and `leaving` are for those that need more.
+    `embedded`, `placed`, `per_layer`, `start`, `finish`, `routers` and `leaving` are for those that need more.
     """
 
     embedding_name: ClassVar[str]
@@ -83,13 +83,17 @@ class DecoderBackbone(nnx.Module):
         """Arrays of which each layer gets its own part, with an axis of layers in front."""
         return None
 
-    def start(self, x: jax.Array, buffers: Any) -> Any:
+    def start(self, x: jax.Array, buffers: Any, inputs: ForwardInputs) -> Any:
         """The tree that the first layer is handed beside its input; `finish` takes it from the last."""
         return buffers
 
     def finish(self, handed: Any) -> Any:
         """The cache's buffers, from what the last layer hands on."""
         return handed
+
+    def routers(self, handed: Any) -> jax.Array | None:
+        """The routers' outputs (layers, batch * length, experts), from what the last layer hands on, if asked for."""
+        return None
 
     def leaving(self, x: jax.Array) -> jax.Array:
         """The head's input, for the last hidden state x (batch, length, hidden) after the final norm."""
@@ -120,7 +124,7 @@ class DecoderBackbone(nnx.Module):
             key=key_of(key, Site.LAYERS),
         )
         cached = None if inputs.cache is None else inputs.cache.buffers
-        x, handed, states = run_layers(getattr(self, self.layers_name), x, self.start(x, cached), run)
+        x, handed, states = run_layers(getattr(self, self.layers_name), x, self.start(x, cached, inputs), run)
         x = self.leaving(getattr(self, self.norm_name)(x))
         all_states: HiddenStates = None
         if states is not None and x.shape[-1] == states.shape[-1]:
@@ -128,7 +132,8 @@ class DecoderBackbone(nnx.Module):
         elif states is not None:
             all_states = (*states, x)
         cache = None if cached is None else filled(self.finish(handed), places.index, length)
-        return ModelOutput(last_hidden_state=x, hidden_states=all_states, cache=cache)
+        routers = self.routers(handed)
+        return ModelOutput(last_hidden_state=x, hidden_states=all_states, cache=cache, router_logits=routers)
 
 
 class Holder(nnx.Module):
@@ -166,7 +171,9 @@ class Decoder(nnx.Module):
             return found
         last = found.last_hidden_state[:, -inputs.logits_to_keep :]
         output: ModelOutput = self.head.run(self, self.config, last, inputs, inner.table.embedding)
-        return output._replace(hidden_states=found.hidden_states, cache=found.cache)
+        return output._replace(
+            hidden_states=found.hidden_states, cache=found.cache, router_logits=found.router_logits
+        )
 
 
 def decoder_cache(config: ModelConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:

@@ -11,7 +11,7 @@ import jax
 from peft_jax.models.modules.kv_cache import Prefix
 from peft_jax.prompts.base import Adaption
 
-# Fields that every causal model takes.
+# Fields that every causal model takes, and that models with routers take.
 CAUSAL = frozenset(
     (
         "input_ids",
@@ -29,13 +29,14 @@ CAUSAL = frozenset(
         "remat",
     )
 )
+ROUTED = CAUSAL | {"output_router_logits"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardInputs:
     """The inputs of one forward pass; an architecture says by ``takes`` which of them it knows.
 
-    A pytree: arrays are leaves, the last four are static.
+    A pytree: arrays are leaves, the last five are static.
 
     Attributes:
         input_ids: Token ids ``(batch, length)``; an encoder-decoder's encoder reads them.
@@ -57,6 +58,7 @@ class ForwardInputs:
         adaption: Gated prompts beside each layer's attention.
         dropout_key: The random key of the base's dropout (`peft_jax.models.modules.base_dropout`); None for none.
         output_hidden_states: Also return the hidden states.
+        output_router_logits: Also return the outputs of the routers that choose experts.
         logits_to_keep: Compute the logits at so many last positions only; 0 for all.
         head: Whether to compute logits; if not, the output has what goes into the head.
         remat: Keep only each layer's input for the backward pass and compute the rest again.
@@ -78,6 +80,7 @@ class ForwardInputs:
     adaption: Adaption | None = None
     dropout_key: jax.Array | None = None
     output_hidden_states: bool = False
+    output_router_logits: bool = False
     logits_to_keep: int = 0
     head: bool = True
     remat: bool = False

@@ -9,9 +9,12 @@ import jax
 from peft_jax.adapt import adapt
 from peft_jax.models.modules.heads import project
 from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
+from peft_jax.models.modules.router_load import RouterLoad
+
+FACTORS = ("hidden", "weight", "bias", "load")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("hidden", "weight", "bias"), meta_fields=("tied", "form"))
+@partial(jax.tree_util.register_dataclass, data_fields=FACTORS, meta_fields=("tied", "form"))
 @dataclasses.dataclass(frozen=True)
 class LazyLogits:
     """The two factors of logits, for a loss that never holds their product (`peft_jax.train.cross_entropy`).
@@ -23,6 +26,7 @@ class LazyLogits:
         tied: Whether it is the embedding.
         bias: The head's bias, ``(vocabulary,)``, if it has one.
         form: What is done to the logits afterwards.
+        load: The load of the model's experts, where the training loss has that of the routers.
 
     Example:
         >>> import peft_jax as pj
@@ -38,6 +42,7 @@ class LazyLogits:
     tied: bool
     bias: Any = None
     form: LogitsForm = PLAIN
+    load: RouterLoad | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

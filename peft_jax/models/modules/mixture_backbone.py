@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from peft_jax.models.mixture_config import DENSE, SPARSE
 from peft_jax.models.modules.decoder import MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP
+from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.layers import RMSNorm
 from peft_jax.models.modules.mixture import Handed, MixtureLayer
 from peft_jax.models.modules.rotary_backbone import RotaryBackbone
@@ -51,10 +53,18 @@ class MixtureBackbone(RotaryBackbone):
             return {kind: partial(make, kind) for kind in (DENSE, SPARSE)}
         return partial(make, SPARSE if self.config.sparse_layers[0] else DENSE)
 
-    def start(self, x: jax.Array, buffers: Any) -> Handed:
-        """The cache's buffers."""
-        return Handed(buffers, None)
+    def start(self, x: jax.Array, buffers: Any, inputs: ForwardInputs) -> Handed:
+        """The cache's buffers, and places for the routers' logits if they are asked for."""
+        if not inputs.output_router_logits:
+            return Handed(buffers, None)
+        batch, length, _ = x.shape
+        shape = sum(self.config.sparse_layers), batch * length, self.config.num_experts
+        return Handed(buffers, jnp.zeros(shape, x.dtype))
 
     def finish(self, handed: Handed) -> Any:
         """The cache's buffers."""
         return handed.cache
+
+    def routers(self, handed: Handed) -> jax.Array | None:
+        """The routers' logits."""
+        return handed.router

@@ -22,6 +22,8 @@ class ModelOutput(NamedTuple):
         cache: The one passed in, with the new positions filled.
         last_hidden_state: ``(batch, length, hidden)``, of a bare model, or of one that is called without its head.
         pooler_output: ``(batch, hidden)``, of a bare model with a pooler.
+        router_logits: If asked for, the outputs of the routers of all layers that have one,
+            ``(layers, batch * length, experts)``.
     """
 
     logits: Any = None
@@ -29,3 +31,4 @@ class ModelOutput(NamedTuple):
     cache: KVCache | MixedCache | None = None
     last_hidden_state: Any = None
     pooler_output: jax.Array | None = None
+    router_logits: jax.Array | None = None

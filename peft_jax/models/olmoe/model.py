@@ -12,6 +12,7 @@ from peft_jax.models.config import CAUSAL_LM
 from peft_jax.models.modules.decoder import Decoder
 from peft_jax.models.modules.decoder_blocks import SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
+from peft_jax.models.modules.inputs import ROUTED
 from peft_jax.models.modules.layers import RMSNorm
 from peft_jax.models.modules.mixture import Experts, SparseMLP, TopKRouter
 from peft_jax.models.modules.mixture_backbone import MixtureBackbone
@@ -63,3 +64,4 @@ class Olmoe(Decoder):
 
     backbone_class = OlmoeModel
     head = DecoderHead({CAUSAL_LM: "lm_head"})
+    takes = ROUTED

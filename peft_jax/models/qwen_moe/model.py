@@ -14,6 +14,7 @@ from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.modules.decoder import Decoder
 from peft_jax.models.modules.decoder_blocks import SelfAttention
 from peft_jax.models.modules.heads import DecoderHead
+from peft_jax.models.modules.inputs import ROUTED
 from peft_jax.models.modules.layers import RMSNorm
 from peft_jax.models.modules.mixture import Experts, SharedExpertMLP, SparseMLP, TopKRouter
 from peft_jax.models.modules.mixture_backbone import MixtureBackbone
@@ -62,3 +63,4 @@ class QwenMoe(Decoder):
 
     backbone_class = QwenMoeModel
     head = DecoderHead({CAUSAL_LM: "lm_head", SEQ_CLS: "score", TOKEN_CLS: "score"})
+    takes = ROUTED
