@@ -28,9 +28,9 @@ from peft_jax.train import (
     steps_per_epoch,
     training_batches,
 )
+from peft_jax.train.batch_loss import logits_of
 from peft_jax.train.data.batches import collate, fixed_lengths
 from peft_jax.train.data.encode import IGNORE, Example, encode
-from peft_jax.train.step import logits_of
 
 RECORDS = [Record("Say the number.", str(n), f"number {n}" * (1 + n % 3)) for n in range(9)]
 TURNS = [

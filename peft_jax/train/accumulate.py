@@ -9,9 +9,10 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine
+from peft_jax.train.batch_loss import Apply, BatchLoss, Totals, has_router_loss, losses_of
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.hooks import RunHooks
-from peft_jax.train.step import Apply, StepMetrics, TrainingStep, count_tokens, loss_of, updated
+from peft_jax.train.step import StepMetrics, TrainingStep, count_tokens, updated
 
 
 class Sums(NamedTuple):
@@ -43,7 +44,8 @@ def make_accumulating_step(
     It is that of `peft_jax.train.make_training_step` for a batch in micro batches, whose number and lengths may change
     from step to step: each length of micro batches is compiled once, and the update once. Sums are taken in float32,
     and loss and gradients are means over the labels of all micro batches, so how examples are dealt out changes
-    rounding alone, and which numbers dropout draws.
+    rounding alone, and which numbers dropout draws. With the loss of routers a forward pass over all micro batches
+    comes before, as there; not where there is one alone.
 
     Args:
         apply: As `make_training_step` takes it.
@@ -70,10 +72,19 @@ def make_accumulating_step(
         zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), trainable)
         return trainable, Sums(jnp.float32(0), zeros, jnp.int32(0), (jnp.int32(0), jnp.int32(0)))
 
-    def add(sums: Sums, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array) -> Sums:
+    def losses(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array) -> BatchLoss:
+        params = with_dropout(combine(trainable, frozen), jax.random.fold_in(key, number), base=base_dropout)
+        return losses_of(apply, params, batch, next_token)
+
+    def totals(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array) -> Totals:
+        return losses(trainable, frozen, batch, key, number).own
+
+    def add(
+        sums: Sums, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array, whole: Totals | None
+    ) -> Sums:
         def loss(trainable: Any) -> tuple[jax.Array, jax.Array]:
-            params = with_dropout(combine(trainable, frozen), jax.random.fold_in(key, number), base=base_dropout)
-            return loss_of(apply, params, batch, next_token)
+            found = losses(trainable, frozen, batch, key, number)
+            return found.summed(found.own if whole is None else whole), found.own.count
 
         (found, count), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         gradients = jax.tree.map(lambda total, one: total + one.astype(jnp.float32), sums.gradients, gradients)
@@ -86,12 +97,13 @@ def make_accumulating_step(
         state = given, opt_state
         return updated(optimizer, RunHooks(frozen), state, trainable, sums.loss / count, gradients, sums.tokens)
 
-    begun, of_sums = None, None
+    begun, of_sums, of_totals = None, None, None
     if out_shardings is not None:
         partition, _, alike = out_shardings
         of_sums = Sums(alike, partition, alike, (alike, alike))
-        begun = partition, of_sums
+        begun, of_totals = (partition, of_sums), alike
     begin_compiled = jax.jit(begin, out_shardings=begun)
+    totals_compiled = jax.jit(totals, out_shardings=of_totals)
     add_compiled = jax.jit(add, donate_argnums=0, out_shardings=of_sums)
     end_compiled = jax.jit(end, donate_argnums=(0, 2), out_shardings=out_shardings)
 
@@ -99,8 +111,13 @@ def make_accumulating_step(
         trainable: Any, opt_state: Any, frozen: Any, batch: Sequence[Batch], key: jax.Array
     ) -> tuple[Any, Any, StepMetrics]:
         projected, sums = begin_compiled(trainable, frozen)
+        whole = None
+        if len(batch) > 1 and has_router_loss(frozen):
+            for number, micro_batch in enumerate(batch):
+                own = totals_compiled(projected, frozen, micro_batch, key, number)
+                whole = own if whole is None else jax.tree.map(jnp.add, whole, own)
         for number, micro_batch in enumerate(batch):
-            sums = add_compiled(sums, projected, frozen, micro_batch, key, number)
+            sums = add_compiled(sums, projected, frozen, micro_batch, key, number, whole)
         ended: tuple[Any, Any, StepMetrics] = end_compiled(opt_state, sums, trainable, projected, frozen)
         return ended
 

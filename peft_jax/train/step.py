@@ -17,23 +17,18 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine
-from peft_jax.models.modules.lazy_logits import LazyLogits
-from peft_jax.prompts.base import with_virtual_labels
+from peft_jax.train.batch_loss import Apply, BatchLoss, Totals, count_labels, has_router_loss, loss_of, losses_of
 from peft_jax.train.data.batches import Batch
-from peft_jax.train.data.encode import IGNORE
 from peft_jax.train.divergence import finite_or_old
 from peft_jax.train.hooks import RunHooks
-from peft_jax.train.losses import cross_entropy
-
-Apply = Callable[..., jax.Array | LazyLogits]
-HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids", "token_type_ids")  # what apply takes of a batch with it
 
 
 class StepMetrics(NamedTuple):
     """The results of a training step.
 
     Attributes:
-        loss: Mean over the batch's target tokens in nats, float32; with the method's penalty, if it has one.
+        loss: Mean over the batch's target tokens in nats, float32; with the routers' loss and the method's penalty, if
+            there are such.
         grad_norm: Global norm of the gradient before clipping, float32.
         tokens: Number of the batch's tokens without padding, int32.
         fault: 0, int32; another number if the loss, the gradient's norm or what the step makes of a parameter or of the
@@ -72,6 +67,10 @@ def make_training_step(
     A step whose loss, gradient or result is not finite changes nothing and reports it in ``metrics.fault``; see
     `peft_jax.train.check_finite`.
 
+    Where a model's config has ``output_router_logits=True``, the loss has that of its routers, as in transformers. It
+    is a product of two means over the tokens of the whole batch, of which the first has no gradient: with micro batches
+    a forward pass over all of them comes before, for the first mean, so that parts add up to the same loss.
+
     Args:
         apply: Pure function from parameters, token ids and attention mask to logits (batch, length, vocabulary), or
             to the `LazyLogits` of a handle.
@@ -102,28 +101,40 @@ def make_training_step(
         1.3863
     """
 
-    def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, count: jax.Array) -> jax.Array:
+    def found(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> BatchLoss:
         params = with_dropout(combine(trainable, frozen), key, base=base_dropout)
-        return loss_of(apply, params, batch, next_token)[0] / count
+        return losses_of(apply, params, batch, next_token)
+
+    def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, whole: Totals) -> jax.Array:
+        return found(trainable, frozen, batch, key).summed(whole) / whole.labels
 
     def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
         given, hooks = (trainable, opt_state), RunHooks(frozen)
         trainable = hooks.project(trainable)
-        count = jnp.maximum(_targets(frozen, batch, next_token), 1).astype(jnp.float32)
+        whole = Totals(count_labels(frozen, batch, next_token), None)
         gradient_of = jax.value_and_grad(loss_share)
         rows = batch["input_ids"].shape[0]
         if micro_batch_size is None or micro_batch_size == rows:
-            loss, gradients = gradient_of(trainable, frozen, batch, key, count)
+            loss, gradients = gradient_of(trainable, frozen, batch, key, whole)
         else:
+            parts = jax.tree.map(lambda x: _in_parts(x, micro_batch_size), batch)
+            numbered = parts, jnp.arange(rows // micro_batch_size)
+
+            def load(part: Any) -> Any:
+                micro_batch, number = part
+                return found(trainable, frozen, micro_batch, jax.random.fold_in(key, number)).own.load
+
+            if has_router_loss(frozen):
+                loads = jax.lax.map(load, numbered)
+                whole = whole._replace(load=jax.tree.map(lambda part: part.sum(axis=0), loads))
 
             def add(sums: Any, part: Any) -> Any:
                 micro_batch, number = part
-                found = gradient_of(trainable, frozen, micro_batch, jax.random.fold_in(key, number), count)
-                return jax.tree.map(jnp.add, sums, found), None
+                own = gradient_of(trainable, frozen, micro_batch, jax.random.fold_in(key, number), whole)
+                return jax.tree.map(jnp.add, sums, own), None
 
-            parts = jax.tree.map(lambda x: _in_parts(x, micro_batch_size), batch)
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
-            (loss, gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(rows // micro_batch_size)))
+            (loss, gradients), _ = jax.lax.scan(add, zeros, numbered)
         return updated(optimizer, hooks, given, trainable, loss, gradients, count_tokens(batch))
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
@@ -172,37 +183,10 @@ def _in_parts(x: jax.Array, size: int) -> jax.Array:
     return jnp.swapaxes(jnp.reshape(x, (size, x.shape[0] // size, *x.shape[1:])), 0, 1)
 
 
-def _labels_of(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-    types = batch.get("input_type_mask")
-    return with_virtual_labels(params, jnp.asarray(batch["labels"]), None if types is None else jnp.asarray(types))
-
-
-def _targets(params: Any, batch: Batch, next_token: bool) -> jax.Array:
-    """Count the labels of a batch that are not ignored."""
-    labels = _labels_of(params, batch)[0][:, 1:] if next_token else jnp.asarray(batch["labels"])
-    return jnp.sum(labels != IGNORE)
-
-
-def loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:
-    """Sum the loss of a batch in nats, and count its labels."""
-    logits = logits_of(apply, params, batch)
-    if next_token:
-        return cross_entropy(logits, *_labels_of(params, batch))
-    labels = jnp.asarray(batch["labels"])
-    if labels.ndim == 2 and labels.shape != logits.shape[:-1]:  # virtual tokens have logits too
-        labels, _ = with_virtual_labels(params, labels)
-    return cross_entropy(logits, labels, next_token=False)
-
-
-def logits_of(apply: Apply, params: Any, batch: Batch) -> Any:
-    """Run a model on a batch: logits (batch, length, vocabulary), perhaps lazy, or logits of classes."""
-    named: dict[str, Any] = dict(batch)
-    more = {name: named[name] for name in HANDED_ON if name in named}
-    return apply(params, batch["input_ids"], batch["attention_mask"], **more)
-
-
 def make_evaluation_step(apply: Apply, *, next_token: bool = True) -> EvaluationStep:
     """Build the compiled step ``(params, batch) -> (summed loss, number of targets)``, without dropout.
+
+    The loss is that of the labels alone, also where training has that of routers.
 
     Args:
         apply: As `make_training_step` takes it.

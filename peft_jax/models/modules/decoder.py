@@ -171,9 +171,7 @@ class Decoder(nnx.Module):
             return found
         last = found.last_hidden_state[:, -inputs.logits_to_keep :]
         output: ModelOutput = self.head.run(self, self.config, last, inputs, inner.table.embedding)
-        return output._replace(
-            hidden_states=found.hidden_states, cache=found.cache, router_logits=found.router_logits
-        )
+        return output._replace(hidden_states=found.hidden_states, cache=found.cache, router_logits=found.router_logits)
 
 
 def decoder_cache(config: ModelConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:

@@ -55,10 +55,6 @@ class RouterLoad:
     tokens: jax.Array
     factor: float
 
-    def __add__(self, other: RouterLoad) -> RouterLoad:
-        """The load of both parts."""
-        return jax.tree.map(jnp.add, self, other)
-
     def loss(self) -> jax.Array:
         """The loss, float32 ``()``: the number of experts if all are used alike, more if they are not."""
         return self.share(self)

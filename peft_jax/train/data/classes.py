@@ -10,6 +10,7 @@ import numpy as np
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import numbered_labels
 from peft_jax.prompts.tokenizer import Tokenizer
+from peft_jax.train.batch_loss import Apply, logits_of
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.data.encode import (
     IGNORE,
@@ -22,7 +23,6 @@ from peft_jax.train.data.long_examples import Long, check_not_split
 from peft_jax.train.data.records import AnyRecord, Labelled, named
 from peft_jax.train.data.token_rows import Watch, chunks, paired_rows
 from peft_jax.train.losses import cross_entropy
-from peft_jax.train.step import Apply, logits_of
 
 MOST = 2**16  # classes that are named by numbers
 ScoringStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]

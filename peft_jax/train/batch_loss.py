@@ -1,0 +1,120 @@
+"""The loss of a batch or of a part of it: that of its labels, and that of the routers of a mixture of experts."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.models.handles.causal_lm import CausalLM
+from peft_jax.models.modules.lazy_logits import LazyLogits
+from peft_jax.models.modules.router_load import RouterLoad
+from peft_jax.prompts.base import with_virtual_labels
+from peft_jax.train.data.batches import Batch
+from peft_jax.train.data.encode import IGNORE
+from peft_jax.train.losses import cross_entropy
+
+Apply = Callable[..., jax.Array | LazyLogits]
+HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids", "token_type_ids")  # what apply takes of a batch with it
+
+
+class Totals(NamedTuple):
+    """The facts about a whole batch that the losses of its parts need to add up to its own.
+
+    Attributes:
+        count: The number of labels, int32.
+        load: The load of the experts; None for a model without a loss of routers.
+    """
+
+    count: jax.Array
+    load: RouterLoad | None
+
+    @property
+    def labels(self) -> jax.Array:
+        """The number that the loss of the labels is divided by, float32."""
+        return jnp.maximum(self.count, 1).astype(jnp.float32)
+
+
+class BatchLoss(NamedTuple):
+    """The loss of a batch or of a part of it.
+
+    Attributes:
+        total: The sum over its labels in nats, float32.
+        own: Its own labels and load.
+    """
+
+    total: jax.Array
+    own: Totals
+
+    def summed(self, whole: Totals) -> jax.Array:
+        """The loss times the number of the whole batch's labels; parts add up.
+
+        Args:
+            whole: The totals of the whole batch; a load of None is that of this part, which is then all of it.
+        """
+        load = self.own.load
+        if load is None:
+            return self.total
+        share = load.loss() if whole.load is None else load.share(whole.load)
+        return self.total + whole.labels * load.factor * share
+
+
+def has_router_loss(params: Any) -> bool:
+    """Whether the loss of a model handle, or of a partition of one, has that of routers."""
+    return isinstance(params, CausalLM) and params.asks_routers()
+
+
+def losses_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> BatchLoss:
+    """Compute the loss of a batch.
+
+    Raises:
+        ValueError: The model's config asks for the routers' loss and ``apply`` does not give their load, or the other
+            way round.
+    """
+    logits = logits_of(apply, params, batch)
+    load = logits.load if isinstance(logits, LazyLogits) else None
+    asked = has_router_loss(params)
+    if asked and load is None:
+        raise ValueError(
+            "The model's config has output_router_logits=True, and apply gives logits without the load of the experts. "
+            "Call the model with lazy_logits=True in apply, or set the field to False."
+        )
+    if load is not None and not asked:
+        raise ValueError(
+            "apply calls the model with output_router_logits=True, and its config has False, by which the step goes. "
+            "Set the config's field: dataclasses.replace(model, config=...)."
+        )
+    total, count = _labels_loss(logits, params, batch, next_token)
+    return BatchLoss(total, Totals(count, load))
+
+
+def loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:
+    """Sum the loss of a batch's labels in nats, and count them."""
+    return _labels_loss(logits_of(apply, params, batch), params, batch, next_token)
+
+
+def logits_of(apply: Apply, params: Any, batch: Batch) -> Any:
+    """Run a model on a batch: logits (batch, length, vocabulary), perhaps lazy, or logits of classes."""
+    named: dict[str, Any] = dict(batch)
+    more = {name: named[name] for name in HANDED_ON if name in named}
+    return apply(params, batch["input_ids"], batch["attention_mask"], **more)
+
+
+def count_labels(params: Any, batch: Batch, next_token: bool) -> jax.Array:
+    """Count the labels of a batch that are not ignored."""
+    labels = _labels_of(params, batch)[0][:, 1:] if next_token else jnp.asarray(batch["labels"])
+    return jnp.sum(labels != IGNORE)
+
+
+def _labels_loss(logits: Any, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:
+    if next_token:
+        return cross_entropy(logits, *_labels_of(params, batch))
+    labels = jnp.asarray(batch["labels"])
+    if labels.ndim == 2 and labels.shape != logits.shape[:-1]:  # virtual tokens have logits too
+        labels, _ = with_virtual_labels(params, labels)
+    return cross_entropy(logits, labels, next_token=False)
+
+
+def _labels_of(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    types = batch.get("input_type_mask")
+    return with_virtual_labels(params, jnp.asarray(batch["labels"]), None if types is None else jnp.asarray(types))
