@@ -26,7 +26,7 @@ class Totals(NamedTuple):
         load: The load of the experts; None for a model without a loss of routers.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a field, not the method of tuples
     load: RouterLoad | None
 
     @property
