@@ -31,7 +31,10 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.core.partition import trainable_labels as trainable_labels
     from peft_jax.core.partition import trainable_mask as trainable_mask
     from peft_jax.core.summary import summary as summary
+    from peft_jax.interop import convert_to_lora as convert_to_lora
     from peft_jax.interop import get_peft_model_state_dict as get_peft_model_state_dict
+    from peft_jax.interop import lora_conversion_errors as lora_conversion_errors
+    from peft_jax.interop import save_as_lora as save_as_lora
     from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_dict
     from peft_jax.methods import *  # noqa: F403  # the configs of all methods, as that package lists them
     from peft_jax.models import AutoModel as AutoModel

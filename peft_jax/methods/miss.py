@@ -124,14 +124,23 @@ class MissConfig(TargetFields, ExcludeFields, LayerFields, Method):
         if "miss_bat" in params:
             return apply_merged(self, params, state, base, x, product)
         y = base.apply(x, product)
-        n_in, n_out = base.layout.sizes(base.shape)
-        block = _block(params, state, n_out)
-        r = block.shape[-2]
-        # The sum of blocks is a product with identities one above the other, which lookups and convolutions have too.
-        fold = jnp.tile(jnp.eye(r, dtype=block.dtype), (-(-n_in // r), 1))[:n_in]
-        fold = jnp.broadcast_to(fold, (*block.shape[:-2], n_in, r))
+        fold, block = self.factors(params, state, *base.layout.sizes(base.shape))
         update = product.up(product.down(x if product.looks_up else dropout(x, state), fold), block)
         return (y.astype(update.dtype) + update).astype(y.dtype)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the change is the product of `factors`."""
+        return self.init_weights != "bat"
+
+    def factors(
+        self, params: Arrays, state: Arrays, n_in: int, n_out: int
+    ) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
+        """Identities one above the other, which sum inputs in blocks, and the block; not those of "bat"."""
+        block = _block(params, state, n_out)
+        r = block.shape[-2]
+        fold = jnp.tile(jnp.eye(r, dtype=block.dtype), (-(-n_in // r), 1))[:n_in]
+        return jnp.broadcast_to(fold, (*block.shape[:-2], n_in, r)), block
 
 
 def _block(params: Arrays, state: Arrays, n_out: int) -> Float[Array, "*groups rank {n_out}"]:
