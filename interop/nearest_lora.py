@@ -57,9 +57,7 @@ class NearestLora(NamedTuple):
     errors: dict[str, float]
 
 
-def convert_to_lora(
-    model: Any, rank: float, adapter_name: str = "default"
-) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def convert_to_lora(model: Any, rank: float, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """The config and the tensors, under PEFT's keys, of the LoRA nearest to an adapter.
 
     Any method that changes matrices is converted, those too that PEFT refuses, as OFT: what counts is the difference
@@ -188,7 +186,9 @@ def nearest_lora(model: Any, rank: float, adapter_name: str) -> NearestLora:
 def _check_rank(rank: float) -> None:
     """Raise ValueError unless it is a rank, or a threshold."""
     if isinstance(rank, float) and not 0 < rank <= 1:
-        raise ValueError(f"A rank that is a float is a threshold in (0, 1], got {rank}. Write a whole number for a rank.")
+        raise ValueError(
+            f"A rank that is a float is a threshold in (0, 1], got {rank}. Write a whole number for a rank."
+        )
     if not isinstance(rank, float) and rank < 1:
         raise ValueError(f"A LoRA has a rank of at least 1, got {rank}.")
 

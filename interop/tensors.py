@@ -35,6 +35,7 @@ from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.frozen_arrays import FrozenArrays
+from peft_jax.methods.lora.config import LoraConfig
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.shared_arrays import SharedArrays
 from peft_jax.methods.starts_from_weight import StartsFromWeight
@@ -75,7 +76,7 @@ def get_peft_model_state_dict(
     nodes = []
     for leaf in with_parameters(find_leaves(tree, None), config):
         node = nested_adapters(leaf.value).get(adapter_name)
-        if node is not None:
+        if node is not None and not _is_left_out(node):
             nodes.append((leaf, node))
     of_modules = [(leaf, node) for leaf, node in nodes if node.tag.role is None]
     check_apart([leaf for leaf, _ in of_modules], config)
@@ -378,6 +379,11 @@ def _shared_tensor(row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
     largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-2:])))
     part = np.asarray(largest.state[row.role][(0,) * len(largest.layout.stack)])
     return np.ascontiguousarray(part.T.astype(largest.tag.dtypes.get(row.suffix, part.dtype)))
+
+
+def _is_left_out(node: Adapted) -> bool:
+    """Whether a LoRA changes nothing of a leaf, as one that took the place of another may: it has rank 0 there."""
+    return node.tag.role is None and isinstance(node.tag.config, LoraConfig) and not changed_layers(node).any()
 
 
 def _hits(leaf: Leaf, node: Adapted) -> list[str]:

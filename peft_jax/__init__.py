@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.adapters import apply_lora as apply_lora
     from peft_jax.adapters import apply_lora_from_data as apply_lora_from_data
     from peft_jax.adapters import nnx_module as nnx_module
+    from peft_jax.adapters import reduce_intruder_dimension as reduce_intruder_dimension
     from peft_jax.adapters import scale_adapter as scale_adapter
     from peft_jax.adapters import with_adapter_rows as with_adapter_rows
     from peft_jax.adapters import with_invocations as with_invocations
@@ -33,7 +34,9 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.core.summary import summary as summary
     from peft_jax.interop import convert_to_lora as convert_to_lora
     from peft_jax.interop import get_peft_model_state_dict as get_peft_model_state_dict
+    from peft_jax.interop import hotswap_adapter as hotswap_adapter
     from peft_jax.interop import lora_conversion_errors as lora_conversion_errors
+    from peft_jax.interop import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from peft_jax.interop import save_as_lora as save_as_lora
     from peft_jax.interop import set_peft_model_state_dict as set_peft_model_state_dict
     from peft_jax.methods import *  # noqa: F403  # the configs of all methods, as that package lists them

@@ -120,6 +120,22 @@ def test_convolutions_in_both_directions(dims, row, tmp_path):
         close(pj.adapt(run)(made, x), np.moveaxis(again(torch.tensor(np.moveaxis(x, -1, 1))).numpy(), 1, -1))
 
 
+def test_oft_of_a_convolution_is_what_peft_merges(tmp_path):
+    """PEFT's forward pass sums overlapping patches, so that a fresh OFT changes its outputs; its merged kernel is OFT."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    theirs = torch.nn.ModuleDict({"one": torch.nn.Conv2d(6, 8, 3, bias=False)})
+    kernel = np.moveaxis(theirs["one"].weight.detach().numpy(), (0, 1), (-1, -2)).copy()
+    theirs = peft.get_peft_model(theirs, peft.OFTConfig(oft_block_size=6, target_modules=["one"]))
+    with torch.no_grad():
+        theirs.base_model.model["one"].oft_R["default"].weight.normal_(0, 0.2)
+    theirs.save_pretrained(tmp_path)
+    layout = {"one.kernel": pj.Layout(inp=(0, 1, 2), out=(3,), taps=(0, 1))}
+    ours = pj.merge(interop.load_adapter({"one": {"kernel": jnp.array(kernel)}}, tmp_path, layout=layout))
+    want = theirs.merge_and_unload()["one"].weight.detach().numpy()
+    close(ours["one"]["kernel"], np.moveaxis(want, (0, 1), (-1, -2)))
+    assert np.abs(np.moveaxis(want, (0, 1), (-1, -2)) - kernel).max() > 0.05
+
+
 def test_a_kernel_of_one_position_has_axes_for_it():
     def fn(params, x):
         numbers = ("NHWC", "HWIO", "NHWC")
