@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """Take from a LoRA the directions that it brought into a weight, so that less of what the base knew is lost.
 
-Shuttleworth et al., 2024, https://arxiv.org/abs/2410.21228: a singular vector of the adapted weight that is like none of
-the base's is an intruder. Numbers follow PEFT 0.21.2, ``tuners/lora/intruders.py``.
+Shuttleworth et al., 2024, https://arxiv.org/abs/2410.21228: a singular vector of the adapted weight that is like none
+of the base's is an intruder. Numbers follow PEFT 0.21.2, ``tuners/lora/intruders.py``.
 """
 
 import dataclasses
