@@ -121,7 +121,7 @@ def test_convolutions_in_both_directions(dims, row, tmp_path):
 
 
 def test_oft_of_a_convolution_is_what_peft_merges(tmp_path):
-    """PEFT's forward pass sums overlapping patches, so that a fresh OFT changes outputs there; its merged kernel is OFT."""
+    """PEFT's forward pass sums overlapping patches, so that a fresh OFT changes outputs; its merged kernel is OFT's."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     theirs = torch.nn.ModuleDict({"one": torch.nn.Conv2d(6, 8, 3, bias=False)})
     kernel = np.moveaxis(theirs["one"].weight.detach().numpy(), (0, 1), (-1, -2)).copy()
