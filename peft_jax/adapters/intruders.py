@@ -133,11 +133,13 @@ def _mitigated(
 
     As in PEFT the vectors are those of a layer's outputs, and of an embedding's tokens.
     """
-    turned = (lambda matrix: matrix) if lookup else (lambda matrix: matrix.T)
+    if not lookup:
+        base, change = base.T, change.T
     adapted = base + change
-    own = jnp.linalg.svd(turned(base), full_matrices=False)[0]
-    u, s, vt = jnp.linalg.svd(turned(adapted), full_matrices=False)
+    own = jnp.linalg.svd(base, full_matrices=False)[0]
+    u, s, vt = jnp.linalg.svd(adapted, full_matrices=False)
     likeness = jnp.abs(u.T @ own).max(axis=1)
     intruders = np.flatnonzero(np.asarray(likeness[:top_k] < epsilon))
     parts = u[:, intruders] @ (s[intruders, None] * vt[intruders])
-    return adapted + (left - 1) * turned(parts) - base, len(intruders)
+    mitigated = adapted + (left - 1) * parts - base
+    return mitigated if lookup else mitigated.T, len(intruders)
