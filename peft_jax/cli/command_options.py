@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.common_options import (
@@ -11,10 +11,14 @@ from peft_jax.cli.shared.common_options import (
     GGUF,
     MODEL,
     OUTPUT,
+    PROBLEM,
+    TASK,
     TEMPLATE,
     CompilationOptions,
     Dtype,
     ModelOptions,
+    ProblemType,
+    TaskName,
 )
 from peft_jax.cli.shared.data_options import DataFileOptions
 
@@ -101,8 +105,10 @@ class Preview(DataFileOptions):
     """Folder (or hub id) of the model, of which config and tokenizer are read."""
     gguf_file: Annotated[str | None, GGUF] = None
     """GGUF file in that folder, of which the metadata are read."""
-    task: Annotated[Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None, Option(aliases=("--task-type",))] = None
+    task: Annotated[TaskName | None, TASK] = None
     """Task to train it for, as in finetune."""
+    problem_type: Annotated[ProblemType | None, PROBLEM] = None
+    """Kind of the labels of SEQ_CLS, as in finetune."""
     train_on_inputs: bool = False
     """Learn the prompts too, as in finetune."""
     examples: int = 3

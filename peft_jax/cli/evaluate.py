@@ -4,9 +4,8 @@ import json
 import math
 import sys
 
-import numpy as np
-
 from peft_jax.cli.command_options import Eval
+from peft_jax.cli.finetune.results import in_words
 from peft_jax.cli.finetune.setup import check_fit, layout_of_data, padded
 from peft_jax.cli.shared.adapter_base import (
     find_task,
@@ -20,7 +19,7 @@ from peft_jax.cli.shared.task import RowOptions
 from peft_jax.cli.shared.training_layout import ANSWERS, EVERYTHING, clash, read_layout
 from peft_jax.prompts.base import prompt_tasks, virtual_slots
 from peft_jax.train import evaluation_batches
-from peft_jax.train.data.encode import IGNORE, Encoded
+from peft_jax.train.data.encode import Encoded, count_labels
 
 
 def evaluate_model(options: Eval) -> None:
@@ -50,11 +49,12 @@ def evaluate_model(options: Eval) -> None:
     layout = row_options(options, model.config, used.layout, virtual=virtual, train_on_inputs=everything, tasks=tasks)
     encoded = task.encode(loaded.records, tokenizer, model, layout)
     examples = encoded.examples
+    problem = task.problem_of(model, loaded.records, encoded)
     data = padded(task, examples, layout.cutoff_len, model)
     check_fit([data], model.config, virtual_slots(model))
     batches = list(evaluation_batches(data, options.batch_size))
     with progress(batches, len(batches)) as bar:
-        found = task.evaluate(task.make_evaluation_step(), model, bar)
+        found = task.make_evaluation(problem)(model, bar)
     if not math.isfinite(found["loss"]):
         raise ValueError(
             f"the loss is {found['loss']}: what the model computes is not finite. Give --dtype float32, or another "
@@ -62,11 +62,12 @@ def evaluate_model(options: Eval) -> None:
         )
     if not task.has_classes:
         found["perplexity"] = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
-    targets = sum(int(np.sum(example.labels != IGNORE)) for example in examples)
+    targets = count_labels(examples)
     if options.json:
         printed: dict[str, float | int | None] = dict(found)
-        if math.isinf(found.get("perplexity", 0)):
-            printed["perplexity"] = None  # JSON has no infinity
+        for name, value in found.items():
+            if not math.isfinite(value):
+                printed[name] = None  # JSON has no infinity, nor the correlation of equal numbers
         if not task.has_classes:
             printed["target_tokens"] = targets
         printed |= {"examples": len(data), "too_long": encoded.too_long}
@@ -77,8 +78,11 @@ def evaluate_model(options: Eval) -> None:
     left_out = _said_of_length(encoded, layout)
     if task.has_classes:
         print(f"Data        {len(data)} texts{left_out}")
-        print(f"Loss        {found['loss']:.4f} nats a text")
-        print(f"Accuracy    {found['accuracy']:.4f}")
+        unit = "nats a text" if problem is None else problem.unit
+        print(f"Loss        {found.pop('loss'):.4f} {unit}")
+        for name, value in found.items():
+            said = f"{value:.4f}" if math.isfinite(value) else "not defined, as all predictions or labels are equal"
+            print(f"{in_words(name).capitalize():<11} {said}")
         return
     learned = f"{EVERYTHING}, as in training" if everything else ANSWERS
     print(f"Data        {len(data)} examples, {targets} tokens of {learned}{left_out}")

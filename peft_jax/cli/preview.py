@@ -1,6 +1,8 @@
 """`peft-jax preview`: the tokens that a model would see of the data, and which of them are learned."""
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +14,13 @@ from peft_jax.cli.finetune.setup import layout_of_data
 from peft_jax.cli.shared.data_sources import load_records
 from peft_jax.cli.shared.preview_page import Part, Shown, page, painted
 from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
-from peft_jax.cli.shared.task import classes_of_data, task_of
+from peft_jax.cli.shared.task import task_of
 from peft_jax.cli.shared.terminal import obeyed
 from peft_jax.models.gguf_checkpoint import base_config
 from peft_jax.models.registry import read_architecture
 from peft_jax.prompts.tokenizer import Tokenizer, read_tokenizer
-from peft_jax.train.data.encode import IGNORE, Example
+from peft_jax.train.data.encode import IGNORE, Example, count_labels
+from peft_jax.train.data.long_examples import has_numbers
 
 
 def preview(options: Preview) -> None:
@@ -36,8 +39,12 @@ def preview(options: Preview) -> None:
         raise ValueError("--train-on-inputs is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")
     loaded = load_records(options)
     task.check(loaded.records)
-    classes = classes_of_data(options.model, loaded.records, options.gguf_file) if task.has_classes else {}
     config: Any = read_architecture(base_config(options.model, options.gguf_file))
+    classes: Mapping[int, str] = {}
+    if task.labels_of is not None:
+        labels = task.labels_of(options.model, loaded.records, options.gguf_file, options.problem_type)
+        classes = labels.id2label or {}
+        config = dataclasses.replace(config, num_labels=len(classes), problem_type=labels.problem_type)
     # The encoders of tasks read these two of a model alone.
     model: Any = SimpleNamespace(config=config, source=SimpleNamespace(id2label=classes))
     tokenizer = read_tokenizer(options.model, gguf_file=options.gguf_file)
@@ -55,15 +62,22 @@ def preview(options: Preview) -> None:
     print("\n".join(said))
 
 
-def _shown(example: Example, tokenizer: Tokenizer, classes: dict[int, str]) -> Shown:
+def _shown(example: Example, tokenizer: Tokenizer, classes: Mapping[int, str]) -> Shown:
     """An example as texts of tokens."""
     ids, labels = example.input_ids, example.labels
     if labels.shape == ids.shape and "decoder_input_ids" not in example.more:
         return Shown(_parts(ids, labels != IGNORE, tokenizer))
     given = _parts(ids, np.zeros(ids.shape, bool), tokenizer)
+    if has_numbers(labels):
+        return Shown(given, label=_numbers_in_words(labels, classes))
     if labels.ndim == 0:
         return Shown(given, label=classes.get(int(labels), str(int(labels))))
     return Shown([*given, Part("\n", None), *_parts(labels, labels != IGNORE, tokenizer)])
+
+
+def _numbers_in_words(labels: np.ndarray, classes: Mapping[int, str]) -> str:
+    """The values of a head's outputs by their names."""
+    return ", ".join(f"{classes.get(number, number)}={value:g}" for number, value in enumerate(labels.tolist()))
 
 
 def _parts(ids: np.ndarray, learned: np.ndarray, tokenizer: Tokenizer) -> list[Part]:
@@ -87,7 +101,7 @@ def _parts(ids: np.ndarray, learned: np.ndarray, tokenizer: Tokenizer) -> list[P
 def _counts(examples: list[Example]) -> str:
     """A sentence on the tokens of all examples."""
     lengths = [example.input_ids.size for example in examples]
-    learned = sum(int(np.sum(example.labels != IGNORE)) for example in examples)
+    learned = count_labels(examples)
     return (
         f"{len(examples)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all; {learned} labels "
         "are learned."

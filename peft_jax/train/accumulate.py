@@ -9,7 +9,7 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine
-from peft_jax.train.batch_loss import Apply, BatchLoss, Totals, has_router_loss, losses_of
+from peft_jax.train.batch_loss import Apply, BatchLoss, SummedLoss, Totals, has_router_loss, losses_of
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.hooks import RunHooks
 from peft_jax.train.step import StepMetrics, TrainingStep, count_tokens, updated
@@ -38,6 +38,7 @@ def make_accumulating_step(
     next_token: bool = True,
     out_shardings: Any = None,
     base_dropout: bool = True,
+    loss: SummedLoss | None = None,
 ) -> TrainingStep[Sequence[Batch]]:
     """Build the step ``(trainable, opt_state, frozen, micro_batches, key) -> (trainable, opt_state, metrics)``.
 
@@ -53,6 +54,8 @@ def make_accumulating_step(
         next_token: As there.
         out_shardings: As there.
         base_dropout: As there.
+        loss: Of logits and a batch, the sum of the losses of its labels and the number of these; by default their cross
+            entropy.
 
     Example:
         >>> import peft_jax as pj
@@ -74,7 +77,7 @@ def make_accumulating_step(
 
     def losses(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array) -> BatchLoss:
         params = with_dropout(combine(trainable, frozen), jax.random.fold_in(key, number), base=base_dropout)
-        return losses_of(apply, params, batch, next_token)
+        return losses_of(apply, params, batch, next_token, loss)
 
     def totals(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array) -> Totals:
         return losses(trainable, frozen, batch, key, number).own
@@ -82,11 +85,11 @@ def make_accumulating_step(
     def add(
         sums: Sums, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array, whole: Totals | None
     ) -> Sums:
-        def loss(trainable: Any) -> tuple[jax.Array, jax.Array]:
+        def summed(trainable: Any) -> tuple[jax.Array, jax.Array]:
             found = losses(trainable, frozen, batch, key, number)
             return found.summed(found.own if whole is None else whole), found.own.count
 
-        (found, count), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        (found, count), gradients = jax.value_and_grad(summed, has_aux=True)(trainable)
         gradients = jax.tree.map(lambda total, one: total + one.astype(jnp.float32), sums.gradients, gradients)
         tokens = jax.tree.map(jnp.add, sums.tokens, count_tokens(batch))
         return Sums(sums.loss + found, gradients, sums.labels + count.astype(jnp.int32), tokens)

@@ -15,6 +15,7 @@ from peft_jax.train.data.encode import IGNORE
 from peft_jax.train.losses import cross_entropy
 
 Apply = Callable[..., jax.Array | LazyLogits]
+SummedLoss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]  # of logits and batch: the sum, the number of labels
 HANDED_ON = ("segment_ids", "task_ids", "decoder_input_ids", "token_type_ids")  # what apply takes of a batch with it
 
 
@@ -64,8 +65,8 @@ def has_router_loss(params: Any) -> bool:
     return isinstance(params, CausalLM) and params.asks_routers()
 
 
-def losses_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> BatchLoss:
-    """Compute the loss of a batch.
+def losses_of(apply: Apply, params: Any, batch: Batch, next_token: bool, loss: SummedLoss | None = None) -> BatchLoss:
+    """Compute the loss of a batch: that of ``loss`` or the cross entropy, and that of routers.
 
     Raises:
         ValueError: The model's config asks for the routers' loss and ``apply`` does not give their load, or the other
@@ -84,13 +85,15 @@ def losses_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> Batc
             "apply calls the model with output_router_logits=True, and its config has False, by which the step goes. "
             "Set the config's field: dataclasses.replace(model, config=...)."
         )
-    total, count = _labels_loss(logits, params, batch, next_token)
+    total, count = _labels_loss(logits, params, batch, next_token, loss)
     return BatchLoss(total, Totals(count, load))
 
 
-def loss_of(apply: Apply, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:
-    """Sum the loss of a batch's labels in nats, and count them."""
-    return _labels_loss(logits_of(apply, params, batch), params, batch, next_token)
+def loss_of(
+    apply: Apply, params: Any, batch: Batch, next_token: bool, loss: SummedLoss | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Sum the loss of a batch's labels, that of ``loss`` or the cross entropy in nats, and count them."""
+    return _labels_loss(logits_of(apply, params, batch), params, batch, next_token, loss)
 
 
 def logits_of(apply: Apply, params: Any, batch: Batch) -> Any:
@@ -106,7 +109,11 @@ def count_labels(params: Any, batch: Batch, next_token: bool) -> jax.Array:
     return jnp.sum(labels != IGNORE)
 
 
-def _labels_loss(logits: Any, params: Any, batch: Batch, next_token: bool) -> tuple[jax.Array, jax.Array]:
+def _labels_loss(
+    logits: Any, params: Any, batch: Batch, next_token: bool, loss: SummedLoss | None
+) -> tuple[jax.Array, jax.Array]:
+    if loss is not None:
+        return loss(logits, batch)
     if next_token:
         return cross_entropy(logits, *_labels_of(params, batch))
     labels = jnp.asarray(batch["labels"])

@@ -1,7 +1,8 @@
-"""Cross entropy of tokens or classes, as sums that add up over batches."""
+"""Losses of tokens, classes and numbers, as sums that add up over batches."""
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.train.chunked_loss import summed_loss, token_losses, weighted_sum
@@ -43,3 +44,46 @@ def cross_entropy(
     if isinstance(logits, LazyLogits):
         return summed_loss(logits, targets, weights), count
     return weighted_sum(token_losses(logits, targets), weights), count
+
+
+def squared_error(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Squared error of each number, summed in float32 over the labels, and their number.
+
+    Their quotient is the loss that transformers computes for the ``problem_type`` regression.
+
+    Args:
+        logits: (batch, outputs), any float type.
+        labels: (batch, outputs), float; NaN where nothing is asked.
+
+    Example:
+        >>> total, count = squared_error(jnp.array([[1.0], [0.0]]), jnp.array([[3.0], [jnp.nan]]))
+        >>> float(total), int(count)
+        (4.0, 1)
+    """
+    wide, known, asked = _asked_numbers(logits, labels)
+    return jnp.sum((wide - known) ** 2, where=asked), jnp.sum(asked, dtype=jnp.int32)
+
+
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of each class of its own, summed in float32 nats over the labels, and their number.
+
+    Their quotient is the loss that transformers computes for the ``problem_type`` multi_label_classification.
+
+    Args:
+        logits: (batch, classes), any float type.
+        labels: (batch, classes), 1.0 for a class of the text and 0.0 for another; NaN where nothing is asked.
+
+    Example:
+        >>> total, count = binary_cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))
+        >>> int(count), round(float(total / count), 4)  # log(2)
+        (2, 0.6931)
+    """
+    wide, known, asked = _asked_numbers(logits, labels)
+    losses = optax.losses.sigmoid_binary_cross_entropy(wide, known)
+    return jnp.sum(losses, where=asked), jnp.sum(asked, dtype=jnp.int32)
+
+
+def _asked_numbers(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits and labels in float32, and where there are labels; others are 0 so that no gradient is NaN."""
+    asked = ~jnp.isnan(labels)
+    return logits.astype(jnp.float32), jnp.where(asked, labels, 0).astype(jnp.float32), asked

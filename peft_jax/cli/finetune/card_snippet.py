@@ -4,6 +4,7 @@ from pathlib import Path
 
 from peft_jax.cli.shared.task import Task
 from peft_jax.cli.shared.training_layout import EVERYTHING, TrainingLayout
+from peft_jax.models.handles.label_losses import MULTI, REGRESSION
 from peft_jax.models.handles.peft_model import PeftModel
 from peft_jax.prompts.base import prompt_tasks
 from peft_jax.train.data.records import Record
@@ -33,11 +34,20 @@ def snippet(model: PeftModel, task: Task, layout: TrainingLayout | None, options
         lines.append('inputs["task_ids"] = torch.tensor([0])')
     if layout is None:
         with_grad = ["with torch.no_grad():", "    logits = model(**inputs).logits"]
-        return [*lines, *with_grad, "print(model.config.id2label[int(logits.argmax())])"]
+        return [*lines, *with_grad, _answer(model)]
     lines.append("settings = GenerationConfig.from_pretrained(folder)")
     lines.append("tokens = model.generate(**inputs, generation_config=settings, max_new_tokens=256)")
     answer = 'tokens[0, inputs["input_ids"].shape[1] :]' if task.next_token else "tokens[0]"
     return [*lines, f"print(tokenizer.decode({answer}, skip_special_tokens=True))"]
+
+
+def _answer(model: PeftModel) -> str:
+    """The line that prints what the model says of a text."""
+    if model.config.problem_type == REGRESSION:
+        return "print(logits[0].tolist())"
+    if model.config.problem_type == MULTI:
+        return "print([model.config.id2label[n] for n, logit in enumerate(logits[0].tolist()) if logit > 0])"
+    return "print(model.config.id2label[int(logits.argmax())])"
 
 
 def _inputs(layout: TrainingLayout | None) -> list[str]:

@@ -30,7 +30,9 @@ from peft_jax.cli.finetune.results import (
     TENSORBOARD,
     Curves,
     export,
+    in_words,
     save,
+    scores_of,
 )
 from peft_jax.cli.finetune.run_folder import run_folder, stop_on_signal
 from peft_jax.cli.finetune.steps import (
@@ -237,8 +239,8 @@ def _say(folder: Path, curves: Curves, best: Best, max_steps: int) -> None:
         final = curves["validation"][-1][1]
         assert best.loss is not None, "an evaluation noted one"
         print(f"Validation loss {final:.3f}, at its best {best.loss:.3f} (step {best.step}, in best/).")
-    if "accuracy" in curves:
-        print(f"Validation accuracy {curves['accuracy'][-1][1]:.3f}.")
+    for name in scores_of(curves):
+        print(f"Validation {in_words(name)} {curves[name][-1][1]:.3f}.")
     rows = [row for row in read_metrics(folder / METRICS) if "computed_tokens" in row]
     real, computed = sum(row["tokens"] for row in rows), sum(row["computed_tokens"] for row in rows)
     print(f"{real:,} tokens, and {computed - real:,} of padding beside them ({real / computed:.0%} are real).")

@@ -8,7 +8,20 @@ from typing import Annotated, Any, Literal
 
 from peft_jax.cli.shared.command_line import Option
 from peft_jax.cli.shared.command_line import flag as flag
-from peft_jax.cli.shared.common_options import DTYPE, GGUF, INT4, INT8, MODEL, OUTPUT, CompilationOptions, Dtype
+from peft_jax.cli.shared.common_options import (
+    DTYPE,
+    GGUF,
+    INT4,
+    INT8,
+    MODEL,
+    OUTPUT,
+    PROBLEM,
+    TASK,
+    CompilationOptions,
+    Dtype,
+    ProblemType,
+    TaskName,
+)
 from peft_jax.cli.shared.data_options import DataFileOptions
 
 TARGETS = Option(aliases=("--lora-target-modules",), of_adapter=True)
@@ -24,9 +37,12 @@ class ModelOptions:
     """Folder (or hub id) of a Hugging Face checkpoint of one of the architectures in the README's table."""
     gguf_file: Annotated[str | None, GGUF] = None
     """GGUF file in that folder, which holds weights, config and tokenizer; needs peft-jax[gguf]."""
-    task: Annotated[Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] | None, Option(aliases=("--task-type",))] = None
+    task: Annotated[TaskName | None, TASK] = None
     """Task to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to predict texts'
     classes, with a fresh head where the checkpoint has none; by default what the adapter or the checkpoint is for."""
+    problem_type: Annotated[ProblemType | None, PROBLEM] = None
+    """Kind of the labels of SEQ_CLS, as transformers names it; by default what the checkpoint says, else what the data
+    has: decimal numbers are a regression's, lists several classes of a text."""
     load_in_8bit: Annotated[bool, INT8] = False
     """Keep the frozen weights in int8."""
     load_in_4bit: Annotated[bool, INT4] = False

@@ -10,8 +10,9 @@ from peft_jax.cli.finetune.card_snippet import layout_in_words, snippet, where_t
 from peft_jax.cli.finetune.initialize import initial
 from peft_jax.cli.finetune.options import DESCRIBED, Finetune, flag, settings
 from peft_jax.cli.shared.end_token import end_tokens
+from peft_jax.cli.shared.head_labels import LABELS_FILE, write_labels
 from peft_jax.cli.shared.option_file import write_options
-from peft_jax.cli.shared.task import LABELS_FILE, Task, write_labels
+from peft_jax.cli.shared.task import Task
 from peft_jax.cli.shared.training_layout import TrainingLayout
 from peft_jax.models.handles.peft_model import PeftModel
 from peft_jax.train import plot_losses
@@ -28,16 +29,15 @@ def export(model: PeftModel, task: Task, beside: Beside, folder: Path, options: 
     Each file appears whole or not at all.
 
     Returns:
-        The curves: of the loss, and of the accuracy on rows kept apart.
+        The curves: of the loss, and of the scores on rows kept apart by their names.
     """
     given, rows = settings(options), read_metrics(folder / METRICS)
     curves = {
         "training": [(row["step"], row["loss"]) for row in rows if "loss" in row],
         "validation": [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
-        "accuracy": [(row["step"], row["eval_accuracy"]) for row in rows if "eval_accuracy" in row],
     }
-    curves = {name: points for name, points in curves.items() if points}
-    losses = {name: points for name, points in curves.items() if name != "accuracy"}
+    losses = {name: points for name, points in curves.items() if points}
+    curves = losses | _scores(rows)
     title = f"{Path(given['model']).name} on {' and '.join(Path(name).name for name in given['data'])}"
     _whole(folder / "loss.png", lambda file: plot_losses(file, losses, title=title))
     card = model_card(model, task, None if task.has_classes else beside.layout, given, curves, trainable)
@@ -45,6 +45,31 @@ def export(model: PeftModel, task: Task, beside: Beside, folder: Path, options: 
     _whole(folder / OPTIONS, lambda file: write_options(given, file))
     save(model, task, beside, folder, folder)
     return curves
+
+
+def _scores(rows: list[dict[str, Any]]) -> Curves:
+    """The scores on rows kept apart, by name."""
+    curves: Curves = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("eval_") and name != "eval_loss":
+                curves.setdefault(name.removeprefix("eval_"), []).append((row["step"], value))
+    return curves
+
+
+def scores_of(curves: Curves) -> list[str]:
+    """The names of the curves that are scores, not losses."""
+    return [name for name in curves if name not in ("training", "validation")]
+
+
+def in_words(score: str) -> str:
+    """A score's name as text has it.
+
+    Example:
+        >>> in_words("exact_match")
+        'exact match'
+    """
+    return score.replace("_", " ")
 
 
 def save(model: PeftModel, task: Task, beside: Beside, folder: Path, run: Path) -> None:
@@ -81,14 +106,16 @@ def model_card(
             f"| last validation loss | {curves['validation'][-1][1]:.4f} (step {curves['validation'][-1][0]}) |",
             f"| best validation loss | {best:.4f} (step {step}, in `best/`) |",
         ]
-    if "accuracy" in curves:
-        step, accuracy = curves["accuracy"][-1]
-        results.append(f"| last validation accuracy | {accuracy:.4f} (step {step}) |")
+    for name in scores_of(curves):
+        step, value = curves[name][-1]
+        results.append(f"| last validation {in_words(name)} | {value:.4f} (step {step}) |")
     config = next(iter(model.peft_config.values()))
     given = {**settings, **{name: getattr(config, name, None) for name in DESCRIBED}}
     typed = [f"| `{flag(name)}` | {_typed(value)} |" for name, value in given.items() if value is not None]
     ends = "" if task.has_classes else f"An answer ends with {_tokens(end_tokens(model))}."
     more = f", num_labels={model.config.num_labels}" if task.has_classes else ""
+    if task.has_classes and model.config.problem_type is not None:
+        more += f", problem_type={model.config.problem_type!r}"
     if settings.get("gguf_file"):
         more += f", gguf_file={settings['gguf_file']!r}"
     trained_on = ", ".join(f"`{name}`" for name in settings["data"])

@@ -18,12 +18,9 @@ from peft_jax.cli.finetune.options import (
     settings,
 )
 from peft_jax.cli.shared.data_sources import Loaded, sources_of
+from peft_jax.cli.shared.head_labels import LABELS_FILE
 from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
-from peft_jax.cli.shared.task import (
-    LABELS_FILE,
-    Task,
-    classes_of_data,
-)
+from peft_jax.cli.shared.task import Task
 from peft_jax.cli.shared.training_layout import (
     ANSWERS,
     CHATS,
@@ -44,6 +41,7 @@ from peft_jax.train.data.batches import Data, Mixture
 from peft_jax.train.data.chats import LAST, MARKS, ChatMasks
 from peft_jax.train.data.encode import Encoded, Example
 from peft_jax.train.data.records import AnyRecord, Chat, Record
+from peft_jax.train.problems import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Examples:
         digest: Hash of all tokens and labels.
         layout: How the data were laid out.
         ends: The special tokens that end learned turns of chats.
+        problem: How the model is trained and measured on them, where the task has several ways.
     """
 
     training: Data
@@ -65,6 +64,7 @@ class Examples:
     digest: str
     layout: TrainingLayout
     ends: frozenset[int] = frozenset()
+    problem: Problem | None = None
 
     @property
     def parts(self) -> list[Data]:
@@ -132,7 +132,8 @@ def make_data(
         rows.masks.left_out,
     )
     held_out = lay_out(validation) if validation else None
-    return Examples(data, held_out, said, digest.hexdigest(), layout, frozenset(rows.masks.ends))
+    problem = task.problem_of(base, loaded.records, encoded)
+    return Examples(data, held_out, said, digest.hexdigest(), layout, frozenset(rows.masks.ends), problem)
 
 
 def layout_of_data(
@@ -234,8 +235,10 @@ def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], a
     }
     if adapter is not None:
         return task.read_for(options.model, adapter, **choices)
-    classes = classes_of_data(options.model, records, options.gguf_file) if task.has_classes else None
-    return task.read(options.model, classes, **choices)
+    labels = None
+    if task.labels_of is not None:
+        labels = task.labels_of(options.model, records, options.gguf_file, options.problem_type)
+    return task.read(options.model, labels, **choices)
 
 
 def fingerprint(options: Finetune) -> dict[str, Any]:

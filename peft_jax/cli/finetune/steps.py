@@ -1,6 +1,7 @@
 """The compiled steps and the schedule of a run of `peft-jax finetune`, on one device or on a mesh."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.finetune.setup import Examples
-from peft_jax.cli.shared.task import Task
+from peft_jax.cli.shared.task import Evaluation, Task
 from peft_jax.core.partition import combine
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.handles.base import ModelHandle
@@ -58,7 +59,7 @@ class Plan:
         validation_data: Rows kept apart, or None.
         layout: How rows are laid into micro batches.
         step: The compiled training step.
-        evaluation_step: The compiled evaluation step.
+        evaluation: The evaluation of a model on batches.
         mesh: The devices that all of it is sharded over; None for one device.
     """
 
@@ -71,7 +72,7 @@ class Plan:
     validation_data: Data | None
     layout: MicroLayout
     step: TrainingStep[Sequence[Batch]]
-    evaluation_step: Any
+    evaluation: Evaluation
     mesh: Mesh | None
 
     def row(self, state: State, metrics: StepMetrics) -> dict[str, float | int]:
@@ -91,13 +92,15 @@ class Plan:
         return self.validation_data is not None and (step % self.eval_steps == 0 or step == self.max_steps)
 
     def validation(self, state: State, frozen: PyTree) -> dict[str, float]:
-        """Metrics of the validation rows: ``eval_loss`` in nats per label, and for classes the accuracy."""
+        """Metrics of the validation rows: ``eval_loss`` per label, and the scores of the task that are defined."""
         assert self.validation_data is not None
         batches: Iterable[Batch] = evaluation_batches(self.validation_data, self.layout.rows, self.layout)
         if self.mesh is not None:
             batches = map(partial(place_batch, mesh=self.mesh), batches)
-        found = self.task.evaluate(self.evaluation_step, combine(state.trainable, frozen), batches)
-        return {f"eval_{name}": value for name, value in found.items()}
+        found = self.evaluation(combine(state.trainable, frozen), batches)
+        # A loss that is not finite ends the run; a score that is not, as of equal predictions, is left out.
+        defined = {name: value for name, value in found.items() if name == "loss" or math.isfinite(value)}
+        return {f"eval_{name}": value for name, value in defined.items()}
 
     def finished(self, state: State, frozen: PyTree) -> Any:
         """The model to save, whose adapter this process holds whole."""
@@ -133,9 +136,10 @@ def make_plan(
         next_token=task.next_token,
         out_shardings=layout,
         base_dropout=not training.no_base_dropout,
+        loss=None if data.problem is None else data.problem.loss,
     )
     parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
-    return Plan(*parts, step, task.make_evaluation_step(), mesh), state, frozen
+    return Plan(*parts, step, task.make_evaluation(data.problem), mesh), state, frozen
 
 
 def choose_layout(options: Finetune, task: Task, model: ModelHandle, data: Examples, mesh: Mesh | None) -> MicroLayout:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from peft_jax.cli.shared.command_line import Option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+TaskName = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 MODEL = Option(aliases=("--base-model", "--model-name-or-path"), metavar="MODEL")
 GGUF = Option(metavar="FILE")
@@ -17,6 +19,8 @@ DTYPE = Option(aliases=("--torch-dtype",), presets={"--bf16": "bfloat16", "--fp1
 DATA = Option(aliases=("--data-path", "--dataset", "--dataset-name"), metavar="DATA", repeatable=True)
 TEMPLATE = Option(aliases=("--prompt-template-name",), metavar="NAME")
 CUTOFF = Option(aliases=("--max-length", "--max-seq-length", "--sequence-len"))
+TASK = Option(aliases=("--task-type",))
+PROBLEM = Option()
 OUTPUT = Option(aliases=("--output-dir",))
 
 

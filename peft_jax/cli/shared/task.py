@@ -5,18 +5,24 @@ rows, and what an evaluation reports.
 """
 
 import dataclasses
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft_jax.cli.shared.forward_pass import apply, apply_lazily
+from peft_jax.cli.shared.head_labels import (
+    HeadLabels,
+    id2label_of,
+    labels_of_adapter,
+    labels_of_texts,
+    problem_of_texts,
+)
 from peft_jax.core.adapted import adapted_leaves
 from peft_jax.core.articles import article
-from peft_jax.interop.checkpoint import read_config
-from peft_jax.interop.describe import read_adapter, read_adapter_config
+from peft_jax.interop.describe import read_adapter_config
 from peft_jax.methods.roles import Whole
 from peft_jax.models.config import (
     CAUSAL_LM,
@@ -24,15 +30,13 @@ from peft_jax.models.config import (
     MASKED_LM,
     SEQ_2_SEQ_LM,
     SEQ_CLS,
-    label_fields,
-    numbered_labels,
 )
 from peft_jax.models.gguf_checkpoint import base_config, dequantized_note
 from peft_jax.models.handles import auto
 from peft_jax.models.handles.base import ModelHandle
-from peft_jax.models.handles.label_losses import REGRESSION
+from peft_jax.models.handles.label_losses import MULTI, REGRESSION, SINGLE
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
-from peft_jax.models.registry import family_of, read_architecture
+from peft_jax.models.registry import read_architecture
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train import (
     Batch,
@@ -41,7 +45,6 @@ from peft_jax.train import (
     Labelled,
     PlainText,
     Record,
-    class_names,
     encode_answers,
     encode_texts,
     evaluate,
@@ -55,8 +58,13 @@ from peft_jax.train.data.long_examples import Long
 from peft_jax.train.data.records import AnyRecord, named
 from peft_jax.train.data.template import Layout
 from peft_jax.train.data.token_rows import Watch
-
-LABELS_FILE = "labels.json"  # beside an adapter: the names of its classes, as config.json has them
+from peft_jax.train.problems import (
+    MULTI_LABEL_PROBLEM,
+    REGRESSION_PROBLEM,
+    Problem,
+    make_guessing_step,
+    score_guesses,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +83,15 @@ class RowOptions:
     watch: Watch = iter
 
 
+LabelsOf = Callable[[str, Sequence[AnyRecord], str | None, str | None], HeadLabels]
+ProblemOf = Callable[[Any, Sequence[AnyRecord], Encoded], Problem | None]
+Evaluation = Callable[[Any, Iterable[Batch]], dict[str, float]]
+
+
+def _no_problem(model: ModelHandle, records: Sequence[AnyRecord], encoded: Encoded) -> Problem | None:
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A task, by PEFT's name.
@@ -87,6 +104,10 @@ class Task:
         pipeline: The hub's name of it.
         next_token: Whether prompt and answer are one text, and logits predict the label at the next position.
         has_classes: Whether it predicts classes, whose names are in a file beside an adapter.
+        labels_of: The labels that a checkpoint learns from records, where it predicts classes: of the checkpoint, the
+            records, its GGUF file and the --problem-type.
+        problem_of: How a model is trained and measured on records as rows, where that is not the cross entropy of
+            tokens or of one class.
     """
 
     name: str
@@ -96,6 +117,8 @@ class Task:
     pipeline: str
     next_token: bool = False
     has_classes: bool = False
+    labels_of: LabelsOf | None = None
+    problem_of: ProblemOf = _no_problem
 
     @property
     def auto_peft(self) -> str:
@@ -107,15 +130,15 @@ class Task:
         """The function of model and batch that the steps compute."""
         return apply_lazily if self.next_token else apply
 
-    def make_evaluation_step(self) -> Any:
-        """The compiled step of `evaluate`."""
+    def make_evaluation(self, problem: Problem | None) -> Evaluation:
+        """The evaluation of a model on batches: the loss, for classes the accuracy, and the scores of a problem."""
+        if problem is not None:
+            guessing = make_guessing_step(self.apply, problem)
+            return partial(score_guesses, guessing, problem)
         if self.has_classes:
-            return make_scoring_step(self.apply)
-        return make_evaluation_step(self.apply, next_token=self.next_token)
-
-    def evaluate(self, step: Any, model: ModelHandle, batches: Iterable[Batch]) -> dict[str, float]:
-        """Evaluate on batches: the loss, and for classes the accuracy."""
-        return score(step, model, batches) if self.has_classes else {"loss": evaluate(step, model, batches)}
+            return partial(score, make_scoring_step(self.apply))
+        step = make_evaluation_step(self.apply, next_token=self.next_token)
+        return lambda model, batches: {"loss": evaluate(step, model, batches)}
 
     def check(self, records: Sequence[AnyRecord]) -> None:
         """Raise ValueError for records that it does not learn from."""
@@ -128,18 +151,18 @@ class Task:
 
     def read_for(self, model: str, adapter: Path | None, **options: Any) -> Any:
         """Read a base model for an adapter, or to run alone."""
-        classes = None
+        labels = None
         if adapter is not None and self.has_classes:
-            classes = classes_of_adapter(adapter, model, options.get("gguf_file"))
-        return self.read(model, classes, **options)
+            labels = labels_of_adapter(adapter, model, self.name, options.get("gguf_file"))
+        return self.read(model, labels, **options)
 
-    def read(self, model: str, id2label: Mapping[int, str] | None = None, **options: Any) -> Any:
-        """Read a base model, with the names of its classes if they are given; `fresh_modules` says what it lacks.
+    def read(self, model: str, labels: HeadLabels | None = None, **options: Any) -> Any:
+        """Read a base model, with the labels of its head if they are given; `fresh_modules` says what it lacks.
 
         What the weights of a GGUF file became is said on stderr.
         """
-        if self.has_classes:
-            options["id2label"] = id2label
+        if self.has_classes and labels is not None:
+            options |= vars(labels)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of leaves that start at random
             read = self.reader.from_pretrained(model, **options)
         gguf_file = options.get("gguf_file")
@@ -184,12 +207,19 @@ def _texts(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandl
         tokenizer,
         cutoff_len=layout.cutoff_len,
         id2label=id2label_of(model),
+        problem=problem_of_texts(model.config, records),
         token_types=getattr(model.config, "type_vocab_size", 0) > 1,
         tasks=layout.tasks,
         long=layout.long,
         watch=layout.watch,
     )
 
+
+def _text_problem(model: ModelHandle, records: Sequence[AnyRecord], encoded: Encoded) -> Problem | None:
+    return TEXT_PROBLEMS[problem_of_texts(model.config, records)]
+
+
+TEXT_PROBLEMS: Mapping[str, Problem | None] = {SINGLE: None, MULTI: MULTI_LABEL_PROBLEM, REGRESSION: REGRESSION_PROBLEM}
 
 TASKS: Mapping[str, Task] = {
     task.name: task
@@ -216,6 +246,8 @@ TASKS: Mapping[str, Task] = {
             encode=_texts,
             pipeline="text-classification",
             has_classes=True,
+            labels_of=labels_of_texts,
+            problem_of=_text_problem,
         ),
     )
 }
@@ -249,59 +281,6 @@ def task_of(model: str, said: str | None, gguf_file: str | None = None) -> Task:
 def task_of_adapter(model: str, adapter: Path | None, gguf_file: str | None = None) -> Task:
     """The task of an adapter, or of a base model alone; errors are those of `task_of`."""
     return task_of(model, None if adapter is None else read_adapter_config(adapter).get("task_type"), gguf_file)
-
-
-def classes_of_data(model: str, records: Sequence[AnyRecord], gguf_file: str | None = None) -> dict[int, str]:
-    """The names of the classes to learn: those of a checkpoint that is a classifier, else those of the records.
-
-    Raises:
-        ValueError: If the checkpoint predicts numbers or several labels of a text, or records do not name classes.
-    """
-    hf = base_config(model, gguf_file)
-    config = read_architecture(hf)
-    if config.task_type != SEQ_CLS:
-        return class_names(records)
-    if config.problem_type not in (None, "single_label_classification") or config.num_labels == 1:
-        raise ValueError(
-            f"{model} is for {config.problem_type or REGRESSION}, and finetune is for texts of one class each. Train "
-            "it in Python: model(ids, mask, labels=labels).loss, as examples/classify_docstrings.py does."
-        )
-    names = hf.get("id2label") or numbered_labels(config.num_labels)
-    return {int(number): name for number, name in names.items()}
-
-
-def id2label_of(model: ModelHandle) -> dict[int, str]:
-    """The names of a classifier's classes."""
-    return dict(model.source.id2label) or numbered_labels(model.config.num_labels)
-
-
-def write_labels(model: ModelHandle, file: Path) -> None:
-    """Write the names of a classifier's classes, as config.json has them."""
-    text = json.dumps(label_fields(id2label_of(model)), indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
-
-
-def classes_of_adapter(adapter: Path, model: str, gguf_file: str | None = None) -> dict[int, str] | None:
-    """The names in the file beside an adapter; else numbers for the rows of its head, or None for the model's own.
-
-    Raises:
-        ValueError: If a file is damaged.
-    """
-    if (adapter / LABELS_FILE).is_file():
-        return _read_labels(adapter)
-    config = dataclasses.replace(read_architecture(base_config(model, gguf_file)), task_type=SEQ_CLS)
-    key_end = f"{family_of(config).class_layer(config)}.weight"
-    for key, tensor in (read_adapter(adapter).tensors or {}).items():
-        if key.endswith(key_end) and tensor.shape[0] != config.num_labels:
-            return numbered_labels(tensor.shape[0])
-    return None
-
-
-def _read_labels(adapter: Path) -> dict[int, str]:
-    found = read_config(adapter, LABELS_FILE).get("id2label")
-    if not isinstance(found, dict) or not all(number.isdigit() for number in found):
-        raise ValueError(f"{adapter / LABELS_FILE} has no id2label of numbers to names. Copy the adapter again.")
-    return {int(number): str(name) for number, name in found.items()}
 
 
 def fresh_modules(model: ModelHandle) -> list[str]:

@@ -7,6 +7,7 @@ import grain
 import numpy as np
 
 from peft_jax.train.data.encode import IGNORE, Example
+from peft_jax.train.data.long_examples import has_numbers
 from peft_jax.train.data.micro_layout import MicroLayout, filled
 
 SHORTEST = 32
@@ -19,8 +20,9 @@ class Batch(TypedDict):
     attention_mask is 0 on padding, labels are `IGNORE` where nothing is trained. Packed rows have segment_ids: the
     number of each token's text, from 1 on, and 0 on padding. Where a prompt has several tasks, task_ids (batch,) names
     each row's; where it knows types of tokens, input_type_mask names each token's. For classes of texts, labels are
-    (batch,), and token_type_ids distinguish two texts of one row. For an encoder-decoder, labels and decoder_input_ids
-    are (batch, length of the decoder).
+    (batch,), and token_type_ids distinguish two texts of one row; for several classes and for numbers, labels are
+    float32 (batch, outputs), and NaN where a row has none. For an encoder-decoder, labels and decoder_input_ids are
+    (batch, length of the decoder).
     """
 
     input_ids: np.ndarray
@@ -197,7 +199,12 @@ def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int], pad: i
     fill = {"labels": IGNORE, "input_ids": pad, "decoder_input_ids": pad}
     batch = {}
     for name, first in rows[0].items():
+        first = np.asarray(first)
         longest = max(np.size(row[name]) for row in rows)
+        if name == "labels" and has_numbers(first):
+            batch[name] = np.full((batch_size, len(first)), np.nan, np.float32)
+            batch[name][: len(rows)] = [row[name] for row in rows]
+            continue
         if np.ndim(first) == 0:  # one number a row, such as a class
             batch[name] = np.full((batch_size,), fill.get(name, 0), np.int32)
             batch[name][: len(rows)] = [row[name] for row in rows]
@@ -235,7 +242,7 @@ def micro_batches(rows: Sequence[Any], layout: MicroLayout, pad: int = 0) -> lis
 
 def longest_field(row: Mapping[str, Any]) -> int:
     """Count the tokens of a row's longest field."""
-    return max(np.size(field) for field in row.values())
+    return max(np.size(field) for field in row.values() if not has_numbers(field))
 
 
 @overload

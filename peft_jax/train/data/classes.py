@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.pytree import PyTree
-from peft_jax.models.config import numbered_labels
+from peft_jax.models.handles.label_losses import SINGLE
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.batch_loss import Apply, logits_of
 from peft_jax.train.data.batches import Batch
@@ -19,12 +19,12 @@ from peft_jax.train.data.encode import (
     kept,
     task_field,
 )
+from peft_jax.train.data.label_kinds import label_array, names_of
 from peft_jax.train.data.long_examples import Long, check_not_split
 from peft_jax.train.data.records import AnyRecord, Labelled, named
 from peft_jax.train.data.token_rows import Watch, chunks, paired_rows
 from peft_jax.train.losses import cross_entropy
 
-MOST = 2**16  # classes that are named by numbers
 ScoringStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 
 
@@ -40,20 +40,15 @@ def class_names(records: Sequence[AnyRecord]) -> dict[int, str]:
         >>> class_names([Labelled("Well done.", 2)])
         {0: 'LABEL_0', 1: 'LABEL_1', 2: 'LABEL_2'}
     """
-    labels = [record.label for record in _labelled(records)]
-    texts = sorted({label for label in labels if isinstance(label, str)})
-    numbers = [label for label in labels if isinstance(label, int)]
-    if texts and numbers:
-        raise ValueError(f"records have labels that are names ({texts[0]!r}) and numbers ({numbers[0]}). Give names.")
-    if numbers and max(numbers) >= MOST:
-        raise ValueError(f"a record has the label {max(numbers)}. Number classes from 0 on, below {MOST}.")
-    names = dict(enumerate(texts)) or numbered_labels(max(numbers) + 1)
-    if len(names) < 2:
-        raise ValueError(f"all records have the label {labels[0]!r}. Give records of two classes or more.")
-    return names
+    return names_of(labelled(records), SINGLE)
 
 
-def _labelled(records: Sequence[AnyRecord]) -> list[Labelled]:
+def labelled(records: Sequence[AnyRecord]) -> list[Labelled]:
+    """The records as what they are.
+
+    Raises:
+        ValueError: If one is of another format.
+    """
     for number, record in enumerate(records, 1):
         if not isinstance(record, Labelled):
             raise ValueError(
@@ -68,6 +63,7 @@ def encode_texts(
     *,
     cutoff_len: int,
     id2label: Mapping[int, str],
+    problem: str = SINGLE,
     token_types: bool = False,
     tasks: int = 0,
     long: Long = "drop",
@@ -80,6 +76,7 @@ def encode_texts(
         tokenizer: A `transformers` tokenizer.
         cutoff_len: The most tokens of a text or a pair.
         id2label: Names of the classes by number, from 0 on.
+        problem: The kind of labels, by transformers' ``problem_type``.
         token_types: Whether the model distinguishes two texts of a row by ``token_type_ids``.
         tasks: As `peft_jax.train.data.encode` takes it.
         long: Whether longer texts are left out (``drop``) or cut as the tokenizer cuts them (``truncate``), with the
@@ -87,7 +84,8 @@ def encode_texts(
         watch: As `peft_jax.train.data.encode` takes it.
 
     Returns:
-        The examples in the order of the records; labels are int32 of shape ().
+        The examples in the order of the records; labels are int32 of shape (), or float32 of shape (outputs,)
+        for several classes of a text and for a regression.
 
     Raises:
         ValueError: If a record is of another format, has another label or names no task where it has to, or no example
@@ -101,20 +99,16 @@ def encode_texts(
         >>> int(example.labels)
         0
     """
-    numbers = {name: number for number, name in id2label.items()}
-    labelled = _labelled(records)
+    found = labelled(records)
     check_not_split(long, "a classifier of texts")
-    typed = token_types and any(record.text_pair for record in labelled)
+    typed = token_types and any(record.text_pair for record in found)
     examples: list[Example] = []
     shortened = 0
-    for part in chunks(len(labelled), watch):
-        texts = [(record.text, record.text_pair) if record.text_pair else (record.text,) for record in labelled[part]]
+    for part in chunks(len(found), watch):
+        texts = [(record.text, record.text_pair) if record.text_pair else (record.text,) for record in found[part]]
         rows = paired_rows(texts, tokenizer, return_token_type_ids=typed)
-        for number, (record, row) in enumerate(zip(labelled[part], rows, strict=True), part.start + 1):
-            label = numbers.get(record.label, -1) if isinstance(record.label, str) else record.label
-            if label not in id2label:
-                known = ", ".join(id2label.values())
-                raise ValueError(f"record {number} has the label {record.label!r}, and the model's are {known}.")
+        for number, (record, row) in enumerate(zip(found[part], rows, strict=True), part.start + 1):
+            label = label_array(record.label, problem, id2label, number)
             if long == "truncate" and len(row["input_ids"]) > cutoff_len:
                 cut = {"truncation": True, "max_length": cutoff_len, "return_token_type_ids": typed}
                 [row] = paired_rows([texts[number - 1 - part.start]], tokenizer, **cut)
@@ -123,7 +117,7 @@ def encode_texts(
             if typed:
                 more["token_type_ids"] = np.asarray(row["token_type_ids"], np.int32)
             ids = np.asarray(row["input_ids"], np.int32)
-            examples.append(Example(ids, np.asarray(label, np.int32), more))
+            examples.append(Example(ids, label, more))
     return kept(examples, cutoff_len, long, shortened)
 
 

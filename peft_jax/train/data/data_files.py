@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 COLUMNAR = (".parquet", ".arrow", ".feather")
 RULE = f"Give a JSON or JSONL file of records with {FORMATS}."
 NUMBERS = ("label", "task_id", "weight")  # fields that are numbers elsewhere, and texts in tables of texts
+DECIMAL = r"[+-]?\d+\.\d*([eE][+-]?\d+)?"  # of a regression
 
 
 def read_data(file: str | Path) -> list[AnyRecord]:
@@ -172,11 +174,13 @@ def with_numbers(row: dict[str, Any]) -> dict[str, Any]:
         >>> with_numbers({"text": "12", "label": "3"})
         {'text': '12', 'label': 3}
     """
-    changed = {}
+    changed: dict[str, int | float] = {}
     for name in NUMBERS:
         text = row.get(name)
         if isinstance(text, str) and text.strip().removeprefix("-").isdecimal():
             changed[name] = int(text)
+        elif name == "label" and isinstance(text, str) and re.fullmatch(DECIMAL, text.strip()):
+            changed[name] = float(text)
     return {**row, **changed}
 
 

@@ -16,6 +16,7 @@ from peft_jax.train.data.long_examples import IGNORE as IGNORE
 from peft_jax.train.data.long_examples import Encoded as Encoded
 from peft_jax.train.data.long_examples import Example as Example
 from peft_jax.train.data.long_examples import Long
+from peft_jax.train.data.long_examples import count_labels as count_labels
 from peft_jax.train.data.long_examples import kept as kept
 from peft_jax.train.data.records import (
     AnyRecord,

@@ -6,19 +6,31 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 IGNORE = -100
 
 Long = Literal["truncate", "drop", "split"]
 
 
+def has_numbers(labels: npt.ArrayLike) -> bool:
+    """Whether labels are a number for each output of the model, not one for each token.
+
+    Example:
+        >>> has_numbers(np.zeros(3, np.float32)), has_numbers(np.zeros(3, np.int32))
+        (True, False)
+    """
+    return bool(np.issubdtype(np.asarray(labels).dtype, np.floating))
+
+
 class Example(NamedTuple):
-    """One row of a batch to be, all int32.
+    """One row of a batch to be, all int32 but for labels that are numbers.
 
     Attributes:
         input_ids: Token ids (length,).
         labels: Of a causal model the same where they are trained and `IGNORE` elsewhere; of an encoder-decoder the
-            answer's token ids (its length,); of a classifier of texts the class ().
+            answer's token ids (its length,); of a classifier of texts the class (), or float32 (outputs,)
+            for several classes of a text and for a regression.
         more: The batch's further fields by name, as ``decoder_input_ids``.
     """
 
@@ -29,7 +41,12 @@ class Example(NamedTuple):
     @property
     def length(self) -> int:
         """Tokens of the longer one of inputs and labels."""
-        return max(self.input_ids.size, self.labels.size)
+        return self.input_ids.size if has_numbers(self.labels) else max(self.input_ids.size, self.labels.size)
+
+
+def count_labels(examples: Sequence[Example]) -> int:
+    """Count the labels that are learned."""
+    return sum(int(np.sum(example.labels != IGNORE)) for example in examples)
 
 
 @dataclasses.dataclass(frozen=True)

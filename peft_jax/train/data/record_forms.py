@@ -5,6 +5,7 @@ the record says, or reported as unused.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Form:
         optional: Fields that it may have.
         make: Makes a record of these fields' values and the name of the record.
         rule: Describes the fields, for errors.
+        together: Fields without which the signs say nothing, as other forms have them too.
     """
 
     signs: tuple[str, ...]
@@ -36,6 +38,11 @@ class Form:
     optional: tuple[str, ...]
     make: Callable[[Mapping[str, Any], str], AnyRecord]
     rule: str
+    together: tuple[str, ...] = ()
+
+    def is_of(self, fields: Mapping[str, Any]) -> bool:
+        """Whether fields are those of a record of this form."""
+        return any(name in fields for name in self.signs) and all(name in fields for name in self.together)
 
     @property
     def name(self) -> str:
@@ -82,9 +89,35 @@ def _chat(value: Mapping[str, Any], where: str) -> AnyRecord:
 def _labelled(value: Mapping[str, Any], where: str) -> Labelled:
     texts = _texts(value, ("text", "text_pair"), where, "text and label")
     label = value["label"]
-    if not isinstance(label, str | int) or isinstance(label, bool) or (isinstance(label, int) and label < 0):
-        raise ValueError(f"{where} has the label {label!r}. Give the name of a class, or its number from 0 on.")
+    if isinstance(label, list):
+        return _several(value, label, where)
+    if not _is_label(label):
+        raise ValueError(
+            f"{where} has the label {label!r}. Give the name of a class, or its number from 0 on; for a regression a "
+            "number with a decimal point; for several classes a list."
+        )
     return Labelled(texts["text"], label, texts["text_pair"])
+
+
+def _labels(value: Mapping[str, Any], where: str) -> Labelled:
+    return _several(value, parsed(value["labels"], "labels", where), where)
+
+
+def _several(value: Mapping[str, Any], labels: Any, where: str) -> Labelled:
+    """A text with a list of labels."""
+    texts = _texts(value, ("text", "text_pair"), where, "text and labels")
+    if not isinstance(labels, list) or not all(_is_label(label) for label in labels):
+        raise ValueError(
+            f"{where} has the labels {labels!r}. Give a list of the text's classes, by name or by number from 0 on."
+        )
+    return Labelled(texts["text"], tuple(labels), texts["text_pair"])
+
+
+def _is_label(label: Any) -> bool:
+    """Whether a value names or numbers a class, or is a finite number to predict."""
+    if isinstance(label, float):
+        return math.isfinite(label)
+    return isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool))
 
 
 def _plain(value: Mapping[str, Any], where: str) -> PlainText:
@@ -104,6 +137,11 @@ FORMS = (
         "the fields instruction and output, and may have input, system and history",
     ),
     Form(("label",), ("text", "label"), ("text_pair",), _labelled, "the fields text and label, and may have text_pair"),
+    Form(
+        *(("labels",), ("text", "labels"), ("text_pair",), _labels),
+        "the fields text and labels, and may have text_pair",
+        together=("text",),
+    ),
     Form(("question", "answer"), ("question", "answer"), ("system",), _question, "the fields question and answer"),
     Form(("text",), ("text",), (), _plain, "the field text"),
 )
@@ -208,7 +246,7 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
 
 
 def _form(fields: Mapping[str, Any]) -> Form | None:
-    return next((form for form in FORMS if any(name in fields for name in form.signs)), None)
+    return next((form for form in FORMS if form.is_of(fields)), None)
 
 
 def _texts(value: Mapping[str, Any], names: Sequence[str], where: str, form: str) -> dict[str, str]:

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+Label = str | int | float | tuple[str | int | float, ...]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -102,16 +104,17 @@ class PlainText(Asked):
 
 @dataclasses.dataclass(frozen=True)
 class Labelled(Asked):
-    """A text, or two, and its class.
+    """A text, or two, and its class, its classes or its number.
 
     Attributes:
         text: The text.
-        label: Its class, by name or number.
+        label: Its class, by name or number; a tuple of several classes, or of none; a float for a regression, or a
+            tuple of them.
         text_pair: What stands beside the text, as a hypothesis beside its premise; empty for none.
     """
 
     text: str
-    label: str | int
+    label: Label
     text_pair: str = ""
 
 

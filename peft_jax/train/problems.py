@@ -1,0 +1,89 @@
+"""Problems that models with heads are trained for: the loss of their labels, and the scores of an evaluation."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from peft_jax.core.pytree import PyTree
+from peft_jax.train.batch_loss import Apply, SummedLoss, logits_of
+from peft_jax.train.data.batches import Batch
+from peft_jax.train.losses import binary_cross_entropy, squared_error
+from peft_jax.train.scores import Guesses, correlations, several_classes
+
+GuessingStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What labels are, and how a model is measured against them.
+
+    Attributes:
+        loss: Of logits and a batch, the loss summed over the labels and the number of these.
+        guess: Of logits and a batch, what the model says of each row, (batch, ...).
+        scores: The scores of all rows' guesses, by name.
+        unit: What the loss is of, in words.
+    """
+
+    loss: SummedLoss
+    guess: Callable[[jax.Array, Batch], jax.Array]
+    scores: Callable[[Guesses], Mapping[str, float]]
+    unit: str
+
+
+def make_guessing_step(apply: Apply, problem: Problem) -> GuessingStep:
+    """Build the compiled step ``(params, batch) -> (summed loss, number of labels, guesses)``, without dropout.
+
+    Args:
+        apply: As `peft_jax.train.make_training_step` takes it.
+        problem: The problem.
+    """
+
+    def step(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits = logits_of(apply, params, batch)
+        loss, count = problem.loss(logits, batch)
+        return loss, count, problem.guess(logits, batch)
+
+    return jax.jit(step)
+
+
+def score_guesses(step: GuessingStep, problem: Problem, params: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean loss over the labels of the batches, and the scores; ``step`` is from `make_guessing_step`."""
+    losses, counts = [], []
+    found: list[dict[str, np.ndarray]] = []
+    for batch in batches:
+        loss, count, guesses = step(params, batch)
+        losses.append(float(loss))
+        counts.append(int(count))
+        fields: dict[str, Any] = {**batch, "guesses": guesses}
+        found.append({name: _whole(array) for name, array in fields.items()})
+    return {"loss": sum(losses) / sum(counts), **problem.scores(found)}
+
+
+def _whole(array: Any) -> np.ndarray:
+    """An array with the rows of all processes."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _numbers(logits: jax.Array, batch: Batch) -> jax.Array:
+    return logits.astype(jnp.float32)
+
+
+REGRESSION_PROBLEM = Problem(
+    loss=lambda logits, batch: squared_error(logits, jnp.asarray(batch["labels"])),
+    guess=_numbers,
+    scores=correlations,
+    unit="squared error a number",
+)
+MULTI_LABEL_PROBLEM = Problem(
+    loss=lambda logits, batch: binary_cross_entropy(logits, jnp.asarray(batch["labels"])),
+    guess=_numbers,
+    scores=several_classes,
+    unit="nats a class of a text",
+)
