@@ -299,7 +299,7 @@ WRONG: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
     "learned prompts": (PAIRS, ["--model", "t5", "--train-on-inputs"], "--train-on-inputs is for CAUSAL_LM"),
     "one class": (*_headless(TEXTS[:1]), "all records have the label 'even'. Give records of two classes or more"),
     "names and numbers": (*_headless([*TEXTS, {"text": "a", "label": 1}]), "names ('even') and numbers (1)"),
-    "a label of another kind": (*_headless([{"text": "a", "label": 0.5}]), "has the label 0.5. Give the name of a"),
+    "a label of another kind": (*_headless([{"text": "a", "label": True}]), "has the label True. Give the name of a"),
     "a class of its own": (
         [*TEXTS, {"text": "a", "label": "x"}],
         ["--adapter", "classes"],

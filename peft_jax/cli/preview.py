@@ -14,7 +14,7 @@ from peft_jax.cli.finetune.setup import layout_of_data
 from peft_jax.cli.shared.data_sources import load_records
 from peft_jax.cli.shared.preview_page import Part, Shown, page, painted
 from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
-from peft_jax.cli.shared.task import task_of
+from peft_jax.cli.shared.task import check_problem_type, task_of
 from peft_jax.cli.shared.terminal import obeyed
 from peft_jax.models.gguf_checkpoint import base_config
 from peft_jax.models.registry import read_architecture
@@ -37,6 +37,8 @@ def preview(options: Preview) -> None:
     task = task_of(options.model, options.task, options.gguf_file)
     if options.train_on_inputs and not task.next_token:
         raise ValueError("--train-on-inputs is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")
+    if options.problem_type is not None:
+        check_problem_type(task)
     loaded = load_records(options)
     task.check(loaded.records)
     config: Any = read_architecture(base_config(options.model, options.gguf_file))

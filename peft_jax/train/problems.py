@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from jax.experimental import multihost_utils
 from peft_jax.core.pytree import PyTree
 from peft_jax.train.batch_loss import Apply, SummedLoss, logits_of
 from peft_jax.train.data.batches import Batch
-from peft_jax.train.losses import binary_cross_entropy, squared_error
+from peft_jax.train.entities import tag_scores
+from peft_jax.train.losses import binary_cross_entropy, cross_entropy, squared_error
 from peft_jax.train.scores import Guesses, correlations, several_classes
 
 GuessingStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
@@ -87,3 +89,24 @@ MULTI_LABEL_PROBLEM = Problem(
     scores=several_classes,
     unit="nats a class of a text",
 )
+
+
+def tag_problem(id2label: Mapping[int, str]) -> Problem:
+    """The classes of tokens; virtual tokens of a prompt, whose logits stand in front, have none.
+
+    Args:
+        id2label: Names of the classes by number.
+    """
+
+    def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return cross_entropy(_of_tokens(logits, batch), jnp.asarray(batch["labels"]), next_token=False)
+
+    def guess(logits: jax.Array, batch: Batch) -> jax.Array:
+        return jnp.argmax(_of_tokens(logits, batch), axis=-1).astype(jnp.int32)
+
+    return Problem(loss, guess, partial(tag_scores, id2label), "nats a word")
+
+
+def _of_tokens(logits: jax.Array, batch: Batch) -> jax.Array:
+    """The logits of the batch's own tokens."""
+    return logits[:, -batch["input_ids"].shape[1] :]

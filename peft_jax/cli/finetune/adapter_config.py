@@ -18,6 +18,7 @@ from peft_jax.cli.finetune.options import (
 )
 from peft_jax.cli.shared.task import (
     Task,
+    check_problem_type,
     fresh_modules,
     refuse_random,
     task_of,
@@ -135,6 +136,8 @@ def choose_task(options: Finetune, config: PeftConfig) -> Task:
     for name in ("packing", "train_on_inputs"):
         if getattr(options.data, name) and not task.next_token:
             raise ValueError(f"{flag(name)} is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")
+    if options.base.problem_type is not None:
+        check_problem_type(task)
     return task
 
 

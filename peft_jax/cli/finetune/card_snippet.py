@@ -4,6 +4,7 @@ from pathlib import Path
 
 from peft_jax.cli.shared.task import Task
 from peft_jax.cli.shared.training_layout import EVERYTHING, TrainingLayout
+from peft_jax.models.config import TOKEN_CLS
 from peft_jax.models.handles.label_losses import MULTI, REGRESSION
 from peft_jax.models.handles.peft_model import PeftModel
 from peft_jax.prompts.base import prompt_tasks
@@ -43,6 +44,8 @@ def snippet(model: PeftModel, task: Task, layout: TrainingLayout | None, options
 
 def _answer(model: PeftModel) -> str:
     """The line that prints what the model says of a text."""
+    if model.task == TOKEN_CLS:
+        return "print([model.config.id2label[n] for n in logits[0].argmax(-1).tolist()])"
     if model.config.problem_type == REGRESSION:
         return "print(logits[0].tolist())"
     if model.config.problem_type == MULTI:

@@ -14,7 +14,8 @@ class DataFileOptions:
     data: Annotated[tuple[str, ...], DATA]
     """JSON, JSONL, CSV, TSV, Parquet or Arrow file, perhaps compressed (.gz), or id of a data set on the hub: records
     with instruction and output (and input, system, history), question and answer, prompt and completion (texts or
-    messages), messages or conversations (and system, tools), or text; for SEQ_CLS with text (and text_pair) and label.
+    messages), messages or conversations (and system, tools), or text; for SEQ_CLS with text (and text_pair) and label
+    or labels, for TOKEN_CLS with tokens and tags or ner_tags.
     Where a prompt has several tasks, with task_id too. May be given several times; data.json@2 beside other.json@1
     gives that data two thirds of the examples."""
     columns: Annotated[tuple[str, ...] | None, Option(metavar="FIELD=COLUMN")] = None

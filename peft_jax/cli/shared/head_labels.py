@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft_jax.interop.checkpoint import read_config
 from peft_jax.interop.describe import read_adapter
-from peft_jax.models.config import SEQ_CLS, ModelConfig, label_fields, numbered_labels
+from peft_jax.models.config import SEQ_CLS, TOKEN_CLS, ModelConfig, label_fields, numbered_labels
 from peft_jax.models.gguf_checkpoint import base_config
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.models.handles.label_losses import PROBLEMS, REGRESSION, SINGLE
@@ -15,6 +15,7 @@ from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.train.data.classes import labelled
 from peft_jax.train.data.label_kinds import names_of, problem_of
 from peft_jax.train.data.records import AnyRecord, Labelled
+from peft_jax.train.data.tags import tag_names
 
 LABELS_FILE = "labels.json"  # beside an adapter: the names of its classes, as config.json has them
 
@@ -59,6 +60,21 @@ def labels_of_texts(
     problem = own or said or problem_of(labelled(records))
     names = hf.get("id2label") or numbered_labels(config.num_labels)
     return HeadLabels({int(number): name for number, name in names.items()}, None if problem == SINGLE else problem)
+
+
+def labels_of_words(
+    model: str, records: Sequence[AnyRecord], gguf_file: str | None = None, said: str | None = None
+) -> HeadLabels:
+    """The classes of words: those of a checkpoint that is a classifier of tokens, else those of the records.
+
+    The arguments and errors are those of `labels_of_texts`; no kind of labels may be said.
+    """
+    hf = base_config(model, gguf_file)
+    config = read_architecture(hf)
+    if config.task_type != TOKEN_CLS:
+        return HeadLabels(tag_names(records))
+    names = hf.get("id2label") or numbered_labels(config.num_labels)
+    return HeadLabels({int(number): name for number, name in names.items()})
 
 
 def problem_of_texts(config: ModelConfig, records: Sequence[AnyRecord]) -> str:

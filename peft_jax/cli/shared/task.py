@@ -18,6 +18,7 @@ from peft_jax.cli.shared.head_labels import (
     id2label_of,
     labels_of_adapter,
     labels_of_texts,
+    labels_of_words,
     problem_of_texts,
 )
 from peft_jax.core.adapted import adapted_leaves
@@ -30,6 +31,7 @@ from peft_jax.models.config import (
     MASKED_LM,
     SEQ_2_SEQ_LM,
     SEQ_CLS,
+    TOKEN_CLS,
 )
 from peft_jax.models.gguf_checkpoint import base_config, dequantized_note
 from peft_jax.models.handles import auto
@@ -55,7 +57,8 @@ from peft_jax.train import (
 from peft_jax.train.data.chats import ChatMasks
 from peft_jax.train.data.encode import Encoded, encode
 from peft_jax.train.data.long_examples import Long
-from peft_jax.train.data.records import AnyRecord, named
+from peft_jax.train.data.records import AnyRecord, Tagged, named
+from peft_jax.train.data.tags import encode_tags
 from peft_jax.train.data.template import Layout
 from peft_jax.train.data.token_rows import Watch
 from peft_jax.train.problems import (
@@ -64,6 +67,7 @@ from peft_jax.train.problems import (
     Problem,
     make_guessing_step,
     score_guesses,
+    tag_problem,
 )
 
 
@@ -215,6 +219,22 @@ def _texts(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandl
     )
 
 
+def _words(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
+    return encode_tags(
+        records,
+        tokenizer,
+        cutoff_len=layout.cutoff_len,
+        id2label=id2label_of(model),
+        tasks=layout.tasks,
+        long=layout.long,
+        watch=layout.watch,
+    )
+
+
+def _word_problem(model: ModelHandle, records: Sequence[AnyRecord], encoded: Encoded) -> Problem | None:
+    return tag_problem(id2label_of(model))
+
+
 def _text_problem(model: ModelHandle, records: Sequence[AnyRecord], encoded: Encoded) -> Problem | None:
     return TEXT_PROBLEMS[problem_of_texts(model.config, records)]
 
@@ -249,6 +269,16 @@ TASKS: Mapping[str, Task] = {
             labels_of=labels_of_texts,
             problem_of=_text_problem,
         ),
+        Task(
+            name=TOKEN_CLS,
+            reader=auto.AutoModelForTokenClassification,
+            kinds=(Tagged,),
+            encode=_words,
+            pipeline="token-classification",
+            has_classes=True,
+            labels_of=labels_of_words,
+            problem_of=_word_problem,
+        ),
     )
 }
 
@@ -273,7 +303,7 @@ def task_of(model: str, said: str | None, gguf_file: str | None = None) -> Task:
         )
     raise ValueError(
         f"the commands are for {', '.join(TASKS)}, not for {name}. Train and run such a model in Python, as "
-        "examples/classify_docstrings.py does, with pj.AutoModelForTokenClassification, "
+        "examples/classify_docstrings.py does, with "
         "pj.AutoModelForQuestionAnswering or pj.AutoModel."
     )
 
@@ -281,6 +311,12 @@ def task_of(model: str, said: str | None, gguf_file: str | None = None) -> Task:
 def task_of_adapter(model: str, adapter: Path | None, gguf_file: str | None = None) -> Task:
     """The task of an adapter, or of a base model alone; errors are those of `task_of`."""
     return task_of(model, None if adapter is None else read_adapter_config(adapter).get("task_type"), gguf_file)
+
+
+def check_problem_type(task: Task) -> None:
+    """Raise ValueError for a --problem-type of a task that has one kind of labels alone."""
+    if task.name != SEQ_CLS:
+        raise ValueError(f"--problem-type is for {SEQ_CLS}, and the task is {task.name}. Leave it out.")
 
 
 def fresh_modules(model: ModelHandle) -> list[str]:

@@ -26,6 +26,7 @@ from peft_jax.train.data.records import (
     Labelled,
     PlainText,
     Record,
+    Tagged,
 )
 from peft_jax.train.data.template import TEMPLATES, Layout
 from peft_jax.train.data.token_rows import Watch, chunks, token_rows
@@ -93,7 +94,7 @@ def encode(
 
 def _laid_out(record: AnyRecord, template: Layout, number: int) -> Completion | Chat:
     """A record as a chat, or as the text that is given and the text that is learned."""
-    if isinstance(record, Labelled):
+    if isinstance(record, Labelled | Tagged):
         raise ValueError(f"record {number} has a label, and a language model learns to write. Give other data.")
     if isinstance(record, Record):
         return template(record)

@@ -57,17 +57,22 @@ def names_of(records: Sequence[Labelled], problem: str) -> dict[int, str]:
         raise ValueError(f"a record has the label {decimals[0]}, and classes have names or whole numbers. Give these.")
     texts = sorted({label for label in labels if isinstance(label, str)})
     numbers = [label for label in labels if isinstance(label, int)]
-    if texts and numbers:
-        raise ValueError(f"records have labels that are names ({texts[0]!r}) and numbers ({numbers[0]}). Give names.")
+    check_numbers(texts, numbers)
     if not labels:
         raise ValueError("no record has a label. Give records of which some have one.")
-    if numbers and not (min(numbers) >= 0 and max(numbers) < MOST):
-        wrong = max(numbers) if max(numbers) >= MOST else min(numbers)
-        raise ValueError(f"a record has the label {wrong}. Number classes from 0 on, below {MOST}.")
     names = dict(enumerate(texts)) or numbered_labels(max(numbers) + 1)
     if problem == SINGLE and len(names) < 2:
         raise ValueError(f"all records have the label {labels[0]!r}. Give records of two classes or more.")
     return names
+
+
+def check_numbers(names: Sequence[str], numbers: Sequence[int]) -> None:
+    """Raise ValueError for labels of which some are names and some numbers, or for numbers that no class has."""
+    if names and numbers:
+        raise ValueError(f"records have labels that are names ({names[0]!r}) and numbers ({numbers[0]}). Give names.")
+    if numbers and not (min(numbers) >= 0 and max(numbers) < MOST):
+        wrong = max(numbers) if max(numbers) >= MOST else min(numbers)
+        raise ValueError(f"a record has the label {wrong}. Number classes from 0 on, below {MOST}.")
 
 
 def label_array(label: Label, problem: str, id2label: Mapping[int, str], record: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from peft_jax.core.articles import article
 from peft_jax.train.data.conversations import parsed, to_chat
-from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Record
+from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Record, Tagged
 
 FORMATS = (
     "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label, or "
@@ -117,7 +117,27 @@ def _is_label(label: Any) -> bool:
     """Whether a value names or numbers a class, or is a finite number to predict."""
     if isinstance(label, float):
         return math.isfinite(label)
-    return isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool))
+    return _is_class(label)
+
+
+def _tagged(name: str) -> Callable[[Mapping[str, Any], str], Tagged]:
+    """What makes a record of words and their classes in the field of this name."""
+
+    def make(value: Mapping[str, Any], where: str) -> Tagged:
+        words, tags = parsed(value["tokens"], "tokens", where), parsed(value[name], name, where)
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{where} has tokens that are no list of words. Give the words of a text as a list.")
+        if not isinstance(tags, list) or not all(_is_class(tag) for tag in tags):
+            raise ValueError(f"{where} has {name} that are no list of classes. Give each word's, by name or number.")
+        if len(words) != len(tags):
+            raise ValueError(f"{where} has {len(words)} tokens and {len(tags)} {name}. Give one for each token.")
+        return Tagged(tuple(words), tuple(tags))
+
+    return make
+
+
+def _is_class(label: Any) -> bool:
+    return isinstance(label, str | int) and not isinstance(label, bool)
 
 
 def _plain(value: Mapping[str, Any], where: str) -> PlainText:
@@ -137,6 +157,16 @@ FORMS = (
         "the fields instruction and output, and may have input, system and history",
     ),
     Form(("label",), ("text", "label"), ("text_pair",), _labelled, "the fields text and label, and may have text_pair"),
+    Form(
+        *(("tokens",), ("tokens", "tags"), (), _tagged("tags")),
+        "the fields tokens and tags",
+        together=("tags",),
+    ),
+    Form(
+        *(("tokens",), ("tokens", "ner_tags"), (), _tagged("ner_tags")),
+        "the fields tokens and ner_tags",
+        together=("ner_tags",),
+    ),
     Form(
         *(("labels",), ("text", "labels"), ("text_pair",), _labels),
         "the fields text and labels, and may have text_pair",

@@ -118,7 +118,20 @@ class Labelled(Asked):
     text_pair: str = ""
 
 
-AnyRecord = Record | Completion | Chat | PlainText | Labelled
+@dataclasses.dataclass(frozen=True)
+class Tagged(Asked):
+    """The words of a text, and the class of each.
+
+    Attributes:
+        words: The words.
+        tags: Their classes, by name or number.
+    """
+
+    words: tuple[str, ...]
+    tags: tuple[str | int, ...]
+
+
+AnyRecord = Record | Completion | Chat | PlainText | Labelled | Tagged
 
 _NAMES: dict[type, str] = {
     Record: "instruction and output",
@@ -126,6 +139,7 @@ _NAMES: dict[type, str] = {
     Chat: "messages",
     PlainText: "text",
     Labelled: "text and label",
+    Tagged: "tokens and tags",
 }
 
 

@@ -1,0 +1,348 @@
+"""The commands on heads of other labels: numbers, several classes of a text, and classes of words.
+
+Each run's losses and scores are found again by transformers and PEFT, on batches that are made as users make them.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from test_finetune_tasks import ENDS, SIZES, save_tokenizer
+
+from peft_jax.cli.main import main
+from peft_jax.train.data.label_kinds import label_array, names_of, problem_of
+from peft_jax.train.data.record_forms import to_records
+from peft_jax.train.data.records import Labelled, Tagged
+from peft_jax.train.data.tags import encode_tags
+from peft_jax.train.entities import entities
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Rows = list[dict[str, Any]]
+KEPT = 5  # rows for validation
+SCORES = [{"text": f"number {n} " * (1 + n % 3), "label": n / 2 if n % 2 else n} for n in range(14)]
+TOPICS = [{"text": f"number {n} " * (1 + n % 3), "labels": ["even"][n % 2 :] + ["third"][n % 3 :]} for n in range(14)]
+
+KINDS_OF_WORDS = ("O", "B-NUM", "I-NUM", "O", "B-END", "I-END", "I-NUM")
+WORDS = [{"tokens": f"say number {n} say the end now".split()[: 4 + n % 4]} for n in range(14)]
+WORDS = [{**row, "ner_tags": list(KINDS_OF_WORDS[: len(row["tokens"])])} for row in WORDS]
+
+
+class Run(NamedTuple):
+    """A run: its task by PEFT's name, the model, the data and further options."""
+
+    task: str
+    model: str
+    rows: Rows
+    options: tuple[str, ...] = ()
+
+
+RUNS = {
+    "regression": Run("SEQ_CLS", "bert", SCORES, ("--problem-type", "regression")),
+    "topics": Run("SEQ_CLS", "gpt2", TOPICS),
+    "words": Run("TOKEN_CLS", "bert", WORDS),
+    "words after a prompt": Run(
+        *("TOKEN_CLS", "gpt2", WORDS),
+        ("--peft", "PROMPT_TUNING", "--peft-config", '{"num_virtual_tokens": 3}'),
+    ),
+}
+HEADS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+KINDS = {"regression": "regression"}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models that have no heads, in which the tests run."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("bases")
+    common = {"pad_token_id": 2, "initializer_range": 0.2}
+    sizes = {**SIZES, "num_hidden_layers": 1, **common}
+    made = {
+        "bert": ("MaskedLM", {**sizes, "intermediate_size": 48, "max_position_embeddings": 64}),
+        "gpt2": ("CausalLM", {**sizes, "n_positions": 64, "eos_token_id": 1, "bos_token_id": 1}),
+    }
+    for name, (head, options) in made.items():
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(name, **options)
+        getattr(transformers, f"AutoModelFor{head}").from_config(config).save_pretrained(folder / name)
+        save_tokenizer(folder / name, **ENDS.get(name, {}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(bases: Path) -> Callable[[str], Path]:
+    """A function from a run's name to its folder."""
+
+    def make(name: str) -> Path:
+        if not (bases / name).exists():
+            run = RUNS[name]
+            Path(f"{name}.json").write_text(json.dumps(run.rows))
+            words = f"finetune --model {run.model} --task {run.task} --max-steps 2 --batch-size 4"
+            rate = ["--learning-rate", "0.5" if "--peft" in run.options else "0.02"]
+            more = [*rate, "--val-size", str(KEPT), *run.options, "--data", f"{name}.json", "--output", name]
+            assert main([*words.split(), *more]) == 0
+        return bases / name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(bases)
+        yield make
+
+
+def in_peft(name: str, folder: Path) -> Any:
+    """A run's adapter in PEFT, on the base as it was."""
+    import transformers
+
+    run, more = RUNS[name], {}
+    if run.task != "QUESTION_ANS":
+        labels = json.loads((folder / "labels.json").read_text())
+        more = {"num_labels": len(labels["id2label"])}
+        more |= {key: labels[key] for key in ("problem_type",) if key in labels}
+    base = getattr(transformers, f"AutoModelFor{HEADS[run.task]}").from_pretrained(run.model, **more)
+    return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def said_by_eval(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    capsys.readouterr()
+    assert main(["eval", *words, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def kept_rows(rows: Rows) -> Rows:
+    """The rows that a run keeps for validation."""
+    return [rows[n] for n in sorted(np.random.default_rng(0).permutation(len(rows))[:KEPT])]
+
+
+def compare(
+    name: str,
+    out: Path,
+    want: Callable[[Any, Rows], dict[str, float]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run's validation, `eval` of its adapter and of the merged model against the numbers of transformers and PEFT.
+
+    Args:
+        name: The run.
+        out: Its folder.
+        want: From a model in PyTorch and rows the loss and the scores.
+        capsys: pytest's.
+    """
+    rows, theirs = RUNS[name].rows, in_peft(name, out)
+    with torch.no_grad():
+        validation, everything = want(theirs, kept_rows(rows)), want(theirs, rows)
+        with theirs.disable_adapter():
+            before = want(theirs, rows)["loss"]
+    assert abs(everything["loss"] - before) > 1e-2, "the adapter is dead"
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    last = [row for row in lines if "eval_loss" in row][-1]
+    assert last.pop("step") == 2
+    assert last == pytest.approx({f"eval_{key}": value for key, value in validation.items()}, rel=1e-5, abs=1e-6)
+    for words in _models(name, out):
+        found = said_by_eval(capsys, *words, "--data", f"{name}.json", "--batch-size", "3")
+        assert found["examples"] >= len(rows) and found["too_long"] == 0
+        assert {key: found[key] for key in everything} == pytest.approx(everything, rel=1e-5, abs=1e-6)
+        assert found.keys() == {*everything, "examples", "too_long"}
+
+
+def _models(name: str, out: Path) -> list[list[str]]:
+    """The options of `eval` for an adapter, and for a regression's merged model."""
+    if name != "regression":
+        return [["--adapter", out.name]]
+    assert main(["merge", "--adapter", out.name, "--output", "merged"]) == 0
+    return [["--adapter", out.name], ["--model", "merged"]]
+
+
+def run_card(out: Path) -> None:
+    """Run the program in a model card where its base is."""
+    program = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(program.replace('folder = "."', f"folder = {str(out)!r}"), "README.md", "exec"), {})
+
+
+def tokenizer_of(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def text_scores(name: str) -> Callable[[Any, Rows], dict[str, float]]:
+    """What transformers computes of labelled texts, and scikit-learn and SciPy of its logits."""
+
+    def want(model: Any, rows: Rows) -> dict[str, float]:
+        metrics, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+        batch = tokenizer_of(RUNS[name].model)([row["text"] for row in rows], padding=True, return_tensors="pt")
+        batch.pop("token_type_ids", None)
+        if name in KINDS:
+            labels = torch.tensor([row["label"] for row in rows], dtype=torch.float32)
+        else:
+            labels = torch.tensor([[float(n in row["labels"]) for n in ("even", "third")] for row in TOPICS])
+            labels = labels[[TOPICS.index(row) for row in rows]]
+        output = model(**batch, labels=labels)
+        assert model.config.problem_type == KINDS.get(name, "multi_label_classification")
+        logits, known = output.logits.double().numpy(), labels.numpy().reshape(len(rows), -1)
+        if name in KINDS:
+            pairs = list(zip(logits.T, known.T, strict=True))
+            pearson = np.mean([stats.pearsonr(*pair)[0] for pair in pairs])
+            spearman = np.mean([stats.spearmanr(*pair)[0] for pair in pairs])
+            return {"loss": output.loss.item(), "pearson": pearson, "spearman": spearman}
+        f1 = {each: metrics.f1_score(known, logits > 0, average=each, zero_division=0) for each in ("micro", "macro")}
+        exact = metrics.accuracy_score(known, logits > 0)
+        return {"loss": output.loss.item(), "f1": f1["micro"], "f1_macro": f1["macro"], "exact_match": exact}
+
+    return want
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.task == "SEQ_CLS"])
+def test_texts_with_numbers_and_several_classes(
+    name: str, trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = trained(name)
+    compare(name, out, text_scores(name), capsys)
+    labels = json.loads((out / "labels.json").read_text())
+    assert labels["problem_type"] == KINDS.get(name, "multi_label_classification")
+    if name == "topics":
+        assert labels["id2label"] == {"0": "even", "1": "third"}
+    run_card(out)
+    shown = ["preview", "--model", RUNS[name].model, "--data", f"{name}.json", "--task", "SEQ_CLS", *RUNS[name].options]
+    capsys.readouterr()
+    assert main(shown) == 0
+    assert {"topics": "class even=1, third=1", "regression": "class LABEL_0=0.5"}[name] in capsys.readouterr().out
+
+
+CLASSES = {0: "even", 1: "third"}
+ARRAYS: dict[str, tuple[Any, str, list[float] | str]] = {  # a label, the kind, and the array or the error
+    "classes by number": ((1,), "multi_label_classification", [0, 1]),
+    "no class": ((), "multi_label_classification", [0, 0]),
+    "a mark a class": ((1.0, 0.0), "multi_label_classification", [1, 0]),
+    "two numbers": ((0.5, -3), "regression", [0.5, -3]),
+    "a class twice": ((0, 1, 0), "multi_label_classification", "which name a class twice"),
+    "an unknown class": (
+        ("odd",),
+        "multi_label_classification",
+        "has the label 'odd', and the model's are even, third",
+    ),
+    "too few marks": ((1.0,), "multi_label_classification", "and the model has 2 classes"),
+    "a name for a number": ("even", "regression", "and the model predicts numbers"),
+    "one number of two": (0.5, "regression", "has 1 numbers, and the model predicts 2"),
+    "two classes of one": (("even", "third"), "single_label_classification", "and the model predicts one class"),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_a_label_is_the_array_that_the_loss_takes(case: str) -> None:
+    label, problem, want = ARRAYS[case]
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            label_array(label, problem, CLASSES, 7)
+        return
+    found = label_array(label, problem, CLASSES, 7)
+    assert found.dtype == np.float32 and found.tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["a", 0.5], "names .'a'. and decimal numbers"),
+        (["a", ("a", "b")], "one label and lists of labels"),
+        ([(), ()], "no record has a label"),
+        ([(0.5,), (0.5, 1.5)], "lists of 1, 2 numbers"),
+        ([0, -1], "has the label -1. Number classes from 0 on"),
+    ],
+)
+def test_labels_of_several_kinds_are_refused(labels: list[Any], said: str) -> None:
+    records = [Labelled("text", label) for label in labels]
+    with pytest.raises(ValueError, match=said):
+        names_of(records, problem_of(records))
+
+
+def word_scores(model_name: str, virtual: int) -> Callable[[Any, Rows], dict[str, float]]:
+    """What transformers computes of words, aligned by places in the text, and seqeval of its guesses."""
+
+    def want(model: Any, rows: Rows) -> dict[str, float]:
+        seqeval = pytest.importorskip("seqeval.metrics")
+        names, tokenizer = sorted(set(KINDS_OF_WORDS)), tokenizer_of(model_name)
+        texts = [" ".join(row["tokens"]) for row in rows]
+        batch = tokenizer(texts, padding=True, return_tensors="pt", return_offsets_mapping=True)
+        places = batch.pop("offset_mapping")
+        batch.pop("token_type_ids", None)
+        labels = torch.full(batch["input_ids"].shape, -100)
+        for number, row in enumerate(rows):
+            place = 0
+            for word, tag in zip(row["tokens"], row["ner_tags"], strict=True):
+                starts = (place - 1, place)  # the space before a word is in its first token
+                found = [n for n, (start, end) in enumerate(places[number].tolist()) if end and start in starts]
+                labels[number, found[0]] = names.index(tag)
+                place += len(word) + 1
+        before = torch.full((len(rows), virtual), -100)
+        output = model(**batch, labels=labels)
+        guesses, known = output.logits[:, -labels.shape[1] :].argmax(-1), labels
+        with_logits = torch.cat([before, labels], 1)
+        assert output.logits.shape[1] in (labels.shape[1], with_logits.shape[1])
+        ours, theirs = [], []
+        for guess, label in zip(guesses.tolist(), known.tolist(), strict=True):
+            asked = [n for n, tag in enumerate(label) if tag != -100]
+            ours.append([names[guess[n]] for n in asked])
+            theirs.append([names[label[n]] for n in asked])
+        scores = {name: getattr(seqeval, f"{name}_score")(theirs, ours) for name in ("f1", "precision", "recall")}
+        return {"loss": output.loss.item(), "accuracy": seqeval.accuracy_score(theirs, ours), **scores}
+
+    return want
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.task == "TOKEN_CLS"])
+def test_words_have_classes(name: str, trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out, virtual = trained(name), 3 * (name != "words")
+    compare(name, out, word_scores(RUNS[name].model, virtual), capsys)
+    names = {str(number): tag for number, tag in enumerate(sorted(set(KINDS_OF_WORDS)))}
+    assert json.loads((out / "labels.json").read_text()) == {
+        "id2label": names,
+        "label2id": {tag: int(number) for number, tag in names.items()},
+    }
+    if not virtual:
+        run_card(out)
+
+
+def test_entities_are_those_of_seqeval() -> None:
+    labeling = pytest.importorskip("seqeval.metrics.sequence_labeling")
+    draws = np.random.default_rng(0)
+    tags = ["O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B", "E-B", "S-B"]
+    for _ in range(500):
+        text = draws.choice(tags, draws.integers(1, 12)).tolist()
+        assert entities(text) == [(kind, int(first), int(last)) for kind, first, last in labeling.get_entities(text)]
+
+
+def test_long_words_are_split_cut_or_left_out(bases: Path) -> None:
+    tokenizer = tokenizer_of(str(bases / "bert"))
+    words = tuple("say a number".split() * 6)
+    records = [Tagged(words, tuple(range(len(words)))), Tagged(words[:2], (0, 1))]
+    options = {"cutoff_len": 10, "id2label": dict(enumerate(map(str, range(18))))}
+    split = encode_tags(records, tokenizer, long="split", **options)
+    labels = [example.labels[example.labels >= 0].tolist() for example in split.examples]
+    assert sum(labels[:-1], []) == list(range(18)) and labels[-1] == [0, 1] and split.shortened == 1
+    assert split.records == (0,) * (len(labels) - 1) + (1,)
+    assert all(example.input_ids[0] == 0 and example.input_ids[-1] == 1 for example in split.examples)
+    cut = encode_tags(records, tokenizer, long="truncate", **options)
+    assert [len(example.input_ids) for example in cut.examples][0] == 10 and len(cut.examples) == 2
+    left_out = encode_tags(records, tokenizer, long="drop", **options)
+    assert len(left_out.examples) == 1 and left_out.too_long == 1 and left_out.records == (1,)
+    with pytest.raises(ValueError, match="record 1 has the tag 'x', and the model's are"):
+        encode_tags([Tagged(("a",), ("x",))], tokenizer, **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"tokens": ["a"], "ner_tags": [0, 1]}, "has 1 tokens and 2 ner_tags. Give one for each token"),
+        ({"tokens": "[]", "tags": []}, "has tokens that are no list of words"),
+        ({"tokens": ["a"], "tags": [0.5]}, "has tags that are no list of classes"),
+        ({"text": "a", "labels": ["x", None]}, "has the labels ['x', None]. Give a list of the text's classes"),
+    ],
+)
+def test_wrong_fields_of_labels_are_refused(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        to_records([row], "here")
