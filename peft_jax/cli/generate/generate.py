@@ -55,7 +55,7 @@ def generate(options: Generate) -> None:
     task = find_task(options.model, options.adapter, options.gguf_file)
     if task.has_classes:
         raise ValueError(
-            f"{options.adapter or options.model} tells classes of texts, and writes none. Give it to peft-jax eval, "
+            f"{options.adapter or options.model} tells {task.tells}, and writes none. Give it to peft-jax eval, "
             "which reports its accuracy."
         )
     tokenizer = find_tokenizer(options.model, options.adapter, options.gguf_file)

@@ -108,6 +108,7 @@ class Task:
         pipeline: The hub's name of it.
         next_token: Whether prompt and answer are one text, and logits predict the label at the next position.
         has_classes: Whether it predicts classes, whose names are in a file beside an adapter.
+        tells: What these are of, in words.
         labels_of: The labels that a checkpoint learns from records, where it predicts classes: of the checkpoint, the
             records, its GGUF file and the --problem-type.
         problem_of: How a model is trained and measured on records as rows, where that is not the cross entropy of
@@ -121,6 +122,7 @@ class Task:
     pipeline: str
     next_token: bool = False
     has_classes: bool = False
+    tells: str = ""
     labels_of: LabelsOf | None = None
     problem_of: ProblemOf = _no_problem
 
@@ -266,6 +268,7 @@ TASKS: Mapping[str, Task] = {
             encode=_texts,
             pipeline="text-classification",
             has_classes=True,
+            tells="classes of texts",
             labels_of=labels_of_texts,
             problem_of=_text_problem,
         ),
@@ -276,6 +279,7 @@ TASKS: Mapping[str, Task] = {
             encode=_words,
             pipeline="token-classification",
             has_classes=True,
+            tells="classes of words",
             labels_of=labels_of_words,
             problem_of=_word_problem,
         ),
