@@ -1,4 +1,4 @@
-"""The commands on heads of other labels: numbers, several classes of a text, and classes of words.
+"""The commands on heads of other labels: numbers, several classes of a text, classes of words, and spans.
 
 Each run's losses and scores are found again by transformers and PEFT, on batches that are made as users make them.
 """
@@ -14,9 +14,10 @@ import pytest
 from test_finetune_tasks import ENDS, SIZES, save_tokenizer
 
 from peft_jax.cli.main import main
+from peft_jax.train.answers_found import normalized, word_f1
 from peft_jax.train.data.label_kinds import label_array, names_of, problem_of
 from peft_jax.train.data.record_forms import to_records
-from peft_jax.train.data.records import Labelled, Tagged
+from peft_jax.train.data.records import Labelled, Question, Tagged
 from peft_jax.train.data.tags import encode_tags
 from peft_jax.train.entities import entities
 
@@ -33,6 +34,19 @@ KINDS_OF_WORDS = ("O", "B-NUM", "I-NUM", "O", "B-END", "I-END", "I-NUM")
 WORDS = [{"tokens": f"say number {n} say the end now".split()[: 4 + n % 4]} for n in range(14)]
 WORDS = [{**row, "ner_tags": list(KINDS_OF_WORDS[: len(row["tokens"])])} for row in WORDS]
 
+FACTS = [
+    f"{'So ' * (n % 4)}Ada wrote note {n} in {1800 + n}, {'as we say, ' * (6 * (n == 3))}and not before."
+    for n in range(14)
+]
+ASKED = [{"question": "When?", "context": text} for text in FACTS]
+for number, row in enumerate(ASKED):
+    year = str(1800 + number)
+    known = {
+        "text": [year, f"in {year}"],
+        "answer_start": [FACTS[number].index(year), FACTS[number].index(f"in {year}")],
+    }
+    row["answers"] = {"text": [], "answer_start": []} if number % 5 == 4 else known
+
 
 class Run(NamedTuple):
     """A run: its task by PEFT's name, the model, the data and further options."""
@@ -46,13 +60,14 @@ class Run(NamedTuple):
 RUNS = {
     "regression": Run("SEQ_CLS", "bert", SCORES, ("--problem-type", "regression")),
     "topics": Run("SEQ_CLS", "gpt2", TOPICS),
+    "spans": Run("QUESTION_ANS", "bert", ASKED, ("--cutoff-len", "60")),
     "words": Run("TOKEN_CLS", "bert", WORDS),
     "words after a prompt": Run(
         *("TOKEN_CLS", "gpt2", WORDS),
         ("--peft", "PROMPT_TUNING", "--peft-config", '{"num_virtual_tokens": 3}'),
     ),
 }
-HEADS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+HEADS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
 KINDS = {"regression": "regression"}
 
 
@@ -144,10 +159,11 @@ def compare(
     assert last.pop("step") == 2
     assert last == pytest.approx({f"eval_{key}": value for key, value in validation.items()}, rel=1e-5, abs=1e-6)
     for words in _models(name, out):
-        found = said_by_eval(capsys, *words, "--data", f"{name}.json", "--batch-size", "3")
+        cut = RUNS[name].options if "--cutoff-len" in RUNS[name].options else ()
+        found = said_by_eval(capsys, *words, *cut, "--data", f"{name}.json", "--batch-size", "3")
         assert found["examples"] >= len(rows) and found["too_long"] == 0
         assert {key: found[key] for key in everything} == pytest.approx(everything, rel=1e-5, abs=1e-6)
-        assert found.keys() == {*everything, "examples", "too_long"}
+        assert found.keys() - {"shortened"} == {*everything, "examples", "too_long"}
 
 
 def _models(name: str, out: Path) -> list[list[str]]:
@@ -346,3 +362,82 @@ def test_long_words_are_split_cut_or_left_out(bases: Path) -> None:
 def test_wrong_fields_of_labels_are_refused(row: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         to_records([row], "here")
+
+
+def span_answers(model: Any, rows: Rows) -> dict[str, float]:
+    """What transformers computes of each window alone, and the answers of the highest logits of all pairs of tokens."""
+    tokenizer, losses, exact, f1 = tokenizer_of("bert"), [], [], []
+    some_are_none = any(not row["answers"]["text"] for row in ASKED)
+    for row in rows:
+        options = {"truncation": "only_second", "max_length": 60, "stride": 15, "return_overflowing_tokens": True}
+        windows = tokenizer(row["question"], row["context"], return_offsets_mapping=True, **options)
+        assert (len(windows["input_ids"]) > 1) == (row is ASKED[3])
+        found, none = [], []
+        for number, ids in enumerate(windows["input_ids"]):
+            places, parts = windows["offset_mapping"][number], windows.sequence_ids(number)
+            inside = [n for n, part in enumerate(parts) if part == 1]
+            start = end = 0  # the first token stands for no answer
+            if row["answers"]["text"]:
+                first = row["answers"]["answer_start"][0]
+                last = first + len(row["answers"]["text"][0])
+                starts = [n for n in inside if places[n][0] <= first < places[n][1]]
+                ends = [n for n in inside if places[n][0] < last <= places[n][1]]
+                if starts and ends:
+                    start, end = starts[0], ends[0]
+            types = windows["token_type_ids"][number]
+            batch = {"input_ids": torch.tensor([ids]), "token_type_ids": torch.tensor([types])}
+            output = model(**batch, start_positions=torch.tensor([start]), end_positions=torch.tensor([end]))
+            losses.append(output.loss.item())
+            one, other = output.start_logits[0], output.end_logits[0]
+            none.append((one[0] + other[0]).item())
+            for n in inside:
+                for m in inside:
+                    if n <= m < n + 30:
+                        found.append(((one[n] + other[m]).item(), row["context"][places[n][0] : places[m][1]]))
+        score, answer = max(found)
+        answer = "" if some_are_none and min(none) > score else answer
+        known = row["answers"]["text"] or [""]
+        exact.append(max(normalized(answer) == normalized(text) for text in known))
+        f1.append(max(word_f1(answer, text) for text in known))
+    return {"loss": np.mean(losses), "exact_match": np.mean(exact), "f1": np.mean(f1)}
+
+
+def test_spans_answer_questions(trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out = trained("spans")
+    compare("spans", out, span_answers, capsys)
+    assert not (out / "labels.json").exists()
+    assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "QUESTION_ANS"
+    run_card(out)
+    capsys.readouterr()
+    assert (
+        main(["preview", "--model", "bert", "--data", "spans.json", "--task", "QUESTION_ANS", "--examples", "1"]) == 0
+    )
+    assert "[[ 1800]]" in capsys.readouterr().out
+    assert main(["generate", "--adapter", "spans", "say 3"]) == 2
+    assert "spans tells spans of texts, and writes none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "known", "f1"),
+    [  # worked out by hand from SQuAD's evaluation script
+        ("the Red house!", "a red house", 1.0),
+        ("red house", "the house of Ada", 0.4),
+        ("red red", "red", 2 / 3),
+        ("", "red", 0.0),
+        ("the", "", 1.0),
+    ],
+)
+def test_scores_of_answers_are_those_of_squad(answer: str, known: str, f1: float) -> None:
+    assert word_f1(answer, known) == pytest.approx(f1)
+
+
+def test_squad_files_in_both_forms_are_the_same_records() -> None:
+    answers = [{"text": "Ada", "answer_start": 0}]
+    nested = {"context": "Ada wrote.", "qas": [{"id": "1", "question": "Who?", "answers": answers}]}
+    flat = {"question": "Who?", "context": "Ada wrote.", "answers": {"text": ["Ada"], "answer_start": [0]}}
+    found = to_records([{"version": "1.1", "data": [{"title": "t", "paragraphs": [nested]}]}], "here")
+    assert found == to_records([flat], "here") == [Question("Who?", "Ada wrote.", (("Ada", 0),))]
+    none = {**flat, "is_impossible": True}
+    assert to_records([none], "here") == [Question("Who?", "Ada wrote.", ())]
+    with pytest.raises(ValueError, match="has the answer 'Ada', which is not at character 4 of its context"):
+        to_records([{**flat, "answers": {"text": ["Ada"], "answer_start": [4]}}], "here")

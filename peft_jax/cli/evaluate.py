@@ -60,7 +60,7 @@ def evaluate_model(options: Eval) -> None:
             f"the loss is {found['loss']}: what the model computes is not finite. Give --dtype float32, or another "
             "checkpoint or adapter."
         )
-    if not task.has_classes:
+    if task.writes:
         found["perplexity"] = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
     targets = count_labels(examples)
     if options.json:
@@ -68,7 +68,7 @@ def evaluate_model(options: Eval) -> None:
         for name, value in found.items():
             if not math.isfinite(value):
                 printed[name] = None  # JSON has no infinity, nor the correlation of equal numbers
-        if not task.has_classes:
+        if task.writes:
             printed["target_tokens"] = targets
         printed |= {"examples": len(data), "too_long": encoded.too_long}
         if encoded.shortened:
@@ -76,7 +76,7 @@ def evaluate_model(options: Eval) -> None:
         print(json.dumps(printed))
         return
     left_out = _said_of_length(encoded, layout)
-    if task.has_classes:
+    if not task.writes:
         print(f"Data        {len(data)} texts{left_out}")
         unit = "nats a text" if problem is None else problem.unit
         print(f"Loss        {found.pop('loss'):.4f} {unit}")

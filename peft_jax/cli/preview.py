@@ -69,6 +69,9 @@ def _shown(example: Example, tokenizer: Tokenizer, classes: Mapping[int, str]) -
     ids, labels = example.input_ids, example.labels
     if labels.shape == ids.shape and "decoder_input_ids" not in example.more:
         return Shown(_parts(ids, labels != IGNORE, tokenizer))
+    if "ends" in example.more:
+        places = np.arange(ids.size)
+        return Shown(_parts(ids, (places >= labels) & (places <= example.more["ends"]), tokenizer))
     given = _parts(ids, np.zeros(ids.shape, bool), tokenizer)
     if has_numbers(labels):
         return Shown(given, label=_numbers_in_words(labels, classes))

@@ -1,7 +1,7 @@
 """Problems that models with heads are trained for: the loss of their labels, and the scores of an evaluation."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from peft_jax.core.pytree import PyTree
+from peft_jax.train.answers_found import span_scores
 from peft_jax.train.batch_loss import Apply, SummedLoss, logits_of
 from peft_jax.train.data.batches import Batch
+from peft_jax.train.data.long_examples import IGNORE, Window
+from peft_jax.train.data.records import Question
 from peft_jax.train.entities import tag_scores
 from peft_jax.train.losses import binary_cross_entropy, cross_entropy, squared_error
 from peft_jax.train.scores import Guesses, correlations, several_classes
@@ -110,3 +113,31 @@ def tag_problem(id2label: Mapping[int, str]) -> Problem:
 def _of_tokens(logits: jax.Array, batch: Batch) -> jax.Array:
     """The logits of the batch's own tokens."""
     return logits[:, -batch["input_ids"].shape[1] :]
+
+
+def span_problem(records: Sequence[Question], windows: Sequence[Window]) -> Problem:
+    """The ends of answers. The loss of a row does not depend on its padding, and is transformers' of the row alone.
+
+    Args:
+        records: The questions.
+        windows: The part of its text that each row has.
+    """
+
+    def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        virtual = logits.shape[1] - batch["input_ids"].shape[1]
+        mask = jnp.pad(jnp.asarray(batch["attention_mask"]), ((0, 0), (virtual, 0)), constant_values=1)
+        losses, count = [], jnp.int32(0)
+        for name, one in (("labels", logits[..., 0]), ("ends", logits[..., 1])):
+            places = jnp.asarray(dict(batch)[name])
+            places = jnp.where(places == IGNORE, IGNORE, places + virtual)
+            total, count = cross_entropy(jnp.where(mask > 0, one, LOWEST), places, next_token=False)
+            losses.append(total)
+        return (losses[0] + losses[1]) / 2, count
+
+    def guess(logits: jax.Array, batch: Batch) -> jax.Array:
+        return _of_tokens(logits, batch).astype(jnp.float32)
+
+    return Problem(loss, guess, partial(span_scores, records, windows), "nats an end")
+
+
+LOWEST = -1e4  # in place of the logits of padding

@@ -4,13 +4,20 @@ from pathlib import Path
 
 from peft_jax.cli.shared.task import Task
 from peft_jax.cli.shared.training_layout import EVERYTHING, TrainingLayout
-from peft_jax.models.config import TOKEN_CLS
+from peft_jax.models.config import QUESTION_ANS, TOKEN_CLS
 from peft_jax.models.handles.label_losses import MULTI, REGRESSION
 from peft_jax.models.handles.peft_model import PeftModel
 from peft_jax.prompts.base import prompt_tasks
 from peft_jax.train.data.records import Record
 from peft_jax.train.data.template import PromptTemplate
 
+SPAN = [
+    'inputs = tokenizer("Who wrote it?", "Ada wrote it.", return_tensors="pt")',
+    "with torch.no_grad():",
+    "    output = model(**inputs)",
+    "first, last = int(output.start_logits.argmax()), int(output.end_logits.argmax())",
+    'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
+]
 QUESTION = "Name three colours."
 FOLDER = 'folder = "."  # this folder, if Python runs in it; or its path, or its id on the hub'
 
@@ -34,6 +41,8 @@ def snippet(model: PeftModel, task: Task, layout: TrainingLayout | None, options
     if prompt_tasks(model):
         lines.append('inputs["task_ids"] = torch.tensor([0])')
     if layout is None:
+        if model.task == QUESTION_ANS:
+            return [*lines, *SPAN]
         with_grad = ["with torch.no_grad():", "    logits = model(**inputs).logits"]
         return [*lines, *with_grad, _answer(model)]
     lines.append("settings = GenerationConfig.from_pretrained(folder)")

@@ -39,8 +39,8 @@ class ModelOptions:
     """GGUF file in that folder, which holds weights, config and tokenizer; needs peft-jax[gguf]."""
     task: Annotated[TaskName | None, TASK] = None
     """Task to train it for, by PEFT's name: to continue texts, to answer by encoder and decoder, or to predict classes
-    of texts (and numbers, and several classes) or of their words, with a fresh head where the checkpoint has none; by
-    default what the adapter or the checkpoint is for."""
+    of texts (and numbers, and several classes) or of their words, or spans that answer questions, with a fresh head
+    where the checkpoint has none; by default what the adapter or the checkpoint is for."""
     problem_type: Annotated[ProblemType | None, PROBLEM] = None
     """Kind of the labels of SEQ_CLS, as transformers names it; by default what the checkpoint says, else what the data
     has: decimal numbers are a regression's, lists several classes of a text."""

@@ -40,7 +40,7 @@ def export(model: PeftModel, task: Task, beside: Beside, folder: Path, options: 
     curves = losses | _scores(rows)
     title = f"{Path(given['model']).name} on {' and '.join(Path(name).name for name in given['data'])}"
     _whole(folder / "loss.png", lambda file: plot_losses(file, losses, title=title))
-    card = model_card(model, task, None if task.has_classes else beside.layout, given, curves, trainable)
+    card = model_card(model, task, beside.layout if task.writes else None, given, curves, trainable)
     _whole(folder / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
     _whole(folder / OPTIONS, lambda file: write_options(given, file))
     save(model, task, beside, folder, folder)
@@ -112,7 +112,7 @@ def model_card(
     config = next(iter(model.peft_config.values()))
     given = {**settings, **{name: getattr(config, name, None) for name in DESCRIBED}}
     typed = [f"| `{flag(name)}` | {_typed(value)} |" for name, value in given.items() if value is not None]
-    ends = "" if task.has_classes else f"An answer ends with {_tokens(end_tokens(model))}."
+    ends = "" if not task.writes else f"An answer ends with {_tokens(end_tokens(model))}."
     more = f", num_labels={model.config.num_labels}" if task.has_classes else ""
     if task.has_classes and model.config.problem_type is not None:
         more += f", problem_type={model.config.problem_type!r}"

@@ -102,7 +102,10 @@ def make_data(
     rows = row_options(options, base.config, used.layout, train_on_inputs=options.train_on_inputs, **prompt)
     encoded = task.encode(loaded.records, tokenizer, base, rows)
     examples, longest = encoded.examples, rows.cutoff_len
-    training, validation = _split(len(examples), options.val_size, seed)
+    if encoded.windows:
+        training, validation = _split_records(encoded.records, options.val_size, seed)
+    else:
+        training, validation = _split(len(examples), options.val_size, seed)
 
     def lay_out(places: Sequence[int]) -> Data:
         part = [examples[place] for place in places]
@@ -114,7 +117,7 @@ def make_data(
         data = Mixture([lay_out(part) for part in _by_source(training, encoded, loaded)], loaded.weights)
     kept = f", {len(validation)} of them for validation" if validation else ""
     said = f"{len(examples)} examples{kept}. {said_of_length(encoded, rows)}"
-    if not task.has_classes:
+    if task.writes:
         said += f"\n{_said_of_layout(used, rows.masks)}"
     said = "\n".join([said, *loaded.notes, *said_of_thoughts(loaded.records, tokenizer)])
     digest = hashlib.sha256()
@@ -199,6 +202,15 @@ def _split(examples: int, val_size: float, seed: int) -> tuple[list[int], list[i
     order = np.random.default_rng(seed).permutation(examples)
     validation = sorted(order[:count].tolist())
     return sorted(order[count:].tolist()), validation
+
+
+def _split_records(records: Sequence[int], val_size: float, seed: int) -> tuple[list[int], list[int]]:
+    """As `_split`, of records, of which each has all its examples in one part."""
+    known = sorted(set(records))
+    _, held_out = _split(len(known), val_size, seed)
+    kept = {known[place] for place in held_out}
+    training = [place for place, record in enumerate(records) if record not in kept]
+    return training, [place for place, record in enumerate(records) if record in kept]
 
 
 def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:

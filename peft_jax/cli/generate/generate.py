@@ -53,7 +53,7 @@ def generate(options: Generate) -> None:
     check(options)
     prompts = read_prompts(options.prompts, options.file, standard_input())
     task = find_task(options.model, options.adapter, options.gguf_file)
-    if task.has_classes:
+    if not task.writes:
         raise ValueError(
             f"{options.adapter or options.model} tells {task.tells}, and writes none. Give it to peft-jax eval, "
             "which reports its accuracy."

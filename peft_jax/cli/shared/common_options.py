@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from peft_jax.cli.shared.command_line import Option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-TaskName = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"]
+TaskName = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 MODEL = Option(aliases=("--base-model", "--model-name-or-path"), metavar="MODEL")

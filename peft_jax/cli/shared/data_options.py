@@ -15,7 +15,7 @@ class DataFileOptions:
     """JSON, JSONL, CSV, TSV, Parquet or Arrow file, perhaps compressed (.gz), or id of a data set on the hub: records
     with instruction and output (and input, system, history), question and answer, prompt and completion (texts or
     messages), messages or conversations (and system, tools), or text; for SEQ_CLS with text (and text_pair) and label
-    or labels, for TOKEN_CLS with tokens and tags or ner_tags.
+    or labels, for TOKEN_CLS with tokens and tags or ner_tags, for QUESTION_ANS in SQuAD's form.
     Where a prompt has several tasks, with task_id too. May be given several times; data.json@2 beside other.json@1
     gives that data two thirds of the examples."""
     columns: Annotated[tuple[str, ...] | None, Option(metavar="FIELD=COLUMN")] = None
@@ -33,4 +33,5 @@ class DataFileOptions:
     cutoff_len: Annotated[int | None, CUTOFF] = None
     """Most tokens of an example; by default 2048, or what the model's positions leave if that is less."""
     long: Literal["truncate", "drop", "split"] = "truncate"
-    """Longer examples are cut, left out, or split into several; how many is reported."""
+    """Longer examples are cut, left out, or split into several; how many is reported. Texts that answer
+    questions are left out, or read in overlapping windows."""

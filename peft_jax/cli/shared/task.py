@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_jax.cli.shared.forward_pass import apply, apply_lazily
+from peft_jax.cli.shared.forward_pass import apply as plain_apply
+from peft_jax.cli.shared.forward_pass import apply_lazily, apply_spans
 from peft_jax.cli.shared.head_labels import (
     HeadLabels,
     id2label_of,
@@ -29,6 +30,7 @@ from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
     MASKED_LM,
+    QUESTION_ANS,
     SEQ_2_SEQ_LM,
     SEQ_CLS,
     TOKEN_CLS,
@@ -57,7 +59,8 @@ from peft_jax.train import (
 from peft_jax.train.data.chats import ChatMasks
 from peft_jax.train.data.encode import Encoded, encode
 from peft_jax.train.data.long_examples import Long
-from peft_jax.train.data.records import AnyRecord, Tagged, named
+from peft_jax.train.data.records import AnyRecord, Question, Tagged, named
+from peft_jax.train.data.spans import encode_spans, questions
 from peft_jax.train.data.tags import encode_tags
 from peft_jax.train.data.template import Layout
 from peft_jax.train.data.token_rows import Watch
@@ -67,6 +70,7 @@ from peft_jax.train.problems import (
     Problem,
     make_guessing_step,
     score_guesses,
+    span_problem,
     tag_problem,
 )
 
@@ -75,7 +79,7 @@ from peft_jax.train.problems import (
 class RowOptions:
     """How records become rows: what the options of the same names say, how many tasks a prompt has, and who watches.
 
-    ``masks`` gets what was learned of chats.
+    ``masks`` gets what was learned of chats, and ``virtual`` counts the tokens of a prompt.
     """
 
     cutoff_len: int
@@ -84,6 +88,7 @@ class RowOptions:
     tasks: int = 0
     masks: ChatMasks = dataclasses.field(default_factory=ChatMasks)
     long: Long = "drop"
+    virtual: int = 0
     watch: Watch = iter
 
 
@@ -106,9 +111,10 @@ class Task:
         kinds: The records that it learns from.
         encode: Rows from records, a tokenizer, a model and a layout.
         pipeline: The hub's name of it.
+        apply: The function of model and batch that the steps compute.
         next_token: Whether prompt and answer are one text, and logits predict the label at the next position.
         has_classes: Whether it predicts classes, whose names are in a file beside an adapter.
-        tells: What these are of, in words.
+        tells: What it predicts, in words; empty for a language model.
         labels_of: The labels that a checkpoint learns from records, where it predicts classes: of the checkpoint, the
             records, its GGUF file and the --problem-type.
         problem_of: How a model is trained and measured on records as rows, where that is not the cross entropy of
@@ -120,6 +126,7 @@ class Task:
     kinds: tuple[type, ...]
     encode: Callable[[Sequence[AnyRecord], Any, Any, RowOptions], Encoded]
     pipeline: str
+    apply: Callable[..., Any] = plain_apply
     next_token: bool = False
     has_classes: bool = False
     tells: str = ""
@@ -132,9 +139,9 @@ class Task:
         return self.reader.__name__.replace("AutoModel", "AutoPeftModel")
 
     @property
-    def apply(self) -> Callable[..., Any]:
-        """The function of model and batch that the steps compute."""
-        return apply_lazily if self.next_token else apply
+    def writes(self) -> bool:
+        """Whether it is a language model's."""
+        return not self.tells
 
     def make_evaluation(self, problem: Problem | None) -> Evaluation:
         """The evaluation of a model on batches: the loss, for classes the accuracy, and the scores of a problem."""
@@ -178,7 +185,9 @@ class Task:
 
 
 def _causal(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
-    return encode(records, tokenizer, **vars(layout))
+    options = dict(vars(layout))
+    del options["virtual"]
+    return encode(records, tokenizer, **options)
 
 
 def _answers(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: Seq2SeqLM, layout: RowOptions) -> Encoded:
@@ -233,6 +242,23 @@ def _words(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandl
     )
 
 
+def _spans(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
+    if layout.tasks:
+        raise ValueError("a prompt of several tasks is not for spans, whose models take no task_ids. Take another.")
+    return encode_spans(
+        records,
+        tokenizer,
+        cutoff_len=layout.cutoff_len,
+        token_types=getattr(model.config, "type_vocab_size", 0) > 1 and not layout.virtual,  # as PEFT drops them
+        long=layout.long,
+        watch=layout.watch,
+    )
+
+
+def _span_problem(model: ModelHandle, records: Sequence[AnyRecord], encoded: Encoded) -> Problem | None:
+    return span_problem(questions(records), encoded.windows)
+
+
 def _word_problem(model: ModelHandle, records: Sequence[AnyRecord], encoded: Encoded) -> Problem | None:
     return tag_problem(id2label_of(model))
 
@@ -252,6 +278,7 @@ TASKS: Mapping[str, Task] = {
             kinds=(Record, Completion, Chat, PlainText),
             encode=_causal,
             pipeline="text-generation",
+            apply=apply_lazily,
             next_token=True,
         ),
         Task(
@@ -283,6 +310,16 @@ TASKS: Mapping[str, Task] = {
             labels_of=labels_of_words,
             problem_of=_word_problem,
         ),
+        Task(
+            name=QUESTION_ANS,
+            reader=auto.AutoModelForQuestionAnswering,
+            kinds=(Question,),
+            encode=_spans,
+            pipeline="question-answering",
+            apply=apply_spans,
+            tells="spans of texts",
+            problem_of=_span_problem,
+        ),
     )
 }
 
@@ -308,7 +345,7 @@ def task_of(model: str, said: str | None, gguf_file: str | None = None) -> Task:
     raise ValueError(
         f"the commands are for {', '.join(TASKS)}, not for {name}. Train and run such a model in Python, as "
         "examples/classify_docstrings.py does, with "
-        "pj.AutoModelForQuestionAnswering or pj.AutoModel."
+        "pj.AutoModelForMaskedLM or pj.AutoModel."
     )
 
 

@@ -22,7 +22,8 @@ class Batch(TypedDict):
     each row's; where it knows types of tokens, input_type_mask names each token's. For classes of texts, labels are
     (batch,), and token_type_ids distinguish two texts of one row; for several classes and for numbers, labels are
     float32 (batch, outputs), and NaN where a row has none. For an encoder-decoder, labels and decoder_input_ids are
-    (batch, length of the decoder).
+    (batch, length of the decoder). Of spans, labels and ends (batch,) are the places of the first and the last token,
+    and windows (batch,) number the rows.
     """
 
     input_ids: np.ndarray
@@ -33,6 +34,8 @@ class Batch(TypedDict):
     input_type_mask: NotRequired[np.ndarray]
     decoder_input_ids: NotRequired[np.ndarray]
     token_type_ids: NotRequired[np.ndarray]
+    ends: NotRequired[np.ndarray]
+    windows: NotRequired[np.ndarray]
 
 
 class Data(Protocol):
@@ -196,7 +199,7 @@ def fixed_lengths(longest: int, shortest: int = SHORTEST) -> tuple[int, ...]:
 
 def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int], pad: int = 0) -> Batch:
     """Stack rows, each field padded to the shortest of the lengths that holds it; missing rows have no label."""
-    fill = {"labels": IGNORE, "input_ids": pad, "decoder_input_ids": pad}
+    fill = {"labels": IGNORE, "ends": IGNORE, "windows": IGNORE, "input_ids": pad, "decoder_input_ids": pad}
     batch = {}
     for name, first in rows[0].items():
         first = np.asarray(first)

@@ -25,6 +25,7 @@ from peft_jax.train.data.records import (
     Completion,
     Labelled,
     PlainText,
+    Question,
     Record,
     Tagged,
 )
@@ -94,7 +95,7 @@ def encode(
 
 def _laid_out(record: AnyRecord, template: Layout, number: int) -> Completion | Chat:
     """A record as a chat, or as the text that is given and the text that is learned."""
-    if isinstance(record, Labelled | Tagged):
+    if isinstance(record, Labelled | Tagged | Question):
         raise ValueError(f"record {number} has a label, and a language model learns to write. Give other data.")
     if isinstance(record, Record):
         return template(record)

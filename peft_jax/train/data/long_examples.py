@@ -44,6 +44,20 @@ class Example(NamedTuple):
         return self.input_ids.size if has_numbers(self.labels) else max(self.input_ids.size, self.labels.size)
 
 
+class Window(NamedTuple):
+    """The part of a record's text that an example has.
+
+    Attributes:
+        record: The position of the record.
+        places: The characters of the text that each token is of, from and to (length, 2); -1 for tokens outside of it.
+        null: The place of the token that stands for no answer.
+    """
+
+    record: int
+    places: np.ndarray
+    null: int
+
+
 def count_labels(examples: Sequence[Example]) -> int:
     """Count the labels that are learned."""
     return sum(int(np.sum(example.labels != IGNORE)) for example in examples)
@@ -59,12 +73,14 @@ class Encoded:
             that is learned is in the part that is kept.
         shortened: How many were cut, or split into several.
         records: The position of each example's record.
+        windows: Of spans the part of its text that each example has.
     """
 
     examples: list[Example]
     too_long: int
     shortened: int = 0
     records: tuple[int, ...] = ()
+    windows: tuple[Window, ...] = ()
 
     def __iter__(self) -> Iterator[list[Example] | int]:
         yield self.examples

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from peft_jax.core.articles import article
 from peft_jax.train.data.conversations import parsed, to_chat
-from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Record, Tagged
+from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Question, Record, Tagged
 
 FORMATS = (
     "instruction and output (and perhaps input), or prompt and completion, or messages, or text and label, or "
@@ -136,6 +136,32 @@ def _tagged(name: str) -> Callable[[Mapping[str, Any], str], Tagged]:
     return make
 
 
+def _with_context(value: Mapping[str, Any], where: str) -> Question:
+    texts = _texts(value, ("question", "context"), where, "question and context")
+    answers = parsed(value["answers"], "answers", where)
+    if isinstance(answers, Mapping):  # the form of data sets on the hub: lists of texts and of places
+        lists = [answers.get("text"), answers.get("answer_start")]
+        if not all(isinstance(one, list) for one in lists) or len(lists[0]) != len(lists[1]):
+            raise ValueError(f"{where} has answers without a text and an answer_start each. Give both, as SQuAD does.")
+        answers = [{"text": text, "answer_start": start} for text, start in zip(*lists, strict=True)]
+    if not isinstance(answers, list):
+        raise ValueError(f"{where} has answers that are no list. Give each a text and an answer_start, as SQuAD does.")
+    found = [] if value.get("is_impossible") else [_answer(one, texts["context"], where) for one in answers]
+    return Question(**texts, answers=tuple(found))
+
+
+def _answer(answer: Any, context: str, where: str) -> tuple[str, int]:
+    """An answer and its place, which are checked against the text."""
+    text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, Mapping) else (None, None)
+    if not isinstance(text, str) or not isinstance(start, int) or isinstance(start, bool) or not text:
+        raise ValueError(f"{where} has the answer {answer!r}. Give each a text and an answer_start, as SQuAD does.")
+    if start < 0 or context[start : start + len(text)] != text:
+        raise ValueError(
+            f"{where} has the answer {text!r}, which is not at character {start} of its context. Correct answer_start."
+        )
+    return text, start
+
+
 def _is_class(label: Any) -> bool:
     return isinstance(label, str | int) and not isinstance(label, bool)
 
@@ -157,6 +183,11 @@ FORMS = (
         "the fields instruction and output, and may have input, system and history",
     ),
     Form(("label",), ("text", "label"), ("text_pair",), _labelled, "the fields text and label, and may have text_pair"),
+    Form(
+        *(("answers",), ("question", "context", "answers"), ("is_impossible",), _with_context),
+        "the fields question, context and answers, and may have is_impossible",
+        together=("question", "context"),
+    ),
     Form(
         *(("tokens",), ("tokens", "tags"), (), _tagged("tags")),
         "the fields tokens and tags",
@@ -211,6 +242,7 @@ def parse_records(objects: Sequence[Any], source: str) -> Parsed:
     """
     if not objects:
         raise ValueError(f"{source} holds no records. Give at least one with {FORMATS}.")
+    objects = in_rows(objects)
     form = form_of(objects[0], f"record 1 of {source}")
     unused: dict[str, None] = {}
     records = []
@@ -219,6 +251,26 @@ def parse_records(objects: Sequence[Any], source: str) -> Parsed:
         records.append(to_record(value, form, where))
         unused |= dict.fromkeys(unused_fields(value, form))
     return Parsed(records, list(unused))
+
+
+def in_rows(objects: Sequence[Any]) -> Sequence[Any]:
+    """The questions of a file in SQuAD's own form, in which they are in paragraphs of articles; else the objects.
+
+    Example:
+        >>> article = {"paragraphs": [{"context": "A text.", "qas": [{"question": "What?", "answers": []}]}]}
+        >>> in_rows([{"version": "2.0", "data": [article]}])
+        [{'question': 'What?', 'answers': [], 'context': 'A text.'}]
+    """
+    if len(objects) == 1 and isinstance(objects[0], dict) and isinstance(objects[0].get("data"), list):
+        objects = objects[0]["data"]
+    if not objects or not all(isinstance(one, dict) and isinstance(one.get("paragraphs"), list) for one in objects):
+        return objects
+    rows = []
+    for article in objects:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph.get("qas", ()):
+                rows.append({**question, "context": paragraph.get("context")})
+    return rows
 
 
 def form_of(value: Any, where: str) -> Form:

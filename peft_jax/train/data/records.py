@@ -131,7 +131,22 @@ class Tagged(Asked):
     tags: tuple[str | int, ...]
 
 
-AnyRecord = Record | Completion | Chat | PlainText | Labelled | Tagged
+@dataclasses.dataclass(frozen=True)
+class Question(Asked):
+    """A question, a text, and the parts of the text that answer the question.
+
+    Attributes:
+        question: The question.
+        context: The text.
+        answers: Each answer, and the place of its first character in the text; none if the text does not answer.
+    """
+
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...]
+
+
+AnyRecord = Record | Completion | Chat | PlainText | Labelled | Tagged | Question
 
 _NAMES: dict[type, str] = {
     Record: "instruction and output",
@@ -140,6 +155,7 @@ _NAMES: dict[type, str] = {
     PlainText: "text",
     Labelled: "text and label",
     Tagged: "tokens and tags",
+    Question: "question, context and answers",
 }
 
 
