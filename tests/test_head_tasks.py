@@ -412,7 +412,7 @@ def test_spans_answer_questions(trained: Callable[[str], Path], capsys: pytest.C
     assert (
         main(["preview", "--model", "bert", "--data", "spans.json", "--task", "QUESTION_ANS", "--examples", "1"]) == 0
     )
-    assert "[[ 1800]]" in capsys.readouterr().out
+    assert "[[1800]]" in capsys.readouterr().out
     assert main(["generate", "--adapter", "spans", "say 3"]) == 2
     assert "spans tells spans of texts, and writes none" in capsys.readouterr().err
 

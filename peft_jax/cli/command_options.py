@@ -85,14 +85,15 @@ class Generate(PromptOptions, ModelOptions, DecodingOptions, CompilationOptions)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(ModelOptions, DataFileOptions, CompilationOptions):
-    """Loss and perplexity of a model on the answers in a file; loss and accuracy of a classifier of texts."""
+    """Loss and perplexity of a model on the answers in a file; of a model with another head loss and scores."""
 
     TITLE = "Evaluation"
 
     batch_size: int = 8
     """Examples at a time."""
     json: bool = False
-    """Print a JSON object: loss, perplexity, target_tokens, examples, too_long; of classes accuracy, and no tokens."""
+    """Print a JSON object: loss, perplexity, target_tokens, examples, too_long; of other heads accuracy, f1,
+    exact_match, pearson and the like, and no tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
