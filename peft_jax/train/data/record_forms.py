@@ -140,10 +140,10 @@ def _with_context(value: Mapping[str, Any], where: str) -> Question:
     texts = _texts(value, ("question", "context"), where, "question and context")
     answers = parsed(value["answers"], "answers", where)
     if isinstance(answers, Mapping):  # the form of data sets on the hub: lists of texts and of places
-        lists = [answers.get("text"), answers.get("answer_start")]
-        if not all(isinstance(one, list) for one in lists) or len(lists[0]) != len(lists[1]):
+        found_texts, starts = answers.get("text"), answers.get("answer_start")
+        if not (isinstance(found_texts, list) and isinstance(starts, list) and len(found_texts) == len(starts)):
             raise ValueError(f"{where} has answers without a text and an answer_start each. Give both, as SQuAD does.")
-        answers = [{"text": text, "answer_start": start} for text, start in zip(*lists, strict=True)]
+        answers = [{"text": text, "answer_start": start} for text, start in zip(found_texts, starts, strict=True)]
     if not isinstance(answers, list):
         raise ValueError(f"{where} has answers that are no list. Give each a text and an answer_start, as SQuAD does.")
     found = [] if value.get("is_impossible") else [_answer(one, texts["context"], where) for one in answers]
@@ -266,8 +266,8 @@ def in_rows(objects: Sequence[Any]) -> Sequence[Any]:
     if not objects or not all(isinstance(one, dict) and isinstance(one.get("paragraphs"), list) for one in objects):
         return objects
     rows = []
-    for article in objects:
-        for paragraph in article["paragraphs"]:
+    for one in objects:
+        for paragraph in one["paragraphs"]:
             for question in paragraph.get("qas", ()):
                 rows.append({**question, "context": paragraph.get("context")})
     return rows
