@@ -25,7 +25,7 @@ GuessingStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What labels are, and how a model is measured against them.
+    """The loss of labels, and the measures of a model on them.
 
     Attributes:
         loss: Of logits and a batch, the loss summed over the labels and the number of these.

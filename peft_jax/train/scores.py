@@ -1,4 +1,4 @@
-"""What an evaluation reports beside the loss: correlations and F1, from a model's guesses and the labels."""
+"""Scores of an evaluation beside the loss: correlations and F1, from a model's guesses and the labels."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""What the labels of texts are, as transformers' ``problem_type`` names it: one class, several, or numbers."""
+"""The kinds of labels of texts, as transformers' ``problem_type`` names them: one class, several, or numbers."""
 
 from collections.abc import Mapping, Sequence
 

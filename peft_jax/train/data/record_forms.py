@@ -121,7 +121,7 @@ def _is_label(label: Any) -> bool:
 
 
 def _tagged(name: str) -> Callable[[Mapping[str, Any], str], Tagged]:
-    """What makes a record of words and their classes in the field of this name."""
+    """A function that makes records of words and their classes in the field of this name."""
 
     def make(value: Mapping[str, Any], where: str) -> Tagged:
         words, tags = parsed(value["tokens"], "tokens", where), parsed(value[name], name, where)
