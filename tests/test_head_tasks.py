@@ -370,7 +370,8 @@ def span_answers(model: Any, rows: Rows) -> dict[str, float]:
     some_are_none = any(not row["answers"]["text"] for row in ASKED)
     for row in rows:
         options = {"truncation": "only_second", "max_length": 60, "stride": 15, "return_overflowing_tokens": True}
-        windows = tokenizer(row["question"], row["context"], return_offsets_mapping=True, **options)
+        more = {"return_offsets_mapping": True, "return_token_type_ids": True}
+        windows = tokenizer(row["question"], row["context"], **more, **options)
         assert (len(windows["input_ids"]) > 1) == (row is ASKED[3])
         found, none = [], []
         for number, ids in enumerate(windows["input_ids"]):
