@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CHUNKED, FULL, SLIDING
 from peft_jax.models.modules import attention
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import Scoring, attend
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.layer_views import View, chosen, masks_by_kind, rotations_by_kind

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.bert.config import BertConfig
 from peft_jax.models.bert.task_heads import add_head, run_head
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import attend, dropping_of
 from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.inputs import ForwardInputs

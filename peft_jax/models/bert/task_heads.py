@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
 from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.base_dropout import Site, dropped
 from peft_jax.models.modules.heads import head_width
 from peft_jax.models.modules.layers import LayerNorm, linear_maker

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, FULL, SLIDING
 from peft_jax.models.gemma4.config import SHARING, SHORT, Gemma4Config
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import Scoring, attend, dropping_of
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP, SelfAttention

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.glm.config import GlmConfig
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.decoder_blocks import PreNormLayer, SelfAttention
 from peft_jax.models.modules.heads import DecoderHead

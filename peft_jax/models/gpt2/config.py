@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from types import MappingProxyType
 
+from peft_jax.core.activations import check_activation
 from peft_jax.core.config_ranges import check_fields_of
 from peft_jax.models.config import (
     CAUSAL_LM,
@@ -16,7 +17,6 @@ from peft_jax.models.config import (
     head_rate,
     rarely_set,
 )
-from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.gpt2.config import GPT2Config
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import attend, attend_to, dropping_of
 from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.heads import DecoderHead

@@ -6,6 +6,7 @@ import dataclasses
 from types import MappingProxyType
 from typing import Any
 
+from peft_jax.core.activations import check_activation
 from peft_jax.core.config_ranges import check_fields_of
 from peft_jax.models.config import (
     CAUSAL_LM,
@@ -26,7 +27,6 @@ from peft_jax.models.config import (
     read_common,
     write_common,
 )
-from peft_jax.models.modules.activations import check_activation
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
 

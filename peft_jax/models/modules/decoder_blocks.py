@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import ModelConfig
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.attention import PLAIN_SCORES, Scoring, attend, attend_to, dropping_of
 from peft_jax.models.modules.base_dropout import NO_DROPOUT, DropoutRates, Site, dropped
 from peft_jax.models.modules.kv_cache import Buffers, extend

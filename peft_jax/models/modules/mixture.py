@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import ModelConfig
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.decoder_blocks import GatedMLP
 from peft_jax.models.modules.grouped_products import grouped_product
 from peft_jax.models.modules.kv_cache import Buffers

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import ModelConfig
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.decoder_blocks import SelfAttention
 from peft_jax.models.modules.layers import linear_maker
 from peft_jax.models.modules.remat import kept

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.base_dropout import Site, dropped, layer_or_input
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.decoder_blocks import SelfAttention

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.decoder_config import heads_of
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.decoder_blocks import PreNormLayer
 from peft_jax.models.modules.heads import DecoderHead

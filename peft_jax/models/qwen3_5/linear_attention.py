@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.models.modules.activations import ACTIVATIONS
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.modules.causal_conv import causal_conv
 from peft_jax.models.modules.delta_rule import delta_rule
 from peft_jax.models.modules.layer_scan import LayerCall

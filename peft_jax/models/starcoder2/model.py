@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
 from peft_jax.models.modules.decoder_blocks import PreNormLayer, SelfAttention
 from peft_jax.models.modules.heads import DecoderHead

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from peft_jax.models.modules.activations import ACTIVATIONS
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.kv_cache import extend
 from peft_jax.models.modules.positions import put_before

@@ -6,9 +6,9 @@ import dataclasses
 from types import MappingProxyType
 from typing import Any
 
+from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.core.config_ranges import check_fields_of
 from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig, as_dict, complete
-from peft_jax.models.modules.activations import ACTIVATIONS
 from peft_jax.models.modules.base_dropout import DropoutRates
 
 WITHOUT_LIMIT = 1 << 30  # relative positions go on
