@@ -117,6 +117,29 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
         ),
     },
     "WAVEFT": {False: (Row("waveft_spectrum", "waveft_spectrum", ("frequencies",)),)},
+    "DEFT": {
+        False: (
+            Row("deft_P", "deft_P", ("out", "rank")),
+            Row("deft_R", "deft_R", ("rank", "in")),
+        ),
+    },
+    "PEANUT": {
+        False: (
+            Row("peanut_A", "peanut_A.weight", ("rank", "out")),
+            Row("peanut_B", "peanut_B.weight", ("out", "rank")),
+            *(
+                Row(f"peanut_{part}.{number}", f"peanut_{part}.{number}.weight", ("made", "given"))
+                for part in ("encoders", "decoders")
+                for number in range(8)
+            ),
+        ),
+    },
+    "PVERA": {
+        False: (
+            Row("pvera_lambda_d", "pvera_lambda_d", ("rank",)),
+            Row("pvera_lambda_b", "pvera_lambda_b", ("out",)),
+        ),
+    },
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),
@@ -171,6 +194,10 @@ SHARED: dict[str, tuple[Row, ...]] = {
     "VERA": (
         Row("vera_A", "base_model.vera_A", ("rank", "in")),
         Row("vera_B", "base_model.vera_B", ("out", "rank")),
+    ),
+    "PVERA": (
+        Row("pvera_A", "base_model.pvera_A", ("rank", "in")),
+        Row("pvera_B", "base_model.pvera_B", ("out", "rank")),
     ),
 }
 

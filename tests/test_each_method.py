@@ -434,6 +434,42 @@ def test_waveft_of_haar_is_an_isometry(dense):
             pj.WaveFTConfig(**options)
 
 
+def test_pvera_draws_about_its_means_in_training_alone(dense):
+    config = pj.PveraConfig(r=3, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter(dense, config)
+    x = jnp.broadcast_to(normal(3, 6), (4000, 6))
+    noisy, clean = (pj.adapt(layer)(one, x) for one in (pj.with_dropout(params, jax.random.key(1)), params))
+    leaf = params["dense"]["kernel"]
+    variance = np.exp((x[0] @ leaf.state["pvera_A"] * leaf.params["pvera_lambda_d"])[3:])
+    want = np.sqrt(variance @ np.square(leaf.state["pvera_B"] * leaf.params["pvera_lambda_b"][None]))
+    np.testing.assert_allclose(np.std(noisy, axis=0), want, rtol=0.06)  # five standard errors of 4000 draws
+    assert (np.abs(np.mean(noisy - clean, axis=0)) < 5 * want / 4000**0.5).all()
+    for options in ({"sample_at_inference": True}, {"generator_seed": 3}):
+        with pytest.raises(ValueError, match=f"PveraConfig\\({next(iter(options))}=.* is not supported yet"):
+            pj.PveraConfig(**options)
+
+
+def test_deft_of_a_basis_takes_its_directions_away_whole(dense):
+    config = pj.DeftConfig(r=3, decomposition_method="qr", para=True, target_modules=["dense"])
+    params = pj.apply_adapter(dense, config)
+    basis, _ = np.linalg.qr(params["dense"]["kernel"].params["deft_P"])
+    kernel, merged = dense["dense"]["kernel"], pj.merge(params)["dense"]["kernel"]
+    close(merged, kernel - kernel @ basis @ basis.T)
+    assert np.abs(merged @ basis).max() < 1e-5 < np.abs(kernel @ basis).max()
+
+
+def test_peanut_without_an_activation_is_a_factor_of_the_weight(dense):
+    config = pj.PeanutConfig(r=3, act_fn="linear", scaling=2.0, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter(dense, config)
+    first, last = params["dense"]["kernel"].params.values()
+    kernel = dense["dense"]["kernel"]
+    close(pj.merge(params)["dense"]["kernel"], kernel + 2 * kernel @ first @ last)
+    for options in ({"depth": 9}, {"act_fn": "prelu"}):
+        (field,) = options
+        with pytest.raises(ValueError, match=f"{field}=.* is not supported"):
+            pj.PeanutConfig(**options)
+
+
 @pytest.mark.parametrize("split", ["in", "out"])
 def test_delora_of_a_matrix_spread_over_devices(split):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -5,6 +5,7 @@ from peft_jax.methods.base import PeftConfig as PeftConfig
 from peft_jax.methods.beft import BeftConfig as BeftConfig
 from peft_jax.methods.boft import BOFTConfig as BOFTConfig
 from peft_jax.methods.c3a import C3AConfig as C3AConfig
+from peft_jax.methods.deft import DeftConfig as DeftConfig
 from peft_jax.methods.delora import DeloraConfig as DeloraConfig
 from peft_jax.methods.fourierft import FourierFTConfig as FourierFTConfig
 from peft_jax.methods.gralora import GraloraConfig as GraloraConfig
@@ -21,6 +22,8 @@ from peft_jax.methods.lora.nested_configs import LoftQConfig as LoftQConfig
 from peft_jax.methods.lora.nested_configs import LoraGAConfig as LoraGAConfig
 from peft_jax.methods.miss import MissConfig as MissConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig
+from peft_jax.methods.peanut import PeanutConfig as PeanutConfig
+from peft_jax.methods.pvera import PveraConfig as PveraConfig
 from peft_jax.methods.road import RoadConfig as RoadConfig
 from peft_jax.methods.shira import ShiraConfig as ShiraConfig
 from peft_jax.methods.task_type import TaskType as TaskType
