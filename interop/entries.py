@@ -185,7 +185,12 @@ def shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
     if not (isinstance(config, SharedArrays) and config.saves_shared):
         return []
     shapes = config.shared_shapes(sizes)
-    return [Entry(row.suffix, (), row.role, shapes[row.role], ((1,), (0,))) for row in SHARED[config.peft_type]]
+    return [shared_entry(config, row, shapes[row.role]) for row in SHARED[config.peft_type]]
+
+
+def shared_entry(config: SharedArrays, row: Row, shape: tuple[int, ...]) -> Entry:
+    """The tensor of an array of this shape that all layers share."""
+    return Entry(row.suffix, (), row.role, shape, _order(row, config.shared_axes[row.role]))
 
 
 def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:

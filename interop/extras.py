@@ -1,11 +1,20 @@
-"""Tensors in PEFT's files beside an adapter's own: bases of embeddings, biases of saved modules again."""
+"""Tensors in PEFT's files beside an adapter's own: bases of embeddings, biases and shared arrays again."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, TIED, TOKEN_SUFFIX
+from peft_jax.interop.formats import (
+    COPIED_IN_LAYERS,
+    EMBEDDING_MODULES,
+    PREFIX,
+    SHARED,
+    TIED,
+    TOKEN_SUFFIX,
+    Row,
+    tensor_key,
+)
 
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
@@ -94,10 +103,27 @@ def copied_biases(
 
 
 def without_copies(config: Method, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The tensors of a file without those of `copied_biases`."""
-    if config.bias != "all" or not config.modules_to_save:
+    """The tensors of a file without those of `copied_biases`, and of `copies_in_layers` that are equal to the whole."""
+    if config.bias == "all" and config.modules_to_save:
+        tensors = {key: tensor for key, tensor in tensors.items() if not re.search(COPIES, key)}
+    if config.peft_type not in COPIED_IN_LAYERS:
         return tensors
-    return {key: tensor for key, tensor in tensors.items() if not re.search(COPIES, key)}
+    wholes = {row.role: tensors.get(row.suffix) for row in SHARED[config.peft_type]}
+
+    def is_copy(key: str) -> bool:
+        whole = wholes.get(key.rpartition(".")[2])
+        return key.startswith(PREFIX) and whole is not None and np.array_equal(whole, tensors[key])
+
+    return {key: tensor for key, tensor in tensors.items() if not is_copy(key)}
+
+
+def copies_in_layers(config: Method, shared: Mapping[Row, np.ndarray], adapted: Iterable[str]) -> dict[str, np.ndarray]:
+    """Shared arrays once more for each of the ``adapted`` modules, for the methods that PEFT does so for."""
+    if config.peft_type not in COPIED_IN_LAYERS:
+        return {}
+    return {
+        tensor_key(config.peft_type, module, row.role): tensor for module in adapted for row, tensor in shared.items()
+    }
 
 
 def is_transposed(leaf: Leaf, config: Method) -> bool:

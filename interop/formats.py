@@ -117,6 +117,12 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
         ),
     },
     "WAVEFT": {False: (Row("waveft_spectrum", "waveft_spectrum", ("frequencies",)),)},
+    "RANDLORA": {
+        False: (
+            Row("randlora_lambda", "randlora_lambda", ("rank", "bases")),
+            Row("randlora_gamma", "randlora_gamma", ("bases", "least")),
+        ),
+    },
     "DEFT": {
         False: (
             Row("deft_P", "deft_P", ("out", "rank")),
@@ -188,8 +194,8 @@ TOKEN_SUFFIX = "token_adapter.trainable_tokens_delta"  # of tokens that are trai
 
 # The tensors of an adapted embedding under the name of the head that is tied to it, where they are turned.
 TIED = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}
-# Frozen arrays that all layers share: our name of a layer's part, the whole tensor's key, and its axes as above, where
-# a layer's part is the beginning of each.
+# Frozen arrays that all layers share: our name of a layer's part, the whole tensor's key, and its axes as above. Some
+# layer's part is the whole.
 SHARED: dict[str, tuple[Row, ...]] = {
     "VERA": (
         Row("vera_A", "base_model.vera_A", ("rank", "in")),
@@ -199,7 +205,12 @@ SHARED: dict[str, tuple[Row, ...]] = {
         Row("pvera_A", "base_model.pvera_A", ("rank", "in")),
         Row("pvera_B", "base_model.pvera_B", ("out", "rank")),
     ),
+    "RANDLORA": (
+        Row("randlora_A", "base_model.randlora_A", ("rank", ONE, "least")),
+        Row("randlora_B", "base_model.randlora_B", ("most", "bases", "rank")),
+    ),
 }
+COPIED_IN_LAYERS = ("RANDLORA",)  # methods whose shared arrays a file has once more for each layer, whole
 
 # Ends of the keys of tensors that are not trained.
 FIXED = tuple(f".{name}_{matrix}" for name in ("vera", "pvera", "randlora") for matrix in "AB") + (".delora_w_norm",)

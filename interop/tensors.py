@@ -6,11 +6,12 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from peft_jax.interop.embeddings import trained_copies, whole_embeddings, with_tables
-from peft_jax.interop.entries import Entry, entries_of, shared_entries
+from peft_jax.interop.entries import Entry, entries_of, shared_entries, shared_entry
 from peft_jax.interop.extras import (
     at_the_ends,
     base_tensors,
     copied_biases,
+    copies_in_layers,
     targets_embedding,
     tied_copies,
     without_copies,
@@ -103,9 +104,9 @@ def get_peft_model_state_dict(
             tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
         tensors |= whole_embeddings(params, config) | trained_copies(params, config, tensors)
-    saves_shared = isinstance(config, SharedArrays) and config.saves_shared
-    for row in SHARED.get(config.peft_type, ()) if saves_shared else ():
-        tensors[row.suffix] = _shared_tensor(row, nodes)
+    if isinstance(config, SharedArrays) and config.saves_shared:
+        shared = {row: _shared_tensor(config, row, nodes) for row in SHARED[config.peft_type]}
+        tensors |= copies_in_layers(config, shared, adapted) | {row.suffix: tensor for row, tensor in shared.items()}
     return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
 
 
@@ -373,12 +374,14 @@ def adapter_config(params: Any, adapter_name: str = "default") -> Method:
     return config
 
 
-def _shared_tensor(row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
+def _shared_tensor(config: SharedArrays, row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
     """A tensor for all layers, from the largest of the layers' parts."""
     found = [node for _, node in nodes if row.role in node.state]
-    largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-2:])))
+    rank = len(config.shared_axes[row.role])
+    largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-rank:])))
     part = np.asarray(largest.state[row.role][(0,) * len(largest.layout.stack)])
-    return np.ascontiguousarray(part.T.astype(largest.tag.dtypes.get(row.suffix, part.dtype)))
+    part = part.astype(largest.tag.dtypes.get(row.suffix, part.dtype))
+    return shared_entry(config, row, part.shape).to_file(part)
 
 
 def _is_left_out(node: Adapted) -> bool:

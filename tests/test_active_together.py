@@ -26,6 +26,7 @@ CONFIGS = {
     "DELORA": ("DeloraConfig", {"r": 3, "delora_lambda": 2}),
     "VERA": ("VeraConfig", {"r": 5}),
     "PVERA": ("PveraConfig", {"r": 5}),
+    "RANDLORA": ("RandLoraConfig", {"r": 3}),
     "PEANUT": ("PeanutConfig", {"r": 3, "depth": 1}),
     "DEFT": ("DeftConfig", {"r": 3, "alpha": 5}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),

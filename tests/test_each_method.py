@@ -470,6 +470,16 @@ def test_peanut_without_an_activation_is_a_factor_of_the_weight(dense):
             pj.PeanutConfig(**options)
 
 
+@pytest.mark.parametrize("sizes", [(6, 9), (9, 6)])
+def test_randlora_has_full_rank_and_its_matrices_are_frozen(sizes):
+    tree = {"dense": {"kernel": normal(0, *sizes)}}
+    config = pj.RandLoraConfig(r=2, init_weights=False, target_modules=["dense"])
+    leaf = pj.apply_adapter(tree, config)["dense"]["kernel"]
+    change = leaf.dense() - tree["dense"]["kernel"]
+    assert np.linalg.matrix_rank(change, tol=1e-3) == min(sizes) > config.r
+    assert set(leaf.params) == {"randlora_lambda", "randlora_gamma"}
+
+
 @pytest.mark.parametrize("split", ["in", "out"])
 def test_delora_of_a_matrix_spread_over_devices(split):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))

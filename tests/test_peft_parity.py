@@ -26,6 +26,7 @@ ROWS = llama_adapters()
 SUFFIXES = {"weight", "bias", "base_layer.bias", formats.TOKEN_SUFFIX} | {
     row.suffix for tables in formats.ROWS.values() for table in tables.values() for row in table
 }
+SUFFIXES |= {row.role for name in formats.COPIED_IN_LAYERS for row in formats.SHARED[name]}
 IN_THE_BASE = ("pissa", "olora")  # starts that take a part out of the base
 FAMILIES = ["llama", "qwen2"]  # untied with biases everywhere; tied with biases on q, k and v
 # The methods whose rows meet ties and biases on both; the others see nothing of either family's own.

@@ -62,6 +62,8 @@ class PveraConfig(TargetFields, LayerFields, SharedArrays, FactoredChange):
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {INNER: ("rank",), OUTER: ("out",)}
     bias_only: ClassVar[str] = "pvera_lambda_only"
 
+    shared_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {FIRST: ("in", "rank"), SECOND: ("rank", "out")}
+
     r: int = 256
     projection_prng_key: int = 0
     save_projection: bool = True

@@ -1,7 +1,8 @@
 """Base class of methods with frozen arrays that all layers share, such as VeRA's random matrices."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 
@@ -10,7 +11,12 @@ class SharedArrays:
     """The part of a method that is one set of frozen arrays for all layers; a leaf has its part of them in its state.
 
     `peft_jax.adapters.build` hands the parts out, and a file has the whole arrays once (`SHARED` of the formats).
+
+    Attributes:
+        shared_axes: Their axes, by role.
     """
+
+    shared_axes: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     def shared_shapes(self, sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
         """Shapes of the arrays, given the sizes of the matrices of all layers."""

@@ -20,9 +20,20 @@ def kaiming_uniform(generator: np.random.RandomState, shape: tuple[int, int]) ->
 
     Of 32 random bits it takes the lower 24; the product and the sum are rounded once, as by a fused instruction.
     """
-    bound = np.float32(math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1])))
-    bits = generator.randint(0, 2**32, size=shape, dtype=np.uint32) % 2**24
-    return (bits * 2.0**-24 * np.float64(bound + bound) - np.float64(bound)).astype(np.float32)
+    return uniform_within(generator, shape, math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1])))
+
+
+def uniform_within(
+    generator: np.random.RandomState, shape: tuple[int, ...], bound: float
+) -> Float[np.ndarray, "*shape"]:
+    """The numbers of ``uniform_(-bound, bound)``."""
+    limit = np.float32(bound)
+    return (uniform(generator, shape) * np.float64(limit + limit) - np.float64(limit)).astype(np.float32)
+
+
+def uniform(generator: np.random.RandomState, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
+    """The numbers of ``torch.rand``, float64 and exact."""
+    return generator.randint(0, 2**32, size=shape, dtype=np.uint32) % 2**24 * 2.0**-24
 
 
 @functools.lru_cache(maxsize=64)

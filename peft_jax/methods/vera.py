@@ -57,6 +57,8 @@ class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
     learning_rate: ClassVar[float] = 4e-3
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"vera_lambda_d": ("rank",), "vera_lambda_b": ("out",)}
 
+    shared_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"vera_A": ("in", "rank"), "vera_B": ("rank", "out")}
+
     r: int = 256
     projection_prng_key: int = 0
     save_projection: bool = True
