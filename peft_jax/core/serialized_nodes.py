@@ -17,6 +17,8 @@ import numpy as np
 from flax import serialization
 from jax import export
 
+from peft_jax.core.strict_json import parse_json
+
 PACKAGE = "peft_jax."
 Node = TypeVar("Node")
 KIND = "kind"  # the key of a JSON object that says what it is
@@ -46,7 +48,7 @@ def register_node(cls: type[Node], data_fields: Sequence[str], meta_fields: Sequ
         cls,
         serialized_name=f"{cls.__module__}.{cls.__qualname__}",
         serialize_auxdata=lambda fields: json.dumps(_plain(fields)).encode(),
-        deserialize_auxdata=lambda data: _value(json.loads(data)),
+        deserialize_auxdata=lambda data: _value(parse_json(bytes(data).decode())),
     )
     return cls
 

@@ -31,7 +31,11 @@ def keep_programs(options: CompilationOptions) -> None:
     if options.no_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if not named and (jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache):
+    has_one, is_off = (
+        jax.config.values["jax_compilation_cache_dir"],
+        not jax.config.values["jax_enable_compilation_cache"],
+    )
+    if not named and (has_one or is_off):
         return
     folder = named or default_folder()
     try:
