@@ -100,9 +100,9 @@ def test_help_is_in_named_groups(capsys: pytest.CaptureFixture[str]) -> None:
     def titles(command: str) -> list[str]:
         return re.findall(r"^(\w+):$", page(capsys, command, "--help"), flags=re.MULTILINE)
 
-    assert titles("finetune") == ["Model", "Adapter", "Data", "Training", "Devices", "Output", "Help"]
-    assert titles("generate") == ["Prompts", "Model", "Decoding", "Output", "Help"]
-    assert titles("eval") == ["Model", "Evaluation", "Help"]
+    assert titles("finetune") == ["Model", "Adapter", "Data", "Training", "Devices", "Compilation", "Output", "Help"]
+    assert titles("generate") == ["Prompts", "Model", "Decoding", "Compilation", "Output", "Help"]
+    assert titles("eval") == ["Model", "Compilation", "Evaluation", "Help"]
 
 
 def test_help_names_defaults_and_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

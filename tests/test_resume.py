@@ -212,7 +212,7 @@ def _with_short_metrics(folder: Path) -> None:
 def _with_a_damaged_note(folder: Path) -> None:
     (folder / "out" / "checkpoints" / "4" / "files.json").unlink()
     file = folder / "out" / "checkpoints" / "4" / "notes" / "metadata"
-    file.write_text(re.sub(r'"metrics_bytes": (\d)', '"metrics_bytes": 7', file.read_text()))
+    file.write_text(re.sub(r'"metrics_bytes": (\d)', r'"metrics_bytes": 1\1', file.read_text()))
 
 
 def _with_other_metrics(folder: Path) -> None:

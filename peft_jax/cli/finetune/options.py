@@ -42,8 +42,8 @@ class ModelOptions:
     of texts (and numbers, and several classes) or of their words, or spans that answer questions, with a fresh head
     where the checkpoint has none; by default what the adapter or the checkpoint is for."""
     problem_type: Annotated[ProblemType | None, PROBLEM] = None
-    """Kind of the labels of SEQ_CLS, as transformers names it; by default what the checkpoint says, else what the data
-    has: decimal numbers are a regression's, lists several classes of a text."""
+    """Kind of the labels of SEQ_CLS: single_label_classification, multi_label_classification or regression; by default
+    what the checkpoint says, else what the data has: decimal numbers are a regression's, lists several classes."""
     load_in_8bit: Annotated[bool, INT8] = False
     """Keep the frozen weights in int8."""
     load_in_4bit: Annotated[bool, INT4] = False

@@ -20,7 +20,7 @@ DATA = Option(aliases=("--data-path", "--dataset", "--dataset-name"), metavar="D
 TEMPLATE = Option(aliases=("--prompt-template-name",), metavar="NAME")
 CUTOFF = Option(aliases=("--max-length", "--max-seq-length", "--sequence-len"))
 TASK = Option(aliases=("--task-type",))
-PROBLEM = Option()
+PROBLEM = Option(metavar="KIND")
 OUTPUT = Option(aliases=("--output-dir",))
 
 
