@@ -106,15 +106,20 @@ def without_copies(config: Method, tensors: Mapping[str, np.ndarray]) -> Mapping
     """The tensors of a file without those of `copied_biases`, and of `copies_in_layers` that are equal to the whole."""
     if config.bias == "all" and config.modules_to_save:
         tensors = {key: tensor for key, tensor in tensors.items() if not re.search(COPIES, key)}
-    if config.peft_type not in COPIED_IN_LAYERS:
-        return tensors
-    wholes = {row.role: tensors.get(row.suffix) for row in SHARED[config.peft_type]}
 
     def is_copy(key: str) -> bool:
-        whole = wholes.get(key.rpartition(".")[2])
-        return key.startswith(PREFIX) and whole is not None and np.array_equal(whole, tensors[key])
+        whole = copied_whole(config, key)
+        return whole in tensors and np.array_equal(tensors[whole], tensors[key])
 
     return {key: tensor for key, tensor in tensors.items() if not is_copy(key)}
+
+
+def copied_whole(config: Method, key: str) -> str:
+    """The key of the shared array that a key in a layer is a copy of; empty for other keys."""
+    if config.peft_type not in COPIED_IN_LAYERS or not key.startswith(PREFIX):
+        return ""
+    wholes = {row.role: row.suffix for row in SHARED[config.peft_type]}
+    return wholes.get(key.rpartition(".")[2], "")
 
 
 def copies_in_layers(config: Method, shared: Mapping[Row, np.ndarray], adapted: Iterable[str]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from peft_jax.interop.extras import (
     at_the_ends,
     base_tensors,
     copied_biases,
+    copied_whole,
     copies_in_layers,
     targets_embedding,
     tied_copies,
@@ -277,12 +278,17 @@ def _misfits(file_plan: FilePlan, tensors: Tensors) -> list[list[str]]:
     if not any(target.role in (None, Whole(REPLACED)) for target in file_plan.targets):
         general.append("its config names no module of this base to adapt")
     missing = [f"{key} is missing" for key in sorted(shapes.keys() - tensors.keys())]
-    surplus = []
+    surplus, unlike = [], []
     for key in sorted(tensors.keys() - shapes.keys()):
+        whole = copied_whole(file_plan.config, key)
+        if whole in tensors and tensors[whole].shape != tensors[key].shape:
+            unlike.append(f"{key} has shape {tensors[key].shape}, not {tensors[whole].shape}")
+            continue
         elsewhere = key.startswith(PREFIX) and not _is_inside(key, file_plan.modules)
         reason = "this base has no such module" if elsewhere else "the config does not ask for it"
+        if whole in tensors:
+            reason = f"it is not equal to {whole}, of which each layer has a copy"
         surplus.append(f"{key} is left over ({reason})")
-    unlike = []
     for key, shape in shapes.items():
         if key in tensors and tensors[key].shape != shape:
             empty = EMPTY if tensors[key].size == 0 else ""
