@@ -475,7 +475,9 @@ def test_randlora_has_full_rank_and_its_matrices_are_frozen(sizes):
     tree = {"dense": {"kernel": normal(0, *sizes)}}
     config = pj.RandLoraConfig(r=2, init_weights=False, target_modules=["dense"])
     leaf = pj.apply_adapter(tree, config)["dense"]["kernel"]
-    change = leaf.dense() - tree["dense"]["kernel"]
+    assert np.linalg.matrix_rank(leaf.dense() - tree["dense"]["kernel"], tol=1e-3) == config.r, "scales start alike"
+    learned = {role: normal(seed, *array.shape) for seed, (role, array) in enumerate(leaf.params.items())}
+    change = dataclasses.replace(leaf, params=learned).dense() - tree["dense"]["kernel"]
     assert np.linalg.matrix_rank(change, tol=1e-3) == min(sizes) > config.r
     assert set(leaf.params) == {"randlora_lambda", "randlora_gamma"}
 
