@@ -438,12 +438,15 @@ def test_pvera_draws_about_its_means_in_training_alone(dense):
     config = pj.PveraConfig(r=3, init_weights=False, target_modules=["dense"])
     params = pj.apply_adapter(dense, config)
     x = jnp.broadcast_to(normal(3, 6), (4000, 6))
-    noisy, clean = (pj.adapt(layer)(one, x) for one in (pj.with_dropout(params, jax.random.key(1)), params))
+    noisy_params = pj.with_dropout(params, jax.random.key(1))
+    noisy, clean = pj.adapt(layer)(noisy_params, x), pj.adapt(layer)(params, x)
     leaf = params["dense"]["kernel"]
     variance = np.exp((x[0] @ leaf.state["pvera_A"] * leaf.params["pvera_lambda_d"])[3:])
     want = np.sqrt(variance @ np.square(leaf.state["pvera_B"] * leaf.params["pvera_lambda_b"][None]))
     np.testing.assert_allclose(np.std(noisy, axis=0), want, rtol=0.06)  # five standard errors of 4000 draws
     assert (np.abs(np.mean(noisy - clean, axis=0)) < 5 * want / 4000**0.5).all()
+    with pytest.raises(ValueError, match="is not linear in what it is multiplied with, as PVERA"):
+        pj.adapt(lambda params: x @ params["dense"]["kernel"] @ params["dense"]["kernel"].T)(noisy_params)
     for options in ({"sample_at_inference": True}, {"generator_seed": 3}):
         with pytest.raises(ValueError, match=f"PveraConfig\\({next(iter(options))}=.* is not supported yet"):
             pj.PveraConfig(**options)

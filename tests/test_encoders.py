@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
+from peft_jax.models.gemma.config import GemmaConfig
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.registry import BY_MODEL_TYPE, family_of, read_architecture
 
@@ -286,8 +287,8 @@ def test_int8_and_remat(pair):
         (lambda: BertConfig(hidden_size=30), "hidden_size=30 is not a multiple of num_attention_heads=12"),
         (lambda: RobertaConfig(pad_token_id=None), "pad_token_id=None is not supported"),
         (
-            lambda: pj.AutoModelForQuestionAnswering.from_config(pj.models.LlamaConfig()),
-            "A llama model for QUESTION_ANS is not supported. Supported: CAUSAL_LM, SEQ_CLS",
+            lambda: pj.AutoModelForQuestionAnswering.from_config(GemmaConfig()),
+            "A gemma model for QUESTION_ANS is not supported. Supported: CAUSAL_LM, SEQ_CLS",
         ),
         (lambda: pj.AutoModelForCausalLM.from_config(BertConfig()), "A bert model for CAUSAL_LM is not supported"),
     ],

@@ -526,7 +526,13 @@ def _product(x: jax.Array, weight: Weight, product: Product, transpose: bool) ->
     x = varying_over(x, frozenset().union(*map(varying, jax.tree.leaves(as_leaf(weight)))))
     n_in, _ = weight.layout.sizes(weight.shape)
     probe = jax.typeof(x).update(shape=(*x.shape[:-1], n_in), weak_type=False)
-    (y,) = jax.linear_transpose(lambda probe: weight.apply(probe, product), probe)(x)
+    try:
+        (y,) = jax.linear_transpose(lambda probe: weight.apply(probe, product), probe)(x)
+    except NotImplementedError as error:
+        raise ValueError(
+            "A weight is multiplied by its transpose too, as that of a tied head is, and in training one of its "
+            "adapters is not linear in what it is multiplied with, as PVERA. Leave that module out of target_modules."
+        ) from error
     return y
 
 

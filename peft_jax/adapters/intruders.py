@@ -48,8 +48,8 @@ def reduce_intruder_dimension(
 
     Example:
         >>> import peft_jax as pj
-        >>> config = pj.LoraConfig(r=1, lora_alpha=20, init_lora_weights=False, target_modules=["q"])
-        >>> params = pj.apply_lora({"q": {"kernel": jnp.diag(jnp.arange(1.0, 9.0))}}, config)
+        >>> config = pj.LoraConfig(r=1, lora_alpha=99, init_lora_weights=False, target_modules=["q"])
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.diag(jnp.arange(1.0, 65.0))}}, config)
         >>> params = reduce_intruder_dimension(params)
         q: Intruders: 1
         Enabling new adapter intruder_reduced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import MappingProxyType
+from typing import Any
 
 from peft_jax.models.decoder_config import tasks_of
 from peft_jax.models.mixture_config import MixtureConfig
@@ -34,3 +35,9 @@ class MixtralConfig(MixtureConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     rms_norm_eps: float = 1e-5
+
+    def written(self) -> dict[str, Any]:
+        """As the base class, without the usual head_dim, which transformers leaves out."""
+        written = super().written()
+        usual = self.hidden_size // self.num_attention_heads
+        return {**written, "head_dim": None if self.head_dim == usual else self.head_dim}
