@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from peft_jax.interop.files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -28,6 +29,7 @@ from peft_jax.interop.packed_codes import Codes, Kept, Packed, kept_weight
 
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.hub import HubOptions, find_folder
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import is_weight
 
 __all__ = ["Row", "find_checkpoint", "load_params", "open_tensors", "read_config", "save_checkpoint"]
@@ -209,7 +211,7 @@ def _load_kept(row: Row, tensors: Mapping[str, Any], kept: Kept) -> Any:
 
 
 @partial(jax.jit, static_argnames="kept", donate_argnums=0)
-def _fill_kept(buffers: Any, codes: Codes, layer: int, kept: Kept) -> tuple[Any, jax.Array]:
+def _fill_kept(buffers: PyTree, codes: Codes, layer: int, kept: Kept) -> tuple[Any, jax.Array]:
     """The buffers with the weight of a tensor in its place, and whether its values are finite."""
     weight = kept_weight(codes, kept)
     finite = jnp.all(jnp.isfinite(weight.dense()))
@@ -219,7 +221,7 @@ def _fill_kept(buffers: Any, codes: Codes, layer: int, kept: Kept) -> tuple[Any,
     return jax.tree.map(lambda buffer, part: put(buffer, part[0]), buffers, weight), finite
 
 
-def _why_not_finite(key: str, tensor: np.ndarray, dtype: Any) -> str:
+def _why_not_finite(key: str, tensor: np.ndarray, dtype: DTypeLike) -> str:
     is_finite = np.isfinite(tensor.astype(np.float32))
     if is_finite.all():
         return f"The checkpoint's tensor '{key}' has values beyond {dtype}. Read it with dtype='bfloat16' or 'float32'."
@@ -236,7 +238,9 @@ def _leaf(piece: jax.Array, row: Row, convert: Convert) -> Any:
 
 
 @partial(jax.jit, static_argnames=("row", "convert"), donate_argnums=0)
-def _fill(buffers: Any, piece: jax.Array, layer: int, place: int, row: Row, convert: Convert) -> tuple[Any, jax.Array]:
+def _fill(
+    buffers: PyTree, piece: jax.Array, layer: int, place: int, row: Row, convert: Convert
+) -> tuple[Any, jax.Array]:
     """The buffers with a piece in its place, and whether what it was converted to is finite.
 
     The place of a matrix's piece is a column of our leaf, that of experts their first number.

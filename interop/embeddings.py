@@ -14,6 +14,7 @@ from peft_jax.core.adapted import adapters, is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.paths import TORCH_NAMES
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.targets import is_target, saved_owner
 from peft_jax.core.weight import is_weight
 from peft_jax.methods.base import Method
@@ -34,7 +35,7 @@ class Tables(NamedTuple):
         problems: Why a table does not fit this base.
     """
 
-    params: Any
+    params: PyTree
     tensors: Tensors
     modules: frozenset[str]
     problems: list[str]
@@ -50,7 +51,7 @@ class Place(NamedTuple):
     end: str
 
 
-def whole_embeddings(params: Any, config: Method, layout: Layouts | None = None) -> dict[str, np.ndarray]:
+def whole_embeddings(params: PyTree, config: Method, layout: Layouts | None = None) -> dict[str, np.ndarray]:
     """The input embedding and the output head under PEFT's keys, as ``save_embedding_layers=True`` writes them.
 
     A head that is tied to the embedding is there too, and so is the trained copy of a module that is trained whole.
@@ -68,7 +69,7 @@ def whole_embeddings(params: Any, config: Method, layout: Layouts | None = None)
     return tensors
 
 
-def trained_copies(params: Any, config: Method, tensors: Tensors) -> dict[str, np.ndarray]:
+def trained_copies(params: PyTree, config: Method, tensors: Tensors) -> dict[str, np.ndarray]:
     """The embedding and the head that are trained whole, once more under the names of PEFT's wrapper."""
     copies = {}
     for place in _places(params, config, None):
@@ -79,7 +80,7 @@ def trained_copies(params: Any, config: Method, tensors: Tensors) -> dict[str, n
 
 
 def with_tables(
-    params: Any, config: Method, tensors: Tensors, layout: Layouts | None = None, *, values: bool = True
+    params: PyTree, config: Method, tensors: Tensors, layout: Layouts | None = None, *, values: bool = True
 ) -> Tables:
     """The base with the embedding and the head of a file, where it has them; PEFT reads them in the same way.
 
@@ -133,7 +134,7 @@ def with_tables(
     return Tables(changed if nodes else params, rest, frozenset(modules), problems)
 
 
-def _places(params: Any, config: Method, layout: Layouts | None) -> Iterator[Place]:
+def _places(params: PyTree, config: Method, layout: Layouts | None) -> Iterator[Place]:
     """The tensors of the input embedding and the output head."""
     tree = params.params if isinstance(params, Handle) else params
     layouts = {**params.layouts(), **(layout or {})} if isinstance(params, Handle) else layout
@@ -146,7 +147,7 @@ def _places(params: Any, config: Method, layout: Layouts | None) -> Iterator[Pla
                 yield Place(position, leaf, index, name, end)
 
 
-def _names(params: Any, module: str) -> set[str]:
+def _names(params: PyTree, module: str) -> set[str]:
     """Which of the input embedding and the output head have the leaf of a module."""
     if not isinstance(params, Handle):
         return {module} if module.rsplit(".", 1)[-1] in EMBEDDING_MODULES else set()
@@ -163,7 +164,7 @@ def _plain_key(config: Method, place: Place) -> str:
     return f"{_prefix(config)}{place.module}.{place.end}"
 
 
-def _holders(params: Any, config: Method, module: str) -> set[str]:
+def _holders(params: PyTree, config: Method, module: str) -> set[str]:
     """The paths under which PEFT has the base of a module, given an adapter on it and those that are there already."""
     tree = params.params if isinstance(params, Handle) else params
     found = set()
@@ -177,7 +178,7 @@ def _holders(params: Any, config: Method, module: str) -> set[str]:
     return found or {module}
 
 
-def _has_tokens(params: Any, config: Method, module: str) -> bool:
+def _has_tokens(params: PyTree, config: Method, module: str) -> bool:
     """Whether PEFT trains tokens of a module, or of the embedding that it is tied to, and adapts it in no other way."""
     if not isinstance(params, Handle):
         return module in tokens_by_module(config.trainable_token_indices, [module], EMBEDDING_MODULES[0], strict=False)
@@ -187,7 +188,7 @@ def _has_tokens(params: Any, config: Method, module: str) -> bool:
     return module in tokens or is_tied and not is_target(config, module)
 
 
-def _keys(params: Any, config: Method, place: Place) -> dict[str, bool]:
+def _keys(params: PyTree, config: Method, place: Place) -> dict[str, bool]:
     """The keys that a file may have for a tensor of the base, and whether PEFT reads what is there.
 
     Where modules share a leaf, what is put into one is put into all of them.
@@ -203,7 +204,7 @@ def _keys(params: Any, config: Method, place: Place) -> dict[str, bool]:
     return {_prefix(config) + name: is_tied or name in used for name in known}
 
 
-def _without_trained(params: Any, config: Method, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _without_trained(params: PyTree, config: Method, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors without those of `trained_copies`, as far as they are copies."""
     rest = dict(tensors)
     for key, tensor in tensors.items():

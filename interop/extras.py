@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 from peft_jax.interop.formats import (
@@ -19,6 +18,7 @@ from peft_jax.interop.formats import (
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.targets import names_module, saved_owner
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
@@ -27,7 +27,7 @@ from peft_jax.methods.trainable_tokens import tokens_by_module, trains_tokens
 COPIES = r"\.(original_module|modules_to_save)\.(.*\.)?bias"
 
 
-def at_the_ends(params: Any, adapted: set[str]) -> set[str]:
+def at_the_ends(params: PyTree, adapted: set[str]) -> set[str]:
     """Those of the adapted modules that are a model's input embedding and output head; names tell for a bare tree.
 
     Where the stacks of a model share an embedding, their own names of it are neither for PEFT.

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from peft_jax.interop.packed_codes import Codes, Form, Packed, integer_codes, integer_form
 
 from peft_jax.core.gguf_metadata import GGUFFile
@@ -127,7 +128,7 @@ class GGUFTensor(Packed):
         values = values.T if self.is_transposed else values
         return values if dtype is None else values.astype(dtype)
 
-    def astype(self, dtype: Any) -> np.ndarray:
+    def astype(self, dtype: DTypeLike) -> np.ndarray:
         """Its values in an element type."""
         return np.asarray(self, dtype)
 

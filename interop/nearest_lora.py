@@ -20,6 +20,7 @@ from peft_jax.core.adapted import Adapted, changed_layers, merged_matrix, nested
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import find_leaves
 from peft_jax.core.merge import unload
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Dense, as_leaf, as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
@@ -52,7 +53,7 @@ class Layer(NamedTuple):
 class NearestLora(NamedTuple):
     """A tree or handle with the LoRA alone, named ``default``; its config; its relative error by module."""
 
-    params: Any
+    params: PyTree
     config: LoraConfig
     errors: dict[str, float]
 

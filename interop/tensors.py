@@ -33,6 +33,7 @@ from peft_jax.core.adapted import Adapted, adapters, changed_layers, check_adapt
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
@@ -54,7 +55,7 @@ ORDERED = (
 
 
 def get_peft_model_state_dict(
-    params: Any, adapter_name: str = "default", *, save_embedding_layers: bool | Literal["auto"] = "auto"
+    params: PyTree, adapter_name: str = "default", *, save_embedding_layers: bool | Literal["auto"] = "auto"
 ) -> dict[str, np.ndarray]:
     """The tensors of an adapter under PEFT's keys.
 
@@ -112,7 +113,7 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    params: Any,
+    params: PyTree,
     config: Method,
     tensors: Tensors,
     *,
@@ -157,7 +158,7 @@ def set_peft_model_state_dict(
     return _built(file_plan, tensors, adapter_name)
 
 
-def misfits(params: Any, config: Method, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def misfits(params: PyTree, config: Method, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Why `set_peft_model_state_dict` would refuse tensors of these shapes, by their keys; empty if it would not.
 
     The values of the base and of the tensors are not looked at, so ``params`` may be traced.
@@ -190,7 +191,7 @@ class FilePlan(NamedTuple):
     the order of ``targets``; ``common`` are those that all layers share. ``problems`` are those of the base's tensors.
     """
 
-    params: Any
+    params: PyTree
     config: Method
     modules: set[str]
     brought: frozenset[str]
@@ -201,7 +202,7 @@ class FilePlan(NamedTuple):
 
 
 def _planned(
-    params: Any,
+    params: PyTree,
     config: Method,
     tensors: Tensors,
     layout: Layouts | None,
@@ -367,7 +368,7 @@ def _zeros(target: Target, entries: list[Entry], tensors: Tensors) -> dict[str, 
     return arrays
 
 
-def adapter_config(params: Any, adapter_name: str = "default") -> Method:
+def adapter_config(params: PyTree, adapter_name: str = "default") -> Method:
     """The config of an adapter.
 
     Raises:

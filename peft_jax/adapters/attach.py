@@ -25,6 +25,7 @@ from peft_jax.adapters.target_parameters import parameters_of, with_parameters
 from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.targets import check_targets, is_saved_module, is_target
 from peft_jax.core.weight import Weight, is_weight
 from peft_jax.methods.base import Method
@@ -40,7 +41,7 @@ LEFT_OUT = (
 
 
 def apply_lora(
-    params: Any,
+    params: PyTree,
     config: LoraConfig,
     *,
     key: jax.Array | None = None,
@@ -62,7 +63,7 @@ def apply_lora(
 
 
 def apply_adapter(
-    params: Any,
+    params: PyTree,
     config: Method,
     *,
     key: jax.Array | None = None,
@@ -78,7 +79,7 @@ def apply_adapter(
     a target changes no other adapter.
 
     Args:
-        params: Any pytree of arrays, or a model handle; quantized and adapted leaves are weights like others.
+        params: PyTree pytree of arrays, or a model handle; quantized and adapted leaves are weights like others.
         config: What to attach, where, and how it starts.
         key: A JAX random key; None means ``jax.random.key(0)``.
         adapter_name: Name of the adapter, new to the tree.
@@ -143,7 +144,7 @@ def _refuse_complex(found: Sequence[Leaf]) -> None:
 
 
 def _attached(
-    params: Any,
+    params: PyTree,
     config: Method,
     key: jax.Array | None,
     adapter_name: str,

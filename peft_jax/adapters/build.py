@@ -10,6 +10,7 @@ from peft_jax.adapters.plan import Target, following_modules, matrix_sizes
 from peft_jax.core.adapted import Adapted, Tag, tied
 from peft_jax.core.leaves import replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight, as_leaf, as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.roles import BiasRule
@@ -36,7 +37,7 @@ ContentsOf = Callable[[Target], Contents]
 
 
 def build(
-    tree: Any,
+    tree: PyTree,
     adapter_name: str,
     config: Method,
     targets: Sequence[Target],

@@ -27,6 +27,7 @@ from peft_jax.core.adapted import Adapted, Tag, adapted_leaves, adapters, map_ad
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.base import Method
@@ -64,7 +65,7 @@ def apply_lora_from_data(
     the base as it was.
 
     Args:
-        params: Any pytree of arrays, or a model handle.
+        params: PyTree pytree of arrays, or a model handle.
         config: What to attach, with its ``eva_config``, ``corda_config`` or ``lora_ga_config``.
         batches: What to run; for a handle dictionaries of its arguments.
         fn: The function that uses the leaves, as ``fn(params, batch)``, which need not know of adapters. For
@@ -106,7 +107,7 @@ def apply_lora_from_data(
     reads = fn if not isinstance(params, Handle) else None
     args = () if reads is None else (batches[0],)
 
-    def attach(params: Any, config: LoraConfig) -> Any:
+    def attach(params: PyTree, config: LoraConfig) -> Any:
         return apply_adapter(params, config, key=key, adapter_name=adapter_name, layout=layout, fn=reads, args=args)
 
     plain = config.replace(init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None)
@@ -135,13 +136,13 @@ def starts_from_data(config: Method) -> TypeGuard[LoraConfig]:
     return isinstance(config, LoraConfig) and config.initializer.needs == "data"
 
 
-def _outputs(run: Callable[[Any, Any], Any], tree: Any, batch: Any) -> jax.Array:
+def _outputs(run: Callable[[Any, Any], Any], tree: PyTree, batch: Any) -> jax.Array:
     """A number that all of a function's results have a part in."""
     leaves = [leaf for leaf in jax.tree.leaves(run(tree, batch)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves), jnp.float32(0))
 
 
-def _loss(run: Callable[[Any, Any], Any], tree: Any, batch: Any) -> jax.Array:
+def _loss(run: Callable[[Any, Any], Any], tree: PyTree, batch: Any) -> jax.Array:
     result = run(tree, batch)
     loss: Any = getattr(result, "loss", result)
     if getattr(loss, "shape", None) != ():
@@ -157,7 +158,7 @@ def _targets(adapted: Any, adapter_name: str) -> dict[str, Adapted]:
     return found
 
 
-def _matrices(tree: Any, adapter_name: str, *, lookup: bool) -> Iterator[tuple[str, Adapted]]:
+def _matrices(tree: PyTree, adapter_name: str, *, lookup: bool) -> Iterator[tuple[str, Adapted]]:
     for path, leaf in adapted_leaves(tree):
         if leaf.tag.name == adapter_name and leaf.tag.role is None and leaf.layout.lookup == lookup:
             yield path, leaf
@@ -303,7 +304,7 @@ def _eva(
     return ranked, {name: search.start(name, options.whiten) for name in moments}
 
 
-def _lookups(tree: Any, adapter_name: str) -> list[str]:
+def _lookups(tree: PyTree, adapter_name: str) -> list[str]:
     """Names of the adapted embeddings."""
     layers = [layers_of(path, leaf) for path, leaf in _matrices(tree, adapter_name, lookup=True)]
     return [str(name) for names, hit in layers for name in names[hit].flat]

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.pytree import PyTree
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ class ReadsInputIds(Protocol):
         """
 
 
-def reads_input_ids(params: Any) -> bool:
+def reads_input_ids(params: PyTree) -> bool:
     """Whether a tree or model handle has an active adapter that depends on the token ids of its inputs."""
     return any(leaf.active and _reader(leaf) is not None for _, leaf in adapted_leaves(params))
 
@@ -47,7 +48,7 @@ def with_input_ids(params: T, input_ids: Ids, segment_ids: Ids | None = None) ->
     """The tree, or handle, whose adapters that depend on token ids have those of these sequences.
 
     Args:
-        params: Any tree or model handle.
+        params: PyTree tree or model handle.
         input_ids: Token ids ``(batch, length)``.
         segment_ids: The number of each token's text ``(batch, length)``, where a row holds several.
     """
@@ -73,7 +74,7 @@ def with_invocations(params: T, input_ids: Ids, segment_ids: Ids | None = None) 
     row without invocation it counts nowhere.
 
     Args:
-        params: Any tree or model handle.
+        params: PyTree tree or model handle.
         input_ids: Token ids ``(batch, length)``.
         segment_ids: The number of each token's text ``(batch, length)``, where a row holds several texts: then an
             adapter counts from the last invocation of each text on.

@@ -16,6 +16,7 @@ from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves, replace_leaves
 from peft_jax.core.merge import set_adapter
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.lora.config import LoraConfig
 
@@ -73,7 +74,7 @@ def reduce_intruder_dimension(
     return peft_model.replace(tree) if isinstance(peft_model, Handle) else tree
 
 
-def _check(tree: Any, old_adapter_name: str, new_adapter_name: str) -> None:
+def _check(tree: PyTree, old_adapter_name: str, new_adapter_name: str) -> None:
     """Raise ValueError unless there is such a LoRA, and no adapter of the new name."""
     known = adapters(tree)
     config = known.get(old_adapter_name)

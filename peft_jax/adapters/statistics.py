@@ -17,6 +17,7 @@ from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.paths import leaf_names
 from peft_jax.core.product import Product
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight
 from peft_jax.methods.roles import Role
 
@@ -41,11 +42,11 @@ class Inputs(Role):
         """Shape of the sum of one layer."""
         return n_in + 1, n_in + 1
 
-    def merge(self, params: Any, state: Any, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: PyTree, state: Any, matrix: jax.Array) -> jax.Array:
         """The matrix as it is."""
         return matrix
 
-    def apply(self, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(self, params: PyTree, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """The product with the base, and a note of its inputs."""
         y = base.apply(x, product)
         if type(product) is not Product:
@@ -75,7 +76,7 @@ class Gradients(Role):
         """Shape of the sum of one layer."""
         return n_in, n_out
 
-    def merge(self, params: Any, state: Any, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: PyTree, state: Any, matrix: jax.Array) -> jax.Array:
         """The matrix plus zeros."""
         return matrix + params["sum"].astype(matrix.dtype)
 
@@ -115,13 +116,13 @@ def observing(adapted: Any, adapter_name: str, role: Inputs | Gradients) -> Any:
     return map_adapted(put, adapted)
 
 
-def observer(tree: Any, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], dict[str, jax.Array]]:
+def observer(tree: PyTree, scalar: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], dict[str, jax.Array]]:
     """A compiled function of a batch and a mask (or None): the sums of each leaf, by its path, stacked axes first."""
     trainable, frozen = partition(tree)
 
     @jax.jit
-    def sums(trainable: Any, frozen: Any, batch: Any, mask: Any) -> Any:
-        def run(trainable: Any) -> jax.Array:
+    def sums(trainable: PyTree, frozen: PyTree, batch: Any, mask: Any) -> Any:
+        def run(trainable: PyTree) -> jax.Array:
             return scalar(map_adapted(_masked(mask), combine(trainable, frozen)), batch)
 
         return jax.grad(run)(trainable)

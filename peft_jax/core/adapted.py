@@ -15,6 +15,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted, matrix_path, module_path
 from peft_jax.core.product import MATMUL, FirstFactor, Product
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.serialized_nodes import register_node
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight, role_specs
 
@@ -55,13 +56,13 @@ class Rule(Protocol):
         """Whether both can be active on one leaf, this rule on the weight that ``inner`` makes."""
 
     @staticmethod
-    def sizes(params: Any, state: Any) -> np.ndarray:
+    def sizes(params: PyTree, state: Any) -> np.ndarray:
         """Number of trained elements of each stacked layer."""
 
-    def merge(self, params: Any, state: Any, matrix: jax.Array) -> jax.Array:
+    def merge(self, params: PyTree, state: Any, matrix: jax.Array) -> jax.Array:
         """The adapted matrix of one layer."""
 
-    def apply(self, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+    def apply(self, params: PyTree, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
         """``product.full(x, ...)`` with the adapted matrix of one layer."""
 
 
@@ -254,7 +255,7 @@ class Adapted(Weight):
         return dataclasses.replace(self, base=base, params=params, state=state)
 
 
-def merged_matrix(method: Any, params: Any, state: Any, base: Weight) -> jax.Array:
+def merged_matrix(method: Any, params: PyTree, state: Any, base: Weight) -> jax.Array:
     """The adapted matrix, with the stacked axes of the base in front."""
     matrices = [base.layout.matrix(base.dense())]
     if method.reads_base and base.depth:
@@ -265,11 +266,11 @@ def merged_matrix(method: Any, params: Any, state: Any, base: Weight) -> jax.Arr
     return merge(params, state, *matrices)
 
 
-def apply_merged(method: Any, params: Any, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
+def apply_merged(method: Any, params: PyTree, state: Any, base: Weight, x: jax.Array, product: Product) -> jax.Array:
     """``product.full(x, merged matrix)``, which backward merges again rather than keeps."""
 
     @jax.checkpoint
-    def merged(params: Any, state: Any, base: Any, x: jax.Array) -> jax.Array:
+    def merged(params: PyTree, state: Any, base: Any, x: jax.Array) -> jax.Array:
         return product.full(x, merged_matrix(method, params, state, as_weight(base, layout)))
 
     layout = base.layout
@@ -281,7 +282,7 @@ def is_adapted(node: Any) -> bool:
     return isinstance(node, Adapted)
 
 
-def map_adapted(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
+def map_adapted(change: Callable[[str, Adapted], Any], tree: PyTree) -> Any:
     """A tree or model handle with ``change(leaf path, adapted leaf)`` in place of every adapted leaf, innermost first.
 
     Paths are those in the tree of parameters, of a handle too. A bias that shares its layer's arrays has the changed
@@ -292,7 +293,7 @@ def map_adapted(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
     return _share_again(_mapped(change, tree))
 
 
-def _mapped(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
+def _mapped(change: Callable[[str, Adapted], Any], tree: PyTree) -> Any:
     """`map_adapted` of a bare tree, leaf by leaf."""
 
     def visit(key_path: Any, node: Any) -> Any:
@@ -303,7 +304,7 @@ def _mapped(change: Callable[[str, Adapted], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_adapted)
 
 
-def adapted_leaves(tree: Any) -> list[tuple[str, Adapted]]:
+def adapted_leaves(tree: PyTree) -> list[tuple[str, Adapted]]:
     """Path and leaf of everything adapted in a tree or handle, of leaves in each other the innermost first."""
     found: list[tuple[str, Adapted]] = []
 
@@ -336,7 +337,7 @@ def changed_layers(leaf: Adapted) -> np.ndarray:
     return np.asarray(leaf.state["hit"] if "hit" in leaf.state else leaf.state["rank"]) > 0
 
 
-def adapters(tree: Any) -> dict[str, Any]:
+def adapters(tree: PyTree) -> dict[str, Any]:
     """Name and config of every adapter in a tree, in order of appearance.
 
     Example:
@@ -349,7 +350,7 @@ def adapters(tree: Any) -> dict[str, Any]:
     return found
 
 
-def check_adapter_name(name: str, tree: Any) -> None:
+def check_adapter_name(name: str, tree: PyTree) -> None:
     """Raise ValueError unless a tree has no adapter of a name, and its files can go into a folder of that name."""
     if name in adapters(tree):
         raise ValueError(f"Adapter name '{name}' is taken. Choose another, or pj.delete_adapter it first.")
@@ -365,7 +366,7 @@ def _check_folder_name(name: str) -> None:
         )
 
 
-def tied(tree: Any) -> Any:
+def tied(tree: PyTree) -> Any:
     """The tree with the arrays that a bias shares with its layer's matrix taken from there.
 
     A method such as IA3 scales a layer's outputs, bias included, by one vector. It is trained in the matrix's leaf;
@@ -374,7 +375,7 @@ def tied(tree: Any) -> Any:
     return _shared(tree, lambda bias, matrix: True)
 
 
-def _share_again(tree: Any) -> Any:
+def _share_again(tree: PyTree) -> Any:
     """`tied`, where a bias shared arrays of these names before: in a partition they are None, and stay so."""
 
     def shared_before(bias: Adapted, matrix: Adapted) -> bool:
@@ -384,7 +385,7 @@ def _share_again(tree: Any) -> Any:
     return _shared(tree, shared_before)
 
 
-def _shared(tree: Any, shares: Callable[[Adapted, Adapted], bool]) -> Any:
+def _shared(tree: PyTree, shares: Callable[[Adapted, Adapted], bool]) -> Any:
     """The tree whose biases have the arrays of their layer's matrix, where ``shares(bias, matrix)``."""
     matrices: dict[tuple[str, str], Adapted] = {}
     has_biases = False

@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 
 from peft_jax.core.layout import Layout
+from peft_jax.core.pytree import PyTree
 
 
 class Handle(abc.ABC):
@@ -16,7 +17,7 @@ class Handle(abc.ABC):
         params: Tree of parameters; dotted paths of its leaves mirror the Hugging Face module names.
     """
 
-    params: Any
+    params: PyTree
 
     @property
     @abc.abstractmethod
@@ -83,5 +84,5 @@ class Handle(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def replace(self, params: Any) -> Self:
+    def replace(self, params: PyTree) -> Self:
         """The same model with other parameters."""

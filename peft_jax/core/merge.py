@@ -10,10 +10,11 @@ from peft_jax.core.adapted import Adapted, adapted_leaves, adapters, is_adapted,
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.paths import dotted
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import MergeError, dense_in_ensemble, is_weight
 
 
-def merge(params: Any) -> Any:
+def merge(params: PyTree) -> Any:
     """Plain arrays for the unwrapped function: active adapters folded in, quantized leaves dequantized.
 
     Raises:
@@ -41,12 +42,12 @@ def merge(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dense, params, is_leaf=is_weight)
 
 
-def unload(params: Any) -> Any:
+def unload(params: PyTree) -> Any:
     """The tree without any adapter: the base's own leaves, quantized where they were."""
     return map_adapted(lambda _, leaf: leaf.base, params)
 
 
-def set_adapter(params: Any, adapter_name: str | Sequence[str], *, inference_mode: bool | None = None) -> Any:
+def set_adapter(params: PyTree, adapter_name: str | Sequence[str], *, inference_mode: bool | None = None) -> Any:
     """The tree with one adapter active, or several, and all others not.
 
     Several are applied in the order of their names, each on the weight that the ones before it make.
@@ -73,7 +74,7 @@ def set_adapter(params: Any, adapter_name: str | Sequence[str], *, inference_mod
     return new if inference_mode is None else set_requires_grad(new, names, not inference_mode)
 
 
-def set_requires_grad(params: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> Any:
+def set_requires_grad(params: PyTree, adapter_names: str | Sequence[str], requires_grad: bool = True) -> Any:
     """The tree in which some adapters are trained while they are active, or are frozen.
 
     Raises:
@@ -94,7 +95,7 @@ def set_requires_grad(params: Any, adapter_names: str | Sequence[str], requires_
     return map_adapted(trained, params)
 
 
-def active_adapters(params: Any) -> list[str]:
+def active_adapters(params: PyTree) -> list[str]:
     """The names of the adapters that are active, in the order in which they are applied.
 
     Example:
@@ -109,12 +110,12 @@ def active_adapters(params: Any) -> list[str]:
     return list(dict.fromkeys(name for names in most_first for name in names))
 
 
-def disable_adapter(params: Any) -> Any:
+def disable_adapter(params: PyTree) -> Any:
     """The tree with no adapter active: it computes what its base computes."""
     return map_adapted(lambda _, leaf: dataclasses.replace(leaf, active=False), params)
 
 
-def delete_adapter(params: Any, adapter_name: str) -> Any:
+def delete_adapter(params: PyTree, adapter_name: str) -> Any:
     """The tree without one adapter.
 
     Raises:
@@ -128,12 +129,12 @@ def delete_adapter(params: Any, adapter_name: str) -> Any:
     return map_adapted(drop, params)
 
 
-def _known(params: Any, adapter_name: str) -> None:
+def _known(params: PyTree, adapter_name: str) -> None:
     if adapter_name not in (found := adapters(params)):
         raise ValueError(f"No adapter is named '{adapter_name}'. Found: {sorted(found)}.")
 
 
-def _names(params: Any, given: str | Sequence[str]) -> list[str]:
+def _names(params: PyTree, given: str | Sequence[str]) -> list[str]:
     """One name or several as a list, all of them known and each there once."""
     names = [given] if isinstance(given, str) else list(given)
     for name in names:
@@ -145,7 +146,7 @@ def _names(params: Any, given: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _in_order(tree: Any, names: Sequence[str]) -> Any:
+def _in_order(tree: PyTree, names: Sequence[str]) -> Any:
     """The tree or handle whose leaves have these adapters outside of all others, the first of them innermost."""
     if len(names) < 2:
         return tree

@@ -9,19 +9,20 @@ import jax
 import numpy as np
 
 from peft_jax.core.adapted import LAYER, adapted_leaves, is_adapted, tied
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.static_leaf import made_leaves, made_static
 from peft_jax.core.weight import is_weight
 
 SHARED = "shared"  # an array that is in neither partition at its place: `combine` takes it from the leaf that trains it
 
 
-def partition(params: Any) -> tuple[Any, Any]:
+def partition(params: PyTree) -> tuple[Any, Any]:
     """Split a tree into two partitions: the arrays that are trained, and all others.
 
     Gradients are taken with respect to the first partition alone, so that no frozen weight has a gradient.
 
     Args:
-        params: Any pytree, or a model handle. Trained are the arrays of active adapters attached for training.
+        params: PyTree pytree, or a model handle. Trained are the arrays of active adapters attached for training.
 
     Returns:
         ``(trainable, frozen)``, each of ``params``'s structure with None where the other has the leaf. Functions and
@@ -41,7 +42,7 @@ def partition(params: Any) -> tuple[Any, Any]:
     return trainable, frozen
 
 
-def combine(trainable: Any, frozen: Any) -> Any:
+def combine(trainable: PyTree, frozen: PyTree) -> Any:
     """The inverse of `partition`: the same structure, the same array objects.
 
     Adapter names and configs come from ``frozen``, which does not pass through compiled programs.
@@ -53,7 +54,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
     return made_leaves(tied(jax.tree.map(pick, frozen, trainable, is_leaf=lambda leaf: leaf is None)))
 
 
-def trainable_mask(trainable: Any, roles: tuple[str, ...] | None = None) -> Any:
+def trainable_mask(trainable: PyTree, roles: tuple[str, ...] | None = None) -> Any:
     """A tree of booleans over the trainable partition, for ``optax.masked``: True everywhere, or for some roles only.
 
     Use it over the trainable partition, never over the whole tree: there ``optax.masked`` passes the gradients of what
@@ -79,7 +80,7 @@ def trainable_mask(trainable: Any, roles: tuple[str, ...] | None = None) -> Any:
     return jax.tree.map(lambda label: roles is None or label in roles, labels)
 
 
-def trainable_labels(trainable: Any) -> Any:
+def trainable_labels(trainable: PyTree) -> Any:
     """The role of each trainable array (``lora_A``, ``lora_B``, ``bias``, ...), for ``optax.partition``.
 
     Raises:
@@ -94,7 +95,7 @@ def trainable_labels(trainable: Any) -> Any:
     return _relabel(trainable, lambda leaf, role: role)
 
 
-def count_parameters(params: Any) -> tuple[int, int]:
+def count_parameters(params: PyTree) -> tuple[int, int]:
     """Numbers of trained and of all elements, padding of smaller ranks and unadapted layers not counted.
 
     A tied, repeated or replaced weight counts as often as it is stored, as PEFT counts it.
@@ -112,8 +113,8 @@ def count_parameters(params: Any) -> tuple[int, int]:
     return trained, total
 
 
-def _trained(params: Any) -> Any:
-    def filled(tree: Any, value: Any) -> Any:
+def _trained(params: PyTree) -> Any:
+    def filled(tree: PyTree, value: Any) -> Any:
         return jax.tree.map(lambda _: value, tree)
 
     def mask(node: Any) -> Any:
@@ -129,7 +130,7 @@ def _trained(params: Any) -> Any:
     return jax.tree.map(mask, params, is_leaf=is_adapted)
 
 
-def _relabel(trainable: Any, label: Callable[[Any, str], Any]) -> Any:
+def _relabel(trainable: PyTree, label: Callable[[Any, str], Any]) -> Any:
     """``trainable`` with ``label(leaf, role)`` for every array; arrays outside adapters have the role ``params``."""
 
     def visit(node: Any) -> Any:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
 from peft_jax.core.product import Product
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method
 
@@ -32,8 +33,8 @@ class AddedChange(Method):
         arrays = {name: value for name, value in state.items() if name != "dropout"}
 
         @jax.checkpoint
-        def update(params: Any, arrays: Any, x: jax.Array) -> jax.Array:
-            def change(params: Any, arrays: Any) -> jax.Array:
+        def update(params: PyTree, arrays: Any, x: jax.Array) -> jax.Array:
+            def change(params: PyTree, arrays: Any) -> jax.Array:
                 return self.change(params, arrays, n_in, n_out)
 
             for _ in base.layout.stack:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.activations import ACTIVATIONS, check_activation
 from peft_jax.core.product import Product
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight, as_leaf, as_weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_rank, kaiming
@@ -106,7 +107,7 @@ class PeanutConfig(TargetFields, ExcludeFields, LayerFields, Method):
         layout = base.layout
 
         @jax.checkpoint
-        def first(params: Any, leaf: Any) -> jax.Array:
+        def first(params: PyTree, leaf: Any) -> jax.Array:
             return self._hidden(params, layout.matrix(as_weight(leaf, layout).dense()))
 
         y = base.apply(x, product)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.interop.formats import PREFIX
 from peft_jax.models.config import ModelConfig, as_class
 from peft_jax.models.family import leaf_at, with_leaf
@@ -43,7 +44,7 @@ def config_for(config: ModelConfig, keys: Iterable[str]) -> ModelConfig:
     return as_class(config, other.config, model_type=other_type)
 
 
-def params_for(config: ModelConfig, params: Any, wanted: ModelConfig) -> Any:
+def params_for(config: ModelConfig, params: PyTree, wanted: ModelConfig) -> Any:
     """Parameters of a config under the names of the config that `config_for` made of it."""
     old, new = family_of(config).backbone, family_of(wanted).backbone
     if old == new:

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from peft_jax.core.ids import rows_at
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import TORCH_NAMES, dotted
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.repeated import Repeated
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
@@ -143,7 +145,7 @@ class Family:
     encoder_decoder: EncoderDecoder | None = None
     gguf: Mapping[str, GGUFArchitecture] = dataclasses.field(default_factory=dict)
 
-    def init_params(self, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    def init_params(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
         """Random parameters: a nested dict of arrays by Hugging Face module names."""
         return functional.init_params(self.module, config, key, dtype)
 
@@ -191,11 +193,11 @@ class Family:
         """The module that holds all but the head in the model of the config's task."""
         return config.own_backbone or self.backbone
 
-    def embedding_table(self, config: ModelConfig, params: Any) -> Any:
+    def embedding_table(self, config: ModelConfig, params: PyTree) -> Any:
         """The token embedding, ``(vocabulary, hidden)``."""
         return leaf_at(params, f"{self.embedding_module(config)}.embedding")
 
-    def embed(self, config: ModelConfig, params: Any, ids: jax.Array) -> jax.Array:
+    def embed(self, config: ModelConfig, params: PyTree, ids: jax.Array) -> jax.Array:
         """Embeddings (batch, length, hidden) of ids (batch, length)."""
         rows = rows_at(self.embedding_table(config, params), ids, config.untrained_row)
         return scaled(rows, config.embedding_scale)
@@ -208,13 +210,13 @@ class Family:
         """Path of the layer that gives a classifier's outputs: its head, or the last layer of it."""
         return self.class_layers.get(config.task_type, self.heads[config.task_type])
 
-    def head_weight(self, config: ModelConfig, params: Any) -> tuple[Any, bool]:
+    def head_weight(self, config: ModelConfig, params: PyTree) -> tuple[Any, bool]:
         """The weight of a language model's output head, and whether it is the embedding."""
         if tied := bool(self.tied_modules(config)):
             return self.embedding_table(config, params), tied
         return leaf_at(params, f"{self.output_module(config)}.kernel"), tied
 
-    def head_bias(self, config: ModelConfig, params: Any) -> Any:
+    def head_bias(self, config: ModelConfig, params: PyTree) -> Any:
         """The bias of a language model's output head; None if it has none."""
         if self.tied_modules(config):
             return None
@@ -226,7 +228,7 @@ class Family:
         tied = config.tie_word_embeddings and config.task_type in LANGUAGE_MODELS and head is not None
         return (self.embedding_module(config), str(head)) if tied else ()
 
-    def untied(self, config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    def untied(self, config: ModelConfig, params: PyTree) -> tuple[ModelConfig, Any]:
         """Config and parameters with a leaf of its own for each of the `tied_modules`."""
         if not (tied := self.tied_modules(config)):
             return config, params
@@ -249,7 +251,7 @@ class Family:
             )
         return config.with_layers(order)
 
-    def replicated(self, config: ModelConfig, params: Any, order: Sequence[int]) -> tuple[ModelConfig, Any]:
+    def replicated(self, config: ModelConfig, params: PyTree, order: Sequence[int]) -> tuple[ModelConfig, Any]:
         """Config and parameters of the same model, whose layers share the weights that there are.
 
         Raises:
@@ -360,7 +362,7 @@ def dense_table(table: Any) -> jax.Array:
     return dense
 
 
-def leaf_at(tree: Any, path: str) -> Any:
+def leaf_at(tree: PyTree, path: str) -> Any:
     """The entry at a dotted path of a nested dict."""
     return functools.reduce(lambda node, name: node[name], path.split("."), tree)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from peft_jax.core.gguf_metadata import GGUFFile, open_gguf
+from peft_jax.core.pytree import PyTree
 from peft_jax.interop.checkpoint import HUB_FILES, find_checkpoint, read_config
 from peft_jax.interop.files import some
 from peft_jax.interop.gguf_file import float_type, kinds_of, read_tensors
@@ -82,7 +83,7 @@ def gguf_words(tensors: Mapping[str, Any]) -> str:
     return f"{len(packed)} weights quantized as {', '.join(kinds_of(packed))} in {size:,} bytes"
 
 
-def dequantized_note(name_or_path: Path, gguf_file: str, params: Any) -> str:
+def dequantized_note(name_or_path: Path, gguf_file: str, params: PyTree) -> str:
     """The line that says what a GGUF file's weights became and the bytes they take; empty for one of plain values."""
     kinds = kinds_of(read_tensors(open_base(name_or_path, gguf_file)).values())
     if not kinds:

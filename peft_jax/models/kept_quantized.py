@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from peft_jax.core.layout import Layout
+from peft_jax.core.pytree import PyTree
 from peft_jax.interop.checkpoint import Row
 from peft_jax.interop.files import some
 from peft_jax.interop.packed_codes import Form, Kept, Packed
@@ -76,7 +77,7 @@ def kept_notice(
     rows: Sequence[Row],
     kept: Mapping[str, Kept],
     tensors: Mapping[str, Any],
-    params: Any,
+    params: PyTree,
     dtype: jnp.dtype,
 ) -> str:
     """One line on how many quantized weights are kept and how many are not, and the bytes of both.

@@ -12,6 +12,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import find_leaves
 from peft_jax.core.merge import unload
 from peft_jax.core.paths import named_leaves
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
 from peft_jax.interop.formats import FIXED, PREFIX
@@ -41,7 +42,7 @@ def named(handle: Handle, rows: tuple[Row, ...]) -> Iterator[Parameter]:
         handle: A base model, or one with adapters.
         rows: The tensors of its checkpoint.
     """
-    tree: Any = handle.params
+    tree: PyTree = handle.params
     base = named_leaves(unload(tree), is_leaf=is_weight)
     known = adapters(tree)
     prefix = PREFIX if known else ""
@@ -64,7 +65,7 @@ def _tensor(leaf: Any, row: Row, layer: int) -> np.ndarray:
     return np.ascontiguousarray(one.T if row.transposed else one)
 
 
-def _inside(tree: Any) -> dict[str, str]:
+def _inside(tree: PyTree) -> dict[str, str]:
     """The path that PEFT puts between a module's path and its base's parameters, by module."""
     found: dict[str, str] = {}
     for leaf in find_leaves(tree, None):

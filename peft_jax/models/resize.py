@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.text_files import read_object
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.describe import read_header
@@ -59,7 +60,7 @@ def tokens_of_adapter(handle: Handle, config: ModelConfig, directory: str | os.P
 
 
 def resized(
-    family: Family, config: ModelConfig, params: Any, tokens: int, *, mean_resizing: bool, key: jax.Array
+    family: Family, config: ModelConfig, params: PyTree, tokens: int, *, mean_resizing: bool, key: jax.Array
 ) -> tuple[ModelConfig, Any]:
     """Config and parameters of the same model with another number of tokens.
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.strict_json import shown
@@ -146,7 +147,7 @@ def read_model(
     return Loaded(config, params, paths)
 
 
-def _dtype_name(dtype: Any) -> str:
+def _dtype_name(dtype: DTypeLike) -> str:
     """The name of an element type; empty for what is none."""
     if isinstance(dtype, str):
         return dtype

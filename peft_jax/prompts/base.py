@@ -19,6 +19,7 @@ from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.ids import is_outside
 from peft_jax.core.product import Product
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, Method
 
@@ -132,7 +133,7 @@ class PromptMethod(Method):
         )
 
 
-def take_prompt(params: Any, task_ids: jax.Array | None = None) -> tuple[Any, Prompt]:
+def take_prompt(params: PyTree, task_ids: jax.Array | None = None) -> tuple[Any, Prompt]:
     """A tree or model handle without its prompts, and what the active one gives.
 
     Args:
@@ -156,7 +157,7 @@ def take_prompt(params: Any, task_ids: jax.Array | None = None) -> tuple[Any, Pr
 
 
 def with_virtual_labels(
-    params: Any, labels: jax.Array, input_type_mask: jax.Array | None = None
+    params: PyTree, labels: jax.Array, input_type_mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Labels ``(batch, n + length)`` with those of virtual tokens in front, and weights of the losses or None.
 
@@ -183,7 +184,7 @@ def with_virtual_labels(
     return found[0].labelled(labels, input_type_mask) if found else (labels, None)
 
 
-def task_array(params: Any, task_ids: Any) -> jax.Array | None:
+def task_array(params: PyTree, task_ids: Any) -> jax.Array | None:
     """Each row's task as an array, checked where it has values; under `jax.jit` one out of range gives NaN.
 
     Raises:
@@ -199,21 +200,21 @@ def task_array(params: Any, task_ids: Any) -> jax.Array | None:
     return jnp.asarray(task_ids)
 
 
-def without_prompts(params: Any) -> Any:
+def without_prompts(params: PyTree) -> Any:
     """A tree or model handle without its prompts."""
     return map_adapted(lambda _, leaf: leaf.base if isinstance(leaf.method, PromptMethod) else leaf, params)
 
 
-def active_prompts(params: Any) -> list[Adapted]:
+def active_prompts(params: PyTree) -> list[Adapted]:
     """The leaves with the arrays of active prompts."""
     return [leaf for _, leaf in adapted_leaves(params) if leaf.active and isinstance(leaf.method, PromptMethod)]
 
 
-def virtual_slots(params: Any) -> int:
+def virtual_slots(params: PyTree) -> int:
     """How many slots of a cache the active prompt of a tree or model handle takes."""
     return sum(leaf.tag.config.slots for leaf in active_prompts(params))
 
 
-def prompt_tasks(params: Any) -> int:
+def prompt_tasks(params: PyTree) -> int:
     """How many tasks the active prompt of a tree or model handle has; 0 if it knows none."""
     return sum(leaf.tag.config.tasks for leaf in active_prompts(params))

@@ -1,13 +1,14 @@
 """The base class of all quantized leaves: what the packages above may know of one without knowing its format."""
 
 import abc
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.layout import Layout
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight
 
 
@@ -51,6 +52,6 @@ def check_scale(scale: jax.Array, array: jax.Array) -> None:
         )
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: PyTree) -> int:
     """Bytes of all arrays in a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

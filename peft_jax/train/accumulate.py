@@ -9,6 +9,7 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine
+from peft_jax.core.pytree import PyTree
 from peft_jax.train.batch_loss import Apply, BatchLoss, SummedLoss, Totals, has_router_loss, losses_of
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.hooks import RunHooks
@@ -70,22 +71,28 @@ def make_accumulating_step(
         1.3863
     """
 
-    def begin(trainable: Any, frozen: Any) -> tuple[Any, Sums]:
+    def begin(trainable: PyTree, frozen: PyTree) -> tuple[Any, Sums]:
         trainable = RunHooks(frozen).project(trainable)
         zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), trainable)
         return trainable, Sums(jnp.float32(0), zeros, jnp.int32(0), (jnp.int32(0), jnp.int32(0)))
 
-    def losses(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array) -> BatchLoss:
+    def losses(trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, number: jax.Array) -> BatchLoss:
         params = with_dropout(combine(trainable, frozen), jax.random.fold_in(key, number), base=base_dropout)
         return losses_of(apply, params, batch, next_token, loss)
 
-    def totals(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array) -> Totals:
+    def totals(trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, number: jax.Array) -> Totals:
         return losses(trainable, frozen, batch, key, number).own
 
     def add(
-        sums: Sums, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, number: jax.Array, whole: Totals | None
+        sums: Sums,
+        trainable: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        number: jax.Array,
+        whole: Totals | None,
     ) -> Sums:
-        def summed(trainable: Any) -> tuple[jax.Array, jax.Array]:
+        def summed(trainable: PyTree) -> tuple[jax.Array, jax.Array]:
             found = losses(trainable, frozen, batch, key, number)
             return found.summed(found.own if whole is None else whole), found.own.count
 
@@ -94,7 +101,9 @@ def make_accumulating_step(
         tokens = jax.tree.map(jnp.add, sums.tokens, count_tokens(batch))
         return Sums(sums.loss + found, gradients, sums.labels + count.astype(jnp.int32), tokens)
 
-    def end(opt_state: Any, sums: Sums, given: Any, trainable: Any, frozen: Any) -> tuple[Any, Any, StepMetrics]:
+    def end(
+        opt_state: PyTree, sums: Sums, given: Any, trainable: PyTree, frozen: PyTree
+    ) -> tuple[Any, Any, StepMetrics]:
         count = jnp.maximum(sums.labels, 1).astype(jnp.float32)
         gradients = jax.tree.map(lambda total, array: (total / count).astype(array.dtype), sums.gradients, trainable)
         state = given, opt_state
@@ -111,7 +120,7 @@ def make_accumulating_step(
     end_compiled = jax.jit(end, donate_argnums=(0, 2), out_shardings=out_shardings)
 
     def step(
-        trainable: Any, opt_state: Any, frozen: Any, batch: Sequence[Batch], key: jax.Array
+        trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Sequence[Batch], key: jax.Array
     ) -> tuple[Any, Any, StepMetrics]:
         projected, sums = begin_compiled(trainable, frozen)
         whole = None

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.router_load import RouterLoad
@@ -60,12 +61,14 @@ class BatchLoss(NamedTuple):
         return self.total + whole.labels * load.factor * share
 
 
-def has_router_loss(params: Any) -> bool:
+def has_router_loss(params: PyTree) -> bool:
     """Whether the loss of a model handle, or of a partition of one, has that of routers."""
     return isinstance(params, CausalLM) and params.asks_routers()
 
 
-def losses_of(apply: Apply, params: Any, batch: Batch, next_token: bool, loss: SummedLoss | None = None) -> BatchLoss:
+def losses_of(
+    apply: Apply, params: PyTree, batch: Batch, next_token: bool, loss: SummedLoss | None = None
+) -> BatchLoss:
     """Compute the loss of a batch: that of ``loss`` or the cross entropy, and that of routers.
 
     Raises:
@@ -90,27 +93,27 @@ def losses_of(apply: Apply, params: Any, batch: Batch, next_token: bool, loss: S
 
 
 def loss_of(
-    apply: Apply, params: Any, batch: Batch, next_token: bool, loss: SummedLoss | None = None
+    apply: Apply, params: PyTree, batch: Batch, next_token: bool, loss: SummedLoss | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Sum the loss of a batch's labels, that of ``loss`` or the cross entropy in nats, and count them."""
     return _labels_loss(logits_of(apply, params, batch), params, batch, next_token, loss)
 
 
-def logits_of(apply: Apply, params: Any, batch: Batch) -> Any:
+def logits_of(apply: Apply, params: PyTree, batch: Batch) -> Any:
     """Run a model on a batch: logits (batch, length, vocabulary), perhaps lazy, or logits of classes."""
     named: dict[str, Any] = dict(batch)
     more = {name: named[name] for name in HANDED_ON if name in named}
     return apply(params, batch["input_ids"], batch["attention_mask"], **more)
 
 
-def count_labels(params: Any, batch: Batch, next_token: bool) -> jax.Array:
+def count_labels(params: PyTree, batch: Batch, next_token: bool) -> jax.Array:
     """Count the labels of a batch that are not ignored."""
     labels = _labels_of(params, batch)[0][:, 1:] if next_token else jnp.asarray(batch["labels"])
     return jnp.sum(labels != IGNORE)
 
 
 def _labels_loss(
-    logits: Any, params: Any, batch: Batch, next_token: bool, loss: SummedLoss | None
+    logits: Any, params: PyTree, batch: Batch, next_token: bool, loss: SummedLoss | None
 ) -> tuple[jax.Array, jax.Array]:
     if loss is not None:
         return loss(logits, batch)
@@ -122,6 +125,6 @@ def _labels_loss(
     return cross_entropy(logits, labels, next_token=False)
 
 
-def _labels_of(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+def _labels_of(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
     types = batch.get("input_type_mask")
     return with_virtual_labels(params, jnp.asarray(batch["labels"]), None if types is None else jnp.asarray(types))

@@ -57,7 +57,7 @@ def finite_or_old(
     return kept, jnp.where(is_good, NONE, jnp.argmax(is_fault) + LOSS).astype(jnp.int32)
 
 
-def check_finite(metrics: "StepMetrics", step: int, trainable: PyTree, opt_state: Any) -> None:
+def check_finite(metrics: "StepMetrics", step: int, trainable: PyTree, opt_state: PyTree) -> None:
     """Stop a loop whose last step gave values that are not finite; its state is as it was before that step.
 
     Args:

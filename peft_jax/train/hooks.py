@@ -9,6 +9,7 @@ import optax
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 from peft_jax.core.partition import combine, partition
+from peft_jax.core.pytree import PyTree
 from peft_jax.methods.base import Method
 from peft_jax.methods.training_hooks import Leaves, TrainingHooks
 
@@ -45,16 +46,16 @@ class RunHooks:
         frozen: The frozen partition.
     """
 
-    frozen: Any
+    frozen: PyTree
 
-    def project(self, trainable: Any) -> Any:
+    def project(self, trainable: PyTree) -> Any:
         """The trainable partition with arrays put back to where they may be, as PEFT does in every forward pass."""
         return partition(projected(combine(trainable, self.frozen)))[0]
 
-    def penalize(self, loss: jax.Array, gradients: Any, trainable: Any) -> tuple[jax.Array, Any]:
+    def penalize(self, loss: jax.Array, gradients: Any, trainable: PyTree) -> tuple[jax.Array, Any]:
         """Loss and gradients with those of the method's penalty added, if it has one."""
 
-        def penalty(trainable: Any) -> jax.Array:
+        def penalty(trainable: PyTree) -> jax.Array:
             found = scheduled(combine(trainable, self.frozen))
             assert found is not None
             return found.method.penalty(found.leaves)
@@ -64,7 +65,7 @@ class RunHooks:
         more, slope = jax.value_and_grad(penalty)(trainable)
         return loss + more, jax.tree.map(jnp.add, gradients, slope)
 
-    def split(self, trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+    def split(self, trainable: PyTree, opt_state: PyTree) -> tuple[Any, Any]:
         """The optimizer's state and the schedule's, which is None for a method without one.
 
         Raises:
@@ -72,7 +73,7 @@ class RunHooks:
         """
         return _split(scheduled(trainable), opt_state)
 
-    def advance(self, trainable: Any, gradients: Any, opt_state: Any, schedule: Any) -> tuple[Any, Any]:
+    def advance(self, trainable: PyTree, gradients: Any, opt_state: PyTree, schedule: Any) -> tuple[Any, Any]:
         """The trainable partition after the schedule's part of a step, and the state to go on with."""
         if schedule is None:
             return trainable, opt_state
@@ -96,7 +97,7 @@ def for_run(config: M, max_steps: int) -> M:
     return config.for_run(max_steps) if isinstance(config, TrainingHooks) else config
 
 
-def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
+def init_optimizer(optimizer: optax.GradientTransformation, params: PyTree) -> Any:
     """The state that a training step needs beside the trainable partition: the optimizer's, and that of a schedule.
 
     Args:
@@ -121,7 +122,7 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
     return state if found is None else ScheduledState(state, found.method.begin(found.leaves))
 
 
-def finished(trainable: Any, frozen: Any, opt_state: Any) -> Any:
+def finished(trainable: PyTree, frozen: PyTree, opt_state: PyTree) -> Any:
     """The tree or handle to save: `peft_jax.combine`, without the ranks that a schedule removed.
 
     Example:
@@ -140,7 +141,7 @@ def finished(trainable: Any, frozen: Any, opt_state: Any) -> Any:
     return params if config is found.method else _with_leaves(params, found.adapter, leaves, config)
 
 
-def projected(params: Any) -> Any:
+def projected(params: PyTree) -> Any:
     """The tree with the trained arrays of active adapters put back to where they may be, as a step of training begins.
 
     It matters for CPT, and for OFT with ``coft``.
@@ -162,7 +163,7 @@ def projected(params: Any) -> Any:
     return map_adapted(put_back, params)
 
 
-def scheduled(params: Any) -> Scheduled | None:
+def scheduled(params: PyTree) -> Scheduled | None:
     """The method with a schedule that a tree, a model handle or one of their partitions trains; None without.
 
     Raises:
@@ -185,7 +186,7 @@ def scheduled(params: Any) -> Scheduled | None:
     return None
 
 
-def _split(found: Scheduled | None, opt_state: Any) -> tuple[Any, Any]:
+def _split(found: Scheduled | None, opt_state: PyTree) -> tuple[Any, Any]:
     if found is None:
         return opt_state, None
     if not isinstance(opt_state, ScheduledState):
@@ -197,7 +198,7 @@ def _split(found: Scheduled | None, opt_state: Any) -> tuple[Any, Any]:
     return opt_state
 
 
-def _with_leaves(params: Any, adapter: str, leaves: Leaves, config: Any = None) -> Any:
+def _with_leaves(params: PyTree, adapter: str, leaves: Leaves, config: Any = None) -> Any:
     """The tree with other arrays in the leaves of an adapter, and another config in all of its tags if one is given."""
 
     def put(path: str, leaf: Adapted) -> Adapted:

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from peft_jax.core.partition import partition
+from peft_jax.core.pytree import PyTree
 from peft_jax.train.divergence import Diverged, check_finite
 from peft_jax.train.hooks import init_optimizer
 from peft_jax.train.step import StepMetrics, TrainingStep
@@ -25,12 +26,12 @@ class State(NamedTuple):
     """
 
     step: int
-    trainable: Any
-    opt_state: Any
+    trainable: PyTree
+    opt_state: PyTree
     key: jax.Array
 
 
-def start(params: Any, optimizer: optax.GradientTransformation, *, seed: int) -> tuple[State, Any]:
+def start(params: PyTree, optimizer: optax.GradientTransformation, *, seed: int) -> tuple[State, Any]:
     """Split a tree or model handle with an adapter into the state of a run at step 0 and the frozen partition."""
     trainable, frozen = partition(params)
     return State(0, trainable, init_optimizer(optimizer, params), jax.random.key(seed)), frozen
@@ -39,7 +40,7 @@ def start(params: Any, optimizer: optax.GradientTransformation, *, seed: int) ->
 def train(
     step: TrainingStep[B],
     state: State,
-    frozen: Any,
+    frozen: PyTree,
     batches: Sequence[B],
     *,
     max_steps: int,

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, is_adapted, map_adapted
+from peft_jax.core.pytree import PyTree
 
 FACTORS = ("lora_A", "lora_B")
 DELTA = 1e-8  # PEFT's damping in LoRA-FA
@@ -58,7 +60,7 @@ def riemannian(optimizer: optax.GradientTransformation, *, reg: float = 1e-2) ->
         >>> optimizer = riemannian(optax.sgd(1e-2))
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: PyTree = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("riemannian() scales gradients by the factors. Give update(grads, state, trainable).")
         factors = _factors(params)
@@ -78,7 +80,7 @@ def riemannian(optimizer: optax.GradientTransformation, *, reg: float = 1e-2) ->
 
 
 def lora_fa(
-    params: Any,
+    params: PyTree,
     learning_rate: float,
     *,
     weight_decay: float = 0.0,
@@ -117,11 +119,11 @@ def lora_fa(
     if not scales:
         raise ValueError("lora_fa() is for LoRA, and this tree has none. Attach one with pj.apply_lora first.")
 
-    def init(trainable: Any) -> Moments:
+    def init(trainable: PyTree) -> Moments:
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         return Moments(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, trainable))
 
-    def update(updates: Any, state: Moments, trainable: Any = None) -> tuple[Any, Moments]:
+    def update(updates: Any, state: Moments, trainable: PyTree = None) -> tuple[Any, Moments]:
         if trainable is None:
             raise ValueError("lora_fa() scales gradients by A. Give update(grads, state, trainable).")
         factors = _factors(trainable)
@@ -161,7 +163,7 @@ def lora_fa(
     return optax.GradientTransformation(init, update)
 
 
-def _factors(trainable: Any) -> dict[tuple[str, str], tuple[jax.Array, jax.Array]]:
+def _factors(trainable: PyTree) -> dict[tuple[str, str], tuple[jax.Array, jax.Array]]:
     """The factors A ``(..., in, r)`` and B ``(..., r, out)`` of trained LoRAs on matrices, by path and adapter."""
     found = {}
     for path, leaf in adapted_leaves(trainable):
@@ -172,7 +174,7 @@ def _factors(trainable: Any) -> dict[tuple[str, str], tuple[jax.Array, jax.Array
     return found
 
 
-def _damped_inverse(gram: jax.Array, reg: float, dtype: Any) -> jax.Array:
+def _damped_inverse(gram: jax.Array, reg: float, dtype: DTypeLike) -> jax.Array:
     """The inverse of ``gram + reg``, computed in float32 at least."""
     wide = jnp.promote_types(gram.dtype, jnp.float32)
     damped = gram.astype(wide) + _identity(gram, reg).astype(wide)
@@ -184,7 +186,7 @@ def _identity(gram: jax.Array, scale: float) -> jax.Array:
     return jnp.broadcast_to(scale * jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
-def _plus_labels(trainable: Any) -> Any:
+def _plus_labels(trainable: PyTree) -> Any:
     """The group of each trained array in LoRA+: ``A``, ``B`` or ``embedding``."""
 
     def visit(node: Any) -> Any:

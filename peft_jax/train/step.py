@@ -17,6 +17,7 @@ import optax
 
 from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine
+from peft_jax.core.pytree import PyTree
 from peft_jax.train.batch_loss import Apply, BatchLoss, Totals, count_labels, has_router_loss, loss_of, losses_of
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.divergence import finite_or_old
@@ -101,14 +102,16 @@ def make_training_step(
         1.3863
     """
 
-    def found(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> BatchLoss:
+    def found(trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> BatchLoss:
         params = with_dropout(combine(trainable, frozen), key, base=base_dropout)
         return losses_of(apply, params, batch, next_token)
 
-    def loss_share(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, whole: Totals) -> jax.Array:
+    def loss_share(trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, whole: Totals) -> jax.Array:
         return found(trainable, frozen, batch, key).summed(whole) / whole.labels
 
-    def step(trainable: Any, opt_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, StepMetrics]:
+    def step(
+        trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[Any, Any, StepMetrics]:
         given, hooks = (trainable, opt_state), RunHooks(frozen)
         trainable = hooks.project(trainable)
         whole = Totals(count_labels(frozen, batch, next_token), None)
@@ -144,7 +147,7 @@ def updated(
     optimizer: optax.GradientTransformation,
     hooks: RunHooks,
     given: tuple[Any, Any],
-    trainable: Any,
+    trainable: PyTree,
     loss: jax.Array,
     gradients: Any,
     tokens: tuple[jax.Array, jax.Array],
@@ -193,13 +196,13 @@ def make_evaluation_step(apply: Apply, *, next_token: bool = True) -> Evaluation
         next_token: As there.
     """
 
-    def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def step(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return loss_of(apply, params, batch, next_token)
 
     return jax.jit(step)
 
 
-def evaluate(step: EvaluationStep, params: Any, batches: Iterable[Batch]) -> float:
+def evaluate(step: EvaluationStep, params: PyTree, batches: Iterable[Batch]) -> float:
     """Mean loss in nats over all target tokens of the batches; ``step`` is from `make_evaluation_step`."""
     totals, counts = [], []
     for batch in batches:

@@ -11,6 +11,7 @@ from peft_jax.adapters.build import build, initial_contents
 from peft_jax.adapters.plan import Target
 from peft_jax.core.adapted import Adapted, nested_adapters
 from peft_jax.core.leaves import find_leaves
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.roles import Follower
@@ -19,7 +20,7 @@ ROLES = ("ia3_in", "ia3_out")
 FIELDS = ("target_modules", "feedforward_modules")
 
 
-def weighted_ia3(tree: Any, weighted: Mapping[str, float], configs: Sequence[IA3Config], new_name: str) -> Any:
+def weighted_ia3(tree: PyTree, weighted: Mapping[str, float], configs: Sequence[IA3Config], new_name: str) -> Any:
     """The tree with one more IA3, inactive, whose vectors are the weighted sums of others.
 
     As in PEFT an adapter that leaves a module out adds nothing there.

@@ -15,6 +15,7 @@ from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves
 from peft_jax.core.paths import keys_from_names
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
@@ -267,7 +268,7 @@ def _new_config(configs: Sequence[LoraConfig], made: Iterable[Made], rank: int) 
 
 
 def _checked(
-    tree: Any, names: Sequence[str], weights: Sequence[float], new_name: str, how: How, density: float | None
+    tree: PyTree, names: Sequence[str], weights: Sequence[float], new_name: str, how: How, density: float | None
 ) -> list[LoraConfig]:
     """The configs of the adapters, once it is certain that they can be combined."""
     known = adapters(tree)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.bert.config import BertConfig
@@ -29,7 +30,7 @@ from peft_jax.models.modules.remat import kept, rematerialized
 class BertEmbeddings(nnx.Module):
     """Embeddings of tokens, token types and positions, summed and normalised."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.word_embeddings = Embed(config, dtype, rngs)
         positions, untrained = config.max_position_embeddings, config.untrained_position
         self.position_embeddings = Embed(config, dtype, rngs, positions, untrained_row=untrained)
@@ -48,7 +49,7 @@ class BertEmbeddings(nnx.Module):
 class BertSelfAttention(nnx.Module):
     """Queries, keys and values."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear, hidden = linear_maker(config, dtype, rngs), config.hidden_size
         self.head_dim, self.rate = hidden // config.num_attention_heads, config.rates.attention
         self.query, self.key, self.value = linear(hidden, hidden), linear(hidden, hidden), linear(hidden, hidden)
@@ -65,7 +66,7 @@ class BertOutput(nnx.Module):
     """A linear layer, added to the residual stream and normalised after."""
 
     def __init__(
-        self, config: BertConfig, in_features: int, dtype: Any, rngs: nnx.Rngs, *, rate: float, site: Site
+        self, config: BertConfig, in_features: int, dtype: DTypeLike, rngs: nnx.Rngs, *, rate: float, site: Site
     ) -> None:
         self.rate, self.site = rate, site
         self.dense = linear_maker(config, dtype, rngs)(in_features, config.hidden_size)
@@ -80,7 +81,7 @@ class BertOutput(nnx.Module):
 class BertAttention(nnx.Module):
     """Self-attention and its output."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.self = BertSelfAttention(config, dtype, rngs)
         rate = config.rates.attention_out
         self.output = BertOutput(config, config.hidden_size, dtype, rngs, rate=rate, site=Site.ATTENTION_OUT)
@@ -93,7 +94,7 @@ class BertAttention(nnx.Module):
 class BertIntermediate(nnx.Module):
     """The first half of the feed-forward network."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.act = config.hidden_act
         self.dense = linear_maker(config, dtype, rngs)(config.hidden_size, config.intermediate_size)
 
@@ -105,7 +106,7 @@ class BertIntermediate(nnx.Module):
 class BertLayer(nnx.Module):
     """Attention and feed-forward network."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.attention = BertAttention(config, dtype, rngs)
         self.intermediate = BertIntermediate(config, dtype, rngs)
         rate = config.rates.mlp_out
@@ -120,7 +121,7 @@ class BertLayer(nnx.Module):
 class BertEncoder(nnx.Module):
     """The stacked layers."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.layer = nnx.vmap(lambda key: BertLayer(config, dtype, nnx.Rngs(key)))(keys)
 
@@ -142,7 +143,7 @@ class BertEncoder(nnx.Module):
 class BertPooler(nnx.Module):
     """The first token's output through one more layer."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.dense = linear_maker(config, dtype, rngs)(config.hidden_size, config.hidden_size)
 
     def __call__(self, h: jax.Array) -> jax.Array:
@@ -153,7 +154,7 @@ class BertPooler(nnx.Module):
 class BertModel(nnx.Module):
     """Embeddings, encoder and, for some tasks, pooler."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.embeddings = BertEmbeddings(config, dtype, rngs)
         self.encoder = BertEncoder(config, dtype, rngs)
         if config.has_pooler:
@@ -178,7 +179,7 @@ class Bert(nnx.Module):
         )
     )
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config
         setattr(self, self.backbone, BertModel(config, dtype, rngs))
         add_head(self, config, dtype, rngs)

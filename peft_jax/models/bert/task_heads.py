@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.bert.config import BertConfig, RobertaConfig
@@ -22,7 +23,7 @@ CLASSIFIERS = {SEQ_CLS: "classifier", TOKEN_CLS: "classifier", QUESTION_ANS: "qa
 class BertTransform(nnx.Module):
     """A layer as wide as the encoder, before the vocabulary."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.dense = linear_maker(config, dtype, rngs)(config.hidden_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
 
@@ -30,7 +31,7 @@ class BertTransform(nnx.Module):
 class BertPredictions(nnx.Module):
     """The transform, the decoder (the embedding, where they are tied) and its bias."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.act = config.hidden_act
         self.transform = BertTransform(config, dtype, rngs)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype))
@@ -45,7 +46,7 @@ class BertPredictions(nnx.Module):
 class BertOnlyMLMHead(nnx.Module):
     """The module that transformers puts around the predictions."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.predictions = BertPredictions(config, dtype, rngs)
 
     def __call__(self, h: jax.Array, table: Any) -> jax.Array:
@@ -56,7 +57,7 @@ class BertOnlyMLMHead(nnx.Module):
 class RobertaLMHead(nnx.Module):
     """A layer, a norm, the decoder (the embedding, where they are tied) and its bias."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.dense = linear_maker(config, dtype, rngs)(config.hidden_size, config.hidden_size)
         self.layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype))
@@ -70,7 +71,7 @@ class RobertaLMHead(nnx.Module):
 class RobertaClassificationHead(nnx.Module):
     """Two layers on the first token's output."""
 
-    def __init__(self, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear, self.rate = linear_maker(config, dtype, rngs), config.rates.head
         self.dense = linear(config.hidden_size, config.hidden_size)
         self.out_proj = linear(config.hidden_size, config.num_labels)
@@ -81,7 +82,7 @@ class RobertaClassificationHead(nnx.Module):
         return self.out_proj(dropped(inner, key, self.rate, Site.HEAD_OUT))
 
 
-def add_head(module: Any, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+def add_head(module: Any, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
     """Put the head for the config's task into a module."""
     task, is_roberta = config.task_type, isinstance(config, RobertaConfig)
     if task == MASKED_LM and is_roberta:
@@ -110,7 +111,7 @@ def run_head(
     return ModelOutput(head(dropped(h if pooled is None else pooled, key, config.rates.head, Site.HEAD)))
 
 
-def _add_decoder(module: Any, config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+def _add_decoder(module: Any, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
     if not config.tie_word_embeddings:
         linear = linear_maker(config, dtype, rngs)
         module.decoder = linear(config.hidden_size, config.vocab_size, use_bias=False)

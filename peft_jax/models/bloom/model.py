@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.bloom.config import BloomConfig
 from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
@@ -30,7 +30,7 @@ PROJECTIONS = ("dense_h_to_4h", "dense_4h_to_h")
 class BloomBlock(nnx.Module):
     """Attention and feed-forward network, each normalised before and added to the residual stream, or to the norm."""
 
-    def __init__(self, config: BloomConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BloomConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         norm = partial(LayerNorm, config.hidden_size, config.layer_norm_epsilon, dtype)
         self.adds_to_norm, self.rates = config.apply_residual_connection_post_layernorm, config.rates
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
@@ -55,15 +55,15 @@ class BloomModel(DecoderBackbone):
 
     embedding_name, layers_name, norm_name = "word_embeddings", "h", "ln_f"
 
-    def add_embeddings(self, dtype: Any, rngs: nnx.Rngs) -> None:
+    def add_embeddings(self, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Make the norm of embeddings."""
         self.word_embeddings_layernorm = self.make_norm(dtype)
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(BloomBlock, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> LayerNorm:
+    def make_norm(self, dtype: DTypeLike) -> LayerNorm:
         """The final norm."""
         return LayerNorm(self.config.hidden_size, self.config.layer_norm_epsilon, dtype)
 

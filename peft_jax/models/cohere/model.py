@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.cohere.config import CohereConfig
 from peft_jax.models.config import CAUSAL_LM
@@ -21,7 +21,7 @@ from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.rotary_backbone import RotaryBackbone
 
 
-def make_norm(config: CohereConfig, dtype: Any, heads: int | None = None) -> LayerNorm:
+def make_norm(config: CohereConfig, dtype: DTypeLike, heads: int | None = None) -> LayerNorm:
     """A norm without a bias: of hidden features, or of heads' features with a scale of its own for each head."""
     features = config.hidden_size if heads is None else (heads, config.head_size)
     return LayerNorm(features, config.layer_norm_eps, dtype, bias=False)
@@ -30,7 +30,7 @@ def make_norm(config: CohereConfig, dtype: Any, heads: int | None = None) -> Lay
 class CohereAttention(SelfAttention):
     """Self-attention, with norms of queries and keys where the config has them."""
 
-    def __init__(self, config: CohereConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: CohereConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         bias = config.attention_bias
         super().__init__(config, dtype, rngs, bias=bias, out_bias=bias, interleaved=True)
         self.normalised = config.use_qk_norm
@@ -44,7 +44,7 @@ class CohereAttention(SelfAttention):
         return (self.q_norm(q), self.k_norm(k), v) if self.normalised else (q, k, v)
 
 
-def make_layer(config: CohereConfig, dtype: Any, rngs: nnx.Rngs) -> ParallelLayer:
+def make_layer(config: CohereConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> ParallelLayer:
     """A layer whose attention and feed-forward network are side by side."""
     attention = CohereAttention(config, dtype, rngs)
     mlp = GatedMLP(config, dtype, rngs, inner=config.intermediate_size, act=config.hidden_act)
@@ -58,11 +58,11 @@ class CohereModel(RotaryBackbone):
 
     interleaved = True
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return make_norm(self.config, dtype)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.falcon.config import FalconConfig
@@ -32,7 +32,7 @@ PROJECTIONS = ("dense_h_to_4h", "dense_4h_to_h")
 class FalconDecoderLayer(nnx.Module):
     """Attention and feed-forward network, side by side of one norm or two, or one behind the other."""
 
-    def __init__(self, config: FalconConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: FalconConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         inner, act, bias = config.intermediate_size, config.hidden_act, config.bias
         norm = partial(LayerNorm, config.hidden_size, config.layer_norm_epsilon, dtype)
         scoring = Scoring(finite=config.alibi)  # transformers then adds the mask to the bias
@@ -64,11 +64,11 @@ class FalconModel(RotaryBackbone):
 
     embedding_name, layers_name, norm_name = "word_embeddings", "h", "ln_f"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(FalconDecoderLayer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return LayerNorm(self.config.hidden_size, self.config.layer_norm_epsilon, dtype)
 

@@ -8,10 +8,10 @@ Attribute names are the module names of Hugging Face transformers; the layers ar
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.gemma.config import SECOND, GemmaConfig
@@ -28,7 +28,7 @@ from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.remat import kept
 
 
-def make_norm(features: int, config: GemmaConfig, dtype: Any) -> WideRMSNorm:
+def make_norm(features: int, config: GemmaConfig, dtype: DTypeLike) -> WideRMSNorm:
     """A norm whose scale is counted from 1."""
     return WideRMSNorm(features, config.rms_norm_eps, dtype, offset=1)
 
@@ -36,7 +36,7 @@ def make_norm(features: int, config: GemmaConfig, dtype: Any) -> WideRMSNorm:
 class GemmaAttention(SelfAttention):
     """Self-attention with a scale of its own; Gemma 2 caps scores, Gemma 3 normalises queries and keys."""
 
-    def __init__(self, config: GemmaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GemmaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         # transformers computes Gemma 2 with "eager" attention, in which padding that sees nothing gets a mean.
         is_eager = config.model_type == SECOND
         bias, scoring = config.attention_bias, Scoring(config.scale, config.attn_logit_softcapping, is_eager)
@@ -55,7 +55,7 @@ class GemmaAttention(SelfAttention):
 class GemmaDecoderLayer(nnx.Module):
     """Attention and feed-forward network, each normalised before, and after Gemma 1 behind too."""
 
-    def __init__(self, config: GemmaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GemmaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         norm = partial(make_norm, config.hidden_size, config, dtype)
         self.sandwiched = config.sandwiched
         self.self_attn = GemmaAttention(config, dtype, rngs)
@@ -80,11 +80,11 @@ class GemmaModel(DecoderBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(GemmaDecoderLayer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return make_norm(self.config.hidden_size, self.config, dtype)
 

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import CAUSAL_LM, FULL, SLIDING
 from peft_jax.models.gemma4.config import SHARING, SHORT, Gemma4Config
 from peft_jax.models.modules.attention import Scoring, attend, dropping_of
@@ -37,7 +39,7 @@ Handed = dict[str, Any]  # what layers hand on: the "cache" of each stack, and k
 class Gemma4Attention(SelfAttention):
     """Self-attention with norms of queries, keys and values, or to the keys and values of an earlier layer."""
 
-    def __init__(self, config: Gemma4Config, kind: str, shares: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Gemma4Config, kind: str, shares: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.name, self.shares, self.eps = SHORT[kind], shares, config.rms_norm_eps
         self.k_is_v = config.attention_k_eq_v and kind == FULL
         kv_heads, size = config.heads_of(kind)
@@ -87,7 +89,7 @@ class Gemma4Attention(SelfAttention):
 class Gemma4DecoderLayer(nnx.Module):
     """Attention, feed-forward network and the layer's own embeddings, each normalised before and behind."""
 
-    def __init__(self, config: Gemma4Config, kind: str, shares: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Gemma4Config, kind: str, shares: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         norm = partial(WideRMSNorm, config.hidden_size, config.rms_norm_eps, dtype)
         inner = config.intermediate_size * (2 if shares and config.use_double_wide_mlp else 1)
         self.act = config.hidden_activation
@@ -121,7 +123,7 @@ class Gemma4TextModel(DecoderBackbone):
 
     embedding_name = "embed_tokens"
 
-    def add_embeddings(self, dtype: Any, rngs: nnx.Rngs) -> None:
+    def add_embeddings(self, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Make the embeddings of each layer, and what projects those of the tokens to them."""
         config, size = self.config, self.config.hidden_size_per_layer_input
         if not size:
@@ -133,7 +135,7 @@ class Gemma4TextModel(DecoderBackbone):
         self.per_layer_model_projection = linear(config.hidden_size, width, use_bias=False)
         self.per_layer_projection_norm = WideRMSNorm(size, config.rms_norm_eps, dtype)
 
-    def make_layer(self, dtype: Any) -> Mapping[str, MakeLayer]:
+    def make_layer(self, dtype: DTypeLike) -> Mapping[str, MakeLayer]:
         """Functions that make a layer of each stack from random streams."""
         made = {}
         for kind, name in SHORT.items():
@@ -141,7 +143,7 @@ class Gemma4TextModel(DecoderBackbone):
             made[name + SHARING] = partial(Gemma4DecoderLayer, self.config, kind, True, dtype)
         return made
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return WideRMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
 
@@ -171,7 +173,7 @@ class Gemma4TextModel(DecoderBackbone):
         own = self.per_layer_projection_norm(projected.reshape(shape)) + looked_up.reshape(shape)
         return jnp.moveaxis(own * 2**-0.5, 2, 0)
 
-    def start(self, x: jax.Array, buffers: Any, inputs: ForwardInputs) -> Handed:
+    def start(self, x: jax.Array, buffers: PyTree, inputs: ForwardInputs) -> Handed:
         """The caches of all stacks, and places for the keys and values that are shared."""
         config = self.config
         if not config.num_kv_shared_layers:
@@ -201,7 +203,7 @@ class Gemma4Multimodal(Gemma4):
     backbone = "model.language_model"
 
 
-def init_cache(config: Gemma4Config, batch: int, max_len: int, dtype: Any = jnp.float32) -> MixedCache:
+def init_cache(config: Gemma4Config, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> MixedCache:
     """Make an empty cache for max_len positions.
 
     Example:

@@ -12,6 +12,7 @@ import numpy as np
 
 from peft_jax.adapt import adapt
 from peft_jax.core.articles import article
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.generation.decode import (
     Decoder,
@@ -97,7 +98,7 @@ def with_padding(generation: Generation) -> Generation:
 
 def run_programs(
     run: Programs,
-    params: Any,
+    params: PyTree,
     ids: jax.Array,
     mask: jax.Array,
     generation: Generation,
@@ -123,7 +124,7 @@ def programs(config: ModelConfig, generation: Generation) -> Programs:
         raise ValueError(f"{article(config.model_type, first=True)} model does not generate.")
     run, embed = adapt(partial(family.apply, config)), adapt(partial(family.embed, config))
 
-    def decoder(params: Any) -> Decoder:
+    def decoder(params: PyTree) -> Decoder:
         rest, prompt = take_prompt(*params)
 
         def apply(inputs: ForwardInputs) -> Any:
@@ -135,7 +136,7 @@ def programs(config: ModelConfig, generation: Generation) -> Programs:
         pad = generation.pad_token_id or 0
         return Decoder(model, generation.eos_token_ids, pad, generation.sampling, renewed_at)
 
-    def cache(params: Any, batch: int, positions: int) -> KVCache:
+    def cache(params: PyTree, batch: int, positions: int) -> KVCache:
         dtype = family.embedding_table(config, params[0]).dtype
         empty: KVCache = make_cache(config, batch, positions + virtual_slots(params[0]), dtype)
         return empty

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.generation.sampling import Sampling, choose, process
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import KVCache
@@ -181,14 +182,14 @@ def make_programs(
         max_new_tokens: The largest number of new tokens.
     """
 
-    def start(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> State:
+    def start(params: PyTree, ids: jax.Array, mask: jax.Array, key: jax.Array) -> State:
         cache = make_cache(params, ids.shape[0], ids.shape[1] + max_new_tokens)
         return decoder(params).start(cache, ids, mask, key, max_new_tokens)
 
-    def proceed(params: Any, state: State, count: jax.Array | int) -> State:
+    def proceed(params: PyTree, state: State, count: jax.Array | int) -> State:
         return decoder(params).proceed(state, count)
 
-    def run(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def run(params: PyTree, ids: jax.Array, mask: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         state = proceed(params, start(params, ids, mask, key), max_new_tokens)
         return state.tokens, state.count
 
@@ -197,7 +198,7 @@ def make_programs(
 
 def stream(
     programs: Programs,
-    params: Any,
+    params: PyTree,
     ids: jax.Array,
     mask: jax.Array,
     key: jax.Array,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peft_jax.adapt import adapt
 from peft_jax.core.articles import article
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.generation.causal import (
     padding_mask,
@@ -56,7 +57,7 @@ class Question(NamedTuple):
 
 def answer(
     config: Any,
-    params: Any,
+    params: PyTree,
     question: Question,
     decoder_prompt: tuple[jax.Array | None, Any],
     options: GenerateOptions,

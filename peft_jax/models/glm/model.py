@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
@@ -25,7 +25,7 @@ from peft_jax.models.modules.rotary_backbone import RotaryBackbone
 class GlmMLP(nnx.Module):
     """Gated feed-forward network, gate and up as one projection: down(act(gate) * up)."""
 
-    def __init__(self, config: GlmConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GlmConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = linear_maker(config, dtype, rngs)
         self.act = config.hidden_act
         self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size, use_bias=False)
@@ -40,7 +40,7 @@ class GlmMLP(nnx.Module):
 class GlmDecoderLayer(PreNormLayer):
     """Attention and feed-forward network, each normalised before, and in the later form behind too."""
 
-    def __init__(self, config: GlmConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GlmConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype)
         attention = SelfAttention(config, dtype, rngs, bias=config.attention_bias, interleaved=True)
         super().__init__(attention, GlmMLP(config, dtype, rngs), norm)
@@ -65,7 +65,7 @@ class GlmModel(RotaryBackbone):
 
     interleaved = True
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(GlmDecoderLayer, self.config, dtype)
 

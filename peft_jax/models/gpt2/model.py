@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
@@ -31,7 +32,7 @@ from peft_jax.prompts.base import Adaption
 class GPT2Attention(nnx.Module):
     """Causal self-attention."""
 
-    def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GPT2Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear, hidden = linear_maker(config, dtype, rngs), config.hidden_size
         self.head_dim = hidden // config.num_attention_heads
         self.scaled, self.by_layer = config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx
@@ -78,7 +79,7 @@ class GPT2Attention(nnx.Module):
 class GPT2MLP(nnx.Module):
     """Feed-forward network."""
 
-    def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GPT2Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear, inner = linear_maker(config, dtype, rngs), config.n_inner or 4 * config.hidden_size
         self.act = config.activation_function
         self.c_fc = linear(config.hidden_size, inner)
@@ -92,7 +93,7 @@ class GPT2MLP(nnx.Module):
 class GPT2Block(nnx.Module):
     """Attention and feed-forward network, each normalised before and added to the residual stream."""
 
-    def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GPT2Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.rate = config.rates.mlp_out
         self.ln_1 = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
         self.attn = GPT2Attention(config, dtype, rngs)
@@ -117,7 +118,7 @@ class GPT2Block(nnx.Module):
 class GPT2Model(nnx.Module):
     """Embeddings of tokens and positions, stacked layers, final norm."""
 
-    def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GPT2Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.wte = Embed(config, dtype, rngs)
         self.wpe = Embed(config, dtype, rngs, config.max_position_embeddings)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
@@ -155,7 +156,7 @@ class GPT2(nnx.Module):
     backbone = "transformer"
     takes = CAUSAL | {"token_type_ids"}
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config
         self.transformer = GPT2Model(config, dtype, rngs)
         HEAD.add(self, config, linear_maker(config, dtype, rngs))

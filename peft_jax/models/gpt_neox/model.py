@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.gpt_neox.config import GPTNeoXConfig
@@ -26,7 +26,7 @@ PROJECTIONS = ("dense_h_to_4h", "dense_4h_to_h")
 class GPTNeoXLayer(nnx.Module):
     """Attention and feed-forward network, each of its own norm, side by side or one behind the other."""
 
-    def __init__(self, config: GPTNeoXConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GPTNeoXConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         inner, act, bias = config.intermediate_size, config.hidden_act, config.attention_bias
         self.parallel, self.rates = config.use_parallel_residual, config.rates
         self.attention = FusedAttention(config, dtype, rngs, bias=bias, out_bias=bias)
@@ -49,11 +49,11 @@ class GPTNeoXModel(RotaryBackbone):
 
     embedding_name, norm_name = "embed_in", "final_layer_norm"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(GPTNeoXLayer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return LayerNorm(self.config.hidden_size, self.config.layer_norm_eps, dtype)
 

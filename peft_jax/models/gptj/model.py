@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS
 from peft_jax.models.gptj.config import GPTJConfig
@@ -37,7 +37,7 @@ class GPTJAttention(SelfAttention):
 class GPTJBlock(nnx.Module):
     """Attention and feed-forward network side by side, of the same norm."""
 
-    def __init__(self, config: GPTJConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GPTJConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         inner, act = config.n_inner or 4 * config.hidden_size, config.activation_function
         self.rates = config.rates
         self.ln_1 = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
@@ -58,11 +58,11 @@ class GPTJModel(DecoderBackbone):
 
     embedding_name, layers_name, norm_name = "wte", "h", "ln_f"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(GPTJBlock, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return LayerNorm(self.config.hidden_size, self.config.layer_norm_epsilon, dtype)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM
 from peft_jax.models.granite.config import GraniteConfig
@@ -20,7 +20,7 @@ from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.rotary_backbone import RotaryBackbone
 
 
-def make_layer(config: GraniteConfig, dtype: Any, rngs: nnx.Rngs) -> PreNormLayer:
+def make_layer(config: GraniteConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> PreNormLayer:
     """A layer whose scores and outputs are multiplied."""
     bias, scoring = config.attention_bias, Scoring(config.attention_multiplier)
     attention = SelfAttention(config, dtype, rngs, bias=bias, out_bias=bias, scoring=scoring)
@@ -38,7 +38,7 @@ class GraniteModel(RotaryBackbone):
         """The layers' input for embeddings x (batch, length, hidden)."""
         return multiplied(x, self.config.embedding_multiplier)
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 

@@ -11,6 +11,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import find_leaves
 from peft_jax.core.merge import active_adapters
 from peft_jax.core.partition import count_parameters
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.trainable_tokens import Tokens
@@ -82,7 +83,7 @@ class TunerModelStatus:
     quantization_backend: str | None
 
 
-def get_layer_status(params: Any) -> list[TunerLayerStatus]:
+def get_layer_status(params: PyTree) -> list[TunerLayerStatus]:
     """The status of every layer that has an adapter.
 
     Args:
@@ -118,7 +119,7 @@ def get_layer_status(params: Any) -> list[TunerLayerStatus]:
     return [_layer(name, kind, nodes, active) for (name, kind), nodes in layers.items()]
 
 
-def get_model_status(params: Any) -> TunerModelStatus:
+def get_model_status(params: PyTree) -> TunerModelStatus:
     """The status of a tree's adapters as a whole.
 
     Args:

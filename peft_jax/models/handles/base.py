@@ -16,6 +16,7 @@ from peft_jax.adapters.per_row import with_adapter_rows
 from peft_jax.core.adapted import adapters
 from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
+from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.describe import read_header
 from peft_jax.interop.formats import WEIGHTS_FILE
@@ -85,7 +86,7 @@ class ModelHandle(Inspection):
 
     task: ClassVar[str]  # the task type of the configs that a subclass is for
 
-    params: Any
+    params: PyTree
     config: ModelConfig
     source: Source = Source()
     remat: bool = False
@@ -344,7 +345,7 @@ class ModelHandle(Inspection):
             return self
         return dataclasses.replace(self, dropout_key=jax.random.fold_in(key, BASE))
 
-    def replace(self, params: Any) -> Self:
+    def replace(self, params: PyTree) -> Self:
         """The same model with other parameters."""
         return dataclasses.replace(self, params=params)
 
@@ -369,12 +370,12 @@ def _forward(config: ModelConfig) -> Callable[..., Any]:
     """The compiled forward pass of an architecture, from parameters, inputs and each row's task."""
     family = family_of(config)
 
-    def run(params: Any, prompt: Prompt, inputs: ForwardInputs) -> Any:
+    def run(params: PyTree, prompt: Prompt, inputs: ForwardInputs) -> Any:
         apply = partial(family.apply, config, params)
         embed = partial(family.embed, config, params)
         return apply_prompted(apply, embed, prompt, inputs, config.task_type)
 
-    def forward(params: Any, inputs: ForwardInputs, task_ids: jax.Array | None) -> Any:
+    def forward(params: PyTree, inputs: ForwardInputs, task_ids: jax.Array | None) -> Any:
         rest, prompt = take_prompt(params, task_ids)
         return adapt(run)(rest, prompt, inputs)
 

@@ -15,6 +15,7 @@ from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.precision import in_base_dtype
+from peft_jax.core.pytree import PyTree
 from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
 from peft_jax.interop.base_file import write_base_file
 from peft_jax.methods.base import Method, PeftConfig
@@ -276,7 +277,7 @@ class PeftModel(AdapterVerbs):
         """The base model, bit-identical to the one that was adapted; quantized where that was."""
         return self.base_handle(unload(self.params))
 
-    def base_handle(self, params: Any) -> Any:
+    def base_handle(self, params: PyTree) -> Any:
         """A base model's handle on ``params``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return self.base(**{**fields, "params": params})

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from peft_jax.core.hub import HubOptions
+from peft_jax.core.pytree import PyTree
 
 # Values that ask for what is done here in any case.
 ALREADY: dict[str, tuple[Any, ...]] = {
@@ -92,7 +93,7 @@ def hub_options(keywords: Mapping[str, Any]) -> HubOptions:
     return hub
 
 
-def check_device(torch_device: str | None, params: Any) -> None:
+def check_device(torch_device: str | None, params: PyTree) -> None:
     """Raise ValueError if an adapter is meant for another kind of device than its base is on.
 
     Args:

@@ -11,10 +11,10 @@ The model is plain Flax and knows nothing of adapters or quantization. Its numbe
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.decoder_config import heads_of
 from peft_jax.models.llama.config import LlamaConfig
@@ -30,7 +30,7 @@ from peft_jax.models.modules.positions import Places
 class LlamaAttention(SelfAttention):
     """Self-attention, with norms of queries and keys where the config has them."""
 
-    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(config, dtype, rngs, bias=config.attention_bias, out_bias=bool(config.attention_out_bias))
         self.qk_norm = config.qk_norm
         if config.qk_norm:
@@ -43,7 +43,7 @@ class LlamaAttention(SelfAttention):
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 
 
-def make_layer(config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> PreNormLayer:
+def make_layer(config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> PreNormLayer:
     """A layer; queries and keys are normalised where the config says so."""
     attention = LlamaAttention(config, dtype, rngs)
     mlp = GatedMLP(config, dtype, rngs, inner=config.intermediate_size, act=config.hidden_act, bias=config.mlp_bias)
@@ -55,11 +55,11 @@ class LlamaModel(DecoderBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
 

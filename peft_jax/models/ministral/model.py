@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.decoder_config import heads_of
 from peft_jax.models.ministral.config import MinistralConfig
@@ -21,7 +21,7 @@ from peft_jax.models.modules.positions import Places
 from peft_jax.models.modules.rotary_backbone import RotaryBackbone
 
 
-def make_layer(config: MinistralConfig, dtype: Any, rngs: nnx.Rngs) -> PreNormLayer:
+def make_layer(config: MinistralConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> PreNormLayer:
     """A layer; the growth of its queries is its view's."""
     attention = SelfAttention(config, dtype, rngs)
     mlp = GatedMLP(config, dtype, rngs, inner=config.intermediate_size, act=config.hidden_act)
@@ -33,7 +33,7 @@ class MinistralModel(RotaryBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 

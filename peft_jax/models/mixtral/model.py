@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.modules.decoder import Decoder
@@ -20,11 +19,11 @@ class MixtralModel(MixtureBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_attention(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The attention of a layer."""
         return SelfAttention(self.config, dtype, rngs)
 
-    def make_experts(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_experts(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The router and experts of a layer."""
         config, count = self.config, self.config.num_experts
         top_k = config.num_experts_per_tok

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.positions import Places
@@ -28,7 +28,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([slopes, rest]).astype(np.float32)
 
 
-def alibi(heads: int, places: Places, inputs: ForwardInputs, dtype: Any) -> jax.Array:
+def alibi(heads: int, places: Places, inputs: ForwardInputs, dtype: DTypeLike) -> jax.Array:
     """The bias of scores, (batch or 1, heads, 1, n_virtual + kv_len), as transformers computes it.
 
     It grows with the number of a key's token in its row, and not with its distance: a softmax takes away what is

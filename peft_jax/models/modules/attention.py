@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from peft_jax.core.chunks import chunk_size, in_chunks, out_of_chunks
 from peft_jax.models.modules.base_dropout import Site, dropped
@@ -186,13 +187,13 @@ def _attend(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _quotient(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _quotient(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Divide a by b; the derivative takes the quotient, so that backward need not make a again, which is a product."""
     return (a / b).astype(dtype)
 
 
 @_quotient.defjvp
-def _quotient_jvp(dtype: Any, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
+def _quotient_jvp(dtype: DTypeLike, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
     (a, b), (da, db) = primals, tangents
     quotient = kept((a / b).astype(dtype))
     return quotient, ((da - quotient.astype(a.dtype) * db) / b).astype(dtype)

@@ -19,7 +19,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.heads import DecoderHead
@@ -45,7 +47,7 @@ class DecoderBackbone(nnx.Module):
     layers_name: ClassVar[str] = "layers"
     norm_name: ClassVar[str] = "norm"
 
-    def __init__(self, config: Any, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Any, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         setattr(self, self.embedding_name, Embed(config, dtype, rngs, width=config.embedding_size))
         self.add_embeddings(dtype, rngs)
@@ -56,14 +58,14 @@ class DecoderBackbone(nnx.Module):
             setattr(self, self.layers_name, stacked(make, config.num_hidden_layers, rngs))
         setattr(self, self.norm_name, self.make_norm(dtype))
 
-    def add_embeddings(self, dtype: Any, rngs: nnx.Rngs) -> None:
+    def add_embeddings(self, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Make further modules before the layers."""
 
-    def make_layer(self, dtype: Any) -> MakeLayer | Mapping[str, MakeLayer]:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer | Mapping[str, MakeLayer]:
         """A function that makes a layer from random streams; by stack, where `ModelConfig.stacks` has names."""
         raise NotImplementedError
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         raise NotImplementedError
 
@@ -83,7 +85,7 @@ class DecoderBackbone(nnx.Module):
         """Arrays of which each layer gets its own part, with an axis of layers in front."""
         return None
 
-    def start(self, x: jax.Array, buffers: Any, inputs: ForwardInputs) -> Any:
+    def start(self, x: jax.Array, buffers: PyTree, inputs: ForwardInputs) -> Any:
         """The tree that the first layer is handed beside its input; `finish` takes it from the last."""
         return buffers
 
@@ -148,7 +150,7 @@ class Decoder(nnx.Module):
     head: ClassVar[DecoderHead]
     takes: ClassVar[frozenset[str]] = CAUSAL
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config
         *outer, name = self.own_backbone.split(".")
         holder: nnx.Module = self
@@ -174,7 +176,7 @@ class Decoder(nnx.Module):
         return output._replace(hidden_states=found.hidden_states, cache=found.cache, router_logits=found.router_logits)
 
 
-def decoder_cache(config: ModelConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
+def decoder_cache(config: ModelConfig, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> KVCache:
     """An empty cache for max_len positions of a decoder whose layers have one shape.
 
     Raises:

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.modules.attention import PLAIN_SCORES, Scoring, attend, attend_to, dropping_of
 from peft_jax.models.modules.base_dropout import NO_DROPOUT, DropoutRates, Site, dropped
@@ -88,7 +90,7 @@ class SelfAttention(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        dtype: Any,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
         *,
         bias: bool = False,
@@ -123,7 +125,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (kept(project(x)).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def __call__(self, x: jax.Array, call: LayerCall, buffers: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, call: LayerCall, buffers: PyTree) -> tuple[jax.Array, Any]:
         """Attend within x (batch, length, hidden), to this layer's prompt and its part of the cache's buffers."""
         batch, length, _ = x.shape
         q, k, v = self.heads(x)
@@ -166,7 +168,7 @@ class GatedMLP(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, *, inner: int, act: str, bias: bool = False
+        self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, inner: int, act: str, bias: bool = False
     ) -> None:
         linear = linear_maker(config, dtype, rngs)
         self.act = act

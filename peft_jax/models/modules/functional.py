@@ -12,14 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import FEATURE_EXTRACTION, ModelConfig
 from peft_jax.models.modules.inputs import ForwardInputs
 
 Module = Callable[..., nnx.Module]
 
 
-def init_params(module: Any, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+def init_params(module: Any, config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """Make random parameters: a nested dict of arrays by the names of the module's attributes.
 
     Kernels are ``(in, out)``, embeddings ``(vocabulary, hidden)``; those of stacked layers have an axis in front.
@@ -61,12 +63,12 @@ def _graph(module: Any, config: ModelConfig) -> Any:
     return nnx.graphdef(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
+def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
-def _check(module: Any, config: ModelConfig, params: Any) -> None:
+def _check(module: Any, config: ModelConfig, params: PyTree) -> None:
     want, have = param_shapes(module, config), {path: jnp.shape(leaf) for path, leaf in _leaves(params)}
     if have != want:
         missing, surplus = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())

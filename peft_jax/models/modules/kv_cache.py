@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from peft_jax.core.pytree import PyTree
 
 Prefix = tuple[jax.Array, jax.Array]
 Buffers = tuple[jax.Array, jax.Array]
@@ -52,7 +55,7 @@ class MixedCache(NamedTuple):
         return int(lengths[0])
 
 
-def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
+def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for max_len positions."""
     shape = (layers, batch, max_len, kv_heads, head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
@@ -83,7 +86,7 @@ def _write(buffer: jax.Array, new: jax.Array, start: tuple[Any, ...]) -> jax.Arr
     return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
 
 
-def filled(buffers: Any, index: jax.Array | int, length: int) -> KVCache | MixedCache | None:
+def filled(buffers: PyTree, index: jax.Array | int, length: int) -> KVCache | MixedCache | None:
     """The cache whose buffers took length new positions from index on."""
     if buffers is None:
         return None

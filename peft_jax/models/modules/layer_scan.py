@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.modules.base_dropout import key_of
 from peft_jax.models.modules.layer_views import View, chosen
 from peft_jax.models.modules.positions import Beside
@@ -101,7 +102,7 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) 
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
-def run_layers(layers: Any, x: jax.Array, buffers: Any, run: Run) -> tuple[jax.Array, Any, jax.Array | None]:
+def run_layers(layers: Any, x: jax.Array, buffers: PyTree, run: Run) -> tuple[jax.Array, Any, jax.Array | None]:
     """Run all layers.
 
     A layer is called as ``layer(x, call, buffers)``, with a `LayerCall`, and returns its output and the buffers.
@@ -133,7 +134,7 @@ def run_layers(layers: Any, x: jax.Array, buffers: Any, run: Run) -> tuple[jax.A
     return x, buffers, inputs
 
 
-def _run_stacks(layers: Any, x: jax.Array, buffers: Any, run: Run) -> tuple[jax.Array, Any, jax.Array | None]:
+def _run_stacks(layers: Any, x: jax.Array, buffers: PyTree, run: Run) -> tuple[jax.Array, Any, jax.Array | None]:
     """As `run_layers`, of layers of several shapes."""
     parts = {name: nnx.split(getattr(layers, name)) for name in sorted(set(run.stacks))}
     graphs = {name: graph for name, (graph, _) in parts.items()}
@@ -147,14 +148,14 @@ def _run_stacks(layers: Any, x: jax.Array, buffers: Any, run: Run) -> tuple[jax.
 
 
 def _run_segment(
-    segment: Segment, graphs: Mapping[str, Any], weights: Mapping[str, Any], x: jax.Array, buffers: Any, run: Run
+    segment: Segment, graphs: Mapping[str, Any], weights: Mapping[str, Any], x: jax.Array, buffers: PyTree, run: Run
 ) -> tuple[jax.Array, Any, jax.Array | None]:
     """Run the layers of a pattern as often as it repeats."""
     start, length, count = segment
     pattern = list(run.stacks[start : start + length])
     before = list(run.stacks[:start])
 
-    def apply(offset: int, x: jax.Array, buffers: Any, step: jax.Array) -> tuple[jax.Array, Any]:
+    def apply(offset: int, x: jax.Array, buffers: PyTree, step: jax.Array) -> tuple[jax.Array, Any]:
         name = pattern[offset]
         layer = start + step * length + offset
         place = before.count(name) + step * pattern.count(name) + pattern[:offset].count(name)
@@ -179,7 +180,7 @@ def _run_segment(
     return x, buffers, inputs.reshape(-1, *x.shape) if run.keep else None
 
 
-def _taken(tree: Any, number: jax.Array) -> Any:
+def _taken(tree: PyTree, number: jax.Array) -> Any:
     """A tree's part for one layer."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), tree)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CHUNKED, FULL, SLIDING, ModelConfig
 from peft_jax.models.modules.inputs import ForwardInputs
@@ -116,7 +117,7 @@ def rotations_by_kind(
     head_dim: int | Mapping[str, int],
     places: Places,
     max_positions: int,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     interleaved: bool = False,
 ) -> dict[str, Rotation | None]:
@@ -148,7 +149,7 @@ def views_by_kind(
     ropes: Mapping[str, RopeParameters | None],
     places: Places,
     inputs: ForwardInputs,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     window: int | None = None,
     chunk: int | None = None,

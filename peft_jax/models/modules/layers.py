@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.ids import rows_at
 from peft_jax.models.config import ModelConfig
@@ -23,7 +24,7 @@ class Embed(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        dtype: Any,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
         count: int | None = None,
         width: int | None = None,
@@ -74,7 +75,7 @@ def normalized(x: jax.Array, eps: float) -> jax.Array:
 class RMSNorm(nnx.Module):
     """x / rms(x) in float32, rounded to the dtype of x, times a scale."""
 
-    def __init__(self, features: int, eps: float, dtype: Any) -> None:
+    def __init__(self, features: int, eps: float, dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.ones((features,), dtype))
         self.eps = eps
 
@@ -94,7 +95,7 @@ class WideRMSNorm(nnx.Module):
         offset: Added to the scale, which starts at 1 minus it.
     """
 
-    def __init__(self, features: int, eps: float, dtype: Any, *, offset: float = 0) -> None:
+    def __init__(self, features: int, eps: float, dtype: DTypeLike, *, offset: float = 0) -> None:
         self.scale = nnx.Param(jnp.full((features,), 1 - offset, dtype))
         self.eps, self.offset = eps, offset
 
@@ -127,7 +128,7 @@ class LayerNorm(nnx.Module):
     """
 
     def __init__(
-        self, features: int | tuple[int, ...], eps: float, dtype: Any, *, bias: bool = True, affine: bool = True
+        self, features: int | tuple[int, ...], eps: float, dtype: DTypeLike, *, bias: bool = True, affine: bool = True
     ) -> None:
         shape = (features,) if isinstance(features, int) else features
         self.eps, self.affine, self.use_bias = eps, affine, affine and bias
@@ -152,7 +153,7 @@ class LayerNorm(nnx.Module):
         return jnp.reshape(value, shape).astype(jnp.float32)
 
 
-def linear_maker(config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
+def linear_maker(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
     """Return `make(in_features, out_features, use_bias=...)` of linear layers initialised as the config says."""
     init = nnx.initializers.normal(config.initializer_range)
     return functools.partial(nnx.Linear, kernel_init=init, param_dtype=dtype, rngs=rngs)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import ModelConfig
@@ -61,7 +62,7 @@ class TopKRouter(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        dtype: Any,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
         *,
         experts: int,
@@ -94,7 +95,9 @@ class Experts(nnx.Module):
         act: transformers' name of the activation.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, *, experts: int, inner: int, act: str) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, experts: int, inner: int, act: str
+    ) -> None:
         init, hidden = nnx.initializers.normal(config.initializer_range), config.hidden_size
         self.act = act
         self.gate_up_proj = nnx.Param(init(rngs.params(), (experts, hidden, 2 * inner), dtype))
@@ -150,7 +153,7 @@ class SharedExpertMLP(SparseMLP):
         gate: nnx.Module,
         experts: nnx.Module,
         config: ModelConfig,
-        dtype: Any,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
         *,
         inner: int,

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.mixture_config import DENSE, SPARSE
 from peft_jax.models.modules.decoder import MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP
@@ -25,24 +27,24 @@ class MixtureBackbone(RotaryBackbone):
     A subclass names its embedding, and makes attention and experts.
     """
 
-    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_attention(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The attention of a layer."""
         raise NotImplementedError
 
-    def make_experts(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_experts(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The router and experts of a layer."""
         raise NotImplementedError
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm, and those of the layers."""
         return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
 
-    def make_dense(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_dense(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The feed-forward network of a layer without experts."""
         config = self.config
         return GatedMLP(config, dtype, rngs, inner=config.intermediate_size, act=config.hidden_act)
 
-    def make_layer(self, dtype: Any) -> MakeLayer | Mapping[str, MakeLayer]:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer | Mapping[str, MakeLayer]:
         """A function that makes a layer from random streams; one a stack, where some layers have no experts."""
 
         def make(kind: str, rngs: nnx.Rngs) -> nnx.Module:
@@ -53,7 +55,7 @@ class MixtureBackbone(RotaryBackbone):
             return {kind: partial(make, kind) for kind in (DENSE, SPARSE)}
         return partial(make, SPARSE if self.config.sparse_layers[0] else DENSE)
 
-    def start(self, x: jax.Array, buffers: Any, inputs: ForwardInputs) -> Handed:
+    def start(self, x: jax.Array, buffers: PyTree, inputs: ForwardInputs) -> Handed:
         """The cache's buffers, and places for the routers' logits if they are asked for."""
         if not inputs.output_router_logits:
             return Handed(buffers, None)

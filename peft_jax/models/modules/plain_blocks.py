@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import ModelConfig
@@ -59,7 +60,7 @@ class PlainMLP(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        dtype: Any,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
         *,
         names: tuple[str, str],

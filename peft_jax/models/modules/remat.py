@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from peft_jax.core.pytree import PyTree
+
 KEPT = "kept"
 NARROW = 8  # times fewer features than it was made of: what is kept without a mark
 
@@ -30,7 +32,7 @@ def rematerialized(body: Callable[..., Any], *, whole: bool) -> Callable[..., An
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def _is_narrow(primitive: Any, *operands: Any, **params: Any) -> bool:
+def _is_narrow(primitive: Any, *operands: Any, **params: PyTree) -> bool:
     """Whether an equation is a product of x (..., in) and a matrix (in, out) with few outputs."""
     if primitive.name != "dot_general" or params["dimension_numbers"][1][0]:
         return False

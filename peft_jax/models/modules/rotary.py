@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from peft_jax.models.modules.rope_parameters import RopeParameters
 
@@ -30,7 +31,7 @@ def rotation(
     head_dim: int,
     positions: jax.Array,
     max_positions: int,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     interleaved: bool = False,
 ) -> Rotation:

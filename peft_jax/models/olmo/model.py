@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
@@ -23,7 +23,7 @@ from peft_jax.models.olmo.config import OlmoConfig
 class OlmoAttention(SelfAttention):
     """Self-attention with norms over all heads' queries, and over all heads' keys."""
 
-    def __init__(self, config: OlmoConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: OlmoConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(config, dtype, rngs, bias=config.attention_bias, out_bias=config.attention_bias)
         self.q_norm = WideRMSNorm(config.num_attention_heads * config.head_size, config.rms_norm_eps, dtype)
         self.k_norm = WideRMSNorm(config.kv_heads * config.head_size, config.rms_norm_eps, dtype)
@@ -38,7 +38,7 @@ class OlmoAttention(SelfAttention):
 class OlmoDecoderLayer(nnx.Module):
     """Attention and feed-forward network, each normalised behind and added to the residual stream."""
 
-    def __init__(self, config: OlmoConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: OlmoConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         norm = partial(WideRMSNorm, config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = OlmoAttention(config, dtype, rngs)
         self.mlp = GatedMLP(config, dtype, rngs, inner=config.intermediate_size, act=config.hidden_act)
@@ -57,11 +57,11 @@ class OlmoModel(RotaryBackbone):
     embedding_name = "embed_tokens"
     exact_turns = True
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(OlmoDecoderLayer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return WideRMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM
 from peft_jax.models.modules.decoder import Decoder
@@ -23,7 +22,7 @@ from peft_jax.models.olmoe.config import OlmoeConfig
 class OlmoeAttention(SelfAttention):
     """Self-attention with norms over all heads' queries, and over all heads' keys, and limits to all three."""
 
-    def __init__(self, config: OlmoeConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: OlmoeConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(config, dtype, rngs, bias=config.attention_bias, out_bias=config.attention_bias)
         self.limit = config.clip_qkv
         self.q_norm = RMSNorm(config.num_attention_heads * config.head_size, config.rms_norm_eps, dtype)
@@ -46,11 +45,11 @@ class OlmoeModel(MixtureBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_attention(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The attention of a layer."""
         return OlmoeAttention(self.config, dtype, rngs)
 
-    def make_experts(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_experts(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The router and experts of a layer."""
         config, count = self.config, self.config.num_experts
         top_k, normalised = config.num_experts_per_tok, config.norm_topk_prob

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, FULL, QUESTION_ANS, SEQ_CLS
@@ -29,7 +29,7 @@ EPS = 1e-5  # PyTorch's default
 OFFSET = 2  # rows of the table of positions before that of position 0; padding has the last of them
 
 
-def make_norm(config: OPTConfig, dtype: Any) -> LayerNorm:
+def make_norm(config: OPTConfig, dtype: DTypeLike) -> LayerNorm:
     """A norm of the hidden width."""
     return LayerNorm(config.hidden_size, EPS, dtype, affine=config.layer_norm_elementwise_affine)
 
@@ -54,7 +54,7 @@ class OPTAttention(SelfAttention):
 class OPTDecoderLayer(nnx.Module):
     """Attention and feed-forward network, with norms of their inputs or of the sums that they are added to."""
 
-    def __init__(self, config: OPTConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: OPTConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear, bias = linear_maker(config, dtype, rngs), config.enable_bias
         self.before, self.act, self.rates = config.do_layer_norm_before, config.activation_function, config.rates
         self.self_attn = OPTAttention(config, dtype, rngs, bias=bias, out_bias=bias)
@@ -83,7 +83,7 @@ class OPTDecoder(DecoderBackbone):
 
     embedding_name, norm_name = "embed_tokens", "final_layer_norm"
 
-    def add_embeddings(self, dtype: Any, rngs: nnx.Rngs) -> None:
+    def add_embeddings(self, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Make the table of positions and both projections."""
         config, linear = self.config, linear_maker(self.config, dtype, rngs)
         self.embed_positions = Embed(config, dtype, rngs, config.max_position_embeddings + OFFSET)
@@ -92,11 +92,11 @@ class OPTDecoder(DecoderBackbone):
             self.project_in = linear(config.embedding_size, config.hidden_size, use_bias=False)
             self.project_out = linear(config.hidden_size, config.embedding_size, use_bias=False)
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(OPTDecoderLayer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm, where there is one."""
         return make_norm(self.config, dtype) if self.config.ends_in_norm else Unchanged()
 
@@ -118,7 +118,7 @@ class OPTDecoder(DecoderBackbone):
 class OPTModel(OPTDecoder):
     """The decoder, as the one module in another, which PyTorch's names have."""
 
-    def __init__(self, config: OPTConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: OPTConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.decoder = OPTDecoder(config, dtype, rngs)
 
     @property

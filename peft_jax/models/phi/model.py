@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.decoder_config import heads_of
 from peft_jax.models.modules.base_dropout import Site, dropped
@@ -26,7 +26,7 @@ class PhiAttention(SelfAttention):
 
     out_name = "dense"
 
-    def __init__(self, config: PhiConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: PhiConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(config, dtype, rngs, bias=True, out_bias=True)
         self.qk_norm = config.qk_layernorm
         if self.qk_norm:
@@ -42,7 +42,7 @@ class PhiAttention(SelfAttention):
 class PhiDecoderLayer(nnx.Module):
     """Attention and feed-forward network side by side, of the same norm."""
 
-    def __init__(self, config: PhiConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: PhiConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         inner, act, self.rates = config.intermediate_size, config.hidden_act, config.rates
         self.self_attn = PhiAttention(config, dtype, rngs)
         self.mlp = PlainMLP(config, dtype, rngs, names=("fc1", "fc2"), inner=inner, act=act)
@@ -62,11 +62,11 @@ class PhiModel(RotaryBackbone):
 
     embedding_name, norm_name = "embed_tokens", "final_layernorm"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(PhiDecoderLayer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return LayerNorm(self.config.hidden_size, self.config.layer_norm_eps, dtype)
 

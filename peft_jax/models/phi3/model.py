@@ -7,11 +7,11 @@ pretraining while it is generated, the cache is computed again, as in transforme
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.decoder_config import heads_of
@@ -34,7 +34,7 @@ class Phi3Attention(FusedAttention):
 class Phi3MLP(nnx.Module):
     """Gated feed-forward network with one projection to gate and input."""
 
-    def __init__(self, config: Phi3Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Phi3Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear, inner = linear_maker(config, dtype, rngs), config.intermediate_size
         self.act = config.hidden_act
         self.gate_up_proj = linear(config.hidden_size, 2 * inner, use_bias=False)
@@ -46,7 +46,7 @@ class Phi3MLP(nnx.Module):
         return self.down_proj(up * ACTIVATIONS[self.act](gate))
 
 
-def make_layer(config: Phi3Config, dtype: Any, rngs: nnx.Rngs) -> PreNormLayer:
+def make_layer(config: Phi3Config, dtype: DTypeLike, rngs: nnx.Rngs) -> PreNormLayer:
     """A layer with fused projections."""
     norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype)
     return PreNormLayer(Phi3Attention(config, dtype, rngs), Phi3MLP(config, dtype, rngs), norm, rates=config.rates)
@@ -57,7 +57,7 @@ class Phi3Model(RotaryBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 

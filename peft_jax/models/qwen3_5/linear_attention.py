@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.modules.causal_conv import causal_conv
@@ -22,7 +21,7 @@ Memory = dict[str, jax.Array]
 class GatedNorm(nnx.Module):
     """x / rms(x) times a scale, times silu of a gate in float32."""
 
-    def __init__(self, features: int, eps: float, dtype: Any) -> None:
+    def __init__(self, features: int, eps: float, dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.ones((features,), dtype))
         self.eps = eps
 
@@ -35,7 +34,7 @@ class GatedNorm(nnx.Module):
 class ChannelKernel(nnx.Module):
     """The kernel of a convolution of each channel by itself, in PyTorch's order (channels, 1, taps)."""
 
-    def __init__(self, config: Qwen35Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Qwen35Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(config.initializer_range)
         shape = (config.conv_channels, 1, config.linear_conv_kernel_dim)
         self.weight = nnx.Param(init(rngs.params(), shape, dtype))
@@ -44,7 +43,7 @@ class ChannelKernel(nnx.Module):
 class GatedDeltaNet(nnx.Module):
     """Linear attention: what a text has said so far is a matrix a head, whatever its length."""
 
-    def __init__(self, config: Qwen35Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Qwen35Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = linear_maker(config, dtype, rngs)
         hidden, values, heads = config.hidden_size, config.linear_values, config.linear_num_value_heads
         self.config = config
@@ -82,7 +81,9 @@ class GatedDeltaNet(nnx.Module):
         rate = jnp.exp(self.A_log[...].astype(jnp.float32))[None, None]
         return -rate * jax.nn.softplus(self.in_proj_a(x).astype(jnp.float32) + bias)
 
-    def _memory(self, batch: int, call: LayerCall, buffers: Memory | None, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    def _memory(
+        self, batch: int, call: LayerCall, buffers: Memory | None, dtype: DTypeLike
+    ) -> tuple[jax.Array, jax.Array]:
         """The tokens that the convolution still sees, and the state; empty without a cache."""
         if buffers is None:
             empty = make_memory(self.config, 1, batch, dtype)
@@ -94,7 +95,7 @@ class GatedDeltaNet(nnx.Module):
 NAMES = ("conv", "state")
 
 
-def make_memory(config: Qwen35Config, layers: int, batch: int, dtype: Any) -> Memory:
+def make_memory(config: Qwen35Config, layers: int, batch: int, dtype: DTypeLike) -> Memory:
     """The empty memories of a number of layers; states are float32."""
     conv = (layers, batch, config.linear_conv_kernel_dim - 1, config.conv_channels)
     state = (layers, batch, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)

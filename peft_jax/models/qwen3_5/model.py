@@ -16,7 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import CAUSAL_LM, FULL, LINEAR, SEQ_CLS
 from peft_jax.models.modules.decoder import Decoder, DecoderBackbone, MakeLayer
 from peft_jax.models.modules.decoder_blocks import GatedMLP, attend_within
@@ -39,7 +41,7 @@ class GatedAttention(nnx.Module):
     The projection of queries has twice their features: in each head those of the query, then those of its gate.
     """
 
-    def __init__(self, config: Qwen35Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Qwen35Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = linear_maker(config, dtype, rngs)
         hidden, bias = config.hidden_size, config.attention_bias
         n_q, n_kv = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
@@ -65,7 +67,7 @@ class GatedAttention(nnx.Module):
 class Qwen35Layer(nnx.Module):
     """Attention of one of two kinds and a feed-forward network, each normalised before and added to the stream."""
 
-    def __init__(self, config: Qwen35Config, dtype: Any, kind: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Qwen35Config, dtype: DTypeLike, kind: str, rngs: nnx.Rngs) -> None:
         self.kind = kind
         if kind == LINEAR:
             self.linear_attn = GatedDeltaNet(config, dtype, rngs)
@@ -75,7 +77,7 @@ class Qwen35Layer(nnx.Module):
         self.input_layernorm = WideRMSNorm(config.hidden_size, config.rms_norm_eps, dtype, offset=1)
         self.post_attention_layernorm = WideRMSNorm(config.hidden_size, config.rms_norm_eps, dtype, offset=1)
 
-    def __call__(self, x: jax.Array, call: LayerCall, buffers: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, call: LayerCall, buffers: PyTree) -> tuple[jax.Array, Any]:
         """Map x (batch, length, hidden); the buffers are those of both stacks, by name."""
         mix = self.linear_attn if self.kind == LINEAR else self.self_attn
         own = None if buffers is None else buffers[call.stack]
@@ -90,11 +92,11 @@ class Qwen35Model(DecoderBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_layer(self, dtype: Any) -> dict[str, MakeLayer]:
+    def make_layer(self, dtype: DTypeLike) -> dict[str, MakeLayer]:
         """Functions that make a layer of each stack from random streams."""
         return {name: partial(Qwen35Layer, self.config, dtype, kind) for kind, name in STACKS.items()}
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return WideRMSNorm(self.config.hidden_size, self.config.rms_norm_eps, dtype, offset=1)
 
@@ -129,7 +131,7 @@ class Qwen35Multimodal(Qwen35):
     backbone = "model.language_model"
 
 
-def init_cache(config: Qwen35Config, batch: int, max_len: int, dtype: Any = jnp.float32) -> MixedCache:
+def init_cache(config: Qwen35Config, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> MixedCache:
     """An empty cache: keys and values of max_len positions, and memories whose size depends on no length.
 
     Example:

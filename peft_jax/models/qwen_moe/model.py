@@ -5,10 +5,9 @@ The numbers are those of transformers' `Qwen2MoeForCausalLM` and `Qwen3MoeForCau
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.modules.decoder import Decoder
@@ -24,7 +23,7 @@ from peft_jax.models.qwen_moe.config import SECOND, QwenMoeConfig
 class NormalisedAttention(SelfAttention):
     """Self-attention with norms of each head's queries and keys."""
 
-    def __init__(self, config: QwenMoeConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: QwenMoeConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(config, dtype, rngs, bias=config.attention_bias, out_bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps, dtype)
         self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps, dtype)
@@ -40,13 +39,13 @@ class QwenMoeModel(MixtureBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_attention(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The attention of a layer."""
         if self.config.model_type == SECOND:
             return SelfAttention(self.config, dtype, rngs, bias=self.config.qkv_bias)
         return NormalisedAttention(self.config, dtype, rngs)
 
-    def make_experts(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    def make_experts(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The router and experts of a layer."""
         config, count, act = self.config, self.config.num_experts, self.config.hidden_act
         top_k, normalised = config.num_experts_per_tok, config.norm_topk_prob

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.decoder_config import heads_of
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
@@ -20,7 +20,7 @@ from peft_jax.models.modules.rotary_backbone import RotaryBackbone
 from peft_jax.models.smollm3.config import STILL, SmolLM3Config
 
 
-def make_layer(config: SmolLM3Config, dtype: Any, rngs: nnx.Rngs) -> PreNormLayer:
+def make_layer(config: SmolLM3Config, dtype: DTypeLike, rngs: nnx.Rngs) -> PreNormLayer:
     """A layer; whether it turns queries and keys is its view's."""
     bias = config.attention_bias
     attention = SelfAttention(config, dtype, rngs, bias=bias, out_bias=bias)
@@ -33,7 +33,7 @@ class SmolLM3Model(RotaryBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 

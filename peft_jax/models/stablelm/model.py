@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.modules.decoder import Decoder, MakeLayer
@@ -21,7 +21,7 @@ from peft_jax.models.stablelm.config import StableLmConfig
 class NumberedNorms(nnx.Module):
     """Norms without a bias, by number, as transformers' checkpoints have them."""
 
-    def __init__(self, count: int, features: int, eps: float, dtype: Any) -> None:
+    def __init__(self, count: int, features: int, eps: float, dtype: DTypeLike) -> None:
         self.count = count
         for number in range(count):
             setattr(self, str(number), LayerNorm(features, eps, dtype, bias=False))
@@ -30,7 +30,7 @@ class NumberedNorms(nnx.Module):
 class NormOfEachHead(nnx.Module):
     """A norm of its own for each head."""
 
-    def __init__(self, heads: int, config: StableLmConfig, dtype: Any) -> None:
+    def __init__(self, heads: int, config: StableLmConfig, dtype: DTypeLike) -> None:
         self.norms = NumberedNorms(heads, config.head_size, config.layer_norm_eps, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ class NormOfEachHead(nnx.Module):
 class StableLmAttention(SelfAttention):
     """Self-attention, with norms of queries and keys where the config has them."""
 
-    def __init__(self, config: StableLmConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: StableLmConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(config, dtype, rngs, bias=config.use_qkv_bias)
         self.normalised = config.qk_layernorm
         if config.qk_layernorm:
@@ -55,7 +55,7 @@ class StableLmAttention(SelfAttention):
         return (self.q_layernorm(q), self.k_layernorm(k), v) if self.normalised else (q, k, v)
 
 
-def make_layer(config: StableLmConfig, dtype: Any, rngs: nnx.Rngs) -> ParallelLayer | PreNormLayer:
+def make_layer(config: StableLmConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> ParallelLayer | PreNormLayer:
     """A layer in one of the two forms of the residual stream."""
     attention = StableLmAttention(config, dtype, rngs)
     mlp = GatedMLP(config, dtype, rngs, inner=config.intermediate_size, act=config.hidden_act)
@@ -70,11 +70,11 @@ class StableLmModel(RotaryBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return LayerNorm(self.config.hidden_size, self.config.layer_norm_eps, dtype)
 

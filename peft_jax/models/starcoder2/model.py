@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
@@ -22,7 +22,7 @@ from peft_jax.models.starcoder2.config import Starcoder2Config
 class Starcoder2MLP(nnx.Module):
     """Feed-forward network: c_proj(act(c_fc(x)))."""
 
-    def __init__(self, config: Starcoder2Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Starcoder2Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = linear_maker(config, dtype, rngs)
         self.act = config.hidden_act
         self.c_fc = linear(config.hidden_size, config.intermediate_size, use_bias=config.use_bias)
@@ -33,7 +33,7 @@ class Starcoder2MLP(nnx.Module):
         return self.c_proj(ACTIVATIONS[self.act](kept(self.c_fc(x))))
 
 
-def make_layer(config: Starcoder2Config, dtype: Any, rngs: nnx.Rngs) -> PreNormLayer:
+def make_layer(config: Starcoder2Config, dtype: DTypeLike, rngs: nnx.Rngs) -> PreNormLayer:
     """A layer; all of its projections have a bias, or none."""
     attention = SelfAttention(config, dtype, rngs, bias=config.use_bias, out_bias=config.use_bias)
     norm = partial(LayerNorm, config.hidden_size, config.norm_epsilon, dtype)
@@ -45,11 +45,11 @@ class Starcoder2Model(RotaryBackbone):
 
     embedding_name = "embed_tokens"
 
-    def make_layer(self, dtype: Any) -> MakeLayer:
+    def make_layer(self, dtype: DTypeLike) -> MakeLayer:
         """A function that makes a layer from random streams."""
         return partial(make_layer, self.config, dtype)
 
-    def make_norm(self, dtype: Any) -> nnx.Module:
+    def make_norm(self, dtype: DTypeLike) -> nnx.Module:
         """The final norm."""
         return LayerNorm(self.config.hidden_size, self.config.norm_epsilon, dtype)
 

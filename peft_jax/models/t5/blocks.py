@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.modules.base_dropout import Site, dropped, key_of
@@ -24,7 +23,7 @@ from peft_jax.models.t5.relative_attention import (
 class T5LayerNorm(nnx.Module):
     """x / rms(x) in float32, rounded to the dtype of the scale, times the scale."""
 
-    def __init__(self, config: T5Config, dtype: Any) -> None:
+    def __init__(self, config: T5Config, dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.full((config.hidden_size,), config.initializer_factor, dtype))
         self.eps = config.layer_norm_epsilon
 
@@ -38,7 +37,7 @@ class T5LayerNorm(nnx.Module):
 class T5LayerSelfAttention(nnx.Module):
     """Attention of a stack's positions to each other, added to the residual stream."""
 
-    def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.SelfAttention, self.rate = T5Attention(config, dtype, rngs), config.rates.attention_out
         self.layer_norm = T5LayerNorm(config, dtype)
 
@@ -62,7 +61,7 @@ class T5LayerSelfAttention(nnx.Module):
 class T5LayerCrossAttention(nnx.Module):
     """Attention of the decoder's positions to the encoder's output, added to the residual stream."""
 
-    def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.EncDecAttention, self.rate = T5Attention(config, dtype, rngs), config.rates.attention_out
         self.layer_norm = T5LayerNorm(config, dtype)
 
@@ -80,7 +79,7 @@ class T5LayerCrossAttention(nnx.Module):
 class T5Dense(nnx.Module):
     """Feed-forward network: wo(act(wi(x))), or gated wo(act(wi_0(x)) * wi_1(x))."""
 
-    def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.activation = config.activation
         n_in, inner = config.hidden_size, config.intermediate_size
         self.is_gated, self.rate = config.is_gated, config.rates.inner
@@ -102,7 +101,7 @@ class T5Dense(nnx.Module):
 class T5LayerFF(nnx.Module):
     """Feed-forward network, added to the residual stream."""
 
-    def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.DenseReluDense, self.rate = T5Dense(config, dtype, rngs), config.rates.mlp_out
         self.layer_norm = T5LayerNorm(config, dtype)
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import SEQ_2_SEQ_LM
 from peft_jax.models.family import (
     OTHERWISE,
@@ -37,7 +38,7 @@ class T5Family(Family):
         head = (HEAD,) if config.tie_word_embeddings else ()
         return (SHARED, *LOOKED_UP, *head) if config.share_embeddings else ()
 
-    def untied(self, config: Any, params: Any) -> tuple[Any, Any]:
+    def untied(self, config: Any, params: PyTree) -> tuple[Any, Any]:
         """Config and parameters with a leaf of its own for each of these."""
         if not config.share_embeddings:
             return config, params

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.core.ids import rows_at
 from peft_jax.models.modules import functional
@@ -89,7 +90,7 @@ class Seq2SeqOutput(NamedTuple):
 class T5Blocks(nnx.Module):
     """The stacked blocks of a stack, `layer`, and the bias of relative positions that the first one brings, `0`."""
 
-    def __init__(self, config: T5Config, name: str, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, name: str, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         crossing = [T5LayerCrossAttention] if name == "decoder" else []
         kinds = [T5LayerSelfAttention, *crossing, T5LayerFF]
 
@@ -113,7 +114,7 @@ class T5Blocks(nnx.Module):
 class T5Stack(nnx.Module):
     """Blocks and final norm, and an embedding where it is not shared."""
 
-    def __init__(self, config: T5Config, name: str, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, name: str, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         if not config.share_embeddings:
             self.embed_tokens = embedding(config, dtype, rngs)
         self.depth, self.rates = config.depths[name], config.rates
@@ -179,7 +180,7 @@ class T5(nnx.Module):
         )
     )
 
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config
         self.shared = embedding(config, dtype, rngs)
         self.encoder = T5Stack(config, "encoder", dtype, rngs)
@@ -331,7 +332,7 @@ class T5(nnx.Module):
         return h @ self.shared.embedding[...].T if self.config.tie_word_embeddings else self.lm_head(h)
 
 
-def embedding(config: T5Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Embed:
+def embedding(config: T5Config, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Embed:
     """A table (vocab, hidden)."""
     init = nnx.initializers.normal(config.initializer_factor)
     return nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, param_dtype=dtype, rngs=rngs)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from peft_jax.models.modules.attention import Dropping, dropping_of
 from peft_jax.models.modules.base_dropout import Site, dropped
@@ -98,7 +99,7 @@ def behind(prefix: KeysValues | None, mask: jax.Array) -> jax.Array:
 class T5Attention(nnx.Module):
     """The four projections of an attention."""
 
-    def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         inner, wide = config.num_attention_heads * config.head_dim, config.hidden_size
         self.head_dim, self.rate = config.head_dim, config.rates.attention
         self.q = linear(config, wide, inner, (wide * config.head_dim) ** -0.5, dtype, rngs)
@@ -120,7 +121,7 @@ class T5Attention(nnx.Module):
         return self.o(seen.reshape(*x.shape[:2], -1))
 
 
-def linear(config: T5Config, n_in: int, n_out: int, deviation: float, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(config: T5Config, n_in: int, n_out: int, deviation: float, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer without a bias, as transformers initialises T5's."""
     init = nnx.initializers.normal(config.initializer_factor * deviation)
     return nnx.Linear(n_in, n_out, use_bias=False, kernel_init=init, param_dtype=dtype, rngs=rngs)
