@@ -45,7 +45,10 @@ RUNS: dict[str, tuple[str, str, list[dict[str, Any]], list[str]]] = {  # task, m
     "classes": ("SEQ_CLS", "bert", PLAIN, ["--task", "SEQ_CLS"]),
     "tasks": (
         *("SEQ_2_SEQ_LM", "t5", PAIRS),
-        ["--peft", "MULTITASK_PROMPT_TUNING", "--peft-config", '{"num_virtual_tokens": 3, "num_tasks": 2}'],
+        [
+            *("--peft", "MULTITASK_PROMPT_TUNING", "--peft-config", '{"num_virtual_tokens": 3, "num_tasks": 2}'),
+            *("--learning-rate", "0.1"),
+        ],
     ),
     "eva": (
         *("SEQ_CLS", "gpt2", TEXTS),

@@ -151,8 +151,11 @@ def compare(
     rows, theirs = RUNS[name].rows, in_peft(name, out)
     with torch.no_grad():
         validation, everything = want(theirs, kept_rows(rows)), want(theirs, rows)
-        with theirs.disable_adapter():
-            before = want(theirs, rows)["loss"]
+        if "--peft" in RUNS[name].options:  # PEFT cannot switch off a prompt of a classifier of words
+            before = want(theirs.get_base_model(), rows)["loss"]
+        else:
+            with theirs.disable_adapter():
+                before = want(theirs, rows)["loss"]
     assert abs(everything["loss"] - before) > 1e-2, "the adapter is dead"
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     last = [row for row in lines if "eval_loss" in row][-1]
@@ -294,18 +297,18 @@ def word_scores(model_name: str, virtual: int) -> Callable[[Any, Rows], dict[str
                 found = [n for n, (start, end) in enumerate(places[number].tolist()) if end and start in starts]
                 labels[number, found[0]] = names.index(tag)
                 place += len(word) + 1
-        before = torch.full((len(rows), virtual), -100)
-        output = model(**batch, labels=labels)
-        guesses, known = output.logits[:, -labels.shape[1] :].argmax(-1), labels
-        with_logits = torch.cat([before, labels], 1)
-        assert output.logits.shape[1] in (labels.shape[1], with_logits.shape[1])
+        output = model(**batch, labels=None if virtual else labels)  # PEFT's labels lack the virtual tokens
+        logits = output.logits[:, -labels.shape[1] :]
+        assert output.logits.shape[1] - labels.shape[1] in (0, virtual)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()) if virtual else output.loss
+        guesses, known = logits.argmax(-1), labels
         ours, theirs = [], []
         for guess, label in zip(guesses.tolist(), known.tolist(), strict=True):
             asked = [n for n, tag in enumerate(label) if tag != -100]
             ours.append([names[guess[n]] for n in asked])
             theirs.append([names[label[n]] for n in asked])
         scores = {name: getattr(seqeval, f"{name}_score")(theirs, ours) for name in ("f1", "precision", "recall")}
-        return {"loss": output.loss.item(), "accuracy": seqeval.accuracy_score(theirs, ours), **scores}
+        return {"loss": loss.item(), "accuracy": seqeval.accuracy_score(theirs, ours), **scores}
 
     return want
 
@@ -387,7 +390,8 @@ def span_answers(model: Any, rows: Rows) -> dict[str, float]:
                     start, end = starts[0], ends[0]
             types = windows["token_type_ids"][number]
             batch = {"input_ids": torch.tensor([ids]), "token_type_ids": torch.tensor([types])}
-            output = model(**batch, start_positions=torch.tensor([start]), end_positions=torch.tensor([end]))
+            # Not `model` itself: PeftModelForQuestionAnswering takes token_type_ids and does not hand them on.
+            output = model.base_model(**batch, start_positions=torch.tensor([start]), end_positions=torch.tensor([end]))
             losses.append(output.loss.item())
             one, other = output.start_logits[0], output.end_logits[0]
             none.append((one[0] + other[0]).item())
