@@ -33,6 +33,7 @@ def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 NEEDED = {
     "finetune": ["--model", "m", "--data", "d", "--output", "o"],
     "generate": ["a prompt"],
+    "preview": ["--model", "m", "--data", "d"],
     "eval": ["--data", "d"],
     "merge": ["--adapter", "a", "--output", "o"],
     "inspect": ["a"],
