@@ -414,7 +414,7 @@ def test_ctrl_c_during_a_compilation_ends_the_process_in_order() -> None:
     """The compilation goes on in a thread, and a process that tears down JAX meanwhile dies of a segmentation fault."""
     pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     code = COMPILING.format(function=pyproject["project"]["scripts"]["peft-jax"].removeprefix("peft_jax.cli.main:"))
-    words = [sys.executable, "-c", code, "demo"]
+    words = [sys.executable, "-c", code, "demo", "--no-compilation-cache"]
     environment = {**os.environ, "JAX_LOG_COMPILES": "1"}
     with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
