@@ -234,7 +234,7 @@ def read_program(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], fa
     that the framework's convention says.
 
     Args:
-        params: PyTree pytree of arrays; quantized and adapted leaves have their layouts already.
+        params: Any pytree of arrays; quantized and adapted leaves have their layouts already.
         fn: The function that uses them.
         args: The rest of its arguments; arrays, or shapes as ``jax.ShapeDtypeStruct``.
         fan_in_fan_out: As in `conventional_layout`.

@@ -79,7 +79,7 @@ def apply_adapter(
     a target changes no other adapter.
 
     Args:
-        params: PyTree pytree of arrays, or a model handle; quantized and adapted leaves are weights like others.
+        params: Any pytree of arrays, or a model handle; quantized and adapted leaves are weights like others.
         config: What to attach, where, and how it starts.
         key: A JAX random key; None means ``jax.random.key(0)``.
         adapter_name: Name of the adapter, new to the tree.

@@ -65,7 +65,7 @@ def apply_lora_from_data(
     the base as it was.
 
     Args:
-        params: PyTree pytree of arrays, or a model handle.
+        params: Any pytree of arrays, or a model handle.
         config: What to attach, with its ``eva_config``, ``corda_config`` or ``lora_ga_config``.
         batches: What to run; for a handle dictionaries of its arguments.
         fn: The function that uses the leaves, as ``fn(params, batch)``, which need not know of adapters. For

@@ -48,7 +48,7 @@ def with_input_ids(params: T, input_ids: Ids, segment_ids: Ids | None = None) ->
     """The tree, or handle, whose adapters that depend on token ids have those of these sequences.
 
     Args:
-        params: PyTree tree or model handle.
+        params: Any tree or model handle.
         input_ids: Token ids ``(batch, length)``.
         segment_ids: The number of each token's text ``(batch, length)``, where a row holds several.
     """
@@ -74,7 +74,7 @@ def with_invocations(params: T, input_ids: Ids, segment_ids: Ids | None = None) 
     row without invocation it counts nowhere.
 
     Args:
-        params: PyTree tree or model handle.
+        params: Any tree or model handle.
         input_ids: Token ids ``(batch, length)``.
         segment_ids: The number of each token's text ``(batch, length)``, where a row holds several texts: then an
             adapter counts from the last invocation of each text on.

@@ -27,7 +27,7 @@ def with_dropout(params: PyTree, key: jax.Array, *, base: bool = True) -> PyTree
     and LoKr drop parts of the change itself (`drop_change`).
 
     Args:
-        params: PyTree tree or model handle.
+        params: Any tree or model handle.
         key: A JAX random key, a new one for every step.
         base: Whether the base's own dropout is on, where the tree is a model handle.
 
@@ -65,7 +65,7 @@ def without_dropout(params: PyTree) -> PyTree:
     """The tree with dropout switched off everywhere: the inverse of `with_dropout`.
 
     Args:
-        params: PyTree tree or model handle.
+        params: Any tree or model handle.
 
     Example:
         >>> import peft_jax as pj

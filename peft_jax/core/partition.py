@@ -22,7 +22,7 @@ def partition(params: PyTree) -> tuple[Any, Any]:
     Gradients are taken with respect to the first partition alone, so that no frozen weight has a gradient.
 
     Args:
-        params: PyTree pytree, or a model handle. Trained are the arrays of active adapters attached for training.
+        params: Any pytree, or a model handle. Trained are the arrays of active adapters attached for training.
 
     Returns:
         ``(trainable, frozen)``, each of ``params``'s structure with None where the other has the leaf. Functions and

@@ -33,7 +33,7 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None) 
     """The leaves of a tree by their dotted paths, in order.
 
     Args:
-        tree: PyTree pytree.
+        tree: Any pytree.
         is_leaf: As in ``jax.tree.leaves``.
 
     Raises:

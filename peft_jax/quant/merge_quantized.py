@@ -20,7 +20,7 @@ def merge_quantized(params: T) -> tuple[T, dict[str, float]]:
     made of, as ``peft-jax merge`` does, and quantizing the result: then weights are rounded once, here twice.
 
     Args:
-        params: PyTree pytree, or a model handle. Adapters on plain arrays are merged as by `peft_jax.merge`; quantized
+        params: Any pytree, or a model handle. Adapters on plain arrays are merged as by `peft_jax.merge`; quantized
             leaves without an adapter stay as they are.
 
     Returns:

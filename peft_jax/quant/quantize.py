@@ -43,7 +43,7 @@ def quantize(
     one then becomes NaN as a whole.
 
     Args:
-        params: PyTree pytree of arrays, or a model handle. The base of an adapted leaf is quantized under its adapter.
+        params: Any pytree of arrays, or a model handle. The base of an adapted leaf is quantized under its adapter.
         bits: 8, which is ``kind="int8"``.
         kind: ``"nf4"`` or ``"fp4"``, as bitsandbytes rounds to them; ``"int4"`` or ``"int8"``, symmetrically to the
             nearest integer. None for int8.
