@@ -21,7 +21,7 @@ from peft_jax.train.data.encode import (
 )
 from peft_jax.train.data.label_kinds import label_array, names_of
 from peft_jax.train.data.long_examples import Long, check_not_split
-from peft_jax.train.data.records import AnyRecord, Labelled, named
+from peft_jax.train.data.records import AnyRecord, Labelled, all_of
 from peft_jax.train.data.token_rows import Watch, chunks, paired_rows
 from peft_jax.train.losses import cross_entropy
 
@@ -49,12 +49,7 @@ def labelled(records: Sequence[AnyRecord]) -> list[Labelled]:
     Raises:
         ValueError: If one is of another format.
     """
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, Labelled):
-            raise ValueError(
-                f"record {number} has {named(type(record))}. A classifier of texts learns from {named(Labelled)}."
-            )
-    return list(records)  # type: ignore[arg-type]
+    return all_of(records, Labelled, "A classifier of texts learns")
 
 
 def encode_texts(

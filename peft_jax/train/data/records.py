@@ -4,8 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 Label = str | int | float | tuple[str | int | float, ...]
 
@@ -147,6 +147,7 @@ class Question(Asked):
 
 
 AnyRecord = Record | Completion | Chat | PlainText | Labelled | Tagged | Question
+Kind = TypeVar("Kind", Record, Completion, Chat, PlainText, Labelled, Tagged, Question)
 
 _NAMES: dict[type, str] = {
     Record: "instruction and output",
@@ -167,3 +168,26 @@ def named(*kinds: type) -> str:
         'instruction and output, or prompt and completion'
     """
     return ", or ".join(_NAMES[kind] for kind in kinds)
+
+
+def all_of(records: Sequence[AnyRecord], kind: type[Kind], learner: str) -> list[Kind]:
+    """The records as what they are.
+
+    Args:
+        records: The records.
+        kind: The class of all of them.
+        learner: Who learns from them, as an error says it.
+
+    Raises:
+        ValueError: If one is of another class.
+
+    Example:
+        >>> all_of([Completion("1, 2,", " 3")], Completion, "A model learns")
+        [Completion(prompt='1, 2,', completion=' 3')]
+    """
+    found: list[Kind] = []
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, kind):
+            raise ValueError(f"record {number} has {named(type(record))}. {learner} from {named(kind)}.")
+        found.append(record)
+    return found

@@ -7,7 +7,7 @@ import numpy as np
 
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.long_examples import Encoded, Example, Long, Window
-from peft_jax.train.data.records import AnyRecord, Question, named
+from peft_jax.train.data.records import AnyRecord, Question, all_of
 from peft_jax.train.data.token_rows import Watch, chunks
 
 STRIDE = 128  # tokens that neighbouring windows share, where a quarter of a window is not less
@@ -19,10 +19,7 @@ def questions(records: Sequence[AnyRecord]) -> list[Question]:
     Raises:
         ValueError: If one is of another format.
     """
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, Question):
-            raise ValueError(f"record {number} has {named(type(record))}. Spans are learned from {named(Question)}.")
-    return list(records)  # type: ignore[arg-type]
+    return all_of(records, Question, "Spans are learned")
 
 
 def encode_spans(

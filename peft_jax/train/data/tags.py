@@ -10,7 +10,7 @@ from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.encode import IGNORE, Encoded, Example, kept, task_field
 from peft_jax.train.data.label_kinds import check_numbers
 from peft_jax.train.data.long_examples import Long
-from peft_jax.train.data.records import AnyRecord, Tagged, named
+from peft_jax.train.data.records import AnyRecord, Tagged, all_of
 from peft_jax.train.data.token_rows import Watch, chunks
 
 
@@ -39,12 +39,7 @@ def tagged(records: Sequence[AnyRecord]) -> list[Tagged]:
     Raises:
         ValueError: If one is of another format.
     """
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, Tagged):
-            raise ValueError(
-                f"record {number} has {named(type(record))}. A classifier of tokens learns from {named(Tagged)}."
-            )
-    return list(records)  # type: ignore[arg-type]
+    return all_of(records, Tagged, "A classifier of tokens learns")
 
 
 def encode_tags(
