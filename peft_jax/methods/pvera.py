@@ -5,22 +5,21 @@ and the logarithm of its variance. Outside of training z is its mean. Numbers fo
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from peft_jax.core.dropout import dropout
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.added_change import FactoredChange
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, check_rank, unsupported
-from peft_jax.methods.shared_arrays import SharedArrays
+from peft_jax.methods.random_factors import RandomFactors
 from peft_jax.methods.target_fields import LayerFields, TargetFields
-from peft_jax.methods.torch_draws import kaiming_uniform, seeded
 
 INNER, OUTER = "pvera_lambda_d", "pvera_lambda_b"
 FIRST, SECOND = "pvera_A", "pvera_B"
@@ -28,7 +27,7 @@ FIRST, SECOND = "pvera_A", "pvera_B"
 
 @register("PVERA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PveraConfig(TargetFields, LayerFields, SharedArrays, FactoredChange):
+class PveraConfig(TargetFields, LayerFields, RandomFactors, FactoredChange):
     """Trains two vectors a layer between random matrices, with noise between them; fields and defaults are PEFT's.
 
     The matrices are shared by all layers, as VeRA's are. With `peft_jax.with_dropout`, as training has it, the values
@@ -81,9 +80,9 @@ class PveraConfig(TargetFields, LayerFields, SharedArrays, FactoredChange):
         check_probability(self, "pvera_dropout")
 
     @property
-    def saves_shared(self) -> bool:
-        """``save_projection``."""
-        return self.save_projection
+    def width(self) -> int:
+        """The means and the logarithms of the variances."""
+        return 2 * self.r
 
     @property
     def dropout_rate(self) -> float:
@@ -94,34 +93,6 @@ class PveraConfig(TargetFields, LayerFields, SharedArrays, FactoredChange):
     def dropout_rates(self) -> Mapping[str, float]:
         """That of inputs, and that there is noise."""
         return {"rate": self.pvera_dropout, "noise": 1.0}
-
-    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
-        """The two vectors; the first one is of means and variances."""
-        return {INNER: (2 * self.r,), OUTER: (n_out,)}
-
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
-        """A small constant, and zeros; or random numbers, and ones."""
-        if role == INNER:
-            return jnp.full(shape, self.d_initial) if self.init_weights else jax.random.normal(key, shape)
-        return jnp.zeros(shape) if self.init_weights else jnp.ones(shape)
-
-    def shared_shapes(self, sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """The random matrices, as large as the largest layer."""
-        n_in, n_out = np.max(sizes, axis=0).tolist()
-        return {FIRST: (n_in, 2 * self.r), SECOND: (self.r, n_out)}
-
-    def shared(self, sizes: Sequence[tuple[int, int]]) -> dict[str, jax.Array]:
-        """Drawn as PyTorch's ``kaiming_uniform_`` draws them one after the other, from ``projection_prng_key``."""
-        generator = seeded(self.projection_prng_key)
-        shapes = self.shared_shapes(sizes)
-        return {
-            role: jnp.asarray(kaiming_uniform(generator, (out, fan_in)).T) for role, (fan_in, out) in shapes.items()
-        }
-
-    def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
-        """The beginnings of the random matrices, for each stacked layer."""
-        parts = {FIRST: shared[FIRST][: sizes[0]], SECOND: shared[SECOND][:, : sizes[1]]}
-        return {role: jnp.broadcast_to(jnp.asarray(part), (*stack, *part.shape)) for role, part in parts.items()}
 
     def factors(
         self, params: Arrays, state: Arrays, n_in: int, n_out: int
@@ -138,11 +109,9 @@ class PveraConfig(TargetFields, LayerFields, SharedArrays, FactoredChange):
             return super().apply(params, state, base, x, product)
         first, second = self._both(params, state)
         dropped, noise = jax.random.split(jnp.reshape(state["dropout"]["key"], -1)[0])
-        if self.pvera_dropout:
-            keep = 1 - self.pvera_dropout
-            given = jnp.where(jax.random.bernoulli(dropped, keep, x.shape), x / keep, 0).astype(x.dtype)
-        else:
-            given = x
+        given = x
+        if "rate" in state["dropout"]:
+            given = dropout(x, {"dropout": {**state["dropout"], "key": dropped}})
         mean, log_variance = jnp.split(product.down(given, first), 2, axis=-1)
         drawn = mean + jax.random.normal(noise, mean.shape, mean.dtype) * jnp.exp(0.5 * log_variance)
         y, update = base.apply(x, product), product.up(drawn, second)

@@ -4,12 +4,10 @@ Kopiczko et al., 2023, https://arxiv.org/abs/2310.11454, equation 2. Numbers fol
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
@@ -17,14 +15,13 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability, check_rank
-from peft_jax.methods.shared_arrays import SharedArrays
+from peft_jax.methods.random_factors import RandomFactors
 from peft_jax.methods.target_fields import LayerFields, TargetFields
-from peft_jax.methods.torch_draws import kaiming_uniform, seeded
 
 
 @register("VERA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
+class VeraConfig(TargetFields, LayerFields, RandomFactors, Method):
     """Trains two vectors a layer between random matrices; fields and defaults are PEFT's.
 
     The matrices are as large as the largest adapted layer asks for, and each layer takes its part from their
@@ -74,42 +71,9 @@ class VeraConfig(TargetFields, LayerFields, SharedArrays, Method):
         check_probability(self, "vera_dropout")
 
     @property
-    def saves_shared(self) -> bool:
-        """``save_projection``."""
-        return self.save_projection
-
-    @property
     def dropout_rate(self) -> float:
         """``vera_dropout``."""
         return self.vera_dropout
-
-    def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
-        """The two vectors."""
-        return {"vera_lambda_d": (self.r,), "vera_lambda_b": (n_out,)}
-
-    def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
-        """A small constant, and zeros; or random numbers, and ones."""
-        if role == "vera_lambda_d":
-            return jnp.full(shape, self.d_initial) if self.init_weights else jax.random.normal(key, shape)
-        return jnp.zeros(shape) if self.init_weights else jnp.ones(shape)
-
-    def shared_shapes(self, sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """The random matrices, as large as the largest layer."""
-        n_in, n_out = np.max(sizes, axis=0).tolist()
-        return {"vera_A": (n_in, self.r), "vera_B": (self.r, n_out)}
-
-    def shared(self, sizes: Sequence[tuple[int, int]]) -> dict[str, jax.Array]:
-        """Drawn as PyTorch's ``kaiming_uniform_`` draws them one after the other, from ``projection_prng_key``."""
-        generator = seeded(self.projection_prng_key)
-        shapes = self.shared_shapes(sizes)
-        return {
-            role: jnp.asarray(kaiming_uniform(generator, (out, fan_in)).T) for role, (fan_in, out) in shapes.items()
-        }
-
-    def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
-        """The beginnings of the random matrices, for each stacked layer."""
-        parts = {"vera_A": shared["vera_A"][: sizes[0]], "vera_B": shared["vera_B"][:, : sizes[1]]}
-        return {role: jnp.broadcast_to(jnp.asarray(part), (*stack, *part.shape)) for role, part in parts.items()}
 
     def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + A diag(d) B diag(b)``, added in the adapter's precision."""
