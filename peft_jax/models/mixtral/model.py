@@ -25,11 +25,8 @@ class MixtralModel(MixtureBackbone):
 
     def make_experts(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The router and experts of a layer."""
-        config, count = self.config, self.config.num_experts
-        top_k = config.num_experts_per_tok
-        router = TopKRouter(config, dtype, rngs, experts=count, top_k=top_k, normalised=True, wide=True)
-        inner, act = config.intermediate_size, config.hidden_act
-        return SparseMLP(router, Experts(config, dtype, rngs, experts=count, inner=inner, act=act))
+        router = TopKRouter(self.config, dtype, rngs, normalised=True, wide=True)
+        return SparseMLP(router, Experts(self.config, dtype, rngs, inner=self.config.intermediate_size))
 
 
 class Mixtral(Decoder):

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
-from peft_jax.models.config import ModelConfig
+from peft_jax.models.mixture_config import MixtureConfig
 from peft_jax.models.modules.decoder_blocks import GatedMLP
 from peft_jax.models.modules.grouped_products import grouped_product
 from peft_jax.models.modules.kv_cache import Buffers
@@ -53,26 +53,16 @@ class TopKRouter(nnx.Module):
         config: The architecture.
         dtype: Element type of the parameters.
         rngs: Random streams.
-        experts: How many experts there are.
-        top_k: How many a token gets.
         normalised: Whether the factors of a token's experts add up to 1.
         wide: Whether the factors stay in float32.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        *,
-        experts: int,
-        top_k: int,
-        normalised: bool,
-        wide: bool = False,
+        self, config: MixtureConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, normalised: bool, wide: bool = False
     ) -> None:
         init = nnx.initializers.normal(config.initializer_range)
-        self.kernel = nnx.Param(init(rngs.params(), (config.hidden_size, experts), dtype))
-        self.top_k, self.normalised, self.wide = top_k, normalised, wide
+        self.kernel = nnx.Param(init(rngs.params(), (config.hidden_size, config.num_experts), dtype))
+        self.top_k, self.normalised, self.wide = config.num_experts_per_tok, normalised, wide
 
     def __call__(self, x: jax.Array) -> Choice:
         """Choose for x (tokens, hidden)."""
@@ -90,16 +80,16 @@ class Experts(nnx.Module):
         config: The architecture.
         dtype: Element type of the parameters.
         rngs: Random streams.
-        experts: How many experts there are.
         inner: Features between the projections of one.
-        act: transformers' name of the activation.
     """
 
-    def __init__(
-        self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, experts: int, inner: int, act: str
-    ) -> None:
-        init, hidden = nnx.initializers.normal(config.initializer_range), config.hidden_size
-        self.act = act
+    def __init__(self, config: MixtureConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, inner: int) -> None:
+        init, hidden, experts = (
+            nnx.initializers.normal(config.initializer_range),
+            config.hidden_size,
+            config.num_experts,
+        )
+        self.act = config.hidden_act
         self.gate_up_proj = nnx.Param(init(rngs.params(), (experts, hidden, 2 * inner), dtype))
         self.down_proj = nnx.Param(init(rngs.params(), (experts, inner, hidden), dtype))
 
@@ -145,22 +135,20 @@ class SharedExpertMLP(SparseMLP):
         dtype: Element type of the parameters.
         rngs: Random streams.
         inner: Features between the projections of the shared expert.
-        act: transformers' name of the activation.
     """
 
     def __init__(
         self,
         gate: nnx.Module,
         experts: nnx.Module,
-        config: ModelConfig,
+        config: MixtureConfig,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         *,
         inner: int,
-        act: str,
     ) -> None:
         super().__init__(gate, experts)
-        self.shared_expert = GatedMLP(config, dtype, rngs, inner=inner, act=act)
+        self.shared_expert = GatedMLP(config, dtype, rngs, inner=inner, act=config.hidden_act)
         self.shared_expert_gate = linear_maker(config, dtype, rngs)(config.hidden_size, 1, use_bias=False)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -51,11 +51,8 @@ class OlmoeModel(MixtureBackbone):
 
     def make_experts(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The router and experts of a layer."""
-        config, count = self.config, self.config.num_experts
-        top_k, normalised = config.num_experts_per_tok, config.norm_topk_prob
-        router = TopKRouter(config, dtype, rngs, experts=count, top_k=top_k, normalised=normalised)
-        inner, act = config.intermediate_size, config.hidden_act
-        return SparseMLP(router, Experts(config, dtype, rngs, experts=count, inner=inner, act=act))
+        router = TopKRouter(self.config, dtype, rngs, normalised=self.config.norm_topk_prob)
+        return SparseMLP(router, Experts(self.config, dtype, rngs, inner=self.config.intermediate_size))
 
 
 class Olmoe(Decoder):

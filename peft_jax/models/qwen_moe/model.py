@@ -47,14 +47,12 @@ class QwenMoeModel(MixtureBackbone):
 
     def make_experts(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The router and experts of a layer."""
-        config, count, act = self.config, self.config.num_experts, self.config.hidden_act
-        top_k, normalised = config.num_experts_per_tok, config.norm_topk_prob
-        router = TopKRouter(config, dtype, rngs, experts=count, top_k=top_k, normalised=normalised)
-        experts = Experts(config, dtype, rngs, experts=count, inner=config.moe_intermediate_size, act=act)
+        config = self.config
+        router = TopKRouter(config, dtype, rngs, normalised=config.norm_topk_prob)
+        experts = Experts(config, dtype, rngs, inner=config.moe_intermediate_size)
         if config.model_type != SECOND:
             return SparseMLP(router, experts)
-        inner = config.shared_expert_intermediate_size
-        return SharedExpertMLP(router, experts, config, dtype, rngs, inner=inner, act=act)
+        return SharedExpertMLP(router, experts, config, dtype, rngs, inner=config.shared_expert_intermediate_size)
 
 
 class QwenMoe(Decoder):
