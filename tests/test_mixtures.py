@@ -12,14 +12,13 @@ import pytest
 from cases import ARCHITECTURES
 from conformance import close, same_files, tolerance
 from safetensors.numpy import load_file, save_file
+from torch_mixtures import DENSE, ROWS, moved, torch_model
 
 import peft_jax as pj
 from peft_jax.models.modules.grouped_products import grouped_product, product_in_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ROWS = {"mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "qwen2_moe": "qwen3_moe", "olmoe": "olmoe"}
-DENSE = {"qwen3_moe": {"mlp_only_layers": [1]}}  # a dense layer among the others
 IDS = np.random.default_rng(0).integers(3, 50, (2, 9))
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "gate.weight"]}
@@ -33,24 +32,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"] if with_grid else ["mixtral", "qwen3_moe"])
     elif "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", ROWS if with_grid else ["qwen3_moe"])
-
-
-def torch_model(kind: str) -> Any:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    row = ARCHITECTURES[ROWS[kind]]
-    torch.manual_seed(0)
-    fields = {**row.sizes, **row.model_types[kind], **DENSE.get(kind, {})}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields))
-    return moved(model.float().eval(), 0.15, list(model.parameters()))
-
-
-def moved(model: Any, noise: float, parameters: Any) -> Any:
-    import torch
-
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(noise * torch.randn_like(parameter))
-    return model
 
 
 def torch_logits(model: Any) -> np.ndarray:

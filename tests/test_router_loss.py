@@ -13,6 +13,7 @@ import optax
 import pytest
 from cases import ARCHITECTURES
 from conformance import close
+from torch_mixtures import ROWS, moved, torch_model
 
 import peft_jax as pj
 from peft_jax.cli.shared.forward_pass import apply, apply_lazily
@@ -32,8 +33,6 @@ from peft_jax.train.data.encode import IGNORE, Example
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ROWS = {"mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "qwen2_moe": "qwen3_moe", "olmoe": "olmoe"}
-DENSE = {"qwen3_moe": {"mlp_only_layers": [1]}}  # a dense layer among the others
 ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.7}
 RANDOM = np.random.default_rng(0)
 IDS = RANDOM.integers(3, 50, (2, 9))
@@ -46,24 +45,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One kind is compared, that with a dense layer among the others; with ``--grid`` all are."""
     if "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", ROWS if metafunc.config.getoption("--grid") else ["qwen3_moe"])
-
-
-def torch_model(kind: str) -> Any:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    row = ARCHITECTURES[ROWS[kind]]
-    torch.manual_seed(0)
-    fields = {**row.sizes, **row.model_types[kind], **DENSE.get(kind, {}), **ROUTED}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields))
-    return moved(model.float().eval(), 0.15, list(model.parameters()))
-
-
-def moved(model: Any, noise: float, parameters: Any) -> Any:
-    import torch
-
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(noise * torch.randn_like(parameter))
-    return model
 
 
 def inputs_of(model: Any) -> dict[str, Any]:
@@ -101,7 +82,7 @@ def test_the_loss_and_its_gradient_are_transformers(mask: np.ndarray | None, top
 def test_logits_loss_and_gradients_of_a_model(kind: str, tmp_path: Path) -> None:
     """As the config says and as the call says; of the bare model the logits."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    base = torch_model(kind)
+    base = torch_model(kind, **ROUTED)
     base.save_pretrained(tmp_path / "base")
     theirs = peft.get_peft_model(base, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
     torch.manual_seed(1)
