@@ -2,7 +2,9 @@
 #
 #   make demo     fine-tune the checkpoint that ships with the package (runtime dependencies only, no PyTorch)
 #   make test     the whole test suite; ARGS="..." is handed to pytest
-#   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest)
+#   make test-slow       the tests that `make test` leaves out because they are slow (some 15 minutes)
+#   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest);
+#                        ARGS="--sample 4" takes every fourth row of each test, as continuous integration does
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
 #   make kills    kill 100 runs at chosen and random moments and resume them (tests/killed_runs.py; half an hour)
@@ -32,7 +34,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test fuzz kills test-models test-newest lint types conformance conformance-full quantization models bench lowering
+.PHONY: demo test test-slow fuzz kills test-models test-newest lint types conformance conformance-full quantization models bench lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -40,6 +42,9 @@ demo: .venv/runtime
 
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest --slow -m slow $(ARGS)
 
 test-models: .venv/test
 	$(BIN)/python -m pytest --grid tests/test_base_dropout.py tests/test_decoders.py tests/test_decoder_commands.py $(ARGS)
@@ -69,7 +74,7 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/report.py
 
 conformance: .venv/test
-	$(BIN)/python -m pytest --conformance docs/conformance.md \
+	$(BIN)/python -m pytest --slow --conformance docs/conformance.md \
 	    tests/test_peft_parity.py tests/test_peft_families.py tests/test_t5_peft.py \
 	    tests/test_prompt_parity.py tests/test_prompt_families.py
 

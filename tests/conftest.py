@@ -1,5 +1,6 @@
 """Strict JAX settings for every test, and the tiny checkpoint that several of them load."""
 
+import collections
 import contextlib
 import os
 from collections.abc import Iterator
@@ -25,10 +26,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="compare decoders under all switches of cases.py, and run the commands on each",
     )
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, which take minutes together")
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run every N-th row of each test that has rows, and each test that has none",
+    )
     parser.addoption("--fuzz", type=int, metavar="COUNT", help="damaged folders of each kind that tests/fuzz reads")
     parser.addoption("--kills", type=int, default=1, metavar="COUNT", help="kills at random moments of test_resume.py")
     parser.addoption("--full-grid", action="store_true", help="try every file of tests/test_file_grid.py")
     parser.addoption("--conformance", type=Path, metavar="FILE", help="write how closely outputs agree with PEFT's")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: left out of `make test`; `make test-slow` runs it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out slow tests without ``--slow``, and rows by ``--sample``; pytest reports how many."""
+    every = config.getoption("--sample")
+    rows_before: collections.Counter[str] = collections.Counter()
+    kept, left_out = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        is_slow = item.get_closest_marker("slow") is not None and not config.getoption("--slow")
+        is_sampled = rows_before[test] % every == 0
+        rows_before[test] += 1
+        (kept if is_sampled and not is_slow else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @contextlib.contextmanager
@@ -86,14 +114,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs that run once need no optimizing compiler, and like programs of a file share what is compiled.
+    """Programs that run once need no optimizing compiler, and like programs of all files are compiled once.
 
-    They are let go at its end: each takes memory maps, of which a process may have some 65,000.
+    A worker keeps them in a folder of its own. From memory they are let go at the end of a file: each takes memory
+    maps, of which a process may have some 65,000.
     """
     settings = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for name, value in settings.items():

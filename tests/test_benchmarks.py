@@ -42,7 +42,15 @@ def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quick, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("program", SMALL)
+@pytest.mark.parametrize(
+    "program",
+    [
+        "training_step",
+        "startup",
+        pytest.param("int8_base", marks=pytest.mark.slow),
+        pytest.param("generation", marks=pytest.mark.slow),
+    ],
+)
 def test_a_program_runs_and_records(program: str, tmp_path: Path) -> None:
     done = run(program, "--size", "tiny", "--repeats", "1", "--build", str(tmp_path), *SMALL[program].split())
     assert done.returncode == 0, done.stderr
@@ -73,6 +81,7 @@ def test_a_program_runs_and_records(program: str, tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_memory_is_taken_in_a_process_of_its_own(tmp_path: Path) -> None:
     small = ["--size", "tiny", "--length", "8", "--repeats", "1", "--build", str(tmp_path), "--contenders", "peft"]
     done = run("training_step", *small)

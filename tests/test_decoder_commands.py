@@ -23,7 +23,8 @@ from peft_jax.models.registry import read_architecture
 DECODERS = [
     name for name, row in ARCHITECTURES.items() if (row.switches or row.conv1d) and "text_config" not in row.sizes
 ]
-ALWAYS = ("gemma", "gemma4_text")  # layers of one shape, and of several
+SEVERAL_SHAPES = pytest.param("gemma4_text", marks=pytest.mark.slow)
+ALWAYS = ["gemma", SEVERAL_SHAPES]  # layers of one shape, and of several
 TOKENS = 288
 FOR_TEXTS = {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(1, 5)]

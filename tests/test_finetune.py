@@ -147,7 +147,7 @@ def test_remat_and_mesh_reach_the_training_step(monkeypatch: pytest.MonkeyPatch)
     assert seen[2] == (0, {"data": 1, "fsdp": 1, "tensor": 1})
 
 
-@pytest.mark.parametrize("load", ["load_in_8bit", "load_in_4bit"])
+@pytest.mark.parametrize("load", ["load_in_8bit", pytest.param("load_in_4bit", marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_same_adapter_and_takes_over_a_run(
     plain: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str], load: str
 ) -> None:

@@ -179,7 +179,14 @@ def in_peft(name: str, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(base, folder).eval()
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("answers", "classes", "tasks", "eva"),
+        pytest.param("corda", marks=pytest.mark.slow),
+        pytest.param("lora_ga", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_resumes_bit_for_bit_and_peft_finds_its_loss(name: str, trained: Callable[[str], Path]) -> None:
     out = trained(name)
     found = results(out)

@@ -90,7 +90,13 @@ def train_ours(model: Any, family: str) -> tuple[list[float], Any]:
     return losses, train.finished(state.trainable, frozen, state.opt_state)
 
 
-@pytest.mark.parametrize(("family", "method"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param(*case, id="-".join(case), marks=[pytest.mark.slow] if case == ("t5", "ADALORA") else [])
+        for case in CASES
+    ],
+)
 def test_twenty_steps_are_those_of_peft(family: str, method: str, bases: Any, tmp_path: Path) -> None:
     import transformers
 
