@@ -9,7 +9,7 @@ from jax.extend.core import JaxprEqn
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.interpreter import evaluate, trace
-from peft_jax.adapt.rules import merged
+from peft_jax.adapt.rules.base import merged
 from peft_jax.adapt.view import Value, View
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.handle import Handle

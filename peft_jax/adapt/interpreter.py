@@ -16,7 +16,8 @@ from jax.tree_util import PyTreeDef
 from peft_jax.adapt import compat
 from peft_jax.adapt.joined import run_joined
 from peft_jax.adapt.nnx_state import holds_objects, run_with_state
-from peft_jax.adapt.rules import CALLS, RULES, merged
+from peft_jax.adapt.rules import CALLS, RULES
+from peft_jax.adapt.rules.base import merged
 from peft_jax.adapt.shared_inputs import run_products_of_one_input
 from peft_jax.adapt.splice import splice
 from peft_jax.adapt.view import Joined, Value, View, is_watched, stands_for_weights

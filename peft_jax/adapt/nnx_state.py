@@ -8,7 +8,7 @@ import jax
 from flax import errors, nnx
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.rules import merged
+from peft_jax.adapt.rules.base import merged
 from peft_jax.core.paths import dotted
 from peft_jax.core.pytree import KeyPath, PyTree
 from peft_jax.core.weight import is_weight
