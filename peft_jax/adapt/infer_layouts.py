@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.biases import read_biases
+from peft_jax.adapt.digits import Atom
 from peft_jax.adapt.interpreter import evaluate, trace
-from peft_jax.adapt.view import Atom, Value, View
+from peft_jax.adapt.view import Value, View
 from peft_jax.core.layout import LISTS, READ, Ambiguous, Layout, conventional_layout
 from peft_jax.core.leaves import Program
 from peft_jax.core.paths import dotted, module_path, named_leaves

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.view import EDITED, Axis, Joined, Value, View, is_view, is_watched
+from peft_jax.adapt.digits import EDITED, Axis
+from peft_jax.adapt.view import Joined, Value, View, is_view, is_watched
 from peft_jax.core.pytree import PyTree
 
 Evaluate = Callable[..., list[Value]]

@@ -1,8 +1,6 @@
 """A lazy view of a weight: reshapes and transposes of it are recorded, not run, until the weight is used."""
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -11,26 +9,26 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from peft_jax.adapt.digits import (
+    BROADCAST,
+    EDITED,
+    FREE,
+    Atom,
+    Axis,
+    arrange,
+    broadcast_digits,
+    flat,
+    free,
+    length,
+    whole_axis,
+    with_broadcasts,
+    without_weight_axis,
+)
 from peft_jax.adapt.edits import Operation
-from peft_jax.core.product import Product
 from peft_jax.core.untrained_row import untrained_row
-from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, varying, varying_over
+from peft_jax.core.weight import Change, MergeError, Weight
 
 Value = Any  # the value of a variable of a program: an array, or a `View` of a weight
-
-BROADCAST, FREE = -1, -2  # in place of an axis: that of a broadcast, and one of the other operand
-EDITED = 1000  # in place of an axis: EDITED + i is what the view's i-th edit makes
-
-
-class Atom(NamedTuple):
-    """A digit of an index along an axis of a weight: it counts up to ``size`` in steps of ``stride``."""
-
-    axis: int
-    stride: int
-    size: int
-
-
-Axis = tuple[Atom, ...]  # the digits of one axis of a view, major digit first
 
 
 class Edit(NamedTuple):
@@ -86,7 +84,7 @@ class View:
     @classmethod
     def of(cls, weight: Weight, watch: Watch | None = None) -> "View":
         """A weight as it is."""
-        return cls(weight, tuple(map(_whole, range(weight.ndim), weight.shape)), watch)
+        return cls(weight, tuple(map(whole_axis, range(weight.ndim), weight.shape)), watch)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,11 +112,11 @@ class View:
     def dense(self) -> jax.Array:
         """The array."""
         have = self.digits(range(self.weight.ndim))
-        added = _added(self.axes)
+        added = broadcast_digits(self.axes)
         array = self.weight.dense()
         if self.untrained_row is not None:
             array = untrained_row(array, self.untrained_row)
-        array, there = _broadcast(array, added), [*added, *have]
+        array, there = with_broadcasts(array, added), [*added, *have]
         for number in range(len(self.edits)):
             array, there = self.with_edit(number, array, there)
         return arrange(array, there, self.axes)
@@ -173,8 +171,8 @@ class View:
         if any(atom.axis >= 0 for atom in self.axes[0]):
             return None
         batch, have = Atom(FREE, 0, len(rows)), self.digits(range(self.weight.ndim))
-        added = _added(self.axes[1:])
-        return arrange(_broadcast(rows, added), [*added, batch, *have], [(batch,), *self.axes[1:]])
+        added = broadcast_digits(self.axes[1:])
+        return arrange(with_broadcasts(rows, added), [*added, batch, *have], [(batch,), *self.axes[1:]])
 
     def done(self, eqn: JaxprEqn | None, *, merged: bool) -> None:
         """Report a use to the watch, if there is one."""
@@ -237,7 +235,7 @@ class View:
     def stack_position(self, axis: int) -> int | None:
         """Which of the weight's stacked axes, counted from 0, this axis is; None if it is not one."""
         for position, stacked in enumerate(self.weight.layout.stack):
-            if _whole(stacked, self.weight.shape[stacked]) == self.axes[axis]:
+            if whole_axis(stacked, self.weight.shape[stacked]) == self.axes[axis]:
                 return position
         return None
 
@@ -281,9 +279,9 @@ class View:
             weight = self.weight.join(position)
         except MergeError:
             return None
-        axes = [_without_axis(one, second) for one in self.axes]
-        axes[axis : axis + 2] = [_whole(first, weight.shape[first])]
-        edits = [edit._replace(source=_without_axis(edit.source, second)) for edit in self.edits]
+        axes = [without_weight_axis(one, second) for one in self.axes]
+        axes[axis : axis + 2] = [whole_axis(first, weight.shape[first])]
+        edits = [edit._replace(source=without_weight_axis(edit.source, second)) for edit in self.edits]
         return self.replace(weight=weight, axes=tuple(axes), edits=tuple(edits), shards=())
 
     def mapped(self, axis: int, change: Change, *, drop: bool) -> "View | None":
@@ -296,11 +294,11 @@ class View:
             return None
         gone, weight = self.weight.layout.stack[position], self.weight.mapped(position, change, drop=drop)
         if not drop:
-            axes = (*self.axes[:axis], _whole(gone, weight.shape[gone]), *self.axes[axis + 1 :])
+            axes = (*self.axes[:axis], whole_axis(gone, weight.shape[gone]), *self.axes[axis + 1 :])
             return self.replace(weight=weight, axes=axes)
         left = (*self.axes[:axis], *self.axes[axis + 1 :])
-        edits = [edit._replace(source=_without_axis(edit.source, gone)) for edit in self.edits]
-        axes = tuple(_without_axis(one, gone) for one in left)
+        edits = [edit._replace(source=without_weight_axis(edit.source, gone)) for edit in self.edits]
+        axes = tuple(without_weight_axis(one, gone) for one in left)
         shards = (*self.shards[:gone], *self.shards[gone + 1 :])
         return self.replace(weight=weight, axes=axes, edits=tuple(edits), shards=shards)
 
@@ -402,181 +400,3 @@ def rewatched(value: Value, change: Callable[[Watch], Watch | None]) -> Value:
     if isinstance(value, View) and value.watch is not None:
         return value.replace(watch=change(value.watch))
     return value
-
-
-def free(number: int, size: int) -> Axis:
-    """An axis that no weight has."""
-    return (Atom(FREE, number, size),)
-
-
-def flat(axes: Iterable[Axis]) -> tuple[Atom, ...]:
-    """The digits of some axes, in order."""
-    return tuple(itertools.chain.from_iterable(axes))
-
-
-def length(axis: Axis) -> int:
-    """The length of an axis."""
-    return math.prod(atom.size for atom in axis)
-
-
-def arrange(array: jax.Array, have: Sequence[Atom], want: Sequence[Axis]) -> jax.Array:
-    """An array whose axes hold the digits ``have``, in any grouping, with the axes ``want``."""
-    order = [have.index(atom) for atom in flat(want)]
-    if order != sorted(order):
-        array = jnp.transpose(_reshape(array, [atom.size for atom in have]), order)
-    return _reshape(array, [length(axis) for axis in want])
-
-
-def through(
-    view: View, x: jax.Array, have: Sequence[Axis], want: Sequence[Axis], role: str, product: Product
-) -> jax.Array | None:
-    """A product with each stacked layer of a weight, axes found by their digits; None if there is no such product.
-
-    Args:
-        view: The weight.
-        x: The other operand.
-        have: Its axes. Digits of the weight mean that both operands have the axis.
-        want: The axes of the result.
-        role: The side of the matrix that ``x`` meets.
-        product: The product.
-    """
-    layout, there = view.weight.layout, flat(have)
-    if view.edits:
-        return _through_edits(view, x, there, want, role, product)
-    met, kept = view.digits(layout.inp), view.digits(layout.out)
-    if role == "out":
-        met, kept = kept, met
-    groups, front = [view.digits((axis,)) for axis in layout.stack], []
-    batched = []
-    for group in groups:
-        found = set(group) & set(there)
-        if found and found != set(group):
-            return None
-        is_shared = found == set(group)
-        batched.append(is_shared)
-        if is_shared and group:
-            front.append(group)
-    others = [(atom,) for atom in there if atom.axis < 0]
-    last = [] if product.looks_up else [met]
-    result = [*flat(groups), *flat(others), *kept]
-    if set(flat(want)) != set(result):
-        return None
-    how = _How(there, (*front, *others, *last), tuple(batched), role == "out", product, tuple(result), tuple(want))
-    return _use_weight(x, view.weight, how)
-
-
-def _through_edits(
-    view: View, x: jax.Array, have: Sequence[Atom], want: Sequence[Axis], role: str, product: Product
-) -> jax.Array | None:
-    """`through` for a view with edits: those of the side that ``x`` meets are done to it, the others to the result."""
-    met_edits: list[int] = []
-    kept_edits: list[int] = []
-    for number, edit in enumerate(view.edits):
-        (met_edits if edit.is_input == (role == "in") else kept_edits).append(number)
-    if product.looks_up and met_edits or product.out_sharding is not None:
-        return None
-    for number in reversed(met_edits):
-        x, have = view.before_edit(number, x, have)
-    whole = _without_edits(view)
-    kept = view.digits(view.weight.layout.out if role == "in" else view.weight.layout.inp)
-    made = set(view.digits(range(EDITED, EDITED + len(view.edits))))
-    there = [atom for atom in flat(want) if atom not in made and atom not in kept]
-    there += kept
-    have_axes = [(atom,) for atom in have]
-    want_axes = [(atom,) for atom in there]
-    y = through(whole, x, have_axes, want_axes, role, product)
-    if y is None:
-        return None
-    for number in kept_edits:
-        y, there = view.with_edit(number, y, there)
-    return arrange(y, there, want)
-
-
-def _without_edits(view: View) -> View:
-    """The view of all digits of a weight, each an axis."""
-    return view.replace(axes=tuple((atom,) for atom in view.digits(range(view.weight.ndim))), edits=())
-
-
-class _How(NamedTuple):
-    """Axes of x, as they are and as they are wanted; how each layer is used; axes of the result, likewise."""
-
-    there: tuple[Atom, ...]
-    met: tuple[Axis, ...]
-    batched: tuple[bool, ...]
-    transpose: bool
-    product: Product
-    result: tuple[Atom, ...]
-    want: tuple[Axis, ...]
-
-
-@partial(jax.jit, static_argnames="how")  # so that one of many like layers is traced, not each of them
-def _use_weight(x: jax.Array, weight: Weight, how: _How) -> jax.Array:
-    use = partial(_product, product=how.product, transpose=how.transpose)
-    y = _over_stack(use, how.batched)(arrange(x, how.there, how.met), weight)
-    return arrange(y, how.result, how.want)
-
-
-def _product(x: jax.Array, weight: Weight, product: Product, transpose: bool) -> jax.Array:
-    if not transpose:
-        return weight.apply(x, product)
-    if product.preferred_element_type not in (None, x.dtype):  # a transpose has the types of its forward product
-        x, weight = x.astype(product.preferred_element_type), weight.astype(product.preferred_element_type)
-    product = product.replace(preferred_element_type=None, out_sharding=None)
-    # Inside shard_map x has to vary over the axes that the weight varies over, or the transpose would sum over them.
-    x = varying_over(x, frozenset().union(*map(varying, jax.tree.leaves(as_leaf(weight)))))
-    n_in, _ = weight.layout.sizes(weight.shape)
-    probe = jax.typeof(x).update(shape=(*x.shape[:-1], n_in), weak_type=False)
-    try:
-        (y,) = jax.linear_transpose(lambda probe: weight.apply(probe, product), probe)(x)
-    except NotImplementedError as error:
-        raise ValueError(
-            "A weight is multiplied by its transpose too, as that of a tied head is, and in training one of its "
-            "adapters is not linear in what it is multiplied with, as PVERA. Leave that module out of target_modules."
-        ) from error
-    return y
-
-
-def _over_stack(use: Callable[..., jax.Array], batched: Sequence[bool]) -> Callable[..., jax.Array]:
-    """``use`` mapped over the stacked axes of a weight, and over those axes of x that stand for the same layers."""
-    if not batched:
-        return use
-    rest = _over_stack(use, batched[1:])
-
-    def mapped(x: jax.Array, weight: Weight) -> jax.Array:
-        if weight.shape[weight.layout.stack[0]] == 1:
-            return rest(x, weight.mapped(0, lambda array, axis: jnp.squeeze(array, axis), drop=True))
-        front = weight.mapped(0, in_front, drop=True)
-        return jax.vmap(rest, in_axes=(0 if batched[0] else None, 0))(x, front)
-
-    return mapped
-
-
-def in_front(array: jax.Array, axis: int) -> jax.Array:
-    """The array with one axis before all others."""
-    return jnp.moveaxis(array, axis, 0) if axis else array
-
-
-def _added(axes: Iterable[Axis]) -> list[Atom]:
-    """The digits of broadcasts among those of some axes."""
-    return [atom for atom in flat(axes) if atom.axis == BROADCAST]
-
-
-def _broadcast(array: jax.Array, added: Sequence[Atom]) -> jax.Array:
-    """The array with the axes of a broadcast in front."""
-    if not added:
-        return array
-    return jnp.broadcast_to(array, (*[atom.size for atom in added], *array.shape))
-
-
-def _without_axis(axis: Axis, gone: int) -> Axis:
-    """An axis of a view once its weight has lost one of its own axes."""
-    return tuple(atom._replace(axis=atom.axis - (gone < atom.axis < EDITED)) for atom in axis)
-
-
-def _whole(axis: int, size: int) -> Axis:
-    """An axis of the view that is one of the weight's, unchanged."""
-    return () if size == 1 else (Atom(axis, 1, size),)
-
-
-def _reshape(array: jax.Array, shape: Sequence[int]) -> jax.Array:
-    return array if array.shape == tuple(shape) else jnp.reshape(array, tuple(shape))

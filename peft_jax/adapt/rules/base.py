@@ -9,7 +9,8 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.view import Axis, Value, View, stands_for_weights
+from peft_jax.adapt.digits import Axis
+from peft_jax.adapt.view import Value, View, stands_for_weights
 from peft_jax.core.weight import MergeError
 
 Outputs = list[Value] | None

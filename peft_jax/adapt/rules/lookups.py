@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from peft_jax.adapt.digits import Axis
+from peft_jax.adapt.multiply import through
 from peft_jax.adapt.rules.base import Evaluate, Outputs, or_merge, used
 from peft_jax.adapt.rules.products import operand_axes
-from peft_jax.adapt.view import Axis, Value, View, is_view, through
+from peft_jax.adapt.view import Value, View, is_view
 from peft_jax.core.product import Lookup
 
 

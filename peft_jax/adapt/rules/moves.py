@@ -3,9 +3,10 @@
 import jax
 from jax.extend.core import JaxprEqn
 
+from peft_jax.adapt.digits import BROADCAST, Atom, Axis, flat, length
 from peft_jax.adapt.edits import Cut, Pad, Reverse, cuts
 from peft_jax.adapt.rules.base import Evaluate, Outputs, is_probe, or_merge, without
-from peft_jax.adapt.view import BROADCAST, Atom, Axis, Value, View, flat, is_view, length
+from peft_jax.adapt.view import Value, View, is_view
 
 
 def transpose(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from peft_jax.adapt.digits import Axis, arrange, free
+from peft_jax.adapt.multiply import through
 from peft_jax.adapt.rules.base import Evaluate, Outputs, is_wide_float, used, wider_float, without
-from peft_jax.adapt.view import Axis, Value, View, arrange, free, is_view, through
+from peft_jax.adapt.view import Value, View, is_view
 from peft_jax.core.product import Convolution, Grouped, Product
 
 
