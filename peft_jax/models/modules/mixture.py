@@ -103,7 +103,8 @@ class Experts(nnx.Module):
         gate, up = jnp.split(inner, 2, axis=-1)
         out = grouped_product(ACTIVATIONS[self.act](gate) * up, self.down_proj[...], sizes)
         back = jnp.argsort(order)  # a gather, where adding up in place would be a scatter
-        parts = out[back].reshape(tokens, top_k, -1) * choice.weights[..., None]
+        weights = choice.weights[..., None]  # of some routers float32 in any model
+        parts = out[back].reshape(tokens, top_k, -1).astype(weights.dtype) * weights
         return parts.sum(axis=1).astype(x.dtype)
 
 

@@ -221,4 +221,5 @@ def _text_part(hf: dict[str, Any]) -> dict[str, Any]:
         return hf
     own = as_dict(hf.get("text_config") or {})
     shared = {name: hf[name] for name in ("architectures", "quantization_config", "dtype") if hf.get(name) is not None}
-    return {**shared, **own, "model_type": TEXT}
+    of_the_head = {name: hf[name] for name in ("id2label", "label2id", "problem_type") if hf.get(name) is not None}
+    return {**shared, **own, **of_the_head, "model_type": TEXT}
