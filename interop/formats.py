@@ -146,6 +146,21 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("pvera_lambda_b", "pvera_lambda_b", ("out",)),
         ),
     },
+    "SUPERTUNING": {
+        False: (
+            Row("supertuning_values", "supertuning_values", ("places",)),
+            Row("supertuning_indices", "supertuning_indices", ("places",)),
+            Row("supertuning_lora_A", "supertuning_lora_A.weight", ("rank", "in")),
+            Row("supertuning_lora_B", "supertuning_lora_B.weight", ("out", "rank")),
+        ),
+    },
+    "OSF": {
+        False: (
+            Row("U_low", "osf_svd_params.U_low", ("out", "rank")),
+            Row("S_low", "osf_svd_params.S_low", ("rank",)),
+            Row("V_low", "osf_svd_params.V_low", ("rank", "in")),
+        ),
+    },
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),

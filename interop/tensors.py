@@ -341,6 +341,8 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
         if isinstance(config, StartsFromWeight) and not is_brought:
             base = config.rebased(base, leaf.names, adapted)
         state = config.state(leaf.names, adapted)
+        if isinstance(config, StartsFromWeight):
+            state |= config.state_on(base, leaf.names, adapted)
         arrays = _zeros(target, entries, tensors)
     else:
         initial, state = target.role.init(config, base, leaf.names, adapted)

@@ -28,6 +28,7 @@ CONFIGS = {
     "PVERA": ("PveraConfig", {"r": 5}),
     "RANDLORA": ("RandLoraConfig", {"r": 3}),
     "PEANUT": ("PeanutConfig", {"r": 3, "depth": 1}),
+    "SUPERTUNING": ("SupertuningConfig", {"sparsity": 0.9, "r": 2}),
     "DEFT": ("DeftConfig", {"r": 3, "alpha": 5}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),
     "IA3 of inputs": ("IA3Config", {"feedforward_modules": ["dense"]}),

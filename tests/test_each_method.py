@@ -485,6 +485,46 @@ def test_randlora_has_full_rank_and_its_matrices_are_frozen(sizes):
     assert set(leaf.params) == {"randlora_lambda", "randlora_gamma"}
 
 
+@pytest.mark.parametrize("top", [True, False])
+def test_supertuning_trains_the_largest_magnitudes_or_the_smallest(top, dense):
+    options = {"sparsity": 0.75, "select_top": top, "init_weights": False, "target_modules": ["dense"]}
+    params = pj.apply_adapter(dense, pj.SupertuningConfig(**options))
+    kernel = np.asarray(dense["dense"]["kernel"])
+    changed = np.asarray(pj.merge(params)["dense"]["kernel"]) != kernel
+    assert changed.sum() == kernel.size // 4
+    trained, left = np.abs(kernel[changed]), np.abs(kernel[~changed])
+    assert trained.min() > left.max() if top else trained.max() < left.min()
+    with pytest.raises(ValueError, match=r"sparsity=0.999 trains none of the \d+ elements of 'dense'. Lower sparsity"):
+        pj.apply_adapter(dense, pj.SupertuningConfig(sparsity=0.999, target_modules=["dense"]))
+    with pytest.raises(ValueError, match="lora_alpha=4 scales a LoRA, which r=None leaves out"):
+        pj.SupertuningConfig(lora_alpha=4)
+
+
+def test_osf_moves_its_vectors_beside_those_that_it_keeps(dense):
+    """Steps along gradients stay orthogonal to the kept singular vectors, and the kept part of the weight stays."""
+    config = pj.OSFConfig(effective_rank=2, target_modules=["dense"])
+    leaf = pj.apply_adapter(dense, config)["dense"]["kernel"]
+    x, kernel = normal(1, 5, 6), dense["dense"]["kernel"]
+
+    def loss(params):
+        return jnp.sum(jnp.sin(dataclasses.replace(leaf, params=params).apply(x)))
+
+    gradient = jax.grad(loss)(leaf.params)
+    stepped = {role: array - 0.1 * gradient[role] for role, array in leaf.params.items()}
+    u, values, vt = np.linalg.svd(kernel, full_matrices=False)
+    assert np.abs(stepped["V_low"].T @ u[:, :2]).max() < 1e-5 and np.abs(vt[:2] @ stepped["U_low"]).max() < 1e-5
+    moved = dataclasses.replace(leaf, params=stepped).dense()
+    assert np.abs(moved - kernel).max() > 1e-2
+    close(u[:, :2].T @ moved @ vt[:2].T, np.diag(values[:2]))
+    for rank, kept in ((4.0, 4), (1.0, 4)):
+        with pytest.raises(
+            ValueError, match=f"OSF keeps {kept} of the 4 singular values of 'dense'. Keep at least one"
+        ):
+            pj.apply_adapter(dense, config.replace(effective_rank=rank))
+    with pytest.raises(ValueError, match="OSF keeps a number of singular values above 0, got {'effective_rank': -1}"):
+        pj.OSFConfig(effective_rank=-1)
+
+
 @pytest.mark.parametrize("split", ["in", "out"])
 def test_delora_of_a_matrix_spread_over_devices(split):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))

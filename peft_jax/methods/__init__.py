@@ -22,11 +22,13 @@ from peft_jax.methods.lora.nested_configs import LoftQConfig as LoftQConfig
 from peft_jax.methods.lora.nested_configs import LoraGAConfig as LoraGAConfig
 from peft_jax.methods.miss import MissConfig as MissConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig
+from peft_jax.methods.osf import OSFConfig as OSFConfig
 from peft_jax.methods.peanut import PeanutConfig as PeanutConfig
 from peft_jax.methods.pvera import PveraConfig as PveraConfig
 from peft_jax.methods.randlora import RandLoraConfig as RandLoraConfig
 from peft_jax.methods.road import RoadConfig as RoadConfig
 from peft_jax.methods.shira import ShiraConfig as ShiraConfig
+from peft_jax.methods.supertuning import SupertuningConfig as SupertuningConfig
 from peft_jax.methods.task_type import TaskType as TaskType
 from peft_jax.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from peft_jax.methods.vera import VeraConfig as VeraConfig

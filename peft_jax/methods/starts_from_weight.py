@@ -20,3 +20,7 @@ class StartsFromWeight:
     def rebased(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> Weight:
         """The base that `init_on` gave, made again for an adapter that is read from a file."""
         return base
+
+    def state_on(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
+        """The frozen arrays that no file has: `init_on` makes them of the base, and reading a file makes them again."""
+        return {}

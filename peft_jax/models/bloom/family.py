@@ -18,6 +18,7 @@ BLOOM = Family(
             "BEFT": {},
             "IA3": targets("query_key_value", "mlp.dense_4h_to_h", feedforward_modules=("mlp.dense_4h_to_h",)),
             "LN_TUNING": targets("input_layernorm", "post_attention_layernorm", "ln_f"),
+            "OSF": targets("query_key_value", "dense_4h_to_h"),
         },
     },
     sharding=Sharding(

@@ -19,6 +19,7 @@ FALCON = Family(
             "BEFT": {},
             "IA3": targets("query_key_value", "dense_4h_to_h", feedforward_modules=("dense_4h_to_h",)),
             "LN_TUNING": targets("input_layernorm", "post_attention_layernorm", "ln_f"),
+            "OSF": targets("query_key_value", "dense_4h_to_h"),
             "VBLORA": {},
         },
     },

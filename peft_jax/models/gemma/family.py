@@ -13,6 +13,7 @@ DEFAULTS = {
     "BEFT": targets("v_proj"),
     "IA3": targets("q_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",)),
     "LN_TUNING": targets("input_layernorm", "post_attention_layernorm", "norm"),
+    "OSF": targets("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"),
 }
 OF_BOTH = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 SANDWICHED = {

@@ -48,6 +48,7 @@ GPT2 = Family(
             "FOURIERFT": targets("mlp.c_proj"),
             "IA3": targets("c_attn", "mlp.c_proj", feedforward_modules=("mlp.c_proj",)),
             "LN_TUNING": targets("ln_1", "ln_2", "ln_f"),
+            "OSF": targets("c_attn", "c_proj"),
             "WAVEFT": targets("mlp.c_proj"),
         },
     },

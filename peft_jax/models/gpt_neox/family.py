@@ -18,6 +18,7 @@ GPT_NEOX = Family(
             "BEFT": {},
             "IA3": targets("query_key_value", "dense_4h_to_h", feedforward_modules=("dense_4h_to_h",)),
             "LN_TUNING": {},
+            "OSF": targets("query_key_value", "dense_4h_to_h"),
         },
     },
     sharding=Sharding(

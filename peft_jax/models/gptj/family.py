@@ -18,6 +18,7 @@ GPTJ = Family(
             "BEFT": targets("v_proj"),
             "IA3": targets("q_proj", "v_proj", "fc_out", feedforward_modules=("fc_out",)),
             "LN_TUNING": targets("ln_1", "ln_f"),
+            "OSF": targets("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
         },
     },
     sharding=Sharding(columns=r"(q|k|v)_proj|fc_in|lm_head", rows="out_proj|fc_out", tables="wte"),

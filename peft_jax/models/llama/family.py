@@ -9,12 +9,14 @@ from peft_jax.models.modules.decoder import decoder_cache
 IA3_OF_KEYS = targets("k_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",))
 IA3_OF_QUERIES = targets("q_proj", "v_proj", "down_proj", feedforward_modules=("down_proj",))
 ADAPTION_PROMPT = {"target_modules": "self_attn"}
+EVERY_MATRIX = targets("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 BOTH_NORMS = targets("input_layernorm", "post_attention_layernorm", "norm")
 QWEN = {
     OTHERWISE: targets("q_proj", "v_proj"),
     "BEFT": targets("v_proj"),
     "IA3": IA3_OF_QUERIES,
     "LN_TUNING": targets("post_attention_layernorm"),
+    "OSF": EVERY_MATRIX,
 }
 
 LLAMA = Family(
@@ -31,6 +33,7 @@ LLAMA = Family(
             "BEFT": targets("v_proj"),
             "IA3": IA3_OF_KEYS,
             "LN_TUNING": BOTH_NORMS,
+            "OSF": EVERY_MATRIX,
         },
         "mistral": {
             OTHERWISE: targets("q_proj", "v_proj"),
@@ -39,6 +42,7 @@ LLAMA = Family(
             "BEFT": targets("v_proj"),
             "IA3": IA3_OF_KEYS,
             "LN_TUNING": BOTH_NORMS,
+            "OSF": EVERY_MATRIX,
             "VBLORA": {},
         },
         "qwen2": QWEN,

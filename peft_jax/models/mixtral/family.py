@@ -26,6 +26,7 @@ MIXTRAL = Family(
             "BEFT": targets("v_proj"),
             "IA3": targets("k_proj", "v_proj", "w2", feedforward_modules=("w2",)),
             "LN_TUNING": {},
+            "OSF": targets("q_proj", "k_proj", "v_proj", "o_proj"),
             "VBLORA": {},
         }
     },

@@ -21,6 +21,7 @@ OPT = Family(
             "BEFT": targets("v_proj"),
             "IA3": targets("q_proj", "k_proj", "fc2", feedforward_modules=("fc2",)),
             "LN_TUNING": {},
+            "OSF": ALL,
             "VBLORA": ALL,
         },
     },

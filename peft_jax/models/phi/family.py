@@ -20,6 +20,7 @@ PHI = Family(
             "FROD": targets("q_proj", "v_proj"),
             "IA3": targets("q_proj", "v_proj", "fc2", feedforward_modules=("fc2",)),
             "LN_TUNING": targets("input_layernorm", "final_layernorm"),
+            "OSF": targets("q_proj", "k_proj", "v_proj"),
             "PVERA": targets("q_proj", "v_proj"),
             "SHIRA": targets("q_proj", "v_proj"),
             "VBLORA": {},
