@@ -146,6 +146,12 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("pvera_lambda_b", "pvera_lambda_b", ("out",)),
         ),
     },
+    "VBLORA": {
+        False: (
+            Row("vblora_logits_A", "vblora_logits_A", ("rank", "parts", "vectors")),
+            Row("vblora_logits_B", "vblora_logits_B", ("parts", "rank", "vectors")),
+        ),
+    },
     "SUPERTUNING": {
         False: (
             Row("supertuning_values", "supertuning_values", ("places",)),
@@ -209,7 +215,7 @@ TOKEN_SUFFIX = "token_adapter.trainable_tokens_delta"  # of tokens that are trai
 
 # The tensors of an adapted embedding under the name of the head that is tied to it, where they are turned.
 TIED = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}
-# Frozen arrays that all layers share: our name of a layer's part, the whole tensor's key, and its axes as above. Some
+# Arrays that all layers share: our name of a layer's part, the whole tensor's key, and its axes as above. Some
 # layer's part is the whole.
 SHARED: dict[str, tuple[Row, ...]] = {
     "VERA": (
@@ -224,6 +230,7 @@ SHARED: dict[str, tuple[Row, ...]] = {
         Row("randlora_A", "base_model.randlora_A", ("rank", ONE, "least")),
         Row("randlora_B", "base_model.randlora_B", ("most", "bases", "rank")),
     ),
+    "VBLORA": (Row("vblora_vector_bank", "base_model.vblora_vector_bank", ("vectors", "length")),),
 }
 COPIED_IN_LAYERS = ("RANDLORA",)  # methods whose shared arrays a file has once more for each layer, whole
 

@@ -24,7 +24,7 @@ from peft_jax.interop.old_layouts import with_present_names
 
 from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapters.attach import EMBEDDING
-from peft_jax.adapters.build import Contents, build, state_beside
+from peft_jax.adapters.build import Contents, build, carried_by, state_beside
 from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model_defaults, with_replicas, with_ties
 from peft_jax.adapters.fused_targets import with_fused_adapters, with_fused_targets
 from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_sizes, may_be_target, plan
@@ -323,6 +323,7 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
         own = entries[target.position]
         contents = _contents(target, file_plan, own, tensors)
         if target.role is None:
+            contents.params.update(carried_by(config, target, targets, shared))
             contents.state.update(state_beside(config, target, following, shared))
         keys = [*(entry.key for entry in own), *everywhere]
         return contents._replace(dtypes={key: str(tensors[key].dtype) for key in keys})
@@ -384,7 +385,12 @@ def adapter_config(params: PyTree, adapter_name: str = "default") -> Method:
 
 
 def _shared_tensor(config: SharedArrays, row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
-    """A tensor for all layers, from the largest of the layers' parts."""
+    """A tensor for all layers, from the leaf that trains it or the largest of the layers' parts."""
+    for _, node in nodes:
+        if row.role in node.params:
+            array = np.asarray(node.params[row.role][(0,) * len(node.layout.stack)])
+            array = array.astype(node.tag.dtypes.get(row.suffix, array.dtype))
+            return shared_entry(config, row, array.shape).to_file(array)
     found = [node for _, node in nodes if row.role in node.state]
     rank = len(config.shared_axes[row.role])
     largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-rank:])))

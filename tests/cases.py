@@ -624,6 +624,42 @@ METHODS: dict[str, MethodCase] = {
         finetune={"r": 16},
         drops_inputs={"r": 2, "pvera_dropout": 0.5},
     ),
+    "VBLORA": MethodCase(
+        config="VBLoRAConfig",
+        tiny={"r": 3, "num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 0.0},
+        llama={
+            "VBLORA": {
+                "num_vectors": 12,
+                "vector_length": 4,
+                "init_vector_bank_bound": 0.5,
+                "target_modules": TARGETS,
+                "bias": "vblora_only",
+            },
+            "VBLORA of three": {
+                "r": 3,
+                "num_vectors": 20,
+                "vector_length": 8,
+                "topk": 3,
+                "init_vector_bank_bound": 0.5,
+                "init_logits_std": 0.3,
+                "vblora_dropout": 0.1,
+                "target_modules": ["up_proj"],
+                "modules_to_save": ["norm"],
+                "layers_to_transform": [0, 2],
+            },
+        },
+        models={
+            "VBLORA": {
+                "num_vectors": 12,
+                "vector_length": 4,
+                "init_vector_bank_bound": 0.5,
+                "target_modules": TARGETS,
+            },
+        },
+        starts={"VBLORA": {"vector_length": 64}},
+        trained={"VBLORA": {"num_vectors": 12, "vector_length": 4, "init_vector_bank_bound": 0.5}},
+        finetune={"num_vectors": 12, "vector_length": 4, "init_vector_bank_bound": 0.5},
+    ),
     "SUPERTUNING": MethodCase(
         config="SupertuningConfig",
         tiny={"sparsity": 0.8},

@@ -485,6 +485,35 @@ def test_randlora_has_full_rank_and_its_matrices_are_frozen(sizes):
     assert set(leaf.params) == {"randlora_lambda", "randlora_gamma"}
 
 
+def test_vblora_chooses_from_one_bank_that_all_layers_train(dense):
+    tree = {"dense": dense["dense"], "other": {"kernel": normal(3, 4, 2)}}
+    options = {"r": 3, "num_vectors": 5, "vector_length": 2, "topk": 1, "target_modules": ["dense", "other"]}
+    params = pj.apply_adapter(tree, pj.VBLoRAConfig(init_vector_bank_bound=1.0, **options))
+    trainable, frozen = pj.partition(params)
+    first, second = trainable["dense"]["kernel"].params, trainable["other"]["kernel"].params
+    assert list(first) == [*second, "vblora_vector_bank"]
+    bank = np.asarray(first["vblora_vector_bank"])
+
+    def changes(trainable):
+        merged = pj.merge(pj.combine(trainable, frozen))
+        return [merged[name]["kernel"] - tree[name]["kernel"] for name in ("dense", "other")]
+
+    for change, logits in zip(changes(trainable), (first, second), strict=True):
+        a, b = (bank[np.argmax(logits[f"vblora_logits_{factor}"], axis=-1)] for factor in "AB")  # a vector a part
+        close(change, a.reshape(3, -1).T @ np.swapaxes(b, 0, 1).reshape(3, -1))
+    every = jax.grad(lambda trainable: sum(jnp.sum(jnp.sin(change)) for change in changes(trainable)))(trainable)
+    each = [jax.grad(lambda trainable, i=i: jnp.sum(jnp.sin(changes(trainable)[i])))(trainable) for i in range(2)]
+    got, *parts = (one["dense"]["kernel"].params["vblora_vector_bank"] for one in (every, *each))
+    close(got, parts[0] + parts[1])
+    assert min(np.abs(part).max() for part in parts) > 1e-2
+    file = pj.get_peft_model_state_dict(params)
+    assert [key for key in file if "bank" in key] == ["base_model.vblora_vector_bank"]
+    with pytest.raises(ValueError, match="vector_length=3 needs a divisor of the sizes of 'other', which are 4 and 2"):
+        pj.apply_adapter(tree, pj.VBLoRAConfig(**options | {"vector_length": 3, "target_modules": ["other"]}))
+    with pytest.raises(ValueError, match="topk is from 1 to num_vectors=5, got 6"):
+        pj.VBLoRAConfig(**options | {"topk": 6})
+
+
 @pytest.mark.parametrize("top", [True, False])
 def test_supertuning_trains_the_largest_magnitudes_or_the_smallest(top, dense):
     options = {"sparsity": 0.75, "select_top": top, "init_weights": False, "target_modules": ["dense"]}

@@ -190,7 +190,7 @@ def _attached(
             return config.init_on(base, target.leaf.names, target.adapted, key)
         return *config.init(base.layout, base.shape, target.leaf.names, target.adapted, key), base
 
-    contents_of = initial_contents(config, planned, initialize)
+    contents_of = initial_contents(config, planned, initialize, key)
     return build(params, adapter_name, config, planned, contents_of, trainable=not config.inference_mode)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from peft_jax.adapters.plan import Target, following_modules, matrix_sizes
+from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_sizes
 from peft_jax.core.adapted import Adapted, Tag, tied
 from peft_jax.core.leaves import replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
@@ -14,7 +14,7 @@ from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight, as_leaf, as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.roles import BiasRule
-from peft_jax.methods.shared_arrays import SharedArrays
+from peft_jax.methods.shared_arrays import SharedArrays, TrainedSharedArrays
 
 
 class Contents(NamedTuple):
@@ -71,6 +71,7 @@ def initial_contents(
     config: Method,
     targets: Sequence[Target],
     initialize: Callable[[Target, Weight], tuple[dict[str, jax.Array], dict[str, Any], Weight]],
+    key: jax.Array | None = None,
 ) -> ContentsOf:
     """The contents of a fresh adapter.
 
@@ -78,9 +79,14 @@ def initial_contents(
         config: The adapter's config.
         targets: All leaves that it changes.
         initialize: From a target's matrix to its trained and frozen arrays, and the base that they go on.
+        key: For the trained arrays that all leaves share; None stands for seed 0.
     """
     following = following_modules(targets)
-    shared = config.shared(matrix_sizes(targets)) if isinstance(config, SharedArrays) else {}
+    shared: Mapping[str, jax.Array] = {}
+    if isinstance(config, TrainedSharedArrays):
+        shared = config.initial(jax.random.key(0) if key is None else key)
+    elif isinstance(config, SharedArrays):
+        shared = config.shared(matrix_sizes(targets))
 
     def contents_of(target: Target) -> Contents:
         base = as_weight(target.leaf.value, target.leaf.layout)
@@ -88,6 +94,7 @@ def initial_contents(
             params, state = target.role.init(config, base, target.leaf.names, target.adapted)
             return Contents(params, state, base)
         params, state, base = initialize(target, base)
+        params |= carried_by(config, target, targets, shared)
         return Contents(params, state | state_beside(config, target, following, shared), base)
 
     return contents_of
@@ -110,3 +117,13 @@ def state_beside(
     if isinstance(config, SharedArrays):
         state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), target.adapted.shape)
     return state
+
+
+def carried_by(
+    config: Method, target: Target, targets: Sequence[Target], shared: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """The trained arrays that all leaves share, if a target is the first of all ``targets``, which has them."""
+    if not isinstance(config, TrainedSharedArrays):
+        return {}
+    first = matrices(targets)[0]
+    return config.carry(shared, target.adapted.shape) if target.position == first.position else {}

@@ -1,7 +1,7 @@
 """An adapted leaf: a base weight and one adapter on it. Several adapters are nested leaves."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from peft_jax.core.serialized_nodes import register_node
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight, role_specs
 
 LAYER = "layer"  # in the state of a bias: the arrays of the adapter of its layer's matrix, where both share them
+ADAPTER = "adapter"  # in the state of a leaf: trained arrays that all leaves of an adapter share, and one of them has
 
 
 class Rule(Protocol):
@@ -44,6 +45,10 @@ class Rule(Protocol):
     @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:
         """Axes of the arrays of a file after the stacked ones, by role."""
+
+    @property
+    def carried(self) -> Collection[str]:
+        """Roles of the trained arrays that all leaves share; the first leaf has them in ``params``, in its layer 0."""
 
     def structure(self) -> tuple[Any, ...]:
         """A key that is equal for two adapters exactly if they run in one compiled program."""
@@ -367,42 +372,72 @@ def _check_folder_name(name: str) -> None:
 
 
 def tied(tree: PyTree) -> Any:
-    """The tree with the arrays that a bias shares with its layer's matrix taken from there.
+    """The tree with arrays that several leaves share taken from the leaf that trains them.
 
     A method such as IA3 scales a layer's outputs, bias included, by one vector. It is trained in the matrix's leaf;
     that the bias's leaf takes it from there, in every function of the trainable partition, adds the two gradients up.
+    Arrays that all leaves of an adapter share, such as VB-LoRA's vectors, are taken from its first leaf alike.
     """
-    return _shared(tree, lambda bias, matrix: True)
+    return _shared(tree, lambda before, arrays: True)
 
 
 def _share_again(tree: PyTree) -> Any:
-    """`tied`, where a bias shared arrays of these names before: in a partition they are None, and stay so."""
+    """`tied`, where a leaf shared arrays of these names before: in a partition they are None, and stay so."""
 
-    def shared_before(bias: Adapted, matrix: Adapted) -> bool:
-        before = bias.state[LAYER]
-        return before.keys() == matrix.params.keys() and None not in before.values()
+    def shared_before(before: Mapping[str, Any], arrays: Mapping[str, Any]) -> bool:
+        return before.keys() == arrays.keys() and not any(array is None for array in before.values())
 
     return _shared(tree, shared_before)
 
 
-def _shared(tree: PyTree, shares: Callable[[Adapted, Adapted], bool]) -> Any:
-    """The tree whose biases have the arrays of their layer's matrix, where ``shares(bias, matrix)``."""
+def _shared(tree: PyTree, shares: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]) -> Any:
+    """The tree whose leaves have the arrays that they share with another one, where ``shares(before, arrays)``."""
     matrices: dict[tuple[str, str], Adapted] = {}
-    has_biases = False
+    carriers: dict[str, Adapted] = {}
+    has_shares = False
     for path, leaf in adapted_leaves(tree):
-        if LAYER in leaf.state:
-            has_biases = True
-        elif leaf.layout.inp:
+        has_shares = has_shares or LAYER in leaf.state or ADAPTER in leaf.state
+        if LAYER not in leaf.state and leaf.layout.inp:
             matrices[module_path(path), leaf.tag.name] = leaf
+        if _carries(leaf):
+            carriers[leaf.tag.name] = leaf
 
     def take(path: str, leaf: Adapted) -> Adapted:
-        matrix = matrices.get((module_path(matrix_path(path, leaf.layout)), leaf.tag.name))
-        if LAYER not in leaf.state or matrix is None or not shares(leaf, matrix):
+        if LAYER in leaf.state:
+            matrix = matrices.get((module_path(matrix_path(path, leaf.layout)), leaf.tag.name))
+            key, arrays = LAYER, None if matrix is None else dict(matrix.params)
+        elif ADAPTER in leaf.state:
+            key, arrays = ADAPTER, _of_carrier(leaf, carriers.get(leaf.tag.name))
+        else:
             return leaf
-        return dataclasses.replace(leaf, state={**leaf.state, LAYER: dict(matrix.params)})
+        if arrays is None or not shares(leaf.state[key], arrays):
+            return leaf
+        return dataclasses.replace(leaf, state={**leaf.state, key: arrays})
 
-    if not has_biases:
+    if not has_shares:
         return tree
     if isinstance(tree, Handle):
         return tree.replace(_mapped(take, tree.params))
     return _mapped(take, tree)
+
+
+def _carries(leaf: Adapted) -> bool:
+    """Whether a leaf has the trained arrays that all leaves of its adapter share."""
+    return ADAPTER in leaf.state and all(role in leaf.params for role in leaf.method.carried)
+
+
+def _of_carrier(leaf: Adapted, carrier: Adapted | None) -> dict[str, Any] | None:
+    """The arrays that a leaf takes from the one that has them, for each of its layers; a single layer has its own."""
+    if carrier is None:
+        return None
+    if _carries(leaf) and not leaf.layout.stack:
+        return {}
+    before, stack = (0,) * len(carrier.layout.stack), leaf.layout.stack_shape(leaf.shape)
+
+    def spread(array: Any) -> Any:
+        whole = (*stack, *array.shape[len(before) :])
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(whole, array.dtype)
+        return jnp.broadcast_to(array[before], whole)
+
+    return {role: spread(carrier.params[role]) for role in leaf.method.carried}

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.adapted import LAYER, adapted_leaves, is_adapted, tied
+from peft_jax.core.adapted import ADAPTER, LAYER, adapted_leaves, is_adapted, tied
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.static_leaf import made_leaves, made_static
 from peft_jax.core.weight import is_weight
@@ -114,6 +114,8 @@ def count_parameters(params: PyTree) -> tuple[int, int]:
 
 
 def _trained(params: PyTree) -> Any:
+    shared = (LAYER, ADAPTER)
+
     def filled(tree: PyTree, value: Any) -> Any:
         return jax.tree.map(lambda _: value, tree)
 
@@ -124,7 +126,7 @@ def _trained(params: PyTree) -> Any:
             node,
             base=mask(node.base),
             params=dict.fromkeys(node.params, node.active and node.trainable),
-            state={name: filled(part, SHARED if name == LAYER else False) for name, part in node.state.items()},
+            state={name: filled(part, SHARED if name in shared else False) for name, part in node.state.items()},
         )
 
     return jax.tree.map(mask, params, is_leaf=is_adapted)

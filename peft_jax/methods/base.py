@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar, Unpack
 
@@ -141,7 +141,7 @@ class Method(AbsentFields, PeftConfig):
     Arrays are in two dictionaries, ``params`` (trained) and ``state`` (frozen), both with the stacked axes first.
     ``merge`` and ``apply`` see one layer, without stacked axes. A stack whose layers differ is padded; arrays of
     layers that are not adapted are zero. What only some methods do is in base classes of its own: `Ranked`,
-    `StartsFromWeight`, `FrozenArrays`, `SharedArrays`, `BiasRule`, `TrainingHooks`.
+    `StartsFromWeight`, `FrozenArrays`, `SharedArrays`, `TrainedSharedArrays`, `BiasRule`, `TrainingHooks`.
 
     Attributes:
         axes: Axes of a file's arrays after the stacked ones, by role; ``in`` and ``out`` are the matrix's.
@@ -155,6 +155,7 @@ class Method(AbsentFields, PeftConfig):
         notes_storage: Whether PEFT sets ``fan_in_fan_out`` by what it finds, if there is the field.
         replaces: Whether it trains a copy of every leaf of a target, and has no arrays of its own.
         reads_base: Whether `merge` may look at the matrix without the adapters under this one.
+        carried: Roles of trained arrays that all leaves of an adapter share (`TrainedSharedArrays`).
         mixes: Whether PEFT's PeftMixedModel has it active beside other such methods.
         is_whole: Whether the leaf is a trained copy in place of its base.
         bias_only: The value of ``bias`` for those of adapted modules, if not the method's name.
@@ -170,6 +171,7 @@ class Method(AbsentFields, PeftConfig):
     notes_storage: ClassVar[bool] = True
     replaces: ClassVar[bool] = False
     reads_base: ClassVar[bool] = False
+    carried: ClassVar[Collection[str]] = ()
     mixes: ClassVar[bool] = False
     is_whole: ClassVar[bool] = False
     bias_only: ClassVar[str] = ""

@@ -116,7 +116,7 @@ class OSFConfig(TargetFields, StartsFromWeight, FactoredChange):
         return params, state | _frozen(parts), base
 
     def state_on(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
-        """What the trained part takes the place of, as two factors, and the vectors of the part that is kept."""
+        """The part of the base that is trained anew, as two factors, and the vectors of the part that is kept."""
         return _frozen(self._parts(base, names, adapted))
 
     @staticmethod

@@ -43,6 +43,7 @@ class Role:
     side_path: ClassVar[bool] = False
     first: ClassVar[str | None] = None
     reads_base: ClassVar[bool] = False
+    carried: ClassVar[Collection[str]] = ()
     mixes: ClassVar[bool] = False
     is_whole: ClassVar[bool] = False
     dropout_rates: ClassVar[Mapping[str, float]] = {}

@@ -1,10 +1,14 @@
-"""Base class of methods with frozen arrays that all layers share, such as VeRA's random matrices."""
+"""Base classes of methods with arrays that all layers share: VeRA's frozen matrices, VB-LoRA's trained vectors."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+
+from peft_jax.core.adapted import ADAPTER
+from peft_jax.methods.base import Arrays
 
 
 class SharedArrays:
@@ -34,3 +38,33 @@ class SharedArrays:
     def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
         """A leaf's part of them, stacked axes first."""
         raise NotImplementedError
+
+
+class TrainedSharedArrays(SharedArrays):
+    """The part of a method that is one set of trained arrays for all layers.
+
+    The first leaf of an adapter trains them: they are in its ``params``, and those of its first layer if it is stacked.
+    Every leaf has them in its state too (`peft_jax.core.adapted.tied` hands them over), so that gradients of all leaves
+    add up in the first.
+    """
+
+    def initial(self, key: jax.Array) -> dict[str, jax.Array]:
+        """The arrays of a fresh adapter, float32."""
+        raise NotImplementedError
+
+    def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, Any]:
+        """The place in a leaf's state that `tied` fills."""
+        return {ADAPTER: {}}
+
+    @staticmethod
+    def carry(shared: Mapping[str, Any], stack: tuple[int, ...]) -> dict[str, jax.Array]:
+        """The arrays in the ``params`` of the first leaf, whose stacked axes are ``stack``."""
+        first = (0,) * len(stack)
+        own = {role: jnp.asarray(array) for role, array in shared.items()}
+        return {role: jnp.zeros((*stack, *array.shape)).at[first].set(array) for role, array in own.items()}
+
+    @staticmethod
+    def all_layers(params: Arrays, state: Mapping[str, Any], role: str) -> jax.Array:
+        """One of the arrays, as a leaf computes with it."""
+        shared = state[ADAPTER]
+        return shared[role] if role in shared else params[role]
