@@ -1795,6 +1795,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         grid={"olmoe-plain": ("olmoe", {})},
         refused={"olmoe with heads of another size": ("olmoe", {"head_dim": 12})},
     ),
+    "gpt_oss": Architecture(
+        sizes={**WITH_GROUPS, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 4, "head_dim": 12},
+        model_types={"gpt_oss": {}},
+        modules=OF_A_MIXTURE,
+        heads=BOTH_CLASSES,
+        switches={
+            "gpt_oss": ("gpt_oss", {"rope_parameters": {**YARN, "truncate": False}, "swiglu_limit": 0.5}),
+            "gpt_oss-full": (
+                "gpt_oss",
+                {
+                    **{"layer_types": ["full_attention"] * 3, "swiglu_alpha": 1.2, "num_experts_per_tok": 1},
+                    **{"attention_bias": False, "tie_word_embeddings": True, "rope_parameters": DEFAULT_ROPE},
+                },
+            ),
+        },
+        grid={"gpt_oss-all": ("gpt_oss", {"num_experts_per_tok": 6})},
+        refused={
+            "gpt_oss of more experts than there are": ("gpt_oss", {"num_experts_per_tok": 7}),
+            "gpt_oss turned in part": ("gpt_oss", {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}}),
+        },
+    ),
     "qwen3_5": Architecture(
         sizes={"text_config": QWEN3_5},
         model_types={"qwen3_5": {}},

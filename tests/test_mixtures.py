@@ -12,22 +12,33 @@ import pytest
 from cases import ARCHITECTURES
 from conformance import close, same_files, tolerance
 from safetensors.numpy import load_file, save_file
-from torch_mixtures import DENSE, ROWS, moved, torch_model
+from torch_mixtures import FIELDS, ROUTERS, ROWS, moved, torch_model
 
 import peft_jax as pj
 from peft_jax.models.modules.grouped_products import grouped_product, product_in_blocks
+from peft_jax.models.registry import read_architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = np.random.default_rng(0).integers(3, 50, (2, 9))
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "gate.weight"]}
+LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
+
+
+def lora_of(kind: str) -> dict[str, Any]:
+    """LoRA on a module, all experts and the router."""
+    return {**LORA, "target_parameters": [*EXPERTS, f"{ROUTERS.get(kind, 'gate')}.weight"], "task_type": "CAUSAL_LM"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One kind is compared, that with a dense layer among the others; with ``--grid`` all are."""
+    """One kind is compared, that with a dense layer among the others; with ``--grid`` all are.
+
+    Of ``form`` there is one more, whose experts have biases and are stored as (in, out).
+    """
     converted = "are_read_as" in metafunc.function.__name__  # names of its own in old files, or PEFT's table lacks it
     with_grid = metafunc.config.getoption("--grid")
+    if "form" in metafunc.fixturenames:
+        metafunc.parametrize("form", ROWS if with_grid else ["qwen3_moe", "gpt_oss"])
     if "kind" in metafunc.fixturenames and converted:
         metafunc.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"] if with_grid else ["mixtral", "qwen3_moe"])
     elif "kind" in metafunc.fixturenames:
@@ -92,33 +103,33 @@ def test_fused_checkpoints_are_read_like_those_of_single_experts(kind: str, fold
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
-def test_lora_on_experts_both_ways(kind: str, folders: Any, tmp_path: Any) -> None:
+def test_lora_on_experts_both_ways(form: str, folders: Any, tmp_path: Any) -> None:
     """One adapter for each expert, of the router, and of a module: the same logits, merged too, and the same files."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    base = torch_model(kind)
+    base = torch_model(form)
     plain = torch_logits(base)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**lora_of(form)))
     torch.manual_seed(1)
     moved(theirs, 0.2, [parameter for parameter in theirs.parameters() if parameter.requires_grad])
     theirs.eval().save_pretrained(tmp_path / "theirs")
     want = torch_logits(theirs)
     assert np.abs(want - plain).max() > 100 * tolerance(want), "the adapter is dead"
-    ours = pj.AutoModelForCausalLM.from_pretrained(folders(kind), dtype="float32")
+    ours = pj.AutoModelForCausalLM.from_pretrained(folders(form), dtype="float32")
     model = pj.PeftModel.from_pretrained(ours, tmp_path / "theirs")
     close(logits(model), want)
     close(logits(model.merge_and_unload()), want)
     model.save_pretrained(tmp_path / "ours")
     same_files(tmp_path / "ours", tmp_path / "theirs")
-    fresh = pj.get_peft_model(ours, pj.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    fresh = pj.get_peft_model(ours, pj.LoraConfig(**lora_of(form)))
     close(logits(fresh), plain)
-    small = pj.AutoModelForCausalLM.from_pretrained(folders(kind), dtype="float32", load_in_8bit=True)
+    small = pj.AutoModelForCausalLM.from_pretrained(folders(form), dtype="float32", load_in_8bit=True)
     rounded = logits(pj.PeftModel.from_pretrained(small, tmp_path / "theirs"))
     assert 0 < np.linalg.norm(rounded - want) / np.linalg.norm(want) < 0.1
 
 
 def test_gradients_of_adapters_on_experts(kind: str, folders: Any, tmp_path: Any) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    theirs = peft.get_peft_model(torch_model(kind), peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    theirs = peft.get_peft_model(torch_model(kind), peft.LoraConfig(**lora_of(kind)))
     torch.manual_seed(1)
     moved(theirs, 0.2, [parameter for parameter in theirs.parameters() if parameter.requires_grad])
     theirs.train().save_pretrained(tmp_path)
@@ -137,6 +148,47 @@ def test_gradients_of_adapters_on_experts(kind: str, folders: Any, tmp_path: Any
     largest = max(np.abs(one).max() for one in want.values())
     for key in want:
         np.testing.assert_allclose(found[key], want[key], rtol=0, atol=1e-5 * max(1, largest), err_msg=key)
+
+
+def test_experts_in_mxfp4_are_those_of_transformers(tmp_path: Any) -> None:
+    """The published checkpoints have their experts so; transformers' own reader dequantizes them."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = torch_model("gpt_oss", intermediate_size=64)
+    generator = torch.Generator().manual_seed(3)
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, n_in, out = tensors.pop(key).shape
+        shape = (experts, out, n_in // 32, 16)
+        tensors[f"{key}_blocks"] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        tensors[f"{key}_scales"] = torch.randint(122, 126, shape[:-1], dtype=torch.uint8, generator=generator)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    config = {**model.config.to_dict(), "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = transformers.Mxfp4Config(dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings, dtype=torch.float32
+    )
+    with pytest.warns(UserWarning, match="6 weights quantized by mxfp4"):
+        ours = pj.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    want = theirs.model.layers[2].mlp.experts.gate_up_proj.detach().numpy()
+    np.testing.assert_array_equal(ours.params["model"]["layers"]["mlp"]["experts"]["gate_up_proj"][2], want)
+    close(logits(ours), torch_logits(theirs.eval()))
+
+
+def test_biases_of_experts_are_refused_as_targets() -> None:
+    sizes = {**ARCHITECTURES["gpt_oss"].sizes, "num_hidden_layers": 1}
+    base = pj.AutoModelForCausalLM.from_config(read_architecture({"model_type": "gpt_oss", **sizes}))
+    for options, said in (
+        ({"target_modules": ["q_proj"], "bias": "all"}, "bias='all' means .*down_proj_bias.* not supported"),
+        ({"target_parameters": ["gate_up_proj_bias"]}, "gate_up_proj_bias' of shape .* is no weight of a product"),
+        ({"target_modules": ["q_proj"], "fan_in_fan_out": True}, "fan_in_fan_out=True is for layers stored"),
+        ({"target_modules": ["gate_up_proj"]}, "gate_up_proj.* Name it in target_parameters"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            pj.get_peft_model(base, pj.LoraConfig(**options, task_type="CAUSAL_LM"))
+        assert "\n" not in str(caught.value)
 
 
 def test_bad_checkpoints_are_refused_in_one_line(folders: Any, tmp_path: Any) -> None:
@@ -161,7 +213,7 @@ def test_bad_checkpoints_are_refused_in_one_line(folders: Any, tmp_path: Any) ->
 def test_bad_adapters_are_refused_in_one_line(folders: Any, tmp_path: Any) -> None:
     pytest.importorskip("torch")
     base = pj.AutoModelForCausalLM.from_pretrained(folders("olmoe"), dtype="float32")
-    pj.get_peft_model(base, pj.LoraConfig(**LORA, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    pj.get_peft_model(base, pj.LoraConfig(**lora_of("olmoe"))).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     of_expert = next(key for key in tensors if key.endswith("experts.lora_A.weight"))
     save_file({**tensors, of_expert: tensors[of_expert][:-2]}, tmp_path / "adapter_model.safetensors")
@@ -180,7 +232,7 @@ def single_experts(kind: str, folder: Any, targets: list[str]) -> dict[str, np.n
     block = "block_sparse_moe" if kind == "mixtral" else "mlp"
     random, tensors = np.random.default_rng(3), {}
     for layer in range(row.sizes["num_hidden_layers"]):
-        if layer in DENSE.get(kind, {}).get("mlp_only_layers", ()):
+        if layer in FIELDS.get(kind, {}).get("mlp_only_layers", ()):
             continue
         front = f"base_model.model.model.layers.{layer}.{block}"
         shapes = {}

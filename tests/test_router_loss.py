@@ -13,7 +13,7 @@ import optax
 import pytest
 from cases import ARCHITECTURES
 from conformance import close
-from torch_mixtures import ROWS, moved, torch_model
+from torch_mixtures import ROUTERS, ROWS, moved, torch_model
 
 import peft_jax as pj
 from peft_jax.cli.shared.forward_pass import apply, apply_lazily
@@ -38,7 +38,7 @@ RANDOM = np.random.default_rng(0)
 IDS = RANDOM.integers(3, 50, (2, 9))
 MASK = np.array([[1] * 9, [1] * 6 + [0] * 3])
 LABELS = np.where(MASK.astype(bool) & (RANDOM.random(IDS.shape) < 0.7), IDS, IGNORE)
-LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}
+LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -84,7 +84,8 @@ def test_logits_loss_and_gradients_of_a_model(kind: str, tmp_path: Path) -> None
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     base = torch_model(kind, **ROUTED)
     base.save_pretrained(tmp_path / "base")
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    router = f"mlp.{ROUTERS.get(kind, 'gate')}.weight"
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**LORA, target_parameters=[router]))
     torch.manual_seed(1)
     moved(theirs, 0.2, [parameter for parameter in theirs.parameters() if parameter.requires_grad])
     theirs.train().save_pretrained(tmp_path / "adapter")
@@ -127,7 +128,8 @@ def model() -> Any:
     """A tiny mixture with a router that is trained, without transformers' model."""
     config = read_architecture({**SIZES, "initializer_range": 0.2, **ROUTED})
     model = pj.AutoModelForCausalLM.from_config(config)
-    return pj.get_peft_model(model, pj.LoraConfig(**LORA, init_lora_weights=False, task_type="CAUSAL_LM"))
+    config = pj.LoraConfig(**LORA, target_parameters=["mlp.gate.weight"], init_lora_weights=False)
+    return pj.get_peft_model(model, config)
 
 
 def examples() -> list[Example]:

@@ -5,8 +5,16 @@ from typing import Any
 import pytest
 from cases import ARCHITECTURES
 
-ROWS = {"mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "qwen2_moe": "qwen3_moe", "olmoe": "olmoe"}
-DENSE = {"qwen3_moe": {"mlp_only_layers": [1]}}  # a dense layer among the others
+ROWS = {
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
+    "qwen2_moe": "qwen3_moe",
+    "olmoe": "olmoe",
+    "gpt_oss": "gpt_oss",
+}
+ROUTERS = {"gpt_oss": "router"}  # those that are not called "gate"
+# A dense layer among the others; limits that are reached.
+FIELDS = {"qwen3_moe": {"mlp_only_layers": [1]}, "gpt_oss": {"swiglu_limit": 0.5}}
 
 
 def torch_model(kind: str, **fields: Any) -> Any:
@@ -14,7 +22,7 @@ def torch_model(kind: str, **fields: Any) -> Any:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     row = ARCHITECTURES[ROWS[kind]]
     torch.manual_seed(0)
-    fields = {**row.sizes, **row.model_types[kind], **DENSE.get(kind, {}), **fields}
+    fields = {**row.sizes, **row.model_types[kind], **FIELDS.get(kind, {}), **fields}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields))
     return moved(model.float().eval(), 0.15, list(model.parameters()))
 

@@ -62,7 +62,8 @@ def _with_storage(config: M, found: Sequence[Leaf]) -> M:
     Raises:
         ValueError: if it is True, and the model has no such layers; or a target is one, and PEFT does not take them.
     """
-    linear = [leaf for leaf in found if is_matrix(leaf) and leaf.layout is not None and not leaf.layout.lookup]
+    matrices = [leaf for leaf in found if is_matrix(leaf) and leaf.layout is not None]
+    linear = [leaf for leaf in matrices if not leaf.layout.lookup and not leaf.layout.parameter]
     targets = [leaf for leaf in linear if any(is_target(config, name) for name in leaf.names.flat)]
     if not config.takes_conv1d and (refused := [leaf for leaf in targets if leaf.layout.stored_in_out]):
         name = next(name for name in refused[0].names.flat if is_target(config, name))

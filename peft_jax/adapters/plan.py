@@ -97,6 +97,11 @@ def _role_of(leaf: Leaf, config: Method, modules: Collection[str]) -> tuple[Role
         whole = FollowingCopy(BIAS) if follows else Whole(BIAS)
         role = Follower() if config.bias == "none" else whole
         return role, _where(leaf, lambda name: _changes_bias(config, name, modules))
+    if config.bias == "all" and leaf.path.endswith("_bias"):
+        raise ValueError(
+            f"bias='all' means '{leaf.names.flat[0]}' too, an array of biases that no module has as its own, which is "
+            "not supported. Write bias='none', or have the biases of targets alone trained, as with LoRA's 'lora_only'."
+        )
     if is_matrix(leaf):
         return None, _where(leaf, lambda name: name in modules)
     return None, np.zeros(leaf.names.shape, bool)

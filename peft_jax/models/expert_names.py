@@ -30,20 +30,24 @@ SHARDING = Sharding(
 )
 
 
-def expert_layouts(after: str) -> dict[str, Layout]:
+def expert_layouts(after: str, *, router: str = "gate", stored_in_out: bool = False) -> dict[str, Layout]:
     """Layouts of routers and fused experts in layers stacked in front.
 
     Args:
         after: The name in their paths that a layer's index follows.
+        router: The name of the router.
+        stored_in_out: Whether PyTorch stores the matrices of experts as ``(in, out)``.
 
     Example:
         >>> list(expert_layouts("layers").values())[0].unnamed
         (1,)
     """
-    own: dict[str, Any] = {"source": KNOWN, "stored_in_out": False, "parameter": True}
-    router = Layout(stack=(0,), inp=(1,), out=(2,), index_after=(after,), **own)
-    experts = Layout(stack=(0, 1), inp=(2,), out=(3,), index_after=(after, None), **own)
+    own: dict[str, Any] = {"source": KNOWN, "parameter": True}
+    of_router = Layout(stack=(0,), inp=(1,), out=(2,), index_after=(after,), stored_in_out=False, **own)
+    experts = Layout(stack=(0, 1), inp=(2,), out=(3,), index_after=(after, None), stored_in_out=stored_in_out, **own)
+    biases = Layout(stack=(0, 1), inp=(), out=(2,), index_after=(after, None), **own)
     return {
         rf"(.*\.)?{after}\..*\.experts\.(gate_up|down)_proj": experts,
-        rf"(.*\.)?{after}\.(.*\.)?mlp\.gate\.kernel": router,
+        rf"(.*\.)?{after}\..*\.experts\.(gate_up|down)_proj_bias": biases,
+        rf"(.*\.)?{after}\.(.*\.)?mlp\.{router}\.kernel": of_router,
     }

@@ -20,6 +20,7 @@ from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.glm.family import GLM as GLM
 from peft_jax.models.gpt2.family import GPT2 as GPT2
 from peft_jax.models.gpt_neox.family import GPT_NEOX as GPT_NEOX
+from peft_jax.models.gpt_oss.family import GPT_OSS as GPT_OSS
 from peft_jax.models.gptj.family import GPTJ as GPTJ
 from peft_jax.models.granite.family import GRANITE as GRANITE
 from peft_jax.models.llama.family import LLAMA as LLAMA
@@ -66,6 +67,7 @@ FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
     QWEN_MOE,
     OLMOE,
+    GPT_OSS,
     QWEN3_5,
     QWEN3_5_MULTIMODAL,
 )

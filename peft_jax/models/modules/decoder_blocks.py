@@ -71,7 +71,8 @@ def mean_value(v: jax.Array, count: jax.Array | int, heads: int) -> jax.Array:
 class SelfAttention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key/value heads.
 
-    A subclass may change `heads` (fused projections, norms of queries and keys) and the name of its last projection.
+    A subclass may change `heads` (fused projections, norms of queries and keys), `sink_scores`, and the name of its
+    last projection.
 
     Args:
         config: The architecture.
@@ -119,6 +120,11 @@ class SelfAttention(nnx.Module):
         last: nnx.Linear = getattr(self, self.out_name)
         return last
 
+    @property
+    def sink_scores(self) -> jax.Array | None:
+        """A score of each head (heads,) that takes its part in the softmax and has no value; None for none."""
+        return None
+
     def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values (batch, length, heads, head_dim) of x (batch, length, hidden), not yet turned."""
         shape = (*x.shape[:2], -1, self.head_dim)
@@ -133,8 +139,10 @@ class SelfAttention(nnx.Module):
         q, k = rotate(q, turn, interleaved=self.interleaved), rotate(k, turn, interleaved=self.interleaved)
         if call.view.query_factor is not None:
             q = q * call.view.query_factor.astype(q.dtype)
-        bias = call.view.bias
-        seen, buffers = attend_within(q, k, v, call, buffers, scoring=self.scoring, bias=bias, rate=self.rate)
+        bias, sinks = call.view.bias, self.sink_scores
+        seen, buffers = attend_within(
+            q, k, v, call, buffers, scoring=self.scoring, sinks=sinks, bias=bias, rate=self.rate
+        )
         adaption = call.beside.adaption
         if adaption is None:
             return self.out(seen.reshape(batch, length, -1)), buffers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,15 +93,25 @@ class Experts(nnx.Module):
         self.gate_up_proj = nnx.Param(init(rngs.params(), (experts, hidden, 2 * inner), dtype))
         self.down_proj = nnx.Param(init(rngs.params(), (experts, inner, hidden), dtype))
 
+    def networks(self, rows: jax.Array, experts: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Map rows (n, hidden), sorted by expert.
+
+        Args:
+            rows: The rows.
+            experts: The number of each row's expert, int32 (n,).
+            sizes: The rows of each expert, int32 (experts,).
+        """
+        inner = kept(grouped_product(rows, self.gate_up_proj[...], sizes))
+        gate, up = jnp.split(inner, 2, axis=-1)
+        return grouped_product(ACTIVATIONS[self.act](gate) * up, self.down_proj[...], sizes)
+
     def __call__(self, x: jax.Array, choice: Choice) -> jax.Array:
         """Map x (tokens, hidden): tokens are sorted by expert, and only the chosen experts are computed."""
         tokens, top_k = choice.experts.shape
         chosen = choice.experts.reshape(-1)
         order = jnp.argsort(chosen)
         sizes = jnp.bincount(chosen, length=choice.logits.shape[-1]).astype(jnp.int32)
-        inner = kept(grouped_product(x[order // top_k], self.gate_up_proj[...], sizes))
-        gate, up = jnp.split(inner, 2, axis=-1)
-        out = grouped_product(ACTIVATIONS[self.act](gate) * up, self.down_proj[...], sizes)
+        out = self.networks(x[order // top_k], chosen[order], sizes)
         back = jnp.argsort(order)  # a gather, where adding up in place would be a scatter
         weights = choice.weights[..., None]  # of some routers float32 in any model
         parts = out[back].reshape(tokens, top_k, -1).astype(weights.dtype) * weights
@@ -109,20 +119,23 @@ class Experts(nnx.Module):
 
 
 class SparseMLP(nnx.Module):
-    """A router and its experts.
+    """A router and its experts; a subclass may name the router otherwise.
 
     Args:
-        gate: The router.
+        router: The router.
         experts: The experts.
     """
 
-    def __init__(self, gate: nnx.Module, experts: nnx.Module) -> None:
-        self.gate, self.experts = gate, experts
+    router_name: ClassVar[str] = "gate"
+
+    def __init__(self, router: nnx.Module, experts: nnx.Module) -> None:
+        setattr(self, self.router_name, router)
+        self.experts = experts
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map x (batch, length, hidden); also gives the router's logits (batch * length, experts)."""
         rows = x.reshape(-1, x.shape[-1])
-        choice = self.gate(rows)
+        choice = getattr(self, self.router_name)(rows)
         return self.experts(rows, choice).reshape(x.shape), choice.logits
 
 
@@ -130,7 +143,7 @@ class SharedExpertMLP(SparseMLP):
     """As the base class, with one more expert that all tokens go through, times a gate of its own.
 
     Args:
-        gate: The router.
+        router: The router.
         experts: The experts.
         config: The architecture.
         dtype: Element type of the parameters.
@@ -140,7 +153,7 @@ class SharedExpertMLP(SparseMLP):
 
     def __init__(
         self,
-        gate: nnx.Module,
+        router: nnx.Module,
         experts: nnx.Module,
         config: MixtureConfig,
         dtype: DTypeLike,
@@ -148,7 +161,7 @@ class SharedExpertMLP(SparseMLP):
         *,
         inner: int,
     ) -> None:
-        super().__init__(gate, experts)
+        super().__init__(router, experts)
         self.shared_expert = GatedMLP(config, dtype, rngs, inner=inner, act=config.hidden_act)
         self.shared_expert_gate = linear_maker(config, dtype, rngs)(config.hidden_size, 1, use_bias=False)
 
