@@ -1070,6 +1070,15 @@ OF_A_MIXTURE = Modules(
     part="mlp",
     embedding="embed_tokens",
 )
+OF_LATENT_ATTENTION = Modules(
+    first="kv_a_proj_with_mqa",
+    second="kv_b_proj",
+    last="o_proj",
+    layers="layers",
+    norm="norm",
+    part="mlp",
+    embedding="embed_tokens",
+)
 OF_A_FUSED_DECODER = Modules(
     first="query_key_value",
     second="self_attention.dense",
@@ -1815,6 +1824,46 @@ ARCHITECTURES: dict[str, Architecture] = {
             "gpt_oss of more experts than there are": ("gpt_oss", {"num_experts_per_tok": 7}),
             "gpt_oss turned in part": ("gpt_oss", {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}}),
         },
+    ),
+    "deepseek_v3": Architecture(
+        sizes={
+            **{**WITH_GROUPS, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3},
+            **{"moe_intermediate_size": 16, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+            **{"q_lora_rank": 14, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5},
+        },
+        model_types={"deepseek_v3": {}, "deepseek_v2": {"norm_topk_prob": False}},
+        modules=OF_LATENT_ATTENTION,
+        heads=("SequenceClassification", ""),
+        switches={
+            "deepseek_v3": ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
+            "deepseek_v3-plain": (
+                "deepseek_v3",
+                {
+                    **{"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False, "n_shared_experts": 2},
+                    **{"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": DEFAULT_ROPE},
+                },
+            ),
+            "deepseek_v2": (
+                "deepseek_v2",
+                {
+                    **{"topk_method": "group_limited_greedy", "mlp_bias": True, "routed_scaling_factor": 1.7},
+                    **{"attention_bias": True, "rope_parameters": {**YARN, "mscale_all_dim": 0.7}},
+                },
+            ),
+        },
+        grid={
+            "deepseek_v2-greedy": ("deepseek_v2", {"q_lora_rank": None, "first_k_dense_replace": 0}),
+            "deepseek_v3-dense": ("deepseek_v3", {"first_k_dense_replace": 3}),
+        },
+        refused={
+            "deepseek_v3 with groups of keys": ("deepseek_v3", {"num_key_value_heads": 2}),
+            "deepseek_v3 with uneven groups": ("deepseek_v3", {"n_group": 3}),
+            "deepseek_v3 with too few groups": ("deepseek_v3", {"topk_group": 1}),
+            "deepseek_v3 without a shared expert": ("deepseek_v3", {"n_shared_experts": 0}),
+            "deepseek_v2 chosen otherwise": ("deepseek_v2", {"topk_method": "noaux_tc"}),
+            "deepseek_v2 with factors that add up to 1": ("deepseek_v2", {"norm_topk_prob": True}),
+        },
+        to_build={"deepseek_v2": {"num_experts_per_tok": 6}},
     ),
     "qwen3_5": Architecture(
         sizes={"text_config": QWEN3_5},

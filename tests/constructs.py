@@ -575,6 +575,12 @@ ROWS = {
         (3, 8, 6),
         STACK,
     ),
+    "ragged_dot of a layer by number": Row(
+        lambda w, x: jax.lax.ragged_dot(x, w[jnp.argmax(x[0]) // 8 + 1], jnp.asarray(GROUPS)),
+        lambda w, x: np.stack([row @ w[1, g] for row, g in zip(x, np.repeat(np.arange(3), GROUPS), strict=True)]),
+        (2, 3, 8, 6),
+        pj.Layout((0, 1), (2,), (3,), index_after=("layers", "layers")),
+    ),
     "dot_product_attention": Row(attention, attention_np, (8, 24)),
     "with_sharding_constraint on the weight": Row(lambda w, x: x @ sharded(P(None, "tensor"), w), DOT),
     "with_sharding_constraint on activations": Row(lambda w, x: sharded(P(None, "tensor"), x @ w), DOT),

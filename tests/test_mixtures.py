@@ -21,8 +21,9 @@ from peft_jax.models.registry import read_architecture
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = np.random.default_rng(0).integers(3, 50, (2, 9))
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configs call the number of experts
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
+LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["o_proj"]}
 
 
 def lora_of(kind: str) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "form" in metafunc.fixturenames:
         metafunc.parametrize("form", ROWS if with_grid else ["qwen3_moe", "gpt_oss"])
     if "kind" in metafunc.fixturenames and converted:
-        metafunc.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"] if with_grid else ["mixtral", "qwen3_moe"])
+        further = ["olmoe", "deepseek_v2", "deepseek_v3"] if with_grid else []
+        metafunc.parametrize("kind", ["mixtral", "qwen3_moe", *further])
     elif "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", ROWS if with_grid else ["qwen3_moe"])
 
@@ -227,12 +229,13 @@ def test_bad_adapters_are_refused_in_one_line(folders: Any, tmp_path: Any) -> No
 def single_experts(kind: str, folder: Any, targets: list[str]) -> dict[str, np.ndarray]:
     """An adapter on experts one by one and on routers, as PEFT wrote it before transformers 5."""
     row = ARCHITECTURES[ROWS[kind]]
-    n, hidden = row.sizes.get("num_local_experts", row.sizes.get("num_experts")), row.sizes["hidden_size"]
+    [n] = [row.sizes[name] for name in COUNTS if name in row.sizes]
+    hidden, dense = row.sizes["hidden_size"], row.sizes.get("first_k_dense_replace", 0)
     inner = row.sizes.get("moe_intermediate_size", row.sizes["intermediate_size"])
     block = "block_sparse_moe" if kind == "mixtral" else "mlp"
     random, tensors = np.random.default_rng(3), {}
     for layer in range(row.sizes["num_hidden_layers"]):
-        if layer in FIELDS.get(kind, {}).get("mlp_only_layers", ()):
+        if layer < dense or layer in FIELDS.get(kind, {}).get("mlp_only_layers", ()):
             continue
         front = f"base_model.model.model.layers.{layer}.{block}"
         shapes = {}
@@ -260,7 +263,7 @@ def test_adapters_on_single_experts_are_read_as_peft_reads_them(kind: str, folde
     theirs.save_pretrained(tmp_path / "theirs")
     model.save_pretrained(tmp_path / "ours")
     same_files(tmp_path / "ours", tmp_path / "theirs")
-    for chosen in (["q_proj", *targets], "all-linear", rf".*\.({'|'.join(targets)})"):
+    for chosen in (["o_proj", *targets], "all-linear", rf".*\.({'|'.join(targets)})"):
         options = {"r": 2, "target_modules": chosen, "task_type": "CAUSAL_LM"}
         fresh = pj.get_peft_model(ours, pj.LoraConfig(**options))
         other = peft.get_peft_model(torch_model(kind), peft.LoraConfig(**options))

@@ -29,10 +29,12 @@ from peft_jax.train import (
     make_training_step,
     training_batches,
 )
+from peft_jax.train.batch_loss import losses_of
 from peft_jax.train.data.encode import IGNORE, Example
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+LOSSLESS = "deepseek_v3"  # the row of those whose routers have no loss
 ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.7}
 RANDOM = np.random.default_rng(0)
 IDS = RANDOM.integers(3, 50, (2, 9))
@@ -42,9 +44,10 @@ LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "task_type": "CAU
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One kind is compared, that with a dense layer among the others; with ``--grid`` all are."""
+    """One kind is compared, that with a dense layer among the others; with ``--grid`` all are that have such a loss."""
     if "kind" in metafunc.fixturenames:
-        metafunc.parametrize("kind", ROWS if metafunc.config.getoption("--grid") else ["qwen3_moe"])
+        lossy = [kind for kind, row in ROWS.items() if row != LOSSLESS]
+        metafunc.parametrize("kind", lossy if metafunc.config.getoption("--grid") else ["qwen3_moe"])
 
 
 def inputs_of(model: Any) -> dict[str, Any]:
@@ -118,6 +121,24 @@ def test_logits_loss_and_gradients_of_a_model(kind: str, tmp_path: Path) -> None
         routers = theirs(**inputs).router_logits
     bare = pj.AutoModel.from_pretrained(tmp_path / "base", dtype="float32")
     close(bare(IDS, MASK).router_logits, torch.stack(routers).detach().numpy())
+
+
+def test_routers_without_a_loss_give_their_logits_alone(tmp_path: Path) -> None:
+    """As in transformers; the loss of a training step is that of the labels."""
+    torch = pytest.importorskip("torch")
+    theirs = torch_model(LOSSLESS, output_router_logits=True)
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = theirs(**inputs_of(theirs))
+    model = pj.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    got = model(IDS, MASK, labels=LABELS)
+    close(got.router_logits, torch.stack(want.router_logits).numpy())
+    np.testing.assert_allclose(got.loss, want.loss.item(), rtol=1e-5)
+    assert got.aux_loss is None and len(got.router_logits) == 2
+    batch: Any = {"input_ids": jnp.array(IDS), "attention_mask": jnp.array(MASK), "labels": jnp.array(LABELS)}
+    total, own = losses_of(apply_lazily, model, batch, next_token=True)
+    np.testing.assert_allclose(total / own.labels, want.loss.item(), rtol=1e-5)
+    assert own.load is None
 
 
 SIZES = {"model_type": "qwen3_moe", **ARCHITECTURES["qwen3_moe"].sizes, "num_hidden_layers": 1}

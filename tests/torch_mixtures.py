@@ -11,6 +11,8 @@ ROWS = {
     "qwen2_moe": "qwen3_moe",
     "olmoe": "olmoe",
     "gpt_oss": "gpt_oss",
+    "deepseek_v3": "deepseek_v3",
+    "deepseek_v2": "deepseek_v3",
 }
 ROUTERS = {"gpt_oss": "router"}  # those that are not called "gate"
 # A dense layer among the others; limits that are reached.

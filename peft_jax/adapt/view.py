@@ -296,11 +296,24 @@ class View:
         if not drop:
             axes = (*self.axes[:axis], whole_axis(gone, weight.shape[gone]), *self.axes[axis + 1 :])
             return self.replace(weight=weight, axes=axes)
-        left = (*self.axes[:axis], *self.axes[axis + 1 :])
+        return self._without((*self.axes[:axis], *self.axes[axis + 1 :]), weight, gone)
+
+    def without_single_layers(self) -> "View":
+        """The view of a weight that has no stacked axes of length 1, which no axis of a view has digits of."""
+        view = self
+        for position in reversed(range(len(self.weight.layout.stack))):
+            gone = view.weight.layout.stack[position]
+            if view.weight.shape[gone] == 1:
+                weight = view.weight.mapped(position, jnp.squeeze, drop=True)
+                view = view._without(view.axes, weight, gone)
+        return view
+
+    def _without(self, axes: Iterable[Axis], weight: Weight, gone: int) -> "View":
+        """The view with these axes of a weight that has lost an axis."""
         edits = [edit._replace(source=without_weight_axis(edit.source, gone)) for edit in self.edits]
-        axes = tuple(without_weight_axis(one, gone) for one in left)
+        left = tuple(without_weight_axis(one, gone) for one in axes)
         shards = (*self.shards[:gone], *self.shards[gone + 1 :])
-        return self.replace(weight=weight, axes=axes, edits=tuple(edits), shards=shards)
+        return self.replace(weight=weight, axes=left, edits=tuple(edits), shards=shards)
 
     def specs(self, entries: Sequence[Any]) -> "View | None":
         """Specs of all arrays, in the view's structure, for those of its axes; None if there are none such."""

@@ -191,6 +191,11 @@ class ModelConfig:
         """The name of the stack that each layer is in, for layers of several shapes; empty if all are of one."""
         return ()
 
+    @property
+    def no_prefix(self) -> str:
+        """Why a prefix cannot stand before the keys and values of all layers; empty where it can."""
+        return "whose layers have keys of several shapes" if self.stacks else ""
+
     def with_layers(self, order: Sequence[int]) -> Self:
         """The architecture whose layers, and their kinds, are those of ``order``."""
         changes: dict[str, Any] = {"num_hidden_layers": len(order)}

@@ -38,10 +38,8 @@ def prompt_sizes(peft_type: str, config: ModelConfig) -> Fields:
         >>> [prompt_sizes(name, config)["token_dim"] for name in ("P_TUNING", "PREFIX_TUNING")]
         [64, 16]
     """
-    if peft_type == "PREFIX_TUNING" and config.stacks:
-        raise ValueError(
-            f"PREFIX_TUNING is not for {config.model_type} models, whose layers have keys of several shapes."
-        )
+    if peft_type == "PREFIX_TUNING" and (why := config.no_prefix):
+        raise ValueError(f"PREFIX_TUNING is not for {config.model_type} models, {why}.")
     of_keys = peft_type == "PREFIX_TUNING"
     return {
         "num_layers": config.num_hidden_layers,

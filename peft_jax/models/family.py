@@ -113,6 +113,7 @@ class Family:
         own_rows: ``own_rows(family, config)`` where `rows_by_layout` alone does not tell where the leaves lie in a
             checkpoint.
         float32: Regex of the leaves that stay float32 in a checkpoint read as float16, which they would overflow.
+        always_float32: The same in a checkpoint read as bfloat16 too.
         replicable: Tasks of the models whose layers PEFT replicates.
         init_cache: ``init_cache(config, batch, max_len, dtype)``, for decoders that generate.
         encoder_decoder: What encoder-decoders have in its place.
@@ -140,6 +141,7 @@ class Family:
     beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_rows: Callable[[Any, Any], tuple[Row, ...]] | None = None
     float32: str = ""
+    always_float32: str = ""
     replicable: Collection[str] = ()
     init_cache: Callable[..., Any] | None = None
     encoder_decoder: EncoderDecoder | None = None

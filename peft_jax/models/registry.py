@@ -10,6 +10,7 @@ from peft_jax.models.bert.family import ROBERTA as ROBERTA
 from peft_jax.models.bloom.family import BLOOM as BLOOM
 from peft_jax.models.cohere.family import COHERE as COHERE
 from peft_jax.models.config import ModelConfig, as_dict, check_model_type
+from peft_jax.models.deepseek.family import DEEPSEEK as DEEPSEEK
 from peft_jax.models.falcon.family import FALCON as FALCON
 from peft_jax.models.family import Family
 from peft_jax.models.gemma.family import GEMMA as GEMMA
@@ -68,6 +69,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_MOE,
     OLMOE,
     GPT_OSS,
+    DEEPSEEK,
     QWEN3_5,
     QWEN3_5_MULTIMODAL,
 )

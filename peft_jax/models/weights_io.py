@@ -198,9 +198,10 @@ def _converter(config: ModelConfig, dtype: jnp.dtype, rounding: LoadRounding | N
 
 
 def _own_dtype(config: ModelConfig, dtype: jnp.dtype, path: str) -> jnp.dtype:
-    """The element type of a leaf: some stay in float32 where the others are in float16."""
-    wide = dtype == jnp.float16 and re.fullmatch(family_of(config).float32, path)
-    return jnp.dtype(jnp.float32) if wide else dtype
+    """The element type of a leaf: some stay in float32 where the others are in float16, or in less at all."""
+    family = family_of(config)
+    wide = dtype == jnp.float16 and re.fullmatch(family.float32, path)
+    return jnp.dtype(jnp.float32) if wide or re.fullmatch(family.always_float32, path) else dtype
 
 
 def save_model(

@@ -63,7 +63,7 @@ class BatchLoss(NamedTuple):
 
 def has_router_loss(params: PyTree) -> bool:
     """Whether the loss of a model handle, or of a partition of one, has that of routers."""
-    return isinstance(params, CausalLM) and params.asks_routers()
+    return isinstance(params, CausalLM) and params.asks_routers() and params.has_router_loss
 
 
 def losses_of(

@@ -82,6 +82,7 @@ def ragged_dot(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Output
     usual = (numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions) == ((((1,), (1,)), ((), ())), (0,))
     if not usual or is_view(x) or is_view(group_sizes) or view.role([1], [0]) != "in" or x.dtype != view.dtype:
         return None
+    view = view.without_single_layers()  # that of a layer which was taken from a stack by a computed number
     layout, row = view.weight.layout, free(0, len(x))
     if view.stack_position(0) is None or len(layout.stack) > 1 or view.edits:
         return None

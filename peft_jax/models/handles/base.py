@@ -144,6 +144,12 @@ class ModelHandle(Inspection):
         routing = self.config.routing
         return routing is not None and routing.asked if said is None else said
 
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether routers whose logits a call gives have a loss too."""
+        routing = self.config.routing
+        return routing is not None and routing.has_loss
+
     def _position_rows(self) -> int | None:
         """The number of positions that ``position_ids`` may name, without a prefix's; None for any number."""
         rows = self.config.position_rows

@@ -99,8 +99,8 @@ class CausalLM(ModelHandle):
             input_type_mask: The type of each token ``(batch, length)``, for the loss of CPT; see `CPTConfig`.
             output_hidden_states: Whether to return the hidden states.
             output_router_logits: Whether to return the logits of the routers of a mixture of experts, and to add their
-                load balancing loss to that of the labels; None asks the config's field of that name. Tokens of padding
-                are ignored in it, and virtual ones are not.
+                load balancing loss, where they have one, to that of the labels; None asks the config's field of that
+                name. Tokens of padding are ignored in it, and virtual ones are not.
             lazy_logits: Whether to return `LazyLogits`, from which `peft_jax.train.cross_entropy` computes the loss
                 without holding all logits.
             adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
@@ -127,7 +127,7 @@ class CausalLM(ModelHandle):
             output_router_logits=self.asks_routers(output_router_logits),
         )
         load = None
-        if out.router_logits is not None:
+        if out.router_logits is not None and self.has_router_loss:
             load = router_load(out.router_logits, as_batch(attention_mask, "attention_mask"), self.config.routing)
         types = None if input_type_mask is None else jnp.asarray(input_type_mask)
         if types is not None and labels is None:
@@ -137,7 +137,7 @@ class CausalLM(ModelHandle):
             all_labels, weights = with_virtual_labels(self.params, labels, types)
             loss = shifted_mean_cross_entropy(out.logits, all_labels, weights)
         if load is None:
-            return CausalLMOutput(out.logits, loss, out.hidden_states)
+            return CausalLMOutput(out.logits, loss, out.hidden_states, out.router_logits)
         aux_loss = load.loss()
         loss = None if loss is None else loss + load.factor * aux_loss
         logits = dataclasses.replace(out.logits, load=load) if lazy_logits else out.logits

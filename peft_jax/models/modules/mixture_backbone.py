@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ class MixtureBackbone(RotaryBackbone):
 
     A subclass names its embedding, and makes attention and experts.
     """
+
+    wide_routers: ClassVar[bool] = False  # whether routers compute in float32 whatever the dtype of hidden states
 
     def make_attention(self, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """The attention of a layer."""
@@ -61,7 +63,7 @@ class MixtureBackbone(RotaryBackbone):
             return Handed(buffers, None)
         batch, length, _ = x.shape
         shape = sum(self.config.sparse_layers), batch * length, self.config.num_experts
-        return Handed(buffers, jnp.zeros(shape, x.dtype))
+        return Handed(buffers, jnp.zeros(shape, jnp.float32 if self.wide_routers else x.dtype))
 
     def finish(self, handed: Handed) -> Any:
         """The cache's buffers."""

@@ -146,6 +146,18 @@ def attention_factor(rope: RopeParameters, max_positions: int) -> float:
     return _yarn_scale(factor, 1)
 
 
+def score_factor(rope: RopeParameters, max_positions: int) -> float:
+    """The factor of scores where models stretch them too, as DeepSeek's do with ``mscale_all_dim``.
+
+    Example:
+        >>> round(score_factor(RopeParameters("yarn", factor=4.0, mscale_all_dim=1.0), 64), 4)
+        1.2965
+    """
+    if rope.rope_type != "yarn" or not rope.mscale_all_dim:
+        return 1.0
+    return _yarn_scale(_factor(rope, max_positions), rope.mscale_all_dim) ** 2
+
+
 def _factor(rope: RopeParameters, max_positions: int) -> float:
     return max_positions / rope.original_max_position_embeddings if rope.factor is None else rope.factor
 

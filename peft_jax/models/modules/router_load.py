@@ -22,11 +22,13 @@ class Routing(NamedTuple):
         asked: Whether a call gives their outputs, and its loss has theirs, unless the call says otherwise.
         top_k: How many experts a token gets.
         factor: What their loss is multiplied by beside the loss of the labels.
+        has_loss: Whether they have a loss; if not, a call gives their outputs alone.
     """
 
     asked: bool
     top_k: int
     factor: float
+    has_loss: bool = True
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=LOAD, meta_fields=("factor",))
