@@ -105,7 +105,7 @@ class DeepseekConfig(MixtureConfig):
 
     def check_groups(self) -> None:
         """Raise ValueError if experts cannot be chosen by group."""
-        groups, chosen = self.n_group or 0, self.topk_group or 0
+        groups, chosen = self.groups
         if groups < 1 or self.num_experts % groups:
             raise ValueError(
                 f"n_group={self.n_group} is not supported, only numbers that num_experts={self.num_experts} is a "
@@ -124,6 +124,11 @@ class DeepseekConfig(MixtureConfig):
     def chooses_groups(self) -> bool:
         """Whether a token chooses groups of experts first."""
         return self.model_type == THIRD or self.topk_method == BY_GROUP
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """The number of groups of experts, and of those that a token chooses; 0 for None."""
+        return self.n_group or 0, self.topk_group or 0
 
     @property
     def is_paired(self) -> bool:

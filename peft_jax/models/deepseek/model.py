@@ -56,12 +56,12 @@ class DeepseekRouter(nnx.Module):
 
     def within_groups(self, worth: jax.Array) -> jax.Array:
         """The worth of experts (tokens, experts), with nothing below it for those that are not in the best groups."""
-        config = self.config
-        groups = worth.reshape(len(worth), config.n_group, -1)
-        judged = 1 if config.model_type == SECOND else 2
+        count, chosen = self.config.groups
+        groups = worth.reshape(len(worth), count, -1)
+        judged = 1 if self.config.model_type == SECOND else 2
         of_group = jax.lax.top_k(groups, judged)[0].sum(axis=-1)
-        _, best = jax.lax.top_k(of_group, config.topk_group)
-        is_best = jax.nn.one_hot(best, config.n_group, dtype=bool).any(axis=1)
+        _, best = jax.lax.top_k(of_group, chosen)
+        is_best = jax.nn.one_hot(best, count, dtype=bool).any(axis=1)
         return jnp.where(is_best[..., None], groups, -jnp.inf).reshape(worth.shape)
 
 
