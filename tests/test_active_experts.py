@@ -94,8 +94,20 @@ def step_of(kind: str, experts: int, on_experts: bool) -> tuple[tuple[int, int],
     return forward, step
 
 
-@pytest.mark.parametrize("on_experts", [False, True], ids=["attention", "experts"])
-@pytest.mark.parametrize("kind", MIXTURES)
+ALWAYS = ("deepseek_v3", True)  # the row that is not slow: its layers are of two shapes, and its experts adapted
+
+
+def rows() -> list[Any]:
+    """Each mixture, with LoRA on its attention alone and on its experts too."""
+    found = []
+    for kind in MIXTURES:
+        for on_experts, name in ((False, "attention"), (True, "experts")):
+            marks = () if (kind, on_experts) == ALWAYS else pytest.mark.slow
+            found.append(pytest.param(kind, on_experts, marks=marks, id=f"{kind}-{name}"))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "on_experts"), rows())
 def test_a_step_costs_what_the_chosen_experts_cost(kind: str, on_experts: bool) -> None:
     """A mixture of 32 experts does within a tenth of the work of one that has the two chosen ones alone."""
     for many, few in zip(step_of(kind, 32, on_experts), step_of(kind, 2, on_experts), strict=True):

@@ -57,7 +57,7 @@ class LatentAttention(nnx.Module):
         return jnp.concatenate([q[..., : self.unturned], turned], axis=-1)
 
     def latents(self, x: jax.Array, call: LayerCall) -> tuple[jax.Array, jax.Array]:
-        """What the cache keeps of x (batch, length, hidden): a vector, and turned keys, as those of one head."""
+        """The arrays that the cache keeps of x (batch, length, hidden): a vector, and turned keys, as of one head."""
         both = kept(self.kv_a_proj_with_mqa(x))
         latent = self.kv_a_layernorm(both[..., : self.rank])
         turned = rotate(both[..., None, self.rank :], call.view.turn, interleaved=self.paired)
