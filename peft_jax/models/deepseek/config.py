@@ -48,7 +48,7 @@ class DeepseekConfig(MixtureConfig):
         ('dense', 'dense', 'dense', 'sparse', 'sparse')
     """
 
-    stems = MappingProxyType({SECOND: "DeepseekV2", THIRD: "DeepseekV3"})
+    stems = MappingProxyType({THIRD: "DeepseekV3", SECOND: "DeepseekV2"})
     tasks = tasks_of("ForCausalLM", "ForSequenceClassification", "Model")
     spelled = MappingProxyType({"num_experts": "n_routed_experts"})
     lacking = MappingProxyType(
