@@ -193,6 +193,21 @@ def test_biases_of_experts_are_refused_as_targets() -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_prefix_is_refused_where_layers_keep_latent_vectors() -> None:
+    sizes = {**ARCHITECTURES["deepseek_v3"].sizes, "num_hidden_layers": 1}
+    base = pj.AutoModelForCausalLM.from_config(read_architecture({"model_type": "deepseek_v3", **sizes}))
+    with pytest.raises(ValueError, match="PREFIX_TUNING is not for deepseek_v3 models, whose layers keep one vector"):
+        pj.get_peft_model(base, pj.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+
+def test_layers_without_experts_stay_in_front() -> None:
+    """Replicated layers are those of a config, which counts the dense ones in front."""
+    config = read_architecture({"model_type": "deepseek_v3", **ARCHITECTURES["deepseek_v3"].sizes})
+    assert config.with_layers([0, 0, 2, 1]).sparse_layers == (False, False, True, True)
+    with pytest.raises(ValueError, match="a layer without experts after one with experts"):
+        config.with_layers([0, 1, 0])
+
+
 def test_bad_checkpoints_are_refused_in_one_line(folders: Any, tmp_path: Any) -> None:
     tensors = load_file(folders("olmoe") / "model.safetensors")
     config = json.loads((folders("olmoe") / "config.json").read_text())
