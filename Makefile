@@ -9,8 +9,9 @@
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
 #   make kills    kill 100 runs at chosen and random moments and resume them (tests/killed_runs.py; half an hour)
 #   make lint     ruff and mypy
+#   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
-#                 docs/benchmarks.md and the README's figures
+#                 docs/benchmarks.md and the README's summary of it
 #   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
 #   make quantization    write docs/quantization.md: the formats of weights, their bytes, and what they equal
 #   make conformance-full     load every file that PEFT writes over a grid of options (tests/test_file_grid.py; 20 minutes)
@@ -34,7 +35,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow fuzz kills test-models test-newest lint types conformance conformance-full quantization models bench lowering
+.PHONY: demo test test-slow fuzz kills test-models test-newest lint docs links types conformance conformance-full quantization models bench lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -91,11 +92,17 @@ lint: .venv/test types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# The folder interop/ is imported as peft_jax.interop, so mypy reads a tree of links in which it stands there.
-types: .venv/test
+types: .venv/test links
+	$(BIN)/mypy
+
+docs: .venv-docs/ready links
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "Wrote build/site; open build/site/index.html."
+
+# The folder interop/ is imported as peft_jax.interop, so what reads sources reads a tree of links in which it stands there.
+links:
 	@rm -rf build/types && mkdir -p build/types/peft_jax
 	@ln -s $(CURDIR)/peft_jax/* $(CURDIR)/interop build/types/peft_jax/
-	$(BIN)/mypy
 
 .venv/runtime: pyproject.toml | .venv/bin/pip
 	@echo "Installing the runtime dependencies into .venv (once; takes a minute or two) ..."
@@ -116,6 +123,13 @@ types: .venv/test
 	@echo "Installing the newest JAX and the torch-free test dependencies into .venv-newest (once) ..."
 	@[ -x .venv-newest/bin/pip ] || $(NEWEST) -m venv .venv-newest
 	@.venv-newest/bin/python -m pip install --quiet --editable ".[test-core]"
+	@touch $@
+
+.venv-docs/ready: pyproject.toml | .venv/bin/pip
+	@echo "Installing what builds the site into .venv-docs (once) ..."
+	@[ -x .venv-docs/bin/pip ] || $(BIN)/python -m venv .venv-docs
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], \
+	    sep='\n')" | .venv-docs/bin/python -m pip install --quiet --requirement /dev/stdin
 	@touch $@
 
 .venv/bin/pip:

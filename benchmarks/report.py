@@ -210,6 +210,14 @@ def speed_lines(records: Sequence[Record]) -> list[str]:
     return table(["speed", "of", "ratio", "turns from, to"], rows)
 
 
+def summary_lines(records: Sequence[Record], judged: Sequence[dict[str, Any]], page: str) -> list[str]:
+    """A line on the machine, how many targets are met, and where the page of all figures is."""
+    outcomes = [one["met"] for one in judged]
+    counted = {"met": outcomes.count(True), "not met": outcomes.count(False), "not measured": outcomes.count(None)}
+    answers = ", ".join(f"{count} {outcome}" for outcome, count in counted.items())
+    return [f"On {machine_line(records[0])}", "", f"Of the targets, which are on the [page of all figures]({page}): {answers}."]
+
+
 def write_readme(file: Path, lines: Sequence[str]) -> None:
     """Put a new summary between the README's marks.
 
@@ -232,6 +240,7 @@ def main(settings: Settings) -> None:
     accelerated = any("cpu" not in record["machine"]["device"].lower() for record in records)
     note = [] if accelerated else ["No GPU or TPU was at hand: all that is measured was measured on the CPU.", ""]
     targets = [*target_lines(judged), "", *note]
+    speeds = speed_lines(records)
     page = [
         "# Benchmarks",
         "",
@@ -241,16 +250,21 @@ def main(settings: Settings) -> None:
         "alone.",
         "",
         *targets,
+        "All that ran beside PyTorch PEFT: ratios are of medians, with their spread over the turns.",
+        "",
+        *speeds,
+        "",
         *(line for text, file in pictures for line in (f"![{text}]({file.name})", "")),
     ]
     page += [line for record in records for line in section(record)]
     (settings.docs / "benchmarks.md").write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
     whole = {"targets": judged, "records": records}
     (settings.docs / "benchmarks.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    summary = [f"On {machine_line(records[0])}", "", *speed_lines(records), "", *targets]
     folder = settings.docs.name
-    write_readme(settings.readme, [*summary, *(f"![{text}]({folder}/{file.name})" for text, file in pictures)])
-    print("\n".join([*targets, *speed_lines(records)]))
+    summary = summary_lines(records, judged, f"{folder}/benchmarks.md")
+    shown = [f"![{text}]({folder}/{file.name})" for text, file in pictures[:1]]  # the speed
+    write_readme(settings.readme, [*summary, *note[:1], "", *shown])
+    print("\n".join([*targets, *speeds]))
     print(
         f"Wrote {settings.docs / 'benchmarks.md'}, the JSON and plots beside it, and the summary in {settings.readme}."
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,11 +168,16 @@ def test_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page, summary = (tmp_path / "docs" / "benchmarks.md").read_text(), readme.read_text()
     assert json.loads((tmp_path / "docs" / "benchmarks.json").read_text())["records"] == records
+    assert "| CPU: training step at least 1.0× PEFT's speed | met | 1.25 | training step, 30m, float32 |" in page
+    assert "| **not met** | 1.50 | training step" in page
+    assert "| GPU: training step at least 1.5× PEFT eager | not measured |" in page
+    assert "16 chips of 16 GiB | **not met** | 17.00 | 70b, int8, v5e:4x4 |" in page
+    assert "| speed, times PEFT | training step, 30m, float32 | 1.25 | 0.50 to 4.00 |" in page
+    outcomes = re.search(r"(\d+) met, (\d+) not met, (\d+) not measured", summary)
+    wanted = (page.count(" | met | "), page.count("**not met**"), page.count("| not measured |"))
+    assert outcomes is not None and tuple(map(int, outcomes.groups())) == wanted and wanted[1] > 0
+    assert "](docs/benchmarks.md)" in summary
     for text in (page, summary):
-        assert "| CPU: training step at least 1.0× PEFT's speed | met | 1.25 | training step, 30m, float32 |" in text
-        assert "| **not met** | 1.50 | training step" in text
-        assert "| GPU: training step at least 1.5× PEFT eager | not measured |" in text
-        assert "16 chips of 16 GiB | **not met** | 17.00 | 70b, int8, v5e:4x4 |" in text
         assert "No GPU or TPU was at hand" in text
     assert "| ours | 1,000.0 | 1,000.0 to 1,000.0 | 3 |" in page and "not run: no compiler" in page
     assert summary.startswith("before\n<!-- benchmarks -->\nOn c, 2 cores") and "old" not in summary
