@@ -215,7 +215,8 @@ def summary_lines(records: Sequence[Record], judged: Sequence[dict[str, Any]], p
     outcomes = [one["met"] for one in judged]
     counted = {"met": outcomes.count(True), "not met": outcomes.count(False), "not measured": outcomes.count(None)}
     answers = ", ".join(f"{count} {outcome}" for outcome, count in counted.items())
-    return [f"On {machine_line(records[0])}", "", f"Of the targets, which are on the [page of all figures]({page}): {answers}."]
+    targets = f"Of the targets, which are on the [page of all figures]({page}): {answers}."
+    return [f"On {machine_line(records[0])}", "", targets]
 
 
 def write_readme(file: Path, lines: Sequence[str]) -> None:

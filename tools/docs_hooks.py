@@ -1,4 +1,4 @@
-"""Hooks of the site (`make docs`): README.md is its first page, and files outside of docs/ that a page links to are pages.
+"""Hooks of the site (`make docs`): README.md is its first page, and linked files outside of docs/ are pages.
 
 Links are written as they work in the repository, such as ``../examples/adapt_plain.py``. On the site a Markdown file
 outside of docs/ is a page, another text file a page with its source, and a picture is copied. The notebooks of
@@ -110,7 +110,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add README.md, the notebooks, and every file outside of docs/ that a page links to, directly or through another."""
+    """Add README.md, the notebooks, and every file outside of docs/ that a page links to, or a page so linked."""
     for path in notebooks():
         files.append(File.generated(config, site_path(path), content=page_of(path)))
     to_read = [FIRST] + [repository_path(file.src_uri) for file in files.documentation_pages()]
