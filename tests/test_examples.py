@@ -115,7 +115,9 @@ def test_masks_and_labels_of_the_whole_tree_are_an_error(make, standard):
     make(pj.partition(params)[0])
 
 
-@pytest.mark.parametrize("file", ["README.md", *(f"examples/adapt_{n}.py" for n in NAMES)])
+@pytest.mark.parametrize(
+    "file", ["README.md", "docs/howto/any_function.md", *(f"examples/adapt_{n}.py" for n in NAMES)]
+)
 def test_each_place_says_what_not_to_train(file):
     text = " ".join((EXAMPLES.parent / file).read_text().replace("\n# ", " ").split())
     assert re.search("over the whole (tree|model)", text, re.I) and "pj.partition" in text

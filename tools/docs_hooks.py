@@ -132,7 +132,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the repository's links into those of the site."""
+    """Turn the repository's links into those of the site. The first page has no pages beside it in the navigation."""
+    if page.file.src_uri == HOME:
+        page.meta["hide"] = ["navigation"]
     here = repository_path(page.file.src_uri)
     if not here.endswith((".md", NOTEBOOK)):
         return markdown  # source
