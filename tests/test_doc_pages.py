@@ -152,6 +152,15 @@ def test_commands_and_flags_in_prose(page: str) -> None:
             check_pip([word.strip("'\"") for word in code.split()[1:]])
 
 
+def test_extras_exist() -> None:
+    """The table of extras names those of pyproject.toml, and so does every ``peft-jax[...]``."""
+    table = PAGES["docs/install.md"].split("## Extras")[1].split("## ")[0]
+    listed = set(re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE))
+    assert len(listed) > 5
+    named = set(re.findall(r"peft-jax\[([\w-]+)\]", "".join(PAGES.values())))
+    assert (listed | named) - EXTRAS.keys() == set()
+
+
 @pytest.mark.parametrize("page", WRITTEN)
 def test_names_exist(page: str) -> None:
     for name in re.findall(r"\bpj\.([\w.]*\w)(?!\w*\*)", PAGES[page]):
