@@ -1,6 +1,8 @@
 """README.md and docs/: commands, flags, names and links in them exist. Their Python is run by test_docs.py."""
 
 import ast
+import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -9,13 +11,14 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 import yaml
 from doc_pages import PAGES, ROOT, commands
 
 import peft_jax
 from peft_jax import train
-from peft_jax.cli.main import COMMANDS, parse
+from peft_jax.cli.main import COMMANDS, main, parse
 from peft_jax.cli.shared.command_line import option_groups
 from peft_jax.core.lazy_names import public_names
 from peft_jax.methods.base import by_name, names
@@ -194,6 +197,34 @@ def test_the_readme_is_a_landing_page() -> None:
     for name in names():
         kind = "Prompts" if by_name(name).__module__.startswith("peft_jax.prompts") else "Methods"
         assert re.search(rf"\b{name}\b", rows[kind]), f"{name} is not in the row {kind}"
+
+
+def test_inspect_says_what_the_page_on_serving_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = {name: {"kernel": jnp.ones((4, 4))} for name in ("q_proj", "v_proj")}
+    config = peft_jax.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    peft_jax.interop.save_adapter(peft_jax.apply_lora(params, config), tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    (block,) = re.findall(r"^```\n(Taken by\n.*?)^```$", PAGES["docs/howto/serve.md"], flags=re.MULTILINE | re.DOTALL)
+    assert block.strip() in re.sub(" +$", "", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_a_notebook_is_a_page_of_its_cells_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    page = importlib.import_module("docs_hooks").notebook_page
+    outputs = [
+        {"text": ["1\n"]},
+        {"text": "\x1b[1m2\n"},
+        {"data": {"image/png": "AA\nBB"}},
+        {"data": {"text/plain": "3"}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# A\n", "b"]},
+        {"cell_type": "code", "source": "print(1)", "outputs": outputs},
+    ]
+    printed, picture, value = "````text\n1\n2\n````", "![output](data:image/png;base64,AABB)", "````text\n3\n````"
+    wanted = "\n\n".join(["# A\nb", "````python\nprint(1)\n````", printed, picture, value])
+    assert page(json.dumps({"cells": cells})) == wanted + "\n"
 
 
 def test_each_public_name_is_in_the_reference_once() -> None:

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,13 +43,16 @@ def test_docstring_examples(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
-def test_python_blocks(page: str) -> None:
-    """The Python of a page runs from top to bottom as one program, as a reader would type it."""
+def test_python_blocks(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python of a page runs from top to bottom as one program, and prints the page's blocks of output."""
     names: dict[str, object] = {"__name__": page}
     for number, block in enumerate(blocks(page, "python"), 1):
         if "from peft import" in block:
             pytest.importorskip("peft")
         exec(compile(block, f"{page}, Python block {number}", "exec"), names)
+    printed = re.sub(r" at .*?(:\d+): ", r" at attend.py\1: ", capsys.readouterr().out)  # the file that a reader has
+    for block in blocks(page, "output"):
+        assert block in printed
 
 
 def test_the_page_of_models_is_written_from_the_registry() -> None:

@@ -57,14 +57,31 @@ def text_of(value: str | list[str]) -> str:
     return value if isinstance(value, str) else "".join(value)
 
 
-def output_of(output: dict[str, Any]) -> str:
-    """The Markdown of one output of a cell: a picture, or a text."""
-    data = output.get("data", {})
-    if "image/png" in data:
-        content = text_of(data["image/png"]).replace("\n", "")
-        return f"![output](data:image/png;base64,{content})"
-    text = text_of(output.get("text") or data.get("text/plain") or output.get("traceback") or "")
-    return f"````text\n{COLORS.sub('', text).rstrip()}\n````"
+def outputs_of(cell: dict[str, Any]) -> list[str]:
+    """The Markdown of the outputs of a cell: pictures, and blocks of the texts between them."""
+    found: list[str] = []
+    printed = ""
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        if "image/png" in data:
+            found += [text_block(printed), picture(text_of(data["image/png"]))]
+            printed = ""
+        else:
+            printed += text_of(output.get("text") or data.get("text/plain") or output.get("traceback") or "")
+    found.append(text_block(printed))
+    return [part for part in found if part]
+
+
+def picture(encoded: str) -> str:
+    """A picture in the page itself."""
+    content = encoded.replace("\n", "")
+    return f"![output](data:image/png;base64,{content})"
+
+
+def text_block(text: str) -> str:
+    """A printed text without colors, as a block; nothing for no text."""
+    plain = COLORS.sub("", text).rstrip()
+    return f"````text\n{plain}\n````" if plain else ""
 
 
 def notebook_page(text: str) -> str:
@@ -76,7 +93,7 @@ def notebook_page(text: str) -> str:
             parts.append(source)
         elif cell["cell_type"] == "code" and source.strip():
             parts.append(f"````python\n{source.rstrip()}\n````")
-            parts += [output_of(output) for output in cell["outputs"]]
+            parts += outputs_of(cell)
     return "\n\n".join(parts) + "\n"
 
 
