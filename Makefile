@@ -97,7 +97,7 @@ types: .venv/test links
 
 docs: .venv-docs/ready links
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
-	@echo "Wrote build/site; open build/site/index.html."
+	@echo "Wrote build/site: open build/site/index.html, or with the search: python3 -m http.server -d build/site"
 
 # The folder interop/ is imported as peft_jax.interop, so what reads sources reads a tree of links in which it stands there.
 links:
