@@ -199,6 +199,14 @@ def test_the_readme_is_a_landing_page() -> None:
         assert re.search(rf"\b{name}\b", rows[kind]), f"{name} is not in the row {kind}"
 
 
+@pytest.mark.parametrize("page", [README, "docs/howto/tpu.md", "docs/howto/gpu.md"])
+def test_memory_on_accelerators_is_that_of_the_compilers(page: str) -> None:
+    found = re.findall(r"\| (\d+\.\d\d) \|", PAGES[page]) + re.findall(r"(\d+\.\d)\sGiB", PAGES[page])
+    compiled = re.findall(r" \| (\d+\.\d\d) \| ", PAGES["docs/lowering.md"])
+    known = {*compiled, *(f"{float(figure):.1f}" for figure in compiled)}
+    assert len(found) > 1 and set(found) <= known
+
+
 def test_inspect_says_what_the_page_on_serving_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     params = {name: {"kernel": jnp.ones((4, 4))} for name in ("q_proj", "v_proj")}
     config = peft_jax.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
