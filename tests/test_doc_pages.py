@@ -127,7 +127,7 @@ def test_commands(page: str) -> None:
         ("make tea", "tea"),
         ("python benchmarks/training_step.py --colour", "colour"),
         ("python examples/nowhere.py", "nowhere"),
-        ("pip install '.[nothing]'", "nothing"),
+        ("pip install .[nothing]", "nothing"),
         ("pip install torch==1.0", "torch"),
     ],
 )
