@@ -1,7 +1,8 @@
 """Hugging Face checkpoints: a folder with ``config.json`` and safetensors files, whole or in shards.
 
-Tensors are mapped into memory, not read: one at a time goes to the device, is converted there, and is written into
-its place in the stacked leaf. Which tensor belongs where is told by a table of `Row`, one for each leaf.
+Tensors are mapped into memory, not read. Where they are only cast and the device is the CPU, `host_read` fills the
+leaves; elsewhere one tensor at a time goes to the device, is converted there, and is written into its place in the
+stacked leaf. Which tensor belongs where is told by a table of `Row`, one for each leaf.
 """
 
 import os
@@ -9,12 +10,12 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from peft_jax.interop.checkpoint_rows import Row
 from peft_jax.interop.files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -25,6 +26,7 @@ from peft_jax.interop.files import (
     some,
     write_files,
 )
+from peft_jax.interop.host_read import Cast, is_host_device, read_leaves, why_not_finite
 from peft_jax.interop.packed_codes import Codes, Kept, Packed, kept_weight
 
 from peft_jax.core.finite import holds_finite
@@ -38,59 +40,6 @@ PIECE = 1 << 21  # bytes of a matrix that are in flight between file and leaf
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 
 Path = str | os.PathLike[str]
-
-
-class Row(NamedTuple):
-    """One leaf of ours and where it lies in a checkpoint.
-
-    Attributes:
-        path: Dotted path of the leaf.
-        shape: Its shape, the axis of stacked layers in front if it is stacked.
-        key: The tensor's key; for a stacked leaf with ``{}`` where the layer's number stands.
-        transposed: Whether the tensor has the last two axes of our (one layer's) leaf the other way around.
-        numbers: The layers of a stacked leaf, where these are not 0, 1, 2 and so on.
-        parts: Other keys that checkpoints hold the tensor under, as ``key``; with one more ``{}`` for the number of an
-            expert if they hold experts one by one. Several of them follow one another along the first axis of each.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    key: str
-    transposed: bool
-    numbers: tuple[int, ...] = ()
-    parts: tuple[str, ...] = ()
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the leaf has one tensor a layer."""
-        return "{}" in self.key
-
-    @property
-    def keys(self) -> list[str]:
-        """The keys of all its tensors, by layer."""
-        if not self.stacked:
-            return [self.key]
-        return [self.key.format(number) for number in self.layers]
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """The numbers of the layers of a stacked leaf."""
-        return self.numbers or range(self.shape[0])
-
-    @property
-    def part_keys(self) -> list[list[list[str]]]:
-        """The other keys of each tensor, by layer, part and expert; of a tensor without experts one a part."""
-        experts = self.tensor_shape[0] if len(self.tensor_shape) > 2 else 1
-        found = []
-        for layer in self.layers:
-            found.append([[part.format(layer, expert) for expert in range(experts)] for part in self.parts])
-        return found
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of each tensor."""
-        shape = self.shape[1:] if self.stacked else self.shape
-        return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
 
 
 Convert = Callable[[str, jax.Array], Any]
@@ -133,7 +82,8 @@ def load_params(
         convert: ``convert(path, array) -> leaf``, run in a compiled program on each tensor in our orientation, in its
             stored element type. A layer of a stacked leaf comes as a stack of one, ``(1, in, out)``; the leaf may be
             any pytree, whose arrays then all have the layers in front. Large kernels come in several parts of their
-            output columns, which are the last axis of all arrays of their leaf.
+            output columns, which are the last axis of all arrays of their leaf. A `Cast` is done on the host where the
+            device is the CPU.
         ignored: Patterns of keys that may be there and are not used.
         kept: The leaves, by path, whose tensors stay in their own bits instead; those are `Packed` and of one form.
 
@@ -142,13 +92,18 @@ def load_params(
             NaN or an infinity, or becomes infinite in the element type of its leaf.
     """
     _check(tensors, rows, ignored)
+    read: Mapping[str, jax.Array] = {}
+    if isinstance(convert, Cast) and is_host_device():
+        read = read_leaves([row for row in rows if row.path not in (kept or {})], tensors, convert)
     tree: dict[str, Any] = {}
     for row in rows:
         *modules, name = row.path.split(".")
         node = tree
         for module in modules:
             node = node.setdefault(module, {})
-        if kept is not None and row.path in kept:
+        if row.path in read:
+            node[name] = read[row.path]
+        elif kept is not None and row.path in kept:
             node[name] = _load_kept(row, tensors, kept[row.path])
         else:
             node[name] = _load(row, tensors, convert)
@@ -187,7 +142,7 @@ def _load(row: Row, tensors: Mapping[str, LazyArray], convert: Convert) -> Any:
             buffers, is_finite = jax.block_until_ready(_fill(buffers, piece, layer, start, row, convert))
             finite.append(is_finite)
         if not all(jax.device_get(finite)):
-            raise ValueError(_why_not_finite(key, tensor, jax.tree.leaves(buffers)[0].dtype))
+            raise ValueError(why_not_finite(key, tensor, jax.tree.leaves(buffers)[0].dtype))
     return buffers
 
 
@@ -206,7 +161,7 @@ def _load_kept(row: Row, tensors: Mapping[str, Any], kept: Kept) -> Any:
             buffers = _zeros(row, jax.eval_shape(partial(kept_weight, kept=kept), codes))
         buffers, is_finite = jax.block_until_ready(_fill_kept(buffers, codes, layer, kept))
         if not is_finite:
-            raise ValueError(_why_not_finite(key, np.asarray(tensor), kept.dtype))
+            raise ValueError(why_not_finite(key, np.asarray(tensor), kept.dtype))
     return buffers
 
 
@@ -219,17 +174,6 @@ def _fill_kept(buffers: PyTree, codes: Codes, layer: int, kept: Kept) -> tuple[A
         return weight, finite
     put = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
     return jax.tree.map(lambda buffer, part: put(buffer, part[0]), buffers, weight), finite
-
-
-def _why_not_finite(key: str, tensor: np.ndarray, dtype: DTypeLike) -> str:
-    is_finite = np.isfinite(tensor.astype(np.float32))
-    if is_finite.all():
-        return f"The checkpoint's tensor '{key}' has values beyond {dtype}. Read it with dtype='bfloat16' or 'float32'."
-    count = is_finite.size - int(is_finite.sum())
-    return (
-        f"The checkpoint's tensor '{key}' holds NaN or infinity in {count} of {is_finite.size} elements. "
-        "Take an undamaged copy of the checkpoint."
-    )
 
 
 def _leaf(piece: jax.Array, row: Row, convert: Convert) -> Any:

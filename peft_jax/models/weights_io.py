@@ -18,6 +18,7 @@ from peft_jax.core.strict_json import shown
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
 from peft_jax.interop.files import GENERATION_CONFIG, LazyArray
 from peft_jax.interop.fused_experts import with_fused_experts
+from peft_jax.interop.host_read import Cast
 from peft_jax.interop.quantized import fit_quantized, notice, open_quantized
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
 from peft_jax.models.config import ModelConfig, label_fields
@@ -185,14 +186,16 @@ def random_leaves(
 @functools.lru_cache(maxsize=8)
 def _converter(config: ModelConfig, dtype: jnp.dtype, rounding: LoadRounding | None) -> Callable[[str, jax.Array], Any]:
     """Make what happens to each tensor on its way; one function for each choice, so that programs are shared."""
+    own_dtype = functools.partial(_own_dtype, config, dtype)
+    if rounding is None:
+        return Cast(own_dtype)
 
     def convert(path: str, array: jax.Array) -> Any:
-        layout = None if rounding is None else rounding.layout(path)
-        own = _own_dtype(config, dtype, path)
-        if rounding is not None and layout is not None:
-            quantizer = rounding.quantizer.without_double_quant()
-            return quantizer(array, layout).astype(own)  # rounded once, from the stored element type
-        return array.astype(own)
+        layout, own = rounding.layout(path), own_dtype(path)
+        if layout is None:
+            return array.astype(own)
+        quantizer = rounding.quantizer.without_double_quant()
+        return quantizer(array, layout).astype(own)  # rounded once, from the stored element type
 
     return convert
 
