@@ -97,7 +97,7 @@ def _read(part: _Part) -> None:
     tensor = np.asarray(part.tensor)
     finite = True
     for expert in np.ndindex(tensor.shape[:-2]):  # once, with (), for matrices and vectors
-        source, place = np.atleast_2d(tensor[expert]), np.atleast_2d(part.place[expert])
+        source, place = np.atleast_2d(tensor[*expert, ...], part.place[*expert, ...])  # views, of numbers too
         finite &= _fill_matrix(place.T if part.transposed else place, source, STRIP if part.transposed else None)
     if not finite:
         raise ValueError(why_not_finite(part.key, tensor, part.place.dtype))

@@ -14,12 +14,15 @@ import torch
 import transformers
 
 import peft_jax as pj
+from peft_jax.models import LlamaConfig
 from peft_jax.models.generation import causal
+from peft_jax.models.generation.decode import is_widened
 from peft_jax.models.generation.generate_options import GenerateKeywords, GenerateOptions
 from peft_jax.models.generation.generation_config import Generation, resolve, with_defaults
 from peft_jax.models.generation.sampling import Sampling, choose, process
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
+from peft_jax.models.registry import LLAMA
 
 SIZES = {
     "vocab_size": 60,
@@ -443,3 +446,19 @@ def test_complete_options_need_no_generation_config(options, saved):
     complete = with_defaults(GenerateOptions(**options), saved, eos_token_id=9, pad_token_id=8)
     assert resolve(complete, {}, **sizes) == want
     assert (want == resolve(GenerateOptions(**options), {}, **sizes)) == (not saved), "the file is dead"
+
+
+def test_a_program_holds_no_second_copy_of_bfloat16_weights():
+    """XLA multiplies bfloat16 as float32 on the CPU; weights are converted layer by layer, not all before the loop."""
+    sizes = {"vocab_size": 60, "hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=16)
+    params = LLAMA.init_params(config, jax.random.key(0), jnp.bfloat16)
+    inputs = (params, None), IDS, jnp.ones_like(IDS), jax.random.key(0)
+    held = []
+    for widened in (is_widened(params), False):
+        whole = causal.programs(config, Generation(5, (), 0, Sampling()), widened=widened).whole
+        held.append(whole.lower(*inputs).compile().memory_analysis().temp_size_in_bytes)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    print(f"{held[0]:,} and {held[1]:,} bytes beside {weights:,} of weights")
+    assert held[0] < weights / 4
+    assert held[1] > weights  # without: the bound can be missed

@@ -16,6 +16,7 @@ import numpy as np
 from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.core.layout import Layout
 from peft_jax.interop.checkpoint import Row, find_checkpoint, load_params, open_tensors
+from peft_jax.interop.host_read import Cast
 from peft_jax.methods.lora.initializers.from_weight import of_difference
 from peft_jax.models.checkpoint_keys import fit_keys
 from peft_jax.models.family import leaf_at
@@ -96,12 +97,8 @@ def _is_meant(leaf: Adapted, adapter_name: str) -> bool:
 def _read(tensors: Mapping[str, Any], row: Row) -> jax.Array:
     """A leaf in float32."""
     own = {key: tensors[key] for key in row.keys}
-    exact: jax.Array = leaf_at(load_params(own, [row], _to_float32), row.path)
+    exact: jax.Array = leaf_at(load_params(own, [row], Cast(lambda path: jnp.float32)), row.path)
     return exact
-
-
-def _to_float32(path: str, array: jax.Array) -> jax.Array:
-    return array.astype(jnp.float32)
 
 
 def _with_factors(leaf: Adapted, exact: jax.Array) -> Adapted:

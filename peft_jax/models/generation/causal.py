@@ -18,6 +18,7 @@ from peft_jax.models.generation.decode import (
     Decoder,
     Programs,
     Streamer,
+    is_widened,
     make_programs,
     stream,
 )
@@ -69,7 +70,10 @@ def continue_prompts(
     mask = padding_mask(ids, attention_mask, generation)
     refuse_padding_at_the_end(mask, "prompt")
     generation = with_padding(generation)
-    return run_programs(programs(config, generation), params, ids, mask, generation, key, streamer)
+    run = programs(config, generation)
+    if is_widened(params):
+        run = programs(config, generation, widened=True)
+    return run_programs(run, params, ids, mask, generation, key, streamer)
 
 
 def padding_mask(ids: jax.Array, attention_mask: Any, generation: Generation) -> jax.Array:
@@ -116,7 +120,7 @@ def run_programs(
 
 
 @functools.lru_cache(maxsize=64)
-def programs(config: ModelConfig, generation: Generation) -> Programs:
+def programs(config: ModelConfig, generation: Generation, *, widened: bool = False) -> Programs:
     """The compiled programs of a generation, the same for all parameters and prompts."""
     family = family_of(config)
     make_cache = family.init_cache
@@ -141,4 +145,4 @@ def programs(config: ModelConfig, generation: Generation) -> Programs:
         empty: KVCache = make_cache(config, batch, positions + virtual_slots(params[0]), dtype)
         return empty
 
-    return make_programs(decoder, cache, generation.max_new_tokens)
+    return make_programs(decoder, cache, generation.max_new_tokens, widened=widened)

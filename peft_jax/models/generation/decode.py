@@ -171,8 +171,19 @@ class Programs(NamedTuple):
     proceed: Callable[..., State]
 
 
+def is_widened(params: PyTree) -> bool:
+    """Whether most bytes of the parameters are bfloat16, which XLA's CPU backend multiplies as float32."""
+    leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "nbytes")]
+    narrow = sum(leaf.nbytes for leaf in leaves if leaf.dtype == jnp.bfloat16)
+    return jax.default_backend() == "cpu" and 2 * narrow > sum(leaf.nbytes for leaf in leaves)
+
+
 def make_programs(
-    decoder: Callable[[Any], Decoder], make_cache: Callable[[Any, int, int], KVCache], max_new_tokens: int
+    decoder: Callable[[Any], Decoder],
+    make_cache: Callable[[Any, int, int], KVCache],
+    max_new_tokens: int,
+    *,
+    widened: bool = False,
 ) -> Programs:
     """Compile a generation.
 
@@ -180,7 +191,10 @@ def make_programs(
         decoder: Makes a decoder of parameters.
         make_cache: Makes an empty cache of parameters, batch size and number of positions.
         max_new_tokens: The largest number of new tokens.
+        widened: Whether the backend converts the weights, which it then does at each token, not once for all of them:
+            beside the weights, memory holds the largest of them converted, and no second copy of all.
     """
+    options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if widened else None
 
     def start(params: PyTree, ids: jax.Array, mask: jax.Array, key: jax.Array) -> State:
         cache = make_cache(params, ids.shape[0], ids.shape[1] + max_new_tokens)
@@ -193,7 +207,11 @@ def make_programs(
         state = proceed(params, start(params, ids, mask, key), max_new_tokens)
         return state.tokens, state.count
 
-    return Programs(jax.jit(run), jax.jit(start), jax.jit(proceed, donate_argnums=1))
+    return Programs(
+        jax.jit(run, compiler_options=options),
+        jax.jit(start, compiler_options=options),
+        jax.jit(proceed, donate_argnums=1, compiler_options=options),
+    )
 
 
 def stream(

@@ -23,6 +23,7 @@ from peft_jax.models.generation.decode import (
     Decoder,
     Programs,
     Streamer,
+    is_widened,
     make_programs,
 )
 from peft_jax.models.generation.generate_options import GenerateOptions
@@ -102,7 +103,10 @@ def answer(
     elif question.input_ids is not None:
         question = question._replace(attention_mask=padding_mask(question.input_ids, None, generation))
     generation = with_padding(generation)
-    return run_programs(programs(config, generation), (params, question), ids, mask, generation, key, streamer)
+    run = programs(config, generation)
+    if is_widened(params):
+        run = programs(config, generation, widened=True)
+    return run_programs(run, (params, question), ids, mask, generation, key, streamer)
 
 
 def with_start_token(
@@ -136,7 +140,7 @@ def with_start_token(
 
 
 @functools.lru_cache(maxsize=64)
-def programs(config: ModelConfig, generation: Generation) -> Programs:
+def programs(config: ModelConfig, generation: Generation, *, widened: bool = False) -> Programs:
     """The compiled programs of a generation, whose first argument is the parameters and a `Question`."""
     family = family_of(config)
     if family.encoder_decoder is None:
@@ -173,4 +177,4 @@ def programs(config: ModelConfig, generation: Generation) -> Programs:
             positions += prompt.prefix[0].shape[2]
         return fill(params, encoded, positions, attention_mask=mask)
 
-    return make_programs(decoder, cache, generation.max_new_tokens)
+    return make_programs(decoder, cache, generation.max_new_tokens, widened=widened)
