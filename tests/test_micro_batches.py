@@ -44,21 +44,45 @@ def test_every_example_is_laid_out_once(lengths: list[int], rows: int, packed: b
         assert packed or all(len(row) <= 1 for row in one.rows)
 
 
-@pytest.mark.parametrize(("batch_size", "most"), [(128, 1.10), (16, 1.25)])
-def test_few_computed_tokens_are_padding(batch_size: int, most: float) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    batch_size=st.integers(1, 16),
+    multiple=st.sampled_from([1, 2, 3]),
+)
+@settings(deadline=None)
+def test_each_width_has_one_number_of_rows(lengths: list[int], batch_size: int, multiple: int) -> None:
+    layout = micro_layout(lengths, batch_size, packed=False, multiple=multiple)
+    found = dict(zip(layout.widths, layout.rows_by_width, strict=True))
+    laid = layout.lay_out(lengths)
+    assert sorted(number for one in laid for row in one.rows for number in row) == list(range(len(lengths)))
+    for one in laid:
+        assert len(one.rows) == found[one.width] <= layout.rows and any(one.rows)
+        assert len(one.rows) % multiple == 0
+        assert all(lengths[number] <= one.width for row in one.rows for number in row)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "together", "packed", "most"),
+    [(128, 4, True, 1.10), (16, 4, True, 1.25), (128, 4, False, 1.35), (16, 4, False, 1.35), (16, None, False, 1.35)],
+)
+def test_few_computed_tokens_are_padding(batch_size: int, together: int | None, packed: bool, most: float) -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(97) - 0.4, 0.9, 4096), 4, 512).astype(int).tolist()
-    layout = micro_layout(lengths, batch_size, packed=True, micro_batch_size=4)
-    computed = 0
+    layout = micro_layout(lengths, batch_size, packed=packed, micro_batch_size=together)
+    computed, programs = 0, set()
     for start in range(0, len(lengths), batch_size):
-        computed += sum(4 * one.width for one in layout.lay_out(lengths[start : start + batch_size]))
+        for one in layout.lay_out(lengths[start : start + batch_size]):
+            computed += len(one.rows) * one.width
+            programs.add((len(one.rows), one.width))
     assert computed / sum(lengths) < most
+    assert len(programs) <= 8
 
 
 def test_the_widths_end_at_the_longest() -> None:
     assert fine_widths(512) == (32, 64, 96, 128, 192, 256, 384, 512)
     assert micro_layout([100, 90], 2, packed=False, longest=100).widths == (32, 64, 96, 100)
     assert micro_layout([100, 90], 2, packed=True, multiple=4).rows == 4
+    assert set(micro_layout([100] * 50, 16, packed=False).rows_by_width[-1:]) == {16}  # one length: nothing to gain
     with pytest.raises(ValueError, match="an example of 40 tokens, in rows of at most 32"):
         MicroLayout(2, (32,), packed=True).lay_out([40])
 

@@ -239,7 +239,7 @@ def micro_batches(rows: Sequence[Any], layout: MicroLayout, pad: int = 0) -> lis
             fields = filled(rows, chosen)
         else:
             fields = [rows[number] for one in chosen.rows for number in one]
-        found.append(collate(fields, layout.rows, layout.widths, pad))
+        found.append(collate(fields, len(chosen.rows), layout.widths, pad))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 STEP = 32  # the smallest width; widths are its multiples
+FEWEST = 128  # tokens of a micro batch below which it is not made smaller
 OCTAVE = 2  # widths from each power of two up to the next; each width that occurs is compiled
 
 
@@ -29,11 +30,13 @@ class MicroLayout(NamedTuple):
         rows: Rows of each micro batch.
         widths: The tokens that a row may have, ascending; the last one holds every example.
         packed: Whether a row may hold several examples.
+        rows_by_width: Fewer rows for each of the widths, so that a program has one number of them; empty for ``rows``.
     """
 
     rows: int
     widths: Sequence[int]
     packed: bool
+    rows_by_width: Sequence[int] = ()
 
     def lay_out(self, lengths: Sequence[int]) -> list[MicroRows]:
         """Deal out examples of these lengths.
@@ -69,11 +72,17 @@ class MicroLayout(NamedTuple):
         """One example a row, the longest first."""
         order = _longest_first(lengths)
         micro_batches = []
-        for start in range(0, len(order), self.rows):
-            rows = [[number] for number in order[start : start + self.rows]]
-            rows += [[] for _ in range(self.rows - len(rows))]
-            micro_batches.append(MicroRows(self._width(lengths[order[start]]), rows))
+        while order:
+            width = self._width(lengths[order[0]])
+            count = self._rows_of(width)
+            rows = [[number] for number in order[:count]]
+            rows += [[] for _ in range(count - len(rows))]
+            micro_batches.append(MicroRows(width, rows))
+            order = order[count:]
         return micro_batches
+
+    def _rows_of(self, width: int) -> int:
+        return self.rows_by_width[self.widths.index(width)] if self.rows_by_width else self.rows
 
     def _balanced(self, lengths: Sequence[int], count: int) -> list[list[MicroRows]]:
         """``count`` micro batches of rows of about equal length, alone in a list; none if a row is too long.
@@ -131,6 +140,9 @@ def micro_layout(
 ) -> MicroLayout:
     """Choose the rows and widths of micro batches for a data set.
 
+    Where a row holds one example, a micro batch of some width has no more rows than a batch has examples of that width
+    on average: else it would be filled up with shorter ones, and they with padding.
+
     Args:
         lengths: Tokens of each example.
         batch_size: Examples of a batch.
@@ -151,7 +163,19 @@ def micro_layout(
     widths = fine_widths(max(lengths))
     if longest is not None and widths[-1] > longest:
         widths = (*widths[:-1], longest)
-    return MicroLayout(rows, widths, packed)
+    if packed:
+        return MicroLayout(rows, widths, packed)
+    places = np.searchsorted(widths, lengths)  # each example's width
+    expected = np.bincount(places, minlength=len(widths)) * (batch_size / len(lengths))
+    counts = [_fewer_rows(rows, *one, multiple) for one in zip(widths, expected.tolist(), strict=True)]
+    return MicroLayout(rows, widths, packed, tuple(counts))
+
+
+def _fewer_rows(rows: int, width: int, expected: float, multiple: int) -> int:
+    """Halve rows while they are more than the examples expected; they stay a multiple of ``multiple``."""
+    while rows > expected and rows * width > FEWEST and rows // 2 >= multiple and rows // 2 % multiple == 0:
+        rows //= 2
+    return rows
 
 
 def filled(fields: Sequence[Mapping[str, Any]], layout: MicroRows) -> list[dict[str, np.ndarray]]:
