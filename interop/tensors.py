@@ -96,7 +96,8 @@ def get_peft_model_state_dict(
                     "Rename one of them."
                 )
             owners[entry.key] = leaf.path
-            array = np.asarray(arrays[entry.role][entry.layer])[entry.place]
+            whole = np.asarray(arrays[entry.role])  # sliced on the host: no program for each shape
+            array = np.asarray(whole[entry.layer])[entry.place]
             array = array.astype(node.tag.dtypes.get(entry.key, array.dtype))
             tensors[entry.key] = entry.to_file(array)
         if role is None and save_embedding_layers:

@@ -13,6 +13,7 @@ from peft_jax.cli.shared.adapter_base import (
     load_model,
 )
 from peft_jax.cli.shared.data_sources import load_records
+from peft_jax.cli.shared.micro_rows import choose_micro_layout
 from peft_jax.cli.shared.progress_bar import progress
 from peft_jax.cli.shared.row_layout import row_options
 from peft_jax.cli.shared.task import RowOptions
@@ -52,7 +53,8 @@ def evaluate_model(options: Eval) -> None:
     problem = task.problem_of(model, loaded.records, encoded)
     data = padded(task, examples, layout.cutoff_len, model)
     check_fit([data], model.config, virtual_slots(model))
-    batches = list(evaluation_batches(data, options.batch_size))
+    rows = choose_micro_layout(task, model, [data], options.batch_size)
+    batches = list(evaluation_batches(data, rows.rows, rows))
     with progress(batches, len(batches)) as bar:
         found = task.make_evaluation(problem)(model, bar)
     if not math.isfinite(found["loss"]):

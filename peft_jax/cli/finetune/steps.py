@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.finetune.setup import Examples
+from peft_jax.cli.shared.micro_rows import choose_micro_layout
 from peft_jax.cli.shared.task import Evaluation, Task
 from peft_jax.core.partition import combine
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.handles.base import ModelHandle
-from peft_jax.prompts.base import virtual_slots
 from peft_jax.train import (
     Batch,
     State,
@@ -26,12 +26,11 @@ from peft_jax.train import (
     make_accumulating_step,
     make_optimizer,
     make_schedule,
-    micro_layout,
     start,
     steps_per_epoch,
     training_batches,
 )
-from peft_jax.train.data.batches import Data, longest_field
+from peft_jax.train.data.batches import Data
 from peft_jax.train.data.micro_layout import MicroLayout
 from peft_jax.train.mesh import (
     PlacedBatches,
@@ -143,19 +142,18 @@ def make_plan(
 
 
 def choose_layout(options: Finetune, task: Task, model: ModelHandle, data: Examples, mesh: Mesh | None) -> MicroLayout:
-    """How examples are laid into micro batches: several to a row where the model and its adapter know texts apart."""
-    training, first = options.training, data.training[0]
-    together = training.micro_batch_size or training.batch_size
-    if options.data.packing or "decoder_input_ids" in first:  # of two lengths, and few of each are compiled
+    """How a run's examples are laid into micro batches."""
+    training = options.training
+    if options.data.packing:  # over the whole data set
+        together = training.micro_batch_size or training.batch_size
         return MicroLayout(together, data.training.lengths, packed=False)
-    alone = virtual_slots(model) or set(first) > {"input_ids", "attention_mask", "labels"}
-    return micro_layout(
-        [longest_field(part[index]) for part in data.parts for index in range(len(part))],
+    return choose_micro_layout(
+        task,
+        model,
+        data.parts,
         training.batch_size,
-        packed=task.next_token and not alone,
         micro_batch_size=training.micro_batch_size,
         multiple=1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
-        longest=data.training.lengths[-1],
     )
 
 

@@ -1,13 +1,15 @@
 """The micro batches that the examples of one batch are laid into, so that little of what is computed is padding."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 STEP = 32  # the smallest width; widths are its multiples
 FEWEST = 128  # tokens of a micro batch below which it is not made smaller
+TRIED = 8  # batches that are drawn to compare numbers of rows
+LEAST_GAIN = 0.95  # fewer rows have to compute this part or less
 OCTAVE = 2  # widths from each power of two up to the next; each width that occurs is compiled
 
 
@@ -63,6 +65,15 @@ class MicroLayout(NamedTuple):
                 break
         return min(found, key=self._computed)
 
+    def computed(self, batches: Iterable[Sequence[int]]) -> int:
+        """Count the tokens that are computed for batches of examples of these lengths, padding included.
+
+        Example:
+            >>> MicroLayout(2, (32, 64), packed=True).computed([[30, 10, 20], [40]])
+            192
+        """
+        return sum(self._computed(self.lay_out(lengths)) for lengths in batches)
+
     def __str__(self) -> str:
         """Describe it as a run reports it."""
         examples = ", several examples in each" if self.packed else ""
@@ -108,7 +119,7 @@ class MicroLayout(NamedTuple):
         return next(width for width in self.widths if width >= tokens)
 
     def _computed(self, micro_batches: Sequence[MicroRows]) -> int:
-        return sum(self.rows * one.width for one in micro_batches)
+        return sum(len(one.rows) * one.width for one in micro_batches)
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
@@ -148,13 +159,13 @@ def micro_layout(
         batch_size: Examples of a batch.
         packed: Whether a row may hold several examples.
         micro_batch_size: Rows that go through the model at once. By default all of a batch; of packed ones, as many as
-            hold a batch of average length.
+            hold a batch of average length, or a half or a quarter of these where that leaves less padding.
         multiple: The rows are a multiple of this.
         longest: The largest width, such as the model's positions; by default the longest example, rounded up.
 
     Example:
         >>> micro_layout([500, 20, 30, 50], 8, packed=True).rows
-        3
+        1
     """
     rows = micro_batch_size or batch_size
     if packed and micro_batch_size is None:
@@ -164,11 +175,24 @@ def micro_layout(
     if longest is not None and widths[-1] > longest:
         widths = (*widths[:-1], longest)
     if packed:
-        return MicroLayout(rows, widths, packed)
+        layout = MicroLayout(rows, widths, packed)
+        return layout if micro_batch_size else _with_fitting_rows(layout, lengths, batch_size, multiple)
     places = np.searchsorted(widths, lengths)  # each example's width
     expected = np.bincount(places, minlength=len(widths)) * (batch_size / len(lengths))
     counts = [_fewer_rows(rows, *one, multiple) for one in zip(widths, expected.tolist(), strict=True)]
     return MicroLayout(rows, widths, packed, tuple(counts))
+
+
+def _with_fitting_rows(layout: MicroLayout, lengths: Sequence[int], batch_size: int, multiple: int) -> MicroLayout:
+    """The layout with its rows, a half or a quarter of them: what computes least for a few batches that are drawn."""
+    drawn = np.random.default_rng(0).choice(lengths, (TRIED, batch_size)).tolist()
+    best, least = layout, layout.computed(drawn)
+    for part in (2, 4):
+        fewer = layout._replace(rows=-(-layout.rows // (part * multiple)) * multiple)
+        computed = fewer.computed(drawn)
+        if fewer.rows * layout.widths[-1] >= FEWEST and computed <= LEAST_GAIN * least:
+            best, least = fewer, computed
+    return best
 
 
 def _fewer_rows(rows: int, width: int, expected: float, multiple: int) -> int:
