@@ -17,11 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import measure
 import numpy as np
 import recording
 import tyro
 from measure import Contender, load_side
+from safetensors.numpy import load_file
 from shapes import SHAPES, Dtype, Size, checkpoint_folder, token_ids
 
 SIDES = ("ours", "peft")
@@ -86,6 +88,18 @@ def files(name: str, settings: Settings) -> list[Contender]:
     return [Contender(f"{what}: {name}", run) for what, run in work.items()]
 
 
+def own_time_of_safetensors(settings: Settings) -> Contender:
+    """Reads the checkpoint's bytes by safetensors and casts them, which is the least that reading can take."""
+    checkpoint = checkpoint_folder(settings.build, settings.size, settings.dtype)
+    dtype = jnp.dtype(settings.dtype)
+
+    def read() -> list[np.ndarray]:
+        files = checkpoint.glob("*.safetensors")
+        return [tensor.astype(dtype, copy=False) for file in files for tensor in load_file(file).values()]
+
+    return Contender("read the checkpoint: safetensors", read)
+
+
 def first_steps(settings: Settings) -> dict[str, dict[str, Any]]:
     """Rows of the first step at each depth, with its parts, in turn."""
     found = {}
@@ -132,6 +146,8 @@ def compare(rows: dict[str, dict[str, Any]], settings: Settings) -> list[dict[st
     kinds = ["import", "read the checkpoint", "attach LoRA", "write the adapter", "read the adapter"]
     kinds += [f"first step, {depth} layers" for depth in settings.depths]
     asked = [(f"{kind}, time over PEFT's", f"{kind}: ours", f"{kind}: peft") for kind in kinds]
+    checkpoint = "read the checkpoint"
+    asked.append((f"{checkpoint}, time over safetensors' own", f"{checkpoint}: ours", f"{checkpoint}: safetensors"))
     few, many = min(settings.depths), max(settings.depths)
     for part in ("trace", "compile", "first step"):
         over = f"{part}, {many} layers over {few}"
@@ -153,6 +169,7 @@ def main(settings: Settings) -> None:
     checkpoint = load_side("ours").random_checkpoint(settings.build, settings.size, settings.dtype)
     sides = [[imported(name), *files(name, settings)] for name in settings.contenders]
     contenders = [side[place] for place in range(len(sides[0])) for side in sides]
+    contenders.append(own_time_of_safetensors(settings))
     times = measure.interleave(contenders, settings.repeats)
     rows = {one.name: measure.row(one, times[one.name]) for one in contenders}
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))

@@ -32,6 +32,7 @@ ROWS = {
         for what in ("import", "read the checkpoint", "attach LoRA", "write the adapter", "read the adapter")
         for side in ("ours", "peft")
     }
+    | {"read the checkpoint: safetensors"}
     | {f"first step, 1 layers: {side}" for side in ("ours", "peft")}
     | {f"{part}, 1 layers: ours" for part in ("trace", "compile")},
 }
