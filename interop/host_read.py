@@ -4,6 +4,7 @@ Where JAX's device is the CPU, the array that is filled here becomes the leaf. X
 compile a program for each kind of leaf, and transpose several times slower than NumPy does strip by strip.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ THREADS = min(4, os.cpu_count() or 1)
 EXPONENTS = {jnp.dtype(jnp.bfloat16): 0x7F80, jnp.dtype(jnp.float16): 0x7C00}  # all ones in infinities and NaN
 
 
-class Cast(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Cast:
     """The conversion of tensors that are only cast.
 
     Attributes:
