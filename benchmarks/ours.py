@@ -39,9 +39,10 @@ def batch_of(ids: np.ndarray) -> dict[str, jax.Array]:
     return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.ones_like(ids), "labels": jnp.asarray(ids)}
 
 
-def random_model(shape: Mapping[str, Any], dtype: Dtype) -> Any:
+def random_model(shape: Mapping[str, Any], dtype: Dtype, *, remat: bool = False) -> Any:
     """A base model of a shape with random weights."""
-    return jax.block_until_ready(pj.AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype))
+    model = pj.AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype, remat=remat)
+    return jax.block_until_ready(model)
 
 
 def attach(model: Any, config: Any) -> Any:

@@ -17,10 +17,6 @@ def machine() -> dict[str, Any]:
     """Processor, cores, accelerator, versions and date."""
     import jax  # not at the top: a contender of PyTorch is weighed without it
 
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -30,9 +26,18 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that figures depend on, of those that are installed."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def finish(program: str, settings: Any, rows: Mapping[str, Any], ratios: Sequence[Any]) -> None:

@@ -84,8 +84,10 @@ def finish() -> None:
 
 
 def random_model(shape: dict[str, Any], dtype: str) -> Any:
-    """A base model of a shape with random weights."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(DEVICE, getattr(torch, dtype))
+    """A base model of a shape with random weights, made on the device."""
+    config = transformers.LlamaConfig(**shape)
+    with torch.device(DEVICE):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def attach(model: Any, config: Any) -> Any:
@@ -159,6 +161,17 @@ def wake() -> None:
     """Make the device ready, by a first operation."""
     torch.zeros(1, device=DEVICE).add(1)
     finish()
+
+
+def memory_in_use() -> int:
+    """Bytes of tensors on the accelerator; 0 for a CPU."""
+    return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+
+
+def forget_peak() -> None:
+    """Let `device_peak` begin anew."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def device_peak() -> int | None:

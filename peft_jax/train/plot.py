@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 FEW_POINTS = 40
 SMOOTHED = 30  # a smoothed line follows about this share of the steps: one of so many
@@ -74,6 +72,9 @@ def plot_losses(file: str | Path, curves: Mapping[str, Points], *, title: str) -
     Example:
         >>> plot_losses("loss.png", {"training": [(1, 3.2), (2, 2.9)], "held-out": [(2, 3.0)]}, title="demo")
     """
+    from matplotlib.figure import Figure  # not at the top: training takes no plot
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     lines = {}

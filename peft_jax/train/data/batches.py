@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict, overload
 
-import grain
 import numpy as np
 
 from peft_jax.train.data.encode import IGNORE, Example
@@ -267,6 +266,8 @@ def training_batches(
         layout: Gives each batch as micro batches, for `peft_jax.train.make_accumulating_step`. The rows of a batch do
             not depend on it.
     """
+    import grain  # not at the top: a training step is compiled and run without it
+
     lengths, pad = data.lengths, data.pad
 
     def stack(rows: Sequence[Any]) -> Any:

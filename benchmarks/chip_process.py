@@ -1,0 +1,109 @@
+"""The processes of `chip.py`, each asked and answered by lines, and the time that they may take."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+GREETING = 90.0  # seconds that a side's imports may take
+
+
+class Failed(Exception):
+    """Why there is no figure."""
+
+
+class Clock:
+    """The time that is left of a run."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self, most: float) -> float:
+        """Seconds that may be waited: ``most``, or what is left if that is less.
+
+        Raises:
+            Failed: If nothing is left.
+        """
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise Failed("did not fit in the time of the run")
+        return min(most, left)
+
+
+class Worker:
+    """A process that answers each line with a line, both JSON objects, after a first line of its own.
+
+    Attributes:
+        hello: That first line; None before `greet`.
+        fault: Why it cannot be asked any more; None while it can.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.hello: dict[str, Any] | None = None
+        self.fault: str | None = None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def greet(self, clock: Clock) -> dict[str, Any]:
+        """The first line, which comes when all is imported.
+
+        Raises:
+            Failed: If the process cannot do its work.
+        """
+        if self.fault is not None:
+            raise Failed(self.fault)
+        if self.hello is None:
+            try:
+                self.hello = self._answer(clock.left(GREETING))
+            except Failed as reason:
+                self.stop(str(reason))
+                raise
+        return self.hello
+
+    def ask(self, request: dict[str, str], seconds: float) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            Failed: If it says so, or does not come in time; then the process is ended.
+        """
+        if self.fault is not None:
+            raise Failed(self.fault)
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # of a process that has ended, which its answer says
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._answer(seconds)
+
+    def stop(self, fault: str) -> None:
+        """End the process with all that it started; ``fault`` says why to who asks it later."""
+        self.fault = fault
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put("")  # the end
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        try:
+            line = self.lines.get(timeout=seconds)
+        except queue.Empty:
+            self.stop(f"its process was ended, as it took more than {seconds:.0f} s")
+            raise Failed(f"took more than {seconds:.0f} s") from None
+        if not line:
+            self.stop("its process had ended")
+            raise Failed(f"its process ended with status {self.process.returncode}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise Failed(answer["failed"])
+        return answer
