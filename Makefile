@@ -12,6 +12,9 @@
 #   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's summary of it
+#   make bench-chip      measure training and decoding on this machine's GPU or TPU in 6 minutes, and write docs/chips.md
+#                 (with CHIP_PYTHON, python3 unless given, and what is installed there; nothing is installed)
+#   make test-image      rehearse bench-chip on a CPU with the versions of a common GPU image (in .venv-image)
 #   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
 #   make quantization    write docs/quantization.md: the formats of weights, their bytes, and what they equal
 #   make conformance-full     load every file that PEFT writes over a grid of options (tests/test_file_grid.py; 20 minutes)
@@ -27,6 +30,12 @@ CAN_HOST = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(1)))
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 PYTHON ?=
 ARGS ?=
+CHIP_PYTHON ?= python3
+IMAGE_TORCH ?= torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 15
+IMAGE_PYTHON ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
+    for python in python3.12 $$versions/3.12.*/bin/python3; do \
+        if $$python -c '$(call CAN_HOST,12)' 2>/dev/null; then echo $$python; break; fi; \
+    done)
 NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
     for python in python3.14 $$versions/3.14.*/bin/python3 python3.13 $$versions/3.13.*/bin/python3 \
         python3.12 $$versions/3.12.*/bin/python3 python3 python; do \
@@ -35,7 +44,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow fuzz kills test-models test-newest lint docs links types conformance conformance-full quantization models bench lowering
+.PHONY: demo test test-slow fuzz kills test-models test-newest lint docs links types conformance conformance-full quantization models bench bench-chip test-image lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -73,6 +82,26 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/generation.py --size 30m --prompt 32 --new 9
 	$(BIN)/python benchmarks/startup.py --size 30m
 	$(BIN)/python benchmarks/report.py
+
+bench-chip:
+	$(CHIP_PYTHON) benchmarks/chip.py $(ARGS)
+
+# Without the optimizing compiler: what is measured there is of no interest.
+test-image: .venv-image/ready
+	@rm -rf build/chips
+	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
+	    .venv-image/bin/python benchmarks/chip.py --tiny --minutes 20 $(ARGS)
+
+.venv-image/ready: benchmarks/image.txt
+	@if [ -z "$(IMAGE_PYTHON)" ]; then echo "make test-image: no Python 3.12. Name one: IMAGE_PYTHON=/path/to/it"; exit 1; fi
+	@echo "Installing the versions of a GPU image, without CUDA, into .venv-image (once) ..."
+	@[ -x .venv-image/bin/pip ] || $(IMAGE_PYTHON) -m venv .venv-image
+	@.venv-image/bin/python -m pip install --quiet --requirement benchmarks/image.txt
+	@if .venv-image/bin/python -m pip install --quiet $(IMAGE_TORCH); then \
+	    .venv-image/bin/python -m pip install --quiet psutil pyyaml tqdm packaging accelerate && \
+	    .venv-image/bin/python -m pip install --quiet --no-deps peft==0.21.2; \
+	else echo "make test-image: no torch ($(IMAGE_TORCH)), so PEFT's side is not rehearsed."; fi
+	@touch $@
 
 conformance: .venv/test
 	$(BIN)/python -m pytest --slow --conformance docs/conformance.md \

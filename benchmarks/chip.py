@@ -1,6 +1,7 @@
 """Measure LoRA training and decoding on this machine's GPU or TPU, beside PyTorch PEFT where PyTorch sees the chip.
 
     make bench-chip                     # or python3 benchmarks/chip.py: at most 6 minutes, and nothing to install
+    python3 benchmarks/chip.py --missing     # again: what did not fit
     python3 benchmarks/chip.py --minutes 4 --parts "train 1b" "decode 1b"
     python3 benchmarks/chip.py --tiny   # a rehearsal, on a CPU too, into build/chips
 
@@ -17,10 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from chip_plan import PARTS, SIDES, TINY, Part, side_of
-from chip_process import Clock, Failed, Worker
+from chip_process import OVER, Clock, Failed, Worker
 from chip_record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,19 +40,27 @@ def start_process(part: Part, side: str) -> Worker:
 
 def start_sides(part: Part, start: Start) -> Workers:
     """The processes that a part needs; they import their libraries at the same time."""
-    needed = {side_of(name) for stage in part.stages for name in stage}
+    needed = set(map(side_of, part.contenders))
     return {side: start(part, side) for side in SIDES if side in needed}
 
 
 def measure(part: Part, workers: Workers, record: Record, clock: Clock) -> None:
-    """Build and time the contenders of a part, stage by stage, and end its processes."""
+    """Build and time the contenders of a part, stage by stage, and end its processes.
+
+    Without any, as the time is over, that is noted.
+    """
+    if not workers:
+        for name in part.contenders:
+            record.note(part, name, OVER)
+        say(f"{part.name}: not begun: {OVER}")
+        return
     ready: list[str] = []
     try:
         for number, stage in enumerate(part.stages):
-            for name in stage:
-                if build(part, name, workers[side_of(name)], record, clock):
-                    ready.append(name)
-            take_turns(part, ready, workers, record, clock, range(number * TURNS, (number + 1) * TURNS))
+            built = [name for name in stage if build(part, name, workers[side_of(name)], record, clock)]
+            ready += built
+            if built:
+                take_turns(part, ready, workers, record, clock, range(number * TURNS, (number + 1) * TURNS))
     finally:
         for worker in workers.values():
             worker.stop("its part is over")
@@ -65,7 +73,7 @@ def build(part: Part, name: str, worker: Worker, record: Record, clock: Clock) -
         hello = worker.greet(clock)
         if hello["device"] == "cpu" and record.chip != "cpu":
             raise Failed("PyTorch sees no CUDA device")
-        facts = worker.ask({"build": name}, clock.left(BUILD))["facts"]
+        facts = worker.ask({"build": name}, clock, BUILD)["facts"]
     except Failed as reason:
         say(f"{part.name}: {name} not run: {reason}")
         record.note(part, name, str(reason))
@@ -86,7 +94,7 @@ def take_turns(
             break
         for name in tuple(waiting):
             try:
-                seconds = workers[side_of(name)].ask({"run": name}, clock.left(RUN))["seconds"]
+                seconds = workers[side_of(name)].ask({"run": name}, clock, RUN)["seconds"]
             except Failed as reason:
                 say(f"{part.name}: {name} stopped: {reason}")
                 record.note(part, name, str(reason))
@@ -101,13 +109,22 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(parts: Sequence[Part], minutes: float, docs: Path, *, rehearsal: bool, start: Start = start_process) -> Record:
+def run(
+    parts: Sequence[Part],
+    minutes: float,
+    docs: Path,
+    *,
+    missing: bool = False,
+    rehearsal: bool = False,
+    start: Start = start_process,
+) -> Record:
     """Measure parts in order, and return the chip's record.
 
     Args:
         parts: The first one is measured by JAX alone; it finds out the chip's name.
         minutes: When to end.
         docs: Folder of chips.md.
+        missing: Whether to leave out the other parts of which every contender has a figure.
         rehearsal: Whether a CPU will do.
         start: Starts a process.
 
@@ -124,9 +141,10 @@ def run(parts: Sequence[Part], minutes: float, docs: Path, *, rehearsal: bool, s
         workers["jax"].stop("there is no chip")
         raise SystemExit(f"chip.py measures nothing: {reason}") from None
     record = Record(docs, chip)
-    for part in parts:
-        measure(part, workers or start_sides(part, start), record, clock)
-        workers = {}
+    measure(parts[0], workers, record, clock)
+    for part in parts[1:]:
+        if not (missing and record.is_whole(part)):
+            measure(part, start_sides(part, start) if clock.left() else {}, record, clock)
     return record
 
 
@@ -148,13 +166,19 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])  # tyro may not be there
     parser.add_argument("--minutes", type=float, default=6.0, help="when to end (default: 6)")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="what to measure (default: all, while time is left)")
+    parser.add_argument("--missing", action="store_true", help="leave out parts that have all their figures already")
     parser.add_argument("--tiny", action="store_true", help="rehearse with tiny shapes")
-    parser.add_argument("--docs", type=Path, help="folder of chips.md and chips/ (default: docs, or build/chips if tiny)")
+    parser.add_argument(
+        "--docs", type=Path, help="folder of chips.md and chips/ (default: docs, or build/chips if tiny)"
+    )
     arguments = parser.parse_args(words)
     docs = arguments.docs or ROOT / ("build/chips" if arguments.tiny else "docs")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; what was measured is kept"))
-    record = run(chosen(arguments), arguments.minutes, docs, rehearsal=arguments.tiny)
+    options = {"missing": arguments.missing, "rehearsal": arguments.tiny}
+    record = run(chosen(arguments), arguments.minutes, docs, **options)
     print(f"Wrote {record.file} and {docs / 'chips.md'}.")
+    if arguments.tiny and (faults := record.faults()):
+        raise SystemExit("the rehearsal failed: " + "; ".join(faults))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ class Part:
     remat: bool = False
 
     @property
+    def contenders(self) -> list[str]:
+        """Those of all stages."""
+        return [name for stage in self.stages for name in stage]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All but the contenders, for a record and for the processes that do the work."""
         found = dataclasses.asdict(self)
@@ -56,21 +61,19 @@ def decoders(kinds: tuple[str, ...]) -> tuple[str, ...]:
 FIRST = (LIMIT, "ours bf16", "peft bf16", "ours int8")
 ROWS = decoders(("1 row", "8 rows", "64 rows"))
 ADAPTERS = decoders(("64 rows of 1 adapter", "64 rows of 8 adapters", "64 rows of 64 adapters"))
+RECOMPUTED = ("ours bf16", "peft bf16", "ours int8")
+# One row of 8B: both sides hold its weights at the same time, and the activations of a step.
 PARTS = (
     Part("matmul", "matmul", "8192", ((MATMUL,),)),
-    Part("train 8b", "train", "8b", (FIRST, ("peft compiled",)), rows=2, length=2048),
-    Part("decode 1b", "decode", "1b", (ROWS, ADAPTERS), length=128, new=33),
-    Part("train 1b", "train", "1b", (FIRST, ("ours nf4", "peft compiled")), rows=4, length=2048),
-    Part("train 8b in 4 bits", "train", "8b", (("ours bf16", "ours nf4", "ours int4"),), rows=2, length=2048),
-    Part(
-        "train 8b, layers recomputed",
-        "train",
-        "8b",
-        (("ours bf16", "peft bf16", "ours int8"),),
-        rows=4,
-        length=2048,
-        remat=True,
-    ),
+    Part("train 8b", "train", "8b", (FIRST,), length=2048),
+    Part("decode 1b", "decode", "1b", (ROWS,), length=128, new=33),
+    Part("train 1b", "train", "1b", (FIRST, ("peft compiled",)), rows=4, length=2048),
+    Part("train 8b compiled", "train", "8b", (("ours bf16", "peft compiled"),), length=2048),
+    Part("decode 1b adapters", "decode", "1b", (ADAPTERS,), length=128, new=33),
+    Part("train 8b 4-bit", "train", "8b", (("ours bf16", "ours nf4", "ours int4"),), length=2048),
+    Part("train 1b 4-bit", "train", "1b", (("ours bf16", "ours nf4", "ours int4"),), rows=4, length=2048),
+    Part("train 8b more rows", "train", "8b", ((LIMIT, "ours bf16", "ours int8"),), rows=4, length=2048),
+    Part("train 8b recomputed", "train", "8b", (RECOMPUTED,), rows=4, length=2048, remat=True),
 )
 TINY = (
     Part("matmul", "matmul", "64", ((MATMUL,),)),
@@ -85,7 +88,7 @@ TINY = (
         rank=2,
     ),
     Part(
-        "train tiny, layers recomputed",
+        "train tiny recomputed",
         "train",
         "tiny",
         (("ours bf16", "peft bf16", "ours int4"),),

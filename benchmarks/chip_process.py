@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 GREETING = 90.0  # seconds that a side's imports may take
+OVER = "the time of the run was over"
 
 
 class Failed(Exception):
@@ -24,16 +25,9 @@ class Clock:
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
-    def left(self, most: float) -> float:
-        """Seconds that may be waited: ``most``, or what is left if that is less.
-
-        Raises:
-            Failed: If nothing is left.
-        """
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise Failed("did not fit in the time of the run")
-        return min(most, left)
+    def left(self) -> float:
+        """The seconds that are left; 0 when the time is over."""
+        return max(0.0, self.end - time.monotonic())
 
 
 class Worker:
@@ -62,24 +56,26 @@ class Worker:
             raise Failed(self.fault)
         if self.hello is None:
             try:
-                self.hello = self._answer(clock.left(GREETING))
+                self.hello = self._answer(clock, GREETING)
             except Failed as reason:
                 self.stop(str(reason))
                 raise
         return self.hello
 
-    def ask(self, request: dict[str, str], seconds: float) -> dict[str, Any]:
-        """The answer to a request.
+    def ask(self, request: dict[str, str], clock: Clock, most: float) -> dict[str, Any]:
+        """The answer to a request, which may take so many seconds.
 
         Raises:
             Failed: If it says so, or does not come in time; then the process is ended.
         """
         if self.fault is not None:
             raise Failed(self.fault)
+        if not clock.left():
+            raise Failed(OVER)
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # of a process that has ended, which its answer says
             print(json.dumps(request), file=self.process.stdin, flush=True)
-        return self._answer(seconds)
+        return self._answer(clock, most)
 
     def stop(self, fault: str) -> None:
         """End the process with all that it started; ``fault`` says why to who asks it later."""
@@ -94,12 +90,14 @@ class Worker:
             self.lines.put(line)
         self.lines.put("")  # the end
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
+    def _answer(self, clock: Clock, most: float) -> dict[str, Any]:
+        left = clock.left()
         try:
-            line = self.lines.get(timeout=seconds)
+            line = self.lines.get(timeout=min(most, left))
         except queue.Empty:
-            self.stop(f"its process was ended, as it took more than {seconds:.0f} s")
-            raise Failed(f"took more than {seconds:.0f} s") from None
+            reason = OVER if left < most else f"took more than {most:.0f} s"
+            self.stop(f"its process was ended before: {reason}")
+            raise Failed(reason) from None
         if not line:
             self.stop("its process had ended")
             raise Failed(f"its process ended with status {self.process.returncode}")

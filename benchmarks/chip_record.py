@@ -55,6 +55,20 @@ class Record:
             measurements[where]["stopped"] = reason
         self._write()
 
+    def is_whole(self, part: Part) -> bool:
+        """Whether every contender of a part has a figure."""
+        measurements = self.content["measurements"]
+        return all(measurements.get(key(part, name), {}).get("seconds") for name in part.contenders)
+
+    def faults(self) -> list[str]:
+        """What failed in this run; that PyTorch or PEFT is not installed is no fault."""
+        found = []
+        for where, one in self.content["measurements"].items():
+            reason = one.get("not_run") or one.get("stopped")
+            if reason and one["run"] == self.run and not re.search("No module named '(torch|peft)'", reason):
+                found.append(f"{where}: {reason}")
+        return found
+
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         whole = self.file.with_suffix(".part")
