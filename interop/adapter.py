@@ -24,6 +24,7 @@ from peft_jax.core.finite import non_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.leaves import Layouts
+from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype
 from peft_jax.core.short_errors import short_errors
 from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
 from peft_jax.prompts.base import PromptMethod
@@ -113,6 +114,7 @@ def load_adapter(
     config: PeftConfig | None = None,
     key_mapping: Mapping[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
+    compute_dtype: ComputeDtype | None = None,
     **hub: Unpack[HubOptions],
 ) -> T:
     """A new tree or handle with an adapter that PEFT, or `save_adapter`, wrote.
@@ -133,6 +135,7 @@ def load_adapter(
             applied. A key has no ``base_model.model.`` in front there, as in PEFT.
         ignore_mismatched_sizes: Whether tensors of other shapes than the base asks for are left out, with a warning;
             these arrays are initialized as those of a fresh adapter.
+        compute_dtype: Element type of its own products, as in `peft_jax.apply_adapter`.
         **hub: Where on the hub, as `peft_jax.core.hub.HubOptions` says.
 
     Raises:
@@ -140,6 +143,8 @@ def load_adapter(
         ValueError: if the file is damaged, its config is not supported, it does not fit this base, or it holds values
             that are not finite; nothing is loaded in part.
     """
+    if compute_dtype is not None:
+        checked_compute_dtype(compute_dtype)
     with short_errors():
         folder = find_folder(directory, ADAPTER_FILES, hub)
         if config is None:
@@ -155,7 +160,7 @@ def load_adapter(
             params, config, tensors, adapter_name=adapter_name, layout=layout, fn=fn, args=args
         )
     warn_of_sorted_patterns(config, tensors)
-    return loaded
+    return with_compute_dtype(loaded, compute_dtype, adapter_name)
 
 
 def _check_task(config: Method, folder: pathlib.Path) -> None:

@@ -57,7 +57,8 @@ def run_products_of_one_input(run: RunEquation, eqns: Sequence[JaxprEqn], values
         eqns: The products.
         values: The input, and a view of a weight for each product.
     """
-    x, *views = values
+    x, *weights = values
+    views = [view.replace(weight=view.weight.ready()) for view in weights]
     factors = [_first_factors(view, x) for view in views]
     outs = []
     if not _can_be_joined(factors):

@@ -25,6 +25,7 @@ from peft_jax.adapters.target_parameters import parameters_of, with_parameters
 from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float
+from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.targets import check_targets, is_saved_module, is_target
 from peft_jax.core.weight import Weight, is_weight
@@ -49,6 +50,7 @@ def apply_lora(
     layout: Layouts | None = None,
     fn: Callable[..., Any] | None = None,
     args: Sequence[Any] = (),
+    compute_dtype: ComputeDtype | None = None,
 ) -> Any:
     """`apply_adapter` for LoRA.
 
@@ -59,7 +61,8 @@ def apply_lora(
         >>> adapted["mlp"]["kernel"].params["lora_A"].shape
         (4, 2)
     """
-    return apply_adapter(params, config, key=key, adapter_name=adapter_name, layout=layout, fn=fn, args=args)
+    options: dict[str, Any] = {"layout": layout, "fn": fn, "args": args, "compute_dtype": compute_dtype}
+    return apply_adapter(params, config, key=key, adapter_name=adapter_name, **options)
 
 
 def apply_adapter(
@@ -71,6 +74,7 @@ def apply_adapter(
     layout: Layouts | None = None,
     fn: Callable[..., Any] | None = None,
     args: Sequence[Any] = (),
+    compute_dtype: ComputeDtype | None = None,
 ) -> Any:
     """A new tree in which each target leaf is an adapted leaf; a fresh adapter changes no output.
 
@@ -94,10 +98,14 @@ def apply_adapter(
             that reaches its product through what is not followed, as ``x @ jnp.tanh(w)``, is left out with a warning;
             where it is named in ``target_modules``, it is merged there, as `peft_jax.explain` reports.
         args: The other arguments of ``fn``; arrays, or shapes as ``jax.ShapeDtypeStruct``.
+        compute_dtype: Element type of the adapter's own products, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None
+            for that of its arrays, float32. The arrays and their gradients stay float32 in any case. In bfloat16 on a
+            bfloat16 base a step keeps no float32 copies of the inputs.
 
     Raises:
         ValueError: if some part of the config hits nothing, a target's axes are ambiguous, a layout does not fit its
-            leaf or matches none, the name is taken, or ``all-linear`` would leave out every weight in ``fn``.
+            leaf or matches none, the name is taken, ``all-linear`` would leave out every weight in ``fn``, or products
+            are not computed in ``compute_dtype``.
 
     Example:
         >>> import peft_jax as pj
@@ -114,6 +122,8 @@ def apply_adapter(
             f"{type(config).__name__} is for a model handle, whose forward pass knows what to do with a prompt. "
             "Write pj.get_peft_model(model, config)."
         )
+    if compute_dtype is not None:
+        checked_compute_dtype(compute_dtype)
     params = with_replicas(params, config)
     if isinstance(params, Handle):
         if fn is not None:
@@ -129,8 +139,9 @@ def apply_adapter(
         config = spelled_out(config, handle, layout)
         tied, embedding = handle.tied_modules, handle.input_module
         tree = _attached(handle.params, config, key, adapter_name, layout, aliases=tied, embedding=embedding)
-        return handle.replace(tree)
-    return _attached(params, config, key, adapter_name, layout, fn, args)
+        return with_compute_dtype(handle.replace(tree), compute_dtype, adapter_name)
+    tree = _attached(params, config, key, adapter_name, layout, fn, args)
+    return with_compute_dtype(tree, compute_dtype, adapter_name)
 
 
 def _refuse_complex(found: Sequence[Leaf]) -> None:

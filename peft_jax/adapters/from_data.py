@@ -27,6 +27,7 @@ from peft_jax.core.adapted import Adapted, Tag, adapted_leaves, adapters, map_ad
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
+from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import as_leaf, as_weight
@@ -54,6 +55,7 @@ def apply_lora_from_data(
     key: jax.Array | None = None,
     adapter_name: str = "default",
     layout: Layouts | None = None,
+    compute_dtype: ComputeDtype | None = None,
 ) -> T:
     """`peft_jax.apply_lora` for ``init_lora_weights`` that look at data: ``"eva"``, ``"corda"`` and ``"lora_ga"``.
 
@@ -76,6 +78,7 @@ def apply_lora_from_data(
         key: As in `peft_jax.apply_adapter`, like the rest.
         adapter_name: Name of the adapter.
         layout: Axes of leaves; those that are not given are read from ``fn`` on the first batch.
+        compute_dtype: As in `peft_jax.apply_adapter`; the start itself is computed in float32.
 
     Raises:
         ValueError: as `peft_jax.apply_adapter`; if there is no batch, a target is used in no product, the batches give
@@ -100,6 +103,8 @@ def apply_lora_from_data(
         )
     if fn is None and not isinstance(params, Handle):
         raise ValueError("A tree has to be run by somebody. Give fn=, a function of the tree and a batch.")
+    if compute_dtype is not None:
+        checked_compute_dtype(compute_dtype)
     batches = batches if isinstance(batches, (list, tuple)) else list(batches)
     if not batches:
         raise ValueError("There are no batches to look at. Give at least one.")
@@ -121,7 +126,7 @@ def apply_lora_from_data(
     else:
         sums = _gradients(adapted, config, batches, run, adapter_name)
         started = _taken_out(adapted, config, sums, key, adapter_name)
-    result: T = started
+    result: T = with_compute_dtype(started, compute_dtype, adapter_name)
     return result
 
 

@@ -59,7 +59,7 @@ def with_adapter_rows(params: T, names: Sequence[str]) -> T:
     def by_row(node: Any) -> Any:
         found = nested_adapters(node)
         innermost = list(found.values())[-1].base if found else node
-        nodes = [found[name] for name in used if name in found]
+        nodes = [found[name].ready() for name in used if name in found]
         if not nodes:
             return innermost
         places = {one.tag.name: place for place, one in enumerate(nodes, 1)}

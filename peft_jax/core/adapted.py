@@ -119,7 +119,7 @@ class Tag:
 @partial(
     register_node,
     data_fields=("base", "params", "state"),
-    meta_fields=("layout", "tag", "active", "trainable"),
+    meta_fields=("layout", "tag", "active", "trainable", "compute_dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class Adapted(Weight):
@@ -133,6 +133,7 @@ class Adapted(Weight):
         tag: The adapter's name and config, and the leaf's role in it.
         active: Whether the adapter takes part; if not, the leaf stands for its base.
         trainable: Whether `partition` gives ``params`` to the trainable partition while the adapter is active.
+        compute_dtype: Element type of the adapter's own products; None for that of its arrays.
     """
 
     base: Any
@@ -142,6 +143,7 @@ class Adapted(Weight):
     tag: Tag
     active: bool = True
     trainable: bool = True
+    compute_dtype: jnp.dtype | None = None
 
     @property
     def method(self) -> Rule:
@@ -200,7 +202,25 @@ class Adapted(Weight):
             return self._base.apply(x, product)
         self._check_stack()
         own = product.for_adapter(self._base.depth)
-        return self.method.apply(self.params, self.state, self._base, x, own)
+        leaf = self._in_compute_dtype()
+        return self.method.apply(leaf.params, leaf.state, self._base, x, own)
+
+    def ready(self) -> "Adapted":
+        """The leaf with its arrays in the element type of its products, and so each adapter under it."""
+        return dataclasses.replace(self._in_compute_dtype(), base=as_leaf(self._base.ready()))
+
+    def _in_compute_dtype(self) -> "Adapted":
+        """The leaf with the arrays that its products are of converted; a merge still has the arrays as they are."""
+        if self.compute_dtype is None:
+            return self
+        dtype, roles = self.compute_dtype, self.method.axes.keys()
+
+        def convert(array: jax.Array) -> jax.Array:
+            return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+        params = jax.tree.map(convert, self.params)
+        of_file = {role: jax.tree.map(convert, value) for role, value in self.state.items() if role in roles}
+        return dataclasses.replace(self, params=params, state={**self.state, **of_file}, compute_dtype=None)
 
     def _check_stack(self) -> None:
         """Raise ValueError if an adapter is active under this one whose kind does not go with it."""

@@ -1,4 +1,4 @@
-"""The element type of an adapter's arrays: float32 mostly, or that of its base."""
+"""The element types of an adapter's arrays and of its products: float32 mostly, or that of its base."""
 
 import dataclasses
 from typing import TypeVar
@@ -6,9 +6,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import Adapted, adapters, map_adapted
 
 T = TypeVar("T")
+ComputeDtype = str | jnp.dtype | type
+COMPUTED = ("float32", "bfloat16", "float16")
 
 
 def in_base_dtype(params: T, adapter_name: str = "default") -> T:
@@ -32,3 +34,68 @@ def in_base_dtype(params: T, adapter_name: str = "default") -> T:
 
     cast_tree: T = map_adapted(cast, params)
     return cast_tree
+
+
+def with_compute_dtype(params: T, dtype: ComputeDtype | None, adapter_name: str = "default") -> T:
+    """The tree or model handle whose products with an adapter's arrays are of an element type.
+
+    The arrays stay as they are, as do their gradients, the optimizer's state, the file, and a merge: each product
+    converts them. In bfloat16 on a bfloat16 base no float32 copy of a layer's inputs is made, nor kept for the backward
+    pass. Weights that an adapter trains whole (``modules_to_save``, biases, tokens) are computed with as before.
+
+    Args:
+        params: A tree or model handle with the adapter.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None leaves all as it is.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: if it is another type, the adapter is a prompt, or there is none of the name.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> params = {"q": {"kernel": jnp.ones((4, 4), jnp.bfloat16)}}
+        >>> params = pj.apply_lora(params, pj.LoraConfig(r=2, target_modules=["q"]))
+        >>> with_compute_dtype(params, "bfloat16")["q"]["kernel"].compute_dtype
+        dtype(bfloat16)
+    """
+    if dtype is None:
+        return params
+    kind = checked_compute_dtype(dtype)
+    config = adapters(params).get(adapter_name)
+    if config is None:
+        raise ValueError(
+            f"compute_dtype is set for adapter '{adapter_name}', which is not there. Found: {sorted(adapters(params))}."
+        )
+    if config.on_model:
+        raise ValueError(
+            f"compute_dtype is for products of adapters with inputs, and {type(config).__name__} has none. Leave it out."
+        )
+
+    def mark(_: str, leaf: Adapted) -> Adapted:
+        if leaf.tag.name != adapter_name or leaf.tag.role is not None:
+            return leaf
+        return dataclasses.replace(leaf, compute_dtype=kind)
+
+    marked: T = map_adapted(mark, params)
+    return marked
+
+
+def checked_compute_dtype(dtype: ComputeDtype) -> jnp.dtype:
+    """The element type that a value of ``compute_dtype`` names.
+
+    Raises:
+        ValueError: if products are not computed in it.
+
+    Example:
+        >>> checked_compute_dtype("bfloat16")
+        dtype(bfloat16)
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in COMPUTED:
+        raise ValueError(
+            f"compute_dtype={name!r} is none of {', '.join(COMPUTED)}. Write one of them, or leave it out."
+        )
+    return jnp.dtype(name)

@@ -82,6 +82,10 @@ class Scaled(Weight):
         """Number of adapters on the base."""
         return self._base.depth
 
+    def ready(self) -> "Scaled":
+        """The weight with its base ready."""
+        return dataclasses.replace(self, base=as_leaf(self._base.ready()))
+
     def first_factors(self) -> dict[FirstFactor, jax.Array]:
         """Those of the base."""
         return self._base.first_factors()

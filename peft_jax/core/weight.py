@@ -92,6 +92,10 @@ class Weight(abc.ABC):
         """The weight without the adapters on it."""
         return self
 
+    def ready(self) -> "Weight":
+        """The weight for a product: adapters on it have their arrays in the element type of their products."""
+        return self
+
     def first_factors(self) -> dict[FirstFactor, jax.Array]:
         """The matrices ``(in, rank)`` that its adapters multiply the inputs by with ``product.down_by_role``."""
         return {}

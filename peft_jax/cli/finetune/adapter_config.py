@@ -23,6 +23,7 @@ from peft_jax.cli.shared.task import (
     refuse_random,
     task_of,
 )
+from peft_jax.core.precision import with_compute_dtype
 from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.core.targets import SAVED_HEADS
 from peft_jax.core.text_files import read_object
@@ -145,7 +146,7 @@ def attach(base: Any, config: PeftConfig, options: Finetune, max_steps: int, dat
     """Attach a fresh adapter for a run of ``max_steps`` on ``data``, or the adapter to start from."""
     model = _attached(base, config, options, max_steps, data)
     refuse_random(model)
-    return model
+    return with_compute_dtype(model, options.adapter.compute_dtype)
 
 
 def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, data: Data) -> Any:

@@ -81,6 +81,8 @@ class AdapterOptions:
     """A file in the format of PEFT's adapter_config.json, method included, instead of the options above."""
     adapter: Path | None = None
     """Folder of an adapter to train on, instead of a fresh one."""
+    compute_dtype: Dtype | None = None
+    """Element type of the adapter's own products; by default float32. What is trained and saved stays float32."""
     start_batches: int | None = None
     """Batches of the data that a LoRA looks at whose init_lora_weights is eva, corda or lora_ga (8 by default)."""
 

@@ -30,6 +30,10 @@ def load_model(options: ModelOptions, task: Task) -> Any:
         ValueError: If no base is named, the adapter does not fit it, or a part of it would be random.
         OSError: If a file or folder is missing.
     """
+    if options.adapter is None and options.compute_dtype is not None:
+        raise ValueError(
+            f"--compute-dtype {options.compute_dtype} is for an adapter's products. Give --adapter, or leave it out."
+        )
     base = find_base(options.model, options.adapter, options.gguf_file)
     model = task.read_for(
         base.name,
@@ -41,7 +45,9 @@ def load_model(options: ModelOptions, task: Task) -> Any:
         gguf_file=base.gguf_file,
     )
     if options.adapter is not None:
-        model = pj.PeftModel.from_pretrained(model.resized_for(options.adapter), options.adapter)
+        model = pj.PeftModel.from_pretrained(
+            model.resized_for(options.adapter), options.adapter, compute_dtype=options.compute_dtype
+        )
         model = with_generation_config(model, read_generation_config(options.adapter))
     refuse_random(model)
     return model

@@ -45,6 +45,8 @@ class ModelOptions:
     """Keep the weights of a base that is quantized already in its own bits, where these have a form here."""
     dtype: Annotated[Dtype | None, DTYPE] = None
     """Element type of the base's weights; by default the checkpoint's own."""
+    compute_dtype: Dtype | None = None
+    """Element type of the adapter's own products; by default float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

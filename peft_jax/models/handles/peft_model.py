@@ -14,7 +14,7 @@ from peft_jax.core.discarded import warn_if_discarded
 from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
-from peft_jax.core.precision import in_base_dtype
+from peft_jax.core.precision import ComputeDtype, in_base_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
 from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
 from peft_jax.interop.base_file import write_base_file
@@ -43,6 +43,7 @@ def get_peft_model(
     *,
     key: jax.Array | None = None,
     autocast_adapter_dtype: bool = True,
+    compute_dtype: ComputeDtype | None = None,
 ) -> Any:
     """A new model (a `PeftModel`) with a fresh adapter; the old one is untouched and shares its arrays.
 
@@ -52,6 +53,7 @@ def get_peft_model(
         adapter_name: Name of the adapter.
         key: Random key of its initialization; None means ``jax.random.key(0)``.
         autocast_adapter_dtype: Whether the adapter is float32 on a base of half precision, else in the base's dtype.
+        compute_dtype: Element type of the adapter's own products, as in `peft_jax.apply_adapter`.
 
     Raises:
         ValueError: as `peft_jax.apply_adapter`.
@@ -72,8 +74,10 @@ def get_peft_model(
         )
     if isinstance(peft_config, PromptMethod):
         adapted = attach_prompt(model, peft_config, key=key, adapter_name=adapter_name)
+        adapted = with_compute_dtype(adapted, compute_dtype, adapter_name)
     else:
-        adapted = apply_adapter(model, peft_config, key=key, adapter_name=adapter_name)
+        options: dict[str, Any] = {"key": key, "adapter_name": adapter_name, "compute_dtype": compute_dtype}
+        adapted = apply_adapter(model, peft_config, **options)
     return PeftModel.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 
 
@@ -99,6 +103,7 @@ class PeftModel(AdapterVerbs):
         config: PeftConfig | None = None,
         *,
         autocast_adapter_dtype: bool = True,
+        compute_dtype: ComputeDtype | None = None,
         key_mapping: Mapping[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
         torch_device: str | None = None,
@@ -116,6 +121,7 @@ class PeftModel(AdapterVerbs):
             is_trainable: Whether its arrays are trainable.
             config: Its config, instead of the one in the folder.
             autocast_adapter_dtype: Whether it is float32 on a base of half precision, else in the base's dtype.
+            compute_dtype: Element type of its own products, as in `peft_jax.apply_adapter`.
             key_mapping: Replacements of parts of keys by regexes, as in `peft_jax.interop.load_adapter`.
             ignore_mismatched_sizes: Whether tensors of other shapes are left out and start afresh, with a warning.
             torch_device: Must name the kind of device that the base is on, where the adapter's arrays go in any case.
@@ -140,6 +146,7 @@ class PeftModel(AdapterVerbs):
             config=config,
             key_mapping=key_mapping,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            compute_dtype=compute_dtype,
         )
         return cls.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 
@@ -216,6 +223,7 @@ class PeftModel(AdapterVerbs):
         *,
         key: jax.Array | None = None,
         autocast_adapter_dtype: bool = True,
+        compute_dtype: ComputeDtype | None = None,
     ) -> Self:
         """The model with one fresh adapter more, which is not active while others are.
 
@@ -224,6 +232,7 @@ class PeftModel(AdapterVerbs):
             peft_config: As in `get_peft_model`.
             key: As there.
             autocast_adapter_dtype: As there.
+            compute_dtype: As there.
 
         Raises:
             ValueError: as `peft_jax.apply_adapter`; also if name and config are the wrong way round.
@@ -232,6 +241,7 @@ class PeftModel(AdapterVerbs):
         if not isinstance(adapter_name, str):
             raise ValueError(f"add_adapter takes a name and a config, got {adapter_name!r} as the name. Swap them.")
         options: dict[str, Any] = {"key": key, "autocast_adapter_dtype": autocast_adapter_dtype}
+        options["compute_dtype"] = compute_dtype
         return self._switched_as(get_peft_model(self, peft_config, adapter_name, **options))
 
     def load_adapter(self, directory: str | os.PathLike[str], adapter_name: str, **options: Any) -> Self:
