@@ -44,7 +44,8 @@ class Worker:
         self.lines: queue.Queue[str] = queue.Queue()
         self.hello: dict[str, Any] | None = None
         self.fault: str | None = None
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def greet(self, clock: Clock) -> dict[str, Any]:
         """The first line, which comes when all is imported.
@@ -79,10 +80,15 @@ class Worker:
 
     def stop(self, fault: str) -> None:
         """End the process with all that it started; ``fault`` says why to who asks it later."""
-        self.fault = fault
+        self.fault = self.fault or fault
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.reader.join(timeout=1)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # of what the process did not read any more
+                    pipe.close()
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -25,8 +25,8 @@ computed again. The limit is the time of the counted products alone, the peak th
 bfloat16; both are measured by JAX. Memory is what a step needs with weights and optimizer: by the compiler for JAX, by
 the allocator's peak for PyTorch. The loss is that of the first step. Random weights of the two sides differ.
 """
-NOTHING = """No figure of a chip is on record yet: nothing here was ever measured on one. `make bench-chip` on a machine with a
-GPU or TPU adds its section. It takes 6 minutes at most, and needs nothing but jax (for that chip), flax, optax,
+NOTHING = """No figure of a chip is on record yet: nothing here was ever measured on one. `make bench-chip` on a machine
+with a GPU or TPU adds its section. It takes 6 minutes at most, and needs nothing but jax (for that chip), flax, optax,
 orbax-checkpoint, transformers and safetensors, and for the comparison torch and peft.
 """
 

@@ -139,7 +139,7 @@ OPTIONS = SimpleNamespace(adapter=None, compute_dtype="bfloat16")
         (lambda base: pj.get_peft_model(base, LORA, compute_dtype="float64"), "compute_dtype='float64' is none of"),
         (
             lambda base: pj.get_peft_model(base, PROMPT, compute_dtype="bfloat16"),
-            "compute_dtype is for products of adapters with inputs, and PromptTuningConfig has none. Leave it out.",
+            "compute_dtype is for products of adapters with inputs. PromptTuningConfig has none. Leave it out.",
         ),
         (
             lambda base: with_compute_dtype(attending(), "bfloat16", "other"),

@@ -210,17 +210,14 @@ class Adapted(Weight):
         return dataclasses.replace(self._in_compute_dtype(), base=as_leaf(self._base.ready()))
 
     def _in_compute_dtype(self) -> "Adapted":
-        """The leaf with the arrays that its products are of converted; a merge still has the arrays as they are."""
+        """The leaf with the arrays that its products are of converted; a merge still has the arrays as they are.
+
+        Methods convert their frozen arrays to the element type of the trained ones.
+        """
         if self.compute_dtype is None:
             return self
-        dtype, roles = self.compute_dtype, self.method.axes.keys()
-
-        def convert(array: jax.Array) -> jax.Array:
-            return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-        params = jax.tree.map(convert, self.params)
-        of_file = {role: jax.tree.map(convert, value) for role, value in self.state.items() if role in roles}
-        return dataclasses.replace(self, params=params, state={**self.state, **of_file}, compute_dtype=None)
+        params = {role: array.astype(self.compute_dtype) for role, array in self.params.items()}
+        return dataclasses.replace(self, params=params, compute_dtype=None)
 
     def _check_stack(self) -> None:
         """Raise ValueError if an adapter is active under this one whose kind does not go with it."""

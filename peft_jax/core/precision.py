@@ -68,7 +68,7 @@ def with_compute_dtype(params: T, dtype: ComputeDtype | None, adapter_name: str 
         )
     if config.on_model:
         raise ValueError(
-            f"compute_dtype is for products of adapters with inputs, and {type(config).__name__} has none. Leave it out."
+            f"compute_dtype is for products of adapters with inputs. {type(config).__name__} has none. Leave it out."
         )
 
     def mark(_: str, leaf: Adapted) -> Adapted:

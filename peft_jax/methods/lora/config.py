@@ -323,6 +323,6 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
 
 
 def _second(params: Arrays, state: Mapping[str, Any]) -> Float[Array, "*groups rank out"]:
-    """B, which is frozen where only A is trained."""
+    """B, in the precision of A; it is frozen where only A is trained."""
     b: jax.Array = params["lora_B"] if "lora_B" in params else state["lora_B"]
-    return b
+    return b.astype(params["lora_A"].dtype)
