@@ -68,7 +68,7 @@ def test_contenders_are_timed_in_turn_and_laid_out(tmp_path: Path) -> None:
     record = chip.run([MATMUL, TRAIN, DECODE], 2, tmp_path, start=fake(deeds))
     assert record.file == tmp_path / "chips" / "chip-h200.json"
     ours = measured(record, "train 8b: ours bf16")
-    assert ours["seconds"] == [0.2] * len(ours["turns"]) and ours["turns"] == list(range(5))
+    assert ours["seconds"] == [0.2] * 10 and ours["turns"] == list(range(10))  # five turns a stage
     assert ours["rank"] == 16 and ours["length"] == 2048 and ours["versions"] == {"jax": "1.2"}
     page = (tmp_path / "chips.md").read_text()
     assert page.index("## Chip H200") < page.index("## Other") and "No figure of a chip" not in page
@@ -120,9 +120,7 @@ def test_the_time_is_watched_and_the_rest_reported(tmp_path: Path) -> None:
 
 
 def test_no_chip_and_no_cuda_are_told(tmp_path: Path) -> None:
-    with pytest.raises(
-        SystemExit, match="chip.py measures nothing: JAX finds no GPU or TPU here. Run make bench"
-    ):
+    with pytest.raises(SystemExit, match="chip.py measures nothing: JAX finds no GPU or TPU here. Run make bench"):
         chip.run([MATMUL], 1, tmp_path, start=fake({}, jax="cpu"))
     assert not list(tmp_path.iterdir())
     record = chip.run([MATMUL, TRAIN], 1, tmp_path, start=fake({}, torch="cpu"))
@@ -175,8 +173,9 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("side", "work", "names"),
     [
         ("jax", "matmul", ["matmul"]),
-        ("jax", "train", ["limit", "ours int4"]),
-        ("torch", "train", ["peft bf16"]),
+        ("jax", "train", ["limit"]),
+        pytest.param("jax", "train", ["ours int4"], marks=pytest.mark.slow),
+        pytest.param("torch", "train", ["peft bf16"], marks=pytest.mark.slow),
         ("torch", "decode", ["peft: 2 rows of 2 adapters"]),
     ],
 )
@@ -200,7 +199,7 @@ def test_contenders_run_here(side: str, work: str, names: list[str], settled: No
 
 BARE = """
 import sys
-for name in ("jaxtyping", "grain", "matplotlib", "tyro", "yaml", "jinja2", "torch"):
+for name in ("jaxtyping", "grain", "matplotlib", "tyro", "jinja2", "torch"):
     sys.modules[name] = None
 import chip_worker
 print(chip_worker.Side("jax", {}).device(), chip_worker.answered(lambda: chip_worker.Side("torch", {}))["failed"])
@@ -214,4 +213,4 @@ def test_it_does_without_what_an_image_lacks() -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == "cpu ModuleNotFoundError: import of torch halted; None in sys.modules"
-    assert second == "<class 'jax.Array'>"
+    assert "Array" in second and "Float" not in second  # the stand-in's, without axes
