@@ -13,8 +13,10 @@ ended loses nothing. A later run replaces what it measures anew. What does not f
 
 import argparse
 import json
+import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -175,7 +177,10 @@ def main(words: Sequence[str] | None = None) -> None:
     docs = arguments.docs or ROOT / ("build/chips" if arguments.tiny else "docs")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; what was measured is kept"))
     options = {"missing": arguments.missing, "rehearsal": arguments.tiny}
-    record = run(chosen(arguments), arguments.minutes, docs, **options)
+    parts = chosen(arguments)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        os.environ["TMPDIR"] = scratch  # of the processes, which may be ended while they compile
+        record = run(parts, arguments.minutes, docs, **options)
     print(f"Wrote {record.file} and {docs / 'chips.md'}.")
     if arguments.tiny and (faults := record.faults()):
         raise SystemExit("the rehearsal failed: " + "; ".join(faults))

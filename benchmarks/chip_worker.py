@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -193,6 +194,8 @@ def serve(name: str, settings: dict[str, Any], requests: TextIO, answers: TextIO
 
 
 if __name__ == "__main__":
+    scratch = tempfile.mkdtemp()  # what an ended process has compiled in part is read by no other one
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor", "TRITON_CACHE_DIR": f"{scratch}/triton"}
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
     serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin, answers)
