@@ -109,7 +109,7 @@ def training(rows: Sequence[Measurement], everything: Sequence[Measurement]) -> 
         "GiB",
         "ms",
         "from, to",
-        "ready after s",
+        "built in s",
         "loss",
     ]
     body = []
