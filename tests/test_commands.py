@@ -23,6 +23,7 @@ import peft_jax as pj
 from peft_jax.cli.generate.printer import Printer
 from peft_jax.cli.generate.prompt_input import encode
 from peft_jax.cli.main import main
+from peft_jax.core.adapted import adapted_leaves
 from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.quant import NF4
@@ -298,6 +299,12 @@ def test_base_element_type_and_int8(workplace: Path, calls: Calls, adapted: Path
     assert isinstance(kernel("--load-in-4bit"), NF4)
     shutil.move("model", "elsewhere")
     assert kernel("--model", "elsewhere").dtype == jnp.float32
+
+
+def test_compute_dtype_is_the_adapters(workplace: Path, calls: Calls) -> None:
+    for words, dtype in (((), None), (("--compute-dtype", "bfloat16"), jnp.dtype("bfloat16"))):
+        asked(calls, *words)
+        assert {leaf.compute_dtype for _, leaf in adapted_leaves(calls.made[0][0])} == {dtype}
 
 
 def test_answers_end_where_they_stop(run: Callable[..., str], calls: Calls, workplace: Path) -> None:

@@ -18,6 +18,7 @@ from peft_jax.cli.finetune import finetune as finetune_module
 from peft_jax.cli.finetune.options import check, each
 from peft_jax.cli.finetune.steps import Plan, make_plan
 from peft_jax.cli.main import main, parse
+from peft_jax.core.adapted import adapted_leaves
 from peft_jax.train.optimizer import make_optimizer, make_schedule
 
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(12)]
@@ -145,6 +146,18 @@ def test_remat_and_mesh_reach_the_training_step(monkeypatch: pytest.MonkeyPatch)
     assert [main(words(output="a", **more)) for more in ({}, {"remat": True}, {"mesh": "data=1"})] == [130] * 3
     assert seen[0] == (0, None) and seen[1][0] > 0
     assert seen[2] == (0, {"data": 1, "fsdp": 1, "tensor": 1})
+
+
+def test_compute_dtype_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[set[Any]] = []
+
+    def stop(options: Any, task: Any, model: Any, data: Any, mesh: Any) -> Any:
+        found.append({leaf.compute_dtype for _, leaf in adapted_leaves(model)})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_module, "make_plan", stop)
+    assert [main(words(output="a", **more)) for more in ({}, {"compute_dtype": "bfloat16"})] == [130] * 2
+    assert found == [{None}, {jnp.dtype("bfloat16")}]
 
 
 @pytest.mark.parametrize("load", ["load_in_8bit", pytest.param("load_in_4bit", marks=pytest.mark.slow)])
