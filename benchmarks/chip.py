@@ -28,6 +28,7 @@ from chip_record import Record
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 5
 BUILD, RUN = 120.0, 60.0  # seconds that building a contender, and a run of it, may take
+REHEARSED = 600.0  # the same in a rehearsal, as a CPU compiles PyTorch's step for minutes
 TIMING = 40.0  # seconds after which a stage takes no further turn
 CLOSING = 5.0  # seconds for ending what was begun
 Start = Callable[[Part, str], Worker]
@@ -46,10 +47,15 @@ def start_sides(part: Part, start: Start) -> Workers:
     return {side: start(part, side) for side in SIDES if side in needed}
 
 
-def measure(part: Part, workers: Workers, record: Record, clock: Clock) -> None:
+def measure(part: Part, workers: Workers, record: Record, clock: Clock, most: float) -> None:
     """Build and time the contenders of a part, stage by stage, and end its processes.
 
-    Without any, as the time is over, that is noted.
+    Args:
+        part: What is measured.
+        workers: Its processes; none if the time is over, which is noted.
+        record: Where figures go.
+        clock: The time left of the run.
+        most: Seconds that building a contender may take.
     """
     if not workers:
         for name in part.contenders:
@@ -59,7 +65,7 @@ def measure(part: Part, workers: Workers, record: Record, clock: Clock) -> None:
     ready: list[str] = []
     try:
         for number, stage in enumerate(part.stages):
-            built = [name for name in stage if build(part, name, workers[side_of(name)], record, clock)]
+            built = [name for name in stage if build(part, name, workers[side_of(name)], record, clock, most)]
             ready += built
             if built:
                 take_turns(part, ready, workers, record, clock, range(number * TURNS, (number + 1) * TURNS))
@@ -68,14 +74,14 @@ def measure(part: Part, workers: Workers, record: Record, clock: Clock) -> None:
             worker.stop("its part is over")
 
 
-def build(part: Part, name: str, worker: Worker, record: Record, clock: Clock) -> bool:
+def build(part: Part, name: str, worker: Worker, record: Record, clock: Clock, most: float) -> bool:
     """Make a contender ready; return whether it is, and note why it is not."""
     begun = time.monotonic()
     try:
         hello = worker.greet(clock)
         if hello["device"] == "cpu" and record.chip != "cpu":
             raise Failed("PyTorch sees no CUDA device")
-        facts = worker.ask({"build": name}, clock, BUILD)["facts"]
+        facts = worker.ask({"build": name}, clock, most)["facts"]
     except Failed as reason:
         say(f"{part.name}: {name} not run: {reason}")
         record.note(part, name, str(reason))
@@ -143,10 +149,11 @@ def run(
         workers["jax"].stop("there is no chip")
         raise SystemExit(f"chip.py measures nothing: {reason}") from None
     record = Record(docs, chip)
-    measure(parts[0], workers, record, clock)
+    most = REHEARSED if rehearsal else BUILD
+    measure(parts[0], workers, record, clock, most)
     for part in parts[1:]:
         if not (missing and record.is_whole(part)):
-            measure(part, start_sides(part, start) if clock.left() else {}, record, clock)
+            measure(part, start_sides(part, start) if clock.left() else {}, record, clock, most)
     return record
 
 
