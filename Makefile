@@ -5,11 +5,14 @@
 #   make test-slow       the tests that `make test` leaves out because they are slow (some 15 minutes)
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest);
 #                        ARGS="--sample 4" takes every fourth row of each test, as continuous integration does
+#   make test-oldest     the same tests on the oldest versions that pyproject.toml allows (in .venv-oldest)
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
 #   make kills    kill 100 runs at chosen and random moments and resume them (tests/killed_runs.py; half an hour)
 #   make lint     ruff and mypy
 #   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
+#   make dist     build and check what is uploaded, in dist/, and run the demo from the wheel in an empty environment
+#   make notebooks       execute docs/notebooks/ and store the outputs (in .venv-notebooks)
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's summary of it
 #   make bench-chip      measure training and decoding on this machine's GPU or TPU in 6 minutes, and write docs/chips.md
@@ -44,7 +47,8 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow fuzz kills test-models test-newest lint docs links types conformance conformance-full quantization models bench bench-chip test-image lowering
+.PHONY: demo test test-slow fuzz kills test-models test-newest test-oldest lint docs links types dist notebooks conformance \
+    conformance-full quantization models bench bench-chip test-image lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -72,6 +76,20 @@ test-newest:
 	else \
 	    $(MAKE) --no-print-directory .venv-newest/test && .venv-newest/bin/python -m pytest --torch-free $(ARGS); \
 	fi
+
+# Deprecations that the packages below those warn of are none of ours: the newest of them meet the oldest of these.
+test-oldest: .venv-oldest/test
+	.venv-oldest/bin/python -m pytest --torch-free -W ignore::DeprecationWarning $(ARGS)
+
+dist: .venv-dist/ready
+	@rm -rf dist build/installed
+	.venv-dist/bin/pyproject-build
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/python tools/check_dist.py dist
+	@echo "Installing the wheel, and nothing else, into build/installed ..."
+	@.venv-dist/bin/python -m venv build/installed
+	@build/installed/bin/python -m pip install --quiet dist/*.whl
+	cd build/installed && bin/peft-jax demo
 
 bench: .venv/bench
 	@rm -rf build/benchmarks/records
@@ -145,13 +163,26 @@ links:
 
 .venv/bench: pyproject.toml | .venv/bin/pip
 	@echo "Installing the runtime dependencies and PyTorch PEFT into .venv (once; takes a few minutes) ..."
-	@$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	@$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"
 	@touch .venv/runtime $@
 
 .venv-newest/test: pyproject.toml
 	@echo "Installing the newest JAX and the torch-free test dependencies into .venv-newest (once) ..."
 	@[ -x .venv-newest/bin/pip ] || $(NEWEST) -m venv .venv-newest
-	@.venv-newest/bin/python -m pip install --quiet --editable ".[test-core]"
+	@.venv-newest/bin/python -m pip install --quiet --editable ".[test-torch-free]"
+	@touch $@
+
+.venv-oldest/test: pyproject.toml | .venv/bin/pip
+	@echo "Installing the oldest versions of the torch-free test dependencies into .venv-oldest (once) ..."
+	@[ -x .venv-oldest/bin/pip ] || $(BIN)/python -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet uv
+	@.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+	    --editable ".[test-torch-free]"
+	@touch $@
+
+.venv-dist/ready: | .venv/bin/pip
+	@$(BIN)/python -m venv .venv-dist
+	@.venv-dist/bin/python -m pip install --quiet build twine
 	@touch $@
 
 .venv-docs/ready: pyproject.toml | .venv/bin/pip
@@ -177,7 +208,7 @@ lowering: .venv-aot/ready
 	@if [ -z "$(NEWEST)" ]; then echo "make lowering: needs Python >= 3.12. Name one: NEWEST=/path/to/python3"; exit 1; fi
 	@echo "Installing JAX with the TPU's compiler into .venv-aot (once) ..."
 	@[ -x .venv-aot/bin/pip ] || $(NEWEST) -m venv .venv-aot
-	@.venv-aot/bin/python -m pip install --quiet --editable ".[aot]"
+	@.venv-aot/bin/python -m pip install --quiet --editable ".[tpu-compiler]"
 	@version=$$(.venv-aot/bin/python -c "import jax; print(jax.__version__)"); \
 	    .venv-aot/bin/python -m pip install --quiet --no-deps jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version \
 	    nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12

@@ -60,7 +60,7 @@ def require_pytorch(instead: str) -> None:
     if missing:
         raise SystemExit(
             f"{Path(sys.argv[0]).name} compares with PyTorch PEFT, but {' and '.join(missing)} cannot be imported. "
-            f"Install them: pip install -e '.[bench]'. {instead}"
+            f"Install them: pip install -e '.[benchmarks]'. {instead}"
         )
 
 

@@ -110,7 +110,7 @@ def test_what_is_imported_is_declared(at_once: bool) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = list(project["dependencies"])
     if not at_once:
-        for extra in ("tensorboard", "hub", "gguf"):
+        for extra in ("tensorboard", "datasets", "gguf"):
             listed += project["optional-dependencies"][extra]
     declared = {re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in listed}
     modules = {{"orbax_checkpoint": "orbax", "pyyaml": "yaml"}.get(name, name) for name in declared}
