@@ -12,7 +12,7 @@
 #   make lint     ruff and mypy
 #   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
 #   make dist     build and check what is uploaded, in dist/, and run the demo from the wheel in an empty environment
-#   make notebooks       execute docs/notebooks/ and store the outputs (in .venv-notebooks)
+#   make notebooks       execute docs/notebooks/ in Jupyter's kernel, and store the outputs in them
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's summary of it
 #   make bench-chip      measure training and decoding on this machine's GPU or TPU in 6 minutes, and write docs/chips.md
@@ -135,6 +135,9 @@ conformance-full: .venv/test
 models: .venv/test
 	$(BIN)/python tools/model_table.py docs/models.md
 
+notebooks: .venv/notebooks
+	$(BIN)/python tools/run_notebooks.py docs/notebooks
+
 lint: .venv/test types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -164,6 +167,11 @@ links:
 .venv/bench: pyproject.toml | .venv/bin/pip
 	@echo "Installing the runtime dependencies and PyTorch PEFT into .venv (once; takes a few minutes) ..."
 	@$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"
+	@touch .venv/runtime $@
+
+.venv/notebooks: pyproject.toml | .venv/bin/pip
+	@echo "Installing the runtime dependencies and Jupyter's kernel into .venv (once) ..."
+	@$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
 	@touch .venv/runtime $@
 
 .venv-newest/test: pyproject.toml
