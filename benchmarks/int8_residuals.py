@@ -1,7 +1,9 @@
 """What an int8 base costs in the backward pass, by the compiler's word: no timing, no accelerator needed.
 
     python benchmarks/int8_residuals.py                  # this machine's CPU
-    python benchmarks/int8_residuals.py --target tpu     # TPU v5e, ahead of time: Python 3.12, pip install ".[tpu-compiler]"
+    python benchmarks/int8_residuals.py --target tpu     # TPU v5e, ahead of time
+
+For the TPU it needs Python 3.12 and ``pip install ".[tpu-compiler]"``.
 
 Compiles the gradient of LoRA factors on a scanned stack of two matmuls a layer and prints the compiler's temporary
 memory for three ways to use the int8 weights: plain dequantization under autodiff, which keeps a dense copy of the

@@ -3,10 +3,10 @@
     make lowering                                        # all cases, into docs/lowering.json and docs/lowering.md
     python benchmarks/lowering.py --only 70b             # some of them; the records of the others stay
 
-Needs Python 3.12 and ``pip install ".[tpu-compiler]"`` (for the H100 also what the Makefile installs), but no accelerator and no
-weights: models are trees of shapes. LoRA has r=16 on all linear layers, and each layer is recomputed in the backward
-pass. Each program is checked: no product has a frozen weight's shape (its gradient would), and with an int8 base no
-buffer between fusions is a weight in float.
+Needs Python 3.12 and ``pip install ".[tpu-compiler]"`` (for the H100 also what the Makefile installs), but no
+accelerator and no weights: models are trees of shapes. LoRA has r=16 on all linear layers, and each layer is recomputed
+in the backward pass. Each program is checked: no product has a frozen weight's shape (its gradient would), and with an
+int8 base no buffer between fusions is a weight in float.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCK = re.compile(r"^```python\n# (?P<file>[\w/.]+)(?:, in (?P<table>[A-Z]+))?\n(?P<text>.*?)^```", re.M | re.S)
 
-TRAINED_AND_SAVED = '''
+TRAINED_AND_SAVED = """
 import jax
 import numpy as np
 import optax
@@ -31,7 +31,7 @@ def logits(model, input_ids, attention_mask):
 
 
 def test_the_templates_together(tmp_path):
-    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "initializer_range": 0.5}
     config = read_architecture({"model_type": "arcee", **sizes, "num_attention_heads": 2})
     base = pj.AutoModelForCausalLM.from_config(config, key=jax.random.key(0))
     model = pj.get_peft_model(base, pj.GainConfig(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
@@ -40,7 +40,7 @@ def test_the_templates_together(tmp_path):
     trainable, frozen = pj.partition(model)
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
     state, losses = tx.init(trainable), []
-    for number in range(5):
+    for number in range(8):
         trainable, state, metrics = step(trainable, state, frozen, batch, jax.random.key(number))
         losses.append(float(metrics.loss))
     assert losses[-1] < losses[0] - 0.01
@@ -51,7 +51,7 @@ def test_the_templates_together(tmp_path):
     again = pj.PeftModel.from_pretrained(again, tmp_path / "adapter")
     np.testing.assert_allclose(again(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
     assert not np.allclose(base(IDS).logits, model(IDS).logits, atol=1e-3)
-'''
+"""
 
 
 def follow(folder: Path) -> list[str]:

@@ -61,7 +61,7 @@ def check(folder: Path) -> None:
     for archive, count in ((sdist, len(in_sdist)), (wheel, len(modules))):
         print(f"{archive.name}: {archive.stat().st_size / 1e6:.2f} MB, {count} files")
     if "\nProject-URL: Repository," not in description:
-        print("pyproject.toml has no Repository in [project.urls]: the index's page has no pictures and no links to files.")
+        print("pyproject.toml has no Repository in [project.urls]: the page has no pictures and no links to files.")
 
 
 if __name__ == "__main__":

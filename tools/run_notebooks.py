@@ -2,8 +2,8 @@
 
     python tools/run_notebooks.py docs/notebooks     # as `make notebooks` does
 
-Each runs in an empty folder of its own. What is written to stderr is not stored, nor anything else that differs from run
-to run: times, and the machine.
+Each runs in an empty folder of its own. What is written to stderr is not stored, nor anything else that differs from
+run to run: times, and the machine.
 """
 
 import sys
