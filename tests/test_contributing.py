@@ -31,8 +31,9 @@ def logits(model, input_ids, attention_mask):
 
 
 def test_the_templates_together(tmp_path):
-    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "initializer_range": 0.5}
-    config = read_architecture({"model_type": "arcee", **sizes, "num_attention_heads": 2})
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    more = {"num_attention_heads": 2, "initializer_range": 0.5}
+    config = read_architecture({"model_type": "arcee", **sizes, **more})
     base = pj.AutoModelForCausalLM.from_config(config, key=jax.random.key(0))
     model = pj.get_peft_model(base, pj.GainConfig(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
     tx = optax.adam(0.1)
