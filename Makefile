@@ -1,14 +1,14 @@
 # Each command does its own set-up: a virtual environment in .venv, made once and again only when pyproject.toml changes.
 #
 #   make demo     fine-tune the checkpoint that ships with the package (runtime dependencies only, no PyTorch)
-#   make test     the whole test suite; ARGS="..." is handed to pytest
+#   make test     the test suite, but for slow tests; ARGS="..." is handed to pytest
 #   make test-slow       the tests that `make test` leaves out because they are slow (some 15 minutes)
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest);
 #                        ARGS="--sample 4" takes every fourth row of each test, as continuous integration does
 #   make test-oldest     the same tests on the oldest versions that pyproject.toml allows (in .venv-oldest)
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
-#   make kills    kill 100 runs at chosen and random moments and resume them (tests/killed_runs.py; half an hour)
+#   make kills    kill 99 runs at chosen and random moments and resume them (tests/killed_runs.py; half an hour)
 #   make lint     ruff and mypy
 #   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
 #   make dist     build and check what is uploaded, in dist/, and run the demo from the wheel in an empty environment

@@ -19,7 +19,7 @@ HEAD = """# Measured on chips
 
 Written by `make bench-chip` on a machine with a GPU or TPU, from the records in `docs/chips/`; a section for each chip.
 Weights are random and made on the chip. The contenders of a table ran in turn, ours in JAX, PEFT's in PyTorch. Figures
-are of medians, comparisons of the turns that both took. TFLOP/s count 4 operations for each weight and token: the
+are medians; two contenders are compared over the turns in which both ran. TFLOP/s count 4 operations for each weight and token: the
 product forward and the gradient of its input. Those of adapters and attention are left out, and so are layers that are
 computed again. The limit is the time of the counted products alone, the peak that of a product of square matrices in
 bfloat16; both are measured by JAX. Memory is what a step needs with weights and optimizer: by the compiler for JAX, by

@@ -114,7 +114,7 @@ def test_missing_pytorch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import measure
 
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"torch and peft cannot be imported. Install them: .*\[bench\].*Or do"):
+    with pytest.raises(SystemExit, match=r"torch and peft cannot be imported. Install them: .*\[benchmarks\].*Or do"):
         measure.require_pytorch("Or do without.")
 
 

@@ -109,7 +109,7 @@ def test_help_names_defaults_and_what_is_needed(capsys: pytest.CaptureFixture[st
     text = " ".join(page(capsys, "finetune", "--help").split())
     assert text.startswith("usage: peft-jax finetune --model MODEL --data DATA --output PATH [OPTIONS]")
     assert "Peak of the schedule; by default what suits the method, which the run says: 3e-4 for LORA" in text
-    assert "in the README's table. (required)" in text
+    assert "in docs/models.md. (required)" in text
     assert "Decoupled weight decay of the adapter. (default: 0)" in text
     assert (
         "Recompute each layer in the backward pass instead of keeping its activations: less memory, more time. " in text
@@ -137,7 +137,7 @@ def test_options_have_the_names_that_the_package_has() -> None:
     found = parameters("finetune")
     methods = found["peft"].help.partition("(LORA by default): ")[2].removesuffix(".")
     assert re.split(", | or ", methods) == names()
-    assert "in the README's table" in found["model"].help  # which a house rule compares with the registry
+    assert "in docs/models.md" in found["model"].help  # which a house rule compares with the registry
     *first, last = from_data()
     assert f"init_lora_weights is {', '.join(first)} or {last}" in found["start_batches"].help
     for command in ("finetune", "generate", "eval"):

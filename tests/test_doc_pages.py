@@ -96,6 +96,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "python": check_python,
     "python3": check_python,
+    ".venv/bin/python": check_python,
+    ".venv-aot/bin/python": check_python,
     "pip": check_pip,
     ".venv/bin/pip": check_pip,
     **dict.fromkeys(NOT_OURS, check_not_ours),

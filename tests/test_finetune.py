@@ -284,7 +284,7 @@ def test_tensorboard_without_its_package_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert main(words(output="new", tensorboard=True)) == 2
-    assert "pip install 'peft-jax[tensorboard]'" in capsys.readouterr().err.splitlines()[-1]
+    assert "pip install '.[tensorboard]'" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("new").exists()
 
 
@@ -328,7 +328,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "not JSON": ({"data": "model/model.safetensors"}, "Give a JSON or JSONL file"),
     "chats without a template": ({"data": "chats.jsonl"}, "no chat template, which messages need"),
     "nothing under the cutoff": ({"cutoff_len": 4}, "none of 12 examples fits into 4 tokens. Raise --cutoff-len to"),
-    "a dataset without the package": ({"data": "me/mine"}, "pip install 'peft-jax[datasets]'"),
+    "a dataset without the package": ({"data": "me/mine"}, "pip install '.[datasets]'"),
     "a mesh for other machines": ({"mesh": "data=64"}, "the mesh data=64 needs 64 devices, but there are 8"),
     "rows that do not split": ({"mesh": "data=4"}, "--batch-size 2 cannot be split over data x fsdp = 4 devices"),
     "a mesh of another kind": ({"mesh": "model=2"}, "--mesh is 'model=2'. Give sizes of data, fsdp, tensor"),

@@ -393,7 +393,7 @@ except ValueError as error:
 
 @pytest.mark.parametrize(
     ("module", "said"),
-    [("torch", "llama abc"), ("gguf", "needs the package gguf. Install it: pip install 'peft-jax[gguf]'")],
+    [("torch", "llama abc"), ("gguf", "needs the package gguf. Install it, in a clone: pip install '.[gguf]'")],
 )
 def test_without_a_package(module: str, said: str, tmp_path: Path, chat_file: Path) -> None:
     shutil.copy(chat_file / NAME, tmp_path)

@@ -322,7 +322,7 @@ def test_an_architecture_is_named_in_its_folder_and_the_registry_alone(file: Pat
 
 
 def test_the_page_of_models_names_every_architecture() -> None:
-    """Help texts point to the README's table, and that to the page."""
+    """Help texts point to the page, and so does the README's table."""
     (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| Models |")]
     assert "](docs/models.md)" in row
     assert architectures_named((ROOT / "docs" / "models.md").read_text()) == set(BY_MODEL_TYPE)

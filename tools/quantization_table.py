@@ -173,7 +173,9 @@ def table() -> str:
         lines.append(f"| {row.name} | {row.written} | {size} | yes | {row.reference} |\n")
     read = []
     for file in FILES:
-        size, kept = "2 (bfloat16)", "no: dequantized"
+        is_gguf = file.name.startswith("GGUF")
+        size = "4 (float32), or what --dtype takes" if is_gguf else "2 (bfloat16)"
+        kept = "no: dequantized"
         if file.form is not None:
             size, kept = (
                 f"{kept_bytes_per_weight(file.form):.4f}",

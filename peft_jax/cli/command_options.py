@@ -84,7 +84,7 @@ class Generate(PromptOptions, ModelOptions, DecodingOptions, CompilationOptions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(ModelOptions, DataFileOptions, CompilationOptions):
+class Eval(ModelOptions, CompilationOptions, DataFileOptions):
     """Loss and perplexity of a model on the answers in a file; of a model with another head loss and scores."""
 
     TITLE = "Evaluation"

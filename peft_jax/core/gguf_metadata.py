@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_jax.core.file_names import is_path_below
 
-INSTALL = "Install it: pip install 'peft-jax[gguf]'"
+INSTALL = "Install it, in a clone: pip install '.[gguf]'"
 
 
 class GGUFFile:

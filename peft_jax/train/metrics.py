@@ -112,7 +112,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter  # an optional dependency
         except ImportError as error:
             raise ValueError(
-                "--tensorboard needs the package tensorboardX. Install it: pip install 'peft-jax[tensorboard]'"
+                "--tensorboard needs the package tensorboardX. Install it, in a clone: pip install '.[tensorboard]'"
             ) from error
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 

@@ -34,7 +34,7 @@ class ModelOptions:
     TITLE = "Model"
 
     model: Annotated[str, MODEL]
-    """Folder (or hub id) of a Hugging Face checkpoint of one of the architectures in the README's table."""
+    """Folder (or hub id) of a Hugging Face checkpoint of an architecture in docs/models.md."""
     gguf_file: Annotated[str | None, GGUF] = None
     """GGUF file in that folder, which holds weights, config and tokenizer; needs peft-jax[gguf]."""
     task: Annotated[TaskName | None, TASK] = None

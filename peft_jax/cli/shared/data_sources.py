@@ -192,7 +192,9 @@ def from_hub(name: str, options: DataFileOptions) -> Any:
     try:
         import datasets  # an optional dependency
     except ImportError as error:
-        raise ValueError(f"{said} needs the package datasets. Install it: pip install 'peft-jax[datasets]'") from error
+        raise ValueError(
+            f"{said} needs the package datasets. Install it, in a clone: pip install '.[datasets]'"
+        ) from error
     subset = [] if options.data_subset is None else [options.data_subset]
     revision = {} if options.data_revision is None else {"revision": options.data_revision}
     split = options.data_split or "train"

@@ -220,4 +220,4 @@ def import_arrow(file: Path) -> ModuleType:
     try:
         return importlib.import_module("pyarrow")
     except ImportError as error:
-        raise ValueError(f"{file} needs the package pyarrow. Install it: pip install 'peft-jax[arrow]'") from error
+        raise ValueError(f"{file} needs the package pyarrow. Install it, in a clone: pip install '.[arrow]'") from error
