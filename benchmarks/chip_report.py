@@ -18,12 +18,13 @@ Measurement = Mapping[str, Any]
 HEAD = """# Measured on chips
 
 Written by `make bench-chip` on a machine with a GPU or TPU, from the records in `docs/chips/`; a section for each chip.
-Weights are random and made on the chip. The contenders of a table ran in turn, ours in JAX, PEFT's in PyTorch. Figures
-are medians; two contenders are compared over the turns in which both ran. TFLOP/s count 4 operations for each weight and token: the
-product forward and the gradient of its input. Those of adapters and attention are left out, and so are layers that are
-computed again. The limit is the time of the counted products alone, the peak that of a product of square matrices in
-bfloat16; both are measured by JAX. Memory is what a step needs with weights and optimizer: by the compiler for JAX, by
-the allocator's peak for PyTorch. The loss is that of the first step. Random weights of the two sides differ.
+Weights are random and made on the chip. The contenders of a table ran in turn, ours in JAX, PEFT's in PyTorch.
+Figures are medians; two contenders are compared over the turns in which both ran. TFLOP/s count 4 operations a weight
+a token: the product forward and the gradient of its input. Those of adapters and attention are left out, and so are
+layers that are computed again. The limit is the time of the counted products alone, the peak that of a product of
+square matrices in bfloat16; both are measured by JAX. Memory is what a step needs with weights and optimizer: by the
+compiler for JAX, by the allocator's peak for PyTorch. The loss is that of the first step. Random weights of the two
+sides differ.
 """
 NOTHING = """No figure of a chip is on record yet: nothing here was ever measured on one. `make bench-chip` on a machine
 with a GPU or TPU adds its section. It takes 6 minutes at most, and needs nothing but jax (for that chip), flax, optax,

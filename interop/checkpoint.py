@@ -2,7 +2,7 @@
 
 Tensors are mapped into memory, not read. Where they are only cast and the device is the CPU, `host_read` fills the
 leaves; elsewhere one tensor at a time goes to the device, is converted there, and is written into its place in the
-stacked leaf. Which tensor belongs where is told by a table of `Row`, one for each leaf.
+stacked leaf. A table of `Row`, one for each leaf, says which tensor belongs where.
 """
 
 import os
@@ -40,8 +40,6 @@ PIECE = 1 << 21  # bytes of a matrix that are in flight between file and leaf
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 
 Path = str | os.PathLike[str]
-
-
 Convert = Callable[[str, jax.Array], Any]
 
 

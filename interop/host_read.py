@@ -134,7 +134,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
 
 
 def why_not_finite(key: str, tensor: np.ndarray, dtype: DTypeLike) -> str:
-    """The words on a tensor whose leaf holds values that are not finite."""
+    """The error message for a tensor whose leaf holds values that are not finite."""
     is_finite = np.isfinite(tensor.astype(np.float32))
     if is_finite.all():
         return f"The checkpoint's tensor '{key}' has values beyond {dtype}. Read it with dtype='bfloat16' or 'float32'."

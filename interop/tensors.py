@@ -351,6 +351,8 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
         arrays = {name: np.array(copy) for name, copy in initial.items()}
     for entry in entries:
         arrays[entry.role][entry.layer][entry.place] = entry.from_file(tensors[entry.key])
+    if target.role is None and isinstance(config, FrozenArrays):
+        config.check_frozen(arrays, *base.layout.sizes(base.shape), leaf.path)
     params = {name: jnp.asarray(array) for name, array in arrays.items()}
     if target.role is None and isinstance(config, FrozenArrays):
         state |= {name: params.pop(name) for name in config.frozen}

@@ -261,6 +261,22 @@ def test_a_changed_adapter_is_shared_with_its_bias_again():
     assert jax.tree.structure(changed) == jax.tree.structure(trainable)
 
 
+@pytest.mark.parametrize("bank_is_active", [True, False])
+def test_partitions_whose_leaves_share_trained_arrays_are_mapped(bank_is_active):
+    """VB-LoRA's vectors, which a partition has as None in all leaves but the first, and the frozen half in it too."""
+    params = {name: {"kernel": jnp.ones((8, 8))} for name in "ab"}
+    bank = pj.VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, target_modules=["a", "b"])
+    params = pj.apply_adapter(params, bank)
+    if not bank_is_active:
+        params = pj.apply_lora(params, pj.LoraConfig(r=2, target_modules=["a"]), adapter_name="lora")
+        params = pj.set_adapter(params, "lora")
+    halves = pj.partition(params)
+    mapped = [map_adapted(lambda path, leaf: leaf, half) for half in halves]
+    assert [jax.tree.structure(half) for half in mapped] == [jax.tree.structure(half) for half in halves]
+    want, found = jax.tree.leaves(params), jax.tree.leaves(pj.combine(*mapped))
+    assert len(want) == len(found) and all((one == other).all() for one, other in zip(want, found, strict=True))
+
+
 def test_a_handle_is_mapped_like_its_tree():
     model = pj.AutoModelForCausalLM.from_pretrained(MODEL)
     model = pj.get_peft_model(model, pj.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5))

@@ -89,6 +89,17 @@ def test_results_and_gradients_are_close_to_those_in_float32(init: Any) -> None:
     assert any(not np.array_equal(one, other) for one, other in zip(want, got, strict=True))
 
 
+@pytest.mark.parametrize(("base", "asked"), [("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_a_fresh_adapter_changes_nothing_on_a_wider_base(base: str, asked: Any) -> None:
+    """The base's product is neither rounded to the adapter's type nor beyond its range."""
+    params = {"q": {"kernel": jnp.full((8, 4), 3e4, base)}}
+    x = normal(5, 3, 8).astype(base) * 10
+    adapted = pj.apply_lora(params, LORA.replace(target_modules=["q"], init_lora_weights=True), compute_dtype=asked)
+    y = pj.adapt(lambda params, x: x @ params["q"]["kernel"])(adapted, x)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(x @ params["q"]["kernel"], np.float32))
+    assert np.isfinite(np.asarray(y, np.float32)).all()
+
+
 def kinds(model: Any, name: str) -> set[Any]:
     """The types of the products of an adapter's matrices."""
     return {leaf.compute_dtype for _, leaf in adapted_leaves(model) if leaf.tag.name == name and leaf.tag.role is None}
@@ -110,6 +121,11 @@ def test_every_way_to_ask(tmp_path: Path) -> None:
     for read in (pj.PeftModel.from_pretrained, pj.interop.load_adapter):
         assert kinds(read(base, tmp_path, compute_dtype="bfloat16"), "default") == {HALF}
         assert kinds(read(base, tmp_path), "default") == {None}
+    base.save_pretrained(tmp_path / "base")
+    named = pj.get_peft_model(pj.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    named.save_pretrained(tmp_path / "named")
+    auto = pj.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "named", compute_dtype="bfloat16")
+    assert kinds(auto, "default") == {HALF}
     more = plain.add_adapter("more", config.replace(modules_to_save=None), compute_dtype="float16")
     more = more.load_adapter(tmp_path, "read", compute_dtype="bfloat16")
     found = [kinds(more, name) for name in ("default", "more", "read")]
@@ -140,6 +156,10 @@ OPTIONS = SimpleNamespace(adapter=None, compute_dtype="bfloat16")
         (
             lambda base: pj.get_peft_model(base, PROMPT, compute_dtype="bfloat16"),
             "compute_dtype is for products of adapters with inputs. PromptTuningConfig has none. Leave it out.",
+        ),
+        (
+            lambda base: pj.get_peft_model(base, pj.LNTuningConfig(), compute_dtype="bfloat16"),
+            "compute_dtype is for products of adapters with inputs, and adapter 'default' trains whole arrays alone.",
         ),
         (
             lambda base: with_compute_dtype(attending(), "bfloat16", "other"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import METHODS, Adapter
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
 from peft_jax.methods import base
@@ -552,6 +552,33 @@ def test_osf_moves_its_vectors_beside_those_that_it_keeps(dense):
             pj.apply_adapter(dense, config.replace(effective_rank=rank))
     with pytest.raises(ValueError, match="OSF keeps a number of singular values above 0, got {'effective_rank': -1}"):
         pj.OSFConfig(effective_rank=-1)
+
+
+def test_osf_finds_patterns_of_ranks_anywhere(dense):
+    config = pj.OSFConfig(effective_rank=1, rank_pattern={"(?i)EN[ST]": 3}, target_modules=["dense"])
+    assert pj.apply_adapter(dense, config)["dense"]["kernel"].params["S_low"].shape == (1,)
+    with pytest.raises(ValueError, match=r"a key of rank_pattern='\('"):
+        pj.apply_adapter(dense, config.replace(rank_pattern={"(": 3}))
+
+
+def damaged(indices, number):
+    wrong = indices.astype(np.float32)
+    wrong[..., 0] = number
+    return wrong
+
+
+@pytest.mark.parametrize("number", [1000, -1, 0.5])
+@pytest.mark.parametrize("name", ["SHIRA", "SUPERTUNING"])
+def test_places_outside_of_a_matrix_are_refused(name, number, dense, tmp_path):
+    options = {"SHIRA": {"r": 1}, "SUPERTUNING": {"sparsity": 0.75}}[name]
+    config = {"SHIRA": pj.ShiraConfig, "SUPERTUNING": pj.SupertuningConfig}[name](**options, target_modules=["dense"])
+    pj.interop.save_adapter(pj.apply_adapter(dense, config), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (key,) = [key for key in tensors if key.endswith("indices")]
+    save_file({**tensors, key: damaged(tensors[key], number)}, file)
+    with pytest.raises(ValueError, match=f"indices of 'dense.kernel' holds {number}.*, which is no whole number"):
+        pj.interop.load_adapter(dense, tmp_path)
 
 
 @pytest.mark.parametrize("split", ["in", "out"])

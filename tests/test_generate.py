@@ -125,7 +125,7 @@ def test_bfloat16_with_its_cache_follows_the_uncached_model(pair):
 
 def test_one_program_serves_all_prompts_masks_and_keys_of_a_shape(pair):
     model = pair("llama")[1]
-    programs = causal.programs(model.config, Generation(10, (), 0, Sampling(do_sample=True, top_k=50)))
+    programs = causal.programs(model.config, Generation(10, (), 0, Sampling(do_sample=True, top_k=50)), widened=False)
     for seed, mask in enumerate([MASK, MASK.astype(bool), None]):
         model.generate((IDS + seed) % 60, mask, max_new_tokens=10, do_sample=True, key=jax.random.key(seed))
     assert programs.whole._cache_size() == 1
@@ -363,7 +363,7 @@ def test_a_stream_ends_when_all_rows_have(pair):
 
 def test_a_stream_compiles_two_programs_whatever_its_length(pair):
     model = pair("llama")[1]
-    programs = causal.programs(model.config, Generation(23, (), 0, Sampling()))
+    programs = causal.programs(model.config, Generation(23, (), 0, Sampling()), widened=False)
     for _ in range(2):
         model.generate(IDS, MASK, max_new_tokens=23, streamer=Heard())
     assert (programs.whole._cache_size(), programs.start._cache_size(), programs.proceed._cache_size()) == (0, 1, 1)

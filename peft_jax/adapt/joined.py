@@ -12,11 +12,8 @@ from jax.extend.core import JaxprEqn
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.digits import EDITED, Axis
-from peft_jax.adapt.view import Joined, Value, View, is_view, is_watched
+from peft_jax.adapt.view import Evaluate, Joined, Outputs, Value, View, is_view, is_watched
 from peft_jax.core.pytree import PyTree
-
-Evaluate = Callable[..., list[Value]]
-Outputs = list[Value] | None
 
 PER_PART = ("convert_element_type", "copy", "name", "neg", "mul", "div", "stop_gradient", "pvary", "pcast")
 

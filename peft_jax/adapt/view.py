@@ -29,6 +29,8 @@ from peft_jax.core.untrained_row import untrained_row
 from peft_jax.core.weight import Change, MergeError, Weight
 
 Value = Any  # the value of a variable of a program: an array, or a `View` of a weight
+Evaluate = Callable[..., list[Value]]  # the outputs of a jaxpr on the values that follow it
+Outputs = list[Value] | None  # of an equation; None where its weights have to be merged
 
 
 class Edit(NamedTuple):

@@ -99,8 +99,8 @@ def _role_of(leaf: Leaf, config: Method, modules: Collection[str]) -> tuple[Role
         return role, _where(leaf, lambda name: _changes_bias(config, name, modules))
     if config.bias == "all" and leaf.path.endswith("_bias"):
         raise ValueError(
-            f"bias='all' means '{leaf.names.flat[0]}' too, an array of biases that no module has as its own, which is "
-            "not supported. Write bias='none', or have the biases of targets alone trained, as with LoRA's 'lora_only'."
+            f"bias='all' would train '{leaf.names.flat[0]}' too, which is not the bias of a linear layer and is not "
+            "supported. Write bias='none', or train the biases of targets alone, as LoRA's 'lora_only'."
         )
     if is_matrix(leaf):
         return None, _where(leaf, lambda name: name in modules)

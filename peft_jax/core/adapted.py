@@ -212,7 +212,7 @@ class Adapted(Weight):
     def _in_compute_dtype(self) -> "Adapted":
         """The leaf with the arrays that its products are of converted; a merge still has the arrays as they are.
 
-        Methods convert their frozen arrays to the element type of the trained ones.
+        Methods convert their frozen floating-point arrays to the element type of the trained ones.
         """
         if self.compute_dtype is None:
             return self
@@ -395,20 +395,20 @@ def tied(tree: PyTree) -> Any:
     that the bias's leaf takes it from there, in every function of the trainable partition, adds the two gradients up.
     Arrays that all leaves of an adapter share, such as VB-LoRA's vectors, are taken from its first leaf alike.
     """
-    return _shared(tree, lambda before, arrays: True)
+    return _shared(tree, lambda before, roles: True)
 
 
 def _share_again(tree: PyTree) -> Any:
     """`tied`, where a leaf shared arrays of these names before: in a partition they are None, and stay so."""
 
-    def shared_before(before: Mapping[str, Any], arrays: Mapping[str, Any]) -> bool:
-        return before.keys() == arrays.keys() and not any(array is None for array in before.values())
+    def shared_before(before: Mapping[str, Any], roles: Collection[str]) -> bool:
+        return before.keys() == set(roles) and not any(array is None for array in before.values())
 
     return _shared(tree, shared_before)
 
 
-def _shared(tree: PyTree, shares: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]) -> Any:
-    """The tree whose leaves have the arrays that they share with another one, where ``shares(before, arrays)``."""
+def _shared(tree: PyTree, shares: Callable[[Mapping[str, Any], Collection[str]], bool]) -> Any:
+    """The tree whose leaves have the arrays that they share with another one, where ``shares(before, roles)``."""
     matrices: dict[tuple[str, str], Adapted] = {}
     carriers: dict[str, Adapted] = {}
     has_shares = False
@@ -421,14 +421,14 @@ def _shared(tree: PyTree, shares: Callable[[Mapping[str, Any], Mapping[str, Any]
 
     def take(path: str, leaf: Adapted) -> Adapted:
         if LAYER in leaf.state:
-            matrix = matrices.get((module_path(matrix_path(path, leaf.layout)), leaf.tag.name))
-            key, arrays = LAYER, None if matrix is None else dict(matrix.params)
+            key, source = LAYER, matrices.get((module_path(matrix_path(path, leaf.layout)), leaf.tag.name))
         elif ADAPTER in leaf.state:
-            key, arrays = ADAPTER, _of_carrier(leaf, carriers.get(leaf.tag.name))
+            key, source = ADAPTER, carriers.get(leaf.tag.name)
         else:
             return leaf
-        if arrays is None or not shares(leaf.state[key], arrays):
-            return leaf
+        if source is None or not shares(leaf.state[key], _shared_roles(leaf, source)):
+            return leaf  # in a partition, whose arrays may be None, no shape is asked for
+        arrays = dict(source.params) if key == LAYER else _of_carrier(leaf, source)
         return dataclasses.replace(leaf, state={**leaf.state, key: arrays})
 
     if not has_shares:
@@ -443,11 +443,17 @@ def _carries(leaf: Adapted) -> bool:
     return ADAPTER in leaf.state and all(role in leaf.params for role in leaf.method.carried)
 
 
-def _of_carrier(leaf: Adapted, carrier: Adapted | None) -> dict[str, Any] | None:
-    """The arrays that a leaf takes from the one that has them, for each of its layers; a single layer has its own."""
-    if carrier is None:
-        return None
-    if _carries(leaf) and not leaf.layout.stack:
+def _shared_roles(leaf: Adapted, source: Adapted) -> Collection[str]:
+    """The roles of the arrays that a leaf takes from ``source``; none if it is a single layer that has them itself."""
+    if LAYER in leaf.state:
+        return source.params.keys()
+    return () if _carries(leaf) and not leaf.layout.stack else leaf.method.carried
+
+
+def _of_carrier(leaf: Adapted, carrier: Adapted) -> dict[str, Any]:
+    """The arrays that a leaf takes from the one that has them, for each of its layers."""
+    roles = _shared_roles(leaf, carrier)
+    if not roles:
         return {}
     before, stack = (0,) * len(carrier.layout.stack), leaf.layout.stack_shape(leaf.shape)
 
@@ -457,4 +463,4 @@ def _of_carrier(leaf: Adapted, carrier: Adapted | None) -> dict[str, Any] | None
             return jax.ShapeDtypeStruct(whole, array.dtype)
         return jnp.broadcast_to(array[before], whole)
 
-    return {role: spread(carrier.params[role]) for role in leaf.method.carried}
+    return {role: spread(carrier.params[role]) for role in roles}

@@ -104,7 +104,9 @@ def _step(operator: str, argument: Any, text: str, starts: Positions, ignores_ca
     if operator == "BRANCH":
         return frozenset().union(*(ends(one, starts) for one in argument[1]))
     if operator == "SUBPATTERN":
-        return ends(argument[-1], starts)
+        _, switched_on, switched_off, inner = argument  # flags of a group, as in (?i:...)
+        inside = (ignores_case or bool(switched_on & re.IGNORECASE)) and not switched_off & re.IGNORECASE
+        return _ends(inner, text, starts, inside)
     if operator in ("MAX_REPEAT", "MIN_REPEAT"):
         return _repeated(argument, starts, ends)
     if operator == "AT":

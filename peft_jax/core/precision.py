@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapted import Adapted, adapters, map_adapted
+from peft_jax.core.adapted import Adapted, adapted_leaves, adapters, map_adapted
 
 T = TypeVar("T")
 ComputeDtype = str | jnp.dtype | type
@@ -49,7 +49,8 @@ def with_compute_dtype(params: T, dtype: ComputeDtype | None, adapter_name: str 
         adapter_name: Which adapter.
 
     Raises:
-        ValueError: if it is another type, the adapter is a prompt, or there is none of the name.
+        ValueError: if it is another type, the adapter is a prompt, there is none of the name, or it trains
+            whole arrays alone.
 
     Example:
         >>> import peft_jax as pj
@@ -76,6 +77,12 @@ def with_compute_dtype(params: T, dtype: ComputeDtype | None, adapter_name: str 
             return leaf
         return dataclasses.replace(leaf, compute_dtype=kind)
 
+    leaves = [leaf for _, leaf in adapted_leaves(params) if leaf.tag.name == adapter_name]
+    if all(leaf.tag.role is not None for leaf in leaves):
+        raise ValueError(
+            f"compute_dtype is for products of adapters with inputs, and adapter '{adapter_name}' trains whole arrays "
+            "alone. Leave it out."
+        )
     marked: T = map_adapted(mark, params)
     return marked
 

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
+from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight
@@ -23,7 +24,7 @@ class AddedChange(Method):
         """``W + D``."""
         n_in, n_out = matrix.shape
         change = self.change(params, state, n_in, n_out)
-        return (matrix.astype(change.dtype) + change).astype(matrix.dtype)
+        return added(matrix, change)
 
     def apply(
         self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
@@ -44,7 +45,7 @@ class AddedChange(Method):
 
         y = base.apply(x, product)
         added = update(params, arrays, x if product.looks_up else dropout(x, state))
-        return (y.astype(added.dtype) + added).astype(y.dtype)
+        return added(y, added)
 
 
 class FactoredChange(Method):
@@ -73,4 +74,4 @@ class FactoredChange(Method):
         a, b = self.factors(params, state, n_in, n_out)
         y = base.apply(x, product)
         update = product.up(product.down(x if product.looks_up else dropout(x, state), a), b)
-        return (y.astype(update.dtype) + update).astype(y.dtype)
+        return added(y, update)

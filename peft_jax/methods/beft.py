@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, Method, register
@@ -70,7 +71,7 @@ class BeftConfig(TargetFields, BiasRule, Method):
     def merge_bias(self, params: Arrays, state: Arrays, bias: Float[Array, " out"]) -> Float[Array, " out"]:
         """``b + c``."""
         own = jnp.where(state["hit"], params["beft_bias"], 0)
-        return (bias.astype(own.dtype) + own).astype(bias.dtype)
+        return added(bias, own)
 
     def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """The matrix as it is."""
@@ -89,4 +90,4 @@ class BeftConfig(TargetFields, BiasRule, Method):
         if UNBIASED not in state:
             return y
         own = jnp.where(state[UNBIASED][..., None], params["beft_bias"], 0)
-        return (y.astype(own.dtype) + product.scale(jnp.ones_like(y, own.dtype), own)).astype(y.dtype)
+        return added(y, product.scale(jnp.ones_like(y, own.dtype), own))

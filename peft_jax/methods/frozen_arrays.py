@@ -10,6 +10,21 @@ from peft_jax.core.layout import Layout
 from peft_jax.methods.base import Arrays, Method
 
 
+def check_indices(name: str, indices: np.ndarray, size: int, path: str) -> None:
+    """Raise ValueError unless an array of a file has whole numbers from 0 to ``size - 1``.
+
+    Example:
+        >>> check_indices("places", np.array([0, 5]), 6, "q.kernel")
+    """
+    is_index = (indices >= 0) & (indices < size) & (indices == np.floor(indices))
+    if not is_index.all():
+        wrong = indices[~is_index].ravel()[0]
+        raise ValueError(
+            f"{name} of '{path}' holds {wrong}, which is no whole number from 0 to {size - 1}. "
+            "Take an undamaged copy of the adapter."
+        )
+
+
 class FrozenArrays(Method):
     """A method some of whose roles are frozen: a file has them like the others, and in a tree they are in the state."""
 
@@ -24,6 +39,9 @@ class FrozenArrays(Method):
         """As every method's, with the frozen arrays in the state."""
         params, state = super().init(layout, shape, names, adapted, key)
         return params, state | {role: params.pop(role) for role in self.frozen}
+
+    def check_frozen(self, arrays: Mapping[str, np.ndarray], n_in: int, n_out: int, path: str) -> None:
+        """Raise ValueError if arrays of a file cannot be those of the matrix ``(n_in, n_out)`` of a leaf."""
 
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
         """The trained arrays and the frozen ones."""

@@ -6,6 +6,7 @@ orthogonal to U_high and V_high. Numbers follow PEFT 0.21.2.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.core.bounded_regex import matches
+from peft_jax.core.bounded_regex import compiled, matches
 from peft_jax.core.targets import ALL_LINEAR
 from peft_jax.core.weight import Weight
 from peft_jax.methods.added_change import FactoredChange
@@ -155,15 +156,20 @@ class OSFConfig(TargetFields, StartsFromWeight, FactoredChange):
                 "rank": jnp.asarray(smaller - number, jnp.int32),
             }
             layers.append(own if hit else jax.tree.map(jnp.zeros_like, own))
-        return {
-            role: jnp.stack([layer[role] for layer in layers]).reshape(*names.shape, *layers[0][role].shape)
-            for role in layers[0]
-        }
+        found = {}
+        for role in layers[0]:
+            stacked = jnp.stack([layer[role] for layer in layers])
+            found[role] = stacked.reshape(*names.shape, *stacked.shape[1:])
+        return found
 
 
 def _anywhere(pattern: str) -> str:
-    """The pattern that matches the whole of what ``pattern`` is found in."""
-    return rf".*({pattern}).*"
+    """The pattern that matches the whole of what ``pattern`` is found in; flags in front are for it alone."""
+    compiled(pattern, "a key of rank_pattern")
+    in_front = re.match(r"\(\?([aiLmsux]+)\)", pattern)
+    if in_front is None:
+        return rf".*({pattern}).*"
+    return rf".*(?{in_front[1]}:{pattern[in_front.end() :]}).*"
 
 
 def _frozen(parts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -178,11 +184,19 @@ def _padded(array: Float[Array, "*rows columns"], columns: int) -> Float[Array, 
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, columns - array.shape[-1])])
 
 
+@jax.custom_jvp
 def _projected(
     vectors: Float[Array, "*groups features rank"], kept: Float[Array, "*groups features kept"]
 ) -> Float[Array, "*groups features rank"]:
     """The vectors, whose gradient is projected onto what is orthogonal to the ``kept`` ones."""
-    still = jax.lax.stop_gradient(vectors)
-    kept = kept.astype(vectors.dtype)
-    moved = vectors - still  # zero, with a gradient
-    return still + moved - kept @ (jnp.swapaxes(kept, -1, -2) @ moved)
+    return vectors
+
+
+@_projected.defjvp
+def _projected_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """A change of the vectors, less its part along the ``kept`` ones; the transpose of that is the same."""
+    (vectors, kept), (moved, _) = primals, tangents
+    kept = kept.astype(moved.dtype)
+    return vectors, moved - kept @ (jnp.swapaxes(kept, -1, -2) @ moved)

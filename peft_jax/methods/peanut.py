@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.activations import ACTIVATIONS, check_activation
+from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight, as_leaf, as_weight
@@ -98,7 +99,7 @@ class PeanutConfig(TargetFields, ExcludeFields, LayerFields, Method):
     ) -> Float[Array, "in out"]:
         """``W + s f(U)`` with ``unadapted`` as U, the weight without the adapters under this one; None if U is W."""
         change = self._hidden(params, matrix if unadapted is None else unadapted) @ _last(params, state)
-        return (matrix.astype(change.dtype) + change).astype(matrix.dtype)
+        return added(matrix, change)
 
     def apply(
         self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
@@ -112,7 +113,7 @@ class PeanutConfig(TargetFields, ExcludeFields, LayerFields, Method):
 
         y = base.apply(x, product)
         update = product.up(product.down(x, first(params, as_leaf(base.unadapted))), _last(params, state))
-        return (y.astype(update.dtype) + update).astype(y.dtype)
+        return added(y, update)
 
     def _hidden(self, params: Arrays, matrix: Float[Array, "*groups in out"]) -> Float[Array, "*groups in rank"]:
         """The outputs of the network before its last layer, for the rows of a matrix."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from peft_jax.core.float_types import added
 from peft_jax.core.targets import pattern_value
 from peft_jax.methods.base import Method
 from peft_jax.methods.fields import check_rank
@@ -44,4 +45,4 @@ def add(
     matrix: Float[Array, "in out"], change: Float[Array, "in out"], state: Mapping[str, Any]
 ) -> Float[Array, "in out"]:
     """``matrix + scale * change``, added in the precision of the change."""
-    return (matrix.astype(change.dtype) + state["scaling"].astype(change.dtype) * change).astype(matrix.dtype)
+    return added(matrix, state["scaling"].astype(change.dtype) * change)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from peft_jax.core.float_types import wider_float
 from peft_jax.core.layout import Layout
 from peft_jax.methods.base import Arrays, register
-from peft_jax.methods.frozen_arrays import FrozenArrays
+from peft_jax.methods.frozen_arrays import FrozenArrays, check_indices
 from peft_jax.methods.ranked import Ranked
 from peft_jax.methods.target_fields import TargetFields
 from peft_jax.methods.torch_draws import permutation
@@ -92,6 +93,12 @@ class ShiraConfig(TargetFields, FrozenArrays, Ranked):
         state[PLACES] = jnp.broadcast_to(jnp.asarray(places, jnp.int32), state[PLACES].shape)
         return params, state
 
+    def check_frozen(self, arrays: Mapping[str, np.ndarray], n_in: int, n_out: int, path: str) -> None:
+        """Raise ValueError if a place of a file is outside of the matrix."""
+        places = arrays[PLACES]
+        check_indices(PLACES, places[..., 0, :], n_out, path)
+        check_indices(PLACES, places[..., 1, :], n_in, path)
+
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
         """The number of trained elements of each stacked layer."""
@@ -101,4 +108,5 @@ class ShiraConfig(TargetFields, FrozenArrays, Ranked):
         """``W + S``, added in the adapter's precision."""
         values = state["scaling"].astype(params[VALUES].dtype) * params[VALUES]
         outputs, inputs = state[PLACES].astype(jnp.int32)
-        return matrix.astype(values.dtype).at[inputs, outputs].add(values).astype(matrix.dtype)
+        wide = wider_float(matrix.dtype, values.dtype)
+        return matrix.astype(wide).at[inputs, outputs].add(values.astype(wide)).astype(matrix.dtype)

@@ -14,11 +14,12 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
+from peft_jax.core.float_types import added, wider_float
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, check_rank, kaiming
-from peft_jax.methods.frozen_arrays import FrozenArrays
+from peft_jax.methods.frozen_arrays import FrozenArrays, check_indices
 from peft_jax.methods.starts_from_weight import StartsFromWeight
 from peft_jax.methods.target_fields import TargetFields
 
@@ -38,7 +39,8 @@ class SupertuningConfig(TargetFields, StartsFromWeight, FrozenArrays):
         select_top: Whether the largest magnitudes are trained; if not the smallest.
         r: Rank of the LoRA; None for none.
         lora_alpha: Its scale is ``lora_alpha / r``; None stands for ``2 * r``.
-        lora_dropout: Probability of zeroing an input of the LoRA in training, in [0, 1).
+        lora_dropout: Probability of zeroing an input of the LoRA in training, in [0, 1); ignored
+            where there is none, as in PEFT.
         init_weights: True starts at no change; False at a random one.
         save_precomputed_indices: Whether files hold the places of the trained elements. Without them they are found
             again in the base, which has to be the same to the last bit.
@@ -120,6 +122,11 @@ class SupertuningConfig(TargetFields, StartsFromWeight, FrozenArrays):
         params, state = self.init(base.layout, base.shape, names, adapted, key)
         return params, state | {PLACES: self._places(base)}, base
 
+    def check_frozen(self, arrays: Mapping[str, np.ndarray], n_in: int, n_out: int, path: str) -> None:
+        """Raise ValueError if a place of a file is outside of the matrix."""
+        if PLACES in arrays:
+            check_indices(PLACES, arrays[PLACES], n_in * n_out, path)
+
     def state_on(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """The places, where files do not have them."""
         return {} if self.save_precomputed_indices else {PLACES: self._places(base)}
@@ -128,7 +135,8 @@ class SupertuningConfig(TargetFields, StartsFromWeight, FrozenArrays):
         """``W + S + s A B``, added in the adapter's precision."""
         values = jnp.where(state["hit"], params[VALUES], 0)
         outputs, inputs = jnp.divmod(state[PLACES].astype(jnp.int32), matrix.shape[0])
-        adapted = matrix.astype(values.dtype).at[inputs, outputs].add(values)
+        wide = wider_float(matrix.dtype, values.dtype)
+        adapted = matrix.astype(wide).at[inputs, outputs].add(values.astype(wide))
         if FIRST in params:
             adapted = adapted + params[FIRST] @ self._second(params, state)
         return adapted.astype(matrix.dtype)
@@ -143,7 +151,7 @@ class SupertuningConfig(TargetFields, StartsFromWeight, FrozenArrays):
             return y
         inner = product.down(x if product.looks_up else dropout(x, state), params[FIRST])
         update = product.up(inner, self._second(params, state))
-        return (y.astype(update.dtype) + update).astype(y.dtype)
+        return added(y, update)
 
     def _second(self, params: Arrays, state: Mapping[str, Any]) -> Float[Array, "*groups rank out"]:
         """``s B``, zero for layers that are not adapted."""
@@ -152,7 +160,7 @@ class SupertuningConfig(TargetFields, StartsFromWeight, FrozenArrays):
         return jnp.where(state["hit"][..., None, None], self.lora_alpha / self.r * second, 0).astype(second.dtype)
 
     def _places(self, base: Weight) -> Shaped[Array, "*stack places"]:
-        """The places ``(*stack, places)`` in PyTorch's ``(out, in)`` matrix, read row by row; the first ones first."""
+        """Row-major indices ``(*stack, places)`` in PyTorch's ``(out, in)`` matrix, of equals the lower ones."""
         matrix = base.layout.matrix(base.unadapted.dense())
         n_in, n_out = matrix.shape[-2:]
         sizes = jnp.abs(jnp.swapaxes(matrix, -1, -2)).reshape(*matrix.shape[:-2], n_in * n_out)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
+from peft_jax.core.float_types import added
 from peft_jax.core.product import Lookup, Product
 from peft_jax.core.targets import names_module, nothing_hit
 from peft_jax.core.weight import Weight
@@ -243,7 +244,7 @@ def apply_tokens(
         there = x.at[..., ids].get(mode="fill", fill_value=0)
         y = base.apply(x.at[..., ids].set(0, mode="drop", unique_indices=True), product)
         own = product.up(there.astype(params[ROWS].dtype), params[ROWS])
-        return (y.astype(own.dtype) + own).astype(y.dtype)
+        return added(y, own)
     y = base.apply(x, product)
     own = product.down(x, params[COLUMNS].T)
     return y.at[..., ids].set(own.astype(y.dtype), mode="drop", unique_indices=True)

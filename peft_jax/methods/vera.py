@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
+from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
@@ -90,7 +91,7 @@ class VeraConfig(TargetFields, LayerFields, RandomFactors, Method):
         inner = product.down(x if product.looks_up else dropout(x, state), random_a)
         inner = product.scale(inner, params["vera_lambda_d"])
         update = product.scale(product.up(inner, random_b), _outer(params, state))
-        return (y.astype(update.dtype) + update).astype(y.dtype)
+        return added(y, update)
 
 
 def _random(params: Arrays, state: Arrays) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:

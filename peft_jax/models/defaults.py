@@ -5,7 +5,7 @@ from peft_jax.models.family import OTHERWISE, Fields
 from peft_jax.models.registry import BY_MODEL_TYPE
 
 ONLY = ("ADAPTION_PROMPT",)  # methods that are for the model types with an entry of theirs alone
-OWN = ("OSF",)  # and those that have no default for the others
+WITHOUT_DEFAULT = ("OSF",)  # methods without a default for the other model types
 
 
 def method_defaults(peft_type: str, model_type: str) -> Fields:
@@ -22,7 +22,7 @@ def method_defaults(peft_type: str, model_type: str) -> Fields:
     if peft_type in ONLY and peft_type not in by_method:
         able = [name for name, family in BY_MODEL_TYPE.items() if peft_type in family.peft_defaults[name]]
         raise ValueError(f"{peft_type} is for {', '.join(able)} models, as in PEFT, not for {model_type}.")
-    otherwise = {} if peft_type in OWN else by_method[OTHERWISE]
+    otherwise = {} if peft_type in WITHOUT_DEFAULT else by_method[OTHERWISE]
     return by_method.get(peft_type, otherwise)
 
 

@@ -87,6 +87,9 @@ def replace_lora_weights_loftq(
     return model
 
 
+TO_FLOAT32 = Cast(lambda path: jnp.float32)  # one, so that what is compiled for it is found again
+
+
 def _is_meant(leaf: Adapted, adapter_name: str) -> bool:
     """Whether an adapted leaf is a LoRA of this name on a quantized matrix that no other adapter is on."""
     if leaf.tag.name != adapter_name or not isinstance(leaf.base, Quantized):
@@ -97,7 +100,7 @@ def _is_meant(leaf: Adapted, adapter_name: str) -> bool:
 def _read(tensors: Mapping[str, Any], row: Row) -> jax.Array:
     """A leaf in float32."""
     own = {key: tensors[key] for key in row.keys}
-    exact: jax.Array = leaf_at(load_params(own, [row], Cast(lambda path: jnp.float32)), row.path)
+    exact: jax.Array = leaf_at(load_params(own, [row], TO_FLOAT32), row.path)
     return exact
 
 

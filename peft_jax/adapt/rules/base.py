@@ -4,17 +4,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.digits import Axis
-from peft_jax.adapt.view import Value, View, stands_for_weights
+from peft_jax.adapt.view import Evaluate, Outputs, Value, View, stands_for_weights
 from peft_jax.core.weight import MergeError
 
-Outputs = list[Value] | None
-Evaluate = Callable[..., list[Value]]  # the outputs of a jaxpr on the values that follow it
 Rule = Callable[[Evaluate, JaxprEqn, list[Value]], Outputs]
 
 
@@ -41,7 +38,7 @@ def or_merge(view: View | None) -> Outputs:
 
 
 def used(eqn: JaxprEqn, view: View, y: jax.Array | None) -> Outputs:
-    """The outputs of a rule that multiplied by a weight, in the equation's element type; the watch is told."""
+    """The outputs of a rule that multiplied by a weight, in the equation's element type; and report it to the watch."""
     if y is None:
         return None
     view.done(eqn, merged=False)
@@ -61,16 +58,3 @@ def entries_of(spec: PartitionSpec, value: Value) -> list[Any]:
 def is_probe(view: View) -> bool:
     """Whether the axes of a weight are unknown, so that its shapes alone are asked for."""
     return not (view.weight.layout.inp or view.weight.layout.out)
-
-
-def is_wide_float(dtype: jnp.dtype) -> bool:
-    """Whether an element type is a floating-point one of at least 16 bits."""
-    return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16)
-
-
-def wider_float(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
-    """The wider of two floating-point types; float32 for bfloat16 and float16."""
-    bits_a, bits_b = jnp.finfo(a).bits, jnp.finfo(b).bits
-    if bits_a == bits_b and a != b:
-        return jnp.dtype(jnp.float32)
-    return jnp.dtype(a if bits_a >= bits_b else b)

@@ -12,8 +12,8 @@ from peft_jax.adapt import compat
 from peft_jax.adapt.custom_calls import has_derivative_of_body
 from peft_jax.adapt.digits import in_front
 from peft_jax.adapt.joined import layers_of
-from peft_jax.adapt.rules.base import Evaluate, Outputs, entries_of, merged
-from peft_jax.adapt.view import Value, View, is_view, is_watched, rewatched, stands_for_weights
+from peft_jax.adapt.rules.base import entries_of, merged
+from peft_jax.adapt.view import Evaluate, Outputs, Value, View, is_view, is_watched, rewatched, stands_for_weights
 from peft_jax.core.repeated import with_bases, without_bases
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from peft_jax.adapt import compat
-from peft_jax.adapt.rules.base import Evaluate, Outputs, is_probe, is_wide_float, merged, or_merge, wider_float
-from peft_jax.adapt.view import Value, View, is_view
+from peft_jax.adapt.rules.base import is_probe, merged, or_merge
+from peft_jax.adapt.view import Evaluate, Outputs, Value, View, is_view
+from peft_jax.core.float_types import is_wide_float, wider_float
 from peft_jax.core.scaled import Scaled
 
 

@@ -10,9 +10,9 @@ from jax.extend.core import JaxprEqn
 
 from peft_jax.adapt.digits import Axis
 from peft_jax.adapt.multiply import through
-from peft_jax.adapt.rules.base import Evaluate, Outputs, or_merge, used
+from peft_jax.adapt.rules.base import or_merge, used
 from peft_jax.adapt.rules.products import operand_axes
-from peft_jax.adapt.view import Value, View, is_view
+from peft_jax.adapt.view import Evaluate, Outputs, Value, View, is_view
 from peft_jax.core.product import Lookup
 
 

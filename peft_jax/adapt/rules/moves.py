@@ -5,8 +5,8 @@ from jax.extend.core import JaxprEqn
 
 from peft_jax.adapt.digits import BROADCAST, Atom, Axis, flat, length
 from peft_jax.adapt.edits import Cut, Pad, Reverse, cuts
-from peft_jax.adapt.rules.base import Evaluate, Outputs, is_probe, or_merge, without
-from peft_jax.adapt.view import Value, View, is_view
+from peft_jax.adapt.rules.base import is_probe, or_merge, without
+from peft_jax.adapt.view import Evaluate, Outputs, Value, View, is_view
 
 
 def transpose(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:

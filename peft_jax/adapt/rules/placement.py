@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.digits import Atom, Axis
-from peft_jax.adapt.rules.base import Evaluate, Outputs, entries_of, or_merge
-from peft_jax.adapt.view import Value, View, is_view
+from peft_jax.adapt.rules.base import entries_of, or_merge
+from peft_jax.adapt.view import Evaluate, Outputs, Value, View, is_view
 from peft_jax.core.weight import MergeError, varying_over
 
 MARK = "marked"  # the entry of a spec for the axis that is asked for

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.adapt.digits import Axis, arrange, free
 from peft_jax.adapt.multiply import through
-from peft_jax.adapt.rules.base import Evaluate, Outputs, is_wide_float, used, wider_float, without
-from peft_jax.adapt.view import Value, View, is_view
+from peft_jax.adapt.rules.base import used, without
+from peft_jax.adapt.view import Evaluate, Outputs, Value, View, is_view
+from peft_jax.core.float_types import is_wide_float, wider_float
 from peft_jax.core.product import Convolution, Grouped, Product
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
+from peft_jax.core.float_types import added
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
@@ -275,7 +276,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
     def merge_bias(self, params: Arrays, state: Arrays, bias: Float[Array, " out"]) -> Float[Array, " out"]:
         """The layer's bias and ``s`` times the trained one."""
         own = state["scaling"] * params[BIAS]
-        return (bias.astype(own.dtype) + own).astype(bias.dtype)
+        return added(bias, own)
 
     def merge(
         self,
@@ -319,7 +320,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
             update = update + product.scale(jnp.ones_like(update), scaling[..., None] * params[BIAS])
         if alora.TOKENS in state:
             update = alora.masked(update, state)
-        return (y.astype(update.dtype) + update).astype(y.dtype)
+        return added(y, update)
 
 
 def _second(params: Arrays, state: Mapping[str, Any]) -> Float[Array, "*groups rank out"]:

@@ -70,9 +70,7 @@ def continue_prompts(
     mask = padding_mask(ids, attention_mask, generation)
     refuse_padding_at_the_end(mask, "prompt")
     generation = with_padding(generation)
-    run = programs(config, generation)
-    if is_widened(params):
-        run = programs(config, generation, widened=True)
+    run = programs(config, generation, widened=is_widened(params))
     return run_programs(run, params, ids, mask, generation, key, streamer)
 
 

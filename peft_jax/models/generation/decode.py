@@ -191,8 +191,8 @@ def make_programs(
         decoder: Makes a decoder of parameters.
         make_cache: Makes an empty cache of parameters, batch size and number of positions.
         max_new_tokens: The largest number of new tokens.
-        widened: Whether the backend converts the weights, which it then does at each token, not once for all of them:
-            beside the weights, memory holds the largest of them converted, and no second copy of all.
+        widened: Whether XLA converts the weights before each product (bfloat16 on a CPU). Conversions then stay inside
+            the loop over tokens: memory holds one converted weight, not a second copy of all.
     """
     options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if widened else None
 

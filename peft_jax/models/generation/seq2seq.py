@@ -103,9 +103,7 @@ def answer(
     elif question.input_ids is not None:
         question = question._replace(attention_mask=padding_mask(question.input_ids, None, generation))
     generation = with_padding(generation)
-    run = programs(config, generation)
-    if is_widened(params):
-        run = programs(config, generation, widened=True)
+    run = programs(config, generation, widened=is_widened(params))
     return run_programs(run, (params, question), ids, mask, generation, key, streamer)
 
 

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
+from peft_jax.core.precision import ComputeDtype
 from peft_jax.interop.base_file import read_base_file
 from peft_jax.methods.base import PeftConfig
 from peft_jax.models.handles import auto
@@ -25,6 +26,7 @@ class AutoPeftModel:
         revision: str | None = None,
         *,
         subfolder: str | None = None,
+        compute_dtype: ComputeDtype | None = None,
         **options: Any,
     ) -> Any:
         """The base model with the adapter, and with as many tokens as that was trained with.
@@ -36,6 +38,7 @@ class AutoPeftModel:
             config: Its config, instead of the one in the folder.
             revision: Branch, tag or commit of the adapter; the base's is in the adapter's config.
             subfolder: Folder of the adapter in the repository.
+            compute_dtype: Element type of the adapter's products, as in `PeftModel.from_pretrained`.
             **options: For the base model's ``from_pretrained``, e.g. ``load_in_8bit=True`` or ``num_labels=3``;
                 ``token``, ``cache_dir`` and ``local_files_only`` are for both.
 
@@ -62,7 +65,7 @@ class AutoPeftModel:
             given["revision"] = config.revision
         model = cls.auto.from_pretrained(base, **{**given, **options})
         model = model.resized_for(folder)
-        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
+        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config, compute_dtype=compute_dtype)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -9,7 +9,7 @@ import numpy as np
 STEP = 32  # the smallest width; widths are its multiples
 FEWEST = 128  # tokens of a micro batch below which it is not made smaller
 TRIED = 8  # batches that are drawn to compare numbers of rows
-LEAST_GAIN = 0.95  # fewer rows have to compute this part or less
+WORTHWHILE = 0.95  # fewer rows are taken if they compute at most this part
 OCTAVE = 2  # widths from each power of two up to the next; each width that occurs is compiled
 
 
@@ -77,7 +77,8 @@ class MicroLayout(NamedTuple):
     def __str__(self) -> str:
         """Describe it as a run reports it."""
         examples = ", several examples in each" if self.packed else ""
-        return f"Rows of {self.widths[0]} to {self.widths[-1]} tokens, {self.rows} at once{examples}"
+        at_once = f"up to {max(self.rows_by_width)}" if self.rows_by_width else str(self.rows)
+        return f"Rows of {self.widths[0]} to {self.widths[-1]} tokens, {at_once} at once{examples}"
 
     def _sorted(self, lengths: Sequence[int]) -> list[MicroRows]:
         """One example a row, the longest first."""
@@ -190,7 +191,7 @@ def _with_fitting_rows(layout: MicroLayout, lengths: Sequence[int], batch_size: 
     for part in (2, 4):
         fewer = layout._replace(rows=-(-layout.rows // (part * multiple)) * multiple)
         computed = fewer.computed(drawn)
-        if fewer.rows * layout.widths[-1] >= FEWEST and computed <= LEAST_GAIN * least:
+        if fewer.rows * layout.widths[-1] >= FEWEST and computed <= WORTHWHILE * least:
             best, least = fewer, computed
     return best
 
