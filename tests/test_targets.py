@@ -205,7 +205,16 @@ def test_layers_that_match_nothing_are_told_in_the_same_words(layers, pattern, s
 
 @pytest.mark.parametrize(
     "pattern",
-    [r"(a+)+b", r"(a|b)*c?(ab?){1,2}", r"(?!.*lm).*(a|ab)+", r"^(x\d+\.?)*$", r"[^a]*(a[a-c]+)*", r"(?i)(A+b)*", r"(?i:A+b)*c?", r"(?i)(?-i:a+b)*"]
+    [
+        r"(a+)+b",
+        r"(a|b)*c?(ab?){1,2}",
+        r"(?!.*lm).*(a|ab)+",
+        r"^(x\d+\.?)*$",
+        r"[^a]*(a[a-c]+)*",
+        r"(?i)(A+b)*",
+        r"(?i:A+b)*c?",
+        r"(?i)(?-i:a+b)*",
+    ]
     + [r"(\w+\.)+\bq", r"(a*)*", r"(|a)+b", r"((a|ab)(c|bcd))*", r"(\Ba+)+", r"(.)*\D(\S\s?)*", r"(?<!a)(b.*)+"],
 )
 def test_bounded_matches_are_pythons(pattern):
