@@ -130,6 +130,10 @@ def test_every_way_to_ask(tmp_path: Path) -> None:
     more = more.load_adapter(tmp_path, "read", compute_dtype="bfloat16")
     found = [kinds(more, name) for name in ("default", "more", "read")]
     assert found == [{None}, {jnp.dtype("float16")}, {HALF}]
+    mixed = more.add_adapter("plain", config.replace(modules_to_save=None))
+    mixed = mixed.add_weighted_adapter(["more", "plain"], [1.0, 1.0], "mixed", "cat")
+    mixed = mixed.add_weighted_adapter(["more"], [0.5], "half")
+    assert [kinds(mixed, name) for name in ("mixed", "half")] == [{None}, {jnp.dtype("float16")}]
     rows = pj.with_adapter_rows(attending(compute_dtype="bfloat16"), ["default"])
     assert {array.dtype for array in rows["q"]["kernel"].params[0].values()} == {HALF}
     started = pj.apply_lora_from_data(

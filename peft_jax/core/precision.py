@@ -1,12 +1,14 @@
 """The element types of an adapter's arrays and of its products: float32 mostly, or that of its base."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, adapters, map_adapted
+from peft_jax.core.pytree import PyTree
 
 T = TypeVar("T")
 ComputeDtype = str | jnp.dtype | type
@@ -85,6 +87,25 @@ def with_compute_dtype(params: T, dtype: ComputeDtype | None, adapter_name: str 
         )
     marked: T = map_adapted(mark, params)
     return marked
+
+
+def common_compute_dtype(params: PyTree, adapter_names: Collection[str]) -> jnp.dtype | None:
+    """The element type of the products of several adapters; None if it was not set for all of them, or differs.
+
+    Example:
+        >>> import peft_jax as pj
+        >>> params = {"q": {"kernel": jnp.ones((4, 4), jnp.bfloat16)}}
+        >>> config = pj.LoraConfig(r=2, target_modules=["q"])
+        >>> params = pj.apply_lora(params, config, compute_dtype="bfloat16")
+        >>> common_compute_dtype(params, ["default"])
+        dtype(bfloat16)
+    """
+    found = {
+        leaf.compute_dtype
+        for _, leaf in adapted_leaves(params)
+        if leaf.tag.name in adapter_names and leaf.tag.role is None
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def checked_compute_dtype(dtype: ComputeDtype) -> jnp.dtype:

@@ -15,6 +15,7 @@ from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves
 from peft_jax.core.paths import keys_from_names
+from peft_jax.core.precision import common_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.ia3 import IA3Config
@@ -81,8 +82,9 @@ def add_weighted_adapter(
     to it of a smaller rank. ``"linear"`` adds the factors each by itself, which is near to it as far as they are
     alike. The others prune first: ``"magnitude_prune"`` the smallest elements, ``"dare_..."`` any, with the rest
     scaled up; ``"ties"`` and ``"dare_ties"`` then take the mean of what agrees in sign with the majority;
-    ``"..._svd"`` does it with the products of the factors. The new adapter has scale 1 and starts inactive. IA3's
-    vectors are added up (``"linear"``); as in PEFT an adapter that leaves a module out adds nothing there.
+    ``"..._svd"`` does it with the products of the factors. IA3's vectors are added up (``"linear"``); as in PEFT an
+    adapter that leaves a module out adds nothing there. The new adapter has scale 1, starts inactive, and has the
+    ``compute_dtype`` of the others if that is the same for all.
 
     Args:
         params: A tree or model handle with the adapters.
@@ -122,6 +124,7 @@ def add_weighted_adapter(
             raise ValueError("IA3's vectors are added up. Write combination_type='linear' or nothing, and no options.")
         weighted = dict(zip(adapter_names, weights, strict=True))
         new = weighted_ia3(tree, weighted, vectors, new_name)
+        new = with_compute_dtype(new, common_compute_dtype(tree, adapter_names), new_name)
         return params.replace(new) if isinstance(params, Handle) else new
     way = "linear" if len(adapter_names) == 1 else combination_type or "svd"
     how = How(way, 1.0 if density is None else density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
@@ -151,6 +154,7 @@ def add_weighted_adapter(
         return Contents(made[target.position].params, made[target.position].state, base)
 
     new = build(tree, new_name, config, targets, contents_of, active=False)
+    new = with_compute_dtype(new, common_compute_dtype(tree, adapter_names), new_name)
     return params.replace(new) if isinstance(params, Handle) else new
 
 
