@@ -1,5 +1,6 @@
 """Base classes of methods that add to a matrix what their arrays alone say: a whole matrix, or two factors of one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -44,15 +45,14 @@ class AddedChange(Method):
             return product.full(x if product.looks_up else x.astype(matrix.dtype), matrix)
 
         y = base.apply(x, product)
-        added = update(params, arrays, x if product.looks_up else dropout(x, state))
-        return added(y, added)
+        return added(y, update(params, arrays, x if product.looks_up else dropout(x, state)))
 
 
 class FactoredChange(Method):
     """A method whose adapted matrix is ``W + A B``; `factors` are ``A`` and ``B``, in the adapter's precision."""
 
     def factors(
-        self, params: Arrays, state: Arrays, n_in: int, n_out: int
+        self, params: Arrays, state: Mapping[str, Any], n_in: int, n_out: int
     ) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
         """``(in, rank)`` and ``(rank, out)``, whose product is zero for a layer that is not adapted.
 
@@ -60,14 +60,14 @@ class FactoredChange(Method):
         """
         raise NotImplementedError
 
-    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """``W + A B``."""
         n_in, n_out = matrix.shape
         a, b = self.factors(params, state, n_in, n_out)
         return (matrix.astype(a.dtype) + a @ b).astype(matrix.dtype)
 
     def apply(
-        self, params: Arrays, state: Arrays, base: Weight, x: Shaped[Array, "..."], product: Product
+        self, params: Arrays, state: Mapping[str, Any], base: Weight, x: Shaped[Array, "..."], product: Product
     ) -> Float[Array, "... out"]:
         """``x W + (dropout(x) A) B``."""
         n_in, n_out = base.layout.sizes(base.shape)

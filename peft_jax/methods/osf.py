@@ -113,7 +113,7 @@ class OSFConfig(TargetFields, StartsFromWeight, FactoredChange):
         params, state = self.init(base.layout, base.shape, names, adapted, key)
         parts = self._parts(base, names, adapted)
         if self.init_weights is not False:
-            params = {role: parts[role] for role in self.axes}
+            params = {role: jnp.copy(parts[role]) for role in self.axes}  # a step donates these, not the frozen ones
         return params, state | _frozen(parts), base
 
     def state_on(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:

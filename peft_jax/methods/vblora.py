@@ -130,7 +130,7 @@ class VBLoRAConfig(TargetFields, ExcludeFields, LayerFields, TrainedSharedArrays
         return sizes
 
     def factors(
-        self, params: Arrays, state: Arrays, n_in: int, n_out: int
+        self, params: Arrays, state: Mapping[str, Any], n_in: int, n_out: int
     ) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
         """The parts, one after the other."""
         bank = self.all_layers(params, state, BANK).astype(params[FIRST].dtype)
