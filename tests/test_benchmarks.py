@@ -48,7 +48,7 @@ def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
     "program",
     [
         "training_step",
-        "startup",
+        pytest.param("startup", marks=pytest.mark.slow),
         pytest.param("int8_base", marks=pytest.mark.slow),
         pytest.param("generation", marks=pytest.mark.slow),
     ],

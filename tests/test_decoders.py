@@ -80,12 +80,14 @@ HEADED = [f"{kind}-{task}" for kind in KINDS for task in OUTPUTS if config_of(ki
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``each`` is each case, ``form`` one of `FORMS`, ``some`` and ``half`` a few, ``headed`` one; ``--grid``: all."""
+    """``each`` is each case, ``form`` one of `FORMS`, ``headed`` one, the others a few; with ``--grid`` all."""
     with_grid = metafunc.config.getoption("--grid")
     if "each" in metafunc.fixturenames:
         metafunc.parametrize("each", [*CASES, *GRID] if with_grid else [*CASES])
     if "form" in metafunc.fixturenames:
         metafunc.parametrize("form", WHOLE if with_grid else FORMS)
+    if "meshed" in metafunc.fixturenames:
+        metafunc.parametrize("meshed", WHOLE if with_grid else ["llama", "qwen3_moe"])
     if "name_and_method" in metafunc.fixturenames:
         adapters = [(name, method) for name in WHOLE for method in METHODS]
         kept = [(name, method) for name, method in adapters if with_grid or name in FORMS or method == "LoraConfig"]
@@ -327,11 +329,11 @@ def test_what_is_not_supported_is_refused_by_name(refused: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_one_step_on_eight_devices_is_that_on_one(form: str, pairs: Any) -> None:
+def test_one_step_on_eight_devices_is_that_on_one(meshed: str, pairs: Any) -> None:
     from peft_jax.train.mesh import make_mesh, place
 
-    model = pairs(form).ours
-    options = filled(METHODS["LoraConfig"], CASES[form].row.modules)
+    model = pairs(meshed).ours
+    options = filled(METHODS["LoraConfig"], CASES[meshed].row.modules)
     model = pj.get_peft_model(model, pj.LoraConfig(**options, task_type=CAUSAL_LM, init_lora_weights=False))
     model = dataclasses.replace(model, remat=True)
     ids = np.tile(IDS[:1], (8, 1))

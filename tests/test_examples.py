@@ -132,6 +132,7 @@ def run_example(name, monkeypatch, capsys, *options):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The checkpoint in")  # has no head for classes
 def test_a_frozen_bert_learns_classes_with_lora_and_with_a_prefix(standard, monkeypatch, capsys):
     options = "--pretraining-steps 20 --steps 80 --classes 3 --length 24".split()
