@@ -19,6 +19,7 @@ from peft_jax.cli.finetune.options import ProcessOptions, flag
 HOW = "Start all of them, each with a --process-id of its own and with the same --coordinator-address."
 OTHER = "another process of the run cannot start. See what it says."
 NAMED = ("coordinator_address", "num_processes", "process_id")
+SECONDS_TO_LEAVE = 3
 
 
 @contextlib.contextmanager
@@ -63,6 +64,8 @@ def joined(options: ProcessOptions) -> Iterator[None]:
             f"another process of the run ended, or cannot be reached: {_reason(error)}. See what it says, then start "
             "all of them again, with --resume if there is a checkpoint."
         ) from error
+    if is_first():
+        time.sleep(SECONDS_TO_LEAVE)  # the service to which the others say that they leave ends with this process
     jax.distributed.shutdown()
 
 
