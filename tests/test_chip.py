@@ -212,5 +212,6 @@ def test_it_does_without_what_an_image_lacks() -> None:
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, cwd=ROOT / "benchmarks")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first == "cpu ModuleNotFoundError: import of torch halted; None in sys.modules"
+    without_torch = "import of torch halted; None in sys.modules"
+    assert first in (f"cpu ModuleNotFoundError: {why}" for why in (without_torch, "No module named 'peft'"))
     assert "Array" in second and "Float" not in second  # the stand-in's, without axes
