@@ -143,8 +143,7 @@ def load_adapter(
         ValueError: if the file is damaged, its config is not supported, it does not fit this base, or it holds values
             that are not finite; nothing is loaded in part.
     """
-    if compute_dtype is not None:
-        checked_compute_dtype(compute_dtype)
+    checked_compute_dtype(compute_dtype)
     with short_errors():
         folder = find_folder(directory, ADAPTER_FILES, hub)
         if config is None:

@@ -339,11 +339,11 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
     leaf, adapted, config = target.leaf, target.adapted, file_plan.config
     base = as_weight(leaf.value, leaf.layout)
     if target.role is None:
-        is_brought = file_plan.brought.issuperset(leaf.names.flat)  # the file has what the initialization left of it
-        if isinstance(config, StartsFromWeight) and not is_brought:
-            base = config.rebased(base, leaf.names, adapted)
         state = config.state(leaf.names, adapted)
         if isinstance(config, StartsFromWeight):
+            # What the initialization left of the base may be in the file.
+            if not file_plan.brought.issuperset(leaf.names.flat):
+                base = config.rebased(base, leaf.names, adapted)
             state |= config.state_on(base, leaf.names, adapted)
         arrays = _zeros(target, entries, tensors)
     else:
@@ -351,10 +351,9 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
         arrays = {name: np.array(copy) for name, copy in initial.items()}
     for entry in entries:
         arrays[entry.role][entry.layer][entry.place] = entry.from_file(tensors[entry.key])
-    if target.role is None and isinstance(config, FrozenArrays):
-        config.check_frozen(arrays, *base.layout.sizes(base.shape), leaf.path)
     params = {name: jnp.asarray(array) for name, array in arrays.items()}
     if target.role is None and isinstance(config, FrozenArrays):
+        config.check_frozen(arrays, *base.layout.sizes(base.shape), leaf.path)
         state |= {name: params.pop(name) for name in config.frozen}
     return Contents(params, state, base)
 

@@ -123,7 +123,7 @@ def test_a_stream_has_the_same_tokens(lively_pair):
 
 def test_the_encoder_runs_once_and_one_program_serves_all_inputs_of_a_shape(lively_pair):
     _, ours = lively_pair("v1.1")
-    programs = seq2seq.programs(ours.config, Generation(5, (), 0, Sampling()))
+    programs = seq2seq.programs(ours.config, Generation(5, (), 0, Sampling()), widened=False)
     for seed, mask in enumerate([LEFT, RIGHT, None]):
         ours.generate((IDS + seed) % 50, mask, max_new_tokens=5)
     assert programs.whole._cache_size() == 1

@@ -122,8 +122,7 @@ def apply_adapter(
             f"{type(config).__name__} is for a model handle, whose forward pass knows what to do with a prompt. "
             "Write pj.get_peft_model(model, config)."
         )
-    if compute_dtype is not None:
-        checked_compute_dtype(compute_dtype)
+    checked_compute_dtype(compute_dtype)
     params = with_replicas(params, config)
     if isinstance(params, Handle):
         if fn is not None:

@@ -103,8 +103,7 @@ def apply_lora_from_data(
         )
     if fn is None and not isinstance(params, Handle):
         raise ValueError("A tree has to be run by somebody. Give fn=, a function of the tree and a batch.")
-    if compute_dtype is not None:
-        checked_compute_dtype(compute_dtype)
+    checked_compute_dtype(compute_dtype)
     batches = batches if isinstance(batches, (list, tuple)) else list(batches)
     if not batches:
         raise ValueError("There are no batches to look at. Give at least one.")

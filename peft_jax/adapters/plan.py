@@ -99,7 +99,7 @@ def _role_of(leaf: Leaf, config: Method, modules: Collection[str]) -> tuple[Role
         return role, _where(leaf, lambda name: _changes_bias(config, name, modules))
     if config.bias == "all" and leaf.path.endswith("_bias"):
         raise ValueError(
-            f"bias='all' would train '{leaf.names.flat[0]}' too, which is not the bias of a linear layer and is not "
+            f"bias='all' means '{leaf.names.flat[0]}' too, which is not the bias of a linear layer and is not "
             "supported. Write bias='none', or train the biases of targets alone, as LoRA's 'lora_only'."
         )
     if is_matrix(leaf):

@@ -61,9 +61,9 @@ def with_compute_dtype(params: T, dtype: ComputeDtype | None, adapter_name: str 
         >>> with_compute_dtype(params, "bfloat16")["q"]["kernel"].compute_dtype
         dtype(bfloat16)
     """
-    if dtype is None:
-        return params
     kind = checked_compute_dtype(dtype)
+    if kind is None:
+        return params
     config = adapters(params).get(adapter_name)
     if config is None:
         raise ValueError(
@@ -108,8 +108,8 @@ def common_compute_dtype(params: PyTree, adapter_names: Collection[str]) -> jnp.
     return found.pop() if len(found) == 1 else None
 
 
-def checked_compute_dtype(dtype: ComputeDtype) -> jnp.dtype:
-    """The element type that a value of ``compute_dtype`` names.
+def checked_compute_dtype(dtype: ComputeDtype | None) -> jnp.dtype | None:
+    """The element type that a value of ``compute_dtype`` names; None for None.
 
     Raises:
         ValueError: if products are not computed in it.
@@ -118,6 +118,8 @@ def checked_compute_dtype(dtype: ComputeDtype) -> jnp.dtype:
         >>> checked_compute_dtype("bfloat16")
         dtype(bfloat16)
     """
+    if dtype is None:
+        return None
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

@@ -64,7 +64,7 @@ class FactoredChange(Method):
         """``W + A B``."""
         n_in, n_out = matrix.shape
         a, b = self.factors(params, state, n_in, n_out)
-        return (matrix.astype(a.dtype) + a @ b).astype(matrix.dtype)
+        return added(matrix, a @ b)
 
     def apply(
         self, params: Arrays, state: Mapping[str, Any], base: Weight, x: Shaped[Array, "..."], product: Product

@@ -247,7 +247,7 @@ def complete(hf: Any, known: Iterable[str]) -> dict[str, Any]:
     Raises:
         ValueError: if the model type is not one of these, or the checkpoint is quantized in a way that is not read.
     """
-    raw = copy.deepcopy(dict(as_dict(hf)))  # transformers adds to nested dicts
+    raw = copy.deepcopy(as_dict(hf))  # transformers adds to nested dicts
     kind = raw.pop("model_type", None)
     check_model_type(kind, known)
     if quantization := raw.pop("quantization_config", None):

@@ -130,7 +130,11 @@ def add_weighted_adapter(
     how = How(way, 1.0 if density is None else density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
     configs = _checked(tree, adapter_names, weights, new_name, how, density)
     ranks = [max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r for config in configs]
-    rank = sum(ranks) if way == "cat" else (svd_rank or max(ranks)) if way in MATRICES else max(ranks)
+    rank = max(ranks)
+    if way == "cat":
+        rank = sum(ranks)
+    elif way in MATRICES and svd_rank:
+        rank = svd_rank
     weighted = dict(zip(adapter_names, weights, strict=True))
     key = jax.random.key(0) if key is None else key
     targets, made = [], {}

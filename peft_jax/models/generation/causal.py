@@ -118,7 +118,7 @@ def run_programs(
 
 
 @functools.lru_cache(maxsize=64)
-def programs(config: ModelConfig, generation: Generation, *, widened: bool = False) -> Programs:
+def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> Programs:
     """The compiled programs of a generation, the same for all parameters and prompts."""
     family = family_of(config)
     make_cache = family.init_cache

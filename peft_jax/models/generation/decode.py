@@ -173,9 +173,11 @@ class Programs(NamedTuple):
 
 def is_widened(params: PyTree) -> bool:
     """Whether most bytes of the parameters are bfloat16, which XLA's CPU backend multiplies as float32."""
+    if jax.default_backend() != "cpu":
+        return False
     leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "nbytes")]
     narrow = sum(leaf.nbytes for leaf in leaves if leaf.dtype == jnp.bfloat16)
-    return jax.default_backend() == "cpu" and 2 * narrow > sum(leaf.nbytes for leaf in leaves)
+    return 2 * narrow > sum(leaf.nbytes for leaf in leaves)
 
 
 def make_programs(
@@ -183,7 +185,7 @@ def make_programs(
     make_cache: Callable[[Any, int, int], KVCache],
     max_new_tokens: int,
     *,
-    widened: bool = False,
+    widened: bool,
 ) -> Programs:
     """Compile a generation.
 

@@ -138,7 +138,7 @@ def with_start_token(
 
 
 @functools.lru_cache(maxsize=64)
-def programs(config: ModelConfig, generation: Generation, *, widened: bool = False) -> Programs:
+def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> Programs:
     """The compiled programs of a generation, whose first argument is the parameters and a `Question`."""
     family = family_of(config)
     if family.encoder_decoder is None:

@@ -84,11 +84,8 @@ class Experts(nnx.Module):
     """
 
     def __init__(self, config: MixtureConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, inner: int) -> None:
-        init, hidden, experts = (
-            nnx.initializers.normal(config.initializer_range),
-            config.hidden_size,
-            config.num_experts,
-        )
+        init = nnx.initializers.normal(config.initializer_range)
+        hidden, experts = config.hidden_size, config.num_experts
         self.act = config.hidden_act
         self.gate_up_proj = nnx.Param(init(rngs.params(), (experts, hidden, 2 * inner), dtype))
         self.down_proj = nnx.Param(init(rngs.params(), (experts, inner, hidden), dtype))
