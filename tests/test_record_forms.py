@@ -298,7 +298,7 @@ def test_wrong_words_are_one_line(workplace: Path, capsys: pytest.CaptureFixture
 def test_formats_need_their_package(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("rows.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"rows.parquet needs the package pyarrow. .* 'peft-jax\[arrow\]'"):
+    with pytest.raises(ValueError, match=r"rows.parquet needs the package pyarrow. .*\.\[arrow\]'"):
         load_records(DataFileOptions(data=("rows.parquet",)))
 
 
