@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,8 +117,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Programs that run once need no optimizing compiler, and like programs of all files are compiled once.
 
-    A worker keeps them in a folder of its own. From memory they are let go at the end of a file: each takes memory
-    maps, of which a process may have some 65,000.
+    A worker keeps them in a folder of its own. At the end of a file they are let go from memory where they take much.
     """
     settings = {
         "jax_disable_most_optimizations": True,
@@ -129,7 +129,20 @@ def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         jax.config.update(name, value)
     reset_cache()
     yield
-    jax.clear_caches()
+    if holds_many_programs():
+        jax.clear_caches()
+
+
+def holds_many_programs() -> bool:
+    """Whether half of the 65,000 memory maps that a process may have are taken, or 4 GiB of memory.
+
+    Each compiled program takes maps. Where Linux's files do not tell, the answer is yes.
+    """
+    maps, sizes = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return True
+    pages = int(sizes.read_text().split()[1])
+    return maps.read_text().count("\n") > 32_000 or pages * resource.getpagesize() > 4 * 2**30
 
 
 @pytest.fixture
