@@ -44,11 +44,19 @@ def through(
             front.append(group)
     others = [(atom,) for atom in there if atom.axis < 0]
     last = [] if product.looks_up else [met]
+    if type(product) is Product and product.out_sharding is None:
+        product = product.replace(in_sizes=_several(view, layout.inp), out_sizes=_several(view, layout.out))
     result = [*flat(groups), *flat(others), *kept]
     if set(flat(want)) != set(result):
         return None
     how = _How(there, (*front, *others, *last), tuple(batched), role == "out", product, tuple(result), tuple(want))
     return _use_weight(x, view.weight, how)
+
+
+def _several(view: View, axes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of the digits that make the inputs or the outputs, where they are several."""
+    digits = view.digits(axes)
+    return tuple(digit.size for digit in digits) if len(digits) > 1 else ()
 
 
 def _through_edits(

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
+from peft_jax.core.float_types import added
+
 
 class FirstFactor(NamedTuple):
     """Which first factor: that of an adapter on a leaf, by the number of adapters under it, and its role there."""
@@ -61,6 +63,9 @@ class Product:
         out_sharding: Sharding of the result, which a mesh of explicit axes has to be given.
         shared: Products with first factors that are computed already.
         depth: Number of adapters under the one that the product is handed to.
+        in_sizes: Sizes of the axes that a program has for the inputs, such as ``(heads, head_dim)``, where they are
+            several. The product is computed over them as they are: a compiler for TPUs copies what is reshaped.
+        out_sizes: Likewise of the outputs.
     """
 
     precision: Any = None
@@ -68,6 +73,8 @@ class Product:
     out_sharding: NamedSharding | None = None
     shared: SharedFirstProducts | None = None
     depth: int = 0
+    in_sizes: tuple[int, ...] = ()
+    out_sizes: tuple[int, ...] = ()
 
     @property
     def looks_up(self) -> bool:
@@ -77,6 +84,8 @@ class Product:
     def full(self, x: Shaped[Array, "... in"], matrix: Shaped[Array, "in out"]) -> Shaped[Array, "... out"]:
         """The product with a matrix ``(in, out)``; gives ``(..., out)``."""
         kind = self.preferred_element_type
+        if self.in_sizes or self.out_sizes:
+            return _over_axes(x, matrix, self.in_sizes, self.out_sizes, self.precision, kind)
         return jnp.matmul(
             x, matrix, precision=self.precision, preferred_element_type=kind, out_sharding=self.out_sharding
         )
@@ -101,6 +110,8 @@ class Product:
 
     def down(self, x: Shaped[Array, "... in"], a: Shaped[Array, "in rank"]) -> Shaped[Array, "... rank"]:
         """The product with the first factor of a matrix, ``(in, rank)``, in the precision of the factor."""
+        if self.in_sizes:
+            return _over_axes(x.astype(a.dtype), a, self.in_sizes, (), self.precision)
         inner = None
         if self.out_sharding is not None:
             spec = jax.typeof(x).sharding.spec
@@ -127,11 +138,24 @@ class Product:
 
     def up(self, h: Shaped[Array, "... rank"], b: Shaped[Array, "rank out"]) -> Shaped[Array, "... out"]:
         """The result of `down` times the second factor, ``(rank, out)``."""
+        if self.out_sizes:
+            return _over_axes(h, b, (), self.out_sizes, self.precision)
         return _in_rows(lambda h: jnp.matmul(h, b, precision=self.precision, out_sharding=self.out_sharding), h)
+
+    def added(self, y: Shaped[Array, "... out"], update: Shaped[Array, "... out"]) -> Shaped[Array, "... out"]:
+        """Two results of one shape added, in the type of the first; see `peft_jax.core.float_types.added`."""
+        if not self.out_sizes:
+            return added(y, update)
+        split = (*y.shape[:-1], *self.out_sizes)
+        return added(y.reshape(split), update.reshape(split)).reshape(y.shape)
 
     def scale(self, y: Shaped[Array, "*rows out"], scale: Shaped[Array, " out"]) -> Shaped[Array, "*rows out"]:
         """A result times a factor for each output, ``(out,)``."""
-        return y * jnp.expand_dims(scale, range(y.ndim - 1))
+        if not self.out_sizes:
+            return y * jnp.expand_dims(scale, range(y.ndim - 1))
+        split = (*y.shape[:-1], *self.out_sizes)
+        factors = scale.reshape(*(1,) * (y.ndim - 1), *self.out_sizes)
+        return (y.reshape(split) * factors).reshape(y.shape)
 
     def replace(self, **changes: Any) -> Self:
         """The same product with other options."""
@@ -246,14 +270,33 @@ class Convolution(Product):
 MATMUL = Product()
 
 
+def _over_axes(
+    x: Shaped[Array, "... in"],
+    matrix: Shaped[Array, "in out"],
+    in_sizes: tuple[int, ...],
+    out_sizes: tuple[int, ...],
+    precision: Any,
+    preferred_element_type: jnp.dtype | None = None,
+) -> Shaped[Array, "... out"]:
+    """The product where the inputs or the outputs are several axes; those of a matrix of another size are one."""
+    n_in, n_out = matrix.shape
+    inputs = in_sizes if math.prod(in_sizes) == n_in else (n_in,)
+    outputs = out_sizes if math.prod(out_sizes) == n_out else (n_out,)
+    rows, count = x.shape[:-1], len(inputs)
+    x, kernel = x.reshape(*rows, *inputs), matrix.reshape(*inputs, *outputs)
+    contracted = tuple(range(len(rows), len(rows) + count)), tuple(range(count))
+    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision, preferred_element_type=preferred_element_type)
+    return y.reshape(*rows, n_out)
+
+
 def _in_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """A product with ``x`` of shape ``(..., in)`` as one matrix of rows, where there is one device.
+    """A product with ``x`` of shape ``(..., in)`` as one matrix of rows, on one CPU.
 
     The gradient of a factor sums over all axes but the last. XLA's CPU backend copies an operand with several of them
-    into another order first, which takes longer than the product. Over several devices the axes stay apart, because
-    more than one of them may be sharded.
+    into another order first, which takes longer than the product. Its TPU backend copies what is reshaped instead.
+    Over several devices the axes stay apart, because more than one of them may be sharded.
     """
-    if x.ndim < 3 or jax.device_count() > 1:
+    if x.ndim < 3 or jax.device_count() > 1 or jax.default_backend() != "cpu":
         return product(x)
     y = product(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # -1 could not tell where there are no features
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -45,7 +45,7 @@ class AddedChange(Method):
             return product.full(x if product.looks_up else x.astype(matrix.dtype), matrix)
 
         y = base.apply(x, product)
-        return added(y, update(params, arrays, x if product.looks_up else dropout(x, state)))
+        return product.added(y, update(params, arrays, x if product.looks_up else dropout(x, state)))
 
 
 class FactoredChange(Method):
@@ -74,4 +74,4 @@ class FactoredChange(Method):
         a, b = self.factors(params, state, n_in, n_out)
         y = base.apply(x, product)
         update = product.up(product.down(x if product.looks_up else dropout(x, state), a), b)
-        return added(y, update)
+        return product.added(y, update)

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added
 from peft_jax.core.product import Convolution, Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
@@ -139,7 +138,7 @@ class DeftConfig(TargetFields, ExcludeFields, LayerFields, StartsFromWeight, Met
             given = x if product.looks_up else dropout(x, state)
             inner = inner + product.down(given, self._injection(params))
         update = product.up(inner, jnp.swapaxes(directions, -1, -2))
-        return added(y, update)
+        return product.added(y, update)
 
     def _directions(
         self, params: Arrays, state: Mapping[str, Any]

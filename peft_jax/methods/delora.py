@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import Weight, as_weight, varying
@@ -138,7 +137,7 @@ class DeloraConfig(TargetFields, ExcludeFields, LayerFields, StartsFromWeight, F
         """``x W + (dropout(x) diag(n) A) Ξ B λ / r``; the low-rank path runs in the adapter's precision."""
         y, (a, b) = base.apply(x, product), _factors(params, state)
         update = product.up(product.down(x if product.looks_up else dropout(x, state), a), b)
-        return added(y, update)
+        return product.added(y, update)
 
 
 def _factors(

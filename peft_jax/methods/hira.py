@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added
 from peft_jax.core.product import Lookup, Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
@@ -115,7 +114,7 @@ class HiraConfig(TargetFields, ExcludeFields, LayerFields, Ranked):
         change = _change(params, base.layout.matrix(base.unadapted.dense()))
         change = state["scaling"][..., None, None].astype(change.dtype) * change
         update = product.full(dropout(x, state).astype(change.dtype), change)
-        return added(y, update)
+        return product.added(y, update)
 
 
 def _change(params: Arrays, matrix: Float[Array, "*groups in out"]) -> Float[Array, "*groups in out"]:

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
@@ -127,7 +126,7 @@ class MissConfig(TargetFields, ExcludeFields, LayerFields, Method):
         y = base.apply(x, product)
         fold, block = self.factors(params, state, *base.layout.sizes(base.shape))
         update = product.up(product.down(x if product.looks_up else dropout(x, state), fold), block)
-        return added(y, update)
+        return product.added(y, update)
 
     @property
     def is_low_rank(self) -> bool:

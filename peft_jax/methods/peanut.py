@@ -113,7 +113,7 @@ class PeanutConfig(TargetFields, ExcludeFields, LayerFields, Method):
 
         y = base.apply(x, product)
         update = product.up(product.down(x, first(params, as_leaf(base.unadapted))), _last(params, state))
-        return added(y, update)
+        return product.added(y, update)
 
     def _hidden(self, params: Arrays, matrix: Float[Array, "*groups in out"]) -> Float[Array, "*groups in rank"]:
         """The outputs of the network before its last layer, for the rows of a matrix."""

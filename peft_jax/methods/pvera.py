@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.added_change import FactoredChange
@@ -116,7 +115,7 @@ class PveraConfig(TargetFields, LayerFields, RandomFactors, FactoredChange):
         mean, log_variance = jnp.split(product.down(given, first), 2, axis=-1)
         drawn = mean + jax.random.normal(noise, mean.shape, mean.dtype) * jnp.exp(0.5 * log_variance)
         y, update = base.apply(x, product), product.up(drawn, second)
-        return added(y, update)
+        return product.added(y, update)
 
     def _both(
         self, params: Arrays, state: Mapping[str, Any]

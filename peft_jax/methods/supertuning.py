@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added, wider_float
+from peft_jax.core.float_types import wider_float
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
@@ -151,7 +151,7 @@ class SupertuningConfig(TargetFields, StartsFromWeight, FrozenArrays):
             return y
         inner = product.down(x if product.looks_up else dropout(x, state), params[FIRST])
         update = product.up(inner, self._second(params, state))
-        return added(y, update)
+        return product.added(y, update)
 
     def _second(self, params: Arrays, state: Mapping[str, Any]) -> Float[Array, "*groups rank out"]:
         """``s B``, zero for layers that are not adapted."""

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
@@ -91,7 +90,7 @@ class VeraConfig(TargetFields, LayerFields, RandomFactors, Method):
         inner = product.down(x if product.looks_up else dropout(x, state), random_a)
         inner = product.scale(inner, params["vera_lambda_d"])
         update = product.scale(product.up(inner, random_b), _outer(params, state))
-        return added(y, update)
+        return product.added(y, update)
 
 
 def _random(params: Arrays, state: Arrays) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import leaf_names
 from peft_jax.core.product import Product
@@ -190,7 +189,7 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
         y, (a, e, b) = base.apply(x, product), _factors(params)
         scaled = a * (e * jnp.expand_dims(state["scaling"].astype(a.dtype), (-2, -1)))
         update = product.up(product.down(x if product.looks_up else dropout(x, state), scaled), b)
-        return added(y, update)
+        return product.added(y, update)
 
     def for_run(self, max_steps: int) -> Self:
         """With the run's length as ``total_step``, if it has none."""

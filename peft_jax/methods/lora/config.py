@@ -320,7 +320,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
             update = update + product.scale(jnp.ones_like(update), scaling[..., None] * params[BIAS])
         if alora.TOKENS in state:
             update = alora.masked(update, state)
-        return added(y, update)
+        return product.added(y, update)
 
 
 def _second(params: Arrays, state: Mapping[str, Any]) -> Float[Array, "*groups rank out"]:
