@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-from peft_jax.core.float_types import added
+from peft_jax.core.float_types import added, wider_float
 
 
 class FirstFactor(NamedTuple):
@@ -144,18 +144,18 @@ class Product:
 
     def added(self, y: Shaped[Array, "... out"], update: Shaped[Array, "... out"]) -> Shaped[Array, "... out"]:
         """Two results of one shape added, in the type of the first; see `peft_jax.core.float_types.added`."""
-        if not self.out_sizes:
-            return added(y, update)
-        split = (*y.shape[:-1], *self.out_sizes)
+        split = (*y.shape[:-1], *_axes_of(y.shape[-1], self.out_sizes))
         return added(y.reshape(split), update.reshape(split)).reshape(y.shape)
 
     def scale(self, y: Shaped[Array, "*rows out"], scale: Shaped[Array, " out"]) -> Shaped[Array, "*rows out"]:
-        """A result times a factor for each output, ``(out,)``."""
-        if not self.out_sizes:
-            return y * jnp.expand_dims(scale, range(y.ndim - 1))
-        split = (*y.shape[:-1], *self.out_sizes)
-        factors = scale.reshape(*(1,) * (y.ndim - 1), *self.out_sizes)
-        return (y.reshape(split) * factors).reshape(y.shape)
+        """A result times a factor for each output, ``(out,)``, in the type of the result.
+
+        They are multiplied in the wider of their types.
+        """
+        outputs = _axes_of(y.shape[-1], self.out_sizes)
+        split = (*y.shape[:-1], *outputs)
+        factors = scale.reshape(*(1,) * (y.ndim - 1), *outputs)
+        return _multiplied(y.reshape(split), factors).reshape(y.shape)
 
     def replace(self, **changes: Any) -> Self:
         """The same product with other options."""
@@ -213,8 +213,9 @@ class Grouped(Product):
         return jax.lax.ragged_dot(h, b, self.group_sizes, self.precision)
 
     def scale(self, y: Shaped[Array, "*rows out"], scale: Shaped[Array, "*groups out"]) -> Shaped[Array, "*rows out"]:
-        """Each row times its group's factors, ``(groups, out)``."""
-        return y * jax.lax.ragged_dot(jnp.ones((len(y), 1), scale.dtype), scale[:, None], self.group_sizes, "highest")
+        """Each row times its group's factors, ``(groups, out)``, in the type of the rows."""
+        ones = jnp.ones((len(y), 1), scale.dtype)
+        return _multiplied(y, jax.lax.ragged_dot(ones, scale[:, None], self.group_sizes, "highest"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +271,17 @@ class Convolution(Product):
 MATMUL = Product()
 
 
+def _axes_of(size: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that a program has for inputs or outputs; one, where there are as many others, such as ranks."""
+    return sizes if sizes and math.prod(sizes) == size else (size,)
+
+
+def _multiplied(y: jax.Array, factor: jax.Array) -> jax.Array:
+    """``y * factor`` in the type of ``y``, multiplied in the wider of their types."""
+    wide = wider_float(y.dtype, factor.dtype)
+    return (y.astype(wide) * factor.astype(wide)).astype(y.dtype)
+
+
 def _over_axes(
     x: Shaped[Array, "... in"],
     matrix: Shaped[Array, "in out"],
@@ -278,10 +290,9 @@ def _over_axes(
     precision: Any,
     preferred_element_type: jnp.dtype | None = None,
 ) -> Shaped[Array, "... out"]:
-    """The product where the inputs or the outputs are several axes; those of a matrix of another size are one."""
+    """The product where the inputs or the outputs are several axes."""
     n_in, n_out = matrix.shape
-    inputs = in_sizes if math.prod(in_sizes) == n_in else (n_in,)
-    outputs = out_sizes if math.prod(out_sizes) == n_out else (n_out,)
+    inputs, outputs = _axes_of(n_in, in_sizes), _axes_of(n_out, out_sizes)
     rows, count = x.shape[:-1], len(inputs)
     x, kernel = x.reshape(*rows, *inputs), matrix.reshape(*inputs, *outputs)
     contracted = tuple(range(len(rows), len(rows) + count)), tuple(range(count))

@@ -75,7 +75,7 @@ class Scaled(Weight):
             return (y.astype(kind) * self.factor).astype(y.dtype)
         _, n_out = self.layout.sizes(self.shape)
         factor = jnp.broadcast_to(self.factor[..., None], (*self.factor.shape, n_out))
-        return product.scale(y.astype(kind), factor).astype(y.dtype)
+        return product.scale(y, factor)
 
     @property
     def depth(self) -> int:

@@ -129,7 +129,7 @@ class BOFTConfig(TargetFields, ExcludeFields, LayerFields, Method):
         scale, rotations = self._scale(params, state), self._rotations(params, state)
         rotated = _rotate(x.astype(scale.dtype), rotations, range(len(rotations))[::-1])
         y = base.apply(rotated.astype(x.dtype), product)
-        return product.scale(y.astype(scale.dtype), scale).astype(y.dtype)
+        return product.scale(y, scale)
 
     def _scale(self, params: Arrays, state: Arrays) -> jax.Array:
         return jnp.where(state["hit"], params["boft_s"], 1)

@@ -143,11 +143,11 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         if "ia3_in" in params:
             if type(product) is not Product:
                 return apply_merged(self, params, state, base, x, product)
-            x = product.scale(x.astype(params["ia3_in"].dtype), _factor("ia3_in", params, state)).astype(x.dtype)
+            x = product.scale(x, _factor("ia3_in", params, state))
         y = base.apply(x, product)
         if "ia3_out" in params:
             factor = _factor("ia3_out", params, state)
-            y = product.scale(y.astype(factor.dtype), factor).astype(y.dtype)
+            y = product.scale(y, factor)
         return y
 
 

@@ -85,7 +85,7 @@ class Int8(Quantized):
         # Without the checkpoint, autodiff keeps q.astype(x.dtype) for the gradient of x: a dense copy of the base.
         @jax.checkpoint
         def scaled(x: jax.Array, matrix: jax.Array, scale: jax.Array) -> jax.Array:
-            return product.scale(unscaled.full(x, matrix.astype(x.dtype)).astype(jnp.float32), scale)
+            return product.scale(unscaled.full(x, matrix.astype(x.dtype)), scale)
 
         return scaled(x, matrix, steps).astype(out)
 
