@@ -261,6 +261,7 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)  # products for one CPU have their rows in one axis, others have not
     # What libtpu asks for on a machine without a TPU.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost")
     os.environ.setdefault("TPU_WORKER_ID", "0")

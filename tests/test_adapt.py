@@ -1,5 +1,6 @@
 """adapt(fn) on whole models: nested adapters, cost, frameworks. Construct by construct it is tested elsewhere."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -294,3 +295,31 @@ def test_without_jit_there_is_no_call():
         y = pj.adapt(jnp.matmul)(X, w)
     assert not any("jaxpr" in eqn.params for eqn in traced.eqns)
     np.testing.assert_allclose(y, X @ w.dense(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("axes", ["BTD,DNH->BTNH", "BTNH,NHD->BTD"])
+def test_products_keep_the_axes_that_a_program_has_for_inputs_and_outputs(axes, bits):
+    """A TPU's compiler copies arrays whose axes are joined between the products and the sum of their results."""
+    sizes = {"B": 2, "T": 3, "D": 4, "N": 5, "H": 7}
+    of_x, of_w = axes.partition("->")[0].split(",")
+    x, w = normal(0, *(sizes[axis] for axis in of_x)), normal(1, *(sizes[axis] for axis in of_w))
+
+    def fn(params, x):
+        return jnp.einsum(axes, x, params["kernel"])
+
+    params = {"kernel": w}
+    if bits:
+        params = pj.quantize(params, target_modules=["kernel"], fn=fn, args=(x,))
+    config = pj.LoraConfig(r=2, target_modules=["kernel"], init_lora_weights=False)
+    trainable, frozen = pj.partition(pj.apply_lora(params, config, fn=fn, args=(x,)))
+    adapted = pj.adapt(fn)
+
+    def loss(trainable, frozen, x):
+        return jnp.sum(adapted(pj.combine(trainable, frozen), x) ** 2)
+
+    text = jax.jit(jax.grad(loss)).lower(trainable, frozen, x).as_text()
+    computed = re.findall(r"stablehlo\.(?:add|multiply|dot_general) .*tensor<([\dx]*)\w+>$", text, re.M)
+    assert len(computed) > 6
+    joined = str(sizes["N"] * sizes["H"])
+    assert not [shape for shape in computed if joined in shape.split("x")]

@@ -157,6 +157,23 @@ class Product:
         factors = scale.reshape(*(1,) * (y.ndim - 1), *outputs)
         return _multiplied(y.reshape(split), factors).reshape(y.shape)
 
+    def computed_again(self, fn: Callable[..., jax.Array], x: jax.Array, *arrays: Any) -> jax.Array:
+        """``fn(x, *arrays)``, a product with ``x``, which backward computes again from these.
+
+        Inputs and results are kept in the axes that the program has for them.
+        """
+        rows, n_in = x.shape[:-1], x.shape[-1]
+
+        @jax.checkpoint
+        def apart(x: jax.Array, *arrays: Any) -> jax.Array:
+            y = fn(x.reshape(*rows, n_in), *arrays)
+            return y.reshape(*y.shape[:-1], *self.out_sizes) if self.out_sizes else y
+
+        y = apart(x.reshape(*rows, *_axes_of(n_in, self.in_sizes)), *arrays)
+        if not self.out_sizes:
+            return y
+        return y.reshape(*y.shape[: -len(self.out_sizes)], math.prod(self.out_sizes))
+
     def replace(self, **changes: Any) -> Self:
         """The same product with other options."""
         return dataclasses.replace(self, **changes)

@@ -182,14 +182,13 @@ class Blockwise(Quantized):
             return (self.rows(jnp.clip(x, 0, n_in - 1)) * found).astype(out)
         compute = self.compute_dtype or x.dtype
 
-        # Without the checkpoint, autodiff keeps the dequantized matrix for the gradient of x: a dense copy of the base.
-        @jax.checkpoint
         def multiplied(x: jax.Array, weight: Blockwise) -> jax.Array:
             if weight.axes.padding or weight.packed.ndim > 3:
                 return product.full(x, weight.matrix().astype(compute))
             return product.full_in_blocks(x, weight.blocks().astype(compute))
 
-        return multiplied(x.astype(compute), self).astype(out)
+        # Else autodiff keeps the dequantized matrix for the gradient of x: a dense copy of the base.
+        return product.computed_again(multiplied, x.astype(compute), self).astype(out)
 
     def astype(self, dtype: jnp.dtype) -> Self:
         """The same numbers, standing for an array of another element type."""

@@ -82,12 +82,11 @@ class Int8(Quantized):
         rounded = x.dtype == out == jnp.bfloat16
         unscaled = product.replace(preferred_element_type=out if rounded else jnp.float32)
 
-        # Without the checkpoint, autodiff keeps q.astype(x.dtype) for the gradient of x: a dense copy of the base.
-        @jax.checkpoint
         def scaled(x: jax.Array, matrix: jax.Array, scale: jax.Array) -> jax.Array:
             return product.scale(unscaled.full(x, matrix.astype(x.dtype)), scale)
 
-        return scaled(x, matrix, steps).astype(out)
+        # Else autodiff keeps q.astype(x.dtype) for the gradient of x: a dense copy of the base.
+        return product.computed_again(scaled, x, matrix, steps).astype(out)
 
     def astype(self, dtype: jnp.dtype) -> "Int8":
         """The same integers, standing for an array of another element type."""
