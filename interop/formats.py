@@ -140,6 +140,13 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             ),
         ),
     },
+    "POLY": {
+        False: (
+            Row("poly_lora_A", "poly_lora_A", ("splits", "skills", "part", "rank")),
+            Row("poly_lora_B", "poly_lora_B", ("splits", "skills", "rank", "part")),
+            Row("poly_logits", "poly_router.module_logits", ("tasks", "choices")),
+        ),
+    },
     "PVERA": {
         False: (
             Row("pvera_lambda_d", "pvera_lambda_d", ("rank",)),

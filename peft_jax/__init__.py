@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.adapters import scale_adapter as scale_adapter
     from peft_jax.adapters import with_adapter_rows as with_adapter_rows
     from peft_jax.adapters import with_invocations as with_invocations
+    from peft_jax.adapters import with_task_ids as with_task_ids
     from peft_jax.core.dropout import with_dropout as with_dropout
     from peft_jax.core.dropout import without_dropout as without_dropout
     from peft_jax.core.layout import Layout as Layout

@@ -603,6 +603,28 @@ METHODS: dict[str, MethodCase] = {
         conv1d=False,
         scales=True,
     ),
+    "POLY": MethodCase(
+        config="PolyConfig",
+        tiny={"r": 2, "n_skills": 3},
+        variants={"POLY of splits": {"r": 3, "n_skills": 2, "n_splits": 2}},
+        llama={
+            "POLY": {"r": 3, "target_modules": TARGETS},
+            "POLY of splits": {
+                "r": 2,
+                "n_skills": 3,
+                "n_splits": 2,
+                "init_weights": False,
+                "target_modules": ["up_proj"],
+                "exclude_modules": r".*layers\.1.*",
+                "modules_to_save": ["norm"],
+            },
+        },
+        models={"POLY": {"r": 3, "n_skills": 2, "target_modules": TARGETS}},
+        starts={"POLY": {"n_tasks": 64}, "POLY random": {"n_tasks": 64, "n_splits": 2, "init_weights": False}},
+        trained={"POLY": {"r": 4, "n_tasks": 2, "n_skills": 3, "n_splits": 2}},
+        finetune={"r": 4, "n_tasks": 2},
+        conv1d=False,
+    ),
     "PVERA": MethodCase(
         config="PveraConfig",
         tiny={"r": 3, "d_initial": 0.5},

@@ -49,6 +49,14 @@ def plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
 
 
+def only_task(theirs: Any, rows: int) -> dict[str, Any]:
+    """What calls of PEFT's models need beside other inputs: a POLY asks for each row's task, though there is one."""
+    import torch
+
+    has_tasks = any(config.peft_type == "POLY" for config in theirs.peft_config.values())
+    return {"task_ids": torch.zeros(rows, dtype=torch.long)} if has_tasks else {}
+
+
 def same_files(ours: Path, theirs: Path) -> dict[str, np.ndarray]:
     """Assert that two folders hold the same adapter, in every field, key and byte; its tensors."""
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, theirs)]

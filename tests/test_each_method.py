@@ -964,3 +964,67 @@ def test_boft_files_of_either_peft(extension, tmp_path, monkeypatch):
     assert np.abs(want - layer(tree, x)).max() > 0.1
     pj.interop.save_adapter(params, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 1
+
+
+def test_each_row_has_the_poly_of_its_task(dense, monkeypatch):
+    """The rows' numbers are PEFT's, with its noise in training; of one task all rows share a matrix, which merges."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    options = {"r": 3, "n_tasks": 4, "n_skills": 3, "n_splits": 2, "init_weights": False, "target_modules": ["dense"]}
+    theirs = peft.get_peft_model(torch.nn.ModuleDict({"dense": torch.nn.Linear(6, 8)}), peft.PolyConfig(**options))
+    module = theirs.base_model.model["dense"]
+    module.poly_router["default"].module_logits.data.normal_()
+    tree = {"dense": {"kernel": jnp.array(module.base_layer.weight.detach().numpy().T)}}
+    module.base_layer.bias.data.zero_()
+    tensors = {key: tensor.numpy() for key, tensor in peft.get_peft_model_state_dict(theirs).items()}
+    params = pj.set_peft_model_state_dict(tree, pj.PolyConfig(**options), tensors)
+    params = pj.set_requires_grad(params, "default")
+
+    @pj.adapt
+    def product(params, x):
+        return x @ params["dense"]["kernel"]
+
+    ids, x = [3, 0, 3, 2], normal(0, 4, 5, 6)
+    of_rows, given = pj.with_task_ids(params, jnp.array(ids)), torch.tensor(np.array(x))
+    want = module.eval()(given, task_ids=torch.tensor(ids)).detach().numpy()
+    got = np.asarray(product(of_rows, x))
+    close(got, want)
+    for row, task in enumerate(ids):
+        close(product(pj.merge(pj.with_task_ids(params, task)), x[row]), want[row])
+    assert np.abs(want[0] - product(pj.merge(pj.with_task_ids(params, 0)), x[0])).max() > 1e-3
+    close(product(pj.with_adapter_rows(params, ["default", "__base__"], [3, 0]), x[:2])[0], want[0])
+    close(product(pj.with_adapter_rows(params, ["default", "__base__"], [3, 0]), x[:2])[1], product(tree, x[1]))
+
+    noise = normal(5, 4, 2 * 3)
+    drawn = torch.tensor(np.array(jax.nn.sigmoid(noise))).reshape(4, 2, 3)
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: drawn.reshape(shape))
+    monkeypatch.setattr(jax.random, "logistic", lambda key, shape, dtype: noise.reshape(shape))
+    noisy = product(pj.with_dropout(of_rows, jax.random.key(0)), x)
+    close(noisy, module.train()(given, task_ids=torch.tensor(ids)).detach().numpy())
+    assert np.abs(noisy - got).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (
+            lambda params: pj.adapt(layer)(params, normal(0, 2, 6)),
+            "of 3 tasks needs to know each row's. Give task",
+        ),
+        (lambda params: pj.merge(pj.with_task_ids(params, jnp.array([0, 1]))), "is no one matrix. Choose a task"),
+        (
+            lambda params: pj.with_task_ids(params, [3]),
+            "task_ids are from 3 to 3, but the adapter has",
+        ),
+        (lambda params: pj.with_task_ids(params, jnp.ones(2)), r"whole numbers \(batch,\), got float32"),
+        (lambda params: pj.with_task_ids(pj.unload(params), 0), "task_ids are for POLY, and no such adapter is there"),
+        (
+            lambda params: pj.adapt(layer)(pj.with_task_ids(params, jnp.array([0, 1])), normal(0, 3, 6)),
+            "name the tasks of 2 rows",
+        ),
+    ],
+    ids=["none", "merge", "outside", "floats", "no POLY", "other rows"],
+)
+def test_what_poly_needs_of_tasks_is_said(use, message, dense):
+    params = pj.apply_adapter(dense, pj.PolyConfig(r=2, n_tasks=3, target_modules=["dense"]))
+    with pytest.raises(ValueError, match=message):
+        use(params)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from cases import ARCHITECTURES, TASKS, adapters_of, auto_class, refused_of
-from conformance import close, plain, same_files, tolerance
+from conformance import close, only_task, plain, same_files, tolerance
 from peft_jax.interop.extras import tied_copies
 from peft_jax.interop.formats import PREFIX
 from safetensors.numpy import load_file
@@ -120,7 +120,8 @@ def output(out):
 
 def torch_output(model):
     with torch.no_grad():
-        return output(model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK)))
+        given = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}
+        return output(model(**given, **only_task(model, len(IDS))))
 
 
 def config_of(library, name, row):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import ARCHITECTURES, METHODS, llama_adapters
-from conformance import close, same_files, tolerance
+from conformance import close, only_task, same_files, tolerance
 from peft_jax.interop import formats
 from peft_jax.interop.extras import tied_copies
 from safetensors.numpy import load_file
@@ -102,7 +102,7 @@ def torch_adapter(folder, row, save_to):
 
 def torch_logits(model):
     with torch.no_grad():
-        return model(torch.tensor(IDS)).logits.numpy()
+        return model(torch.tensor(IDS), **only_task(model, len(IDS))).logits.numpy()
 
 
 def load(folder):

@@ -22,15 +22,16 @@ ROWS = {
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def batches() -> list[dict[str, np.ndarray]]:
+def batches(tasks: int = 0) -> list[dict[str, np.ndarray]]:
     """Three in turn, so that there is something to learn, with padding and with tokens that are not asked for."""
+    named = {"task_ids": np.arange(4, dtype=np.int32) % tasks} if tasks else {}
     found = []
     for n in range(STEPS):
         draw = np.random.default_rng(n % 3)
         ids = draw.integers(2, 60, (4, 10)).astype(np.int32)
         mask = (np.arange(10) < draw.integers(6, 11, (4, 1))).astype(np.int32)
         labels = np.where((mask == 1) & (np.arange(10) >= 2), ids, -100).astype(np.int32)
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels, **named})
     return found
 
 
@@ -47,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_theirs(base: Path, start: Path, end: Path) -> list[float]:
+def train_theirs(base: Path, start: Path, end: Path, tasks: int) -> list[float]:
     """Train an adapter in PEFT."""
     import torch
     from peft import PeftModel
@@ -55,19 +56,19 @@ def train_theirs(base: Path, start: Path, end: Path) -> list[float]:
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     model = PeftModel.from_pretrained(model, start, is_trainable=True)
-    losses = train_in_peft(model, batches(), RATE)
+    losses = train_in_peft(model, batches(tasks), RATE)
     model.save_pretrained(end)
     return losses
 
 
-def train_ours(base: Path, start: Path, end: Path) -> list[float]:
+def train_ours(base: Path, start: Path, end: Path, tasks: int) -> list[float]:
     """Train the same one here."""
     model = pj.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     model = pj.PeftModel.from_pretrained(model, start, is_trainable=True)
     optimizer = optax.adamw(RATE, weight_decay=0.01)
     state, frozen = train.start(model, optimizer, seed=0)
     step, losses = train.make_training_step(apply, optimizer), []
-    for now, metrics in train.train(step, state, frozen, batches(), max_steps=STEPS):
+    for now, metrics in train.train(step, state, frozen, batches(tasks), max_steps=STEPS):
         losses.append(float(metrics.loss))
         state = now
     train.finished(state.trainable, frozen, state.opt_state).save_pretrained(end)
@@ -76,7 +77,7 @@ def train_ours(base: Path, start: Path, end: Path) -> list[float]:
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT's, which a loaded AdaLoRA's ranknum draws
 @pytest.mark.parametrize("name", ROWS)
-def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path) -> None:
+def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ROWS[name].make(pj, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = pj.get_peft_model(pj.AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
     trainable, frozen = pj.partition(model)
@@ -85,8 +86,11 @@ def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path) -
     leaves = [leaf + 0.1 * draw.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
     pj.combine(jax.tree.unflatten(treedef, leaves), frozen).save_pretrained(tmp_path / "start")
 
-    want = train_theirs(base, tmp_path / "start", tmp_path / "theirs")
-    got = train_ours(base, tmp_path / "start", tmp_path / "ours")
+    tasks = getattr(config, "tasks", 0)
+    if tasks:
+        with_equal_noise(monkeypatch)
+    want = train_theirs(base, tmp_path / "start", tmp_path / "theirs", tasks)
+    got = train_ours(base, tmp_path / "start", tmp_path / "ours", tasks)
     np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
     files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("start", "theirs", "ours")]
     configs = [pj.PeftConfig.from_pretrained(tmp_path / folder) for folder in ("theirs", "ours")]
@@ -104,6 +108,16 @@ def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path) -
         assert max(size for key, size in moved.items() if role in key) > 1e-2, f"{role} has hardly moved"
     assert configs[0].rank_pattern == configs[1].rank_pattern
     assert bool(configs[0].rank_pattern) == ROWS[name].method.narrows
+
+
+def with_equal_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of POLY's routers is one number in both libraries: PEFT makes it of a uniform one."""
+    import torch
+
+    drawn = 0.7
+    noise = np.log(drawn / (1 - drawn))
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(tuple(shape), drawn, **options))
+    monkeypatch.setattr(jax.random, "logistic", lambda key, shape, dtype: jax.numpy.full(shape, noise, dtype))
 
 
 def kept(tensor: np.ndarray, key: str, config: Any) -> np.ndarray:

@@ -9,3 +9,4 @@ from peft_jax.adapters.intruders import reduce_intruder_dimension as reduce_intr
 from peft_jax.adapters.nnx_trainers import nnx_module as nnx_module
 from peft_jax.adapters.per_row import with_adapter_rows as with_adapter_rows
 from peft_jax.adapters.scale import scale_adapter as scale_adapter
+from peft_jax.adapters.task_ids import with_task_ids as with_task_ids

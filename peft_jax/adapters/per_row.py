@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from peft_jax.adapters.task_ids import TaskIds, with_task_ids
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, nested_adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
@@ -22,7 +23,7 @@ BASE = "__base__"  # PEFT's name for no adapter
 FACTORS = {"lora_A", "lora_B"}
 
 
-def with_adapter_rows(params: T, names: Sequence[str]) -> T:
+def with_adapter_rows(params: T, names: Sequence[str], task_ids: TaskIds | None = None) -> T:
     """The tree, or handle, whose products use one adapter for each row of a batch: PEFT's ``adapter_names=``.
 
     A row's numbers are those of running it alone with `pj.set_adapter`. All products must have the batch as the first
@@ -34,6 +35,7 @@ def with_adapter_rows(params: T, names: Sequence[str]) -> T:
     Args:
         params: A tree or model handle with the adapters; which of them are active does not matter.
         names: The adapter of each row; ``"__base__"`` for none.
+        task_ids: The task of each row, for adapters that depend on it, as in `with_task_ids`.
 
     Raises:
         ValueError: if there is no such adapter.
@@ -50,7 +52,9 @@ def with_adapter_rows(params: T, names: Sequence[str]) -> T:
         True
     """
     if isinstance(params, Handle):
-        return params.replace(with_adapter_rows(params.params, names))
+        return params.replace(with_adapter_rows(params.params, names, task_ids))
+    if task_ids is not None:
+        params = with_task_ids(params, task_ids)
     known = adapters(params)
     if missing := sorted(set(names) - {BASE, *known}):
         raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}, and '{BASE}' for none.")

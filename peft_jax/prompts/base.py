@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.adapters.task_ids import check_tasks, methods_with_tasks, with_task_ids
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
@@ -136,9 +137,11 @@ class PromptMethod(Method):
 def take_prompt(params: PyTree, task_ids: jax.Array | None = None) -> tuple[Any, Prompt]:
     """A tree or model handle without its prompts, and what the active one gives.
 
+    Other adapters that depend on the task of a row are handed it.
+
     Args:
         params: The tree.
-        task_ids: The task of each row ``(batch,)``, for prompts that have tasks.
+        task_ids: The task of each row ``(batch,)``, for adapters that have tasks.
 
     Raises:
         ValueError: if several prompts are active, or tasks are given to one that has none.
@@ -148,8 +151,13 @@ def take_prompt(params: PyTree, task_ids: jax.Array | None = None) -> tuple[Any,
     if len(active) > 1:
         names = [leaf.tag.name for leaf in active]
         raise ValueError(f"Prompts {names} are active, and a model takes one. Choose: pj.set_adapter(model, NAME).")
-    if task_ids is not None and not any(leaf.tag.config.tasks for leaf in active):
-        raise ValueError("task_ids are for MULTITASK_PROMPT_TUNING, and no such adapter is active. Leave them out.")
+    if task_ids is not None:
+        in_weights = bool(methods_with_tasks(rest))
+        if not in_weights and not any(leaf.tag.config.tasks for leaf in active):
+            raise ValueError(
+                "task_ids are for MULTITASK_PROMPT_TUNING and POLY, and no such adapter is active. Leave them out."
+            )
+        rest = with_task_ids(rest, task_ids) if in_weights else rest
     if not active:
         return rest, Prompt()
     (leaf,) = active
@@ -197,6 +205,7 @@ def task_array(params: PyTree, task_ids: Any) -> jax.Array | None:
         if tasks and (found := is_outside(task_ids, tasks)):
             said = f"from {found[0]} to {found[1]}"
             raise ValueError(f"task_ids are {said}, but the prompt has the tasks 0 to {tasks - 1}. Name these.")
+    check_tasks(params, task_ids)
     return jnp.asarray(task_ids)
 
 
@@ -216,5 +225,10 @@ def virtual_slots(params: PyTree) -> int:
 
 
 def prompt_tasks(params: PyTree) -> int:
-    """How many tasks the active prompt of a tree or model handle has; 0 if it knows none."""
-    return sum(leaf.tag.config.tasks for leaf in active_prompts(params))
+    """How many tasks the active adapters of a tree or model handle have, of which a row has to name one; 0 if none.
+
+    A row need not name the only task of a POLY.
+    """
+    of_prompts = [leaf.tag.config.tasks for leaf in active_prompts(params)]
+    of_weights = [method.tasks for method in methods_with_tasks(params)]
+    return max([0, *of_prompts, *of_weights])

@@ -30,6 +30,7 @@ from peft_jax.core.text_files import read_object
 from peft_jax.methods.base import Method, PeftConfig, by_name
 from peft_jax.methods.lora.initializers.table import from_data
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
+from peft_jax.methods.tasks import HasTasks
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.train.data.batches import Data
 from peft_jax.train.hooks import for_run
@@ -159,6 +160,10 @@ def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, 
     config = for_run(config, max_steps)
     if isinstance(config, PromptMethod):
         _check_prompt(config, options)
+    if options.data.packing and isinstance(config, HasTasks) and config.tasks:
+        raise ValueError(
+            f"{config.peft_type} has one task for a row, where --packing has several texts. Leave --packing out."
+        )
     config = with_fresh_modules(config, base)
     if starts_from_data(config):
         return resumed(base, options.run.output) if options.run.resume else started(base, config, options, data)

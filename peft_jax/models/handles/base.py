@@ -109,8 +109,8 @@ class ModelHandle(Inspection):
         Without the head, an option of language models, the output's logits are `LazyLogits`.
         """
         if adapter_names is not None:
-            by_row = self.replace(with_adapter_rows(self.params, adapter_names))
-            return by_row.run(input_ids, output_hidden_states, head, task_ids, None, output_router_logits, **arrays)
+            by_row = self.replace(with_adapter_rows(self.params, adapter_names, task_ids))
+            return by_row.run(input_ids, output_hidden_states, head, None, None, output_router_logits, **arrays)
         ids = None if input_ids is None else token_ids(input_ids, self.config.vocab_size)
         arrays = {name: as_batch(array, name) for name, array in arrays.items()}
         for name, rows in (("position_ids", self._position_rows()), ("token_type_ids", self.config.type_rows)):

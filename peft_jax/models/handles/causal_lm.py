@@ -95,7 +95,7 @@ class CausalLM(ModelHandle):
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             labels: Token ids ``(batch, length)`` for the loss; -100 is ignored. Logits at a position are
                 compared with the label at the next, so labels are the ``input_ids``, masked.
-            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            task_ids: Each row's task ``(batch,)``, for an adapter that has several.
             input_type_mask: The type of each token ``(batch, length)``, for the loss of CPT; see `CPTConfig`.
             output_hidden_states: Whether to return the hidden states.
             output_router_logits: Whether to return the logits of the routers of a mixture of experts, and to add their
@@ -167,7 +167,7 @@ class CausalLM(ModelHandle):
             input_ids: Prompts ``(batch, length)``, padded on the left; a list of ids is one prompt.
             attention_mask: 0 on the padding. None takes ``pad_token_id`` for padding, unless that token ends a row too.
             key: Random key for sampling; None means ``jax.random.key(0)``.
-            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            task_ids: Each row's task ``(batch,)``, for an adapter that has several.
             generation_config: Used instead of the contents of generation_config.json; ``{}`` ignores that file.
             streamer: Receives the prompts, then each token as soon as it is decoded: its ``put`` is called with them,
                 and at the end its ``end``. transformers' streamers fit. Chunks are decoded in a program of their own.
@@ -187,7 +187,7 @@ class CausalLM(ModelHandle):
         attention_mask = as_batch(attention_mask, "attention_mask")
         model = self.prepared_for(ids)
         if adapter_names is not None:
-            model = with_adapter_rows(model, adapter_names)
+            model, task_ids = with_adapter_rows(model, adapter_names, task_ids), None
         if generation_config is None:
             generation_config = self.generation_config
         params = (model.params, task_array(model.params, task_ids))

@@ -116,7 +116,7 @@ class SequenceClassifier(ModelHandle):
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             labels: Classes ``(batch,)``, numbers for a regression, or 0/1 ``(batch, n)`` in float for several labels
                 of one text; the config's ``problem_type`` says which, or if it is None their type.
-            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            task_ids: Each row's task ``(batch,)``, for an adapter that has several.
             output_hidden_states: Whether to return the hidden states.
             adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
 

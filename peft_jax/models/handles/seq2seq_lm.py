@@ -87,7 +87,7 @@ class Seq2SeqLM(ModelHandle):
                 previous call, instead of ``input_ids``.
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
             decoder_inputs_embeds: Embeddings ``(batch, decoder's length, hidden)`` instead of ``decoder_input_ids``.
-            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            task_ids: Each row's task ``(batch,)``, for an adapter that has several.
             output_hidden_states: Whether to return the hidden states.
             adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
 
@@ -166,7 +166,7 @@ class Seq2SeqLM(ModelHandle):
                 put in front unless a row has it there. None means the start token alone.
             decoder_attention_mask: 0 on its padding.
             key: Random key for sampling; None means ``jax.random.key(0)``.
-            task_ids: Each row's task ``(batch,)``, for a prompt that has several.
+            task_ids: Each row's task ``(batch,)``, for an adapter that has several.
             generation_config: Used instead of the contents of generation_config.json; ``{}`` ignores that file.
             streamer: Receives the first tokens of the answers, then each token as soon as it is decoded, as in
                 `CausalLM.generate`.
@@ -187,11 +187,13 @@ class Seq2SeqLM(ModelHandle):
         decoder_ids = None
         if decoder_input_ids is not None:
             decoder_ids = token_ids(decoder_input_ids, vocabulary, "decoder_input_ids")
-        tasks = task_array(self.params, task_ids)
+        params = self.params
+        if adapter_names is not None:
+            params, task_ids = with_adapter_rows(params, adapter_names, task_ids), None
+        tasks = task_array(params, task_ids)
         mask = as_batch(attention_mask, "attention_mask")
         question = Question(ids, inputs_embeds, encoder_outputs, mask, tasks)
         if generation_config is None:
             generation_config = self.generation_config
         decoder_prompt = (decoder_ids, as_batch(decoder_attention_mask, "decoder_attention_mask"))
-        params = self.params if adapter_names is None else with_adapter_rows(self.params, adapter_names)
         return answer(self.config, params, question, decoder_prompt, chosen, generation_config, key, streamer)
