@@ -2,6 +2,7 @@
 
 from peft_jax.interop.adapter import load_adapter as load_adapter
 from peft_jax.interop.adapter import save_adapter as save_adapter
+from peft_jax.interop.cartridges import compose_cartridge_adapters as compose_cartridge_adapters
 from peft_jax.interop.hotswap import hotswap_adapter as hotswap_adapter
 from peft_jax.interop.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from peft_jax.interop.nearest_lora import convert_to_lora as convert_to_lora

@@ -70,15 +70,19 @@ def save_adapter(
     config = adapter_config(params.params if isinstance(params, Handle) else params, adapter_name)
     tensors = get_peft_model_state_dict(params, adapter_name, save_embedding_layers=save_embedding_layers)
     if path_initial_model_for_weight_conversion is not None:
-        initial = _read(pathlib.Path(path_initial_model_for_weight_conversion) / WEIGHTS_FILE)
+        initial = read_tensors(pathlib.Path(path_initial_model_for_weight_conversion) / WEIGHTS_FILE)
         config, tensors = without_start(config, tensors, initial)
     if broken := non_finite(tensors):
         raise ValueError(
             f"adapter '{adapter_name}' is not saved: its tensor '{broken}' holds NaN or infinity. "
             "Save the adapter as it was before training diverged, or in a wider element type."
         )
+    write_adapter(config, tensors, adapter_folder(directory, adapter_name))
+
+
+def write_adapter(config: Method, tensors: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
+    """Write the two files of an adapter into a folder, each of which appears whole or not at all."""
     fields = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_VERSION}
-    folder = adapter_folder(directory, adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
     weights, text = folder / f".{WEIGHTS_FILE}.part", folder / f".{CONFIG_FILE}.part"
     try:
@@ -152,7 +156,7 @@ def load_adapter(
             raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
         _check_task(config, folder)
         config = dataclasses.replace(config, inference_mode=not is_trainable)
-        tensors = renamed(_read(folder / WEIGHTS_FILE), key_mapping or {})
+        tensors = renamed(read_tensors(folder / WEIGHTS_FILE), key_mapping or {})
         if ignore_mismatched_sizes:
             tensors = _fitting(params, config, tensors, {"layout": layout, "fn": fn, "args": args})
         loaded = set_peft_model_state_dict(
@@ -183,7 +187,13 @@ def _fitting(
     return {**tensors, **{key: fresh[key] for key in unlike}}
 
 
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"No {path.name} in '{path.parent}'. Save the adapter with safe_serialization=True.")
     try:

@@ -244,7 +244,7 @@ COPIED_IN_LAYERS = ("RANDLORA",)  # methods whose shared arrays a file has once 
 # Ends of the keys of tensors that are not trained.
 FIXED = tuple(f".{name}_{matrix}" for name in ("vera", "pvera", "randlora") for matrix in "AB") + (".delora_w_norm",)
 
-PROMPT_LEARNING = ("CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
+PROMPT_LEARNING = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 _PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))
 ROWS |= {name: {True: (_PROMPT,)} for name in PROMPT_LEARNING}
 ROWS |= {

@@ -354,7 +354,8 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
     params = {name: jnp.asarray(array) for name, array in arrays.items()}
     if target.role is None and isinstance(config, FrozenArrays):
         config.check_frozen(arrays, *base.layout.sizes(base.shape), leaf.path)
-        state |= {name: params.pop(name) for name in config.frozen}
+        params, frozen = config.apart(params)
+        state |= frozen
     return Contents(params, state, base)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.core.partition import trainable_labels as trainable_labels
     from peft_jax.core.partition import trainable_mask as trainable_mask
     from peft_jax.core.summary import summary as summary
+    from peft_jax.interop import compose_cartridge_adapters as compose_cartridge_adapters
     from peft_jax.interop import convert_to_lora as convert_to_lora
     from peft_jax.interop import get_peft_model_state_dict as get_peft_model_state_dict
     from peft_jax.interop import hotswap_adapter as hotswap_adapter
@@ -65,9 +66,15 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.models import get_layer_status as get_layer_status
     from peft_jax.models import get_model_status as get_model_status
     from peft_jax.models import get_peft_model as get_peft_model
+    from peft_jax.models import (
+        initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+    )
+    from peft_jax.models import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
     from peft_jax.models import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from peft_jax.models import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
     from peft_jax.models import replace_lora_weights_loftq as replace_lora_weights_loftq
     from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig
+    from peft_jax.prompts import CartridgeConfig as CartridgeConfig
     from peft_jax.prompts import CPTConfig as CPTConfig
     from peft_jax.prompts import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from peft_jax.prompts import MultitaskPromptTuningInit as MultitaskPromptTuningInit

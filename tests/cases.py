@@ -981,6 +981,20 @@ PROMPTS: dict[str, PromptCase] = {
         finetune={"num_virtual_tokens": 4},
         is_a_side=True,
     ),
+    "CARTRIDGE": PromptCase(
+        config="CartridgeConfig",
+        row="cartridge",
+        tiny={"num_virtual_tokens": 3},
+        needed={"num_virtual_tokens": 2},
+        llama={
+            "cartridge": {"num_virtual_tokens": 4, "num_frozen_tokens": 2},
+            "cartridge without frozen tokens": {"num_virtual_tokens": 3, "num_frozen_tokens": 0},
+        },
+        model={"num_virtual_tokens": 3},
+        generates=True,
+        trained=("cartridge",),
+        finetune={"num_virtual_tokens": 4},
+    ),
     "PROMPT_TUNING": PromptCase(
         config="PromptTuningConfig",
         row="prompt",

@@ -126,7 +126,15 @@ def test_a_run_can_be_run_again_by_its_own_file(
     assert main(["finetune", "--config", "out/run.yaml", "--output", "out", "--resume"]) == 0
 
 
-PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
+PROMPTS = (
+    "CARTRIDGE",
+    "PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "P_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+)
 
 
 def test_prompts_learn_at_10_to_100_times_the_rate_of_lora() -> None:

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 from cases import ARCHITECTURES, PROMPTS, llama_prompts
-from conformance import close, tolerance
+from conformance import close, same_files, tolerance
 from safetensors.numpy import load_file
 
 import peft_jax as pj
 from peft_jax import interop
 from peft_jax.core.adapted import map_adapted
 from peft_jax.prompts.base import PromptMethod
+from peft_jax.prompts.cartridge import FROZEN
 from peft_jax.train import make_training_step
 
 torch = pytest.importorskip("torch")
@@ -129,7 +130,7 @@ def assert_no_part_is_dead(base, model, tensors, row):
     if "prompt_embeddings" in tensors:
         tokens, width = tensors["prompt_embeddings"].shape
         parts += [("prompt_embeddings", np.s_[token]) for token in range(tokens)]
-        if config.peft_type == "PREFIX_TUNING":
+        if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
             size = width // (2 * config.num_layers)
             parts += [("prompt_embeddings", np.s_[:, at : at + size]) for at in range(0, width, size)]
     for key, part in parts:
@@ -192,6 +193,8 @@ def torch_arrays(model):
         parts = name.split(".")
         if parts[0] in ("prefix_task_cols", "prefix_task_rows"):
             arrays[name] = value
+        elif parts[0] in ("trainable_embedding", "frozen_embedding"):
+            arrays["prompt" if parts[0].startswith("trainable") else FROZEN] = value
         elif parts[0] in ("embedding", "delta_embedding"):
             arrays["prompt" if parts[0] == "embedding" else "delta"] = value
         elif parts[0] == "lstm_head":
@@ -228,6 +231,8 @@ def with_arrays(model, arrays):
         own = leaf.params.keys() - {"modules_to_save"}
         assert own <= arrays.keys() and all(leaf.params[role].shape == arrays[role].shape for role in own)
         leaf.params.update({role: jnp.asarray(arrays[role]) for role in own})
+        if FROZEN in leaf.state:
+            leaf.state[FROZEN] = jnp.asarray(arrays[FROZEN])
         return leaf
 
     return map_adapted(change, jax.tree.map(lambda leaf: leaf, model))
@@ -269,9 +274,52 @@ def test_training_is_pefts(row, bases):
         got.append(float(metrics.loss))
     np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
     ends, trained = torch_arrays(theirs), our_arrays(pj.combine(trainable, frozen))
+    if FROZEN in start:
+        np.testing.assert_array_equal(ends[FROZEN], start[FROZEN])
     for role, array in trained.items():
         np.testing.assert_allclose(array, ends[role], rtol=0, atol=5e-5, err_msg=role)
         assert np.abs(array - start[role]).max() > 1e-2, f"{role} does not move"
+
+
+def test_a_cartridge_of_a_text_is_the_models_own_cache(tmp_path):
+    """It is PEFT's array, and what follows is computed as after the text itself; composed cartridges are PEFT's."""
+    from transformers import AutoTokenizer
+
+    from peft_jax.cli.demo_data import MODEL
+
+    base, tokenizer, text = load(MODEL), AutoTokenizer.from_pretrained(MODEL), "List the parameters of the model"
+    ids = tokenizer(text)["input_ids"]
+    size, later = len(ids), np.array([[5, 17, 2]])
+    options = {"num_virtual_tokens": size, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(torch_base(MODEL), peft.CartridgeConfig(**options))
+    want = peft.initialize_kv_prefix_from_text(theirs, tokenizer, text=text).numpy()
+    fresh = pj.get_peft_model(base, pj.CartridgeConfig(**options))
+    model = pj.initialize_kv_prefix_from_text(fresh, tokenizer, text=text)
+    close(pj.get_peft_model_state_dict(model)["prompt_embeddings"], want)
+    close(model(later).logits, base(np.concatenate([[ids], later], axis=1)).logits[:, size:])
+    assert np.abs(model(later).logits - fresh(later).logits).max() > 1e-2
+
+    prefix = pj.get_peft_model(base, pj.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    prefix = pj.initialize_kv_prefix_from_text(prefix, tokenizer, text=text, max_length=5)
+    close(our_arrays(prefix)["prompt"], want[:4])
+    with pytest.raises(ValueError, match="is of 3 tokens, and num_virtual_tokens is 4"):
+        pj.initialize_kv_prefix_from_text(prefix, tokenizer, text=text, max_length=3)
+    lora = pj.get_peft_model(base, pj.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="'default' is LORA, and a cache is for CARTRIDGE and PREFIX_TUNING"):
+        pj.initialize_kv_prefix_from_text(lora, tokenizer, text=text)
+
+    model.save_pretrained(tmp_path / "one")
+    fresh.save_pretrained(tmp_path / "other")
+    parts = [tmp_path / "one", tmp_path / "other"]
+    peft.compose_cartridge_adapters(parts, output_path=tmp_path / "theirs")
+    pj.compose_cartridge_adapters(parts, output_path=tmp_path / "ours")
+    same_files(tmp_path / "ours", tmp_path / "theirs")
+    again = pj.PeftModel.from_pretrained(base, tmp_path / "ours")
+    assert again.peft_config["default"].num_virtual_tokens == 2 * size
+    assert np.abs(again(later).logits - model(later).logits).max() > 1e-3
+    lora.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="holds LORA, and CARTRIDGE alone is composed"):
+        pj.compose_cartridge_adapters([tmp_path / "one", tmp_path / "lora"], output_path=tmp_path / "none")
 
 
 def test_text_and_source_tasks_start_as_in_peft(bases, tmp_path):
@@ -322,5 +370,6 @@ def test_starts_and_counts_are_pefts(row, bases):
     trained, total = theirs.get_nb_trainable_parameters()
     line = pj.summary(model).splitlines()[-1]
     assert line.startswith(f"trainable params: {trained:,d} || all params: ")
-    if row != "CPT":  # whose frozen embeddings are a copy of the base's, which PEFT counts again
+    # PEFT counts the frozen arrays of these again: the base's own embeddings, and keys and values.
+    if row not in ("CPT", "cartridge"):
         assert f"|| all params: {total:,d} ||" in line

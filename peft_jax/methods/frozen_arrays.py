@@ -38,7 +38,13 @@ class FrozenArrays(Method):
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """As every method's, with the frozen arrays in the state."""
         params, state = super().init(layout, shape, names, adapted, key)
-        return params, state | {role: params.pop(role) for role in self.frozen}
+        trained, frozen = self.apart(params)
+        return trained, state | frozen
+
+    def apart(self, arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """The arrays of a file as those that are trained and those that are not."""
+        trained = {role: array for role, array in arrays.items() if role not in self.frozen}
+        return trained, {role: arrays[role] for role in self.frozen}
 
     def check_frozen(self, arrays: Mapping[str, np.ndarray], n_in: int, n_out: int, path: str) -> None:
         """Raise ValueError if arrays of a file cannot be those of the matrix ``(n_in, n_out)`` of a leaf."""

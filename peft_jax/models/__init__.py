@@ -36,6 +36,11 @@ from peft_jax.models.handles.peft_model import PeftModelForTokenClassification a
 from peft_jax.models.handles.peft_model import get_peft_model as get_peft_model
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
 from peft_jax.models.kbit_training import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from peft_jax.models.kv_prefix import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from peft_jax.models.kv_prefix import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from peft_jax.models.kv_prefix import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
 from peft_jax.models.llama.config import LlamaConfig as LlamaConfig
 from peft_jax.models.loftq_replacement import replace_lora_weights_loftq as replace_lora_weights_loftq
 from peft_jax.models.modules.lazy_logits import LazyLogits as LazyLogits

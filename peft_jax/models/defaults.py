@@ -5,6 +5,7 @@ from peft_jax.models.family import OTHERWISE, Fields
 from peft_jax.models.registry import BY_MODEL_TYPE
 
 ONLY = ("ADAPTION_PROMPT",)  # methods that are for the model types with an entry of theirs alone
+KEYS_AND_VALUES = ("CARTRIDGE", "PREFIX_TUNING")  # prompts that are these, whose sizes are those of the keys
 WITHOUT_DEFAULT = ("OSF",)  # methods without a default for the other model types
 
 
@@ -38,9 +39,9 @@ def prompt_sizes(peft_type: str, config: ModelConfig) -> Fields:
         >>> [prompt_sizes(name, config)["token_dim"] for name in ("P_TUNING", "PREFIX_TUNING")]
         [64, 16]
     """
-    if peft_type == "PREFIX_TUNING" and (why := config.no_prefix):
-        raise ValueError(f"PREFIX_TUNING is not for {config.model_type} models, {why}.")
-    of_keys = peft_type == "PREFIX_TUNING"
+    of_keys = peft_type in KEYS_AND_VALUES
+    if of_keys and (why := config.no_prefix):
+        raise ValueError(f"{peft_type} is not for {config.model_type} models, {why}.")
     return {
         "num_layers": config.num_hidden_layers,
         "num_attention_heads": config.kv_heads if of_keys else config.num_attention_heads,

@@ -2,6 +2,7 @@
 
 from peft_jax.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from peft_jax.prompts.attach_prompt import attach_prompt as attach_prompt
+from peft_jax.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from peft_jax.prompts.cpt import CPTConfig as CPTConfig
 from peft_jax.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from peft_jax.prompts.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.methods.base import Arrays, register
-from peft_jax.prompts.base import PROMPT, Prompt
+from peft_jax.prompts.base import PROMPT
 from peft_jax.prompts.dense import linear, linear_shapes, started
-from peft_jax.prompts.learning import PromptLearning
+from peft_jax.prompts.key_values import KeyValuePrompt
 
 
 @register("PREFIX_TUNING")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixTuningConfig(PromptLearning):
+class PrefixTuningConfig(KeyValuePrompt):
     """Puts trained keys and values before those of the inputs, in every layer; fields and defaults are PEFT's.
 
     Attributes:
@@ -43,12 +43,6 @@ class PrefixTuningConfig(PromptLearning):
     """
 
     learning_rate: ClassVar[float] = 1e-2
-    structural: ClassVar[tuple[str, ...]] = (
-        *PromptLearning.structural,
-        "num_layers",
-        "num_attention_heads",
-    )
-
     init_weights: str | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
@@ -63,28 +57,8 @@ class PrefixTuningConfig(PromptLearning):
         """Unless there is a projection."""
         return not self.prefix_projection
 
-    @property
-    def virtual_tokens(self) -> int:
-        """None: keys and values have no logits."""
-        return 0
-
-    @property
-    def slots(self) -> int:
-        """``num_virtual_tokens``."""
-        return self.num_virtual_tokens or 0
-
     def completed(self, defaults: Mapping[str, Any]) -> Self:
-        """With the model's sizes.
-
-        Raises:
-            ValueError: if the config gives other sizes, or those of a decoder alone to an encoder-decoder.
-        """
-        if self.num_transformer_submodules == 1 and defaults.get("num_transformer_submodules") == 2:
-            raise ValueError(
-                "PrefixTuningConfig(num_transformer_submodules=1) is not supported on an encoder-decoder: PEFT's "
-                "cross-attention then reads the decoder's own keys too, also those of later tokens. Write "
-                "num_transformer_submodules=2, or leave it out, and train again."
-            )
+        """The config with the model's sizes; the projection has ``token_dim`` hidden features, if it says no others."""
         config = super().completed(defaults)
         return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
 
@@ -93,7 +67,7 @@ class PrefixTuningConfig(PromptLearning):
         tokens, features, hidden = self.num_virtual_tokens or 0, self.token_dim or 0, self.encoder_hidden_size or 0
         width = 2 * (self.num_layers or 0) * features
         if not self.prefix_projection or self.inference_mode:
-            return {PROMPT: (tokens, width)}
+            return super().shapes(module, n_in, n_out, lookup=lookup)
         layers = {**linear_shapes("transform_0", features, hidden), **linear_shapes("transform_1", hidden, width)}
         return {PROMPT: (tokens, features), **layers}
 
@@ -112,14 +86,3 @@ class PrefixTuningConfig(PromptLearning):
         if len(params) == 1:
             return params
         return {PROMPT: linear(params, "transform_1", jnp.tanh(linear(params, "transform_0", params[PROMPT])))}
-
-    def give(self, params: Arrays, state: Mapping[str, Any], task_ids: jax.Array | None) -> Prompt:
-        """Keys and values, each (layers, 1, tokens, heads, head_dim)."""
-        flat = self.saved(params, state)[PROMPT]
-        tokens, layers = flat.shape[0], self.num_layers or 0
-        parts = flat.reshape(tokens, 2 * layers, self.num_attention_heads or 1, -1).transpose(1, 0, 2, 3)[:, None]
-        every = jnp.arange(layers) * 2
-        if self.num_transformer_submodules == 2:
-            # PEFT repeats all parts and deals four to a layer, of which the first two are the decoder's own.
-            every = every * 2 % (2 * layers)
-        return Prompt(prefix=(parts[every], parts[every + 1]))

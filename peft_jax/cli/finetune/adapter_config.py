@@ -39,7 +39,8 @@ from peft_jax.train.hooks import for_run
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LORA": {"r": 8, "lora_alpha": 16},
     **dict.fromkeys(
-        ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"), {"num_virtual_tokens": 20}
+        ("CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"),
+        {"num_virtual_tokens": 20},
     ),
     "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": 2},
 }
