@@ -63,6 +63,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from peft_jax.models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from peft_jax.models import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from peft_jax.models import create_arrow_model as create_arrow_model
     from peft_jax.models import get_layer_status as get_layer_status
     from peft_jax.models import get_model_status as get_model_status
     from peft_jax.models import get_peft_model as get_peft_model

@@ -261,3 +261,107 @@ def test_layers_stored_inputs_first_are_pefts(options, tmp_path):
     assert {key: array.tobytes() for key, array in ours.items()} == {
         key: array.tobytes() for key, array in file.items()
     }
+
+
+TINY = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOKENS = np.array([[5, 17, 2, 40, 9], [8, 8, 50, 3, 21]])
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    """A folder of a model, and folders of random LoRAs on it, in PEFT's files; the last one has another rank."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("arrow")
+    LlamaForCausalLM(LlamaConfig(**TINY, initializer_range=0.2, eos_token_id=None)).save_pretrained(folder / "base")
+    for number, rank in enumerate([3, 3, 3, 3, 3, 2]):
+        model = LlamaForCausalLM.from_pretrained(folder / "base")
+        targets = ["q_proj", "down_proj"]
+        config = peft.LoraConfig(r=rank, lora_alpha=2 + number, target_modules=targets, init_lora_weights=False)
+        peft.get_peft_model(model, config).save_pretrained(folder / str(number))
+    return folder
+
+
+@pytest.mark.parametrize("use_gks", [False, True], ids=["plain", "GenKnowSub"])
+def test_arrow_routes_as_in_peft(use_gks, loras):
+    import torch
+    from peft import ArrowConfig, create_arrow_model
+    from transformers import LlamaForCausalLM
+
+    tasks, general = [str(loras / n) for n in "012"], [str(loras / n) for n in "34"] if use_gks else None
+    options = {"top_k": 2, "router_temperature": 0.5, "use_gks": use_gks, "rng_seed": 5}
+    theirs = LlamaForCausalLM.from_pretrained(loras / "base").eval()
+    theirs = create_arrow_model(theirs, tasks, ArrowConfig(**options), general).eval()
+    base = pj.AutoModelForCausalLM.from_pretrained(loras / "base", dtype="float32")
+    model = pj.create_arrow_model(base, tasks, pj.ArrowConfig(**options), general)
+    with torch.no_grad():
+        want = theirs(torch.tensor(TOKENS)).logits.numpy()
+        tokens = theirs.generate(torch.tensor(TOKENS), max_new_tokens=6, do_sample=False, pad_token_id=0).numpy()
+    close(model(TOKENS).logits, want)
+    np.testing.assert_array_equal(model.generate(TOKENS, max_new_tokens=6), tokens)
+    assert sorted(model.peft_config) == sorted(theirs.peft_config) and model.active_adapters == ["arrow_router"]
+    for name in ("task_0", "task_2"):
+        assert np.abs(model.set_adapter(name)(TOKENS).logits - want).max() > 1e-2
+    assert not jax.tree.leaves(pj.partition(model)[0])
+    if use_gks:
+        return
+    for kind in ("int8", "nf4"):
+        narrow = pj.quantize(base, kind=kind)
+        routed = [pj.create_arrow_model(one, tasks, pj.ArrowConfig(**options)) for one in (narrow, pj.merge(narrow))]
+        close(routed[0](TOKENS).logits, routed[1](TOKENS).logits)
+
+
+def test_arrow_gives_each_token_the_lora_of_its_direction(loras):
+    """With top_k=1 a row of a product is that of one LoRA: of the one whose first singular vector is nearest."""
+    base = pj.AutoModelForCausalLM.from_pretrained(loras / "base", dtype="float32")
+    model = pj.create_arrow_model(base, [loras / n for n in "012"], pj.ArrowConfig(top_k=1, rng_seed=1))
+    leaf = model.params["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    leaf = leaf.mapped(0, lambda array, axis: jnp.take(array, 1, axis), drop=True)
+    experts = {}
+    while hasattr(leaf, "tag"):
+        experts[leaf.tag.name], leaf = leaf, leaf.base
+    router = experts.pop("arrow_router")
+    x = normal(0, 40, 24)
+    want, places = [], []
+    for number in range(3):
+        expert = dataclasses.replace(experts[f"task_{number}"], base=leaf, active=True)
+        vectors = np.linalg.svd(expert.dense() - leaf)[0]
+        places.append(np.abs(x @ vectors[:, 0]))
+        want.append(expert.apply(x))
+    best = np.argmax(places, axis=0)
+    clear = np.diff(np.sort(places, axis=0), axis=0)[-1] > 0.1  # the vectors are found but for some digits
+    assert len(set(best)) == 3 and clear.sum() > 20
+    close(router.apply(x)[clear], np.stack(want)[best, np.arange(40)][clear])
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "message"),
+    [
+        ("", {}, "names at least one LoRA, got none"),
+        ("01", {}, "top_k=3 is above the 2 LoRAs"),
+        ("01", {"top_k": 1, "use_gks": True}, "use_gks=True takes the mean of general LoRAs out"),
+        ("05", {"top_k": 1}, "'task_1' on 'model.layers.*' has another rank than 'task_0'|'task_0' .* than 'task_1'"),
+    ],
+    ids=["none", "top_k", "general", "rank"],
+)
+def test_what_arrow_needs_is_said(paths, options, message, loras):
+    base = pj.AutoModelForCausalLM.from_pretrained(loras / "base", dtype="float32")
+    with pytest.raises(ValueError, match=message):
+        pj.create_arrow_model(base, [loras / n for n in paths], pj.ArrowConfig(**options))
+
+
+def test_an_arrow_model_is_not_merged_and_its_router_has_no_file(loras, tmp_path):
+    base = pj.AutoModelForCausalLM.from_pretrained(loras / "base", dtype="float32")
+    model = pj.create_arrow_model(base, [loras / n for n in "01"], pj.ArrowConfig(top_k=1))
+    with pytest.raises(ValueError, match="chooses LoRAs for each token, which no merged weight does"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="An Arrow router has no file"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, selected_adapters=["task_0", "task_1"])
+    again = pj.create_arrow_model(base, [tmp_path / "task_0", tmp_path / "task_1"], pj.ArrowConfig(top_k=1))
+    np.testing.assert_array_equal(again(TOKENS).logits, model(TOKENS).logits)
+    without = pj.delete_adapter(model, "arrow_router").set_adapter("task_1")
+    lora = pj.PeftModel.from_pretrained(base, loras / "1")
+    close(without(TOKENS).logits, lora(TOKENS).logits)

@@ -15,6 +15,7 @@ from peft_jax.methods.ia3 import IA3Config as IA3Config
 from peft_jax.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from peft_jax.methods.loha import LoHaConfig as LoHaConfig
 from peft_jax.methods.lokr import LoKrConfig as LoKrConfig
+from peft_jax.methods.lora.arrow import ArrowConfig as ArrowConfig
 from peft_jax.methods.lora.config import LoraConfig as LoraConfig
 from peft_jax.methods.lora.nested_configs import CordaConfig as CordaConfig
 from peft_jax.methods.lora.nested_configs import EvaConfig as EvaConfig

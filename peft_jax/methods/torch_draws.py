@@ -57,3 +57,34 @@ def permutation(seed: int, size: int, count: int) -> np.ndarray:
         moved[other] = moved.get(step, step)
     drawn += [moved.get(size - 1, size - 1)] * (count - steps)
     return np.array(drawn)
+
+
+def normal(generator: np.random.RandomState, size: int) -> Float[np.ndarray, " size"]:
+    """The numbers of ``torch.randn(size)``: pairs of uniform ones, turned into normal ones (Box and Muller).
+
+    They are made in blocks of 16, the first half of which has the cosines; the last block is drawn again where the size
+    is no multiple of 16. Fewer than 16 are made one pair after the other, of 53 random bits each.
+    """
+    if size < 16:
+        pairs = [_double_pair(generator) for _ in range((size + 1) // 2)]
+        return np.ravel(pairs)[:size].astype(np.float32)
+    drawn = uniform(generator, (size,)).astype(np.float32)
+    blocks = size // 16 * 16
+    drawn[:blocks] = _block_normal(drawn[:blocks].reshape(-1, 16)).ravel()
+    if blocks < size:
+        drawn[-16:] = _block_normal(uniform(generator, (1, 16)).astype(np.float32))[0]
+    return drawn
+
+
+def _block_normal(uniform: Float[np.ndarray, "blocks 16"]) -> Float[np.ndarray, "blocks 16"]:
+    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - uniform[:, :8]))
+    angle = np.float32(2 * math.pi) * uniform[:, 8:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def _double_pair(generator: np.random.RandomState) -> tuple[float, float]:
+    """Two normal numbers, of two uniform ones whose 64 random bits are two draws, the upper half first."""
+    first, second, third, fourth = (int(bits) for bits in generator.randint(0, 2**32, size=4, dtype=np.uint32))
+    angle = 2 * math.pi * (((first << 32 | second) % 2**53) * 2.0**-53)
+    radius = math.sqrt(-2 * math.log1p(-(((third << 32 | fourth) % 2**53) * 2.0**-53)))
+    return radius * math.cos(angle), radius * math.sin(angle)

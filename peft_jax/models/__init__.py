@@ -1,5 +1,6 @@
 """Flax NNX models that read Hugging Face checkpoints, and handles on them."""
 
+from peft_jax.models.arrow_model import create_arrow_model as create_arrow_model
 from peft_jax.models.bert.config import BertConfig as BertConfig
 from peft_jax.models.bert.config import RobertaConfig as RobertaConfig
 from peft_jax.models.gemma.config import GemmaConfig as GemmaConfig
