@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.adapters import apply_adapter as apply_adapter
     from peft_jax.adapters import apply_lora as apply_lora
     from peft_jax.adapters import apply_lora_from_data as apply_lora_from_data
+    from peft_jax.adapters import find_kappa_target_modules as find_kappa_target_modules
     from peft_jax.adapters import nnx_module as nnx_module
     from peft_jax.adapters import reduce_intruder_dimension as reduce_intruder_dimension
     from peft_jax.adapters import scale_adapter as scale_adapter

@@ -105,6 +105,22 @@ def test_fused_checkpoints_are_read_like_those_of_single_experts(kind: str, fold
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
+def test_condition_numbers_choose_pefts_targets(folders: Any) -> None:
+    """Modules and fused experts in PEFT's order, in a tree too; what is too large is left out."""
+    helpers = pytest.importorskip("peft.helpers")
+    theirs, ours = torch_model("mixtral"), pj.AutoModelForCausalLM.from_pretrained(folders("mixtral"), dtype="float32")
+    for share in (0.2, 1.0):
+        want = helpers.find_kappa_target_modules(theirs, share, show_progress=False)
+        assert pj.find_kappa_target_modules(ours, share) == want
+    assert len(want["target_modules"]) > 4 and len(want["target_parameters"]) > 1
+    assert want["target_modules"] != sorted(want["target_modules"])
+    limit = ours.config.hidden_size
+    want = helpers.find_kappa_target_modules(theirs, 1.0, limit, show_progress=False)
+    assert pj.find_kappa_target_modules(ours, 1.0, limit) == want and "lm_head" not in want["target_modules"]
+    with pytest.raises(ValueError, match="top_p is a share above 0 and at most 1, got 0"):
+        pj.find_kappa_target_modules(ours, 0)
+
+
 def test_lora_on_experts_both_ways(form: str, folders: Any, tmp_path: Any) -> None:
     """One adapter for each expert, of the router, and of a module: the same logits, merged too, and the same files."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
