@@ -174,3 +174,17 @@ def test_options_and_fields_go_together() -> None:
     assert config is not None and config.peft_type == "LORA"
     fields = config.to_dict()
     assert [fields[name] for name in ("r", "lora_alpha", "target_modules", "use_rslora")] == [3, 16, "all-linear", True]
+
+
+def test_a_poly_of_several_tasks_is_told_which(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of several texts have no one task, and a prompt that is continued has to say its."""
+    fields = ["--peft", "POLY", "--peft-config", '{"n_tasks": 2, "init_weights": false, "r": 16}']
+    assert main([*WORDS, "--max-steps", "3", "--output", "out", *fields, "--packing"]) == 2
+    assert "POLY has one task for a row, where --packing has several texts" in capsys.readouterr().err
+    assert main([*WORDS, "--max-steps", "1", "--output", "out", *fields]) == 0
+    assert 'inputs["task_ids"] = torch.tensor([0])' in Path("out/README.md").read_text()
+    capsys.readouterr()
+    words = ["generate", "--model", "model", "--adapter", "out", "--max-new-tokens", "4", "Say the number."]
+    assert main(words) == 2
+    assert "--task-id is not given, and the adapter has 2 tasks. Give 0 to 1." in capsys.readouterr().err
+    assert main([*words, "--task-id", "1"]) == 0

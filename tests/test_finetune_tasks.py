@@ -256,7 +256,7 @@ def test_an_answer_is_that_of_its_task(trained: Callable[[str], Path], capsys: p
     (found,) = told(capsys, *words, "--task-id", "1")
     assert found["text"] == tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert main(words) == 2
-    assert "--task-id is not given, and the prompt has 2 tasks. Give 0 to 1." in capsys.readouterr().err
+    assert "--task-id is not given, and the adapter has 2 tasks. Give 0 to 1." in capsys.readouterr().err
     _run_card(out)
 
 
@@ -323,10 +323,14 @@ WRONG: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         *_headless([{**row, "text": "word " * 30} for row in TEXTS], "--cutoff-len", "256"),
         "exceed the model's 64 positions",
     ),
-    "no ids of tasks": (TASKLESS, ["--model", "t5", *MULTITASK], "record 1 has no task_id, and the prompt has 2 tasks"),
+    "no ids of tasks": (
+        TASKLESS,
+        ["--model", "t5", *MULTITASK],
+        "record 1 has no task_id, and the adapter has 2 tasks",
+    ),
     "another id": (
         *([{**PAIRS[0], "task_id": 2}], ["--model", "t5", *MULTITASK]),
-        "record 1 has the task_id 2, and the prompt has 2 tasks. Give 0 to 1",
+        "record 1 has the task_id 2, and the adapter has 2 tasks. Give 0 to 1",
     ),
     "a start for other data": (
         *(PAIRS, ["--model", "t5", "--peft-config", '{"init_lora_weights": "eva"}']),

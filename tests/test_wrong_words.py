@@ -69,7 +69,7 @@ OTHERWISE = {  # flags whose numbers are reported in other words
     "r": "LORA needs ranks of at least 1",
     "lora_dropout": "lora_dropout is a probability",
     "process_id": "--coordinator-address and --num-processes are missing",
-    "task_id": "--task-id is -1, but no adapter has a prompt of several tasks",
+    "task_id": "--task-id is -1, but no adapter has several tasks",
 }
 
 

@@ -38,7 +38,7 @@ class PromptOptions:
     """Template around texts and instructions: chat, raw, short, alpaca, or a JSON file, as in finetune; by default that
     of the adapter's training, else chat where the tokenizer has a chat template, else short."""
     task_id: int | None = None
-    """The task of the prompts, by its number, for an adapter that is a prompt of several tasks."""
+    """The task of the prompts, by its number, for an adapter that has several."""
     batch_size: int = 8
     """Prompts that are continued at a time."""
 

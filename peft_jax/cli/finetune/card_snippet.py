@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from peft_jax.adapters.task_ids import methods_with_tasks
 from peft_jax.cli.shared.task import Task
 from peft_jax.cli.shared.training_layout import EVERYTHING, TrainingLayout
 from peft_jax.models.config import QUESTION_ANS, TOKEN_CLS
@@ -38,7 +39,7 @@ def snippet(model: PeftModel, task: Task, layout: TrainingLayout | None, options
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         *_inputs(layout),
     ]
-    if prompt_tasks(model):
+    if prompt_tasks(model) or methods_with_tasks(model):  # PEFT asks for the only task of a POLY too
         lines.append('inputs["task_ids"] = torch.tensor([0])')
     if layout is None:
         if model.task == QUESTION_ANS:

@@ -91,7 +91,7 @@ def make_data(
         base: The model.
         options: How they are laid out.
         seed: Seed of the split.
-        config: The adapter's config, which may be a prompt of several tasks and of virtual tokens.
+        config: The adapter's config, which may have several tasks and virtual tokens.
         recorded: How the data of the adapter were laid out that is trained on, if there is one.
 
     Raises:

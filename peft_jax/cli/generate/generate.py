@@ -215,7 +215,7 @@ def up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
 
 
 def task_ids(task_id: int | None, tasks: int, rows: int) -> dict[str, Any]:
-    """The argument ``task_ids`` for a prompt that has several tasks; nothing for another adapter.
+    """The argument ``task_ids`` for an adapter that has several tasks; nothing for another adapter.
 
     Args:
         task_id: The task that the command line names.
@@ -228,11 +228,11 @@ def task_ids(task_id: int | None, tasks: int, rows: int) -> dict[str, Any]:
     if not tasks and task_id is None:
         return {}
     if not tasks:
-        raise ValueError(f"--task-id is {task_id}, but no adapter has a prompt of several tasks. Leave it out.")
+        raise ValueError(f"--task-id is {task_id}, but no adapter has several tasks. Leave it out.")
     if task_id is None:
-        raise ValueError(f"--task-id is not given, and the prompt has {tasks} tasks. Give 0 to {tasks - 1}.")
+        raise ValueError(f"--task-id is not given, and the adapter has {tasks} tasks. Give 0 to {tasks - 1}.")
     if not 0 <= task_id < tasks:
-        raise ValueError(f"--task-id is {task_id}, and the prompt has {tasks} tasks. Give 0 to {tasks - 1}.")
+        raise ValueError(f"--task-id is {task_id}, and the adapter has {tasks} tasks. Give 0 to {tasks - 1}.")
     return {"task_ids": np.full(rows, task_id, np.int32)}
 
 

@@ -244,7 +244,7 @@ def _words(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandl
 
 def _spans(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
     if layout.tasks:
-        raise ValueError("a prompt of several tasks is not for spans, whose models take no task_ids. Take another.")
+        raise ValueError("an adapter of several tasks is not for spans, whose models take no task_ids. Take another.")
     return encode_spans(
         records,
         tokenizer,

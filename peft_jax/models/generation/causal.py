@@ -45,7 +45,7 @@ def continue_prompts(
 
     Args:
         config: The architecture.
-        params: The parameters, and the task of each row for an adapter that is a prompt of several tasks.
+        params: The parameters, and the task of each row for an adapter that has several.
         ids: Prompts (batch, length).
         attention_mask: As in `CausalLM.generate`, like the arguments after it.
         options: The options that the call gives.

@@ -35,7 +35,7 @@ from peft_jax.prompts.base import Prompt, take_prompt
 
 
 class Question(NamedTuple):
-    """The inputs of the encoder, or its outputs, with their mask, and each row's task for a prompt that has several."""
+    """The inputs of the encoder, or its outputs, with their mask, and the task of each row, where there are several."""
 
     input_ids: jax.Array | None = None
     inputs_embeds: jax.Array | None = None

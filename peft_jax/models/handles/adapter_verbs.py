@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from peft_jax.adapters.combine.weighted_lora import add_weighted_adapter
 from peft_jax.adapters.per_row import with_adapter_rows
+from peft_jax.adapters.task_ids import TaskIds
 from peft_jax.core.adapted import adapters
 from peft_jax.core.discarded import warn_if_discarded
 from peft_jax.core.merge import active_adapters, delete_adapter, disable_adapter, set_adapter, set_requires_grad
@@ -106,10 +107,10 @@ class AdapterVerbs(ModelHandle):
         warn_if_discarded("model.add_weighted_adapter(...)")
         return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
 
-    def with_adapter_rows(self, adapter_names: Sequence[str]) -> Self:
+    def with_adapter_rows(self, adapter_names: Sequence[str], task_ids: TaskIds | None = None) -> Self:
         """The model that computes each row of a batch with its own adapter: `peft_jax.with_adapter_rows`."""
         warn_if_discarded("model.with_adapter_rows(...)")
-        return with_adapter_rows(self, adapter_names)
+        return with_adapter_rows(self, adapter_names, task_ids)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The numbers of trained and of all elements."""

@@ -57,7 +57,7 @@ def encode(
         cutoff_len: The most tokens of an example.
         template: Lays out alpaca's fields.
         train_on_inputs: Train all tokens instead.
-        tasks: How many tasks a prompt has, of which each record names one; 0 where records need to name none.
+        tasks: How many tasks an adapter has, of which each record names one; 0 where records need to name none.
         masks: Gets what was learned of chats, and how that was found.
         long: Whether longer examples are left out (``drop``), cut (``truncate``) or split into several (``split``).
         watch: Wraps the sequence of chunks of records, as a progress bar does.
@@ -141,7 +141,7 @@ def check_eos(tokenizer: Tokenizer) -> None:
 
 
 def task_field(record: Asked, number: int, tasks: int) -> dict[str, np.ndarray]:
-    """Return a row's ``task_ids`` for a prompt of ``tasks`` tasks; an empty dict for 0.
+    """Return a row's ``task_ids`` for an adapter of ``tasks`` tasks; an empty dict for 0.
 
     Raises:
         ValueError: If the record names none of them.
@@ -155,7 +155,7 @@ def task_field(record: Asked, number: int, tasks: int) -> dict[str, np.ndarray]:
     found = record.task_id
     if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < tasks:
         said = "no task_id" if found is None else f"the task_id {found!r}"
-        raise ValueError(f"record {number} has {said}, and the prompt has {tasks} tasks. Give 0 to {tasks - 1}.")
+        raise ValueError(f"record {number} has {said}, and the adapter has {tasks} tasks. Give 0 to {tasks - 1}.")
     return {"task_ids": np.asarray(found, np.int32)}
 
 
