@@ -9,6 +9,8 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -34,13 +36,33 @@ from peft_jax.core.hub import HubOptions, find_folder
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import is_weight
 
-__all__ = ["Row", "find_checkpoint", "load_params", "open_tensors", "read_config", "save_checkpoint"]
+__all__ = ["Row", "find_checkpoint", "load_params", "open_tensors", "read_config", "save_checkpoint", "shapes_alone"]
 
 PIECE = 1 << 21  # bytes of a matrix that are in flight between file and leaf
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 
 Path = str | os.PathLike[str]
 Convert = Callable[[str, jax.Array], Any]
+
+_reads_shapes: ContextVar[bool] = ContextVar("_reads_shapes", default=False)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Inside, `load_params` reads no tensor and gives zeros, which under `jax.eval_shape` are shapes alone.
+
+    Example:
+        >>> tensors = {"norm.weight": np.ones(4, np.float16)}
+        >>> row = Row("norm.scale", (4,), "norm.weight")
+        >>> with shapes_alone():
+        ...     jax.eval_shape(partial(load_params, tensors, [row], Cast(lambda path: "float32")))
+        {'norm': {'scale': ShapeDtypeStruct(shape=(4,), dtype=float32)}}
+    """
+    token = _reads_shapes.set(True)
+    try:
+        yield
+    finally:
+        _reads_shapes.reset(token)
 
 
 def find_checkpoint(
@@ -91,7 +113,7 @@ def load_params(
     """
     _check(tensors, rows, ignored)
     read: Mapping[str, jax.Array] = {}
-    if isinstance(convert, Cast) and is_host_device():
+    if not _reads_shapes.get() and isinstance(convert, Cast) and is_host_device():
         read = read_leaves([row for row in rows if row.path not in (kept or {})], tensors, convert)
     tree: dict[str, Any] = {}
     for row in rows:
@@ -127,6 +149,8 @@ def _load(row: Row, tensors: Mapping[str, LazyArray], convert: Convert) -> Any:
     abstract = jax.ShapeDtypeStruct(first.shape, first.dtype)
     whole = jax.eval_shape(partial(_leaf, row=row, convert=convert), abstract)
     buffers = _zeros(row, whole)
+    if _reads_shapes.get():
+        return buffers
     for layer, key in enumerate(row.keys):
         tensor = np.asarray(tensors[key])
         in_pieces = row.transposed and not (is_weight(whole) and not whole.in_pieces)

@@ -1,32 +1,39 @@
-"""The programs that a run compiles: one for each width that occurs, and no more as it goes on."""
+"""The programs that a run compiles: one for each width that occurs, the first while the weights are read."""
 
 import json
 import logging
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
+from peft_jax.cli.finetune.ahead import compiled_meanwhile
 from peft_jax.cli.main import main
 
 LOGGER = "jax._src.interpreters.pxla"  # JAX names each program there as it is compiled
 
 
 class Names(logging.Handler):
-    """The names of compiled programs."""
+    """The names of compiled programs, and of those that were compiled ahead."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.ahead: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the name in 'Compiling jit(name) with ...'."""
         words = record.getMessage().split()
         if words[0] == "Compiling":
-            self.found.append(words[1].removeprefix("jit(").removesuffix(")"))
+            name = words[1].removeprefix("jit(").removesuffix(")")
+            self.found.append(name)
+            if threading.current_thread().name == "compiled ahead":
+                self.ahead.add(name)
 
 
 @pytest.fixture
@@ -56,6 +63,73 @@ def test_a_run_compiles_a_program_for_each_width(
     rows = [json.loads(line) for line in Path("out", "metrics.jsonl").read_text().splitlines()]
     assert sum("loss" in row for row in rows) == 10 and sum("eval_loss" in row for row in rows) == 2
     assert (named["begin"], named["end"]) == (1, 1), "a step's beginning and its update know no widths"
+    assert compiled.ahead >= {"begin", "add", "end"}
     assert named["stage"] <= 1 and 1 <= named["step"] <= 3, "the evaluation, of at most as many widths"
     assert 1 <= named["add"] <= 3 + 2
     assert named.total() <= 28
+
+
+KINDS = {
+    "int8": ["--load-in-8bit"],
+    "NF4": ["--load-in-4bit", "--remat"],
+    "prompt": ["--peft", "PROMPT_TUNING"],
+    "prefix": ["--peft", "PREFIX_TUNING"],
+    "packing": ["--packing"],
+    "PiSSA": ["--peft-config", '{"init_lora_weights": "pissa"}'],
+    "DoRA": ["--peft-config", '{"use_dora": true}'],
+    "bfloat16": ["--dtype", "bfloat16", "--compute-dtype", "bfloat16"],
+    "an adapter": ["--adapter", "trained"],
+    "resumed": ["--resume", "--output", "trained", "--max-steps", "2"],
+}
+WAITING = {"ADALORA": ["--peft", "ADALORA"]}  # its schedule looks at ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, *WAITING])
+def test_the_first_step_of_each_kind_is_compiled_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Names, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data.json").write_text(json.dumps([{"text": "one two three"}] * 4))
+    run = ["finetune", "--model", str(tiny_llama), "--data", "data.json", "--batch-size", "4", "--no-compilation-cache"]
+    more = {**KINDS, **WAITING}[kind]
+    if "trained" in more:
+        steps = ["--max-steps", "2"] if kind == "resumed" else []
+        assert main([*run, "--output", "trained", "--max-steps", "1", *steps]) == 0
+    jax.clear_caches()
+    compiled.found.clear()
+    compiled.ahead.clear()
+    assert main([*run, "--output", "out", "--max-steps", "1", *more]) == 0
+    named = Counter(compiled.found)
+    assert (named["begin"], named["end"]) == (1, 1)
+    assert compiled.ahead == ({"begin", "add", "end"} if kind in KINDS else set())
+
+
+def test_what_is_compiled_ahead_changes_no_error() -> None:
+    def broken() -> list[Any]:
+        raise ValueError("of the thread")
+
+    with compiled_meanwhile(broken):
+        pass
+    begun, finish = threading.Event(), threading.Event()
+
+    class Program:
+        def compile(self) -> None:
+            begun.set()
+            finish.wait(60)
+
+    def programs() -> Iterator[Any]:
+        yield Program()
+
+    with pytest.raises(KeyboardInterrupt), compiled_meanwhile(programs):
+        begun.wait(60)
+        raise KeyboardInterrupt
+    assert _threads() == 1, "it is not waited for"
+    finish.set()
+    with pytest.raises(ValueError, match="of the run"), compiled_meanwhile(programs):
+        raise ValueError("of the run")
+    assert _threads() <= 1, "it is waited for"
+
+
+def _threads() -> int:
+    return sum(thread.name == "compiled ahead" for thread in threading.enumerate())

@@ -1,10 +1,12 @@
 """A training step over micro batches that are run one after another, as many as a batch has, each of its own length."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from peft_jax.core.dropout import with_dropout
@@ -13,7 +15,7 @@ from peft_jax.core.pytree import PyTree
 from peft_jax.train.batch_loss import Apply, BatchLoss, SummedLoss, Totals, has_router_loss, losses_of
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.hooks import RunHooks
-from peft_jax.train.step import StepMetrics, TrainingStep, count_tokens, updated
+from peft_jax.train.step import StepMetrics, count_tokens, updated
 
 
 class Sums(NamedTuple):
@@ -32,6 +34,62 @@ class Sums(NamedTuple):
     tokens: tuple[jax.Array, jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class AccumulatingStep:
+    """A `TrainingStep` of a batch in micro batches, from `make_accumulating_step`; its programs are compiled functions.
+
+    Attributes:
+        begin: ``(trainable, frozen) -> (projected trainable, sums)``.
+        totals: What the loss of routers needs to know of a micro batch.
+        add: The sums with those of a micro batch.
+        end: The update.
+    """
+
+    begin: Any
+    totals: Any
+    add: Any
+    end: Any
+
+    def __call__(
+        self, trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Sequence[Batch], key: jax.Array
+    ) -> tuple[Any, Any, StepMetrics]:
+        """Take a step."""
+        projected, sums = self.begin(trainable, frozen)
+        whole = None
+        if _counts_first(frozen, batch):
+            for number, micro_batch in enumerate(batch):
+                own = self.totals(projected, frozen, micro_batch, key, number)
+                whole = own if whole is None else jax.tree.map(jnp.add, whole, own)
+        for number, micro_batch in enumerate(batch):
+            sums = self.add(sums, projected, frozen, micro_batch, key, number, whole)
+        ended: tuple[Any, Any, StepMetrics] = self.end(opt_state, sums, trainable, projected, frozen)
+        return ended
+
+    def programs(
+        self, trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Sequence[Batch], key: jax.Array
+    ) -> Iterator[jax.stages.Lowered]:
+        """Lower the programs of a step one after the other; the step itself then finds what was compiled of them.
+
+        The arguments are those of the step, or `jax.ShapeDtypeStruct` in place of arrays.
+        """
+        projected, sums = jax.eval_shape(self.begin, trainable, frozen)
+        whole = None
+        if _counts_first(frozen, batch):
+            whole = jax.eval_shape(self.totals, projected, frozen, batch[0], key, 0)
+        by_shapes = {tuple(np.shape(array) for array in jax.tree.leaves(one)): one for one in batch}
+        for micro_batch in by_shapes.values():
+            yield self.add.lower(sums, projected, frozen, micro_batch, key, 0, whole)
+        yield self.begin.lower(trainable, frozen)
+        yield self.end.lower(opt_state, sums, trainable, projected, frozen)
+        for micro_batch in by_shapes.values() if whole is not None else ():
+            yield self.totals.lower(projected, frozen, micro_batch, key, 0)
+
+
+def _counts_first(frozen: PyTree, batch: Sequence[Batch]) -> bool:
+    """Whether the loss of routers has to know the whole batch before its parts are added."""
+    return len(batch) > 1 and has_router_loss(frozen)
+
+
 def make_accumulating_step(
     apply: Apply,
     optimizer: optax.GradientTransformation,
@@ -40,7 +98,7 @@ def make_accumulating_step(
     out_shardings: Any = None,
     base_dropout: bool = True,
     loss: SummedLoss | None = None,
-) -> TrainingStep[Sequence[Batch]]:
+) -> AccumulatingStep:
     """Build the step ``(trainable, opt_state, frozen, micro_batches, key) -> (trainable, opt_state, metrics)``.
 
     It is that of `peft_jax.train.make_training_step` for a batch in micro batches, whose number and lengths may change
@@ -119,18 +177,4 @@ def make_accumulating_step(
     add_compiled = jax.jit(add, donate_argnums=0, out_shardings=of_sums)
     end_compiled = jax.jit(end, donate_argnums=(0, 2), out_shardings=out_shardings)
 
-    def step(
-        trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Sequence[Batch], key: jax.Array
-    ) -> tuple[Any, Any, StepMetrics]:
-        projected, sums = begin_compiled(trainable, frozen)
-        whole = None
-        if len(batch) > 1 and has_router_loss(frozen):
-            for number, micro_batch in enumerate(batch):
-                own = totals_compiled(projected, frozen, micro_batch, key, number)
-                whole = own if whole is None else jax.tree.map(jnp.add, whole, own)
-        for number, micro_batch in enumerate(batch):
-            sums = add_compiled(sums, projected, frozen, micro_batch, key, number, whole)
-        ended: tuple[Any, Any, StepMetrics] = end_compiled(opt_state, sums, trainable, projected, frozen)
-        return ended
-
-    return step
+    return AccumulatingStep(begin_compiled, totals_compiled, add_compiled, end_compiled)

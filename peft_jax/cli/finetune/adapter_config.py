@@ -144,18 +144,14 @@ def choose_task(options: Finetune, config: PeftConfig) -> Task:
     return task
 
 
-def attach(base: Any, config: PeftConfig, options: Finetune, max_steps: int, data: Data) -> Any:
-    """Attach a fresh adapter for a run of ``max_steps`` on ``data``, or the adapter to start from."""
-    model = _attached(base, config, options, max_steps, data)
-    refuse_random(model)
-    return with_compute_dtype(model, options.adapter.compute_dtype)
+def settle(config: PeftConfig, base: Any, options: Finetune, max_steps: int) -> PeftConfig:
+    """The config as it goes onto the base for a run of ``max_steps``; that of an adapter to start from stays.
 
-
-def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, data: Data) -> Any:
+    Raises:
+        ValueError: If this command does not train such an adapter, or not with these options.
+    """
     if options.adapter.adapter is not None:
-        return pj.PeftModel.from_pretrained(
-            base.resized_for(options.adapter.adapter), options.adapter.adapter, is_trainable=True
-        )
+        return config
     if not isinstance(config, Method):
         raise ValueError(f"adapters of the type {config.peft_type} cannot be trained by this command. Take another.")
     config = for_run(config, max_steps)
@@ -166,13 +162,28 @@ def _attached(base: Any, config: PeftConfig, options: Finetune, max_steps: int, 
             f"{config.peft_type} has one task for a row, where --packing has several texts. Leave --packing out."
         )
     config = with_fresh_modules(config, base)
-    if starts_from_data(config):
-        return resumed(base, options.run.output) if options.run.resume else started(base, config, options, data)
-    if options.adapter.start_batches is not None:
+    if options.adapter.start_batches is not None and not starts_from_data(config):
         raise ValueError(
             f"--start-batches is for a LoRA with init_lora_weights {', '.join(from_data())} in --peft-config. Leave it "
             "out."
         )
+    return config
+
+
+def attach(base: Any, config: PeftConfig, options: Finetune, data: Data) -> Any:
+    """Attach a fresh adapter with the config from `settle` for a run on ``data``, or the adapter to start from."""
+    model = _attached(base, config, options, data)
+    refuse_random(model)
+    return with_compute_dtype(model, options.adapter.compute_dtype)
+
+
+def _attached(base: Any, config: PeftConfig, options: Finetune, data: Data) -> Any:
+    if options.adapter.adapter is not None:
+        return pj.PeftModel.from_pretrained(
+            base.resized_for(options.adapter.adapter), options.adapter.adapter, is_trainable=True
+        )
+    if starts_from_data(config):
+        return resumed(base, options.run.output) if options.run.resume else started(base, config, options, data)
     return pj.get_peft_model(base, config, key=jax.random.key(options.training.seed))
 
 

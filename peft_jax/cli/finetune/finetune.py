@@ -5,15 +5,18 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from peft_jax.cli.finetune import setup as setup
-from peft_jax.cli.finetune.adapter_config import attach, choose_task, make_config, with_rate
+from peft_jax.cli.finetune.adapter_config import attach, choose_task, make_config, settle, with_rate
 from peft_jax.cli.finetune.adapter_folder import Beside
+from peft_jax.cli.finetune.ahead import compiled_meanwhile, is_outline, outline_of
 from peft_jax.cli.finetune.options import Finetune as Finetune
 from peft_jax.cli.finetune.options import check
 from peft_jax.cli.finetune.processes import (
@@ -49,9 +52,10 @@ from peft_jax.cli.shared.training_layout import clash, read_layout
 from peft_jax.core.finite import non_finite
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.summary import trainable_parameters
+from peft_jax.models.handles.base import ModelHandle
 from peft_jax.prompts.base import virtual_slots
 from peft_jax.prompts.tokenizer import read_tokenizer
-from peft_jax.train import State, train
+from peft_jax.train import State, start, train
 from peft_jax.train.divergence import Diverged
 from peft_jax.train.mesh import make_mesh, parse_mesh
 from peft_jax.train.metrics import MetricsLog, TensorBoard, read_metrics
@@ -105,28 +109,48 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         config = config.replace(task_type=task.name)
         loaded = load_records(options.data)
         task.check(loaded.records)
-        base = setup.load_base(options.base, task, loaded.records, options.adapter.adapter)
+        read = partial(setup.load_base, options.base, task, loaded.records, options.adapter.adapter)
+        outline = outline_of(read) if setup.is_outlined(options, config) and mesh is None else None
+        base = read() if outline is None else outline
         tokenizer = read_tokenizer(options.base.model, gguf_file=options.base.gguf_file)
         base = with_end_token(base, tokenizer)
         recorded = read_layout(options.adapter.adapter)
         data = setup.make_data(task, loaded, tokenizer, base, options.data, options.training.seed, config, recorded)
         base = with_end_token(base, tokenizer, data.ends)
-        model = attach(base, config, options, count_steps(options, data.training), data.training)
+        config = settle(config, base, options, count_steps(options, data.training))
+        attached = partial(attach, config=config, options=options, data=data.training)
+        model = None if outline is None else outline_of(partial(_known_to_start, attached), base)
+        if model is None:
+            base = base if outline is None else dataclasses.replace(base, params=read().params)
+            model = attached(base)
         setup.check_fit(data.parts, base.config, virtual_slots(model))
         fingerprint["tokens"] = data.digest
     fingerprint["contents"] |= setup.start_digests(folder)
+    plan, state, frozen = make_plan(options, task, model, data, mesh)
+    if is_outline(model):
+        first = plan.batches[checkpoints.latest or 0]
+        programs = partial(plan.step.programs, state.trainable, state.opt_state, frozen, first, state.key)
+        with compiled_meanwhile(programs):
+            model = attached(dataclasses.replace(base, params=read().params))
+            state, frozen = plan.start(model)
     summary = trainable_parameters(model)
     print(data.said, summary, sep="\n")
     if note := clash(recorded, [data.layout.used], tokenizer):
         print(note, file=sys.stderr)
     beside = Beside(tokenizer, data.layout)
-    plan, state, frozen = make_plan(options, task, model, data, mesh)
     print(f"{plan.layout}.")
     state, best = _train(options, plan, state, frozen, checkpoints, fingerprint, beside)
     model = plan.finished(state, frozen)
     if is_first():
         curves = export(model, task, beside, folder, options, summary)
         _say(folder, curves, best, plan.max_steps)
+
+
+def _known_to_start(attached: Callable[[ModelHandle], Any], base: ModelHandle) -> Any:
+    """The model with its adapter; of an outline an error, where the state at step 0 depends on values."""
+    model = attached(base)
+    start(model, optax.identity(), seed=0)
+    return model
 
 
 def _train(

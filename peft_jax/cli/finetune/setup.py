@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from peft_jax.adapters.from_data import starts_from_data
 from peft_jax.cli.finetune.adapter_config import is_json
 from peft_jax.cli.finetune.initialize import START
 from peft_jax.cli.finetune.options import (
@@ -32,7 +33,7 @@ from peft_jax.cli.shared.training_layout import (
     template_digest,
 )
 from peft_jax.interop.checkpoint import find_checkpoint
-from peft_jax.methods.base import PeftConfig
+from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.models.gguf_checkpoint import base_files
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.prompts.tokenizer import Tokenizer
@@ -251,6 +252,12 @@ def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], a
     if task.labels_of is not None:
         labels = task.labels_of(options.model, records, options.gguf_file, options.problem_type)
     return task.read(options.model, labels, **choices)
+
+
+def is_outlined(options: Finetune, config: PeftConfig) -> bool:
+    """Whether the model of a run is known without its weights, as one whose start looks at data is not."""
+    of_others = options.base.gguf_file is not None or options.base.keep_quantized
+    return not of_others and not (isinstance(config, Method) and starts_from_data(config))
 
 
 def fingerprint(options: Finetune) -> dict[str, Any]:

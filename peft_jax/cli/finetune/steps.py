@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from peft_jax.cli.finetune.ahead import is_outline
 from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.finetune.setup import Examples
 from peft_jax.cli.shared.micro_rows import choose_micro_layout
@@ -30,6 +32,7 @@ from peft_jax.train import (
     steps_per_epoch,
     training_batches,
 )
+from peft_jax.train.accumulate import AccumulatingStep
 from peft_jax.train.data.batches import Data
 from peft_jax.train.data.micro_layout import MicroLayout
 from peft_jax.train.mesh import (
@@ -41,7 +44,6 @@ from peft_jax.train.mesh import (
     with_whole_adapters,
 )
 from peft_jax.train.optimizer import Schedule, default_warmup
-from peft_jax.train.step import TrainingStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Plan:
         validation_data: Rows kept apart, or None.
         layout: How rows are laid into micro batches.
         step: The compiled training step.
+        optimizer: The optimizer.
+        seed: That of the run.
         evaluation: The evaluation of a model on batches.
         mesh: The devices that all of it is sharded over; None for one device.
     """
@@ -70,9 +74,15 @@ class Plan:
     batches: Sequence[Sequence[Batch]]
     validation_data: Data | None
     layout: MicroLayout
-    step: TrainingStep[Sequence[Batch]]
+    step: AccumulatingStep
+    optimizer: optax.GradientTransformation
+    seed: int
     evaluation: Evaluation
     mesh: Mesh | None
+
+    def start(self, model: ModelHandle) -> tuple[State, Any]:
+        """Split the model of which the plan was made for an outline, as `make_plan` does."""
+        return split(model, self.optimizer, self.seed, self.mesh)
 
     def row(self, state: State, metrics: StepMetrics) -> dict[str, float | int]:
         """The row that a step adds to the metrics."""
@@ -110,7 +120,10 @@ class Plan:
 def make_plan(
     options: Finetune, task: Task, model: ModelHandle, data: Examples, mesh: Mesh | None
 ) -> tuple[Plan, State, Any]:
-    """Build the steps, and split the model into the state at step 0 and the frozen partition."""
+    """Build the steps, and split the model into the state at step 0 and the frozen partition.
+
+    On one device the model may be an outline (`peft_jax.cli.finetune.ahead`); the plan is that of the model itself.
+    """
     training = options.training
     max_steps, epoch = count_steps(options, data.training), steps_per_epoch(data.training, training.batch_size)
     warmup = default_warmup(max_steps) if training.warmup_steps is None else training.warmup_steps
@@ -121,13 +134,10 @@ def make_plan(
     )
     rows = choose_layout(options, task, model, data, mesh)
     batches = training_batches(data.training, training.batch_size, seed=training.seed, layout=rows)
+    state, frozen = split(model, optimizer, training.seed, mesh)
     layout = None
-    if mesh is None:
-        state, frozen = start(model, optimizer, seed=training.seed)
-    else:
+    if mesh is not None:
         batches = PlacedBatches(batches, mesh)
-        state, frozen = start(place(model, mesh), optimizer, seed=training.seed)
-        state = place_state(state, mesh)
         layout = (*shardings((state.trainable, state.opt_state)), NamedSharding(mesh, PartitionSpec()))
     step = make_accumulating_step(
         task.apply,
@@ -138,7 +148,19 @@ def make_plan(
         loss=None if data.problem is None else data.problem.loss,
     )
     parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
-    return Plan(*parts, step, task.make_evaluation(data.problem), mesh), state, frozen
+    plan = Plan(*parts, step, optimizer, training.seed, task.make_evaluation(data.problem), mesh)
+    return plan, state, frozen
+
+
+def split(
+    model: ModelHandle, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None
+) -> tuple[State, Any]:
+    """Split a model into the state at step 0 and the frozen partition; an outline into their outlines."""
+    if mesh is not None:
+        state, frozen = start(place(model, mesh), optimizer, seed=seed)
+        return place_state(state, mesh), frozen
+    begin = partial(start, optimizer=optimizer, seed=seed)
+    return jax.eval_shape(begin, model) if is_outline(model) else begin(model)
 
 
 def choose_layout(options: Finetune, task: Task, model: ModelHandle, data: Examples, mesh: Mesh | None) -> MicroLayout:

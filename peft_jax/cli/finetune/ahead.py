@@ -1,0 +1,93 @@
+"""The programs of a run's first step are compiled in a thread, while the weights are read.
+
+An outline of a model is the model with `jax.ShapeDtypeStruct` in place of its arrays. What can be known of a run
+without its weights is made of an outline; where no outline can be made, all waits for the weights.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import jax
+
+from peft_jax.core.pytree import PyTree
+from peft_jax.interop.checkpoint import shapes_alone
+
+T = TypeVar("T")
+
+
+def outline_of(make: Callable[..., T], *outlines: PyTree) -> T | None:
+    """What a function would return, in outline; of a checkpoint that it reads, no weight is read.
+
+    Args:
+        make: The function.
+        *outlines: Its arguments, of which some may be outlines.
+
+    Returns:
+        The outline. None if the function looks at values, or fails, as it then will again when it is called.
+
+    Example:
+        >>> outline_of(lambda x: x + 1, jax.ShapeDtypeStruct((2,), "float32"))
+        ShapeDtypeStruct(shape=(2,), dtype=float32)
+        >>> outline_of(lambda x: x if x > 0 else -x, jax.ShapeDtypeStruct((), "float32"))
+    """
+    try:
+        with shapes_alone(), warnings.catch_warnings(action="ignore"):
+            return jax.eval_shape(make, *outlines)
+    except Exception:  # whatever it is: the run itself comes to it and reports it
+        return None
+
+
+def is_outline(tree: PyTree) -> bool:
+    """Whether the arrays of a tree are shapes alone.
+
+    Example:
+        >>> is_outline(jax.eval_shape(lambda: {"a": jax.numpy.ones(2)}))
+        True
+    """
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+@contextmanager
+def compiled_meanwhile(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> Iterator[None]:
+    """Lower and compile in a thread what is inside, and wait at the end for what has been begun.
+
+    An error of the thread is dropped: the run compiles the same program, and reports it. After an error inside, no
+    further program is begun; after Ctrl-C the thread is not waited for, as the command then ends at once.
+
+    Args:
+        programs: What gives the programs one after the other; run in the thread.
+
+    Example:
+        >>> double = jax.jit(lambda x: x * 2)
+        >>> with compiled_meanwhile(lambda: [double.lower(jax.ShapeDtypeStruct((2,), "float32"))]):
+        ...     x = jax.numpy.ones(2)
+        >>> double(x).tolist()
+        [2.0, 2.0]
+    """
+    stopped = threading.Event()
+    thread = threading.Thread(target=partial(_compile, programs, stopped), name="compiled ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException as error:
+        stopped.set()
+        if isinstance(error, Exception):
+            thread.join()  # else it would go on compiling in what Python's end tears down
+        raise
+    thread.join()
+
+
+def _compile(programs: Callable[[], Iterable[jax.stages.Lowered]], stopped: threading.Event) -> None:
+    try:
+        for program in programs():
+            program.compile()
+            if stopped.is_set():
+                return
+    except Exception:  # whatever it is: the run itself comes to it and reports it
+        return
