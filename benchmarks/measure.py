@@ -64,8 +64,10 @@ def require_pytorch(instead: str) -> None:
         )
 
 
-def interleave(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contender's runs, taken in turn; one more round before warms up and is left out.
+def interleave(
+    contenders: Sequence[Contender], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each contender's runs by a clock, taken in turn; one more round before warms up and is left out.
 
     Python's garbage collector is off meanwhile, as in ``timeit``: its long runs would fall to one of them by chance.
     """
@@ -75,9 +77,9 @@ def interleave(contenders: Sequence[Contender], repeats: int) -> dict[str, list[
             gc.collect()
             time.sleep(PAUSE)
             with collector_off():
-                start = time.perf_counter()
+                start = clock()
                 contender.run()
-                seconds = time.perf_counter() - start
+                seconds = clock() - start
             if turn:
                 times[contender.name].append(seconds)
             said = f"turn {turn} of {repeats}" if turn else "warming up"
@@ -103,7 +105,11 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def contend(
-    names: Sequence[str], build: Callable[[str], Contender], repeats: int, tokens: int | None = None
+    names: Sequence[str],
+    build: Callable[[str], Contender],
+    repeats: int,
+    tokens: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, Any]]:
     """Build contenders by name, time them in turn, and return each one's row; ``tokens`` is what a run handles."""
     contenders, rows = [], {}
@@ -112,7 +118,7 @@ def contend(
             contenders.append(build(name))
         except NotRun as reason:
             rows[name] = {"name": name, "not_run": str(reason)}
-    times = interleave(contenders, repeats)
+    times = interleave(contenders, repeats, clock)
     for contender in contenders:
         rows[contender.name] = row(contender, times[contender.name], tokens)
     return {name: rows[name] for name in names}

@@ -14,7 +14,16 @@ from shapes import SHAPES, Dtype, Size, checkpoint_folder
 import peft_jax as pj
 from peft_jax.cli.shared.forward_pass import apply_lazily
 from peft_jax.models import LlamaConfig
-from peft_jax.train import make_optimizer, make_training_step, start
+from peft_jax.train import (
+    Padded,
+    make_accumulating_step,
+    make_optimizer,
+    make_training_step,
+    micro_layout,
+    start,
+)
+from peft_jax.train.data.batches import micro_batches
+from peft_jax.train.data.encode import Example
 
 
 def random_checkpoint(build: Path, size: Size, dtype: Dtype) -> Path:
@@ -78,6 +87,34 @@ def training_step(name: str, model: Any, ids: np.ndarray) -> Contender:
     _, first = timed(run)
     parts = {"trace_seconds": trace, "compile_seconds": compilation, "first_step_seconds": trace + compilation + first}
     return Contender(name, run, {**parts, "loss": losses[0], **_compiler_bytes(compiled.memory_analysis())})
+
+
+def training_on_texts(
+    name: str, model: Any, batches: Sequence[Sequence[np.ndarray]], micro: int, *, packed: bool
+) -> Contender:
+    """Steps of `peft-jax finetune` on batches of texts, all tokens of which are learned, in its micro batches."""
+    lengths = [len(text) for batch in batches for text in batch]
+    layout = micro_layout(lengths, len(batches[0]), packed=packed, micro_batch_size=micro)
+    dealt = [micro_batches(list(Padded([Example(text, text) for text in batch])), layout) for batch in batches]
+    optimizer = make_optimizer(1e-4, 1000)
+    state, frozen = start(model, optimizer, seed=0)
+    step = make_accumulating_step(apply_lazily, optimizer)
+    current = [state.trainable, state.opt_state]
+    losses: list[float] = []
+
+    def run() -> None:
+        for batch in dealt:
+            *current[:], metrics = step(*current, frozen, batch, state.key)
+            losses.append(float(metrics.loss))
+
+    run()
+    return Contender(name, run, {"loss": losses[0]})
+
+
+def computed_tokens(batches: Sequence[Sequence[int]], size: int, micro: int, *, packed: bool) -> int:
+    """Tokens that the layout of `peft-jax finetune` computes for batches of texts of these lengths."""
+    lengths = [length for batch in batches for length in batch]
+    return micro_layout(lengths, size, packed=packed, micro_batch_size=micro).computed(batches)
 
 
 def first_step(model: Any, config: Any, ids: np.ndarray) -> dict[str, float]:

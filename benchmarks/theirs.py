@@ -139,6 +139,45 @@ def training_step(
     return Contender(name, run, {"first_step_seconds": first, "loss": losses[0]})
 
 
+def training_on_texts(name: str, model: Any, batches: Sequence[Sequence[Sequence[np.ndarray]]]) -> Contender:
+    """Steps on batches in micro batches of texts, each padded to its longest, with gradient accumulation."""
+    model.train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    padded = [[_padded(texts) for texts in batch] for batch in batches]
+    labels = [sum(len(text) - 1 for texts in batch for text in texts) for batch in batches]
+    losses: list[float] = []
+
+    def run() -> None:
+        for batch, count in zip(padded, labels, strict=True):
+            total = 0.0
+            for micro_batch in batch:
+                loss = model(**micro_batch, num_items_in_batch=count).loss
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(total)
+        finish()
+
+    run()
+    return Contender(name, run, {"loss": losses[0]})
+
+
+def _padded(texts: Sequence[np.ndarray]) -> dict[str, Any]:
+    width = max(map(len, texts))
+    ids = torch.zeros((len(texts), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
+        mask[row, : len(text)] = 1
+    labels = torch.where(mask == 1, ids, -100)
+    return {
+        name: array.to(DEVICE) for name, array in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
+    }
+
+
 def weight_products(name: str, model: Any, tokens: int) -> Contender:
     """The products with frozen weights of a training step and nothing else: forward, and gradient of the inputs."""
     modules = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]

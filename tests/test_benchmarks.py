@@ -17,6 +17,7 @@ SMALL = {
     "int8_base": "--length 8 --new 2 --rank 2 --no-memory --no-remat --contenders int8 peft-int8",
     "generation": "--batch 1 --rows 2 --adapters 2 --prompt 4 --new 3 --rank 2",
     "startup": "--depths 1 --length 8 --rank 2 --no-memory",
+    "padding": "--batch 2 --micro 1 --steps 1 --longest 32 --rank 2",
 }
 ROWS = {
     "training_step": {"ours", "peft", "products-torch"},
@@ -27,6 +28,7 @@ ROWS = {
         for side in ("ours", "peft")
         for part in ("prefill", "decode")
     },
+    "padding": {"packed", "one text a row", "peft", "peft grouped"},
     "startup": {
         f"{what}: {side}"
         for what in ("import", "read the checkpoint", "attach LoRA", "write the adapter", "read the adapter")
@@ -48,6 +50,7 @@ def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
     "program",
     [
         "training_step",
+        pytest.param("padding", marks=pytest.mark.slow),
         pytest.param("startup", marks=pytest.mark.slow),
         pytest.param("int8_base", marks=pytest.mark.slow),
         pytest.param("generation", marks=pytest.mark.slow),
@@ -69,8 +72,13 @@ def test_a_program_runs_and_records(program: str, tmp_path: Path) -> None:
         assert len(row["seconds"]) == 1 and row["median"] == row["fastest"] == row["slowest"] == row["seconds"][0] > 0
         assert row["name"] in done.stdout
     by_name = {row["name"]: row["median"] for row in timed}
-    for ratio in record["ratios"]:
+    counted = [ratio for ratio in record["ratios"] if ratio["above"] == "computed"]  # tokens, not times
+    assert len(counted) == (6 if program == "padding" else 0) and all(ratio["median"] >= 1 for ratio in counted)
+    for ratio in (ratio for ratio in record["ratios"] if ratio not in counted):
         assert ratio["median"] == pytest.approx(by_name[ratio["above"]] / by_name[ratio["below"]])
+    if program == "padding":
+        losses = [row["loss"] for row in timed if row["name"] != "peft grouped"]  # which has other batches
+        assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
     if program == "training_step":
         ours, theirs = (next(row["loss"] for row in timed if row["name"] == name) for name in ("ours", "peft"))
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -100,6 +108,7 @@ def test_memory_is_taken_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("training_step", ["--contenders", "ours", "theirs"], "no contender is named theirs. Take some of ours, "),
         ("generation", ["--adapters", "3"], "--adapters 3 does not divide --rows 64. Give divisors of it."),
         ("generation", ["--new", "1"], "--new 1 leaves nothing to decode after the prefill. Give 2 or more."),
+        ("padding", ["--micro", "3"], "--micro 3 does not divide --batch 16. Give a divisor of it."),
         ("startup", ["--depths", "0"], "--depths 0 is no number of layers. Give 1 or more."),
         ("report", ["--records", "nowhere"], "no records in nowhere. Run make bench"),
     ],
