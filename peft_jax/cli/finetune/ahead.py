@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 def outline_of(make: Callable[..., T], *outlines: PyTree) -> T | None:
-    """What a function would return, in outline; of a checkpoint that it reads, no weight is read.
+    """Run a function in outline, in which it reads no weight of a checkpoint.
 
     Args:
         make: The function.
         *outlines: Its arguments, of which some may be outlines.
 
     Returns:
-        The outline. None if the function looks at values, or fails, as it then will again when it is called.
+        The outline of what it returns. None if it looks at values, or fails, as it then will again when it is called.
 
     Example:
         >>> outline_of(lambda x: x + 1, jax.ShapeDtypeStruct((2,), "float32"))
