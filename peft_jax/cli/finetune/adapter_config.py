@@ -182,6 +182,7 @@ def _attached(base: Any, config: PeftConfig, options: Finetune, data: Data) -> A
         return pj.PeftModel.from_pretrained(
             base.resized_for(options.adapter.adapter), options.adapter.adapter, is_trainable=True
         )
+    assert isinstance(config, Method)  # `settle` has seen to it
     if starts_from_data(config):
         return resumed(base, options.run.output) if options.run.resume else started(base, config, options, data)
     return pj.get_peft_model(base, config, key=jax.random.key(options.training.seed))
