@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 Kind = gguf.GGMLQuantizationType
 # The bytes of a block at which its scales in float16 begin.
 SCALES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
+EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon")
 KINDS = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, *SCALES, Kind.F16, Kind.BF16, Kind.F32)
 SENTENCES = ["Reverse the word.", "  two spaces, 日本 é 12345", "<s>a</s> b\n\nc"]
 
@@ -39,6 +40,13 @@ def turns_in_pairs(values: np.ndarray, heads: int) -> np.ndarray:
     return (
         values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
     )
+
+
+def apart(values: np.ndarray, groups: int, heads: int) -> np.ndarray:
+    """Rows of queries, keys and values by groups of heads as llama.cpp writes them for BLOOM and Falcon: by kind."""
+    by_group = values.reshape(groups, heads // groups + 2, -1, *values.shape[1:])
+    parts = (by_group[:, :-2], by_group[:, -2], by_group[:, -1])
+    return np.concatenate([part.reshape(-1, *values.shape[1:]) for part in parts])
 
 
 def write_gguf(
@@ -71,27 +79,36 @@ def write_gguf(
     writer.add_embedding_length(hf["hidden_size"])
     writer.add_head_count(hf["num_attention_heads"])
     writer.add_vocab_size(hf["vocab_size"])
-    if architecture == "gpt2":
+    epsilon = next(hf[name] for name in EPSILONS if name in hf)
+    if architecture in ("gpt2", "bloom"):
         writer.add_feed_forward_length(4 * hf["hidden_size"])
-        writer.add_layer_norm_eps(hf["layer_norm_epsilon"])
+        writer.add_layer_norm_eps(epsilon)
+    elif architecture == "t5":
+        writer.add_feed_forward_length(hf["d_ff"])
+        writer.add_decoder_block_count(hf["num_decoder_layers"])
+        writer.add_key_length(hf["d_kv"])
+        writer.add_layer_norm_eps(epsilon)
+        writer.add_relative_attn_buckets_count(hf["relative_attention_num_buckets"])
+        writer.add_decoder_start_token_id(hf["decoder_start_token_id"])
     else:
         writer.add_feed_forward_length(hf["intermediate_size"])
-        writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+        is_rms = "rms_norm_eps" in hf
+        (writer.add_layer_norm_rms_eps if is_rms else writer.add_layer_norm_eps)(epsilon)
         writer.add_head_count_kv(hf["num_key_value_heads"])
         ropes = hf["rope_parameters"]
         writer.add_rope_freq_base(ropes.get("full_attention", ropes)["rope_theta"])
         head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
         if head_dim * hf["num_attention_heads"] != hf["hidden_size"]:
             writer.add_key_length(head_dim)
-        writer.add_rope_dimension_count(head_dim)
+        writer.add_rope_dimension_count(int(head_dim * ropes.get("partial_rotary_factor", 1)))
     if architecture.startswith("gemma"):
         writer.add_sliding_window(hf["sliding_window"])
     for cap in ("attn", "final"):
         if architecture == "gemma2":
             getattr(writer, f"add_{cap}_logit_softcapping")(hf[f"{cap}_logit_softcapping"])
-    for name in ("bos", "eos"):
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if hf.get(f"{name}_token_id") is not None:
-            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", hf[f"{name}_token_id"])
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", hf[f"{name}_token_id"])
     if tokenizer is not None:
         add_tokenizer(writer, tokenizer, hf["vocab_size"])
     more(writer)
@@ -99,7 +116,8 @@ def write_gguf(
     names = gguf.get_tensor_name_map(numbers[architecture], hf["num_hidden_layers"])
     written = {}
     for key, values in tensors.items():
-        name = names.get_name(key, (".weight", ".bias"))
+        spelled = key.removeprefix("transformer.") if architecture == "bloom" else key
+        name = names.get_name(spelled, (".weight", ".bias"))
         assert name is not None, key
         if left_out and re.fullmatch(left_out, name):
             continue
@@ -107,11 +125,15 @@ def write_gguf(
             values = turns_in_pairs(values, hf["num_attention_heads"])
         if architecture == "llama" and ".attn_k." in name:
             values = turns_in_pairs(values, hf["num_key_value_heads"])
+        if architecture == "bloom" and ".attn_qkv." in name:
+            values = apart(values, hf["num_attention_heads"], hf["num_attention_heads"])
+        if architecture == "falcon" and ".attn_qkv." in name:
+            values = apart(values, hf["num_key_value_heads"], hf["num_attention_heads"])
         if architecture == "gpt2" and re.search(r"(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", name):
             values = values.T
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
-        kind = Kind.F32 if values.ndim == 1 else kind_of(name)
+        kind = Kind.F32 if values.ndim == 1 or values.shape[-1] % 32 else kind_of(name)
         data = stored(np.ascontiguousarray(values, np.float32), kind)
         writer.add_tensor(name, data, raw_dtype=kind)
         written[name] = data

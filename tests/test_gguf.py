@@ -43,7 +43,17 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt2": {**COMMON, "max_position_embeddings": 1024},
     "gemma2": {**LLAMA, "head_dim": 256, "sliding_window": 4},
     "gemma3": {**LLAMA, "head_dim": 256, "sliding_window": 4, "num_hidden_layers": 6},
+    "bloom": {**COMMON, "max_position_embeddings": 2048},
+    "falcon": {**COMMON, "intermediate_size": 1024, "num_key_value_heads": 1, "max_position_embeddings": 128},
+    "phi3": {**LLAMA, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False},
+    "starcoder2": {**LLAMA, "bos_token_id": 0, "eos_token_id": 1},
+    "stablelm": {**LLAMA, "use_qkv_bias": True},
+    "t5": {
+        **{"vocab_size": 288, "d_model": 256, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 64},
+        **{"d_ff": 512, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0},
+    },
 }
+SOME_KINDS = ("gpt2", "bloom", "falcon", "phi3", "starcoder2", "t5")  # those with fewer matrices than kinds
 
 
 def kind_of(name: str) -> Kind:
@@ -54,14 +64,21 @@ def kind_of(name: str) -> Kind:
     return KINDS[(layer + places[0]) % len(KINDS)] if places else Kind.Q8_0
 
 
+def theirs_of(architecture: str) -> Any:
+    """transformers' class that reads a file of an architecture."""
+    import transformers
+
+    return transformers.AutoModelForSeq2SeqLM if architecture == "t5" else transformers.AutoModelForCausalLM
+
+
 def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
     """Write the GGUF file of a tiny model with random weights, biases and norms; return config.json's fields."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.for_model(GGUF_ARCHITECTURES[architecture].model_type, **TINY[architecture])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = theirs_of(architecture).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -69,7 +86,12 @@ def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     hf = {**config.to_dict(), **TINY[architecture]}
-    if architecture == "gpt2":  # transformers counts the tokens
+    if architecture == "t5":  # llama.cpp writes one table, and the head of its own that T5 v1.1 and later ones have
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("embed_tokens.weight")}
+        tensors["lm_head.weight"] = tensors["shared.weight"][::-1]
+        hf |= {"max_position_embeddings": 512, "hidden_size": config.d_model, "num_hidden_layers": config.num_layers}
+        hf |= {"num_attention_heads": config.num_heads}
+    if architecture in ("gpt2", "starcoder2"):  # transformers counts the tokens
         options["more"] = lambda writer: writer.add_token_list([str(number) for number in range(hf["vocab_size"])])
     write_gguf(folder / NAME, architecture, hf, tensors, **{"kind_of": kind_of, **options})
     return hf
@@ -101,26 +123,81 @@ def test_every_architecture_is_tested() -> None:
     assert TINY.keys() == GGUF_ARCHITECTURES.keys()
 
 
-@pytest.mark.parametrize("architecture", TINY)
+# By transformers' name of a GGUF architecture: the file's name where it is another.
+NAMES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2"}
+NAMES |= {"mistral": "llama"}
+
+
+def test_every_architecture_of_transformers_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    theirs = {NAMES.get(name, name) for name in GGUF_CONFIG_MAPPING.keys() - {"general", "tokenizer", "umt5"}}
+    assert GGUF_ARCHITECTURES.keys() <= theirs
+
+    def refused(architecture: str, tensor: str, message: str) -> None:
+        writer = gguf.GGUFWriter(tmp_path / NAME, architecture)
+        for name in ("token_embd.weight", tensor):
+            writer.add_tensor(name, np.zeros((2, 32), np.float32))
+        for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+            getattr(writer, step)()
+        with pytest.raises(ValueError, match=message):
+            base_config(tmp_path, NAME)
+
+    for architecture in theirs - GGUF_ARCHITECTURES.keys():
+        refused(architecture, "output.weight", f"of the GGUF architecture '{architecture}', which is not supported.")
+    refused("t5", "enc.blk.1.attn_rel_b.weight", "is a UMT5 .* which is not supported.")
+    refused("phi3", "rope_factors_long.weight", "stretches its rotary positions by rope_factors_long.weight and")
+
+
+def test_the_groups_of_larger_falcons_are_put_together_again(tmp_path: Path) -> None:
+    """transformers leaves the rows as llama.cpp writes them, so the values are compared with the original's."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "num_kv_heads": 2, "vocab_size": 32}
+    config = FalconConfig(**fields, num_hidden_layers=1, new_decoder_architecture=True)
+    tensors = {key: tensor.numpy() for key, tensor in FalconForCausalLM(config).state_dict().items()}
+    hf = {**config.to_dict(), "intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    write_gguf(tmp_path / NAME, "falcon", hf, tensors)
+    read = read_architecture(base_config(tmp_path, NAME))
+    assert read.kv_heads == 2 and read.new_decoder_architecture
+    for key, tensor in gguf_tensors(open_gguf(tmp_path, NAME), read).items():
+        np.testing.assert_array_equal(np.asarray(tensor), tensors[key], err_msg=key)
+
+
+READ_ALIKE = ("falcon", "phi3", "starcoder2", "stablelm")  # by nothing that the others do not test
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in READ_ALIKE)) for name in TINY],
+)
 def test_weights_and_logits_are_those_of_transformers(architecture: str, files: Callable[[str], Path]) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    folder = files(architecture)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME, dtype=torch.float32)
+    folder, options = files(architecture), {}
+    if architecture == "t5":  # transformers takes each file for one with relu
+        options = {"config": AutoConfig.for_model("t5", **TINY["t5"])}
+    theirs = theirs_of(architecture).from_pretrained(folder, gguf_file=NAME, dtype=torch.float32, **options)
     file = open_gguf(folder, NAME)
     config = read_architecture(base_config(folder, NAME))
     tensors, state = gguf_tensors(file, config), theirs.state_dict()
-    assert {tensor.kind for tensor in tensors.values()} >= (set(KINDS) if architecture != "gpt2" else {Kind.Q4_0})
+    assert {tensor.kind for tensor in tensors.values()} >= ({Kind.Q4_0} if architecture in SOME_KINDS else set(KINDS))
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(np.asarray(tensor, np.float32), state[key].float().numpy(), err_msg=key)
         np.testing.assert_array_equal(tensor[1:3], np.asarray(tensor)[1:3], err_msg="read by rows")
-    assert state.keys() - tensors.keys() <= {"lm_head.weight"}
+    shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} if architecture == "t5" else set()
+    assert state.keys() - tensors.keys() <= {"lm_head.weight", *shared}
 
-    ours = pj.AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME)
+    auto = pj.AutoModelForSeq2SeqLM if architecture == "t5" else pj.AutoModelForCausalLM
+    ours = auto.from_pretrained(folder, gguf_file=NAME)
     assert {leaf.dtype for leaf in jax.tree.leaves(ours.params)} == {jnp.dtype("float32")}
-    expected = theirs(torch.tensor(IDS)).logits.detach().numpy()
-    np.testing.assert_allclose(ours(IDS).logits, expected, atol=1e-5 * max(1, np.abs(expected).max()), rtol=1e-5)
+    more = {"decoder_input_ids": IDS[:, :5]} if architecture == "t5" else {}
+    expected = theirs(torch.tensor(IDS), **{name: torch.tensor(ids) for name, ids in more.items()}).logits
+    expected = expected.detach().numpy()
+    np.testing.assert_allclose(
+        ours(IDS, **more).logits, expected, atol=1e-5 * max(1, np.abs(expected).max()), rtol=1e-5
+    )
     told = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id", "eos_token_id"}
     reference = read_architecture({**theirs.config.to_dict(), "quantization_config": None})
     for name in told:

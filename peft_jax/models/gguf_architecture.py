@@ -20,6 +20,11 @@ DECODER_FIELDS: Mapping[str, str] = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 
+# The fields of decoders whose norms have a bias, but for what config.json calls the epsilon of these.
+BIASED_FIELDS: Mapping[str, str] = {
+    key: field for key, field in DECODER_FIELDS.items() if key != "attention.layer_norm_rms_epsilon"
+}
+
 
 def as_stored(tensor: GGUFTensor, config: Any) -> GGUFTensor:
     """The tensor as the file has it."""

@@ -139,8 +139,16 @@ def _keys(file: GGUFFile, family: Family, config: ModelConfig) -> Mapping[str, s
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(numbers[file.architecture], config.num_hidden_layers)
-    return {names.get_name(key, (".weight", ".bias")) or key: key for key in _checkpoint_keys(family, config)}
+    depths: Mapping[str, int] = getattr(config, "depths", {"": config.num_hidden_layers})
+    names = get_tensor_name_map(numbers[file.architecture], max(depths.values()))
+
+    def name_of(key: str) -> str:
+        for spelled in (key, key.removeprefix(f"{family.backbone}.")):  # BLOOM's are those of the model without a head
+            if found := names.get_name(spelled, (".weight", ".bias")):
+                return str(found)
+        return key
+
+    return {name_of(key): key for key in _checkpoint_keys(family, config)}
 
 
 def _checkpoint_keys(family: Family, config: ModelConfig) -> Iterator[str]:

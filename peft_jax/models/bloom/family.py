@@ -1,9 +1,38 @@
 """The record of BLOOM."""
 
+from typing import Any
+
+import numpy as np
+
+from peft_jax.interop.gguf_file import GGUFTensor
 from peft_jax.models.bloom import model
 from peft_jax.models.bloom.config import BloomConfig
 from peft_jax.models.family import OTHERWISE, Family, Sharding, stacked_layouts, targets
+from peft_jax.models.gguf_architecture import GGUFArchitecture
 from peft_jax.models.modules.decoder import decoder_cache
+
+
+def by_heads(tensor: GGUFTensor, config: Any) -> GGUFTensor:
+    """Query, key and value of each head together; llama.cpp writes all queries, all keys and all values."""
+    if ".attn_qkv." not in tensor.name:
+        return tensor
+    in_file = np.arange(len(tensor)).reshape(3, config.num_attention_heads, -1)
+    return tensor.reordered(in_file.swapaxes(0, 1).reshape(-1))
+
+
+GGUF = {
+    "bloom": GGUFArchitecture(
+        model_type="bloom",
+        fields={
+            "context_length": "seq_length",
+            "block_count": "n_layer",
+            "embedding_length": "hidden_size",
+            "attention.head_count": "n_head",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        },
+        restore=by_heads,
+    ),
+}
 
 BLOOM = Family(
     config=BloomConfig,
@@ -27,4 +56,5 @@ BLOOM = Family(
         tables="word_embeddings",
     ),
     init_cache=decoder_cache,
+    gguf=GGUF,
 )

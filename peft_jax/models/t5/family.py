@@ -21,6 +21,7 @@ from peft_jax.models.family import (
 )
 from peft_jax.models.t5 import model
 from peft_jax.models.t5.config import T5Config
+from peft_jax.models.t5.gguf_t5 import GGUF
 
 SHARED = "shared"
 LOOKED_UP = ("encoder.embed_tokens", "decoder.embed_tokens")
@@ -103,4 +104,5 @@ T5 = T5Family(
     ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),  # unused, in old ones
     float32=r".*\.wo\.kernel",
     encoder_decoder=EncoderDecoder(model.encode, model.init_cache, model.decode),
+    gguf=GGUF,
 )
