@@ -37,8 +37,13 @@ def frozen_gradients(program: Any, matrices: Shapes) -> set[tuple[int, ...]]:
     return {equation.outvars[0].aval.shape for equation, _ in products(program)} & both
 
 
-def dequantized(text: str, matrices: Shapes, mesh: Any) -> set[str]:
-    """Buffers between the fusions of a compiled program that are a matrix in float, whole or in a device's parts."""
+def dequantized(text: str, matrices: Shapes, mesh: Any, own: Shapes = ()) -> set[str]:
+    """Buffers between the fusions of a compiled program that are a matrix in float, whole or in a device's parts.
+
+    The inputs of a matrix may be several axes, as those of blocks are, and half of them is a matrix too: that of one
+    number of each byte. So may its layers be one axis in front. ``own`` are shapes of arrays that the program is given,
+    such as scales.
+    """
     parts = {1, *mesh.shape.values(), mesh.size}
     wanted = set()
     for rows, columns in matrices:
@@ -49,9 +54,20 @@ def dequantized(text: str, matrices: Shapes, mesh: Any) -> set[str]:
     for line in _between_fusions(text):
         for kind, sizes in re.findall(r"\b(bf16|f16|f32)\[([\d,]+)\]", line.split(" = ", 1)[1].split("(%")[0]):
             shape = tuple(int(size) for size in sizes.split(",") if int(size) != 1)
-            if shape in wanted or (len(shape) == 3 and shape[1:] in wanted and math.prod(shape) > 2**28):
+            if shape in own:
+                continue
+            stacked = len(shape) >= 3 and math.prod(shape) > 2**28
+            if _is_matrix(shape, wanted) or (stacked and _is_matrix(shape[1:], wanted)):
                 found.add(f"{kind}[{sizes}]")
     return found
+
+
+def _is_matrix(shape: tuple[int, ...], wanted: set[tuple[int, ...]]) -> bool:
+    """Whether a shape is one of the matrices, or one whose inputs are several axes in front of its outputs."""
+    if len(shape) <= 2:
+        return shape in wanted
+    inputs = math.prod(shape[:-1])
+    return (inputs, shape[-1]) in wanted or (2 * inputs, shape[-1]) in wanted
 
 
 def _between_fusions(text: str) -> Iterator[str]:

@@ -6,6 +6,8 @@ Record = dict[str, Any]
 GIB = 2**30
 INT8_HEAD = "int8+head"
 INT8 = ("int8", INT8_HEAD)  # bases in int8: the layers alone, or the output head too
+NF4_HEAD = "nf4+head"
+NF4 = ("nf4", NF4_HEAD)
 SAME = ("size", "chip", "mesh", "rows", "length", "micro")  # of a pair
 ROOM = {"v5e": 16, "v6e": 32, "h100": 79}  # GiB of a chip
 
@@ -13,14 +15,16 @@ ROOM = {"v5e": 16, "v6e": 32, "h100": 79}  # GiB of a chip
 def table(records: list[Record]) -> str:
     """Markdown of the records."""
     rows = [_row(record) for record in records]
-    answers = [*fits(records), *int8_share(records), *operations_share(records)]
+    answers = [*fits(records), *nf4_fits(records), *int8_share(records), *operations_share(records)]
     lines = [
         f"- {one['target']} ({one['at']}): **{'met' if one['met'] else 'not met'}**, {one['value']:.3f}."
         for one in answers
     ]
     head = "| model | base | step | chips | mesh | batch | a chip, GiB | of | arguments | temporaries | "
     head += "TFLOP | without adapters | compiled in s |"
-    return "\n".join([INTRODUCTION, *lines, "", head, "|---" * 13 + "|", *rows, ""])
+    written = [record for record in records if record.get("dequantized")]
+    notes = ["", WRITTEN, *[_written(record) for record in written]] if written else []
+    return "\n".join([INTRODUCTION, *lines, "", head, "|---" * 13 + "|", *rows, *notes, ""])
 
 
 INTRODUCTION = """# Compiled ahead of time
@@ -31,8 +35,26 @@ less what outputs take over. Each layer is recomputed in the backward pass; a ba
 decoding reads one token of each row on a cache of that many slots. TFLOP are those of all products in the program, on
 all chips (the compiler's own count, in the records, takes a loop's body once); without adapters means the loss and its
 gradient down to the embeddings. In every program it is asserted that no product has the shape of a frozen weight, as
-its gradient would have, and with an int8 base that no buffer between fusions is a weight in float.
+its gradient would have, and with an int8 base, or on a TPU with an nf4 base, that no buffer between fusions is a weight
+in float.
 """
+
+WRITTEN = """## Where a compiler writes dequantized weights
+
+For the H100, XLA converts the numbers of an int8 base inside a product, but fuses no scales of blocks into one. So each
+nf4 weight is written in bfloat16 before its product and read once, and the space is used again for the next one; none
+is kept. Other forms were compiled for 1152 tokens, 4096 inputs and 14336 outputs, forward and backward, and all were
+written: two products with the halves of each byte, which is what the TPU's compiler fuses; the same with the inputs as
+one axis, scales repeated along it, and numbers as int8 or int32; selects instead of a gather; int4 and int8 by groups
+of 128. A product for each block with its scales after it was not tried, as it writes a result for each block. In a
+scan of three such layers the compilers of v5e and v6e fuse the two products, and write no weight.
+"""
+
+
+def _written(record: Record) -> str:
+    """The buffers of one program."""
+    place = f"{record['size']}, {record['base']}, {record['work']}, {record['chip']}"
+    return f"- {place}: {', '.join(f'`{one}`' for one in record['dequantized'])}."
 
 
 def _row(record: Record) -> str:
@@ -56,6 +78,18 @@ def fits(records: list[Record]) -> list[Record]:
         | {"met": used <= memory(record)}
         for record in records
         if (record["size"], record["base"], record["work"]) == ("70b", "int8", "train")
+    ]
+
+
+def nf4_fits(records: list[Record]) -> list[Record]:
+    """Whether training 8B on nf4 takes at most 7 GiB, and 70B fits 8 chips of 16 GiB."""
+    limits = {"8b": ("8B with nf4 LoRA takes at most 7 GiB of a chip", 7)}
+    limits["70b"] = ("70B with nf4 LoRA fits 8 chips of 16 GiB", 16)
+    return [
+        answer(limits[record["size"]][0], record, used := record["per_chip"] / GIB)
+        | {"met": used <= limits[record["size"]][1]}
+        for record in records
+        if record["base"] in NF4 and record["work"] == "train"
     ]
 
 

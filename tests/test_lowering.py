@@ -51,6 +51,23 @@ def test_a_dequantized_weight_is_seen(keeps: bool) -> None:
     assert dequantized(text, {MATRIX}, make_mesh({})) == ({"f32[8,24]"} if keeps else set())
 
 
+@pytest.mark.parametrize(
+    ("buffer", "is_weight"),
+    {
+        "bf16[2,2,2,24]": True,  # two blocks of two halves of two inputs
+        "bf16[2,2,24]": True,  # one half of each
+        "bf16[24,8]": True,
+        "f32[2,3,24]": False,
+        "f32[2,2,24]": False,  # given to the program
+        "u8[2,2,2,24]": False,
+    }.items(),
+)
+def test_a_weight_in_blocks_is_seen(buffer: str, is_weight: bool) -> None:
+    text = f"ENTRY %main {{\n  %one = {buffer} fusion(%two), kind=kLoop\n}}"
+    own = {(2, 2, 24)} if buffer.startswith("f32") else set()
+    assert dequantized(text, {MATRIX}, make_mesh({}), own) == ({buffer} if is_weight else set())
+
+
 def test_the_table_says_what_is_met() -> None:
     record = {
         "size": "70b",
@@ -67,3 +84,7 @@ def test_the_table_says_what_is_met() -> None:
     assert "fits 16 chips of 16 GiB (70b, int8, v5e:4x4): **not met**, 17.000." in text
     assert "under 0.6 of bf16's (70b, int8, v5e:4x4): **met**, 0.53" in text
     assert "without adapters (70b, int8, v5e:4x4): **met**, 1.030" in text
+    assert "## Where" not in text
+    text = table([record | {"base": "nf4+head", "per_chip": 2**34, "dequantized": ["bf16[2,9]"]}])
+    assert "70B with nf4 LoRA fits 8 chips of 16 GiB (70b, nf4+head, v5e:4x4): **met**, 16.000." in text
+    assert "- 70b, nf4+head, train, v5e:4x4: `bf16[2,9]`." in text

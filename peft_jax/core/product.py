@@ -90,6 +90,11 @@ class Product:
             x, matrix, precision=self.precision, preferred_element_type=kind, out_sharding=self.out_sharding
         )
 
+    @property
+    def contracts_blocks(self) -> bool:
+        """Whether `full_in_blocks` contracts the axes of blocks as they are."""
+        return type(self) is Product and self.out_sharding is None
+
     def full_in_blocks(
         self, x: Shaped[Array, "... in"], blocks: Shaped[Array, "*inputs out"]
     ) -> Shaped[Array, "... out"]:
@@ -99,7 +104,7 @@ class Product:
         reshape of the matrix.
         """
         *inputs, n_out = blocks.shape
-        if type(self) is not Product or self.out_sharding is not None:
+        if not self.contracts_blocks:
             return self.full(x, blocks.reshape(-1, n_out))
         count = len(inputs)
         x = x.reshape(*x.shape[:-1], *inputs)

@@ -73,8 +73,16 @@ class Blockwise(Quantized):
     file_dtype: jnp.dtype | None = dataclasses.field(default=None, kw_only=True)
 
     @abc.abstractmethod
-    def values(self) -> jax.Array:
-        """The numbers without their scales: float32 ``(*stack, blocks, ..., out)``, the inputs of a block between."""
+    def codes(self) -> jax.Array:
+        """The numbers as they are stored, one an element: ``(*stack, blocks, ..., out)``, a block's inputs between."""
+
+    @abc.abstractmethod
+    def values_of(self, codes: jax.Array) -> jax.Array:
+        """The values that codes of all blocks, or of some rows of each, stand for without scales: float32."""
+
+    def code_parts(self) -> tuple[jax.Array, ...]:
+        """The codes by rows of each block, in order: arrays ``(*stack, blocks, rows, out)``."""
+        return (self.codes(),)
 
     @abc.abstractmethod
     def values_at(self, row: jax.Array) -> jax.Array:
@@ -138,8 +146,12 @@ class Blockwise(Quantized):
         return self.scale.dense() if isinstance(self.scale, DoubleScale) else self.scale
 
     def blocks(self) -> jax.Array:
-        """The dequantized matrix in the axes of `values`, float32."""
-        values, scales = self.values(), self.scales()
+        """The dequantized matrix in the axes of `codes`, float32."""
+        return self._scaled(self.values_of(self.codes()))
+
+    def _scaled(self, values: jax.Array) -> jax.Array:
+        """Values of all blocks, or of some rows of each, times their scales."""
+        scales = self.scales()
         if self.axes.running:
             inputs, outputs = np.arange(self.block), np.arange(values.shape[-1])
             place = self._running_place(inputs[:, None], outputs[None])
@@ -185,10 +197,39 @@ class Blockwise(Quantized):
         def multiplied(x: jax.Array, weight: Blockwise) -> jax.Array:
             if weight.axes.padding or weight.packed.ndim > 3:
                 return product.full(x, weight.matrix().astype(compute))
+            if weight.axes.running or not product.contracts_blocks:
+                return at_once(x, weight)
+            return jax.lax.platform_dependent(x, weight, tpu=in_parts, default=at_once)
+
+        def at_once(x: jax.Array, weight: Blockwise) -> jax.Array:
             return product.full_in_blocks(x, weight.blocks().astype(compute))
+
+        def in_parts(x: jax.Array, weight: Blockwise) -> jax.Array:
+            return weight.product_in_parts(x, product, compute)
 
         # Else autodiff keeps the dequantized matrix for the gradient of x: a dense copy of the base.
         return product.computed_again(multiplied, x.astype(compute), self).astype(out)
+
+    def product_in_parts(self, x: jax.Array, product: Product, compute: jnp.dtype) -> jax.Array:
+        """The product as a sum over the parts of the blocks, in float32.
+
+        The TPU's compiler fuses the dequantization of one part into its product. That of all parts of a byte it writes
+        to memory first.
+
+        Args:
+            x: ``(..., in)``.
+            product: The product of each part.
+            compute: Element type of the dequantized parts.
+        """
+        codes = self.code_parts()
+        parts = x.reshape(*x.shape[:-1], self.packed.shape[-3], len(codes), -1)
+        out = product.preferred_element_type or x.dtype
+        summed = product.replace(preferred_element_type=jnp.float32 if jnp.finfo(out).bits < 32 else out)
+        results = []
+        for number, part in enumerate(codes):
+            rows = parts[..., number, :].reshape(*x.shape[:-1], -1)
+            results.append(summed.full_in_blocks(rows, self._scaled(self.values_of(part)).astype(compute)))
+        return sum(results[1:], results[0]).astype(out)
 
     def astype(self, dtype: jnp.dtype) -> Self:
         """The same numbers, standing for an array of another element type."""

@@ -15,7 +15,7 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.pytree import PyTree
 from peft_jax.quant.blockwise import BlockAxes, Blockwise, in_blocks
 from peft_jax.quant.double_scale import DoubleScale, double_quantize
-from peft_jax.quant.nibbles import pack, unpack, unpacked_at
+from peft_jax.quant.nibbles import halves, pack, unpack, unpacked_at
 from peft_jax.quant.quantized import check_array, check_scale
 
 BLOCK = 64
@@ -38,9 +38,17 @@ class FloatBlocks(Blockwise):
         """Inputs in a block of ``packed``."""
         return 2 * self.packed.shape[-2]
 
-    def values(self) -> jax.Array:
-        """The table's values, float32 ``(*stack, blocks, 2, rows, out)``."""
-        return _look_up(unpack(self.packed), self.table)
+    def codes(self) -> jax.Array:
+        """The numbers, uint8 ``(*stack, blocks, 2, rows, out)``."""
+        return unpack(self.packed)
+
+    def code_parts(self) -> tuple[jax.Array, ...]:
+        """The numbers of the first half of each block, and of the second."""
+        return halves(self.packed)
+
+    def values_of(self, codes: jax.Array) -> jax.Array:
+        """The table's values, float32."""
+        return _look_up(codes, self.table)
 
     def values_at(self, row: jax.Array) -> jax.Array:
         """The values of some inputs, float32 ``(*row.shape, out)``."""

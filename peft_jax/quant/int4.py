@@ -8,7 +8,7 @@ import jax
 
 from peft_jax.core.serialized_nodes import register_node
 from peft_jax.quant.int_blocks import IntBlocks
-from peft_jax.quant.nibbles import pack, unpack, unpacked_at
+from peft_jax.quant.nibbles import halves, pack, unpack, unpacked_at
 
 
 @partial(
@@ -44,6 +44,10 @@ class Int4(IntBlocks):
     def codes(self) -> jax.Array:
         """The codes, uint8 ``(*stack, groups, 2, rows, out)``."""
         return unpack(self.packed)
+
+    def code_parts(self) -> tuple[jax.Array, ...]:
+        """The codes of the first half of each group, and of the second."""
+        return halves(self.packed)
 
     def codes_at(self, row: jax.Array) -> jax.Array:
         """The codes of some inputs, uint8 ``(*row.shape, out)``."""

@@ -40,16 +40,12 @@ class IntBlocks(Blockwise):
         """The packed form of codes ``(*stack, groups, group, out)``."""
 
     @abc.abstractmethod
-    def codes(self) -> jax.Array:
-        """The codes, ``(*stack, groups, ..., out)``."""
-
-    @abc.abstractmethod
     def codes_at(self, row: jax.Array) -> jax.Array:
         """The codes of some inputs, ``(*row.shape, out)``."""
 
-    def values(self) -> jax.Array:
+    def values_of(self, codes: jax.Array) -> jax.Array:
         """The codes less their zero points, float32."""
-        codes = self.codes().astype(jnp.float32)
+        codes = codes.astype(jnp.float32)
         if self.zero is None:
             return codes - self.own_zero
         between = codes.ndim - self.zero.ndim

@@ -30,6 +30,16 @@ def unpack(packed: jax.Array) -> jax.Array:
     return (packed[..., None, :, :] >> shifts) & 15
 
 
+def halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two halves of `unpack`, as arrays of the shape of ``packed``.
+
+    Example:
+        >>> [half.ravel().tolist() for half in halves(jnp.array([[49], [66]], jnp.uint8))]
+        [[1, 2], [3, 4]]
+    """
+    return packed & 15, packed >> 4
+
+
 def unpacked_at(packed: jax.Array, row: jax.Array) -> jax.Array:
     """The numbers of some rows of ``(blocks, 2 * rows, out)``, counted through all blocks: ``(*row.shape, out)``.
 
