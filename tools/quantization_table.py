@@ -2,7 +2,8 @@
 
     python tools/quantization_table.py docs/quantization.md
 
-Bytes are counted on a matrix of 4096 x 4096, scales included; nothing in the table is typed by hand but its words.
+Bytes are counted on a matrix of 4096 x 4096, scales included, and steps are measured on this machine; nothing in the
+table is typed by hand but its words.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from peft_jax.interop.packed_codes import Codes, Form, Kept, kept_weight
+from quantized_steps import LENGTH, RANK, ROUNDS, ROWS, SHAPE, shares
 
 from peft_jax.core.layout import Layout
 from peft_jax.quant import Quantizer
@@ -22,8 +24,8 @@ HEAD = """# Quantized bases
 
 A base's matrices can be kept in few bits; an adapter on them is trained in float. Written by `make quantization`.
 
-| format | what to write | bytes per weight | trains | what its values equal |
-|---|---|---|---|---|
+| format | what to write | bytes per weight | trains | step, of bf16's | memory, of bf16's | what its values equal |
+|---|---|---|---|---|---|---|
 """
 TAIL = """
 Any adapter method goes on any of these. The backward pass keeps the packed arrays and no dequantized copy
@@ -165,12 +167,28 @@ def kept_bytes_per_weight(form: Form) -> float:
     return per_weight(jax.eval_shape(lambda codes: kept_weight(codes, kept), codes))
 
 
+def measured_words() -> str:
+    """What the columns of a step mean, and how they were measured."""
+    layers, width = SHAPE["num_hidden_layers"], SHAPE["hidden_size"]
+    return f"""
+A step is the loss and its gradient by LoRA r={RANK} on all linear layers of a Llama with {layers} layers of width
+{width}, on {ROWS} x {LENGTH} tokens in bfloat16; each layer is recomputed in the backward pass. The columns divide by a
+step on a bfloat16 base: the processor time, which other work on the machine changes less than the time of day, all
+steps run in turn in one process, the median of {ROUNDS} rounds; and the bytes of arguments, outputs and temporaries of
+the compiled program. They are of JAX's backend `{jax.default_backend()}`, and not those of an accelerator: a CPU's
+compiler writes dequantized matrices to memory. What the compilers of TPUs and of the H100 say of memory is in
+[Compiled ahead of time](lowering.md); step times on those have not been measured.
+"""
+
+
 def table() -> str:
     """The whole page."""
     lines = []
-    for row in FORMATS:
+    measured = shares([row.quantizer for row in FORMATS])
+    for row, share in zip(FORMATS, measured, strict=True):
         size = f"{bytes_per_weight(row.quantizer):.4f}"
-        lines.append(f"| {row.name} | {row.written} | {size} | yes | {row.reference} |\n")
+        cells = (row.name, row.written, size, "yes", f"{share.time:.2f}", f"{share.memory:.2f}", row.reference)
+        lines.append(f"| {' | '.join(cells)} |\n")
     read = []
     for file in FILES:
         is_gguf = file.name.startswith("GGUF")
@@ -182,7 +200,7 @@ def table() -> str:
                 KEPT_AS[file.form.kind, file.form.group_size is None],
             )
         read.append(f"| {file.name} | {file.read} | {kept} | {size} | {file.reference} |\n")
-    return HEAD + "".join(lines) + TAIL + READ_HEAD + "".join(read) + READ_TAIL
+    return HEAD + "".join(lines) + measured_words() + TAIL + READ_HEAD + "".join(read) + READ_TAIL
 
 
 if __name__ == "__main__":
