@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import peft_jax as pj
 
 STACK = pj.Layout((0,), (1,), (2,))
+CHOSEN = np.array([[0, 2], [1, 0], [2, 1], [1, 1], [0, 1]])  # layers for five rows
 IDS = np.array([[3, 0], [7, 7]])
 GROUPS = np.array([1, 3, 1])
 MESH = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -440,6 +441,18 @@ FOLLOWED = {
     "shard_map, passed around": Row(passed_around, DOT),
     "shard_map, layers gathered in a scan": Row(
         layers_gathered_in_a_scan, lambda w, x: scanned_np(w, x)[0], (3, 8, 8), STACK
+    ),
+    "experts by row and place": Row(
+        lambda w, x: jnp.einsum("bi,bkio->bko", x, w[CHOSEN]),
+        lambda w, x: np.einsum("bi,bkio->bko", x, w[CHOSEN]),
+        (3, 8, 8),
+        STACK,
+    ),
+    "vmap over an index": Row(
+        lambda w, x: jax.vmap(lambda row, i: row @ w[i])(x, jnp.asarray(CHOSEN[:, 0])),
+        lambda w, x: np.einsum("bi,bio->bo", x, w[CHOSEN[:, 0]]),
+        (3, 8, 8),
+        STACK,
     ),
     "w[i, j]": Row(
         expert_of_layer, expert_of_layer_np, (2, 3, 8, 6), pj.Layout((0, 1), (2,), (3,), index_after=("layers", ""))

@@ -205,6 +205,57 @@ def of_experts(layer, x):
     return jnp.tanh(jnp.einsum("ebi,eio->ebo", x, layer["gate"]["kernel"]))
 
 
+def member(params, x):
+    return jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"][None]) @ params["b"]["kernel"]
+
+
+def all_experts(params, x):
+    return jnp.einsum(
+        "tef,efd->ted", jax.nn.silu(jnp.einsum("td,edf->tef", x, params["a"]["kernel"])), params["b"]["kernel"]
+    )
+
+
+def heads_first(params, x):
+    q = jnp.einsum("ti,hid->htd", x, params["a"]["kernel"]) + params["a"]["bias"][:, None]
+    scores = jax.nn.softmax(jnp.einsum("htd,hsd->hts", q, q), axis=-1)
+    return jnp.einsum("htd,hdo->to", scores @ q, params["b"]["kernel"])
+
+
+MEMBERS = {
+    "ensemble": (lambda params, x: jax.vmap(member, in_axes=(0, None))(params, x).mean(0), pj.Layout((0,), (1,), (2,))),
+    "ensemble, members last": (jax.vmap(member, in_axes=(0, None), out_axes=1), pj.Layout((0,), (1,), (2,))),
+    "ensemble, vmap inside": (
+        lambda params, x: jax.vmap(lambda one: jax.vmap(jax.jit(member), in_axes=(None, 0))(one, x[:, None]))(params),
+        pj.Layout((0,), (1,), (2,)),
+    ),
+    "all experts": (all_experts, pj.Layout((0,), (1,), (2,))),
+    "heads": (heads_first, pj.Layout((), (1,), (0, 2))),
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_that_share_an_input_have_an_adapter_each(name):
+    fn, want = MEMBERS[name]
+    params = {"a": {"kernel": normal(0, 3, 8, 6), "bias": normal(2, 3, 6)}, "b": {"kernel": normal(1, 3, 6, 4)}}
+    x = normal(3, 5, 8)
+    config = pj.LoraConfig(r=2, target_modules=["a"], init_lora_weights=False)
+    adapted = pj.apply_lora(params, config, fn=fn, args=(x,))
+    layout = adapted["a"]["kernel"].layout
+    assert (layout.stack, layout.inp, layout.out) == (want.stack, want.inp, want.out)
+    alive(adapted, params, fn, x)
+
+
+def test_a_matrix_of_one_input_has_it_as_its_input():
+    params = {"a": {"w": normal(0, 2, 8, 1)}, "b": {"w": normal(1, 2, 1, 8)}}
+
+    def fn(params, x):
+        step = lambda h, w: (w[1] @ jnp.tanh(w[0] @ h), None)  # noqa: E731
+        return jax.lax.scan(step, x, (params["a"]["w"], params["b"]["w"]))[0]
+
+    found = read_layouts(params, fn, (normal(2, 1),))
+    assert [(found[path].inp, found[path].out) for path in ("a.w", "b.w")] == [((2,), (1,)), ((2,), (1,))]
+
+
 def test_experts_are_not_counted_as_layers():
     layers = {str(i): {"gate": {"kernel": normal(i, 3, 8, 8)}} for i in range(2)}
     base, x = {"model": {"layers": layers}}, normal(9, 3, 5, 8)

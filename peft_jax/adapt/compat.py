@@ -92,6 +92,11 @@ def is_plain(eqn: core.JaxprEqn) -> bool:
     return not eqn.effects
 
 
+def is_elementwise(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation is a product that sums over nothing, as ``jnp.einsum`` writes ``x * gain``."""
+    return eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][0][0]
+
+
 def placeholders(eqn: core.JaxprEqn) -> list[jax.Array]:
     """Arrays of the types of an equation's results."""
     types = [type_of(variable) for variable in eqn.outvars]

@@ -15,6 +15,7 @@ from peft_jax.adapt import compat
 from peft_jax.adapt.biases import read_biases
 from peft_jax.adapt.digits import Atom
 from peft_jax.adapt.interpreter import evaluate, trace
+from peft_jax.adapt.members import leaves_of_members
 from peft_jax.adapt.view import Value, View
 from peft_jax.core.layout import LISTS, READ, Ambiguous, Layout, conventional_layout
 from peft_jax.core.leaves import Program
@@ -158,6 +159,13 @@ class Probe(Weight):
         batched = stack - set(layers)
         return Use(_in_order(stack), _in_order(inp), _in_order(out), looks_up, _in_order(batched))
 
+    def with_single_input(self, use: Use, are_all: bool) -> Use:
+        """The use in a product over axes of length 1, which leave no digit: the leaf's only one, or all of them."""
+        ones = [label for label, size in zip(self.labels, self.shape, strict=True) if size == 1 and label != CUT]
+        if not (are_all or len(ones) == 1):
+            return use
+        return use._replace(inp=_in_order(ones), out=_without(use.out, ones))
+
     def sliced(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The leaf's axes that are layers of it, by a loop or a choice, and its other axes."""
         rest = set(self.labels) - {CUT}
@@ -169,6 +177,7 @@ class _Note:
     """Collects the products of one leaf, and all its uses."""
 
     uses: list[Use]
+    of_one_input: list[Use] = dataclasses.field(default_factory=list)  # of which no digit tells
     touches: list[Touch] = dataclasses.field(default_factory=list)
     kernels: set[tuple[tuple[int, ...], int]] = dataclasses.field(default_factory=set)
     merges: set[int] = dataclasses.field(default_factory=set)  # ids of equations
@@ -190,18 +199,22 @@ class _Note:
             found.append(probe.labels[at])
         self.kernels.add((tuple(found), groups))
 
-    def product(self, view: View, contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> None:
+    def product(
+        self, view: View, contracted: frozenset[Atom], stacked: frozenset[Atom], over: Sequence[int], looks_up: bool
+    ) -> None:
         assert isinstance(view.weight, Probe)
-        self.uses.append(view.weight.use(contracted, stacked, looks_up))
+        use = view.weight.use(contracted, stacked, looks_up)
+        self.uses.append(use)
+        met = sum(not view.axes[i] for i in over)
+        if met and not contracted:
+            are_all = met == sum(not axis for axis in view.axes)
+            self.of_one_input.append(view.weight.with_single_input(use, are_all))
 
     def done(self, view: View, eqn: JaxprEqn | None, merged: bool) -> None:
         assert isinstance(view.weight, Probe)
-        elementwise = False
+        elementwise = eqn is not None and compat.is_elementwise(eqn)
         if merged and eqn is not None:
             self.merges.add(id(eqn))
-        if eqn is not None and eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            elementwise = not contracted
         self.touches.append(Touch(*view.weight.sliced(), elementwise))
 
     def inside(self, eqn: JaxprEqn) -> "_Note":
@@ -261,6 +274,12 @@ def read_program(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], fa
     watches = iter(notes.values())
     views = [_view(value, watches) for value in values]
     jax.eval_shape(lambda views: evaluate(jaxpr, *views), views)
+    paths: list[str | None] = []  # for each input of the program that of the leaf in params
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path((tree, *args), is_leaf=is_weight):
+        if is_weight(leaf) or compat.is_array(leaf):
+            argument, *rest = key_path
+            paths.append(dotted(tuple(rest)) if argument.idx == 0 else None)
+    _separate_members(jaxpr, paths, notes)
     matrices: dict[str, Layout | Ambiguous] = {}
     vectors: dict[str, Layout] = {}
     for path, note in notes.items():
@@ -274,17 +293,24 @@ def read_program(params: PyTree, fn: Callable[..., Any], args: Sequence[Any], fa
             after = _index_after(path, vector.layers, ())
             vectors[path] = Layout(vector.layers, (), vector.rest, index_after=after, source=READ)
         elif note.uses:
-            settled = _settled(path, note.uses, convention)
+            uses = note.uses if convention is not None else [*note.uses, *note.of_one_input]
+            settled = _settled(path, uses, convention)
             if isinstance(settled, Layout) and len(note.kernels) == 1:
                 settled = _of_kernel(settled, *next(iter(note.kernels)))
             matrices[path] = settled
-    paths: list[str | None] = []  # for each input of the program that of the leaf in params
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path((tree, *args), is_leaf=is_weight):
-        if is_weight(leaf) or compat.is_array(leaf):
-            argument, *rest = key_path
-            paths.append(dotted(tuple(rest)) if argument.idx == 0 else None)
     merges = {path: frozenset(note.merges) for path, note in notes.items()}
     return Program(matrices, vectors, read_biases(jaxpr, paths), Reading(jaxpr, paths, merges))
+
+
+def _separate_members(jaxpr: ClosedJaxpr, paths: Sequence[str | None], notes: Mapping[str, _Note]) -> None:
+    """Make the first axis of a leaf that counts members of an ensemble a stacked one in its uses."""
+    candidates = []
+    for path, note in notes.items():
+        if note.uses and all(0 in use.out and len(use.out) > 1 and use.inp and not use.looks_up for use in note.uses):
+            candidates.append(path)
+    for path in leaves_of_members(jaxpr, paths, candidates):
+        uses = notes[path].uses
+        uses[:] = [use._replace(stack=(0, *use.stack), out=use.out[1:], batched=(0, *use.batched)) for use in uses]
 
 
 def _view(value: Value, watches: Iterator[_Note]) -> Value:

@@ -136,7 +136,7 @@ class _Walk:
         inner = _inner(eqn)
         if name in CALLS:
             return self.call(eqn, [self.merged(eqn, note, loss) for note in notes], loss, place)
-        if name in PRODUCTS:
+        if name in PRODUCTS and not compat.is_elementwise(eqn):
             self.product(notes[:2], loss)
             return [_without_leaves(notes)]
         if name in KERNELS:

@@ -50,8 +50,10 @@ class Edit(NamedTuple):
 class Watch(Protocol):
     """Is called with each use of a weight, equation by equation."""
 
-    def product(self, view: "View", contracted: frozenset[Atom], stacked: frozenset[Atom], looks_up: bool) -> None:
-        """A product over these digits is next; the weight's roles decide whether it runs on the side path."""
+    def product(
+        self, view: "View", contracted: frozenset[Atom], stacked: frozenset[Atom], over: Sequence[int], looks_up: bool
+    ) -> None:
+        """A product over the digits of the axes ``over`` is next; roles decide whether it runs on the side path."""
 
     def kernel(self, view: "View", axes: Sequence[int], groups: int) -> None:
         """Of the product that is next, these axes are positions in a kernel of so many groups of channels."""
@@ -183,10 +185,11 @@ class View:
 
     def role(self, contracted: Iterable[int], stacked: Iterable[int] = (), *, looks_up: bool = False) -> str | None:
         """Which side of the matrix these axes are: ``"in"``, ``"out"`` or neither."""
-        digits = frozenset(flat(self.axes[i] for i in contracted))
+        over = tuple(contracted)
+        digits = frozenset(flat(self.axes[i] for i in over))
         batch = frozenset(flat(self.axes[i] for i in stacked))
         if self.watch is not None:
-            self.watch.product(self, digits, batch, looks_up)
+            self.watch.product(self, digits, batch, over, looks_up)
         layout = self.weight.layout
         if not layout.inp or any(atom.axis not in (BROADCAST, *layout.stack) for atom in batch):
             return None

@@ -57,11 +57,12 @@ def _looks_up(p: Mapping[str, Any], row: int) -> bool:
 def chosen_layers(view: View, indices: jax.Array, eqn: JaxprEqn, axis: int) -> Outputs:
     """Whole matrices of a stack, by one index or several: the arrays of the weight are taken as the matrices are."""
     p, numbers = eqn.params, eqn.params["dimension_numbers"]
-    is_choice = p["slice_sizes"][axis] == 1 and numbers.start_index_map == (axis,) and not numbers.operand_batching_dims
+    has_one_index = numbers.start_index_map == (axis,) or p["mode"] == jax.lax.GatherScatterMode.CLIP
+    is_choice = p["slice_sizes"][axis] == 1 and has_one_index and not numbers.operand_batching_dims
     fill = p["fill_value"]
     if not is_choice or len(view.shape) < 3 or not (fill is None or fill != fill):
         return None
-    taken = taken_layers(view, indices[..., 0], eqn, axis)
+    taken = taken_layers(view, indices[..., numbers.start_index_map.index(axis)], eqn, axis)
     if taken is None:
         return None
     if axis not in numbers.collapsed_slice_dims:

@@ -33,6 +33,8 @@ def dot_general(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outpu
         (view, x), own, other = values, left, right
     else:
         (x, view), own, other = values, right, left
+    for axis in own.stacked:
+        view = view.apart(axis)  # of experts chosen by rows and places, the rows
     role = view.role(own.contracted, own.stacked)
     if is_view(x):
         x.role(other.contracted, other.stacked)  # for its watch: of two weights both are merged
