@@ -7,6 +7,7 @@
 #                        ARGS="--sample 4" takes every fourth row of each test, as continuous integration does
 #   make test-oldest     the same tests on the oldest versions that pyproject.toml allows (in .venv-oldest)
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
+#   make test-field      adapt nets of public packages, from haiku to tunix (tests/field; in .venv-field; some 5 minutes)
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
 #   make kills    kill 99 runs at chosen and random moments and resume them (tests/killed_runs.py; half an hour)
 #   make lint     ruff and mypy
@@ -47,7 +48,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow fuzz kills test-models test-newest test-oldest lint docs links types dist notebooks conformance \
+.PHONY: demo test test-slow test-field fuzz kills test-models test-newest test-oldest lint docs links types dist notebooks conformance \
     conformance-full quantization models bench bench-chip test-image lowering
 
 demo: .venv/runtime
@@ -62,6 +63,9 @@ test-slow: .venv/test
 
 test-models: .venv/test
 	$(BIN)/python -m pytest --grid tests/test_base_dropout.py tests/test_decoders.py tests/test_decoder_commands.py $(ARGS)
+
+test-field: .venv-field/ready
+	.venv-field/bin/python -m pytest -n 0 --field tests/field -W default $(ARGS)
 
 fuzz: .venv/test
 	$(BIN)/python -m pytest -n 0 -s --fuzz 5000 tests/fuzz $(ARGS)
@@ -179,6 +183,14 @@ links:
 	@echo "Installing the newest JAX and the torch-free test dependencies into .venv-newest (once) ..."
 	@[ -x .venv-newest/bin/pip ] || $(NEWEST) -m venv .venv-newest
 	@.venv-newest/bin/python -m pip install --quiet --editable ".[test-torch-free]"
+	@touch $@
+
+# The packages without what they depend on: some would bring PyTorch or TensorFlow, which none of them needs here.
+.venv-field/ready: pyproject.toml tests/field/requirements.txt | .venv/bin/pip
+	@echo "Installing public packages with JAX models into .venv-field (once) ..."
+	@[ -x .venv-field/bin/pip ] || $(BIN)/python -m venv .venv-field
+	@.venv-field/bin/python -m pip install --quiet --editable ".[test-torch-free]"
+	@.venv-field/bin/python -m pip install --quiet --no-deps --requirement tests/field/requirements.txt
 	@touch $@
 
 .venv-oldest/test: pyproject.toml | .venv/bin/pip

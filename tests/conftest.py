@@ -37,12 +37,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--fuzz", type=int, metavar="COUNT", help="damaged folders of each kind that tests/fuzz reads")
     parser.addoption("--kills", type=int, default=1, metavar="COUNT", help="kills at random moments of test_resume.py")
+    parser.addoption("--field", action="store_true", help="adapt the nets of public packages in tests/field")
     parser.addoption("--full-grid", action="store_true", help="try every file of tests/test_file_grid.py")
     parser.addoption("--conformance", type=Path, metavar="FILE", help="write how closely outputs agree with PEFT's")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: left out of `make test`; `make test-slow` runs it")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without ``--field`` tests/field is left out: it needs packages that the other tests do not."""
+    return True if collection_path.name == "field" and not config.getoption("--field") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -13,18 +13,20 @@ from nets import Net, normal
 
 X, IMAGE, ROWS = normal(1, 8), normal(2, 3, 8, 8), normal(3, 4, 3)
 KEY = jax.random.key(0)
+MASKED = r".*weight\.args.*"  # matrices behind a mask, as paramax keeps them
 
 
-def of_equinox(model, *inputs, call=lambda model, *inputs: model(*inputs)):
+def of_equinox(model, *inputs, call=lambda model, *inputs: model(*inputs), **fields):
     """A model's arrays, and a function that puts them back into it."""
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    return Net(lambda params, *inputs: call(eqx.combine(params, static), *inputs), params, inputs)
+    return Net(lambda params, *inputs: call(eqx.combine(params, static), *inputs), params, inputs, **fields)
 
 
 class Neural(eqx.Module):
     """A neural differential equation, as diffrax's first example has it."""
 
     field: eqx.nn.MLP
+    adjoint: diffrax.AbstractAdjoint = eqx.field(static=True)
 
     def __call__(self, times, start):
         solved = diffrax.diffeqsolve(
@@ -37,6 +39,7 @@ class Neural(eqx.Module):
             saveat=diffrax.SaveAt(ts=times),
             stepsize_controller=diffrax.ConstantStepSize(),
             max_steps=16,
+            adjoint=self.adjoint,
         )
         return solved.ys
 
@@ -56,8 +59,9 @@ class Controlled(eqx.Module):
         return self.readout(solved.ys[-1])
 
 
-def neural():
-    return of_equinox(Neural(eqx.nn.MLP(3, 3, 8, 2, activation=jnp.tanh, key=KEY)), jnp.linspace(0, 1, 3), ROWS[0])
+def neural(adjoint, **fields):
+    model = Neural(eqx.nn.MLP(3, 3, 8, 2, activation=jnp.tanh, key=KEY), adjoint)
+    return of_equinox(model, jnp.linspace(0, 1, 3), ROWS[0], **fields)
 
 
 def controlled():
@@ -67,14 +71,15 @@ def controlled():
         eqx.nn.MLP(3, 6, 8, 1, key=two),
         eqx.nn.Linear(6, 1, key=three),
     )
-    return of_equinox(model, jnp.linspace(0, 1, 4), ROWS)
+    return of_equinox(model, jnp.linspace(0, 1, 4), ROWS, left_out=r"2 in all.*custom_vjp_call")
 
 
-def flow(make, **fields):
-    """A normalizing flow's log probabilities."""
+def flow(make, masked=None, **fields):
+    """A normalizing flow's log probabilities; a flow that masks its matrices has them named, and they are merged."""
+    row = {"targets": masked, "is_merged": True} if masked else {}
     base = flowjax.distributions.Normal(jnp.zeros(4))
     model = make(KEY, base_dist=base, **fields)
-    return of_equinox(model, normal(3, 5, 4), call=lambda model, x: model.log_prob(x))
+    return of_equinox(model, normal(3, 5, 4), call=lambda model, x: model.log_prob(x), **row)
 
 
 class Cnn(eqx.Module):
@@ -182,13 +187,18 @@ NETS = {
     "equinox GRU in a scan": rnn,
     "equinox attention": attention,
     "equinox ensemble": ensemble,
-    "diffrax neural ODE": neural,
+    "diffrax neural ODE": lambda: neural(diffrax.DirectAdjoint()),
+    "diffrax neural ODE, checkpoints": lambda: neural(  # a derivative of diffrax's own
+        diffrax.RecursiveCheckpointAdjoint(), targets=r"field\.layers\.\d", is_merged=True
+    ),
     "diffrax neural CDE": controlled,
-    "flowjax masked autoregressive": lambda: flow(flowjax.flows.masked_autoregressive_flow, flow_layers=2, nn_width=8),
+    "flowjax masked autoregressive": lambda: flow(
+        flowjax.flows.masked_autoregressive_flow, MASKED, flow_layers=2, nn_width=8
+    ),
     "flowjax coupling": lambda: flow(flowjax.flows.coupling_flow, flow_layers=2, nn_width=8),
     "flowjax block autoregressive": lambda: flow(
-        flowjax.flows.block_neural_autoregressive_flow, flow_layers=1, nn_block_dim=4, invert=True
+        flowjax.flows.block_neural_autoregressive_flow, MASKED, flow_layers=1, nn_block_dim=4, invert=True
     ),
-    "flowjax triangular spline": lambda: flow(flowjax.flows.triangular_spline_flow, flow_layers=2, knots=4),
+    "flowjax triangular spline": lambda: flow(flowjax.flows.triangular_spline_flow, MASKED, flow_layers=2, knots=4),
     "haliax transformer": haliax_transformer,
 }

@@ -10,7 +10,7 @@ from nets import Net, normal
 X, IMAGE, IDS = normal(1, 2, 5, 8), normal(2, 2, 8, 8, 4), jnp.array([[3, 0, 7, 2], [1, 3, 2, 10]])
 
 
-def of_keras(model, *inputs):
+def of_keras(model, *inputs, **fields):
     """A model's trainable variables by their paths, and its stateless call."""
     model(*inputs)
     paths = [variable.path for variable in model.trainable_variables]
@@ -19,7 +19,7 @@ def of_keras(model, *inputs):
     def fn(params, *inputs):
         return model.stateless_call([params[path] for path in paths], rest, *inputs)[0]
 
-    return Net(fn, {variable.path: variable.value for variable in model.trainable_variables}, inputs)
+    return Net(fn, {variable.path: variable.value for variable in model.trainable_variables}, inputs, **fields)
 
 
 def transformer():
@@ -56,7 +56,7 @@ def recurrent(layer):
 NETS = {
     "keras transformer": lambda: of_keras(transformer(), IDS),
     "keras grouped queries": lambda: of_keras(grouped(), X),
-    "keras CNN": lambda: of_keras(cnn(), IMAGE),
+    "keras CNN": lambda: of_keras(cnn(), IMAGE, left_out=r"groups do not divide"),
     "keras LSTM": lambda: of_keras(recurrent(keras.layers.LSTM(6)), X),
     "keras bidirectional GRU": lambda: of_keras(recurrent(keras.layers.Bidirectional(keras.layers.GRU(6))), X),
     "keras Conv1DTranspose": lambda: of_keras(recurrent(keras.layers.Conv1DTranspose(6, 3)), X),

@@ -15,17 +15,17 @@ class Net:
         fn: ``fn(params, *inputs)``.
         params: A pytree.
         inputs: The rest of the arguments.
+        targets: What ``target_modules`` is.
+        is_merged: Whether each weight is merged where it is used, for the net changes it first in a way of its own.
         left_out: What the warning of ``all-linear`` has to say; None if there must be none.
-        merged: Ends of the paths of leaves that are merged somewhere, which `peft_jax.explain` says.
-        wide: Ends of the paths of leaves that stay wide in int8, as convolutions may.
     """
 
     fn: Callable[..., Any]
     params: Any
     inputs: tuple[Any, ...]
+    targets: str | list[str] = "all-linear"
+    is_merged: bool = False
     left_out: str | None = None
-    merged: tuple[str, ...] = ()
-    wide: tuple[str, ...] = ()
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
