@@ -17,7 +17,7 @@ Axes = tuple[frozenset[str], ...]  # for each axis of a variable the paths of le
 
 
 class Known(NamedTuple):
-    """What is known of a variable: its axes, and whether it is a weight, made of leaves and numbers alone."""
+    """The axes of a variable, as far as known, and whether it is a weight, made of leaves and numbers alone."""
 
     axes: Axes
     is_weight: bool
@@ -40,14 +40,16 @@ def leaves_of_members(jaxpr: ClosedJaxpr, paths: Sequence[str | None], candidate
     inputs: list[Known | None] = []
     for path, variable in zip(paths, jaxpr.jaxpr.invars, strict=True):
         ndim = compat.type_of(variable).ndim
-        is_leaf = path is not None and ndim > 0
-        inputs.append(Known((frozenset([path]), *[frozenset()] * (ndim - 1)), True) if is_leaf else None)
+        if path is None or ndim == 0:
+            inputs.append(None)
+        else:
+            inputs.append(Known((frozenset([path]), *[frozenset[str]()] * (ndim - 1)), is_weight=True))
     _walk(jaxpr, inputs, found)
     return found & set(candidates)
 
 
 def _walk(program: Program, inputs: Sequence[Known | None], found: set[str]) -> list[Known | None]:
-    """What is known of a program's outputs, given that of its inputs; leaves of members are put into ``found``."""
+    """Notes of a program's outputs, given those of its inputs; leaves of members are put into ``found``."""
     jaxpr = compat.closed(program).jaxpr
     known: dict[Var, Known] = {}
     _note(jaxpr.invars, inputs, known)
@@ -69,7 +71,7 @@ def _operands(atoms: Sequence[Var | Literal], known: Mapping[Var, Known]) -> lis
 
 
 def _results(eqn: JaxprEqn, operands: Sequence[Known | None], found: set[str]) -> Sequence[Known | None]:
-    """What is known of an equation's outputs; fewer than there are if nothing is known of the others."""
+    """Notes of an equation's outputs; fewer than there are if nothing is known of the others."""
     name, p = eqn.primitive.name, eqn.params
     if name == "dot_general":
         return [_product(eqn, operands, found)]
@@ -129,7 +131,7 @@ def _product(eqn: JaxprEqn, operands: Sequence[Known | None], found: set[str]) -
     (contracted, stacked) = eqn.params["dimension_numbers"]
     sides: list[Known] = []
     for atom, value in zip(eqn.invars, operands, strict=True):
-        nothing = Known((frozenset[str](),) * compat.type_of(atom).ndim, False)
+        nothing = Known((frozenset[str](),) * compat.type_of(atom).ndim, is_weight=False)
         sides.append(nothing if value is None else value)
     left, right = sides
     axes: list[frozenset[str]] = []
