@@ -13,7 +13,6 @@ from nets import Net, normal
 
 X, IMAGE, ROWS = normal(1, 8), normal(2, 3, 8, 8), normal(3, 4, 3)
 KEY = jax.random.key(0)
-MASKED = r".*weight\.args.*"  # matrices behind a mask, as paramax keeps them
 
 
 def of_equinox(model, *inputs, call=lambda model, *inputs: model(*inputs), **fields):
@@ -74,12 +73,11 @@ def controlled():
     return of_equinox(model, jnp.linspace(0, 1, 4), ROWS, left_out=r"2 in all.*custom_vjp_call")
 
 
-def flow(make, masked=None, **fields):
-    """A normalizing flow's log probabilities; a flow that masks its matrices has them named, and they are merged."""
-    row = {"targets": masked, "is_merged": True} if masked else {}
+def flow(make, **fields):
+    """A normalizing flow's log probabilities."""
     base = flowjax.distributions.Normal(jnp.zeros(4))
     model = make(KEY, base_dist=base, **fields)
-    return of_equinox(model, normal(3, 5, 4), call=lambda model, x: model.log_prob(x), **row)
+    return of_equinox(model, normal(3, 5, 4), call=lambda model, x: model.log_prob(x))
 
 
 class Cnn(eqx.Module):
@@ -192,13 +190,6 @@ NETS = {
         diffrax.RecursiveCheckpointAdjoint(), targets=r"field\.layers\.\d", is_merged=True
     ),
     "diffrax neural CDE": controlled,
-    "flowjax masked autoregressive": lambda: flow(
-        flowjax.flows.masked_autoregressive_flow, MASKED, flow_layers=2, nn_width=8
-    ),
     "flowjax coupling": lambda: flow(flowjax.flows.coupling_flow, flow_layers=2, nn_width=8),
-    "flowjax block autoregressive": lambda: flow(
-        flowjax.flows.block_neural_autoregressive_flow, MASKED, flow_layers=1, nn_block_dim=4, invert=True
-    ),
-    "flowjax triangular spline": lambda: flow(flowjax.flows.triangular_spline_flow, MASKED, flow_layers=2, knots=4),
     "haliax transformer": haliax_transformer,
 }
