@@ -9,7 +9,7 @@
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
 #   make test-field      adapt nets of public packages, from haiku to tunix (tests/field; in .venv-field; some 5 minutes)
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
-#   make kills    kill 99 runs at chosen and random moments and resume them (tests/killed_runs.py; half an hour)
+#   make kills    kill 125 runs, 26 of them of two processes, at chosen and random moments, and resume them (half an hour)
 #   make lint     ruff and mypy
 #   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
 #   make dist     build and check what is uploaded, in dist/, and run the demo from the wheel in an empty environment
@@ -71,7 +71,7 @@ fuzz: .venv/test
 	$(BIN)/python -m pytest -n 0 -s --fuzz 5000 tests/fuzz $(ARGS)
 
 kills: .venv/test
-	$(BIN)/python -m pytest -n 0 -s --kills 86 tests/test_resume.py -k killed $(ARGS)
+	$(BIN)/python -m pytest -n 0 -s --slow --kills 86 --killed-pairs 12 tests/test_resume.py -k killed $(ARGS)
 
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then \

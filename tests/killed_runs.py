@@ -9,6 +9,7 @@ first checkpoint, at every moment of EARLY in turn. Exit codes are printed as JS
 process, which has imported everything and touched no device.
 """
 
+import importlib
 import json
 import os
 import random
@@ -236,10 +237,16 @@ def everything(seeds: list[int]) -> dict[str, Any]:
     return codes | {f"random-{seed}": at_random(seed, 1.5) for seed in seeds}
 
 
-if __name__ == "__main__":
-    os.chdir(sys.argv[1])
+def prepared(folder: str) -> None:
+    """Go to a folder, and import and set what all children need."""
+    os.chdir(folder)
+    importlib.import_module("peft_jax.cli.finetune.finetune")
     AutoConfig.from_pretrained("model"), read_tokenizer("model")  # which import much at their first use
     jax.config.update("jax_compilation_cache_dir", str(Path("cache").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+if __name__ == "__main__":
+    prepared(sys.argv[1])
     print(json.dumps(everything([int(seed) for seed in sys.argv[2:]])))

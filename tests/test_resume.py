@@ -98,6 +98,36 @@ def test_a_run_killed_at_a_random_moment_ends_in_the_same_bits(killed: tuple[Pat
         assert results(run) == results(killed[0] / "whole"), run.name
 
 
+@pytest.mark.slow
+def test_a_killed_process_of_two_ends_the_other_and_both_go_on_in_equal_bits(
+    tiny_llama: Path, tmp_path: Path, pytestconfig: pytest.Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    settings = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    seeds = [str(seed) for seed in range(1, pytestconfig.getoption("--killed-pairs") + 1)]
+    script = Path(__file__).with_name("killed_pairs.py")
+    run = subprocess.run([sys.executable, script, tmp_path, *seeds], stdout=subprocess.PIPE, text=True, env=settings)
+    assert run.returncode == 0
+    found = json.loads(run.stdout)
+    wanted = results(tmp_path / "whole-pair")
+    assert "adapter_model.safetensors" in wanted
+    slowest, count = 0.0, 0
+    for name, runs in found.items():
+        *killed, end = runs
+        if name == "whole-pair":
+            killed = []
+        assert end["killed"] == end["other"] == 0, (name, end)
+        for one in killed:
+            assert one["killed"] == -signal.SIGKILL and one["other"] == 2 and one["seconds"] < 60, (name, one)
+            assert one["line"].startswith("peft-jax: error: "), (name, one)
+            slowest, count = max(slowest, one["seconds"]), count + 1
+        assert results(tmp_path / name) == wanted, name
+    assert count == len(seeds) + 14
+    with capfd.disabled():
+        print(f"{count} kills of one process of two; the other ended within {slowest:.1f} s.")
+
+
 def test_ctrl_c_saves_and_says_how_to_resume(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,8 @@ from peft_jax.cli.finetune.steps import (
     make_plan,
     surroundings,
 )
-from peft_jax.cli.shared.data_sources import load_records
+from peft_jax.cli.finetune.streaming import Streams, load_streams, stream_data
+from peft_jax.cli.shared.data_sources import Loaded, load_records
 from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.progress_bar import Speed, progress
 from peft_jax.cli.shared.training_layout import clash, read_layout
@@ -107,7 +108,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
             setup.refuse_others(checkpoints.notes()["settings"], fingerprint)
         task = choose_task(options, config)
         config = config.replace(task_type=task.name)
-        loaded = load_records(options.data)
+        loaded: Loaded = load_streams(options.data) if options.data.streaming else load_records(options.data)
         task.check(loaded.records)
         read = partial(setup.load_base, options.base, task, loaded.records, options.adapter.adapter)
         outline = outline_of(read) if setup.is_outlined(options, config) and mesh is None else None
@@ -115,7 +116,11 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         tokenizer = read_tokenizer(options.base.model, gguf_file=options.base.gguf_file)
         base = with_end_token(base, tokenizer)
         recorded = read_layout(options.adapter.adapter)
-        data = setup.make_data(task, loaded, tokenizer, base, options.data, options.training.seed, config, recorded)
+        more = (tokenizer, base, options.data, options.training.seed, config, recorded)
+        if isinstance(loaded, Streams):
+            data = stream_data(task, loaded, *more)
+        else:
+            data = setup.make_data(task, loaded, *more)
         base = with_end_token(base, tokenizer, data.ends)
         config = settle(config, base, options, count_steps(options, data.training))
         attached = partial(attach, config=config, options=options, data=data.training)

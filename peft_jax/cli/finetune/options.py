@@ -99,6 +99,9 @@ class DataOptions(DataFileOptions):
     """Fill rows of cutoff-len tokens with several examples each, which do not see each other."""
     val_size: Annotated[float, Option(aliases=("--val-set-size",))] = 0
     """Examples kept apart for validation: a share below 1, or a number of them."""
+    streaming: bool = False
+    """Read and tokenize the rows of JSONL and Parquet files when a batch needs them, so that data may be larger than
+    memory. Not with --packing, --long split, or tasks that predict labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +243,11 @@ def check(options: Finetune) -> None:
         for other in others:
             if given[one] is not None and given[other] is not None:
                 raise ValueError(f"{flag(one)} and {flag(other)} exclude each other. Give one of them.")
+    if given["streaming"]:
+        for name, value in (("packing", True), ("long", "split")):
+            if given[name] == value:
+                typed = flag(name) if value is True else f"{flag(name)} {value}"
+                raise ValueError(f"{typed} needs all examples at once, and --streaming reads one at a time. Drop one.")
     if not given["val_size"]:
         for name in ("eval_steps", "early_stopping"):
             if given[name] is not None:

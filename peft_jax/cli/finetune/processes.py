@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from peft_jax.cli.finetune.lost_service import service_watched
 from peft_jax.cli.finetune.options import ProcessOptions, flag
 
 HOW = "Start all of them, each with a --process-id of its own and with the same --coordinator-address."
@@ -51,22 +52,34 @@ def joined(options: ProcessOptions) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         where = found["coordinator_address"] or "what the environment tells"
         raise ValueError(f"the processes of the run cannot be joined at {where}: {_reason(error)}. {HOW}") from error
-    try:
-        with contextlib.ExitStack() as stack:
-            if not is_first():
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            yield
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(service_watched(f"peft-jax: error: {_ended('process 0 does not answer')}"))
+        stack.enter_context(_explained())
+        yield
         multihost_utils.sync_global_devices("the end of the run")  # process 0 has what the others need to leave
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        raise ConnectionError(
-            f"another process of the run ended, or cannot be reached: {_reason(error)}. See what it says, then start "
-            "all of them again, with --resume if there is a checkpoint."
-        ) from error
     if is_first():
         time.sleep(SECONDS_TO_LEAVE)  # the service to which the others say that they leave ends with this process
     jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say what an error of JAX means that comes of another process's end."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise ConnectionError(_ended(_reason(error))) from error
+
+
+def _ended(reason: str) -> str:
+    return (
+        f"another process of the run ended, or cannot be reached: {reason}. See what it says, then start all of them "
+        "again, with --resume if there is a checkpoint."
+    )
 
 
 def _from_environment(name: str) -> str | int | None:

@@ -21,7 +21,7 @@ from peft_jax.cli.finetune.options import (
 from peft_jax.cli.shared.data_sources import Loaded, sources_of
 from peft_jax.cli.shared.head_labels import LABELS_FILE
 from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
-from peft_jax.cli.shared.task import Task
+from peft_jax.cli.shared.task import RowOptions, Task
 from peft_jax.cli.shared.training_layout import (
     ANSWERS,
     CHATS,
@@ -57,6 +57,7 @@ class Examples:
         layout: How the data were laid out.
         ends: The special tokens that end learned turns of chats.
         problem: How the model is trained and measured on them, where the task has several ways.
+        sample: The first rows, where the others are read when they are needed.
     """
 
     training: Data
@@ -66,11 +67,13 @@ class Examples:
     layout: TrainingLayout
     ends: frozenset[int] = frozenset()
     problem: Problem | None = None
+    sample: Data | None = None
 
     @property
     def parts(self) -> list[Data]:
-        """The training rows and, if there are any, the validation rows."""
-        return [self.training] if self.validation is None else [self.training, self.validation]
+        """The training rows, or the first of them, and the validation rows if there are any."""
+        training = self.training if self.sample is None else self.sample
+        return [training] if self.validation is None else [training, self.validation]
 
 
 def make_data(
@@ -119,25 +122,36 @@ def make_data(
     kept = f", {len(validation)} of them for validation" if validation else ""
     said = f"{len(examples)} examples{kept}. {said_of_length(encoded, rows)}"
     if task.writes:
-        said += f"\n{_said_of_layout(used, rows.masks)}"
+        said += f"\n{said_of_layout(used, rows.masks)}"
     said = "\n".join([said, *loaded.notes, *said_of_thoughts(loaded.records, tokenizer)])
+    digest = digest_of(examples)
+    layout = recorded_layout(used, tokenizer, rows)
+    held_out = lay_out(validation) if validation else None
+    problem = task.problem_of(base, loaded.records, encoded)
+    return Examples(data, held_out, said, digest, layout, frozenset(rows.masks.ends), problem)
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """Hash of all tokens and labels."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())
         for name in sorted(example.more):
             digest.update(example.more[name].tobytes())
+    return digest.hexdigest()
+
+
+def recorded_layout(used: NamedLayout, tokenizer: Tokenizer, rows: RowOptions) -> TrainingLayout:
+    """How the rows that were encoded were laid out, for the adapter's folder."""
     ends = rows.masks.ends or {tokenizer.eos_token_id} - {None}
-    layout = TrainingLayout(
+    return TrainingLayout(
         used,
-        EVERYTHING if options.train_on_inputs else ANSWERS,
+        EVERYTHING if rows.train_on_inputs else ANSWERS,
         template_digest(tokenizer) if used.is_chat else None,
         tuple(tokenizer.decode([number]) for number in sorted(ends)),
         rows.masks.rules,
         rows.masks.left_out,
     )
-    held_out = lay_out(validation) if validation else None
-    problem = task.problem_of(base, loaded.records, encoded)
-    return Examples(data, held_out, said, digest.hexdigest(), layout, frozenset(rows.masks.ends), problem)
 
 
 def layout_of_data(
@@ -156,7 +170,7 @@ def layout_of_data(
     return CHATS if any(isinstance(record, Chat) for record in records) else TEXTS
 
 
-def _said_of_layout(used: NamedLayout, masks: ChatMasks) -> str:
+def said_of_layout(used: NamedLayout, masks: ChatMasks) -> str:
     """A line on the layout, and on how the answers of chats were found."""
     if not used.is_chat:
         return f"Layout: {used.name}."
@@ -192,8 +206,12 @@ def padded(task: Task, examples: Sequence[Example], longest: int, model: ModelHa
     return Padded(examples, longest, 0 if task.next_token else model.config.pad_token_id or 0)
 
 
-def _split(examples: int, val_size: float, seed: int) -> tuple[list[int], list[int]]:
-    """The places of examples to train on, and of those for validation."""
+def split_places(examples: int, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The places of examples to train on, and of those for validation; both ascend.
+
+    Raises:
+        ValueError: If a part has none.
+    """
     count = int(val_size) if val_size >= 1 else round(val_size * examples)
     if val_size and not 0 < count < examples:
         raise ValueError(
@@ -201,8 +219,13 @@ def _split(examples: int, val_size: float, seed: int) -> tuple[list[int], list[i
             "some. Give another size, or more data."
         )
     order = np.random.default_rng(seed).permutation(examples)
-    validation = sorted(order[:count].tolist())
-    return sorted(order[count:].tolist()), validation
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _split(examples: int, val_size: float, seed: int) -> tuple[list[int], list[int]]:
+    """As `split_places`, in lists."""
+    training, validation = split_places(examples, val_size, seed)
+    return training.tolist(), validation.tolist()
 
 
 def _split_records(records: Sequence[int], val_size: float, seed: int) -> tuple[list[int], list[int]]:
@@ -222,17 +245,22 @@ def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
             for name, ids in part[index].items():
                 if name.endswith("input_ids"):
                     largest = max(largest, int(ids.max()))
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
-            "Take tokenizer and weights from the same checkpoint."
-        )
+    check_token(largest, config)
     longest, positions = max(part.lengths[-1] for part in parts), config.room
     if longest + virtual > positions:
         after = f" after {virtual} virtual ones" if virtual else ""
         raise ValueError(
             f"rows of {longest} tokens{after} exceed the model's {positions} positions. "
             f"Give --cutoff-len {positions - virtual} or less."
+        )
+
+
+def check_token(largest: int, config: Any) -> None:
+    """Raise ValueError for a token that the model has no embedding for."""
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, but the model has {config.vocab_size} tokens. "
+            "Take tokenizer and weights from the same checkpoint."
         )
 
 

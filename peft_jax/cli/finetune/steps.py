@@ -134,6 +134,10 @@ def make_plan(
     )
     rows = choose_layout(options, task, model, data, mesh)
     batches = training_batches(data.training, training.batch_size, seed=training.seed, layout=rows)
+    if data.sample is not None:
+        from peft_jax.train.data.streamed import ReadAhead  # which imports grain
+
+        batches = ReadAhead(batches)
     state, frozen = split(model, optimizer, training.seed, mesh)
     layout = None
     if mesh is not None:
@@ -176,6 +180,7 @@ def choose_layout(options: Finetune, task: Task, model: ModelHandle, data: Examp
         training.batch_size,
         micro_batch_size=training.micro_batch_size,
         multiple=1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
+        longest=None if data.sample is None else data.training.lengths[-1],
     )
 
 

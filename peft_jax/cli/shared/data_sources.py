@@ -71,11 +71,16 @@ def load_records(options: DataFileOptions) -> Loaded:
         counts.append(len(found.records))
         if found.unused:
             notes.append(f"Not used of {source.name}: {', '.join(found.unused)}.")
+    check_template(options, records)
+    return Loaded(records, tuple(counts), weights_of(sources), tuple(notes))
+
+
+def check_template(options: DataFileOptions, records: Sequence[AnyRecord]) -> None:
+    """Raise ValueError for a --prompt-template of data that has its own layout."""
     kinds = {type(record) for record in records}
     is_own = options.prompt_template == "chat" and Chat in kinds
     if options.prompt_template is not None and Record not in kinds and not is_own:
         raise ValueError("--prompt-template is for instruction data, but this data has its own layout. Leave it out.")
-    return Loaded(records, tuple(counts), weights_of(sources), tuple(notes))
 
 
 def sources_of(options: DataFileOptions) -> list[Source]:

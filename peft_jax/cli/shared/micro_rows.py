@@ -18,6 +18,7 @@ def choose_micro_layout(
     *,
     micro_batch_size: int | None = None,
     multiple: int = 1,
+    longest: int | None = None,
 ) -> MicroLayout:
     """Choose rows and widths for data: several examples to a row where the model and its adapter know texts apart.
 
@@ -28,13 +29,17 @@ def choose_micro_layout(
         batch_size: Examples of a batch.
         micro_batch_size: Rows that go through the model at once, as `micro_layout` takes it.
         multiple: The rows are a multiple of this.
+        longest: The most tokens of an example, where the parts are the first rows of more.
     """
     first, lengths = parts[0][0], parts[0].lengths
     if "decoder_input_ids" in first:  # of two lengths, and few of each are compiled
         return MicroLayout(micro_batch_size or batch_size, lengths, packed=False)
     alone = virtual_slots(model) or set(first) > {"input_ids", "attention_mask", "labels"}
+    known = [longest_field(part[index]) for part in parts for index in range(len(part))]
+    if longest is not None:
+        known.append(longest)
     return micro_layout(
-        [longest_field(part[index]) for part in parts for index in range(len(part))],
+        known,
         batch_size,
         packed=task.next_token and not alone,
         micro_batch_size=micro_batch_size,

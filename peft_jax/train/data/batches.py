@@ -276,11 +276,23 @@ def training_batches(
     if isinstance(data, Mixture):
         parts = []
         for number, part in enumerate(data.parts):
-            parts.append(grain.MapDataset.source(part).seed(seed + number).shuffle().repeat())
+            parts.append(_shuffled(part, seed + number).repeat())
         mixed = grain.MapDataset.mix(parts, data.weights)
         return mixed.batch(batch_size, drop_remainder=True, batch_fn=stack)
-    shuffled = grain.MapDataset.source(data).seed(seed).shuffle()
-    return shuffled.batch(batch_size, drop_remainder=False, batch_fn=stack).repeat()
+    return _shuffled(data, seed).batch(batch_size, drop_remainder=False, batch_fn=stack).repeat()
+
+
+def _shuffled(data: Data, seed: int) -> Any:
+    """The rows in the order of a seed, another one in each epoch."""
+    import grain
+
+    rows = grain.MapDataset.source(data)
+    blocks = getattr(data, "blocks", None)
+    if blocks is None:
+        return rows.seed(seed).shuffle()
+    from peft_jax.train.data.streamed import ShuffledBlocks  # which imports grain
+
+    return ShuffledBlocks(rows, blocks, seed=seed)
 
 
 def steps_per_epoch(data: Data, batch_size: int) -> int:

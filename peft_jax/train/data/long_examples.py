@@ -23,6 +23,10 @@ def has_numbers(labels: npt.ArrayLike) -> bool:
     return bool(np.issubdtype(np.asarray(labels).dtype, np.floating))
 
 
+class NothingFits(ValueError):
+    """No example fits into a row, with something in it that is learned."""
+
+
 class Example(NamedTuple):
     """One row of a batch to be, all int32 but for labels that are numbers.
 
@@ -99,7 +103,7 @@ def kept(examples: Sequence[Example], cutoff_len: int, long: Long = "drop", shor
         shortened: How many are cut already.
 
     Raises:
-        ValueError: If none is left.
+        NothingFits: A ValueError, if none is left.
 
     Example:
         >>> ids = np.arange(6, dtype=np.int32)
@@ -122,7 +126,7 @@ def kept(examples: Sequence[Example], cutoff_len: int, long: Long = "drop", shor
         records += [number] * len(parts)
     if not found:
         least = min((_least(example, long) for example in examples), default=0)
-        raise ValueError(
+        raise NothingFits(
             f"none of {len(examples)} examples fits into {cutoff_len} tokens. Raise cutoff_len to {least} or more."
         )
     return Encoded(found, too_long, shortened, tuple(records))
