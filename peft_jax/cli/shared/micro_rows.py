@@ -36,7 +36,9 @@ def choose_micro_layout(
         return MicroLayout(micro_batch_size or batch_size, lengths, packed=False)
     alone = virtual_slots(model) or set(first) > {"input_ids", "attention_mask", "labels"}
     known = [longest_field(part[index]) for part in parts for index in range(len(part))]
-    if longest is not None:
+    if longest is None:
+        longest = lengths[-1]
+    else:
         known.append(longest)
     return micro_layout(
         known,
@@ -44,5 +46,5 @@ def choose_micro_layout(
         packed=task.next_token and not alone,
         micro_batch_size=micro_batch_size,
         multiple=multiple,
-        longest=lengths[-1],
+        longest=longest,
     )

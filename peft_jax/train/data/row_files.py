@@ -9,13 +9,14 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.train.data.data_files import COLUMNAR, TABLES, damaged, ending_of, import_arrow, is_compressed
 
+SHORT = 16  # bytes of a line that may be blank
 PIECE = 2**24  # bytes of a JSONL file that are searched at a time
 GROUPS = 4  # of a Parquet file that are kept, and shuffled together
 BOM = b"\xef\xbb\xbf"
@@ -73,10 +74,9 @@ class JsonLines:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._lock = threading.Lock()
-        self._stream = open(file, "rb")  # noqa: SIM115 # for as long as rows are read
-        self._version = _version(self._stream.fileno())
-        self.starts, self.ends = self._lines()
+        with open(file, "rb") as stream:
+            self._version = _version(stream.fileno())
+            self.starts, self.ends = _lines(stream)
         if not len(self):
             raise ValueError(f"{file} is empty. Give at least one record.")
         if self._bytes(0).lstrip().startswith(b"["):
@@ -102,30 +102,30 @@ class JsonLines:
 
     def _bytes(self, place: int) -> bytes:
         start, end = int(self.starts[place]), int(self.ends[place])
-        with self._lock:
-            if _version(self._stream.fileno()) != self._version:
+        with open(self.file, "rb") as stream:
+            if _version(stream.fileno()) != self._version:
                 raise ValueError(f"{self.file} was changed while it was read. Start again.")
-            self._stream.seek(start)
-            return self._stream.read(end - start)
+            stream.seek(start)
+            return stream.read(end - start)
 
-    def _lines(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where lines that are not blank start and end, line breaks not included."""
-        breaks = [np.array([-1])]
-        size = 0
-        while piece := self._stream.read(PIECE):
-            breaks.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + size)
-            size += len(piece)
-        places = np.concatenate([*breaks, [size]])
-        starts, ends = places[:-1] + 1, places[1:]
-        self._stream.seek(0)
-        if self._stream.read(len(BOM)) == BOM:
-            starts[0] = len(BOM)
-        is_short = np.flatnonzero(ends - starts < 64)
-        is_blank = np.zeros(len(starts), bool)
-        for place in is_short:
-            self._stream.seek(int(starts[place]))
-            is_blank[place] = not self._stream.read(max(0, int(ends[place] - starts[place]))).strip()
-        return starts[~is_blank], ends[~is_blank]
+
+def _lines(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Where lines that are not blank start and end, line breaks not included."""
+    breaks = [np.array([-1])]
+    size = 0
+    while piece := stream.read(PIECE):
+        breaks.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + size)
+        size += len(piece)
+    places = np.concatenate([*breaks, [size]])
+    starts, ends = places[:-1] + 1, places[1:]
+    stream.seek(0)
+    if stream.read(len(BOM)) == BOM:
+        starts[0] = len(BOM)
+    is_blank = ends <= starts
+    for place in np.flatnonzero(ends - starts < SHORT):
+        stream.seek(int(starts[place]))
+        is_blank[place] = not stream.read(max(0, int(ends[place] - starts[place]))).strip()
+    return starts[~is_blank], ends[~is_blank]
 
 
 class ParquetRows:
