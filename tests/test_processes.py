@@ -117,6 +117,57 @@ def test_a_killed_process_leaves_the_other_with_one_line(
     assert "stack trace" not in errors and Path("out", "checkpoints", MIDDLE).is_dir()
 
 
+FATAL = "F1129 18:26:07.654868 24998 client.h:80] Terminating: the JAX distributed service detected fatal errors. X"
+WATCHED = """
+import ctypes, os, sys, threading, time
+from peft_jax.cli.finetune.lost_service import service_watched
+
+watched = threading.Event()
+
+def dies():
+    watched.wait()
+    os.write(2, b"W1 a warning\\n" + b"{fatal}\\nMore.\\n*** stack trace: ***\\n")
+    ctypes.CDLL(None).abort()  # unlike os.abort it leaves Python to the other threads
+
+threading.Thread(target=dies, daemon=True).start() if {lost} else None
+with service_watched("peft-jax: error: the line"):
+    print("before", file=sys.stderr)
+    watched.set()
+    {block}
+"""
+LOST: dict[str, tuple[bool, str, int, str, str]] = {
+    "nothing happens": (False, "pass", 0, "before\nat the end\n", "print('at the end', file=sys.stderr)"),
+    "the main thread waits": (True, "time.sleep(60)", 2, "W1 a warning\npeft-jax: error: the line\n", ""),
+    "the main thread reports": (
+        True,
+        "time.sleep(0.5); print('peft-jax: error: its own', file=sys.stderr); time.sleep(60)",
+        2,
+        "W1 a warning\npeft-jax: error: its own\n",
+        "",
+    ),
+    "an error behind which the service may end": (
+        False,
+        "raise SystemExit(os.write(2, b'peft-jax: error: its own\\n') and 2)",
+        2,
+        "before\npeft-jax: error: its own\n",
+        "",
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="JAX aborts there")
+@pytest.mark.parametrize("case", LOST)
+def test_a_process_whose_service_is_lost_ends_with_one_line(case: str) -> None:
+    lost, block, code, said, rest = LOST[case]
+    program = WATCHED.format(fatal=FATAL, lost=lost, block=block) + rest
+    start = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert run.returncode == code, run
+    lines = [line for line in run.stderr.splitlines(keepends=True) if not lost or line != "before\n"]
+    assert "".join(lines) == said
+    assert time.monotonic() - start < 40
+
+
 @pytest.mark.parametrize("run", ["two", "two-one", "one-two"])
 def test_two_processes_end_in_the_numbers_of_one(folder: Path, run: str) -> None:
     wanted, wanted_rows = results(folder / "one")
