@@ -120,7 +120,8 @@ def test_a_killed_process_of_two_ends_the_other_and_both_go_on_in_equal_bits(
         assert end["killed"] == end["other"] == 0, (name, end)
         for one in killed:
             assert one["killed"] == -signal.SIGKILL and one["other"] == 2 and one["seconds"] < 60, (name, one)
-            assert one["line"].startswith("peft-jax: error: "), (name, one)
+            assert one["line"].startswith("peft-jax: error: another process of the run ended, or cannot be reached: ")
+            assert one["line"].endswith("start all of them again, with --resume if there is a checkpoint."), one
             slowest, count = max(slowest, one["seconds"]), count + 1
         assert results(tmp_path / name) == wanted, name
     assert count == len(seeds) + 14

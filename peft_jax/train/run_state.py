@@ -26,6 +26,7 @@ from peft_jax.core.paths import dotted, named_leaves
 from peft_jax.core.short_errors import shortened
 from peft_jax.core.strict_json import parse_json
 from peft_jax.train.loop import State
+from peft_jax.train.lost_peer import is_of_lost_peer
 
 STATE, NOTES, FILES = "state", "notes", "files.json"
 SPARE = 2**18  # bytes of a checkpoint beside its arrays, at most
@@ -95,6 +96,8 @@ class Checkpoints:
             if jax.process_index() == 0:
                 _list_files(self.folder / str(state.step))
         except Exception as error:  # a full disk is an OSError of Python or one of several kinds from the storage layer
+            if is_of_lost_peer(error):
+                raise
             for rest in self.folder.glob(f"{state.step}.*"):
                 shutil.rmtree(rest, ignore_errors=True)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -145,6 +148,8 @@ class Checkpoints:
         try:
             return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
         except Exception as error:
+            if is_of_lost_peer(error):
+                raise
             raise self._damaged(str(error).strip().splitlines()[0]) from error
 
     def _check_files(self, folder: Path) -> None:

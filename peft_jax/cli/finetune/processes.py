@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from peft_jax.cli.finetune.lost_service import service_watched
 from peft_jax.cli.finetune.options import ProcessOptions, flag
+from peft_jax.train.lost_peer import is_of_lost_peer
 
 HOW = "Start all of them, each with a --process-id of its own and with the same --coordinator-address."
 OTHER = "another process of the run cannot start. See what it says."
@@ -69,8 +70,8 @@ def _explained() -> Iterator[None]:
     """Say what an error of JAX means that comes of another process's end."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not is_of_lost_peer(error):
             raise
         raise ConnectionError(_ended(_reason(error))) from error
 
