@@ -14,10 +14,12 @@ import pytest
 from test_finetune_tasks import ENDS, SIZES, save_tokenizer
 
 from peft_jax.cli.main import main
+from peft_jax.cli.shared.head_labels import HeadLabels, with_names
 from peft_jax.train.answers_found import normalized, word_f1
 from peft_jax.train.data.label_kinds import label_array, names_of, problem_of
 from peft_jax.train.data.record_forms import to_records
 from peft_jax.train.data.records import Labelled, Question, Tagged
+from peft_jax.train.data.spans import encode_spans
 from peft_jax.train.data.tags import encode_tags
 from peft_jax.train.entities import entities
 
@@ -33,6 +35,9 @@ TOPICS = [{"text": f"number {n} " * (1 + n % 3), "labels": ["even"][n % 2 :] + [
 KINDS_OF_WORDS = ("O", "B-NUM", "I-NUM", "O", "B-END", "I-END", "I-NUM")
 WORDS = [{"tokens": f"say number {n} say the end now".split()[: 4 + n % 4]} for n in range(14)]
 WORDS = [{**row, "ner_tags": list(KINDS_OF_WORDS[: len(row["tokens"])])} for row in WORDS]
+
+NAMES = sorted(set(KINDS_OF_WORDS))
+NUMBERED = [{**row, "ner_tags": [NAMES.index(tag) for tag in row["ner_tags"]]} for row in WORDS]
 
 FACTS = [
     f"{'So ' * (n % 4)}Ada wrote note {n} in {1800 + n}, {'as we say, ' * (6 * (n == 3))}and not before."
@@ -61,7 +66,7 @@ RUNS = {
     "regression": Run("SEQ_CLS", "bert", SCORES, ("--problem-type", "regression")),
     "topics": Run("SEQ_CLS", "gpt2", TOPICS),
     "spans": Run("QUESTION_ANS", "bert", ASKED, ("--cutoff-len", "60")),
-    "words": Run("TOKEN_CLS", "bert", WORDS),
+    "words": Run("TOKEN_CLS", "bert", NUMBERED, ("--label-names", *NAMES)),
     "words after a prompt": Run(
         *("TOKEN_CLS", "gpt2", WORDS),
         ("--peft", "PROMPT_TUNING", "--peft-config", '{"num_virtual_tokens": 3}'),
@@ -295,7 +300,7 @@ def word_scores(model_name: str, virtual: int) -> Callable[[Any, Rows], dict[str
             for word, tag in zip(row["tokens"], row["ner_tags"], strict=True):
                 starts = (place - 1, place)  # the space before a word is in its first token
                 found = [n for n, (start, end) in enumerate(places[number].tolist()) if end and start in starts]
-                labels[number, found[0]] = names.index(tag)
+                labels[number, found[0]] = tag if isinstance(tag, int) else names.index(tag)
                 place += len(word) + 1
         output = model(**batch, labels=None if virtual else labels)  # PEFT's labels lack the virtual tokens
         logits = output.logits[:, -labels.shape[1] :]
@@ -345,6 +350,20 @@ def test_long_words_are_split_cut_or_left_out(bases: Path) -> None:
     assert sum(labels[:-1], []) == list(range(18)) and labels[-1] == [0, 1] and split.shortened == 1
     assert split.records == (0,) * (len(labels) - 1) + (1,)
     assert all(example.input_ids[0] == 0 and example.input_ids[-1] == 1 for example in split.examples)
+    for stride in (1, 3):  # as transformers shares tokens
+        shared = encode_tags(records, tokenizer, long="split", stride=stride, **options)
+        found = [example.labels[example.labels >= 0].tolist() for example in shared.examples]
+        assert sum(found[:-1], []) == list(range(18)) and len(found) > len(labels)
+        for one, other in zip(shared.examples[:-2], shared.examples[1:-1], strict=True):
+            assert one.input_ids[-1 - stride : -1].tolist() == other.input_ids[1 : 1 + stride].tolist()
+    for stride, long, said in (
+        (-1, "split", "stride is -1. Give 0 or a number above"),
+        (8, "split", "stride is 8, and a row has 8 tokens of a text. Give a number below that"),
+        (1, "truncate", "--stride is for several rows of a text, and --long truncate keeps one. Give --long split"),
+        (1, "drop", "--long drop leaves out what --stride reads in windows. Give one of them"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            encode_tags(records, tokenizer, long=long, stride=stride, **options)
     cut = encode_tags(records, tokenizer, long="truncate", **options)
     assert [len(example.input_ids) for example in cut.examples][0] == 10 and len(cut.examples) == 2
     left_out = encode_tags(records, tokenizer, long="drop", **options)
@@ -365,6 +384,38 @@ def test_long_words_are_split_cut_or_left_out(bases: Path) -> None:
 def test_wrong_fields_of_labels_are_refused(row: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         to_records([row], "here")
+
+
+def test_windows_share_as_many_tokens_as_those_of_transformers(bases: Path) -> None:
+    tokenizer = tokenizer_of(str(bases / "bert"))
+    question, context = "which number", "say a number of " * 30
+    for stride in (0, 5, 20):
+        options = {"truncation": "only_second", "max_length": 50, "stride": stride, "return_overflowing_tokens": True}
+        wanted = tokenizer(question, context, **options)["input_ids"]
+        found = encode_spans([Question(question, context, ())], tokenizer, cutoff_len=50, stride=stride).examples
+        assert [example.input_ids.tolist() for example in found] == wanted and len(wanted) > 2
+    with pytest.raises(ValueError, match="--long drop leaves out what --stride reads in windows"):
+        encode_spans([Question(question, context, ())], tokenizer, cutoff_len=50, stride=1, long="drop")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "wanted"),
+    [
+        (HeadLabels({0: "LABEL_0", 1: "LABEL_1"}), ("O", "B-A", "I-A"), {0: "O", 1: "B-A", 2: "I-A"}),
+        (HeadLabels({0: "LABEL_0", 1: "LABEL_1"}), ("O",), "has 1 names, and there are 2 classes. Name each"),
+        (HeadLabels({0: "LABEL_0", 1: "LABEL_1"}), ("O", "O"), "has O twice. Name each class once"),
+        (HeadLabels({0: "no", 1: "yes"}), ("O", "A"), "names classes that have numbers, and these are no, yes."),
+        (HeadLabels({0: "LABEL_0"}, "regression"), ("O",), "is for classes, and numbers are predicted here"),
+    ],
+)
+def test_names_are_given_to_classes_that_have_numbers(
+    labels: HeadLabels, names: tuple[str, ...], wanted: dict[int, str] | str
+) -> None:
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            with_names(labels, names)
+    else:
+        assert with_names(labels, names).id2label == wanted
 
 
 def span_answers(model: Any, rows: Rows) -> dict[str, float]:

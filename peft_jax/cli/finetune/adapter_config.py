@@ -141,6 +141,8 @@ def choose_task(options: Finetune, config: PeftConfig) -> Task:
             raise ValueError(f"{flag(name)} is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")
     if options.base.problem_type is not None:
         check_problem_type(task)
+    if options.base.label_names is not None and not task.has_classes:
+        raise ValueError(f"--label-names is for classes, and {task.name} has none. Leave it out.")
     if options.data.streaming and not task.writes:
         raise ValueError(f"--streaming reads no labels of all records, which {task.name} begins with. Leave it out.")
     return task

@@ -44,6 +44,8 @@ class ModelOptions:
     problem_type: Annotated[ProblemType | None, PROBLEM] = None
     """Kind of the labels of SEQ_CLS: single_label_classification, multi_label_classification or regression; by default
     what the checkpoint says, else what the data has: decimal numbers are a regression's, lists several classes."""
+    label_names: tuple[str, ...] | None = None
+    """Names of the classes that the data numbers, from 0 on, such as O B-PER I-PER; by default LABEL_0 and so on."""
     load_in_8bit: Annotated[bool, INT8] = False
     """Keep the frozen weights in int8."""
     load_in_4bit: Annotated[bool, INT4] = False
@@ -262,7 +264,7 @@ ABOVE_ZERO = (
 DESCRIBED = ("r", "lora_alpha", "lora_dropout", "target_modules")
 EXCLUSIVE = {
     "adapter_config": ("peft", "peft_config", *DESCRIBED),
-    "adapter": ("peft", "peft_config", *DESCRIBED, "adapter_config", "start_batches"),
+    "adapter": ("peft", "peft_config", *DESCRIBED, "adapter_config", "start_batches", "label_names"),
     "epochs": ("max_steps",),
 }
 

@@ -19,7 +19,7 @@ from peft_jax.cli.finetune.options import (
     settings,
 )
 from peft_jax.cli.shared.data_sources import Loaded, sources_of
-from peft_jax.cli.shared.head_labels import LABELS_FILE
+from peft_jax.cli.shared.head_labels import LABELS_FILE, with_names
 from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
 from peft_jax.cli.shared.task import RowOptions, Task
 from peft_jax.cli.shared.training_layout import (
@@ -279,6 +279,8 @@ def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], a
     labels = None
     if task.labels_of is not None:
         labels = task.labels_of(options.model, records, options.gguf_file, options.problem_type)
+        if options.label_names is not None:
+            labels = with_names(labels, options.label_names)
     return task.read(options.model, labels, **choices)
 
 

@@ -35,3 +35,6 @@ class DataFileOptions:
     long: Literal["truncate", "drop", "split"] = "truncate"
     """Longer examples are cut, left out, or split into several; how many is reported. Texts that answer
     questions are left out, or read in overlapping windows."""
+    stride: Annotated[int | None, Option(aliases=("--doc-stride",))] = None
+    """Tokens that neighbouring windows of a long text share: of QUESTION_ANS by default 128, or a quarter of cutoff-len
+    if that is less; of TOKEN_CLS with --long split by default 0."""

@@ -77,6 +77,36 @@ def labels_of_words(
     return HeadLabels({int(number): name for number, name in names.items()})
 
 
+def with_names(found: HeadLabels, names: Sequence[str]) -> HeadLabels:
+    """Labels with names for classes that have numbers alone.
+
+    Args:
+        found: The labels of a checkpoint or of data.
+        names: The names, by number.
+
+    Raises:
+        ValueError: If the classes have names, what is predicted is no class, there are too few names, or one comes
+            twice.
+
+    Example:
+        >>> with_names(HeadLabels(numbered_labels(2)), ["O", "B-PER"]).id2label
+        {0: 'O', 1: 'B-PER'}
+    """
+    if found.problem_type == REGRESSION:
+        raise ValueError("--label-names is for classes, and numbers are predicted here. Leave it out.")
+    known = found.id2label or {}
+    if dict(known) != numbered_labels(len(known)):
+        raise ValueError(
+            f"--label-names names classes that have numbers, and these are {', '.join(known.values())}. Leave it out."
+        )
+    if len(names) < len(known):
+        raise ValueError(f"--label-names has {len(names)} names, and there are {len(known)} classes. Name each.")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"--label-names has {twice[0]} twice. Name each class once.")
+    return dataclasses.replace(found, id2label=dict(enumerate(names)))
+
+
 def problem_of_texts(config: ModelConfig, records: Sequence[AnyRecord]) -> str:
     """The kind of labels of a classifier of texts: as its config says, else as those of the records."""
     return _said_by(config) or problem_of([record for record in records if isinstance(record, Labelled)])

@@ -28,7 +28,9 @@ def row_options(options: DataFileOptions, config: Any, layout: Layout, *, virtua
     longest = options.cutoff_len
     if longest is None:
         longest = max(1, min(LONGEST, config.room - virtual))
-    return RowOptions(longest, layout, long=options.long, virtual=virtual, watch=watched_encoding, **more)
+    return RowOptions(
+        longest, layout, long=options.long, stride=options.stride, virtual=virtual, watch=watched_encoding, **more
+    )
 
 
 def said_of_thoughts(records: Sequence[AnyRecord], tokenizer: Tokenizer) -> list[str]:

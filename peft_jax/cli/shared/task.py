@@ -88,6 +88,7 @@ class RowOptions:
     tasks: int = 0
     masks: ChatMasks = dataclasses.field(default_factory=ChatMasks)
     long: Long = "drop"
+    stride: int | None = None
     virtual: int = 0
     watch: Watch = iter
 
@@ -184,13 +185,23 @@ class Task:
         return read
 
 
+def _refuse_stride(layout: RowOptions) -> None:
+    """Raise ValueError for a --stride of rows that are no windows of a text."""
+    if layout.stride is not None:
+        raise ValueError(
+            f"--stride is for {QUESTION_ANS} and {TOKEN_CLS}, which read a long text in windows. Leave it out."
+        )
+
+
 def _causal(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
+    _refuse_stride(layout)
     options = dict(vars(layout))
-    del options["virtual"]
+    del options["virtual"], options["stride"]
     return encode(records, tokenizer, **options)
 
 
 def _answers(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: Seq2SeqLM, layout: RowOptions) -> Encoded:
+    _refuse_stride(layout)
     start = getattr(model.config, "decoder_start_token_id", None)  # encoder-decoders alone have the field
     if start is None:
         raise ValueError("the model's config.json has no decoder_start_token_id, which answers begin with. Name it.")
@@ -212,6 +223,7 @@ def _answers(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: Seq2SeqL
 
 
 def _texts(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandle, layout: RowOptions) -> Encoded:
+    _refuse_stride(layout)
     if model.config.pad_token_id is None:
         raise ValueError(
             "the model's config.json has no pad_token_id, by which a classifier finds the ends of texts. Name one, "
@@ -238,6 +250,7 @@ def _words(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandl
         id2label=id2label_of(model),
         tasks=layout.tasks,
         long=layout.long,
+        stride=layout.stride,
         watch=layout.watch,
     )
 
@@ -251,6 +264,7 @@ def _spans(records: Sequence[AnyRecord], tokenizer: Tokenizer, model: ModelHandl
         cutoff_len=layout.cutoff_len,
         token_types=getattr(model.config, "type_vocab_size", 0) > 1 and not layout.virtual,  # as PEFT drops them
         long=layout.long,
+        stride=layout.stride,
         watch=layout.watch,
     )
 

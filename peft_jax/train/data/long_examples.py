@@ -138,6 +138,16 @@ def check_not_split(long: Long, learner: str) -> None:
         raise ValueError(f"{learner} learns nothing from parts of an example. Give --long truncate or drop.")
 
 
+def check_stride(stride: int | None, long: Long) -> None:
+    """Raise ValueError for tokens that windows share, where there are no windows or the number is below 0."""
+    if stride is None:
+        return
+    if stride < 0:
+        raise ValueError(f"stride is {stride}. Give 0 or a number above.")
+    if long == "drop":
+        raise ValueError("--long drop leaves out what --stride reads in windows. Give one of them.")
+
+
 def _parts(example: Example, cutoff_len: int, long: Long) -> list[Example]:
     """The rows of an example that is too long, without those in which nothing is learned."""
     if long == "drop" or example.labels.shape != example.input_ids.shape:

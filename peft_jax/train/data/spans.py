@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from peft_jax.prompts.tokenizer import Tokenizer
-from peft_jax.train.data.long_examples import Encoded, Example, Long, Window
+from peft_jax.train.data.long_examples import Encoded, Example, Long, Window, check_stride
 from peft_jax.train.data.records import AnyRecord, Question, all_of
 from peft_jax.train.data.token_rows import Watch, chunks
 
@@ -29,13 +29,13 @@ def encode_spans(
     cutoff_len: int,
     token_types: bool = False,
     long: Long = "truncate",
+    stride: int | None = None,
     watch: Watch = iter,
 ) -> Encoded:
     """Tokenize questions with their texts, and find the first and the last token of the first answer of each.
 
-    A text that is too long is read in windows, of which neighbours share 128 tokens, or a quarter of a row if that is
-    less. A window without the whole answer is learned as one without an answer, whose place is that of the CLS token,
-    as in transformers' example for SQuAD.
+    A text that is too long is read in overlapping windows. A window without the whole answer is learned as one without
+    an answer, whose place is that of the CLS token, as in transformers' example for SQuAD.
 
     Args:
         records: Questions, texts and answers.
@@ -43,6 +43,8 @@ def encode_spans(
         cutoff_len: The most tokens of a row.
         token_types: Whether the model distinguishes question and text by ``token_type_ids``.
         long: ``drop`` leaves questions out whose texts are too long; they are read in windows otherwise.
+        stride: How many tokens of the text neighbouring windows share; None for 128, or a quarter of a row if that is
+            less.
         watch: As `peft_jax.train.data.encode` takes it.
 
     Returns:
@@ -65,7 +67,9 @@ def encode_spans(
         raise ValueError("spans need a fast tokenizer, which knows the characters of each token. Save one.")
     found = questions(records)
     quick: Any = tokenizer
-    stride = min(STRIDE, cutoff_len // 4)
+    check_stride(stride, long)
+    if stride is None:
+        stride = min(STRIDE, cutoff_len // 4)
     examples: list[Example] = []
     windows: list[Window] = []
     too_long = shortened = 0

@@ -9,7 +9,7 @@ from peft_jax.models.config import numbered_labels
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.encode import IGNORE, Encoded, Example, kept, task_field
 from peft_jax.train.data.label_kinds import check_numbers
-from peft_jax.train.data.long_examples import Long
+from peft_jax.train.data.long_examples import Long, check_stride
 from peft_jax.train.data.records import AnyRecord, Tagged, all_of
 from peft_jax.train.data.token_rows import Watch, chunks
 
@@ -50,6 +50,7 @@ def encode_tags(
     id2label: Mapping[int, str],
     tasks: int = 0,
     long: Long = "drop",
+    stride: int | None = None,
     watch: Watch = iter,
 ) -> Encoded:
     """Tokenize words, with the class of a word at its first token.
@@ -65,6 +66,7 @@ def encode_tags(
         tasks: As `peft_jax.train.data.encode` takes it.
         long: Whether longer texts are left out (``drop``), cut (``truncate``) or split into several rows (``split``),
             each with the special tokens around it.
+        stride: How many tokens neighbouring rows of a text that is split share, which are labelled once; None for 0.
         watch: As `peft_jax.train.data.encode` takes it.
 
     Returns:
@@ -88,12 +90,15 @@ def encode_tags(
     found = tagged(records)
     numbers = {name: number for number, name in id2label.items()}
     spaced = _needs_spaces(tokenizer)
+    shared = _checked(stride, long, tokenizer, cutoff_len)
     examples: list[Example] = []
     rows_of: list[int] = []
     too_long = shortened = 0
     for part in chunks(len(found), watch):
         texts = [_words(record.words, spaced) for record in found[part]]
-        batch = _tokenize(texts, tokenizer, truncation=True, max_length=cutoff_len, return_overflowing_tokens=True)
+        batch = _tokenize(
+            texts, tokenizer, truncation=True, max_length=cutoff_len, stride=shared, return_overflowing_tokens=True
+        )
         windows: list[list[int]] = [[] for _ in texts]
         for row, place in enumerate(batch["overflow_to_sample_mapping"]):
             windows[place].append(row)
@@ -118,6 +123,19 @@ def encode_tags(
         )
     whole = kept(examples, cutoff_len)
     return Encoded(whole.examples, too_long, shortened, tuple(rows_of))
+
+
+def _checked(stride: int | None, long: Long, tokenizer: Tokenizer, cutoff_len: int) -> int:
+    """The number of tokens that neighbouring windows share."""
+    check_stride(stride, long)
+    if stride is None:
+        return 0
+    if long != "split":
+        raise ValueError("--stride is for several rows of a text, and --long truncate keeps one. Give --long split.")
+    room = cutoff_len - len(_tokenize([[]], tokenizer)["input_ids"][0])
+    if stride >= room:
+        raise ValueError(f"stride is {stride}, and a row has {room} tokens of a text. Give a number below that.")
+    return stride
 
 
 def _first_tokens(words: Sequence[int | None], labels: Sequence[int], seen: int) -> tuple[np.ndarray, int]:
