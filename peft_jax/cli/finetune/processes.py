@@ -48,16 +48,21 @@ def joined(options: ProcessOptions) -> Iterator[None]:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_enable_recoverability", True)  # else the end of another process aborts this one
-    try:
-        jax.distributed.initialize(**found, initialization_timeout=options.initialization_timeout)
-    except (RuntimeError, ValueError) as error:
-        where = found["coordinator_address"] or "what the environment tells"
-        raise ValueError(f"the processes of the run cannot be joined at {where}: {_reason(error)}. {HOW}") from error
+    watched = service_watched(f"peft-jax: error: {_ended('process 0 does not answer')}")
     with contextlib.ExitStack() as stack:
+        if found["process_id"]:
+            stack.enter_context(watched)  # before the service is joined, which may end at any time
+        try:
+            jax.distributed.initialize(**found, initialization_timeout=options.initialization_timeout)
+        except (RuntimeError, ValueError) as error:
+            where = found["coordinator_address"] or "what the environment tells"
+            reason = _reason(error)
+            raise ValueError(f"the processes of the run cannot be joined at {where}: {reason}. {HOW}") from error
+        stack.enter_context(_explained())
         if not is_first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            stack.enter_context(service_watched(f"peft-jax: error: {_ended('process 0 does not answer')}"))
-        stack.enter_context(_explained())
+            if found["process_id"] is None:  # the cluster says it
+                stack.enter_context(watched)
         yield
         multihost_utils.sync_global_devices("the end of the run")  # process 0 has what the others need to leave
     if is_first():

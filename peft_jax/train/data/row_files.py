@@ -215,6 +215,6 @@ class JoinedRows:
 
 
 def _version(file: int | Path) -> tuple[int, int]:
-    """What changes with a file's content."""
+    """Size and time of the last change, which a changed content does not keep."""
     found = os.stat(file)
     return found.st_size, found.st_mtime_ns
