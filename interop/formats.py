@@ -159,6 +159,14 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("vblora_logits_B", "vblora_logits_B", ("parts", "rank", "vectors")),
         ),
     },
+    "UNILORA": {
+        False: (
+            Row("unilora_indices_A", "unilora_indices_A", ("rank", "in")),
+            Row("unilora_indices_B", "unilora_indices_B", ("out", "rank")),
+            Row("unilora_scales_A", "unilora_scales_A", ("rank", "in")),
+            Row("unilora_scales_B", "unilora_scales_B", ("out", "rank")),
+        ),
+    },
     "SUPERTUNING": {
         False: (
             Row("supertuning_values", "supertuning_values", ("places",)),
@@ -237,6 +245,7 @@ SHARED: dict[str, tuple[Row, ...]] = {
         Row("randlora_A", "base_model.randlora_A", ("rank", ONE, "least")),
         Row("randlora_B", "base_model.randlora_B", ("most", "bases", "rank")),
     ),
+    "UNILORA": (Row("unilora_theta_d", "base_model.unilora_theta_d", ("elements",)),),
     "VBLORA": (Row("vblora_vector_bank", "base_model.vblora_vector_bank", ("vectors", "length")),),
 }
 COPIED_IN_LAYERS = ("RANDLORA",)  # methods whose shared arrays a file has once more for each layer, whole

@@ -27,7 +27,7 @@ from peft_jax.adapters.attach import EMBEDDING
 from peft_jax.adapters.build import Contents, build, carried_by, state_beside
 from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model_defaults, with_replicas, with_ties
 from peft_jax.adapters.fused_targets import with_fused_adapters, with_fused_targets
-from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_sizes, may_be_target, plan
+from peft_jax.adapters.plan import Target, following_modules, matrices, may_be_target, module_sizes, plan
 from peft_jax.adapters.target_parameters import check_apart, parameters_of, with_parameters
 from peft_jax.core.adapted import Adapted, adapters, changed_layers, check_adapter_name, nested_adapters
 from peft_jax.core.articles import article
@@ -189,7 +189,8 @@ class FilePlan(NamedTuple):
 
     ``params`` is the tree or handle that gets it, with tied modules apart if need be; ``modules`` are the names of all
     its modules, and those of ``brought`` have their base from the file. ``entries`` are the tensors of each target, in
-    the order of ``targets``; ``common`` are those that all layers share. ``problems`` are those of the base's tensors.
+    the order of ``targets``; ``common`` are those that all layers share. ``sizes`` are
+    those of the matrices of all target modules, in PyTorch's order. ``problems`` are those of the base's tensors.
     """
 
     params: PyTree
@@ -199,6 +200,7 @@ class FilePlan(NamedTuple):
     targets: list[Target]
     entries: list[list[Entry]]
     common: list[Entry]
+    sizes: Mapping[str, tuple[int, int]]
     problems: list[str]
 
 
@@ -255,9 +257,11 @@ def _planned(
     targets = plan(found, config, adapted, tokens)
     check_apart([target.leaf for target in matrices(targets)], config)
     entries = [list(entries_of(target, config, adapted)) for target in targets]
-    common = shared_entries(config, matrix_sizes(targets))
+    declared = handle.declared_modules if handle is not None and config.counts_modules else ()
+    sizes = module_sizes(targets, declared)
+    common = shared_entries(config, list(sizes.values()))
     whole = params if handle is None else handle
-    return FilePlan(whole, config, modules, brought, targets, entries, common, problems), tensors
+    return FilePlan(whole, config, modules, brought, targets, entries, common, sizes, problems), tensors
 
 
 def _check_trainable(config: PromptMethod) -> None:
@@ -315,7 +319,7 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     in_file = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in file_plan.common}
     shared: Mapping[str, Any] = in_file
     if isinstance(config, SharedArrays) and not config.saves_shared:
-        shared = config.shared(matrix_sizes(targets))
+        shared = config.shared(list(file_plan.sizes.values()))
     following = following_modules(targets)
     copies = tensors.keys() - without_copies(config, tensors).keys()
     everywhere = [*(entry.key for entry in file_plan.common), *copies]
@@ -325,7 +329,8 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
         contents = _contents(target, file_plan, own, tensors)
         if target.role is None:
             contents.params.update(carried_by(config, target, targets, shared))
-            contents.state.update(state_beside(config, target, following, shared))
+            beside = state_beside(config, target, following, shared, file_plan.sizes)
+            contents.state.update({role: array for role, array in beside.items() if role not in contents.state})
         keys = [*(entry.key for entry in own), *everywhere]
         return contents._replace(dtypes={key: str(tensors[key].dtype) for key in keys})
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
+from peft_jax.core.partition import count_parameters
 from peft_jax.methods import base
 from peft_jax.methods.lokr import factorization
 from peft_jax.methods.oft import nearest_divisor
@@ -512,6 +513,33 @@ def test_vblora_chooses_from_one_bank_that_all_layers_train(dense):
         pj.apply_adapter(tree, pj.VBLoRAConfig(**options | {"vector_length": 3, "target_modules": ["other"]}))
     with pytest.raises(ValueError, match="topk is from 1 to num_vectors=5, got 6"):
         pj.VBLoRAConfig(**options | {"topk": 6})
+
+
+def test_unilora_projects_one_vector_and_keeps_its_length(dense):
+    tree = {"dense": dense["dense"], "other": {"kernel": normal(3, 4, 2)}}
+    options = {"r": 3, "theta_d_length": 7, "init_weights": False, "target_modules": ["dense", "other"]}
+    params = pj.apply_adapter(tree, pj.UniLoraConfig(**options))
+    first, second = params["dense"]["kernel"], params["other"]["kernel"]
+    assert list(first.params) == ["unilora_theta_d"] and not second.params
+    factors = [leaf.method.factors(leaf.params, leaf.state, *leaf.shape) for leaf in (first, second)]
+    elements = np.concatenate([factor.ravel() for pair in factors for factor in pair])
+    close(np.linalg.norm(elements), np.linalg.norm(first.params["unilora_theta_d"]))
+    places = np.concatenate(
+        [np.ravel(leaf.state[f"unilora_indices_{one}"]) for leaf in (first, second) for one in "AB"]
+    )
+    assert np.ptp(np.bincount(places)) <= 1, "each element is taken equally often, or once more"
+    assert count_parameters(params)[0] == 7
+    file = pj.get_peft_model_state_dict(params)
+    assert set(file) == {"base_model.unilora_theta_d"}
+    with pytest.raises(ValueError, match="theta_d_length is at least 1, got 0"):
+        pj.UniLoraConfig(**options | {"theta_d_length": 0})
+    whole = pj.apply_adapter(tree, pj.UniLoraConfig(**options, save_indices=True))
+    file = pj.get_peft_model_state_dict(whole)
+    file["base_model.model.other.unilora_indices_A"][0, 0] = 7
+    with pytest.raises(
+        ValueError, match="unilora_indices_A of 'other.kernel' holds 7, which is no whole number from 0"
+    ):
+        pj.set_peft_model_state_dict(tree, pj.UniLoraConfig(**options, save_indices=True), file)
 
 
 @pytest.mark.parametrize("top", [True, False])

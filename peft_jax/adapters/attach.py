@@ -137,7 +137,10 @@ def apply_adapter(
         layout = {**handle.layouts(), **(layout or {})}
         config = spelled_out(config, handle, layout)
         tied, embedding = handle.tied_modules, handle.input_module
-        tree = _attached(handle.params, config, key, adapter_name, layout, aliases=tied, embedding=embedding)
+        facts: dict[str, Any] = {"aliases": tied, "embedding": embedding, "declared": ()}
+        if config.counts_modules:
+            facts["declared"] = handle.declared_modules
+        tree = _attached(handle.params, config, key, adapter_name, layout, **facts)
         return with_compute_dtype(handle.replace(tree), compute_dtype, adapter_name)
     tree = _attached(params, config, key, adapter_name, layout, fn, args)
     return with_compute_dtype(tree, compute_dtype, adapter_name)
@@ -163,10 +166,12 @@ def _attached(
     args: Sequence[Any] = (),
     aliases: Sequence[str] = (),
     embedding: str = EMBEDDING,
+    declared: Sequence[str] = (),
 ) -> Any:
     """`apply_adapter` for a bare tree.
 
-    ``aliases`` are other names of its leaves, and ``embedding`` is the module of its input tokens.
+    ``aliases`` are other names of its leaves, ``embedding`` is the module of its input tokens, and ``declared`` are its
+    modules as PyTorch has them.
     """
     check_adapter_name(adapter_name, params)
     key = jax.random.key(0) if key is None else key
@@ -200,7 +205,7 @@ def _attached(
             return config.init_on(base, target.leaf.names, target.adapted, key)
         return *config.init(base.layout, base.shape, target.leaf.names, target.adapted, key), base
 
-    contents_of = initial_contents(config, planned, initialize, key)
+    contents_of = initial_contents(config, planned, initialize, key, declared)
     return build(params, adapter_name, config, planned, contents_of, trainable=not config.inference_mode)
 
 

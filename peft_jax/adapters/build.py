@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from peft_jax.adapters.plan import Target, following_modules, matrices, matrix_sizes
+from peft_jax.adapters.plan import Target, following_modules, matrices, module_sizes
 from peft_jax.core.adapted import Adapted, Tag, tied
 from peft_jax.core.leaves import replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
@@ -72,6 +72,7 @@ def initial_contents(
     targets: Sequence[Target],
     initialize: Callable[[Target, Weight], tuple[dict[str, jax.Array], dict[str, Any], Weight]],
     key: jax.Array | None = None,
+    declared: Sequence[str] = (),
 ) -> ContentsOf:
     """The contents of a fresh adapter.
 
@@ -80,13 +81,14 @@ def initial_contents(
         targets: All leaves that it changes.
         initialize: From a target's matrix to its trained and frozen arrays, and the base that they go on.
         key: For the trained arrays that all leaves share; None stands for seed 0.
+        declared: Paths of the model's modules, as in `peft_jax.core.declared_order.in_declared_order`.
     """
-    following = following_modules(targets)
+    following, sizes = following_modules(targets), module_sizes(targets, declared)
     shared: Mapping[str, jax.Array] = {}
     if isinstance(config, TrainedSharedArrays):
-        shared = config.initial(jax.random.key(0) if key is None else key)
+        shared = config.initial(sizes, jax.random.key(0) if key is None else key)
     elif isinstance(config, SharedArrays):
-        shared = config.shared(matrix_sizes(targets))
+        shared = config.shared(list(sizes.values()))
 
     def contents_of(target: Target) -> Contents:
         base = as_weight(target.leaf.value, target.leaf.layout)
@@ -95,13 +97,17 @@ def initial_contents(
             return Contents(params, state, base)
         params, state, base = initialize(target, base)
         params |= carried_by(config, target, targets, shared)
-        return Contents(params, state | state_beside(config, target, following, shared), base)
+        return Contents(params, state_beside(config, target, following, shared, sizes) | state, base)
 
     return contents_of
 
 
 def state_beside(
-    config: Method, target: Target, following: Collection[str], shared: Mapping[str, Any]
+    config: Method,
+    target: Target,
+    following: Collection[str],
+    shared: Mapping[str, Any],
+    sizes: Mapping[str, tuple[int, int]],
 ) -> dict[str, Any]:
     """The frozen arrays of a target's matrix that depend on the adapter's other leaves.
 
@@ -110,12 +116,14 @@ def state_beside(
         target: The target.
         following: Names of all modules whose bias follows their matrix.
         shared: The arrays that all layers share.
+        sizes: Sizes of the matrices of all target modules, in PyTorch's order.
     """
     leaf, state = target.leaf, dict[str, Any]()
     if isinstance(config, BiasRule):
         state |= config.state_beside_bias(leaf.names, target.adapted, following)
     if isinstance(config, SharedArrays):
         state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), target.adapted.shape)
+        state |= config.numbered(sizes, leaf.names, target.adapted)
     return state
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from peft_jax.adapters.target_parameters import names_parameter
+from peft_jax.core.declared_order import in_declared_order
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
@@ -162,9 +163,18 @@ def following_modules(targets: Iterable[Target]) -> set[str]:
     return names
 
 
-def matrix_sizes(targets: Iterable[Target]) -> list[tuple[int, int]]:
-    """``(in, out)`` of the matrices of target modules."""
-    return [target.leaf.layout.sizes(target.leaf.value.shape) for target in matrices(targets)]
+def module_sizes(targets: Iterable[Target], declared: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+    """``(in, out)`` of the matrices of target modules by name, in the order in which PyTorch declares the modules.
+
+    Args:
+        targets: All leaves that an adapter changes.
+        declared: As in `in_declared_order`.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for target in matrices(targets):
+        own = target.leaf.layout.sizes(target.leaf.value.shape)
+        sizes |= dict.fromkeys(map(str, target.leaf.names[target.adapted]), own)
+    return {name: sizes[name] for name in in_declared_order(sizes, declared)}
 
 
 def may_be_target(config: Method, leaf: Leaf) -> bool:

@@ -83,6 +83,11 @@ class Handle(abc.ABC):
         """The starts of keys in old adapters, and the starts of today for them."""
         return {}
 
+    @property
+    def declared_modules(self) -> Sequence[str]:
+        """Paths of the modules without numbers of layers, of which those of one parent are as PyTorch declares them."""
+        return ()
+
     @abc.abstractmethod
     def replace(self, params: PyTree) -> Self:
         """The same model with other parameters."""

@@ -156,6 +156,7 @@ class Method(AbsentFields, PeftConfig):
         replaces: Whether it trains a copy of every leaf of a target, and has no arrays of its own.
         reads_base: Whether `merge` may look at the matrix without the adapters under this one.
         carried: Roles of trained arrays that all leaves of an adapter share (`TrainedSharedArrays`).
+        counts_modules: Whether its numbers depend on the order of the modules, as `SharedArrays.numbered` takes it.
         mixes: Whether PEFT's PeftMixedModel has it active beside other such methods.
         is_whole: Whether the leaf is a trained copy in place of its base.
         bias_only: The value of ``bias`` for those of adapted modules, if not the method's name.
@@ -172,6 +173,7 @@ class Method(AbsentFields, PeftConfig):
     replaces: ClassVar[bool] = False
     reads_base: ClassVar[bool] = False
     carried: ClassVar[Collection[str]] = ()
+    counts_modules: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     is_whole: ClassVar[bool] = False
     bias_only: ClassVar[str] = ""

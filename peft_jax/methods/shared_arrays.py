@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.core.adapted import ADAPTER
 from peft_jax.methods.base import Arrays
@@ -39,6 +40,18 @@ class SharedArrays:
         """A leaf's part of them, stacked axes first."""
         raise NotImplementedError
 
+    def numbered(
+        self, sizes: Mapping[str, tuple[int, int]], names: np.ndarray, adapted: np.ndarray
+    ) -> dict[str, jax.Array]:
+        """More frozen arrays of a leaf, where these depend on the number of its modules among those of the adapter.
+
+        Args:
+            sizes: Sizes of the matrices of all modules by name, in the order in which PyTorch declares them.
+            names: The leaf's modules.
+            adapted: Which of them have the adapter.
+        """
+        return {}
+
 
 class TrainedSharedArrays(SharedArrays):
     """The part of a method that is one set of trained arrays for all layers.
@@ -48,7 +61,7 @@ class TrainedSharedArrays(SharedArrays):
     add up in the first.
     """
 
-    def initial(self, key: jax.Array) -> dict[str, jax.Array]:
+    def initial(self, sizes: Mapping[str, tuple[int, int]], key: jax.Array) -> dict[str, jax.Array]:
         """The arrays of a fresh adapter, float32."""
         raise NotImplementedError
 

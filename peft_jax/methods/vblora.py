@@ -115,7 +115,7 @@ class VBLoRAConfig(TargetFields, ExcludeFields, LayerFields, TrainedSharedArrays
         """The bank."""
         return {BANK: (self.num_vectors, self.vector_length)}
 
-    def initial(self, key: jax.Array) -> dict[str, jax.Array]:
+    def initial(self, sizes: Mapping[str, tuple[int, int]], key: jax.Array) -> dict[str, jax.Array]:
         """A bank of uniform numbers."""
         shape = (self.num_vectors, self.vector_length)
         return {BANK: self.init_vector_bank_bound * jax.random.uniform(key, shape, minval=-1.0)}

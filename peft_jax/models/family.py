@@ -155,6 +155,10 @@ class Family:
         """The shape of each parameter by its dotted path; no parameters are made."""
         return functional.param_shapes(self.module, config)
 
+    def declared_modules(self, config: ModelConfig) -> tuple[str, ...]:
+        """Paths of the modules without numbers of layers, of which those of one parent are as PyTorch declares them."""
+        return functional.declared_modules(self.module, config)
+
     def apply(self, config: ModelConfig, params: Mapping[str, Any], inputs: ForwardInputs) -> Any:
         """Run the model as a pure function of its parameters; the config is static under `jax.jit`.
 

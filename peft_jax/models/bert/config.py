@@ -102,6 +102,11 @@ class BertConfig(ModelConfig):
         return DropoutRates(out, self.attention_probs_dropout_prob, out, out, head=classifier if drops_head else 0.0)
 
     @property
+    def heads_first(self) -> bool:
+        """Whether PyTorch declares a head before the rest of the model."""
+        return self.model_type == "xlm-roberta"
+
+    @property
     def has_pooler(self) -> bool:
         """Whether the first token's output goes through a pooler."""
         return self.task_type in (SEQ_CLS, FEATURE_EXTRACTION)

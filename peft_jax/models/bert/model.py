@@ -7,6 +7,7 @@ their default ("sdpa") attention.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,12 +16,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
-from peft_jax.models.bert.config import BertConfig
+from peft_jax.models.bert.config import BertConfig, RobertaConfig
 from peft_jax.models.bert.task_heads import add_head, run_head
 from peft_jax.models.modules.attention import attend, dropping_of
 from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import Prefix
+from peft_jax.models.modules.layer_scan import stacked
 from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.modules.positions import check_positions, put_before, seen_slots, with_prefix
@@ -37,6 +39,8 @@ class BertEmbeddings(nnx.Module):
         self.token_type_embeddings = Embed(config, dtype, rngs, config.type_vocab_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
         self.rate = config.rates.embedding
+        if isinstance(config, RobertaConfig):
+            self.declared = ("token_type_embeddings", "position_embeddings")
 
     def __call__(
         self, x: jax.Array, token_type_ids: jax.Array, positions: jax.Array, key: jax.Array | None
@@ -122,8 +126,7 @@ class BertEncoder(nnx.Module):
     """The stacked layers."""
 
     def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        self.layer = nnx.vmap(lambda key: BertLayer(config, dtype, nnx.Rngs(key)))(keys)
+        self.layer = stacked(partial(BertLayer, config, dtype), config.num_hidden_layers, rngs)
 
     def __call__(
         self, x: jax.Array, mask: jax.Array, prefix: Prefix | None, keep: bool, remat: bool, key: jax.Array | None
@@ -181,6 +184,8 @@ class Bert(nnx.Module):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config
+        if config.heads_first:
+            self.declared = ("cls", "lm_head", "classifier", "qa_outputs", self.backbone)
         setattr(self, self.backbone, BertModel(config, dtype, rngs))
         add_head(self, config, dtype, rngs)
 

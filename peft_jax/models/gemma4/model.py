@@ -122,6 +122,7 @@ class Gemma4TextModel(DecoderBackbone):
     """Scaled embedding, embeddings of each layer, stacks of layers, final norm."""
 
     embedding_name = "embed_tokens"
+    declared = ("layers", "embed_tokens_per_layer", "per_layer_model_projection")
 
     def add_embeddings(self, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Make the embeddings of each layer, and what projects those of the tokens to them."""

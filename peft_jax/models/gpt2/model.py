@@ -7,6 +7,7 @@ with their default ("sdpa") attention.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import CAUSAL, ForwardInputs
 from peft_jax.models.modules.kv_cache import Buffers, extend, filled
+from peft_jax.models.modules.layer_scan import stacked
 from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.modules.positions import Beside, Places, causal_places, check_room, put_before
@@ -121,8 +123,7 @@ class GPT2Model(nnx.Module):
     def __init__(self, config: GPT2Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.wte = Embed(config, dtype, rngs)
         self.wpe = Embed(config, dtype, rngs, config.max_position_embeddings)
-        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        self.h = nnx.vmap(lambda key: GPT2Block(config, dtype, nnx.Rngs(key)))(keys)
+        self.h = stacked(partial(GPT2Block, config, dtype), config.num_hidden_layers, rngs)
         self.ln_f = LayerNorm(config.hidden_size, config.layer_norm_epsilon, dtype)
 
     def __call__(

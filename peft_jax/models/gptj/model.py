@@ -31,6 +31,8 @@ SCORING = Scoring(finite=True)
 class GPTJAttention(SelfAttention):
     """Self-attention that turns neighbouring features."""
 
+    declared = ("k_proj", "v_proj", "q_proj")
+
     out_name = "out_proj"
 
 

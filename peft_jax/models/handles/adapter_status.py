@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 
-from peft_jax.core.adapted import Adapted, adapters, changed_layers, nested_adapters
+from peft_jax.core.adapted import ADAPTER, Adapted, adapters, changed_layers, nested_adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import find_leaves
 from peft_jax.core.merge import active_adapters
@@ -183,7 +183,7 @@ def _layer(name: str, kind: str, nodes: list[Adapted], active: list[str]) -> Tun
     own = {node.tag.name: node for node in nodes}
     devices = {}
     for adapter, node in own.items():
-        arrays = jax.tree.leaves(node.params)
+        arrays = jax.tree.leaves((node.params, node.state.get(ADAPTER, {})))
         devices[adapter] = sorted({device.platform for array in arrays for device in array.devices()})
     base = as_weight(nodes[0].base, nodes[0].layout).unadapted
     return TunerLayerStatus(

@@ -332,6 +332,11 @@ class ModelHandle(Inspection):
         """The starts of keys in old adapters, and the starts of today for them."""
         return self.family.moved
 
+    @property
+    def declared_modules(self) -> Sequence[str]:
+        """Paths of the modules without numbers of layers, of which those of one parent are as PyTorch declares them."""
+        return self.family.declared_modules(self.config)
+
     def replicated(self, order: Sequence[int]) -> Self:
         """The same model with the layers numbered by ``order``, with this one's weights."""
         config, params = self.family.replicated(self.config, self.params, order)

@@ -6,6 +6,7 @@ those that it knows. ``module.backbone`` is the attribute that holds all of it b
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.typing import DTypeLike
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import FEATURE_EXTRACTION, ModelConfig
 from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.layer_scan import Stacks
 
 Module = Callable[..., nnx.Module]
 
@@ -35,6 +37,42 @@ def param_shapes(module: Any, config: ModelConfig) -> dict[str, tuple[int, ...]]
     """Map each parameter's dotted path to its shape, without making the parameters."""
     tree = jax.eval_shape(lambda: init_params(module, config, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in _leaves(tree)}
+
+
+@functools.lru_cache(maxsize=64)
+def declared_modules(module: Any, config: ModelConfig) -> tuple[str, ...]:
+    """Paths of the modules in a module, without numbers of layers: those of one parent are as PyTorch declares them.
+
+    That is the order in which attributes are set, but for the names in a class's ``declared``, which are in theirs.
+    """
+    parts_of: dict[str, list[str]] = {}
+
+    def walk(part: nnx.Module, path: str) -> None:
+        own = parts_of.setdefault(path, [])
+        parts = {name: inner for name, inner in vars(part).items() if isinstance(inner, nnx.Module | nnx.Dict)}
+        others = [name for name in getattr(part, "declared", ()) if name in parts]
+        place = len(own)
+        for name in reversed([others.pop(0) if name in getattr(part, "declared", ()) else name for name in parts]):
+            if isinstance(part, Stacks) or name.isdecimal():
+                walk(parts[name], path)
+                continue
+            inner = f"{path}.{name}".removeprefix(".")
+            if inner not in own:
+                own.insert(place, inner)
+            place = own.index(inner)
+            walk(parts[name], inner)
+
+    def made() -> Any:
+        whole = module(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+        walk(whole, "")
+        return nnx.state(whole)
+
+    jax.eval_shape(made)
+    found = itertools.chain.from_iterable(parts_of.values())
+    if config.task_type != FEATURE_EXTRACTION:
+        return tuple(found)
+    backbone = f"{module.backbone}."
+    return tuple(path.removeprefix(backbone) for path in found if path.startswith(backbone))
 
 
 def apply(module: Any, config: ModelConfig, params: Mapping[str, Any], inputs: ForwardInputs) -> Any:

@@ -99,7 +99,24 @@ class Stacks(nnx.Module):
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
     """A number of layers as one module, all of whose leaves have an axis of layers in front."""
     keys = jax.random.split(rngs.params(), count)
-    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+    made: list[nnx.Module] = []
+
+    def layer(key: jax.Array) -> nnx.Module:
+        made.append(make(nnx.Rngs(key)))
+        return made[-1]
+
+    layers = nnx.vmap(layer)(keys)
+    _set_in_order(layers, made[0])
+    return layers
+
+
+def _set_in_order(module: nnx.Module, first: nnx.Module) -> None:
+    """Put the attributes of a module and of those in it into the order of another one's, which `nnx.vmap` loses."""
+    own = vars(module)
+    for name, part in vars(first).items():
+        own[name] = own.pop(name)
+        if isinstance(part, nnx.Module | nnx.Dict):
+            _set_in_order(own[name], part)
 
 
 def run_layers(layers: Any, x: jax.Array, buffers: PyTree, run: Run) -> tuple[jax.Array, Any, jax.Array | None]:

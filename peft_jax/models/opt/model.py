@@ -48,6 +48,8 @@ def positions_of(places: Places, inputs: ForwardInputs) -> jax.Array:
 class OPTAttention(SelfAttention):
     """Self-attention without turns."""
 
+    declared = ("k_proj", "v_proj", "q_proj")
+
     out_name = "out_proj"
 
 

@@ -28,6 +28,7 @@ from peft_jax.models.phi3.config import Phi3Config
 class Phi3Attention(FusedAttention):
     """Self-attention with one projection to all queries, all keys and all values."""
 
+    declared = ("o_proj", "qkv_proj")
     fused_name, out_name, grouped = "qkv_proj", "o_proj", False
 
 

@@ -43,6 +43,8 @@ class ChannelKernel(nnx.Module):
 class GatedDeltaNet(nnx.Module):
     """Linear attention: what a text has said so far is a matrix a head, whatever its length."""
 
+    declared = ("out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
     def __init__(self, config: Qwen35Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = linear_maker(config, dtype, rngs)
         hidden, values, heads = config.hidden_size, config.linear_values, config.linear_num_value_heads

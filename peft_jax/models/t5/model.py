@@ -24,6 +24,7 @@ from peft_jax.models.modules import functional
 from peft_jax.models.modules.base_dropout import Site, dropped, key_of
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import make_cache
+from peft_jax.models.modules.layer_scan import stacked
 from peft_jax.models.modules.positions import seen_slots
 from peft_jax.models.t5.blocks import (
     T5LayerCrossAttention,
@@ -94,11 +95,10 @@ class T5Blocks(nnx.Module):
         crossing = [T5LayerCrossAttention] if name == "decoder" else []
         kinds = [T5LayerSelfAttention, *crossing, T5LayerFF]
 
-        def make(key: jax.Array) -> Any:
-            own = nnx.Rngs(key)
+        def make(own: nnx.Rngs) -> Any:
             return nnx.Dict({str(index): kind(config, dtype, own) for index, kind in enumerate(kinds)})
 
-        self.layer = nnx.vmap(make)(jax.random.split(rngs.params(), config.depths[name]))
+        self.layer = stacked(make, config.depths[name], rngs)
         init = nnx.initializers.normal(config.initializer_factor * config.hidden_size**-0.5)
         buckets, heads = config.relative_attention_num_buckets, config.num_attention_heads
         table = nnx.Embed(buckets, heads, embedding_init=init, param_dtype=dtype, rngs=rngs)
