@@ -1,5 +1,6 @@
 """Which tensors of a file an adapter's leaf has: their keys, shapes and axes."""
 
+import itertools
 import math
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
@@ -185,12 +186,18 @@ def shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
     if not (isinstance(config, SharedArrays) and config.saves_shared):
         return []
     shapes = config.shared_shapes(sizes)
-    return [shared_entry(config, row, shapes[row.role]) for row in SHARED[config.peft_type]]
+    rows = SHARED[config.peft_type]
+    return list(itertools.chain.from_iterable(entries_of_shared(config, row, shapes[row.role]) for row in rows))
 
 
-def shared_entry(config: SharedArrays, row: Row, shape: tuple[int, ...]) -> Entry:
-    """The tensor of an array of this shape that all layers share."""
-    return Entry(row.suffix, (), row.role, shape, _order(row, config.shared_axes[row.role]))
+def entries_of_shared(config: SharedArrays, row: Row, shape: tuple[int, ...]) -> list[Entry]:
+    """The tensors of an array of this shape that all layers share: one, or one for each place of its first axis."""
+    axes = config.shared_axes[row.role]
+    if "{}" not in row.suffix:
+        return [Entry(row.suffix, (), row.role, shape, _order(row, axes))]
+    count, *rest = shape
+    order = _order(row, axes[1:])
+    return [Entry(row.suffix.format(number), (number,), row.role, tuple(rest), order) for number in range(count)]
 
 
 def _rows(config: Method, leaf: Leaf) -> tuple[Row, ...]:

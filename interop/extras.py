@@ -122,13 +122,13 @@ def copied_whole(config: Method, key: str) -> str:
     return wholes.get(key.rpartition(".")[2], "")
 
 
-def copies_in_layers(config: Method, shared: Mapping[Row, np.ndarray], adapted: Iterable[str]) -> dict[str, np.ndarray]:
-    """Shared arrays once more for each of the ``adapted`` modules, for the methods that PEFT does so for."""
+def copies_in_layers(
+    config: Method, row: Row, shared: Mapping[str, np.ndarray], adapted: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """A shared array once more for each of the ``adapted`` modules, for the methods that PEFT does so for."""
     if config.peft_type not in COPIED_IN_LAYERS:
         return {}
-    return {
-        tensor_key(config.peft_type, module, row.role): tensor for module in adapted for row, tensor in shared.items()
-    }
+    return {tensor_key(config.peft_type, module, row.role): shared[row.suffix] for module in adapted}
 
 
 def is_transposed(leaf: Leaf, config: Method) -> bool:

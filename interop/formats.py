@@ -159,6 +159,18 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("vblora_logits_B", "vblora_logits_B", ("parts", "rank", "vectors")),
         ),
     },
+    "TINYLORA": {
+        False: (
+            Row("tinylora_A", "tinylora_A", ("rank", "in")),
+            Row("tinylora_B", "tinylora_B", ("out", "rank")),
+            Row("tinylora_P", "tinylora_P", ("elements", "column", "row")),
+        ),
+        True: (
+            Row("tinylora_B", "tinylora_A", ("rank", "out")),
+            Row("tinylora_A", "tinylora_B", ("in", "rank")),
+            Row("tinylora_P", "tinylora_P", ("elements", "row", "column")),
+        ),
+    },
     "UNILORA": {
         False: (
             Row("unilora_indices_A", "unilora_indices_A", ("rank", "in")),
@@ -231,7 +243,7 @@ TOKEN_SUFFIX = "token_adapter.trainable_tokens_delta"  # of tokens that are trai
 # The tensors of an adapted embedding under the name of the head that is tied to it, where they are turned.
 TIED = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}
 # Arrays that all layers share: our name of a layer's part, the whole tensor's key, and its axes as above. Some
-# layer's part is the whole.
+# layer's part is the whole. A key with a place for a number is of as many tensors as our first axis has places.
 SHARED: dict[str, tuple[Row, ...]] = {
     "VERA": (
         Row("vera_A", "base_model.vera_A", ("rank", "in")),
@@ -245,13 +257,19 @@ SHARED: dict[str, tuple[Row, ...]] = {
         Row("randlora_A", "base_model.randlora_A", ("rank", ONE, "least")),
         Row("randlora_B", "base_model.randlora_B", ("most", "bases", "rank")),
     ),
+    "TINYLORA": (Row("tinylora_v", "base_model.tinylora_v.{}", ("elements",)),),
     "UNILORA": (Row("unilora_theta_d", "base_model.unilora_theta_d", ("elements",)),),
     "VBLORA": (Row("vblora_vector_bank", "base_model.vblora_vector_bank", ("vectors", "length")),),
 }
 COPIED_IN_LAYERS = ("RANDLORA",)  # methods whose shared arrays a file has once more for each layer, whole
 
 # Ends of the keys of tensors that are not trained.
-FIXED = tuple(f".{name}_{matrix}" for name in ("vera", "pvera", "randlora") for matrix in "AB") + (".delora_w_norm",)
+FIXED = (
+    *(f".{name}_{matrix}" for name in ("vera", "pvera", "randlora", "tinylora") for matrix in "AB"),
+    *(f".unilora_{kind}_{matrix}" for kind in ("indices", "scales") for matrix in "AB"),
+    *(".tinylora_P", ".delora_w_norm"),
+    *(f".glora_{part}.zeros" for part in "ABCDE"),
+)
 
 PROMPT_LEARNING = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 _PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from peft_jax.interop.embeddings import trained_copies, whole_embeddings, with_tables
-from peft_jax.interop.entries import Entry, entries_of, shared_entries, shared_entry
+from peft_jax.interop.entries import Entry, entries_of, entries_of_shared, shared_entries
 from peft_jax.interop.extras import (
     at_the_ends,
     base_tensors,
@@ -108,8 +108,9 @@ def get_peft_model_state_dict(
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
         tensors |= whole_embeddings(params, config) | trained_copies(params, config, tensors)
     if isinstance(config, SharedArrays) and config.saves_shared:
-        shared = {row: _shared_tensor(config, row, nodes) for row in SHARED[config.peft_type]}
-        tensors |= copies_in_layers(config, shared, adapted) | {row.suffix: tensor for row, tensor in shared.items()}
+        for row in SHARED[config.peft_type]:
+            shared = _shared_tensors(config, row, nodes)
+            tensors |= copies_in_layers(config, row, shared, adapted) | shared
     return tensors | (tied_copies(params, config, tensors) if isinstance(params, Handle) else {})
 
 
@@ -316,7 +317,11 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     """The tree or handle of a plan with the adapter."""
     params, config, targets = file_plan.params, file_plan.config, file_plan.targets
     entries = dict(zip([target.position for target in targets], file_plan.entries, strict=True))
-    in_file = {entry.role: entry.from_file(tensors[entry.key]).astype(np.float32) for entry in file_plan.common}
+    in_file: dict[str, Any] = {}
+    for entry in file_plan.common:
+        array = entry.from_file(tensors[entry.key]).astype(np.float32)
+        whole = np.stack([*in_file.get(entry.role, ()), array]) if entry.layer else array
+        in_file[entry.role] = whole
     shared: Mapping[str, Any] = in_file
     if isinstance(config, SharedArrays) and not config.saves_shared:
         shared = config.shared(list(file_plan.sizes.values()))
@@ -392,19 +397,21 @@ def adapter_config(params: PyTree, adapter_name: str = "default") -> Method:
     return config
 
 
-def _shared_tensor(config: SharedArrays, row: Row, nodes: list[tuple[Leaf, Adapted]]) -> np.ndarray:
-    """A tensor for all layers, from the leaf that trains it or the largest of the layers' parts."""
-    for _, node in nodes:
-        if row.role in node.params:
-            array = np.asarray(node.params[row.role][(0,) * len(node.layout.stack)])
-            array = array.astype(node.tag.dtypes.get(row.suffix, array.dtype))
-            return shared_entry(config, row, array.shape).to_file(array)
-    found = [node for _, node in nodes if row.role in node.state]
-    rank = len(config.shared_axes[row.role])
-    largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-rank:])))
-    part = np.asarray(largest.state[row.role][(0,) * len(largest.layout.stack)])
-    part = part.astype(largest.tag.dtypes.get(row.suffix, part.dtype))
-    return shared_entry(config, row, part.shape).to_file(part)
+def _shared_tensors(config: SharedArrays, row: Row, nodes: list[tuple[Leaf, Adapted]]) -> dict[str, np.ndarray]:
+    """The tensors of an array for all layers, from the leaf that trains it or the largest of the layers' parts."""
+    carrier = next((node for _, node in nodes if row.role in node.params), None)
+    if carrier is not None:
+        whole, dtypes = carrier.params[row.role][(0,) * len(carrier.layout.stack)], carrier.tag.dtypes
+    else:
+        found = [node for _, node in nodes if row.role in node.state]
+        rank = len(config.shared_axes[row.role])
+        largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-rank:])))
+        whole, dtypes = largest.state[row.role][(0,) * len(largest.layout.stack)], largest.tag.dtypes
+    array, tensors = np.asarray(whole), {}
+    for entry in entries_of_shared(config, row, array.shape):
+        part = np.asarray(array[entry.layer])
+        tensors[entry.key] = entry.to_file(part.astype(dtypes.get(entry.key, part.dtype)))
+    return tensors
 
 
 def _is_left_out(node: Adapted) -> bool:

@@ -515,6 +515,31 @@ def test_vblora_chooses_from_one_bank_that_all_layers_train(dense):
         pj.VBLoRAConfig(**options | {"topk": 6})
 
 
+def test_tinylora_trains_a_few_numbers_between_singular_vectors(dense):
+    """The change stays between the first singular vectors, and weight_tying says how many vectors there are."""
+    tree = {name: {"kernel": normal(number, 6, 5)} for number, name in enumerate("abcde")}
+    options = {"r": 2, "u": 3, "init_weights": "uniform", "init_v_bound": 5.0, "target_modules": list("abcde")}
+    params = pj.apply_adapter(tree, pj.TinyLoraConfig(**options))
+    assert count_parameters(params)[0] == 5 * 3
+    merged = pj.merge(params)
+    for name in "abcde":
+        u, _, vt = np.linalg.svd(tree[name]["kernel"])
+        change = np.asarray(merged[name]["kernel"] - tree[name]["kernel"])
+        assert np.abs(change).max() > 0.1
+        close(u[:, :2] @ (u[:, :2].T @ change @ vt[:2].T) @ vt[:2], change)
+    assert sorted(key for key in pj.get_peft_model_state_dict(params) if "_v" in key) == [
+        f"base_model.tinylora_v.{number}" for number in range(5)
+    ]
+    for tying, groups in ((0.4, [0, 1, 2, 2, 2]), (0.6, [0, 0, 1, 1, 1]), (1.0, [0] * 5)):
+        params = pj.apply_adapter(tree, pj.TinyLoraConfig(**options, weight_tying=tying))
+        assert [int(params[name]["kernel"].state["group"]) for name in "abcde"] == groups
+        assert count_parameters(params)[0] == len(set(groups)) * 3
+    with pytest.raises(ValueError, match="weight_tying is from 0 to 1, got 1.5"):
+        pj.TinyLoraConfig(weight_tying=1.5)
+    with pytest.raises(ValueError, match="init_weights is True, False or 'uniform', got 'zeros'"):
+        pj.TinyLoraConfig(init_weights="zeros")
+
+
 def test_unilora_projects_one_vector_and_keeps_its_length(dense):
     tree = {"dense": dense["dense"], "other": {"kernel": normal(3, 4, 2)}}
     options = {"r": 3, "theta_d_length": 7, "init_weights": False, "target_modules": ["dense", "other"]}

@@ -111,7 +111,8 @@ def test_adding_a_target_changes_no_other_adapter(config):
     both = pj.apply_adapter(tree, dataclasses.replace(config, target_modules=["dense", "other"]))
     one = pj.apply_adapter(tree, config)
     for name, array in one["dense"]["kernel"].params.items():
-        np.testing.assert_array_equal(array, both["dense"]["kernel"].params[name])
+        if not (name in config.carried and config.counts_modules):  # what all leaves share may be of another number
+            np.testing.assert_array_equal(array, both["dense"]["kernel"].params[name])
     other = both["other"]["kernel"].params  # without what all leaves share, which the first has
     pairs = [(array, other[name]) for name, array in both["dense"]["kernel"].params.items() if name in other]
     shared = set(both["dense"]["kernel"].params) - set(other)

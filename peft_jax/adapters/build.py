@@ -123,7 +123,7 @@ def state_beside(
         state |= config.state_beside_bias(leaf.names, target.adapted, following)
     if isinstance(config, SharedArrays):
         state |= config.share(shared, leaf.layout.sizes(leaf.value.shape), target.adapted.shape)
-        state |= config.numbered(sizes, leaf.names, target.adapted)
+        state |= config.numbered(sizes, leaf.names, target.adapted, lookup=leaf.layout.lookup)
     return state
 
 

@@ -33,6 +33,7 @@ from peft_jax.methods.shira import ShiraConfig as ShiraConfig
 from peft_jax.methods.supertuning import SupertuningConfig as SupertuningConfig
 from peft_jax.methods.task_type import TaskType as TaskType
 from peft_jax.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from peft_jax.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from peft_jax.methods.unilora import UniLoraConfig as UniLoraConfig
 from peft_jax.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from peft_jax.methods.vera import VeraConfig as VeraConfig

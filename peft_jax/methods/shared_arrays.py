@@ -41,7 +41,7 @@ class SharedArrays:
         raise NotImplementedError
 
     def numbered(
-        self, sizes: Mapping[str, tuple[int, int]], names: np.ndarray, adapted: np.ndarray
+        self, sizes: Mapping[str, tuple[int, int]], names: np.ndarray, adapted: np.ndarray, *, lookup: bool
     ) -> dict[str, jax.Array]:
         """More frozen arrays of a leaf, where these depend on the number of its modules among those of the adapter.
 
@@ -49,6 +49,7 @@ class SharedArrays:
             sizes: Sizes of the matrices of all modules by name, in the order in which PyTorch declares them.
             names: The leaf's modules.
             adapted: Which of them have the adapter.
+            lookup: Whether they are embeddings.
         """
         return {}
 

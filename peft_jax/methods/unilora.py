@@ -1,6 +1,6 @@
 """Uni-LoRA: W' = W + A B, where each element of both factors is a scaled element of one trained vector.
 
-Li et al., 2025, https://arxiv.org/abs/2506.00799, equation 1: the elements of the factors of all layers are P t, where
+Li et al., 2025, https://arxiv.org/abs/2506.00799: the elements of the factors of all layers are P t, where
 each row of P has one element that is not zero, 1 over the square root of how often its column has one. So P keeps
 lengths. Numbers follow PEFT 0.21.2.
 """
@@ -127,7 +127,7 @@ class UniLoraConfig(TargetFields, LayerFields, TrainedSharedArrays, FrozenArrays
         return {VECTOR: self.init_theta_d_bound * jax.random.uniform(key, shape, minval=-1.0)}
 
     def numbered(
-        self, sizes: Mapping[str, tuple[int, int]], names: np.ndarray, adapted: np.ndarray
+        self, sizes: Mapping[str, tuple[int, int]], names: np.ndarray, adapted: np.ndarray, *, lookup: bool
     ) -> dict[str, jax.Array]:
         """The places of a leaf's elements in the vector, and their scales."""
         counts = [self.r * (n_in + n_out) for n_in, n_out in sizes.values()]

@@ -120,7 +120,8 @@ def _with_name(key: str, adapter: str, modules: set[str], saved: set[str]) -> st
     while module and module not in modules:
         module = module.rpartition(".")[0]
     if not module:
-        return f"{key}.{adapter}"
+        owner, _, number = key.rpartition(".")
+        return f"{owner}.{adapter}.{number}" if number.isdecimal() else f"{key}.{adapter}"
     end = path[len(module) + 1 :]
     if end.startswith("base_layer."):
         return key
