@@ -75,13 +75,16 @@ class Entry(NamedTuple):
         return turned.reshape(self.shape)
 
 
-def entries_of(target: Target, config: Method, adapted: Collection[str]) -> Iterator[Entry]:
+def entries_of(
+    target: Target, config: Method, adapted: Collection[str], biased: Collection[str] = ()
+) -> Iterator[Entry]:
     """The tensors that a leaf's adapter has in a file.
 
     Args:
         target: The leaf.
         config: The adapter's config.
         adapted: Names of all modules with the method's arrays.
+        biased: Names of those whose bias the adapter changes too.
     """
     leaf, role, layers = target.leaf, target.role, target.adapted
     parameters = parameters_of([leaf], config)
@@ -91,7 +94,7 @@ def entries_of(target: Target, config: Method, adapted: Collection[str]) -> Iter
             if not any(index[i] for i in leaf.layout.unnamed):
                 yield from _parameter_entries(target, config, adapted, index)
         elif role is None:
-            yield from _matrix_entries(leaf, config, name, index)
+            yield from _matrix_entries(leaf, config, name, index, biased=name in biased)
         elif isinstance(role, Tokens):
             n_in, n_out = leaf.layout.sizes(leaf.value.shape)
             shapes = tokens_shape(role.tokens, name, n_in, n_out, lookup=leaf.layout.lookup)
@@ -101,12 +104,12 @@ def entries_of(target: Target, config: Method, adapted: Collection[str]) -> Iter
             yield _whole_entry(leaf, role, config, adapted, index)
 
 
-def _matrix_entries(leaf: Leaf, config: Method, name: str, index: tuple[int, ...]) -> Iterator[Entry]:
+def _matrix_entries(leaf: Leaf, config: Method, name: str, index: tuple[int, ...], *, biased: bool) -> Iterator[Entry]:
     """Those of a target module's matrix, in one layer."""
     shapes = config.leaf_shapes(name, leaf.layout, leaf.value.shape)
     is_convolution = leaf.layout.taps and config.peft_type in CONVOLUTIONS
     for row in _rows(config, leaf):
-        if row.role not in shapes:
+        if row.role not in shapes or not config.has_array(row.role, biased=biased):
             continue
         key = tensor_key(config.peft_type, name, row.suffix)
         ours, shape = config.axes[row.role], shapes[row.role]

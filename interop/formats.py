@@ -159,6 +159,27 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("vblora_logits_B", "vblora_logits_B", ("parts", "rank", "vectors")),
         ),
     },
+    "GLORA": {
+        False: (
+            *(
+                row
+                for part in "AB"
+                for row in (
+                    Row(f"{part}.Xd", f"glora_{part}.Xd", ("out", "rank")),
+                    Row(f"{part}.Xu", f"glora_{part}.Xu", ("rank", "in")),
+                    Row(f"{part}.X", f"glora_{part}.X", ("out", ONE)),
+                    Row(f"{part}.number", f"glora_{part}.X", ("one",)),
+                    Row(f"{part}.zeros", f"glora_{part}.zeros", ("out", "in")),
+                )
+            ),
+            Row("C.Xd", "glora_C.Xd", ("in", "rank")),
+            Row("C.Xu", "glora_C.Xu", ("rank", ONE)),
+            Row("C.X", "glora_C.X", ("in", ONE)),
+            Row("C.zeros", "glora_C.zeros", ("in", ONE)),
+            *(Row(f"{part}.X", f"glora_{part}.X", ("values",)) for part in "DE"),
+            *(Row(f"{part}.zeros", f"glora_{part}.zeros", ("out",)) for part in "DE"),
+        ),
+    },
     "TINYLORA": {
         False: (
             Row("tinylora_A", "tinylora_A", ("rank", "in")),

@@ -86,10 +86,12 @@ def get_peft_model_state_dict(
     adapted = {name for leaf, node in of_modules for name in _hits(leaf, node)}
     tensors: dict[str, np.ndarray] = {}
     owners: dict[str, str] = {}
-    for leaf, node in nodes:
+    targets = [Target(0, leaf, changed_layers(node), node.tag.role) for leaf, node in nodes]
+    biased = following_modules(targets)
+    for target, (leaf, node) in zip(targets, nodes, strict=True):
         role = node.tag.role
         arrays = config.saved(node.params, node.state) if role is None else node.params
-        for entry in entries_of(Target(0, leaf, changed_layers(node), role), config, adapted):
+        for entry in entries_of(target, config, adapted, biased):
             if entry.key in owners:
                 raise ValueError(
                     f"The leaves '{owners[entry.key]}' and '{leaf.path}' both have the key '{entry.key}' in a file. "
@@ -257,7 +259,8 @@ def _planned(
     tokens = tokens_by_module(config.trainable_token_indices, sorted(modules), embedding, strict=False)
     targets = plan(found, config, adapted, tokens)
     check_apart([target.leaf for target in matrices(targets)], config)
-    entries = [list(entries_of(target, config, adapted)) for target in targets]
+    biased = following_modules(targets)
+    entries = [list(entries_of(target, config, adapted, biased)) for target in targets]
     declared = handle.declared_modules if handle is not None and config.counts_modules else ()
     sizes = module_sizes(targets, declared)
     common = shared_entries(config, list(sizes.values()))

@@ -682,6 +682,48 @@ METHODS: dict[str, MethodCase] = {
         trained={"VBLORA": {"num_vectors": 12, "vector_length": 4, "init_vector_bank_bound": 0.5}},
         finetune={"num_vectors": 12, "vector_length": 4, "init_vector_bank_bound": 0.5},
     ),
+    "GLORA": MethodCase(
+        config="GloraConfig",
+        tiny={"r": 3},
+        variants={
+            "GLORA of vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+            "GLORA of numbers": {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+        },
+        llama={
+            "GLORA": {"r": 4, "target_modules": TARGETS, "bias": "glora_only"},
+            "GLORA of vectors": {
+                "r": 3,
+                "config_A_B": "vector",
+                "config_C": "vector",
+                "config_D_E": "vector",
+                "init_weights": False,
+                "target_modules": ["up_proj", "q_proj"],
+                "modules_to_save": ["norm"],
+            },
+            "GLORA of numbers": {
+                "config_A_B": "constant",
+                "config_C": "none",
+                "config_D_E": "constant",
+                "target_modules": TARGETS,
+            },
+        },
+        models={"GLORA": {"r": 4, "target_modules": TARGETS}},
+        starts={
+            "GLORA": {"r": 256},
+            "GLORA random": {"r": 256, "init_weights": False, "config_D_E": "vector"},
+            "GLORA of random vectors": {
+                "init_weights": False,
+                "config_A_B": "vector",
+                "config_C": "vector",
+                "config_D_E": "vector",
+            },
+        },
+        trained={"GLORA": {"r": 4}},
+        trained_elsewhere=("GLORA",),
+        finetune={"r": 4},
+        conv1d=False,
+        meets_ties=True,
+    ),
     "TINYLORA": MethodCase(
         config="TinyLoraConfig",
         tiny={"u": 5},

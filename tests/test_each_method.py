@@ -515,6 +515,52 @@ def test_vblora_chooses_from_one_bank_that_all_layers_train(dense):
         pj.VBLoRAConfig(**options | {"topk": 6})
 
 
+@pytest.mark.parametrize("kinds", [("lora", "lora", "vector"), ("vector", "vector", "constant"), ("none",) * 3])
+def test_glora_multiplies_and_adds_to_weight_and_bias(kinds):
+    """Of several adapters each changes the weight and the bias as they were without the others, as in PEFT."""
+    options = dict(zip(("config_A_B", "config_C", "config_D_E"), kinds, strict=True))
+    config = pj.GloraConfig(r=2, target_modules=["dense"], init_weights=False, **options)
+    tree = {"dense": {"kernel": normal(0, 6, 4), "bias": normal(1, 4)}}
+    kernel, bias = tree["dense"]["kernel"], tree["dense"]["bias"]
+    params, want, want_bias = tree, kernel, bias
+    for number, name in enumerate(("one", "two")):
+        params = pj.apply_adapter(params, config, adapter_name=name, key=jax.random.key(number))
+        own = params["dense"]["kernel"].params
+        if kinds[0] == "lora":
+            want = want + kernel * (own["A.Xu"] @ own["A.Xd"]) + own["B.Xu"] @ own["B.Xd"]
+            column = own["C.Xd"] @ own["C.Xu"]
+        elif kinds[0] == "vector":
+            want = want + kernel * own["A.X"][None] + own["B.X"][None]
+            column = own["C.X"]
+        if kinds[0] == "none":
+            assert not own
+        else:
+            want_bias = want_bias + bias * jnp.broadcast_to(own["D.X"], 4) + jnp.broadcast_to(own["E.X"], 4)
+            want_bias = want_bias + column @ kernel
+    both = pj.set_adapter(params, ["one", "two"])
+    merged = pj.merge(both)["dense"]
+    close(merged["kernel"], want)
+    close(merged["bias"], want_bias)
+    x = normal(2, 3, 6)
+    run = pj.adapt(lambda params, x: x @ params["dense"]["kernel"] + params["dense"]["bias"][None])
+    close(run(both, x), x @ want + want_bias[None])
+
+
+def test_glora_without_a_bias_has_zeros_in_its_file():
+    tree = {"dense": {"kernel": normal(0, 6, 4)}}
+    config = pj.GloraConfig(r=2, target_modules=["dense"])
+    params = pj.apply_adapter(tree, config)
+    assert set(params["dense"]["kernel"].params) == {"A.Xd", "A.Xu", "B.Xd", "B.Xu"}
+    file = pj.get_peft_model_state_dict(params)
+    key = "base_model.model.dense.glora_D.zeros"
+    assert {name for name in file if name.endswith("zeros")} == {key.replace("D", part) for part in "CDE"}
+    file[key][0] = 1
+    with pytest.raises(ValueError, match="glora_D.zeros of 'dense.kernel' holds numbers, and its config leaves D out"):
+        pj.set_peft_model_state_dict(tree, config, file)
+    with pytest.raises(ValueError, match="config_C is one of lora, vector, none, got 'constant'"):
+        pj.GloraConfig(config_C="constant")
+
+
 def test_tinylora_trains_a_few_numbers_between_singular_vectors(dense):
     """The change stays between the first singular vectors, and weight_tying says how many vectors there are."""
     tree = {name: {"kernel": normal(number, 6, 5)} for number, name in enumerate("abcde")}

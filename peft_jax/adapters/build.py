@@ -96,6 +96,9 @@ def initial_contents(
             params, state = target.role.init(config, base, target.leaf.names, target.adapted)
             return Contents(params, state, base)
         params, state, base = initialize(target, base)
+        biased = not following.isdisjoint(target.leaf.names[target.adapted].flat)
+        absent = {role for role in config.axes if not config.has_array(role, biased=biased)}
+        params, state = ({role: made[role] for role in made if role not in absent} for made in (params, state))
         params |= carried_by(config, target, targets, shared)
         return Contents(params, state_beside(config, target, following, shared, sizes) | state, base)
 

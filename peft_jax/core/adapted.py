@@ -60,6 +60,12 @@ class Rule(Protocol):
     def stacks_on(self, inner: Any) -> bool:
         """Whether both can be active on one leaf, this rule on the weight that ``inner`` makes."""
 
+    def for_bias(self, params: PyTree, base: Weight) -> dict[str, Any]:
+        """The arrays, stacked axes first, with which a layer's bias follows its matrix, of the weight ``base``."""
+
+    def bias_roles(self, params: PyTree) -> set[str]:
+        """Names of those of `for_bias`."""
+
     @staticmethod
     def sizes(params: PyTree, state: Any) -> np.ndarray:
         """Number of trained elements of each stacked layer."""
@@ -428,7 +434,7 @@ def _shared(tree: PyTree, shares: Callable[[Mapping[str, Any], Collection[str]],
             return leaf
         if source is None or not shares(leaf.state[key], _shared_roles(leaf, source)):
             return leaf  # in a partition, whose arrays may be None, no shape is asked for
-        arrays = dict(source.params) if key == LAYER else _of_carrier(leaf, source)
+        arrays = _for_bias(source) if key == LAYER else _of_carrier(leaf, source)
         return dataclasses.replace(leaf, state={**leaf.state, key: arrays})
 
     if not has_shares:
@@ -446,8 +452,17 @@ def _carries(leaf: Adapted) -> bool:
 def _shared_roles(leaf: Adapted, source: Adapted) -> Collection[str]:
     """The roles of the arrays that a leaf takes from ``source``; none if it is a single layer that has them itself."""
     if LAYER in leaf.state:
-        return source.params.keys()
+        return source.method.bias_roles(source.params)
     return () if _carries(leaf) and not leaf.layout.stack else leaf.method.carried
+
+
+def _for_bias(source: Adapted) -> dict[str, Any]:
+    """The arrays that a bias takes from its layer's matrix, which may be shapes alone."""
+    leaves = jax.tree.leaves((source.params, source.base))
+    base = source.unadapted
+    if any(isinstance(array, jax.ShapeDtypeStruct) for array in leaves):
+        return dict(jax.eval_shape(source.method.for_bias, source.params, base))
+    return source.method.for_bias(source.params, base)
 
 
 def _of_carrier(leaf: Adapted, carrier: Adapted) -> dict[str, Any]:

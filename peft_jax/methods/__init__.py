@@ -8,6 +8,7 @@ from peft_jax.methods.c3a import C3AConfig as C3AConfig
 from peft_jax.methods.deft import DeftConfig as DeftConfig
 from peft_jax.methods.delora import DeloraConfig as DeloraConfig
 from peft_jax.methods.fourierft import FourierFTConfig as FourierFTConfig
+from peft_jax.methods.glora import GloraConfig as GloraConfig
 from peft_jax.methods.gralora import GraloraConfig as GraloraConfig
 from peft_jax.methods.hira import HiraConfig as HiraConfig
 from peft_jax.methods.hra import HRAConfig as HRAConfig
@@ -32,8 +33,8 @@ from peft_jax.methods.road import RoadConfig as RoadConfig
 from peft_jax.methods.shira import ShiraConfig as ShiraConfig
 from peft_jax.methods.supertuning import SupertuningConfig as SupertuningConfig
 from peft_jax.methods.task_type import TaskType as TaskType
-from peft_jax.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from peft_jax.methods.tinylora import TinyLoraConfig as TinyLoraConfig
+from peft_jax.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from peft_jax.methods.unilora import UniLoraConfig as UniLoraConfig
 from peft_jax.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from peft_jax.methods.vera import VeraConfig as VeraConfig

@@ -289,6 +289,18 @@ class Method(AbsentFields, PeftConfig):
         """
         return type(self) is type(inner) or (self.mixes and inner.mixes) or inner.is_whole
 
+    def has_array(self, role: str, *, biased: bool) -> bool:
+        """Whether a module's adapter has an array of `shapes`, given whether the adapter changes a bias of it."""
+        return True
+
+    def for_bias(self, params: Arrays, base: Weight) -> dict[str, jax.Array]:
+        """The arrays, stacked axes first, with which a layer's bias follows its matrix, of the weight ``base``."""
+        return dict(params)
+
+    def bias_roles(self, params: Arrays) -> set[str]:
+        """Names of those of `for_bias`."""
+        return set(params)
+
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
         """The arrays as PEFT's file has them."""
         return params

@@ -22,7 +22,14 @@ REPLACED = "ln_tuning_layers"  # and of those of a method that trains nothing el
 
 
 class BiasRule:
-    """The part of a method that changes the bias of a layer with the arrays of its matrix; `Follower` is the bias."""
+    """The part of a method that changes the bias of a layer with the arrays of its matrix; `Follower` is the bias.
+
+    Attributes:
+        reads_base_bias: Whether `merge_bias` takes one argument more where there are adapters under this one: the bias
+            without them.
+    """
+
+    reads_base_bias: ClassVar[bool] = False
 
     def changes_bias(self, module: str) -> bool:
         """Whether the adapter of a module's matrix changes its bias too."""
@@ -60,6 +67,14 @@ class Role:
     def stacks_on(self, inner: Any) -> bool:
         """Whether both can be active on one leaf."""
         return True
+
+    def for_bias(self, params: Arrays, base: Weight) -> dict[str, jax.Array]:
+        """The arrays; no bias follows a leaf in such a role."""
+        return dict(params)
+
+    def bias_roles(self, params: Arrays) -> set[str]:
+        """Names of those of `for_bias`."""
+        return set(params)
 
     def init(
         self, config: Method, base: Weight, names: np.ndarray, adapted: np.ndarray
@@ -188,6 +203,11 @@ class Follower(Role):
         return Follower(method=config)
 
     @property
+    def reads_base(self) -> bool:  # type: ignore[override]  # of a rule, not of the class
+        """Whether the method changes a bias by what it is without the adapters under this one."""
+        return isinstance(self.method, BiasRule) and self.method.reads_base_bias
+
+    @property
     def _method(self) -> Method:
         assert self.method is not None, "a rule has its method"
         return self.method
@@ -211,8 +231,10 @@ class Follower(Role):
         """None."""
         return np.zeros((), int)
 
-    def merge(self, params: Arrays, state: Mapping[str, Any], bias: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    def merge(
+        self, params: Arrays, state: Mapping[str, Any], bias: Float[Array, "*axes"], *unadapted: Float[Array, "*axes"]
+    ) -> Float[Array, "*axes"]:
         """As the method changes a bias."""
         own = {name: array for name, array in state.items() if name != LAYER}
         assert isinstance(self.method, BiasRule), "the plan follows no other"
-        return self.method.merge_bias(state[LAYER], own, bias)
+        return self.method.merge_bias(state[LAYER], own, bias, *unadapted)

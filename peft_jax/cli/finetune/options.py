@@ -66,9 +66,9 @@ class AdapterOptions:
 
     peft: Annotated[str | None, Option(aliases=("--peft-type",), metavar="NAME")] = None
     """Method, by PEFT's name of it (LORA by default): ADALORA, ADAPTION_PROMPT, BEFT, BOFT, C3A, CARTRIDGE, CPT,
-    DEFT, DELORA, FOURIERFT, GRALORA, HIRA, HRA, IA3, LN_TUNING, LOHA, LOKR, LORA, MISS, MULTITASK_PROMPT_TUNING,
-    OFT, OSF, PEANUT, POLY, PREFIX_TUNING, PROMPT_TUNING, PVERA, P_TUNING, RANDLORA, ROAD, SHIRA, SUPERTUNING,
-    TINYLORA, TRAINABLE_TOKENS, UNILORA, VBLORA, VERA or WAVEFT."""
+    DEFT, DELORA, FOURIERFT, GLORA, GRALORA, HIRA, HRA, IA3, LN_TUNING, LOHA, LOKR, LORA, MISS,
+    MULTITASK_PROMPT_TUNING, OFT, OSF, PEANUT, POLY, PREFIX_TUNING, PROMPT_TUNING, PVERA, P_TUNING, RANDLORA, ROAD,
+    SHIRA, SUPERTUNING, TINYLORA, TRAINABLE_TOKENS, UNILORA, VBLORA, VERA or WAVEFT."""
     peft_config: Annotated[str | None, Option(metavar="JSON")] = None
     """Fields of the method's config as PEFT names them, such as '{"target_r": 4}', or a JSON file of them."""
     r: Annotated[int | None, Option(aliases=("--rank", "--lora-r", "--lora-rank"))] = None
