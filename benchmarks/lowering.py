@@ -4,9 +4,9 @@
     python benchmarks/lowering.py --only 70b             # some of them; the records of the others stay
 
 Needs Python 3.12 and ``pip install ".[tpu-compiler]"`` (for the H100 also what the Makefile installs), but no
-accelerator and no weights: models are trees of shapes. LoRA has r=16 on all linear layers, and each layer is recomputed
-in the backward pass. Each program is checked: no product has a frozen weight's shape (its gradient would), and with an
-int8 base no buffer between fusions is a weight in float.
+accelerator and no weights: models are trees of shapes. LoRA has r=16 on all linear layers and on each expert of a
+mixture, and each layer is recomputed in the backward pass. Each program is checked: no product has a frozen weight's
+shape (its gradient would), and with an int8 base no buffer between fusions is a weight in float.
 """
 
 import dataclasses
@@ -34,9 +34,11 @@ from peft_jax.models import LlamaConfig
 from peft_jax.models.llama.family import LLAMA
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import KVCache
+from peft_jax.models.registry import read_architecture
 from peft_jax.train import cross_entropy, init_optimizer, make_optimizer, make_training_step
 from peft_jax.train.mesh import (
     BATCH,
+    in_use,
     layout,
     make_mesh,
     parse_mesh,
@@ -49,6 +51,19 @@ SIZES = {  # hidden, feed-forward, layers, heads, size of a head, tied embedding
     "8b": (4096, 14336, 32, 32, 128, False),
     "70b": (8192, 28672, 80, 64, 128, False),
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B": {
+        **{"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48},
+        **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    },
+    "gpt-oss-20b": {
+        **{"model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "num_hidden_layers": 24},
+        **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880},
+        **{"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128},
+    },
+}
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +116,19 @@ CASES = (
     Case("8b", NF4_HEAD, "train", "v6e:1x1", "data=1", 1, 1152, 1),
     Case("8b", NF4_HEAD, "train", "h100", "data=1", 1, 1152, 1),
     Case("70b", NF4_HEAD, "train", "v5e:2x4", "fsdp=8", 8, 1152, 8),
+    Case("Qwen3-30B-A3B", "int8", "train", "v5e:2x2", "expert=4", 4, 1152, 4),
+    Case("Qwen3-30B-A3B", "int8", "train", "v5e:4x4", "fsdp=4,expert=4", 16, 1152, 16),
+    Case("gpt-oss-20b", "int8", "train", "v5e:2x2", "expert=4", 4, 1152, 4),
+    Case("gpt-oss-20b", "int8", "train", "v5e:4x4", "fsdp=4,expert=4", 16, 1152, 16),
 )
 
 
-def model_of(case: Case, *, adapter: bool = True) -> Any:
-    """The model as shapes."""
+def config_of(case: Case) -> Any:
+    """The architecture."""
+    if case.size in MIXTURES:
+        return read_architecture(MIXTURES[case.size])
     hidden, wide, layers, heads, head, tied = SIZES[case.size]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=128256,
         hidden_size=hidden,
         intermediate_size=wide,
@@ -119,6 +140,11 @@ def model_of(case: Case, *, adapter: bool = True) -> Any:
         max_position_embeddings=8192,
     )
 
+
+def model_of(case: Case, *, adapter: bool = True) -> Any:
+    """The model as shapes."""
+    config = config_of(case)
+
     def make() -> Any:
         model = pj.AutoModelForCausalLM.from_config(config, dtype="bfloat16", remat=True)
         kind, _, head = case.base.partition("+")
@@ -126,7 +152,8 @@ def model_of(case: Case, *, adapter: bool = True) -> Any:
             model = pj.quantize(model, kind=kind)
         if head:
             model = pj.quantize(model, kind=kind, target_modules=["lm_head"])
-        lora = pj.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+        experts = list(EXPERTS) if case.size in MIXTURES else None
+        lora = pj.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", target_parameters=experts)
         return pj.get_peft_model(model, lora) if adapter else model
 
     return jax.eval_shape(make)
@@ -217,20 +244,22 @@ def lowered(case: Case) -> dict[str, Any]:
     """
     mesh = make_mesh(parse_mesh(case.mesh), described(case.chip))
     step, args = (training if case.work == "train" else decoding)(case, mesh)
-    program = jax.make_jaxpr(step)(*args)
+    program = jax.make_jaxpr(step)(*args)  # not on the mesh, where the program is that of one device in its parts
     weights = jax.tree.leaves(model_of(case, adapter=False).params["model"]["layers"], is_leaf=is_weight)
-    matrices = {leaf.shape[1:] for leaf in weights if len(leaf.shape) == 3}
+    matrices = {leaf.shape[1:] for leaf in weights if len(leaf.shape) in (3, 4)}  # experts have one more axis
+    quantized = {leaf.shape[1:] for leaf in weights if is_weight(leaf)}
     assert not (found := frozen_gradients(program, matrices)), f"gradients of frozen weights: {found}"
     operations, removed = multiplications(program), None
     if case.work == "train":
         removed = multiplications(without_adapters(case)) * (case.rows // case.micro)
     begin = time.perf_counter()
-    compiled = step.lower(*args).compile()
+    with in_use(mesh if case.size in MIXTURES else None):
+        compiled = step.lower(*args).compile()
     seconds = time.perf_counter() - begin
     written: set[str] = set()
     if case.base in (*INT8, *NF4):
         own = {leaf.shape for leaf in jax.tree.leaves(model_of(case).params)}
-        written = dequantized(compiled.as_text(), matrices, mesh, own)
+        written = dequantized(compiled.as_text(), quantized, mesh, own)
     # For the H100, XLA fuses no scales of blocks into products: the page says so of each such program.
     if case.base in INT8 or case.chip != "h100":
         assert not written, f"dequantized weights: {written}"
@@ -250,6 +279,12 @@ def lowered(case: Case) -> dict[str, Any]:
     }
 
 
+def refused(case: Case, error: Exception) -> dict[str, Any]:
+    """The record of a case that the compiler or a check refuses, as some shapes of mixtures are so far."""
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {**dataclasses.asdict(case), "refused": said, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Which cases."""
@@ -263,13 +298,19 @@ def main(options: Options) -> None:
     for case in CASES:
         if options.only not in case.name:
             continue
-        record = lowered(case)
+        try:
+            record = lowered(case)
+        except (AssertionError, jax.errors.JaxRuntimeError) as error:
+            if case.size not in MIXTURES:
+                raise
+            record = refused(case, error)
         found = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
         found[case.name] = record
         records = {known.name: found[known.name] for known in CASES if known.name in found}
         RECORDS.write_text(json.dumps(records, indent=1) + "\n")
         RECORDS.with_suffix(".md").write_text(table(list(records.values())))
-        print(f"{case.name}: {record['per_chip'] / 2**30:.2f} GiB a chip", flush=True)
+        said = record.get("refused") or f"{record['per_chip'] / 2**30:.2f} GiB a chip"
+        print(f"{case.name}: {said}", flush=True)
         jax.clear_caches()
 
 

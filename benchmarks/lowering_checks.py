@@ -1,39 +1,61 @@
 """What is read off programs: their multiplications, gradients of frozen weights, weights in float."""
 
+import itertools
 import math
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
 Shapes = Collection[tuple[int, ...]]
+GROUPED = "ragged_dot_general"
 
 
 def products(program: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     """Every product in a jaxpr and the jaxprs in it, and how often it runs (once in loops of unknown length)."""
     program = getattr(program, "jaxpr", program)
     for equation in program.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name in ("dot_general", GROUPED):
             yield equation, times
         often = times * equation.params["length"] if equation.primitive.name == "scan" else times
-        for value in equation.params.values():
+        for value in _parameters(equation):
             for part in value if isinstance(value, tuple | list) else (value,):
                 if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
                     yield from products(part, often)
 
 
+def _parameters(equation: Any) -> Iterator[Any]:
+    """The parameters of an equation; of the forms for several platforms that for accelerators alone."""
+    platforms = equation.params.get("branches_platforms")
+    for name, value in equation.params.items():
+        if name == "branches" and platforms is not None:
+            forms = dict(zip((names and names[0] for names in platforms), value, strict=True))
+            yield forms.get("tpu", forms.get(None))
+        else:
+            yield value
+
+
 def multiplications(program: Any) -> int:
-    """Floating-point operations of all products, two for each multiplication."""
+    """Floating-point operations of all products, two for each multiplication.
+
+    A row of a grouped product is multiplied by the matrix of its group alone, as on TPU and GPU.
+    """
     total = 0
     for equation, times in products(program):
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        total += 2 * inner * math.prod(equation.outvars[0].aval.shape) * times
+        left, right = (variable.aval.shape for variable in equation.invars[:2])
+        numbers, groups = equation.params.get("dimension_numbers"), ()
+        if equation.primitive.name == GROUPED:
+            ragged = equation.params["ragged_dot_dimension_numbers"]
+            numbers, groups = ragged.dot_dimension_numbers, tuple(ragged.rhs_group_dimensions)
+        (_, contracted), (_, batched) = numbers
+        shared = {*contracted, *batched, *groups}
+        outputs = math.prod(size for axis, size in enumerate(right) if axis not in shared)
+        total += 2 * math.prod(left) * outputs * times
     return total
 
 
 def frozen_gradients(program: Any, matrices: Shapes) -> set[tuple[int, ...]]:
     """Shapes of products that are those of a matrix, one way or the other: a weight's gradient is such a product."""
-    both = {*matrices, *(shape[::-1] for shape in matrices)}
+    both = {*matrices, *((*shape[:-2], shape[-1], shape[-2]) for shape in matrices)}
     return {equation.outvars[0].aval.shape for equation, _ in products(program)} & both
 
 
@@ -46,10 +68,10 @@ def dequantized(text: str, matrices: Shapes, mesh: Any, own: Shapes = ()) -> set
     """
     parts = {1, *mesh.shape.values(), mesh.size}
     wanted = set()
-    for rows, columns in matrices:
-        for one in parts:
-            for other in parts:
-                wanted |= {(rows // one, columns // other), (columns // other, rows // one)}
+    for shape in matrices:
+        for divisors in itertools.product(parts, repeat=len(shape)):
+            part = tuple(size // divisor for size, divisor in zip(shape, divisors, strict=True))
+            wanted |= {part, (*part[:-2], part[-1], part[-2])}
     found = set()
     for line in _between_fusions(text):
         for kind, sizes in re.findall(r"\b(bf16|f16|f32)\[([\d,]+)\]", line.split(" = ", 1)[1].split("(%")[0]):

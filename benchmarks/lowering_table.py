@@ -1,5 +1,6 @@
 """The table of `lowering.py`, and what it answers."""
 
+import math
 from typing import Any
 
 Record = dict[str, Any]
@@ -9,11 +10,14 @@ INT8 = ("int8", INT8_HEAD)  # bases in int8: the layers alone, or the output hea
 NF4_HEAD = "nf4+head"
 NF4 = ("nf4", NF4_HEAD)
 SAME = ("size", "chip", "mesh", "rows", "length", "micro")  # of a pair
+LARGE = {"70b": "70B", "Qwen3-30B-A3B": "Qwen3-30B-A3B", "gpt-oss-20b": "gpt-oss-20b"}  # as the answers call them
 ROOM = {"v5e": 16, "v6e": 32, "h100": 79}  # GiB of a chip
 
 
 def table(records: list[Record]) -> str:
-    """Markdown of the records."""
+    """Markdown of the records; those that were refused come last."""
+    refused = [_refused(record) for record in records if "refused" in record]
+    records = [record for record in records if "refused" not in record]
     rows = [_row(record) for record in records]
     answers = [*fits(records), *nf4_fits(records), *int8_share(records), *operations_share(records)]
     lines = [
@@ -24,16 +28,18 @@ def table(records: list[Record]) -> str:
     head += "TFLOP | without adapters | compiled in s |"
     written = [record for record in records if record.get("dequantized")]
     notes = ["", WRITTEN, *[_written(record) for record in written]] if written else []
+    notes += ["", REFUSED, *refused] if refused else []
     return "\n".join([INTRODUCTION, *lines, "", head, "|---" * 13 + "|", *rows, *notes, ""])
 
 
 INTRODUCTION = """# Compiled ahead of time
 
-Written by `make lowering`: train and decode steps of Llama shapes, LoRA r=16 on all linear layers with AdamW, compiled
-for machines that are only described, and what the compiler says. Memory of a chip is arguments, temporaries and outputs
-less what outputs take over. Each layer is recomputed in the backward pass; a batch is rows x tokens / rows at once;
-decoding reads one token of each row on a cache of that many slots. TFLOP are those of all products in the program, on
-all chips (the compiler's own count, in the records, takes a loop's body once); without adapters means the loss and its
+Written by `make lowering`: train and decode steps of Llama shapes, LoRA r=16 on all linear layers with AdamW,
+compiled for machines that are only described, and what the compiler says. Memory of a chip is arguments, temporaries
+and outputs less what outputs take over. Each layer is recomputed in the backward pass; a batch is rows x tokens /
+rows at once; decoding reads one token of each row on a cache of that many slots. TFLOP are those of all products in
+the program, on all chips (the compiler's own count, in the records, takes a loop's body once), where a row of a
+grouped product counts with the matrix of its expert alone, as on TPU and GPU; without adapters means the loss and its
 gradient down to the embeddings. In every program it is asserted that no product has the shape of a frozen weight, as
 its gradient would have, and with an int8 base, or on a TPU with an nf4 base, that no buffer between fusions is a weight
 in float.
@@ -57,6 +63,17 @@ def _written(record: Record) -> str:
     return f"- {place}: {', '.join(f'`{one}`' for one in record['dequantized'])}."
 
 
+REFUSED = """Some shapes of mixtures, with LoRA on attention and on each expert, are not in the table: the compiler has
+no memory for them, or a buffer between fusions is a weight in float. What was said of each:
+"""
+
+
+def _refused(record: Record) -> str:
+    batch = f"{record['rows']} x {record['length']} / {record['micro']}"
+    case = [record[name] for name in ("size", "base", "work", "chip", "mesh")]
+    return f"- {', '.join([*case, batch])}: `{record['refused']}`"
+
+
 def _row(record: Record) -> str:
     gib = {name: record[name] / GIB for name in ("per_chip", "argument", "temp")}
     ratio = "-"
@@ -72,13 +89,17 @@ def _row(record: Record) -> str:
 
 
 def fits(records: list[Record]) -> list[Record]:
-    """Whether training 70B on int8 fits its chips: GiB of each."""
-    return [
-        answer(f"70B with int8 LoRA fits 16 chips of {memory(record)} GiB", record, used := record["per_chip"] / GIB)
-        | {"met": used <= memory(record)}
-        for record in records
-        if (record["size"], record["base"], record["work"]) == ("70b", "int8", "train")
-    ]
+    """Whether training large models on int8 fits their chips: GiB of each."""
+    found = []
+    for record in records:
+        is_large = record["size"] in LARGE and (record["base"], record["work"]) == ("int8", "train")
+        if not is_large or "refused" in record:
+            continue
+        chips = math.prod(map(int, record["chip"].split(":")[1].split("x")))
+        used = record["per_chip"] / GIB
+        target = f"{LARGE[record['size']]} with int8 LoRA fits {chips} chips of {memory(record)} GiB"
+        found.append(answer(target, record, used) | {"met": used <= memory(record)})
+    return found
 
 
 def nf4_fits(records: list[Record]) -> list[Record]:

@@ -1,5 +1,6 @@
 """Experts that a checkpoint holds one by one, as the fused tensors of a model, and the way back."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 from peft_jax.interop.checkpoint import Row
 from peft_jax.interop.files import CONFIG, LazyArray, some
+
+from peft_jax.core.float_types import wider_float
 
 
 class FusedTensor:
@@ -19,7 +22,8 @@ class FusedTensor:
     def __init__(self, parts: Sequence[Sequence[LazyArray]]) -> None:
         self.parts = parts
         out, n_in = sum(part[0].shape[0] for part in parts), parts[0][0].shape[1]
-        self.shape, self.dtype = (len(parts[0]), out, n_in), parts[0][0].dtype
+        self.shape = (len(parts[0]), out, n_in)
+        self.dtype = np.dtype(functools.reduce(wider_float, [part[0].dtype for part in parts]))
 
     @property
     def nbytes(self) -> int:

@@ -54,6 +54,10 @@ class GGUFTensor(Packed):
         """Its transpose."""
         return dataclasses.replace(self, is_transposed=True)
 
+    def part(self, number: int) -> Self:
+        """One of the tensors that are stacked in it along the first axis, in the order of the file."""
+        return dataclasses.replace(self, stored=self.stored[number])
+
     def plus(self, number: float) -> Self:
         """The tensor with a number added to each value, in float32."""
         return dataclasses.replace(self, added=number)

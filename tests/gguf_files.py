@@ -101,6 +101,12 @@ def write_gguf(
         if head_dim * hf["num_attention_heads"] != hf["hidden_size"]:
             writer.add_key_length(head_dim)
         writer.add_rope_dimension_count(int(head_dim * ropes.get("partial_rotary_factor", 1)))
+    if architecture.endswith("moe"):
+        writer.add_expert_count(hf["num_experts"])
+        writer.add_expert_used_count(hf["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+        if "shared_expert_intermediate_size" in hf:
+            writer.add_expert_shared_feed_forward_length(hf["shared_expert_intermediate_size"])
     if architecture.startswith("gemma"):
         writer.add_sliding_window(hf["sliding_window"])
     for cap in ("attn", "final"):
@@ -133,6 +139,8 @@ def write_gguf(
             values = values.T
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
+        if "ffn_gate_inp_shexp" in name:
+            values = values[0]
         kind = Kind.F32 if values.ndim == 1 or values.shape[-1] % 32 else kind_of(name)
         data = stored(np.ascontiguousarray(values, np.float32), kind)
         writer.add_tensor(name, data, raw_dtype=kind)

@@ -145,7 +145,7 @@ def test_remat_and_mesh_reach_the_training_step(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(finetune_module, "make_plan", stop)
     assert [main(words(output="a", **more)) for more in ({}, {"remat": True}, {"mesh": "data=1"})] == [130] * 3
     assert seen[0] == (0, None) and seen[1][0] > 0
-    assert seen[2] == (0, {"data": 1, "fsdp": 1, "tensor": 1})
+    assert seen[2] == (0, {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1})
 
 
 def test_compute_dtype_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

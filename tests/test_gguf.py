@@ -20,26 +20,30 @@ import pytest
 from conftest import save_tokenizer
 from gguf_files import KINDS, SENTENCES, Kind, add_sentencepiece, add_tokenizer, turns_in_pairs, write_gguf
 from peft_jax.interop.files import open_tensors, read_config
+from peft_jax.interop.fused_experts import with_fused_experts
 from peft_jax.interop.gguf_file import GGUFTensor
 
 import peft_jax as pj
 from peft_jax.cli.main import main
 from peft_jax.core.gguf_metadata import open_gguf
 from peft_jax.models.gguf_checkpoint import base_config, gguf_tensors
-from peft_jax.models.registry import GGUF_ARCHITECTURES, read_architecture
+from peft_jax.models.registry import GGUF_ARCHITECTURES, family_of, read_architecture
 from peft_jax.prompts.tokenizer import read_tokenizer
 
 NAME = "tiny.gguf"
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 COMMON = {"vocab_size": 288, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**COMMON, "intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 128}
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2}
 # By GGUF's architecture: the config of a tiny model. transformers does not read two facts of a file, so it has to have
-# what transformers takes for granted: heads of 128 features for qwen3, 1024 positions for gpt2; and for gemma2 the caps
-# of its default config, and a divisor of scores of 256.
+# what transformers takes for granted: heads of 128 features for qwen3, 1024 positions for gpt2; for gemma2 the caps of
+# its default config, and a divisor of scores of 256; and the default sizes of experts.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1},
     "qwen2": {**LLAMA, "tie_word_embeddings": True},
     "qwen3": {**LLAMA, "head_dim": 128, "tie_word_embeddings": False},
+    "qwen3moe": {**LLAMA, **EXPERTS, "head_dim": 64, "tie_word_embeddings": False, "norm_topk_prob": True},
+    "qwen2moe": {**LLAMA, **EXPERTS, "tie_word_embeddings": False},
     "gpt2": {**COMMON, "max_position_embeddings": 1024},
     "gemma2": {**LLAMA, "head_dim": 256, "sliding_window": 4},
     "gemma3": {**LLAMA, "head_dim": 256, "sliding_window": 4, "num_hidden_layers": 6},
@@ -53,13 +57,13 @@ TINY: dict[str, dict[str, Any]] = {
         **{"d_ff": 512, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0},
     },
 }
-SOME_KINDS = ("gpt2", "bloom", "falcon", "phi3", "starcoder2", "t5")  # those with fewer matrices than kinds
+SOME_KINDS = ("gpt2", "bloom", "falcon", "phi3", "starcoder2", "t5", "qwen2moe")  # those with fewer matrices than kinds
 
 
 def kind_of(name: str) -> Kind:
     """A kind for each matrix, so that a file of two layers has all of them."""
     matrices = ("attn_q.", "attn_k.", "attn_v.", "attn_output.", "ffn_gate.", "ffn_up.", "ffn_down.", "attn_qkv.")
-    places = [place for place, part in enumerate(matrices) if part in name]
+    places = [place for place, part in enumerate(matrices) if part in name.replace("_exps.", ".")]
     layer = 7 if name.startswith("blk.1.") else 0
     return KINDS[(layer + places[0]) % len(KINDS)] if places else Kind.Q8_0
 
@@ -82,7 +86,7 @@ def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
+    tensors = apart({key: tensor.numpy() for key, tensor in model.state_dict().items()})
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     hf = {**config.to_dict(), **TINY[architecture]}
@@ -93,8 +97,23 @@ def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
         hf |= {"num_attention_heads": config.num_heads}
     if architecture in ("gpt2", "starcoder2"):  # transformers counts the tokens
         options["more"] = lambda writer: writer.add_token_list([str(number) for number in range(hf["vocab_size"])])
+    if architecture == "qwen2moe":  # whose experts' rows are not made of blocks of 256
+        options["kind_of"] = lambda name: Kind.Q8_0 if "_exps" in name else kind_of(name)
     write_gguf(folder / NAME, architecture, hf, tensors, **{"kind_of": kind_of, **options})
     return hf
+
+
+def apart(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors with the two halves of fused experts one by one, as llama.cpp has them, and others as they are."""
+    found = {}
+    for key, values in tensors.items():
+        if key.endswith(".gate_up_proj"):
+            gate, up = np.split(values, 2, axis=1)
+            found |= {key.replace("gate_up_proj", "gate_proj.weight"): gate}
+            found |= {key.replace("gate_up_proj", "up_proj.weight"): up}
+        else:
+            found[f"{key}.weight" if key.endswith(".experts.down_proj") else key] = values
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +183,7 @@ def test_the_groups_of_larger_falcons_are_put_together_again(tmp_path: Path) -> 
         np.testing.assert_array_equal(np.asarray(tensor), tensors[key], err_msg=key)
 
 
-READ_ALIKE = ("falcon", "phi3", "starcoder2", "stablelm")  # by nothing that the others do not test
+READ_ALIKE = ("falcon", "phi3", "starcoder2", "stablelm", "qwen2moe")  # by nothing that the others do not test
 
 
 @pytest.mark.parametrize(
@@ -183,11 +202,13 @@ def test_weights_and_logits_are_those_of_transformers(architecture: str, files: 
     config = read_architecture(base_config(folder, NAME))
     tensors, state = gguf_tensors(file, config), theirs.state_dict()
     assert {tensor.kind for tensor in tensors.values()} >= ({Kind.Q4_0} if architecture in SOME_KINDS else set(KINDS))
-    for key, tensor in tensors.items():
+    fused = with_fused_experts(tensors, family_of(config).rows(config))
+    for key, tensor in fused.items():
         np.testing.assert_array_equal(np.asarray(tensor, np.float32), state[key].float().numpy(), err_msg=key)
+    for tensor in tensors.values():
         np.testing.assert_array_equal(tensor[1:3], np.asarray(tensor)[1:3], err_msg="read by rows")
     shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} if architecture == "t5" else set()
-    assert state.keys() - tensors.keys() <= {"lm_head.weight", *shared}
+    assert state.keys() - fused.keys() <= {"lm_head.weight", *shared}
 
     auto = pj.AutoModelForSeq2SeqLM if architecture == "t5" else pj.AutoModelForCausalLM
     ours = auto.from_pretrained(folder, gguf_file=NAME)

@@ -88,3 +88,12 @@ def test_the_table_says_what_is_met() -> None:
     text = table([record | {"base": "nf4+head", "per_chip": 2**34, "dequantized": ["bf16[2,9]"]}])
     assert "70B with nf4 LoRA fits 8 chips of 16 GiB (70b, nf4+head, v5e:4x4): **met**, 16.000." in text
     assert "- 70b, nf4+head, train, v5e:4x4: `bf16[2,9]`." in text
+    refused = {**record, "base": "int8", "refused": "Error: no memory"}
+    assert table([refused]).endswith("- 70b, int8, train, v5e:4x4, fsdp=16, 16 x 9 / 16: `Error: no memory`\n")
+
+
+def test_a_row_of_a_grouped_product_counts_with_one_matrix() -> None:
+    w, sizes = jax.ShapeDtypeStruct((3, 8, 4), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    program = jax.make_jaxpr(jax.grad(lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes).sum(), (0, 1)))(X, w, sizes)
+    assert multiplications(program) == 3 * 2 * 5 * 8 * 4
+    assert frozen_gradients(program, {(3, 8, 4)}) == {(3, 8, 4)}

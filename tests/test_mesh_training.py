@@ -106,7 +106,7 @@ def test_rules_are_taken_by_the_end_of_the_path() -> None:
 
 @pytest.mark.parametrize("text", ["data", "data=x", "model=2", "data=2;fsdp=2", ""])
 def test_sizes_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(ValueError, match="Give sizes of data, fsdp, tensor, such as data=4,fsdp=2"):
+    with pytest.raises(ValueError, match="Give sizes of data, fsdp, tensor, expert, such as data=4,fsdp=2"):
         parse_mesh(text)
 
 

@@ -195,6 +195,43 @@ def test_experts_in_mxfp4_are_those_of_transformers(tmp_path: Any) -> None:
     close(logits(ours), torch_logits(theirs.eval()))
 
 
+def test_experts_in_fp8_are_those_of_transformers(folders: Any, tmp_path: Any) -> None:
+    """As DeepSeek-V3 is published: expert by expert with scales of blocks, and a module that no model here has."""
+    torch, writers = pytest.importorskip("torch"), pytest.importorskip("quantized_writers")
+    file, block = "model.safetensors", [2, 2]
+    stored, plain = {}, {}
+    for key, values in load_file(folders("deepseek_v3") / file).items():
+        module, _, name = key.rpartition(".")
+        quantized = ".layers." in key and name == "weight" and values.ndim == 2 and not key.endswith(".mlp.gate.weight")
+        parts, want = {key: torch.tensor(values)}, torch.tensor(values)
+        if quantized:
+            parts, want = writers.fp8(module, want, block=block)
+        stored |= parts
+        plain[key] = want.numpy()
+        if key.startswith("model.layers.2.mlp.experts."):
+            stored |= {name.replace("layers.2.", "layers.61."): part.clone() for name, part in parts.items()}
+    config = json.loads((folders("deepseek_v3") / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": block, "fmt": "e4m3", "activation_scheme": "dynamic"}
+    for name, tensors, fields in (("fp8", stored, {"quantization_config": quantization}), ("plain", plain, {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **fields}))
+        if name == "plain":
+            save_file(tensors, tmp_path / name / file, {"format": "pt"})
+        else:
+            pytest.importorskip("safetensors.torch").save_file(tensors, tmp_path / name / file, {"format": "pt"})
+    want = pj.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="float32").params
+    with pytest.warns(UserWarning, match="weights quantized by fp8 in .* whose quantization of activations is not"):
+        found = pj.AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype="float32").params
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    unlike = pj.AutoModelForCausalLM.from_pretrained(folders("deepseek_v3"), dtype="float32").params
+    experts = [one["model"]["layers"]["sparse"]["mlp"]["experts"]["gate_up_proj"] for one in (want, unlike)]
+    assert 1e-3 < np.abs(experts[0] - experts[1]).max() < 0.1, "quantization shows"
+    lost = {key: part for key, part in stored.items() if key != "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"}
+    pytest.importorskip("safetensors.torch").save_file(lost, tmp_path / "fp8" / file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no tensor 'model.layers.1.mlp.experts.3.up_proj.weight_scale_inv'"):
+        pj.AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype="float32")
+
+
 def test_biases_of_experts_are_refused_as_targets() -> None:
     sizes = {**ARCHITECTURES["gpt_oss"].sizes, "num_hidden_layers": 1}
     base = pj.AutoModelForCausalLM.from_config(read_architecture({"model_type": "gpt_oss", **sizes}))

@@ -123,6 +123,36 @@ def test_logits_loss_and_gradients_of_a_model(kind: str, tmp_path: Path) -> None
     close(bare(IDS, MASK).router_logits, torch.stack(routers).detach().numpy())
 
 
+@pytest.mark.slow
+def test_virtual_tokens_are_tokens_of_routers(tmp_path: Path) -> None:
+    """Those before the inputs go through routers, and are counted."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    base = torch_model("qwen3_moe", **ROUTED)
+    base.save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(base, peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    torch.manual_seed(1)
+    moved(theirs, 0.5, [parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path / "adapter")
+    want = theirs(**inputs_of(theirs))
+    want.loss.backward()
+    model = pj.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="float32")
+    model = pj.PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
+    trainable, frozen = pj.partition(model)
+
+    def loss(own: Any) -> Any:
+        out = pj.combine(own, frozen)(IDS, MASK, labels=LABELS)
+        return out.loss, out
+
+    (total, got), slopes = jax.value_and_grad(loss, has_aux=True)(trainable)
+    for one, other in ((total, want.loss), (got.aux_loss, want.aux_loss)):
+        close(one, other.detach().numpy())
+    close(got.router_logits, torch.stack(want.router_logits).detach().numpy())
+    assert got.router_logits.shape[1] == IDS.size + 4 * len(IDS)
+    [parameter] = [one for one in theirs.parameters() if one.requires_grad]
+    [slope] = jax.tree.leaves(slopes)
+    np.testing.assert_allclose(slope, parameter.grad.numpy(), rtol=0, atol=1e-5)
+
+
 def test_routers_without_a_loss_give_their_logits_alone(tmp_path: Path) -> None:
     """As in transformers; the loss of a training step is that of the labels."""
     torch = pytest.importorskip("torch")

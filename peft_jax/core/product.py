@@ -90,6 +90,10 @@ class Product:
             x, matrix, precision=self.precision, preferred_element_type=kind, out_sharding=self.out_sharding
         )
 
+    def full_of_integers(self, x: Shaped[Array, "... in"], matrix: Shaped[Array, "in out"]) -> Shaped[Array, "... out"]:
+        """`full` with a matrix of integers: compilers convert it where they read it, and keep no copy."""
+        return self.full(x, matrix.astype(x.dtype))
+
     @property
     def contracts_blocks(self) -> bool:
         """Whether `full_in_blocks` contracts the axes of blocks as they are."""
@@ -225,6 +229,19 @@ class Grouped(Product):
         """The product with ``(groups, in, out)``."""
         kind = self.preferred_element_type
         return jax.lax.ragged_dot(x, matrix, self.group_sizes, self.precision, kind)
+
+    def full_of_integers(
+        self, x: Shaped[Array, "..."], matrix: Shaped[Array, "*groups in out"]
+    ) -> Shaped[Array, "... out"]:
+        """`full` with integers, which the TPU's grouped product of bfloat16 takes as they are; else they are copied."""
+        if x.dtype != jnp.bfloat16:
+            return self.full(x, matrix.astype(x.dtype))
+
+        def converted(x: jax.Array, matrix: jax.Array) -> jax.Array:
+            return self.full(x, matrix.astype(x.dtype))
+
+        found: jax.Array = jax.lax.platform_dependent(x, matrix, tpu=self.full, default=converted)
+        return found
 
     def down(self, x: Shaped[Array, "..."], a: Shaped[Array, "*groups in rank"]) -> Shaped[Array, "... rank"]:
         """The product with the first factors, ``(groups, in, rank)``."""

@@ -25,8 +25,7 @@ SHARDING = Sharding(
     columns=r"(q|k|v|gate|up)_proj|lm_head",
     rows=r"(o|down)_proj",
     tables="embed_tokens",
-    expert_columns=r"experts\.gate_up_proj",
-    expert_rows=r"experts\.down_proj",
+    experts=r"experts\.(gate_up|down)_proj",
 )
 
 

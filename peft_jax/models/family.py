@@ -52,15 +52,13 @@ class Sharding(NamedTuple):
         columns: Those whose outputs are split among devices that compute one product together.
         rows: Those whose inputs are, as they are the outputs of such modules.
         tables: Embeddings, which are split by rows.
-        expert_columns: As ``columns``, of fused experts, which have no module of their own; empty without experts.
-        expert_rows: As ``rows``, of fused experts.
+        experts: The tensors of fused experts, which have no module of their own; empty without experts.
     """
 
     columns: str
     rows: str
     tables: str
-    expert_columns: str = ""
-    expert_rows: str = ""
+    experts: str = ""
 
 
 class EncoderDecoder(NamedTuple):

@@ -1,6 +1,7 @@
 """The base of a model from a GGUF file: config and tensors under the names of a Hugging Face checkpoint."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft_jax.models.registry import GGUF_ARCHITECTURES, family_of
 
 Path = str | os.PathLike[str]
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 TOKEN_IDS = {  # keys of the tokenizer's metadata, and the fields of config.json that they are
     "tokenizer.ggml.bos_token_id": "bos_token_id",
@@ -73,7 +75,20 @@ def gguf_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
             f"The tensors of '{file.path}' are not those of its architecture {file.architecture!r}. {told}. "
             "Take an undamaged copy, or the checkpoint that the file was made from."
         )
-    return {keys[name]: row.restore(tensor, config) for name, tensor in stored.items()}
+    found = {}
+    for name, tensor in stored.items():
+        restored = row.restore(tensor, config)
+        if len(keys[name]) == 1:
+            found[keys[name][0]] = restored
+            continue
+        if len(tensor) != len(keys[name]):
+            raise ValueError(
+                f"'{file.path}' has {len(keys[name])} experts by its metadata, and {len(tensor)} in {name}. "
+                "Take an undamaged copy, or the checkpoint that the file was made from."
+            )
+        for number, key in enumerate(keys[name]):
+            found[key] = restored.part(number)
+    return found
 
 
 def gguf_words(tensors: Mapping[str, Any]) -> str:
@@ -134,8 +149,11 @@ def _row(file: GGUFFile) -> GGUFArchitecture:
     return GGUF_ARCHITECTURES[file.architecture]
 
 
-def _keys(file: GGUFFile, family: Family, config: ModelConfig) -> Mapping[str, str]:
-    """A checkpoint's key for each tensor of a file, by GGUF's name, as the package gguf maps transformers' names."""
+def _keys(file: GGUFFile, family: Family, config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """A checkpoint's key for each tensor of a file, by GGUF's name, as the package gguf maps transformers' names.
+
+    A tensor of all experts has several: those of the experts, one by one.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
@@ -148,9 +166,17 @@ def _keys(file: GGUFFile, family: Family, config: ModelConfig) -> Mapping[str, s
                 return str(found)
         return key
 
-    return {name_of(key): key for key in _checkpoint_keys(family, config)}
+    found = {}
+    for keys in _checkpoint_keys(family, config):
+        found[name_of(keys[0] if len(keys) == 1 else EXPERT.sub(".experts.", keys[0]))] = keys
+    return found
 
 
-def _checkpoint_keys(family: Family, config: ModelConfig) -> Iterator[str]:
+def _checkpoint_keys(family: Family, config: ModelConfig) -> Iterator[tuple[str, ...]]:
     for row in family.rows(config):
-        yield from row.keys
+        if row.parts and len(row.tensor_shape) > 2:
+            for parts in row.part_keys:
+                yield from map(tuple, parts)
+        else:
+            for key in row.keys:
+                yield (key,)

@@ -83,7 +83,7 @@ class Int8(Quantized):
         unscaled = product.replace(preferred_element_type=out if rounded else jnp.float32)
 
         def scaled(x: jax.Array, matrix: jax.Array, scale: jax.Array) -> jax.Array:
-            return product.scale(unscaled.full(x, matrix.astype(x.dtype)), scale)
+            return product.scale(unscaled.full_of_integers(x, matrix), scale)
 
         # Else autodiff keeps q.astype(x.dtype) for the gradient of x: a dense copy of the base.
         return product.computed_again(scaled, x, matrix, steps).astype(out)

@@ -1,14 +1,17 @@
-"""Many devices: a mesh with the axes data, fsdp and tensor, and the rules by which each array is sharded.
+"""Many devices: a mesh with the axes data, fsdp, tensor and expert, and the rules by which each array is sharded.
 
-``data`` and ``fsdp`` split the rows of a batch. ``fsdp`` and ``tensor`` split weights, adapters and the optimizer's
-moments, so that each device holds a part; XLA puts in the communication. Devices may be those of several processes:
-each makes the same arrays, and keeps the parts of its own devices.
+``data``, ``fsdp`` and ``expert`` split the rows of a batch. ``fsdp`` and ``tensor`` split weights, adapters and the
+optimizer's moments, so that each device holds a part; ``expert`` and ``tensor`` split the experts of a mixture. XLA
+puts in the communication, but for experts (`peft_jax.models.modules.expert_parallel`), which need `in_use`. Devices may
+be those of several processes: each makes the same arrays, and keeps the parts of its own devices.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted, tied
+from peft_jax.core.mesh_axes import AXES, BATCH_AXES, EXPERT_AXES, dividing
 from peft_jax.core.partition_specs import put
 from peft_jax.core.paths import dotted
 from peft_jax.core.weight import is_weight
@@ -25,7 +29,7 @@ from peft_jax.train.data.batches import Batch
 from peft_jax.train.loop import State
 
 T = TypeVar("T")
-AXES = ("data", "fsdp", "tensor")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # By the end of a path, the mesh axes of an array's last dimensions. Other arrays are replicated. Each
 # architecture names its modules (`peft_jax.models.family.Sharding`), and the rules of all hold for any tree.
@@ -33,26 +37,27 @@ AXES = ("data", "fsdp", "tensor")
 # it are split as its are, and a rank never is. The optimizer's moments are sharded like their parameters.
 # Of embeddings only the rows are split: with split features, what is looked up has them too, and XLA then has every
 # device compute all rows of a batch.
-BATCH = P(("data", "fsdp"))  # the rows
+BATCH = P(BATCH_AXES)  # the rows
+EXPERTS, EXPERT_VECTORS = P(EXPERT_AXES, "fsdp", None), P(EXPERT_AXES, None)
 COLUMNS, ROWS, TABLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P(("tensor", "fsdp"), None)
 RULES: tuple[tuple[str, P], ...] = (
     *((rf"({family.sharding.columns})\.kernel", COLUMNS) for family in FAMILIES),
     *((rf"({family.sharding.rows})\.kernel", ROWS) for family in FAMILIES),
     *((rf"({family.sharding.tables})\.embedding", TABLE) for family in FAMILIES),
-    *((family.sharding.expert_columns, COLUMNS) for family in FAMILIES if family.sharding.expert_columns),
-    *((family.sharding.expert_rows, ROWS) for family in FAMILIES if family.sharding.expert_rows),
+    *((family.sharding.experts, EXPERTS) for family in FAMILIES if family.sharding.experts),
+    *((rf"({family.sharding.experts})_bias", EXPERT_VECTORS) for family in FAMILIES if family.sharding.experts),
 )
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh of the first devices with the axes data, fsdp and tensor; those not named have size 1.
+    """Make a mesh of the first devices with the axes data, fsdp, tensor and expert; those not named have size 1.
 
     Raises:
         ValueError: If an axis is unknown, or there are too few devices.
 
     Example:
         >>> dict(make_mesh({"data": 1}).shape)
-        {'data': 1, 'fsdp': 1, 'tensor': 1}
+        {'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
     if unknown := sorted(set(sizes) - set(AXES)):
@@ -84,24 +89,85 @@ def parse_mesh(text: str) -> dict[str, int]:
 def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
     """How a weight is sharded on a mesh: by the first rule for its path; an axis that does not divide is left out.
 
+    Raises:
+        ValueError: If the mesh has an axis for experts that does not divide their number.
+
     Example:
         >>> tuple(spec("model.layers.mlp.up_proj.kernel", (2, 6, 8), make_mesh({})))
         (None, 'fsdp', 'tensor')
     """
     for pattern, rule in RULES:
-        if re.search(rf"(^|\.){pattern}$", path):
-            return _dividing(P(*(None,) * (len(shape) - len(rule)), *rule), shape, mesh)
+        if not re.search(rf"(^|\.){pattern}$", path):
+            continue
+        if rule in (EXPERTS, EXPERT_VECTORS):
+            _check_experts(path, shape[-len(rule)], mesh)
+        return _dividing(P(*(None,) * (len(shape) - len(rule)), *rule), shape, mesh)
     return P()
+
+
+def _check_experts(path: str, count: int, mesh: Mesh) -> None:
+    """Raise ValueError if a number of experts cannot be split over a mesh's axis for them."""
+    devices = mesh.shape.get("expert", 1)
+    if count % devices:
+        raise ValueError(
+            f"the mesh has expert={devices}, which does not divide the {count} experts of {path}. "
+            f"Give a divisor of {count}."
+        )
 
 
 def _dividing(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     """The spec without the mesh axes that do not divide an array's axis."""
-    kept = []
+    kept: list[Any] = []
     for size, axis in zip(shape[: len(spec)], spec, strict=True):
+        if axis == EXPERT_AXES:
+            kept.append(dividing(EXPERT_AXES, size, mesh.shape) or None)
+            continue
         names = (axis,) if isinstance(axis, str) else axis or ()
         devices = math.prod(mesh.shape[name] for name in names)
         kept.append(axis if size % devices == 0 else None)
     return P(*kept)
+
+
+def batch_parts(mesh: Mesh | None) -> int:
+    """The number of parts that a batch's rows are split into; 1 without a mesh.
+
+    Example:
+        >>> batch_parts(make_mesh({}))
+        1
+    """
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def with_mesh_in_use(fn: F, mesh: Mesh | None) -> F:
+    """The function, which runs with a mesh `in_use`; without a mesh the function itself.
+
+    Example:
+        >>> with_mesh_in_use(lambda: jax.sharding.get_abstract_mesh().shape["data"], make_mesh({"data": 1}))()
+        1
+    """
+    if mesh is None:
+        return fn
+
+    @functools.wraps(fn)
+    def run(*args: Any, **options: Any) -> Any:
+        with in_use(mesh):
+            return fn(*args, **options)
+
+    return run  # type: ignore[return-value]
+
+
+def in_use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which models run on a mesh, as ``jax.set_mesh``; without a mesh it does nothing.
+
+    A mixture needs it to compute its experts on the devices that hold them. Without it the numbers are the same, but
+    each device gets the weights of all experts.
+
+    Example:
+        >>> with in_use(make_mesh({"data": 1})):
+        ...     jax.sharding.get_abstract_mesh().shape["data"]
+        1
+    """
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def layout(tree: T, mesh: Mesh) -> T:

@@ -37,10 +37,12 @@ from peft_jax.train.data.batches import Data
 from peft_jax.train.data.micro_layout import MicroLayout
 from peft_jax.train.mesh import (
     PlacedBatches,
+    batch_parts,
     place,
     place_batch,
     place_state,
     shardings,
+    with_mesh_in_use,
     with_whole_adapters,
 )
 from peft_jax.train.optimizer import Schedule, default_warmup
@@ -152,7 +154,11 @@ def make_plan(
         loss=None if data.problem is None else data.problem.loss,
     )
     parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
-    plan = Plan(*parts, step, optimizer, training.seed, task.make_evaluation(data.problem), mesh)
+    of_experts = None if model.config.routing is None else mesh  # no other model asks for the mesh
+    parts_of_step = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    step = dataclasses.replace(step, **{name: with_mesh_in_use(fn, of_experts) for name, fn in parts_of_step.items()})
+    evaluation = with_mesh_in_use(task.make_evaluation(data.problem), of_experts)
+    plan = Plan(*parts, step, optimizer, training.seed, evaluation, mesh)
     return plan, state, frozen
 
 
@@ -179,7 +185,7 @@ def choose_layout(options: Finetune, task: Task, model: ModelHandle, data: Examp
         data.parts,
         training.batch_size,
         micro_batch_size=training.micro_batch_size,
-        multiple=1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
+        multiple=batch_parts(mesh),
         longest=None if data.sample is None else data.training.lengths[-1],
     )
 
@@ -195,12 +201,11 @@ def count_steps(options: Finetune, data: Data) -> int:
 def check_mesh(options: Finetune, mesh: Mesh | None) -> None:
     """Raise ValueError if the rows that go through the model at once cannot be split over the mesh."""
     rows = options.training.micro_batch_size or options.training.batch_size
-    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     if rows % parts:
         name = "--micro-batch-size" if options.training.micro_batch_size else "--batch-size"
-        raise ValueError(
-            f"{name} {rows} cannot be split over data x fsdp = {parts} devices. Give a multiple of {parts}."
-        )
+        axes = "data x fsdp" if mesh is None or mesh.shape["expert"] == 1 else "data x fsdp x expert"
+        raise ValueError(f"{name} {rows} cannot be split over {axes} = {parts} devices. Give a multiple of {parts}.")
 
 
 def surroundings() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from peft_jax.models.config import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.gpt_oss.config import GptOssConfig
 from peft_jax.models.modules.decoder import Decoder
 from peft_jax.models.modules.decoder_blocks import SelfAttention
+from peft_jax.models.modules.expert_parallel import Tensors
 from peft_jax.models.modules.grouped_products import grouped_product
 from peft_jax.models.modules.heads import DecoderHead
 from peft_jax.models.modules.inputs import ROUTED
@@ -53,6 +54,8 @@ class GptOssRouter(nnx.Module):
 class GptOssExperts(Experts):
     """Experts with biases, whose gates alternate with what they gate, both within limits."""
 
+    tensor_names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+
     def __init__(self, config: GptOssConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         inner, experts = config.intermediate_size, config.num_experts
         super().__init__(config, dtype, rngs, inner=inner)
@@ -60,15 +63,15 @@ class GptOssExperts(Experts):
         self.gate_up_proj_bias = nnx.Param(jnp.zeros((experts, 2 * inner), dtype))
         self.down_proj_bias = nnx.Param(jnp.zeros((experts, config.hidden_size), dtype))
 
-    def networks(self, rows: jax.Array, experts: jax.Array, sizes: jax.Array) -> jax.Array:
+    def networks(self, tensors: Tensors, rows: jax.Array, experts: jax.Array, sizes: jax.Array) -> jax.Array:
         """Map rows (n, hidden), sorted by expert; arguments as in the base class."""
-        product = grouped_product(rows, self.gate_up_proj[...], sizes)
-        inner = kept(product + self.gate_up_proj_bias[...][experts])
+        product = grouped_product(rows, tensors["gate_up_proj"], sizes)
+        inner = kept(product + tensors["gate_up_proj_bias"][experts])
         pairs = inner.reshape(len(rows), -1, 2)
         gate = jnp.minimum(pairs[..., 0], self.limit)
         up = jnp.clip(pairs[..., 1], -self.limit, self.limit)
         gated = (up + 1) * gate * jax.nn.sigmoid(gate * self.alpha)
-        return grouped_product(gated, self.down_proj[...], sizes) + self.down_proj_bias[...][experts]
+        return grouped_product(gated, tensors["down_proj"], sizes) + tensors["down_proj_bias"][experts]
 
 
 class GptOssMLP(SparseMLP):

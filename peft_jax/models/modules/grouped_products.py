@@ -20,10 +20,10 @@ def grouped_product(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.
     Args:
         x: Rows ``(rows, in)``, sorted by group.
         matrices: ``(groups, in, out)``.
-        sizes: The rows of each group, int32 ``(groups,)``; they add up to ``rows``.
+        sizes: The rows of each group, int32 ``(groups,)``. Rows behind the last group are those of no group.
 
     Returns:
-        ``(rows, out)``.
+        ``(rows, out)``; that of a row of no group is of no meaning, but finite, as is what it adds to gradients: 0.
 
     Example:
         >>> x = jnp.ones((3, 2))
@@ -31,8 +31,15 @@ def grouped_product(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.
         >>> grouped_product(x, matrices, jnp.array([1, 2])).ravel().tolist()
         [2.0, 4.0, 4.0]
     """
-    found: jax.Array = jax.lax.platform_dependent(x, matrices, sizes, cpu=product_in_blocks, default=jax.lax.ragged_dot)
+    found: jax.Array = jax.lax.platform_dependent(x, matrices, sizes, cpu=product_in_blocks, default=_ragged_product)
     return found
+
+
+def _ragged_product(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+    """``jax.lax.ragged_dot``, with zeros in rows of no group, which kernels may leave as the memory was."""
+    in_group = (jnp.arange(len(x)) < jnp.sum(sizes))[:, None]
+    y = jax.lax.ragged_dot(jnp.where(in_group, x, 0), matrices, sizes)  # both ways, so that gradients have them too
+    return jnp.where(in_group, y, 0)
 
 
 def product_in_blocks(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:

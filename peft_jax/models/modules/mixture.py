@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.models.mixture_config import MixtureConfig
 from peft_jax.models.modules.decoder_blocks import GatedMLP
+from peft_jax.models.modules.expert_parallel import Tensors, on_devices_of_experts
 from peft_jax.models.modules.grouped_products import grouped_product
 from peft_jax.models.modules.kv_cache import Buffers
 from peft_jax.models.modules.layer_scan import LayerCall
@@ -83,6 +84,8 @@ class Experts(nnx.Module):
         inner: Features between the projections of one.
     """
 
+    tensor_names: ClassVar[tuple[str, ...]] = ("gate_up_proj", "down_proj")
+
     def __init__(self, config: MixtureConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, inner: int) -> None:
         init = nnx.initializers.normal(config.initializer_range)
         hidden, experts = config.hidden_size, config.num_experts
@@ -90,29 +93,42 @@ class Experts(nnx.Module):
         self.gate_up_proj = nnx.Param(init(rngs.params(), (experts, hidden, 2 * inner), dtype))
         self.down_proj = nnx.Param(init(rngs.params(), (experts, inner, hidden), dtype))
 
-    def networks(self, rows: jax.Array, experts: jax.Array, sizes: jax.Array) -> jax.Array:
+    def networks(self, tensors: Tensors, rows: jax.Array, experts: jax.Array, sizes: jax.Array) -> jax.Array:
         """Map rows (n, hidden), sorted by expert.
 
         Args:
+            tensors: The experts' tensors, by their names.
             rows: The rows.
             experts: The number of each row's expert, int32 (n,).
             sizes: The rows of each expert, int32 (experts,).
         """
-        inner = kept(grouped_product(rows, self.gate_up_proj[...], sizes))
+        inner = kept(grouped_product(rows, tensors["gate_up_proj"], sizes))
         gate, up = jnp.split(inner, 2, axis=-1)
-        return grouped_product(ACTIVATIONS[self.act](gate) * up, self.down_proj[...], sizes)
+        return grouped_product(ACTIVATIONS[self.act](gate) * up, tensors["down_proj"], sizes)
 
     def __call__(self, x: jax.Array, choice: Choice) -> jax.Array:
         """Map x (tokens, hidden): tokens are sorted by expert, and only the chosen experts are computed."""
-        tokens, top_k = choice.experts.shape
-        chosen = choice.experts.reshape(-1)
+        tensors = {name: getattr(self, name)[...] for name in self.tensor_names}
+        return on_devices_of_experts(self.summed, tensors, x, choice.weights, choice.experts).astype(x.dtype)
+
+    def summed(self, tensors: Tensors, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        """The sum of the experts' outputs for each token, in the element type of their factors.
+
+        Args:
+            tensors: The experts' tensors, by their names.
+            x: The tokens (tokens, hidden).
+            weights: The factors of the outputs (tokens, k).
+            experts: The experts' numbers (tokens, k). One that is too large has no output.
+        """
+        count = len(tensors["down_proj"])
+        chosen = experts.reshape(-1)
         order = jnp.argsort(chosen)
-        sizes = jnp.bincount(chosen, length=choice.logits.shape[-1]).astype(jnp.int32)
-        out = self.networks(x[order // top_k], chosen[order], sizes)
+        sizes = jnp.bincount(chosen, length=count).astype(jnp.int32)  # numbers that are too large are not counted
+        out = self.networks(tensors, x[order // experts.shape[1]], jnp.minimum(chosen[order], count - 1), sizes)
         back = jnp.argsort(order)  # a gather, where adding up in place would be a scatter
-        weights = choice.weights[..., None]  # of some routers float32 in any model
-        parts = out[back].reshape(tokens, top_k, -1).astype(weights.dtype) * weights
-        return parts.sum(axis=1).astype(x.dtype)
+        parts = jnp.where((chosen < count)[:, None], out[back], 0).reshape(*experts.shape, -1)
+        weights = weights[..., None]  # of some routers float32 in any model
+        return (parts.astype(weights.dtype) * weights).sum(axis=1)
 
 
 class SparseMLP(nnx.Module):

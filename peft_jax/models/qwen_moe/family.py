@@ -5,6 +5,7 @@ from peft_jax.models.family import OTHERWISE, Family, stacked_layouts
 from peft_jax.models.modules.decoder import decoder_cache
 from peft_jax.models.qwen_moe import model
 from peft_jax.models.qwen_moe.config import QwenMoeConfig
+from peft_jax.models.qwen_moe.gguf_experts import GGUF
 
 QWEN_MOE = Family(
     config=QwenMoeConfig,
@@ -19,4 +20,5 @@ QWEN_MOE = Family(
     converted=("qwen3_moe",),  # not Qwen2-MoE, which PEFT's table lacks
     replicable=tuple(QwenMoeConfig.tasks),
     init_cache=decoder_cache,
+    gguf=GGUF,
 )
