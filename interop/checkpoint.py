@@ -53,7 +53,7 @@ def shapes_alone() -> Iterator[None]:
 
     Example:
         >>> tensors = {"norm.weight": np.ones(4, np.float16)}
-        >>> row = Row("norm.scale", (4,), "norm.weight")
+        >>> row = Row("norm.scale", (4,), "norm.weight", transposed=False)
         >>> with shapes_alone():
         ...     jax.eval_shape(partial(load_params, tensors, [row], Cast(lambda path: "float32")))
         {'norm': {'scale': ShapeDtypeStruct(shape=(4,), dtype=float32)}}
