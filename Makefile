@@ -9,14 +9,14 @@
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
 #   make test-field      adapt nets of public packages, from haiku to tunix (tests/field; in .venv-field; some 5 minutes)
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
-#   make kills    kill 125 runs, 26 of them of two processes, at chosen and random moments, and resume them (half an hour)
+#   make kills    kill 125 runs, 26 of them of two processes, at chosen and random moments, and resume them
 #   make lint     ruff and mypy
 #   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
 #   make dist     build and check what is uploaded, in dist/, and run the demo from the wheel in an empty environment
 #   make notebooks       execute docs/notebooks/ in Jupyter's kernel, and store the outputs in them
 #   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's summary of it
-#   make quality  train two tasks to the end here and in PEFT, three seeds each, and write docs/quality.md (10 minutes)
+#   make quality  train two tasks to the end here and in PEFT, three seeds each, and write docs/quality.md
 #   make bench-chip      measure training and decoding on this machine's GPU or TPU in 6 minutes, and write docs/chips.md
 #                 (with CHIP_PYTHON, python3 unless given, and what is installed there; nothing is installed)
 #   make test-image      rehearse bench-chip on a CPU with the versions of a common GPU image (in .venv-image)

@@ -1,6 +1,7 @@
 """The table of `lowering.py`, and what it answers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -14,8 +15,8 @@ LARGE = {"70b": "70B", "Qwen3-30B-A3B": "Qwen3-30B-A3B", "gpt-oss-20b": "gpt-oss
 ROOM = {"v5e": 16, "v6e": 32, "h100": 79}  # GiB of a chip
 
 
-def table(records: list[Record]) -> str:
-    """Markdown of the records; those that were refused come last."""
+def table(records: list[Record], missing: Sequence[str] = ()) -> str:
+    """Markdown of the records; those that were refused come last, and then the names of cases without a record."""
     refused = [_refused(record) for record in records if "refused" in record]
     records = [record for record in records if "refused" not in record]
     rows = [_row(record) for record in records]
@@ -25,11 +26,12 @@ def table(records: list[Record]) -> str:
         for one in answers
     ]
     head = "| model | base | step | chips | mesh | batch | a chip, GiB | of | arguments | temporaries | "
-    head += "TFLOP | without adapters | compiled in s |"
+    head += "TFLOP | without adapters | compiled in s | on |"
     written = [record for record in records if record.get("dequantized")]
     notes = ["", WRITTEN, *[_written(record) for record in written]] if written else []
     notes += ["", REFUSED, *refused] if refused else []
-    return "\n".join([INTRODUCTION, *lines, "", head, "|---" * 13 + "|", *rows, *notes, ""])
+    notes += ["", f"Not compiled yet: {'; '.join(missing)}."] if missing else []
+    return "\n".join([INTRODUCTION, *lines, "", head, "|---" * 14 + "|", *rows, *notes, ""])
 
 
 INTRODUCTION = """# Compiled ahead of time
@@ -41,8 +43,8 @@ rows at once; decoding reads one token of each row on a cache of that many slots
 the program, on all chips (the compiler's own count, in the records, takes a loop's body once), where a row of a
 grouped product counts with the matrix of its expert alone, as on TPU and GPU; without adapters means the loss and its
 gradient down to the embeddings. In every program it is asserted that no product has the shape of a frozen weight, as
-its gradient would have, and with an int8 base, or on a TPU with an nf4 base, that no buffer between fusions is a weight
-in float.
+its gradient would have, and with an int8 base that no buffer between fusions is a weight in float.
+Rows compiled before 2026-11-29 are of products over joined rows (`benchmarks/NOTES.md`).
 """
 
 WRITTEN = """## Where a compiler writes dequantized weights
@@ -83,7 +85,7 @@ def _row(record: Record) -> str:
     cells = [
         *(record["size"], record["base"], record["work"], record["chip"], record["mesh"], batch),
         *(f"{gib['per_chip']:.2f}", memory(record), f"{gib['argument']:.2f}", f"{gib['temp']:.2f}"),
-        *(f"{record['operations'] / 1e12:.2f}", ratio, f"{record['compile_seconds']:.0f}"),
+        *(f"{record['operations'] / 1e12:.2f}", ratio, f"{record['compile_seconds']:.0f}", record["date"]),
     ]
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -52,8 +52,12 @@ def compose_cartridge_adapters(
     configs = [_config(path) for path in adapter_paths]
     first = configs[0]
     for path, config in zip(adapter_paths, configs, strict=True):
-        if unlike := [field for field in SAME if getattr(config, field) != getattr(first, field)]:
-            raise ValueError(f"'{path}' and '{adapter_paths[0]}' have another {unlike[0]}. Compose those of one model.")
+        for field in SAME:
+            own, wanted = getattr(config, field), getattr(first, field)
+            if own != wanted:
+                raise ValueError(
+                    f"'{path}' has {field}={own}, and '{adapter_paths[0]}' has {wanted}. Compose those of one model."
+                )
     parts = [read_tensors(Path(path) / WEIGHTS_FILE)[PROMPT_KEY] for path in adapter_paths]
     whole = np.concatenate(parts)
     write_adapter(first.replace(num_virtual_tokens=len(whole)), {PROMPT_KEY: whole}, Path(output_path))

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import os
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,7 +150,7 @@ def holds_many_programs() -> bool:
     if not maps.exists():
         return True
     pages = int(sizes.read_text().split()[1])
-    return maps.read_text().count("\n") > 32_000 or pages * resource.getpagesize() > 4 * 2**30
+    return maps.read_text().count("\n") > 32_000 or pages * os.sysconf("SC_PAGE_SIZE") > 4 * 2**30
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,12 +112,13 @@ def test_what_is_compiled_ahead_changes_no_error() -> None:
 
     with compiled_meanwhile(broken):
         pass
-    begun, finish = threading.Event(), threading.Event()
+    begun, finish, compiled = threading.Event(), threading.Event(), []
 
     class Program:
         def compile(self) -> None:
             begun.set()
             finish.wait(60)
+            compiled.append(self)
 
     def programs() -> Iterator[Any]:
         yield Program()
@@ -124,12 +126,15 @@ def test_what_is_compiled_ahead_changes_no_error() -> None:
     with pytest.raises(KeyboardInterrupt), compiled_meanwhile(programs):
         begun.wait(60)
         raise KeyboardInterrupt
-    assert _threads() == 1, "it is not waited for"
+    assert not compiled, "it is not waited for"
     finish.set()
+    while any(thread.name == "compiled ahead" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    assert len(compiled) == 1
+    begun.clear()
+    finish.clear()
     with pytest.raises(ValueError, match="of the run"), compiled_meanwhile(programs):
+        begun.wait(60)
+        threading.Timer(0.2, finish.set).start()
         raise ValueError("of the run")
-    assert _threads() <= 1, "it is waited for"
-
-
-def _threads() -> int:
-    return sum(thread.name == "compiled ahead" for thread in threading.enumerate())
+    assert len(compiled) == 2, "it is waited for"

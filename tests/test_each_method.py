@@ -555,7 +555,7 @@ def test_glora_without_a_bias_has_zeros_in_its_file():
     key = "base_model.model.dense.glora_D.zeros"
     assert {name for name in file if name.endswith("zeros")} == {key.replace("D", part) for part in "CDE"}
     file[key][0] = 1
-    with pytest.raises(ValueError, match="glora_D.zeros of 'dense.kernel' holds numbers, and its config leaves D out"):
+    with pytest.raises(ValueError, match="glora_D.zeros of 'dense.kernel' is not zero, but the config leaves D out"):
         pj.set_peft_model_state_dict(tree, config, file)
     with pytest.raises(ValueError, match="config_C is one of lora, vector, none, got 'constant'"):
         pj.GloraConfig(config_C="constant")
@@ -1115,7 +1115,7 @@ def test_each_row_has_the_poly_of_its_task(dense, monkeypatch):
             "task_ids are from 3 to 3, but the adapter has",
         ),
         (lambda params: pj.with_task_ids(params, jnp.ones(2)), r"whole numbers \(batch,\), got float32"),
-        (lambda params: pj.with_task_ids(pj.unload(params), 0), "task_ids are for POLY, and no such adapter is there"),
+        (lambda params: pj.with_task_ids(pj.unload(params), 0), "task_ids are for POLY, and no such adapter is active"),
         (
             lambda params: pj.adapt(layer)(pj.with_task_ids(params, jnp.array([0, 1])), normal(0, 3, 6)),
             "name the tasks of 2 rows",

@@ -79,7 +79,7 @@ def test_the_table_says_what_is_met() -> None:
         "micro": 16,
     }
     record |= {"argument": 2**30, "temp": 2**30, "operations": 103, "operations_without_adapters": 100}
-    record |= {"compile_seconds": 1.0}
+    record |= {"compile_seconds": 1.0, "date": "2026-01-31"}
     text = table([record | {"base": "int8", "per_chip": 17 * 2**30}, record | {"base": "bfloat16", "per_chip": 2**35}])
     assert "fits 16 chips of 16 GiB (70b, int8, v5e:4x4): **not met**, 17.000." in text
     assert "under 0.6 of bf16's (70b, int8, v5e:4x4): **met**, 0.53" in text
@@ -89,7 +89,9 @@ def test_the_table_says_what_is_met() -> None:
     assert "70B with nf4 LoRA fits 8 chips of 16 GiB (70b, nf4+head, v5e:4x4): **met**, 16.000." in text
     assert "- 70b, nf4+head, train, v5e:4x4: `bf16[2,9]`." in text
     refused = {**record, "base": "int8", "refused": "Error: no memory"}
-    assert table([refused]).endswith("- 70b, int8, train, v5e:4x4, fsdp=16, 16 x 9 / 16: `Error: no memory`\n")
+    line = "- 70b, int8, train, v5e:4x4, fsdp=16, 16 x 9 / 16: `Error: no memory`\n"
+    assert table([refused]).endswith(line)
+    assert table([refused], ["8b nf4"]).endswith(f"{line}\nNot compiled yet: 8b nf4.\n")
 
 
 def test_a_row_of_a_grouped_product_counts_with_one_matrix() -> None:

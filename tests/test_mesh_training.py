@@ -64,7 +64,7 @@ def test_eight_devices_give_the_losses_of_one(runs: dict[str, Any]) -> None:
         ("nf4", "q_proj.kernel.base.packed", {MESH: 2}),
     ],
 )
-def test_each_axis_of_a_mesh_gives_the_losses_of_one_device(
+def test_each_base_has_the_losses_of_one_device_on_a_mesh(
     runs: dict[str, Any], base: str, array: str, parts: dict[str, int]
 ) -> None:
     wanted = runs[f"{base} one"]["losses"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +156,21 @@ def test_an_adapter_may_have_its_bases_precision(config):
     assert {array.dtype for array in computed.params.values()} == {jnp.dtype("float32")}
     np.testing.assert_array_equal(computed.apply(x), half.apply(x))  # the products alone are of that type
     np.testing.assert_array_equal(computed.dense(), full.dense())
+
+
+def test_arrays_that_all_leaves_train_are_of_the_type_of_the_products_too():
+    """Those of a stacked leaf, and of each leaf but one, are in another leaf."""
+    tree = {"q": {"kernel": normal(0, 12, 8)}, "layers": {"v": {"kernel": normal(1, 2, 12, 8)}}}
+    run = pj.adapt(lambda params, x: (x @ params["q"]["kernel"], x @ params["layers"]["v"]["kernel"][1]))
+
+    def types_of_products(params):
+        text = jax.jit(run).lower(params, normal(2, 5, 12)).as_text()
+        return re.findall(r"stablehlo.dot_general .*tensor<[\dx]*x(\w+)>$", text, re.M)
+
+    for name in ("UNILORA", "TINYLORA", "VBLORA"):
+        config = CASES[name].replace(target_modules=["q", "v"])
+        params = pj.apply_adapter(tree, config, layout={"layers.*": pj.Layout((0,), (1,), (2,))})
+        of_base = types_of_products(tree)
+        assert set(types_of_products(params)) == set(of_base) == {"f32"}
+        found = types_of_products(with_compute_dtype(params, "bfloat16"))
+        assert found.count("f32") == len(of_base) and found.count("bf16") >= 4, name

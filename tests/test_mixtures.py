@@ -117,7 +117,7 @@ def test_condition_numbers_choose_pefts_targets(folders: Any) -> None:
     limit = ours.config.hidden_size
     want = helpers.find_kappa_target_modules(theirs, 1.0, limit, show_progress=False)
     assert pj.find_kappa_target_modules(ours, 1.0, limit) == want and "lm_head" not in want["target_modules"]
-    with pytest.raises(ValueError, match="top_p is a share above 0 and at most 1, got 0"):
+    with pytest.raises(ValueError, match="top_p is a fraction above 0 and at most 1, got 0"):
         pj.find_kappa_target_modules(ours, 0)
 
 

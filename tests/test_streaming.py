@@ -18,7 +18,7 @@ from peft_jax.train import Mixture, Padded, training_batches
 from peft_jax.train.data.data_files import read_rows
 from peft_jax.train.data.long_examples import Example, NothingFits
 from peft_jax.train.data.row_files import GROUPS, JoinedRows, JsonLines, open_rows
-from peft_jax.train.data.streamed import ReadAhead, Streamed
+from peft_jax.train.data.streamed import AHEAD, ReadAhead, Streamed
 from peft_jax.train.metrics import MetricsLog
 
 RECORDS = [{"query": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(40)]
@@ -103,6 +103,18 @@ def test_rows_of_lines_have_the_order_of_rows_in_memory() -> None:
         one, other = training_batches(one, 4, seed=1), ReadAhead(training_batches(other, 4, seed=1))
         for step in range(12):
             np.testing.assert_equal(one[step], other[step])
+
+
+def test_a_batch_that_is_asked_for_again_is_not_read_again() -> None:
+    read: list[int] = []
+
+    def example(place: int) -> Example:
+        read.append(place)
+        return Example(np.array([place]), np.array([place]))
+
+    ahead = ReadAhead(training_batches(Streamed(example, np.arange(30), None, longest=32), 4, seed=1))
+    np.testing.assert_equal(ahead[3], ahead[3])
+    assert len(read) <= 4 * (AHEAD + 3) and len(set(read)) == len(read)
 
 
 def test_a_row_that_is_left_out_gives_its_turn_to_the_next() -> None:
@@ -194,6 +206,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "a table": (_csv, ["--data", "one.csv"], "one.csv is a .csv file. --streaming reads JSONL and Parquet files."),
     "no file": (_nothing, ["--data", "none.jsonl"], "no data file at none.jsonl. --streaming reads JSONL and Parquet"),
     "the hub": (_nothing, ["--data", "some/data"], "some/data is a data set on the hub. --streaming reads JSONL and"),
+    "more tokens than positions": (_nothing, ["--cutoff-len", "999"], "exceed the model's 256 positions"),
     "an empty file": (_empty, [], "one.jsonl is empty."),
     "half a file": (_half, ["--data", "one.parquet"], "one.parquet is not a whole parquet file"),
     "another form behind the first records": (_other, [], "record 10 of one.jsonl lacks instruction"),

@@ -1,7 +1,7 @@
 """KappaTune: the modules whose matrices have the lowest condition numbers, as targets of an adapter.
 
-https://arxiv.org/abs/2506.16289: a matrix whose largest and smallest singular values are near each other has no
-direction that it alone cares for, so that it changes with the least harm to what the model knows.
+https://arxiv.org/abs/2506.16289: where the largest and the smallest singular value of a matrix are near each other,
+no direction is nearly lost, and a change costs least of what was learned.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.target_parameters import DECLARED, parameter_names
+from peft_jax.adapters.target_parameters import parameter_names
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import as_weight
 
-EXPERTS = tuple(f".{name}" for name in DECLARED)  # ends of the names of fused experts
+EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")  # PEFT's ends of the names of fused experts
 SMALL = 1e-8  # what PEFT adds to the smallest singular value
 
 
@@ -35,17 +35,17 @@ def find_kappa_target_modules(
 
     Args:
         model: A tree or model handle.
-        top_p: Which part of the modules, and of the fused experts, above 0; at least one is chosen.
+        top_p: The fraction of the modules, and of the fused experts, that is chosen, above 0; at least one is.
         max_dim_size_to_analyze: Larger matrices are left out.
         moe_param_suffixes: Ends of the names of weights that are experts, fused; None for those of transformers. The
-            number of such a weight is the mean over its experts.
+            condition number of such a weight is the mean over its experts.
         layout: As in `peft_jax.apply_adapter`, for a bare tree.
 
     Returns:
         ``target_modules``, and ``target_parameters``, which is None where there are no fused experts.
 
     Raises:
-        ValueError: if ``top_p`` is no share.
+        ValueError: if ``top_p`` is no fraction.
 
     Example:
         >>> narrow = jnp.diag(jnp.array([9.0, 1.0]))
@@ -53,7 +53,7 @@ def find_kappa_target_modules(
         {'target_modules': ['v'], 'target_parameters': None}
     """
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is a share above 0 and at most 1, got {top_p}.")
+        raise ValueError(f"top_p is a fraction above 0 and at most 1, got {top_p}.")
     handle = model if isinstance(model, Handle) else None
     tree = model if handle is None else handle.params
     layouts = layout if handle is None else {**handle.layouts(), **(layout or {})}
@@ -62,7 +62,7 @@ def find_kappa_target_modules(
     for leaf in find_leaves(tree, layouts):
         if not _is_product(leaf) or max(leaf.layout.sizes(leaf.value.shape)) > max_dim_size_to_analyze:
             continue
-        for parameter, module, kappa in _numbers(leaf):
+        for parameter, module, kappa in _condition_numbers(leaf):
             if not leaf.layout.parameter:
                 of_modules.setdefault(module, []).append(kappa)
             elif parameter.endswith(moe_param_suffixes or EXPERTS):
@@ -78,7 +78,7 @@ def _is_product(leaf: Leaf) -> bool:
     return is_matrix(leaf) and leaf.layout is not None and (leaf.layout.is_linear or leaf.layout.parameter)
 
 
-def _numbers(leaf: Leaf) -> Iterator[tuple[str, str, float]]:
+def _condition_numbers(leaf: Leaf) -> Iterator[tuple[str, str, float]]:
     """Of each matrix that a leaf stands for its parameter's name, its module's, and its condition number."""
     weight = as_weight(leaf.value, leaf.layout)
     matrices = leaf.layout.matrix(weight.dense()).astype(jnp.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from peft_jax.adapters.task_ids import TaskIds, with_task_ids
+from peft_jax.adapters.task_ids import TaskIds, check_tasks_of_rows, handed_over
 from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, nested_adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
@@ -38,7 +38,7 @@ def with_adapter_rows(params: T, names: Sequence[str], task_ids: TaskIds | None 
         task_ids: The task of each row, for adapters that depend on it, as in `with_task_ids`.
 
     Raises:
-        ValueError: if there is no such adapter.
+        ValueError: if there is no such adapter or task, or tasks are given and no adapter depends on them.
 
     Example:
         >>> import peft_jax as pj
@@ -54,7 +54,8 @@ def with_adapter_rows(params: T, names: Sequence[str], task_ids: TaskIds | None 
     if isinstance(params, Handle):
         return params.replace(with_adapter_rows(params.params, names, task_ids))
     if task_ids is not None:
-        params = with_task_ids(params, task_ids)
+        check_tasks_of_rows(params, names, task_ids)
+        params = handed_over(params, task_ids)
     known = adapters(params)
     if missing := sorted(set(names) - {BASE, *known}):
         raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}, and '{BASE}' for none.")
@@ -185,7 +186,7 @@ class Rows(Weight):
             return product.up(product.down(x, a) * scale, b)
 
         update = jax.vmap(added)(x, a[of_row], b[of_row], scaling[of_row])
-        return (y.astype(update.dtype) + update).astype(y.dtype)
+        return product.added(y, update)
 
     def astype(self, dtype: jnp.dtype) -> "Rows":
         """The leaf with its base converted."""

@@ -223,7 +223,10 @@ class Adapted(Weight):
         if self.compute_dtype is None:
             return self
         params = {role: array.astype(self.compute_dtype) for role, array in self.params.items()}
-        return dataclasses.replace(self, params=params, compute_dtype=None)
+        state = dict(self.state)
+        if ADAPTER in state:  # trained in another leaf
+            state[ADAPTER] = {role: array.astype(self.compute_dtype) for role, array in state[ADAPTER].items()}
+        return dataclasses.replace(self, params=params, state=state, compute_dtype=None)
 
     def _check_stack(self) -> None:
         """Raise ValueError if an adapter is active under this one whose kind does not go with it."""

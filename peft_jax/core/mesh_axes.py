@@ -14,13 +14,13 @@ def dividing(names: Sequence[str], size: int, mesh: Mapping[str, int]) -> tuple[
     Args:
         names: Axes of the mesh.
         size: Length of the array's axis.
-        mesh: The number of devices along each axis of the mesh; an axis that it lacks has one.
+        mesh: The number of devices along each axis of the mesh. Axes that it lacks are left out.
 
     Example:
         >>> dividing(("expert", "tensor"), 6, {"expert": 2, "tensor": 4})
         ('expert',)
     """
-    kept = tuple(names)
-    while size % math.prod(mesh.get(name, 1) for name in kept):
+    kept = tuple(name for name in names if name in mesh)
+    while size % math.prod(mesh[name] for name in kept):
         kept = kept[:-1]
     return kept

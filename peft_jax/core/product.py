@@ -175,7 +175,7 @@ class Product:
 
         @jax.checkpoint
         def apart(x: jax.Array, *arrays: Any) -> jax.Array:
-            y = fn(x.reshape(*rows, n_in), *arrays)
+            y = fn(x.reshape(*rows, n_in), *arrays)  # of all outputs
             return y.reshape(*y.shape[:-1], *self.out_sizes) if self.out_sizes else y
 
         y = apart(x.reshape(*rows, *_axes_of(n_in, self.in_sizes)), *arrays)

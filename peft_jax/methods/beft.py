@@ -90,4 +90,4 @@ class BeftConfig(TargetFields, BiasRule, Method):
         if UNBIASED not in state:
             return y
         own = jnp.where(state[UNBIASED][..., None], params["beft_bias"], 0)
-        return added(y, product.scale(jnp.ones_like(y, own.dtype), own))
+        return product.added(y, product.scale(jnp.ones_like(y, own.dtype), own))

@@ -148,7 +148,10 @@ class GloraConfig(TargetFields, FrozenArrays, BiasRule):
         """Raise ValueError if what a file has in place of something that is left out is not zero."""
         for role in self.frozen:
             if role in arrays and np.any(arrays[role]):
-                raise ValueError(f"glora_{role} of '{path}' holds numbers, and its config leaves {role[0]} out.")
+                raise ValueError(
+                    f"glora_{role} of '{path}' is not zero, but the config leaves {role[0]} out, or the module has no "
+                    "bias. Save the adapter again from the model that it was trained on."
+                )
 
     def merge(
         self,

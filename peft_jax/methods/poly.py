@@ -124,6 +124,7 @@ class PolyConfig(TargetFields, ExcludeFields, HasTasks, FactoredChange):
         if tasks is None:
             self._check_only_task(logits)
             tasks = jnp.zeros(state["hit"].shape, jnp.int32)
+        tasks = jnp.where(tasks < 0, logits.shape[-2], tasks)  # NaN, and not counted from the end
         chosen = jnp.take_along_axis(logits, tasks[..., None, None], axis=-2)[..., 0, :]
         return _mixed(params, state, jax.nn.sigmoid(chosen))
 

@@ -131,9 +131,7 @@ class RandLoraConfig(TargetFields, LayerFields, SharedArrays, FactoredChange):
         _, least = shapes[A]
         first = _kaiming(generator, (rank, least))
         second = np.stack([_kaiming(generator, (most, rank)) for _ in range(bases)], axis=1)
-        return {
-            role: jnp.asarray(_halved(array / _halved(_deviation(array)))) for role, array in ((A, first), (B, second))
-        }
+        return {A: jnp.asarray(_normalized(first)), B: jnp.asarray(_normalized(second))}
 
     def share(self, shared: Mapping[str, Any], sizes: tuple[int, int], stack: tuple[int, ...]) -> dict[str, jax.Array]:
         """The random matrices, for each stacked layer."""

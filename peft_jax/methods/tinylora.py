@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.dropout import dropout
-from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.added_change import FactoredChange
@@ -193,4 +192,4 @@ class TinyLoraConfig(TargetFields, LayerFields, TrainedSharedArrays, StartsFromW
             return super().apply(params, state, base, x, product)
         a, b = self.factors(params, state, *base.layout.sizes(base.shape))
         update = product.up(dropout(product.down(x, a), state), b)
-        return added(base.apply(x, product), update)
+        return product.added(base.apply(x, product), update)

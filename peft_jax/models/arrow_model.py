@@ -62,12 +62,16 @@ def create_arrow_model(
         raise ValueError("task_specific_adapter_paths names at least one LoRA, got none.")
     if arrow_config.use_gks and not general_adapter_paths:
         raise ValueError("use_gks=True takes the mean of general LoRAs out. Give general_adapter_paths=.")
+    if general_adapter_paths and not arrow_config.use_gks:
+        raise ValueError("general_adapter_paths are for use_gks=True. Set it, or leave the paths out.")
+    if "compute_dtype" in adapter_kwargs:
+        raise ValueError("An Arrow model has no compute_dtype: its router computes in float32. Leave it out.")
     if arrow_config.top_k > len(task_specific_adapter_paths):
         raise ValueError(f"top_k={arrow_config.top_k} is above the {len(task_specific_adapter_paths)} LoRAs there are.")
     tasks = {f"task_{number}": path for number, path in enumerate(task_specific_adapter_paths)}
     general = {f"gks_{number}": path for number, path in enumerate(general_adapter_paths or ())}
     model: Any = base_model
-    for name, path in {**tasks, **(general if arrow_config.use_gks else {})}.items():
+    for name, path in {**tasks, **general}.items():
         folder, inside = _in_repository(path)
         options = {**({"subfolder": inside} if inside else {}), **adapter_kwargs}
         if isinstance(model, PeftModel):
@@ -80,10 +84,12 @@ def create_arrow_model(
 
 def _in_repository(path: str | os.PathLike[str]) -> tuple[str, str]:
     """Folder or hub id, and the folder in that repository: of ``user/name/some/folder`` the last two."""
-    parts = str(path).strip("/").split("/")
-    if os.path.isdir(path) or len(parts) <= 2:
-        return str(path), ""
-    return "/".join(parts[:2]), "/".join(parts[2:])
+    name = str(path)
+    is_local = os.path.isdir(path) or os.path.isabs(name) or name.startswith(".")
+    if is_local or name.count("/") < 2:
+        return name, ""
+    owner, repository, inside = name.strip("/").split("/", 2)
+    return f"{owner}/{repository}", inside
 
 
 def _with_router(model: Any, tasks: Sequence[str], general: Sequence[str], config: ArrowConfig) -> Any:

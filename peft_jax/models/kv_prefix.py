@@ -153,6 +153,8 @@ def initialize_kv_prefix_from_text(
     name, _ = _chosen(model, adapter_name)
     if not isinstance(model, CausalLM):
         raise ValueError(f"A text is read by causal language models, and this one is for {model.task}.")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is at least 1, got {max_length}.")
     if use_chat_template and has_chat_template(tokenizer):
         turns = [{"role": "system", "content": text}]
         ids = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=False, return_dict=False)

@@ -37,7 +37,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 # it are split as its are, and a rank never is. The optimizer's moments are sharded like their parameters.
 # Of embeddings only the rows are split: with split features, what is looked up has them too, and XLA then has every
 # device compute all rows of a batch.
-BATCH = P(BATCH_AXES)  # the rows
 EXPERTS, EXPERT_VECTORS = P(EXPERT_AXES, "fsdp", None), P(EXPERT_AXES, None)
 COLUMNS, ROWS, TABLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P(("tensor", "fsdp"), None)
 RULES: tuple[tuple[str, P], ...] = (
@@ -135,7 +134,17 @@ def batch_parts(mesh: Mesh | None) -> int:
         >>> batch_parts(make_mesh({}))
         1
     """
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
+    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
+
+
+def batch_spec(mesh: Mesh) -> P:
+    """How the rows of a batch are sharded.
+
+    Example:
+        >>> tuple(batch_spec(make_mesh({})))
+        (('data', 'fsdp', 'expert'),)
+    """
+    return P(tuple(name for name in BATCH_AXES if name in mesh.shape))
 
 
 def with_mesh_in_use(fn: F, mesh: Mesh | None) -> F:
@@ -233,7 +242,7 @@ def place_batch(batch: Batch, mesh: Mesh) -> Any:
     Raises:
         ValueError: If they do not divide.
     """
-    return {name: put(array, NamedSharding(mesh, BATCH)) for name, array in batch.items()}
+    return {name: put(array, NamedSharding(mesh, batch_spec(mesh))) for name, array in batch.items()}
 
 
 class PlacedBatches(Sequence[Any]):

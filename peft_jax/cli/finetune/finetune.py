@@ -128,7 +128,8 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         if model is None:
             base = base if outline is None else dataclasses.replace(base, params=read().params)
             model = attached(base)
-        setup.check_fit(data.parts, base.config, virtual_slots(model))
+        longest = 0 if data.sample is None else data.training.lengths[-1]
+        setup.check_fit(data.parts, base.config, virtual_slots(model), longest)
         fingerprint["tokens"] = data.digest
     fingerprint["contents"] |= setup.start_digests(folder)
     plan, state, frozen = make_plan(options, task, model, data, mesh)

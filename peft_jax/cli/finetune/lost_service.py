@@ -27,10 +27,12 @@ def service_watched(line: str) -> Iterator[None]:
     """End this process with ``line`` on stderr and status 2 if JAX gives up the service, whatever its threads wait for.
 
     During the block what is written to stderr goes through a pipe, in which a thread looks for JAX's fatal error. From
-    there on it lets nothing through but this package's own error. An abort is held up meanwhile: its handler is the C
-    library's ``sleep``, which takes the signal's number, 6, for seconds. On Windows, which lacks these, JAX aborts.
+    there on it lets nothing through but this package's own error. An abort is delayed meanwhile: the handler of SIGABRT
+    is the C library's ``sleep``. It is called with the signal's number, 6, and so sleeps for 6 seconds. On Windows,
+    which lacks these, JAX aborts.
 
-    If the block raises an exception, all this stays until Python ends: the service may be lost at any time.
+    If the block raises an exception, all this stays until Python's exit handlers run: the service may be lost at any
+    time.
 
     Args:
         line: The error where the main thread reports none.
@@ -50,7 +52,7 @@ def service_watched(line: str) -> Iterator[None]:
     def end(file: int) -> None:
         sys.stderr.flush()
         os.dup2(file, 2)  # which closes the pipe, so that its reader ends
-        pump.join()
+        pump.join(GRACE)  # not for ever: a child process may still hold the pipe
 
     try:
         yield
@@ -61,6 +63,7 @@ def service_watched(line: str) -> Iterator[None]:
         end(stderr)
         raise
     end(stderr)
+    os.close(stderr)
     _set_abort_handler(before)
 
 
@@ -74,7 +77,10 @@ def _set_abort_handler(handler: int | None) -> int | None:
 
 
 def _pump(source: int, target: int, line: bytes) -> None:
-    """Copy what comes through the pipe, up to JAX's fatal error; then end the process."""
+    """Copy what comes through the pipe, up to JAX's fatal error; then end the process.
+
+    The pipe is read to its end even where the target takes nothing more: who writes to a full pipe waits for ever.
+    """
     rest = b""  # of a line
     is_reported = False
     while part := os.read(source, 2**16):
@@ -90,6 +96,7 @@ def _pump(source: int, target: int, line: bytes) -> None:
             os._exit(STATUS)
         _write(target, part)
         rest = text.rpartition(b"\n")[2]
+    os.close(source)
 
 
 def _own_error(source: int) -> bytes | None:
@@ -105,5 +112,7 @@ def _own_error(source: int) -> bytes | None:
 
 
 def _write(target: int, text: bytes) -> None:
-    while text:
-        text = text[os.write(target, text) :]
+    """Write a text whole, or as much of it as a target takes that is closed meanwhile."""
+    with contextlib.suppress(OSError):
+        while text:
+            text = text[os.write(target, text) :]

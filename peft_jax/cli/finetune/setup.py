@@ -237,8 +237,11 @@ def _split_records(records: Sequence[int], val_size: float, seed: int) -> tuple[
     return training, [place for place, record in enumerate(records) if record in kept]
 
 
-def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
-    """Raise ValueError for tokens that the model has no embedding or, after the virtual ones, no position for."""
+def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0, longest: int = 0) -> None:
+    """Raise ValueError for tokens that the model has no embedding or, after the virtual ones, no position for.
+
+    ``longest`` are the most tokens of a row that is not in ``parts``.
+    """
     largest = 0
     for part in parts:
         for index in range(len(part)):
@@ -246,7 +249,7 @@ def check_fit(parts: Sequence[Data], config: Any, virtual: int = 0) -> None:
                 if name.endswith("input_ids"):
                     largest = max(largest, int(ids.max()))
     check_token(largest, config)
-    longest, positions = max(part.lengths[-1] for part in parts), config.room
+    longest, positions = max(longest, *(part.lengths[-1] for part in parts)), config.room
     if longest + virtual > positions:
         after = f" after {virtual} virtual ones" if virtual else ""
         raise ValueError(

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.core.adapted import apply_merged
 from peft_jax.core.dropout import dropout
+from peft_jax.core.float_types import wider_float
 from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.weight import Weight, varying
 from peft_jax.methods.base import Arrays
@@ -55,10 +56,12 @@ def apply(
     y, dropped = base.apply(x, product), x if product.looks_up else dropout(x, state)
     inner = product.down_by_role(dropped, params, "lora_A") * state["scaling"].astype(params["lora_A"].dtype)
     update = product.up(inner, b)
+    wide = wider_float(y.dtype, update.dtype)
     if dropped is x:
-        return product.scale(y.astype(b.dtype) + update, factor).astype(y.dtype)
-    again = base.apply(dropped, product).astype(b.dtype)
-    return (y.astype(b.dtype) + product.scale(again, factor - 1) + product.scale(update, factor)).astype(y.dtype)
+        return product.scale(product.added(y.astype(wide), update), factor).astype(y.dtype)
+    again = base.apply(dropped, product).astype(wide)
+    scaled = product.added(product.scale(again, factor - 1), product.scale(update, factor))
+    return product.added(y, scaled)
 
 
 def _sum(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 r"""Rows of JSONL and Parquet files that stay on the disk: each is read when it is asked for.
 
-Of a JSONL file the places of the lines are kept in memory, 8 bytes a line. Of a Parquet file, whose rows are written in
-groups, the groups read last are kept.
+Of a JSONL file the places of the lines are kept in memory, 16 bytes a line. Of a Parquet file, whose rows are written
+in groups, the groups read last are kept.
 """
 
 import importlib

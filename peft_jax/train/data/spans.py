@@ -68,6 +68,8 @@ def encode_spans(
     found = questions(records)
     quick: Any = tokenizer
     check_stride(stride, long)
+    if stride is not None and stride >= cutoff_len:
+        raise ValueError(f"stride is {stride}, and a row has {cutoff_len} tokens in all. Give a smaller one.")
     if stride is None:
         stride = min(STRIDE, cutoff_len // 4)
     examples: list[Example] = []
@@ -105,7 +107,10 @@ def encode_spans(
                 examples.append(Example(ids, np.asarray(start, np.int32), more))
                 windows.append(Window(number, places, null))
     if not examples:
-        raise ValueError(f"none of {len(found)} examples fits into {cutoff_len} tokens. Raise cutoff_len.")
+        raise ValueError(
+            f"none of {len(found)} examples fits into {cutoff_len} tokens with a stride of {stride}. "
+            "Raise cutoff_len, or give a smaller stride."
+        )
     return Encoded(examples, too_long, shortened, tuple(window.record for window in windows), tuple(windows))
 
 

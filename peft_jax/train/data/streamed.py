@@ -111,21 +111,25 @@ class ShuffledBlocks(grain.MapDataset[Any]):  # type: ignore[misc] # grain ships
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in the order of an epoch, and the number of rows up to the end of each pool of blocks."""
-        if self._epoch is None or self._epoch[0] != epoch:
+        known = self._epoch  # read once: threads that read ahead may set another
+        if known is None or known[0] != epoch:
             order = np.random.default_rng((self._of_seed, epoch)).permutation(len(self._sizes))
             starts = np.arange(0, len(order), GROUPS)
-            self._epoch = (epoch, order, np.cumsum(np.add.reduceat(self._sizes[order], starts)))
-        return self._epoch[1:]
+            known = (epoch, order, np.cumsum(np.add.reduceat(self._sizes[order], starts)))
+            self._epoch = known
+        return known[1:]
 
     def _places(self, epoch: int, pool: int, order: np.ndarray) -> np.ndarray:
         """The places of a pool's rows, in order."""
-        if self._pool is None or self._pool[:2] != (epoch, pool):
+        known = self._pool
+        if known is None or known[:2] != (epoch, pool):
             parts = []
             for block in order[pool * GROUPS : (pool + 1) * GROUPS]:
                 parts.append(np.arange(self._firsts[block], self._firsts[block] + self._sizes[block]))
             dice = np.random.default_rng((self._of_seed, epoch, pool))
-            self._pool = (epoch, pool, dice.permutation(np.concatenate(parts)))
-        return self._pool[2]
+            known = (epoch, pool, dice.permutation(np.concatenate(parts)))
+            self._pool = known
+        return known[2]
 
 
 class ReadAhead(Sequence[Any]):
@@ -143,6 +147,7 @@ class ReadAhead(Sequence[Any]):
     def __init__(self, batches: grain.MapDataset[Any]) -> None:
         self._batches = batches
         self._next = 0
+        self._last: Any = None  # the batch before the next one
         self._iterator: Iterator[Any] | None = None
 
     def __len__(self) -> int:
@@ -150,9 +155,12 @@ class ReadAhead(Sequence[Any]):
         return len(self._batches)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return a batch; the next one is at hand already if they are asked for in turn."""
+        """Return a batch; the last one again and the next one are at hand already."""
+        if self._iterator is not None and index == self._next - 1:
+            return self._last
         if self._iterator is None or index != self._next:
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
             self._iterator = iter(self._batches[index:].to_iter_dataset(options))
         self._next = index + 1
-        return next(self._iterator)
+        self._last = next(self._iterator)
+        return self._last
