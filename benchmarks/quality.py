@@ -179,9 +179,9 @@ def theirs(task: Task, seed: int) -> Scores:
     torch.manual_seed(seed)
     if task.classes:
         read = transformers.AutoModelForSequenceClassification
-        base = read.from_pretrained(task.base, num_labels=task.classes, dtype="float32")
+        base = read.from_pretrained(task.base, num_labels=task.classes, dtype="float32", trust_remote_code=False)
     else:
-        base = transformers.AutoModelForCausalLM.from_pretrained(task.base, dtype="float32")
+        base = transformers.AutoModelForCausalLM.from_pretrained(task.base, dtype="float32", trust_remote_code=False)
     model = peft.get_peft_model(base, peft.LoraConfig(**task.lora))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=task.rate, weight_decay=0)

@@ -155,7 +155,7 @@ class Architecture:
         prompts: By task, the prompts that are compared with PEFT for it.
         generates: Prompts whose tokens are compared with PEFT's.
         training: The task that is trained beside PEFT, and what its config has instead of `sizes`, if there is one.
-        not_trained: Prompts that PEFT does not have for it.
+        not_trained: Methods and prompts that PEFT does not have for it.
         lively: By how much random weights of it are moved for prompts, so that its outputs differ.
         types: Whether it takes ``token_type_ids`` for classes of texts and of tokens.
         switches: Of a decoder, what is compared in test_decoders.py: model types, and what their configs have beside
@@ -1305,6 +1305,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sizes={**SIZES, "max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": None},
         model_types={"gpt2": {}},
         conv1d=True,
+        not_trained=("GLORA",),
         modules=Modules(
             first="c_attn",
             second="attn.c_proj",

@@ -100,8 +100,9 @@ def test_there_is_a_test_for_every_option() -> None:
     here += Path(__file__).with_name("test_resume.py").read_text().replace("--", "").replace("-", "_")
     here += Path(__file__).with_name("test_processes.py").read_text().replace("-", "_")
     here += Path(__file__).with_name("test_record_forms.py").read_text()
-    for name in ("test_gguf.py", "test_kept_quantized.py", "test_head_tasks.py", "test_compilation_cache.py"):
-        here += Path(__file__).with_name(name).read_text()
+    more = ("test_gguf.py", "test_kept_quantized.py", "test_compilation_cache.py", "test_streaming.py")
+    for name in (*more, "test_head_tasks.py"):
+        here += Path(__file__).with_name(name).read_text().replace("--label-names", "label_names")
     options = parse(words())
     assert isinstance(options, finetune_module.Finetune)
     assert [name for name, _ in each(options) if here.count(name) < 1] == []

@@ -45,7 +45,7 @@ def adapted(method: str, **more: Any) -> Any:
 
 def torch_model(params: Any) -> Any:
     torch = pytest.importorskip("torch")
-    layers = {name: torch.nn.Linear(*shape, bias=False) for name, shape in SIZES.items()}
+    layers = {name: torch.nn.Linear(*shape, bias=False) for name, shape in sorted(SIZES.items())}
     for name, layer in layers.items():
         layer.weight.data = torch.tensor(np.asarray(params[name]["kernel"]).T.copy())
     return torch.nn.ModuleDict(layers)

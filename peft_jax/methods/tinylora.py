@@ -67,7 +67,7 @@ class TinyLoraConfig(TargetFields, LayerFields, TrainedSharedArrays, StartsFromW
         ({}, (8, 2))
     """
 
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 4e-3
     carried: ClassVar[tuple[str, ...]] = (VECTORS,)
     counts_modules: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {

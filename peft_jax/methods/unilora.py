@@ -61,7 +61,7 @@ class UniLoraConfig(TargetFields, LayerFields, TrainedSharedArrays, FrozenArrays
         ({}, (2, 8))
     """
 
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 4e-3
     carried: ClassVar[tuple[str, ...]] = (VECTOR,)
     counts_modules: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
