@@ -142,6 +142,7 @@ def test_a_frozen_bert_learns_classes_with_lora_and_with_a_prefix(standard, monk
     assert float(accuracy["LoRA"]) > float(accuracy["untuned"]) < float(accuracy["P-tuning v2"])
 
 
+@pytest.mark.slow
 def test_a_frozen_t5_learns_from_a_prompt_what_it_is_asked(standard, monkeypatch, capsys):
     options = "--pretraining-steps 60 --steps 60 --longest 16".split()
     text = run_example("prompt_tune_t5", monkeypatch, capsys, *options)

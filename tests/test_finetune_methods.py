@@ -81,7 +81,7 @@ def results(folder: str) -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT's, of every AdaLoRA's file
-@pytest.mark.parametrize("load", ["--load-in-8bit", "--load-in-4bit"])
+@pytest.mark.parametrize("load", ["--load-in-8bit", pytest.param("--load-in-4bit", marks=pytest.mark.slow)])
 def test_adalora_narrows_by_itself_resumes_bit_for_bit_and_is_read_by_all(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], load: str
 ) -> None:
