@@ -231,6 +231,7 @@ ABBREVIATIONS = ("opt",)  # which other words of code begin with: opt_state, OPT
 # Code outside the folders that has names of modules which an architecture has too, and why.
 LISTING = {
     "peft_jax/core/targets.py": "PEFT's list of the heads that it trains whole, for all models",
+    "peft_jax/adapters/kappa.py": "PEFT's ends of the names of fused experts",
     "peft_jax/adapters/target_parameters.py": "the names that all experts of transformers give their parameters",
     "peft_jax/models/registry.py": "the folders of architectures, one of which has a module of its name",
     "peft_jax/models/decoder_config.py": "the heads that most decoders have",
