@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import ARCHITECTURES, METHODS, PROMPTS, TASKS, adapters_of, llama_adapters, llama_prompts
+from cases import ARCHITECTURES, METHODS, PROMPTS, TASKS, adapters_of, llama_adapters, llama_prompts, trained_elsewhere
 
 import peft_jax as pj
 from peft_jax.methods import base
@@ -61,7 +61,7 @@ def test_what_a_row_of_an_architecture_names_is_there(name: str) -> None:
     assert set(row.instead) <= set(adapters) and set(row.more) <= set(adapters)
     assert {one for rows in row.prompts.values() for one in rows} <= {prompt.row for prompt in PROMPTS.values()}
     assert set(row.generates) <= {prompt.row for prompt in PROMPTS.values()}
-    assert set(row.not_trained) <= set(PROMPTS)
+    assert set(row.not_trained) <= {*PROMPTS, *trained_elsewhere()}
 
 
 def test_the_rows_need_neither_torch_nor_peft() -> None:
