@@ -63,7 +63,6 @@ def service_watched(line: str) -> Iterator[None]:
         end(stderr)
         raise
     end(stderr)
-    os.close(stderr)
     _set_abort_handler(before)
 
 
@@ -97,6 +96,7 @@ def _pump(source: int, target: int, line: bytes) -> None:
         _write(target, part)
         rest = text.rpartition(b"\n")[2]
     os.close(source)
+    os.close(target)
 
 
 def _own_error(source: int) -> bytes | None:
