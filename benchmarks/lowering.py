@@ -289,6 +289,16 @@ def refused(case: Case, error: Exception) -> dict[str, Any]:
     return {**dataclasses.asdict(case), "refused": said, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
+def without_a_tpu() -> None:
+    """Make settings by which the compilers run on a machine without their chips."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)  # products for one CPU have their rows in one axis, others have not
+    # What libtpu asks for on a machine without a TPU.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Which cases."""
@@ -320,10 +330,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 2)  # products for one CPU have their rows in one axis, others have not
-    # What libtpu asks for on a machine without a TPU.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost")
-    os.environ.setdefault("TPU_WORKER_ID", "0")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    without_a_tpu()
     main(tyro.cli(Options))

@@ -8,7 +8,6 @@ that the compiler says are read and written, and copies between fusions, of both
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import tyro
-from lowering import described, on
+from lowering import described, on, without_a_tpu
 
 import peft_jax as pj
 
@@ -197,10 +196,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 2)  # products for one CPU have their rows in one axis, others have not
-    # What libtpu asks for on a machine without a TPU.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost")
-    os.environ.setdefault("TPU_WORKER_ID", "0")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    without_a_tpu()
     main(tyro.cli(Options))

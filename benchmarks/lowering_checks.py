@@ -39,18 +39,20 @@ def multiplications(program: Any) -> int:
 
     A row of a grouped product is multiplied by the matrix of its group alone, as on TPU and GPU.
     """
-    total = 0
-    for equation, times in products(program):
-        left, right = (variable.aval.shape for variable in equation.invars[:2])
-        numbers, groups = equation.params.get("dimension_numbers"), ()
-        if equation.primitive.name == GROUPED:
-            ragged = equation.params["ragged_dot_dimension_numbers"]
-            numbers, groups = ragged.dot_dimension_numbers, tuple(ragged.rhs_group_dimensions)
-        (_, contracted), (_, batched) = numbers
-        shared = {*contracted, *batched, *groups}
-        outputs = math.prod(size for axis, size in enumerate(right) if axis not in shared)
-        total += 2 * math.prod(left) * outputs * times
-    return total
+    return sum(operations_of_product(equation) * times for equation, times in products(program))
+
+
+def operations_of_product(equation: Any) -> int:
+    """Two for each row, input and output of a product; a row of a grouped one meets the matrix of its group alone."""
+    left, right = (variable.aval.shape for variable in equation.invars[:2])
+    numbers, groups = equation.params.get("dimension_numbers"), ()
+    if equation.primitive.name == GROUPED:
+        ragged = equation.params["ragged_dot_dimension_numbers"]
+        numbers, groups = ragged.dot_dimension_numbers, tuple(ragged.rhs_group_dimensions)
+    (_, contracted), (_, batched) = numbers
+    shared = {*contracted, *batched, *groups}
+    outputs = math.prod(size for axis, size in enumerate(right) if axis not in shared)
+    return 2 * math.prod(left) * outputs
 
 
 def frozen_gradients(program: Any, matrices: Shapes) -> set[tuple[int, ...]]:

@@ -316,16 +316,24 @@ def _is_inside(key: str, modules: set[str]) -> bool:
     return False
 
 
+def _common(file_plan: FilePlan, tensors: Tensors) -> dict[str, np.ndarray]:
+    """The arrays that all layers share, by role; several tensors of one array are stacked."""
+    whole: dict[str, np.ndarray] = {}
+    parts: dict[str, list[np.ndarray]] = {}
+    for entry in file_plan.common:
+        array = entry.from_file(tensors[entry.key]).astype(np.float32)
+        if entry.layer:
+            parts.setdefault(entry.role, []).append(array)
+        else:
+            whole[entry.role] = array
+    return whole | {role: np.stack(arrays) for role, arrays in parts.items()}
+
+
 def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     """The tree or handle of a plan with the adapter."""
     params, config, targets = file_plan.params, file_plan.config, file_plan.targets
     entries = dict(zip([target.position for target in targets], file_plan.entries, strict=True))
-    in_file: dict[str, Any] = {}
-    for entry in file_plan.common:
-        array = entry.from_file(tensors[entry.key]).astype(np.float32)
-        whole = np.stack([*in_file.get(entry.role, ()), array]) if entry.layer else array
-        in_file[entry.role] = whole
-    shared: Mapping[str, Any] = in_file
+    shared: Mapping[str, Any] = _common(file_plan, tensors)
     if isinstance(config, SharedArrays) and not config.saves_shared:
         shared = config.shared(list(file_plan.sizes.values()))
     following = following_modules(targets)

@@ -6,7 +6,8 @@ output, as `jax.lax.ragged_dot` computes it on TPU and GPU. The form that XLA ge
 
 from __future__ import annotations
 
-import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ import pytest
 import peft_jax as pj
 from peft_jax.models.registry import read_architecture
 
-GROUPED = "ragged_dot_general"
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from lowering_checks import GROUPED, operations_of_product  # noqa: E402
+
 SIZES = {
     **{"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
     **{"num_key_value_heads": 2, "num_experts_per_tok": 2, "initializer_range": 0.1},
@@ -61,19 +64,6 @@ def programs_in(parameters: dict[str, Any]) -> list[Any]:
             if hasattr(inner, "eqns"):
                 found.append(inner)
     return found
-
-
-def operations_of_product(equation: Any) -> int:
-    """Two for each row, input and output of a product; a row of a grouped one meets the matrix of its group alone."""
-    left, right = (variable.aval.shape for variable in equation.invars[:2])
-    numbers, groups = equation.params.get("dimension_numbers"), ()
-    if equation.primitive.name == GROUPED:
-        ragged = equation.params["ragged_dot_dimension_numbers"]
-        numbers, groups = ragged.dot_dimension_numbers, tuple(ragged.rhs_group_dimensions)
-    (_, contracted), (_, batched) = numbers
-    shared = {*contracted, *batched, *groups}
-    outputs = math.prod(size for axis, size in enumerate(right) if axis not in shared)
-    return 2 * math.prod(left) * outputs
 
 
 def step_of(kind: str, experts: int, on_experts: bool) -> tuple[tuple[int, int], tuple[int, int]]:

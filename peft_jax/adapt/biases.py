@@ -1,11 +1,12 @@
 """Which leaf is the bias of which matrix: a program adds it to the result of the product with the matrix."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.notes import Program, notes_of_outputs
 
 MOVES = (
     "broadcast_in_dim convert_element_type copy dynamic_slice name optimization_barrier pcast pvary reshape "
@@ -45,28 +46,9 @@ def read_biases(jaxpr: ClosedJaxpr, paths: Sequence[str | None]) -> dict[str, st
     return biases
 
 
-def _walk(program: Jaxpr | ClosedJaxpr, inputs: Origins, found: dict[str, set[str]]) -> Origins:
+def _walk(program: Program, inputs: Origins, found: dict[str, set[str]]) -> Origins:
     """The origins of the outputs; biases are put into ``found``."""
-    jaxpr = compat.closed(program).jaxpr
-    known: dict[Var, Origin] = {}
-    _note(jaxpr.invars, inputs, known)
-    for eqn in jaxpr.eqns:
-        operands = _origins(eqn.invars, known)
-        if any(operands):
-            _note(eqn.outvars, _results(eqn, operands, found), known)
-    return _origins(jaxpr.outvars, known)
-
-
-def _note(variables: Sequence[Var], origins: Origins, known: dict[Var, Origin]) -> None:
-    """Enter the origins of variables that have one; there may be fewer origins than variables."""
-    for variable, origin in zip(variables, origins, strict=False):
-        if origin is not None:
-            known[variable] = origin
-
-
-def _origins(atoms: Sequence[Var | Literal], known: Mapping[Var, Origin]) -> Origins:
-    """The origins of operands."""
-    return [None if compat.is_literal(atom) else known.get(atom) for atom in atoms]
+    return notes_of_outputs(program, inputs, lambda eqn, operands: _results(eqn, operands, found))
 
 
 def _results(eqn: JaxprEqn, operands: Origins, found: dict[str, set[str]]) -> Origins:
@@ -92,7 +74,7 @@ def _results(eqn: JaxprEqn, operands: Origins, found: dict[str, set[str]]) -> Or
     return []
 
 
-def _bodies(eqn: JaxprEqn, operands: Origins) -> Iterator[tuple[Jaxpr | ClosedJaxpr, Origins]]:
+def _bodies(eqn: JaxprEqn, operands: Origins) -> Iterator[tuple[Program, Origins]]:
     """Programs that an equation runs in a loop, by choice or by device, with the origins of their inputs."""
     kind, params = eqn.primitive.name, eqn.params
     if kind == "scan":

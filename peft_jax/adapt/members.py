@@ -5,13 +5,14 @@ members from outputs such as the heads of an attention. A later product does, if
 member's own matrix. So the program is walked through with a note of what each axis of a variable is.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from peft_jax.adapt import compat
 from peft_jax.adapt.biases import CALLS
+from peft_jax.adapt.notes import Program, notes_of_outputs
 
 Axes = tuple[frozenset[str], ...]  # for each axis of a variable the paths of leaves whose first axis it is
 
@@ -21,9 +22,6 @@ class Known(NamedTuple):
 
     axes: Axes
     is_weight: bool
-
-
-Program = Jaxpr | ClosedJaxpr
 
 
 def leaves_of_members(jaxpr: ClosedJaxpr, paths: Sequence[str | None], candidates: Collection[str]) -> set[str]:
@@ -48,26 +46,9 @@ def leaves_of_members(jaxpr: ClosedJaxpr, paths: Sequence[str | None], candidate
     return found & set(candidates)
 
 
-def _walk(program: Program, inputs: Sequence[Known | None], found: set[str]) -> list[Known | None]:
+def _walk(program: Program, inputs: Iterable[Known | None], found: set[str]) -> list[Known | None]:
     """Notes of a program's outputs, given those of its inputs; leaves of members are put into ``found``."""
-    jaxpr = compat.closed(program).jaxpr
-    known: dict[Var, Known] = {}
-    _note(jaxpr.invars, inputs, known)
-    for eqn in jaxpr.eqns:
-        operands = _operands(eqn.invars, known)
-        if any(operands):
-            _note(eqn.outvars, _results(eqn, operands, found), known)
-    return _operands(jaxpr.outvars, known)
-
-
-def _note(variables: Sequence[Var], values: Iterable[Known | None], known: dict[Var, Known]) -> None:
-    for variable, value in zip(variables, values, strict=False):
-        if value is not None:
-            known[variable] = value
-
-
-def _operands(atoms: Sequence[Var | Literal], known: Mapping[Var, Known]) -> list[Known | None]:
-    return [None if compat.is_literal(atom) else known.get(atom) for atom in atoms]
+    return notes_of_outputs(program, inputs, lambda eqn, operands: _results(eqn, operands, found))
 
 
 def _results(eqn: JaxprEqn, operands: Sequence[Known | None], found: set[str]) -> Sequence[Known | None]:

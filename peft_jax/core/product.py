@@ -5,7 +5,7 @@ A method that adds ``A B`` to a matrix needs no sum of matrices: ``full(x, A @ B
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -110,12 +110,7 @@ class Product:
         *inputs, n_out = blocks.shape
         if not self.contracts_blocks:
             return self.full(x, blocks.reshape(-1, n_out))
-        count = len(inputs)
-        x = x.reshape(*x.shape[:-1], *inputs)
-        contracted = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
-        return jax.lax.dot_general(
-            x, blocks, (contracted, ((), ())), self.precision, preferred_element_type=self.preferred_element_type
-        )
+        return _contracted(x, blocks, inputs, self.precision, self.preferred_element_type)
 
     def down(self, x: Shaped[Array, "... in"], a: Shaped[Array, "in rank"]) -> Shaped[Array, "... rank"]:
         """The product with the first factor of a matrix, ``(in, rank)``, in the precision of the factor."""
@@ -332,11 +327,27 @@ def _over_axes(
     """The product where the inputs or the outputs are several axes."""
     n_in, n_out = matrix.shape
     inputs, outputs = _axes_of(n_in, in_sizes), _axes_of(n_out, out_sizes)
+    y = _contracted(x, matrix.reshape(*inputs, *outputs), inputs, precision, preferred_element_type)
+    return y.reshape(*x.shape[:-1], n_out)
+
+
+def _contracted(
+    x: Shaped[Array, "... in"],
+    kernel: Shaped[Array, "*axes"],
+    inputs: Sequence[int],
+    precision: Any,
+    preferred_element_type: jnp.dtype | None,
+) -> Shaped[Array, "*result"]:
+    """The product over the first axes of a kernel, which are its inputs, as they are."""
     rows, count = x.shape[:-1], len(inputs)
-    x, kernel = x.reshape(*rows, *inputs), matrix.reshape(*inputs, *outputs)
     contracted = tuple(range(len(rows), len(rows) + count)), tuple(range(count))
-    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision, preferred_element_type=preferred_element_type)
-    return y.reshape(*rows, n_out)
+    return jax.lax.dot_general(
+        x.reshape(*rows, *inputs),
+        kernel,
+        (contracted, ((), ())),
+        precision,
+        preferred_element_type=preferred_element_type,
+    )
 
 
 def _in_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -180,7 +180,7 @@ def _taken(vector: Float[Array, "*groups elements"], places: jax.Array) -> Float
     return take(vector, places)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=2)  # as long as all factors together
 def _places(count: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The place of each of ``count`` elements in a vector, and the scale at each place of that.
 

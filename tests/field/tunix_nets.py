@@ -10,6 +10,8 @@ from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
 IDS = jnp.array([[3, 0, 7, 2], [1, 3, 2, 10]])
+SIZES = {"num_layers": 2, "vocab_size": 11, "embed_dim": 8, "hidden_dim": 16, "num_heads": 2, "head_dim": 4}
+SIZES |= {"num_kv_heads": 1, "rope_theta": 10_000}
 INPUTS = (IDS, jnp.tile(jnp.arange(4), (2, 1)), jnp.tril(jnp.ones((2, 4, 4), bool)))
 
 
@@ -35,34 +37,12 @@ def logits(model, ids, positions, mask):
 
 
 def llama(**fields):
-    config = llama3.ModelConfig(
-        num_layers=2,
-        vocab_size=11,
-        embed_dim=8,
-        hidden_dim=16,
-        num_heads=2,
-        head_dim=4,
-        num_kv_heads=1,
-        rope_theta=10_000,
-        norm_eps=1e-5,
-        **fields,
-    )
+    config = llama3.ModelConfig(**SIZES, norm_eps=1e-5, **fields)
     return of_nnx(lively(llama3.Llama3(config, rngs=nnx.Rngs(0))), *INPUTS, call=logits)
 
 
 def qwen(make, config, **fields):
-    config = config(
-        num_layers=2,
-        vocab_size=11,
-        embed_dim=8,
-        hidden_dim=16,
-        num_heads=2,
-        head_dim=4,
-        num_kv_heads=1,
-        rope_theta=10_000,
-        norm_eps=1e-6,
-        **fields,
-    )
+    config = config(**SIZES, norm_eps=1e-6, **fields)
     return of_nnx(lively(make(config, rngs=nnx.Rngs(0))), *INPUTS, call=logits)
 
 

@@ -42,6 +42,7 @@ from peft_jax.train.data.batches import Data, Mixture
 from peft_jax.train.data.chats import LAST, MARKS, ChatMasks
 from peft_jax.train.data.encode import Encoded, Example
 from peft_jax.train.data.records import AnyRecord, Chat, Record
+from peft_jax.train.data.template import Layout
 from peft_jax.train.problems import Problem
 
 
@@ -76,6 +77,13 @@ class Examples:
         return [training] if self.validation is None else [training, self.validation]
 
 
+def training_rows(options: DataOptions, base: ModelHandle, layout: Layout, config: PeftConfig) -> RowOptions:
+    """How records become rows to train an adapter of a config on, which may have several tasks and virtual tokens."""
+    slots, tasks = getattr(config, "slots", 0), getattr(config, "tasks", 0)
+    more = {"train_on_inputs": options.train_on_inputs, "virtual": slots, "tasks": tasks}
+    return row_options(options, base.config, layout, **more)
+
+
 def make_data(
     task: Task,
     loaded: Loaded,
@@ -102,8 +110,7 @@ def make_data(
         ValueError: If nothing fits, or nothing is left to train on.
     """
     used = layout_of_data(options.prompt_template, recorded, loaded.records, tokenizer, task)
-    prompt = {"virtual": getattr(config, "slots", 0), "tasks": getattr(config, "tasks", 0)}
-    rows = row_options(options, base.config, used.layout, train_on_inputs=options.train_on_inputs, **prompt)
+    rows = training_rows(options, base, used.layout, config)
     encoded = task.encode(loaded.records, tokenizer, base, rows)
     examples, longest = encoded.examples, rows.cutoff_len
     if encoded.windows:

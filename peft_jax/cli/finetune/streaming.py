@@ -17,6 +17,7 @@ from peft_jax.cli.finetune.setup import (
     recorded_layout,
     said_of_layout,
     split_places,
+    training_rows,
 )
 from peft_jax.cli.shared.data_sources import (
     Loaded,
@@ -27,7 +28,7 @@ from peft_jax.cli.shared.data_sources import (
     sources_of,
     weights_of,
 )
-from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
+from peft_jax.cli.shared.row_layout import said_of_length, said_of_thoughts
 from peft_jax.cli.shared.task import RowOptions, Task
 from peft_jax.cli.shared.training_layout import TrainingLayout
 from peft_jax.methods.base import PeftConfig
@@ -118,8 +119,7 @@ def stream_data(
     The arguments and errors are those of `make_data`.
     """
     used = layout_of_data(options.prompt_template, recorded, streams.records, tokenizer, task)
-    prompt = {"virtual": getattr(config, "slots", 0), "tasks": getattr(config, "tasks", 0)}
-    rows = row_options(options, base.config, used.layout, train_on_inputs=options.train_on_inputs, **prompt)
+    rows = training_rows(options, base, used.layout, config)
     first = task.encode(streams.records, tokenizer, base, rows)
     layout = recorded_layout(used, tokenizer, rows)
     ends = frozenset(rows.masks.ends)

@@ -7,7 +7,7 @@ those that it knows. ``module.backbone`` is the attribute that holds all of it b
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,13 @@ def param_shapes(module: Any, config: ModelConfig) -> dict[str, tuple[int, ...]]
     return {path: leaf.shape for path, leaf in _leaves(tree)}
 
 
+def _in_declared_order(part: nnx.Module, names: Sequence[str]) -> list[str]:
+    """Names of attributes, of which those in the class's ``declared`` are put in its order, at the places they have."""
+    declared = getattr(part, "declared", ())
+    in_order = iter([name for name in declared if name in names])
+    return [next(in_order) if name in declared else name for name in names]
+
+
 @functools.lru_cache(maxsize=64)
 def declared_modules(module: Any, config: ModelConfig) -> tuple[str, ...]:
     """Paths of the modules in a module, without numbers of layers: those of one parent are as PyTorch declares them.
@@ -50,9 +57,8 @@ def declared_modules(module: Any, config: ModelConfig) -> tuple[str, ...]:
     def walk(part: nnx.Module, path: str) -> None:
         own = parts_of.setdefault(path, [])
         parts = {name: inner for name, inner in vars(part).items() if isinstance(inner, nnx.Module | nnx.Dict)}
-        others = [name for name in getattr(part, "declared", ()) if name in parts]
         place = len(own)
-        for name in reversed([others.pop(0) if name in getattr(part, "declared", ()) else name for name in parts]):
+        for name in reversed(_in_declared_order(part, list(parts))):
             if isinstance(part, Stacks) or name.isdecimal():
                 walk(parts[name], path)
                 continue
