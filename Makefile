@@ -9,7 +9,7 @@
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
 #   make test-field      adapt nets of public packages, from haiku to tunix (tests/field; in .venv-field; some 5 minutes)
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
-#   make kills    kill 125 runs, 26 of them of two processes, at chosen and random moments, and resume them
+#   make kills    kill 126 runs, 26 of them of two processes, at chosen and random moments, and resume them
 #   make lint     ruff and mypy
 #   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
 #   make dist     build and check what is uploaded, in dist/, and run the demo from the wheel in an empty environment

@@ -1,12 +1,13 @@
 """Runs `peft-jax finetune` in child processes, kills them at chosen or random moments, and resumes them.
 
-    python tests/killed_runs.py FOLDER [SEED ...]
+    python tests/killed_runs.py FOLDER few|all [SEED ...]
 
 FOLDER holds a model and data.json. Runs go into FOLDER/whole (not killed), FOLDER/chosen (killed and resumed at every
-moment below in turn), and FOLDER/random-<SEED>, killed at some time, mostly after its first checkpoint;
-FOLDER/whole-prompt and FOLDER/prompt (killed once) train a prompt instead of a LoRA; FOLDER/early is killed before its
-first checkpoint, at every moment of EARLY in turn. Exit codes are printed as JSON. All children are forked from this
-process, which has imported everything and touched no device.
+moment below in turn), FOLDER/early (killed before its first checkpoint, at every moment of EARLY in turn), and
+FOLDER/random-<SEED>, killed at some time, mostly after its first checkpoint. With "few" the moments are those of FEW
+and FEW_EARLY; with "all" FOLDER/whole-prompt and FOLDER/prompt (killed once) train a prompt instead of a LoRA.
+Exit codes are printed as JSON, a list for each run: of those that were killed, and of the last one. All children are
+forked from this process, which has imported everything and touched no device.
 """
 
 import importlib
@@ -124,6 +125,11 @@ def in_best(output: str) -> None:
     _before_the_name(output, "best/adapter_config.json", 2)
 
 
+def beside_best(output: str) -> None:
+    """With files of the second best adapter's tokenizer that have no name yet."""
+    _before_the_name(output, "best/tokenizer.json", 2)
+
+
 def in_export(output: str) -> None:
     """Between the two files of the final adapter."""
     _before_the_name(output, "adapter_config.json", 1)
@@ -169,7 +175,9 @@ def in_first_save(output: str) -> None:
 
 
 EARLY = ((before_marker, ()), (before_number, ()), (in_first_metrics, ()), (in_first_save, ("--resume",)))
-MOMENTS = (in_save, amid_files, after_rename, in_metrics, in_evaluation, in_best, in_plot, in_export)
+FEW_EARLY = ((in_first_metrics, ()),)
+MOMENTS = (in_save, amid_files, after_rename, in_metrics, in_evaluation, in_best, beside_best, in_plot, in_export)
+FEW = (in_save, in_metrics, beside_best, in_export)
 
 
 def fork(
@@ -194,7 +202,7 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def at_random(seed: int, seconds: float) -> tuple[int, int]:
+def at_random(seed: int, seconds: float) -> list[int]:
     """Kill a run at some time, mostly after its first checkpoint, and go on with it.
 
     One that ends before it is killed is removed, and another one is killed within half the time.
@@ -214,7 +222,7 @@ def at_random(seed: int, seconds: float) -> tuple[int, int]:
         shutil.rmtree(output)
         longest /= 2
     words = ("--resume",) if has_marker(output) else ()
-    return code, wait(fork(output, *words))
+    return [code, wait(fork(output, *words))]
 
 
 def has_marker(output: str) -> bool:
@@ -222,18 +230,21 @@ def has_marker(output: str) -> bool:
     return (Path(output) / MARKER).exists() or (Path(output) / "checkpoints").exists()
 
 
-def everything(seeds: list[int]) -> dict[str, Any]:
+def runs(kind: str, seeds: list[int]) -> dict[str, list[int]]:
     """All runs, and their exit codes."""
-    codes: dict[str, Any] = {"whole": wait(fork("whole"))}
-    for moment in MOMENTS:
-        words = () if moment is MOMENTS[0] else ("--resume",)
-        codes[moment.__name__] = wait(fork("chosen", *words, prepare=moment))
-    codes["chosen"] = wait(fork("chosen", "--resume"))
-    codes["whole-prompt"] = wait(fork("whole-prompt", adapter=PROMPT))
-    killed = wait(fork("prompt", adapter=PROMPT, prepare=in_save))
-    codes["prompt"] = [killed, wait(fork("prompt", "--resume", adapter=PROMPT))]
-    codes["early"] = [wait(fork("early", *words, prepare=moment)) for moment, words in EARLY]
+    moments, early = (FEW, FEW_EARLY) if kind == "few" else (MOMENTS, EARLY)
+    codes = {"whole": [wait(fork("whole"))], "chosen": [], "early": []}
+    for moment in moments:
+        words = ("--resume",) if codes["chosen"] else ()
+        codes["chosen"].append(wait(fork("chosen", *words, prepare=moment)))
+    codes["chosen"].append(wait(fork("chosen", "--resume")))
+    for moment, words in early:
+        codes["early"].append(wait(fork("early", *words, prepare=moment)))
     codes["early"].append(wait(fork("early", "--resume")))
+    if kind == "all":
+        codes["whole-prompt"] = [wait(fork("whole-prompt", adapter=PROMPT))]
+        killed = wait(fork("prompt", adapter=PROMPT, prepare=in_save))
+        codes["prompt"] = [killed, wait(fork("prompt", "--resume", adapter=PROMPT))]
     return codes | {f"random-{seed}": at_random(seed, 1.5) for seed in seeds}
 
 
@@ -249,4 +260,4 @@ def prepared(folder: str) -> None:
 
 if __name__ == "__main__":
     prepared(sys.argv[1])
-    print(json.dumps(everything([int(seed) for seed in sys.argv[2:]])))
+    print(json.dumps(runs(sys.argv[2], [int(seed) for seed in sys.argv[3:]])))

@@ -473,6 +473,29 @@ def test_two_commands_do_not_make_one_folder(there: bool, tmp_path: Path) -> Non
     assert tree(tmp_path) == {"out/a": b"1"}
 
 
+MAKES_AND_DIES = """
+import os, signal, sys
+from pathlib import Path
+from peft_jax.cli.shared.output_folder import new_folder
+
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("1")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+def test_what_a_killed_command_left_is_removed_by_the_next_one(there: bool, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    if there:
+        output.mkdir()
+    run = subprocess.run([sys.executable, "-c", MAKES_AND_DIES, str(output)])
+    assert run.returncode == -signal.SIGKILL and [path.name for path in tmp_path.rglob("half")] == ["half"]
+    with new_folder(output) as folder:
+        (folder / "a").write_text("1")
+    assert tree(tmp_path) == {"out/a": b"1"}
+
+
 def test_a_folder_that_may_not_be_written_to_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
     with pytest.raises(OSError, match=r"out cannot be written: .* you may write to. Name another one with --output"):
@@ -480,10 +503,14 @@ def test_a_folder_that_may_not_be_written_to_is_said_first(tmp_path: Path, monke
 
 
 def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    make = Path.mkdir
 
-    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    def full(self: Path, *words: Any, **settings: Any) -> None:
+        if self.name.startswith("."):
+            raise OSError(28, "No space left on device")
+        make(self, *words, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(OSError, match="cannot be written: No space left on device. Name"), new_folder(tmp_path / "a/b"):
         pass
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft_jax.prompts.tokenizer import Tokenizer
 
 # Fields that transformers takes from a model's config where the checkpoint has no generation_config.json.
 FROM_CONFIG = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+UNFINISHED = ".beside.part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,19 +33,27 @@ class Beside:
     layout: TrainingLayout
 
     def write(self, model: ModelHandle, folder: Path) -> None:
-        """Write the files; each appears whole or not at all."""
-        with tempfile.TemporaryDirectory(prefix=".beside.", dir=folder) as part:
-            self.tokenizer.save_pretrained(part)
-            layout = dataclasses.replace(self.layout, tokens=model.config.vocab_size)
-            Path(part, LAYOUT_FILE).write_text(layout_text(layout), encoding="utf-8")
-            if model.task in (CAUSAL_LM, SEQ_2_SEQ_LM):
-                settings = json.dumps(generation_settings(model), indent=2, sort_keys=True)
-                Path(part, GENERATION_CONFIG).write_text(settings + "\n", encoding="utf-8")
-            for file in sorted(Path(part).rglob("*")):
+        """Write the files; each appears whole or not at all. What a killed run left unfinished is removed."""
+        part = folder / UNFINISHED
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            self._write_into(part, model)
+            for file in sorted(part.rglob("*")):
                 if file.is_file():
                     target = folder / file.relative_to(part)
                     target.parent.mkdir(exist_ok=True)
                     os.replace(file, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _write_into(self, part: Path, model: ModelHandle) -> None:
+        self.tokenizer.save_pretrained(part)
+        layout = dataclasses.replace(self.layout, tokens=model.config.vocab_size)
+        (part / LAYOUT_FILE).write_text(layout_text(layout), encoding="utf-8")
+        if model.task in (CAUSAL_LM, SEQ_2_SEQ_LM):
+            settings = json.dumps(generation_settings(model), indent=2, sort_keys=True)
+            (part / GENERATION_CONFIG).write_text(settings + "\n", encoding="utf-8")
 
 
 def generation_settings(model: ModelHandle) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _check(output: Path, resume: bool, has_checkpoint: bool, *, marked: bool) ->
                 f"{output} holds a run that ended before its first checkpoint. Give the same command with --resume to "
                 "start it afresh, or name another one with --output."
             )
-        refuse_used(output, MARKER)
+        refuse_used(output, [MARKER])
     elif not has_checkpoint and not marked:
         raise FileNotFoundError(
             f"no checkpoint in {output / CHECKPOINTS}, so there is nothing to resume. {_way(output)}"

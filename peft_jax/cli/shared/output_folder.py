@@ -1,29 +1,30 @@
 """Output folders that appear whole or not at all."""
 
 import os
-import tempfile
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from peft_jax.cli.shared.lock import locked, unwritable
 
 LOCK = ".peft-jax-lock"
+UNFINISHED = ".peft-jax-part"
 
 
-def refuse_used(output: Path, own: str | None = None) -> None:
+def refuse_used(output: Path, own: Collection[str] = ()) -> None:
     """Raise unless `output` is free and can be made, so that a command says so before it works for minutes.
 
     Args:
         output: The folder.
-        own: Name of the one file that may be in it.
+        own: Names of what may be in it.
 
     Raises:
         FileExistsError: If something other than an empty folder is there.
         OSError: If the folder that it would be in is a file, or may not be written to.
     """
     if output.is_dir():
-        found = sorted(entry.name for entry in output.iterdir() if entry.name != own)
+        found = sorted(entry.name for entry in output.iterdir() if entry.name not in own)
         if found:
             raise FileExistsError(
                 f"{output} already exists and is not an empty folder (it holds {found[0]}). Name another one with "
@@ -42,7 +43,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     It is beside `output`, or inside where `output` is an empty folder, which may be a link, a mounted volume or the
     current folder. If the block raises, nothing is left, folders made above `output` included. A lock keeps other
-    processes from making the same folder meanwhile.
+    processes from making the same folder meanwhile. The hidden folder of a process that was killed is removed.
 
     Raises:
         BlockingIOError: If another process is making the folder.
@@ -59,13 +60,14 @@ def new_folder(output: Path) -> Iterator[Path]:
         refuse_used(output)
     empty = output.is_dir()
     place = output if empty else output.parent
-    lock = LOCK if empty else f".{output.name}{LOCK}"
+    hidden = "" if empty else f".{output.name}"
+    lock, unfinished = f"{hidden}{LOCK}", f"{hidden}{UNFINISHED}"
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         _make(output, place)
         with locked(place / lock, output):
-            refuse_used(output, lock)  # another process may have made it meanwhile
-            with _hidden(output, place) as folder:
+            refuse_used(output, (lock, unfinished))  # another process may have made it meanwhile
+            with _hidden(place / unfinished, output) as folder:
                 yield folder
                 if empty:
                     for entry in folder.iterdir():
@@ -88,13 +90,16 @@ def _make(output: Path, place: Path) -> None:
 
 
 @contextmanager
-def _hidden(output: Path, place: Path) -> Iterator[Path]:
-    """A folder inside a hidden one in `place`, since the hidden one is for its owner's eyes alone."""
+def _hidden(unfinished: Path, output: Path) -> Iterator[Path]:
+    """A folder inside a hidden one, since the hidden one is for its owner's eyes alone; both are made anew."""
     try:
-        scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=place)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(mode=0o700)
     except OSError as error:
         raise unwritable(output, error.strerror or str(error)) from error
-    with scratch:
-        folder = Path(scratch.name) / "out"
+    try:
+        folder = unfinished / "out"
         folder.mkdir()
         yield folder
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
