@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # meshes of 8 devices on one CPU
+import quick_compilation
+
+os.environ["XLA_FLAGS"] = quick_compilation.flags(devices=8)  # meshes of 8 devices on one CPU
 
 import conformance
 import jax

@@ -10,6 +10,7 @@ from typing import Any
 
 import peft  # noqa: F401  # what the benchmarks compare with
 import pytest
+from quick_compilation import NO_FUSION_EMITTERS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
@@ -42,7 +43,8 @@ ROWS = {
 
 def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / f"{program}.py"), *options]
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    flags = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", NO_FUSION_EMITTERS)
+    quick = {"XLA_FLAGS": " ".join(flags)}
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quick, "OMP_NUM_THREADS": "1"})
 
 

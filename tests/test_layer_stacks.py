@@ -99,6 +99,7 @@ def params() -> Any:
     return TOY.init_params(CONFIG, jax.random.key(0))
 
 
+@jax.jit
 def one_by_one(params: Any, ids: jax.Array) -> jax.Array:
     """The same model without a scan."""
     inner = params["model"]
@@ -142,10 +143,12 @@ def test_layers_run_in_their_order(params: Any) -> None:
     for options in ({}, {"remat": True}, {"output_hidden_states": True}):
         close(jax.jit(partial(logits, **options))(params, IDS), want)
     inputs = ForwardInputs(input_ids=IDS, output_hidden_states=True)
-    states = TOY.apply(CONFIG, params, inputs).hidden_states
+    states = jax.jit(partial(TOY.apply, CONFIG))(params, inputs).hidden_states
     assert states.shape == (8, 2, 4, 8)
     close(states[0], params["model"]["embed"]["embedding"][IDS])
-    of_ours, of_theirs = (jax.grad(lambda p, f=f: jnp.sum(f(p, IDS) ** 2))(params) for f in (logits, one_by_one))
+    of_ours, of_theirs = (
+        jax.jit(jax.grad(lambda p, f=f: jnp.sum(f(p, IDS) ** 2)))(params) for f in (logits, one_by_one)
+    )
     jax.tree.map(close, of_ours, of_theirs)
 
 
@@ -200,12 +203,13 @@ def test_adapters_are_applied_saved_and_loaded_by_layer(params: Any) -> None:
         dense["model"]["layers"][stack][name]["kernel"] = kernel
     want = one_by_one(dense, IDS)
     assert np.abs(want - one_by_one(params, IDS)).max() > 0.01
-    close(jax.jit(adapt(logits))(adapted, IDS), want)
+    run = jax.jit(adapt(logits))
+    close(run(adapted, IDS), want)
     jax.tree.map(close, pj.merge(adapted), dense)
     again = interop.set_peft_model_state_dict(params, config, tensors, layout=LAYOUT)
-    close(adapt(logits)(again, IDS), want)
+    close(run(again, IDS), want)
     trainable, frozen = pj.partition(adapted)
-    grads = jax.grad(lambda own: jnp.sum(adapt(logits)(pj.combine(own, frozen), IDS) ** 2))(trainable)
+    grads = jax.jit(jax.grad(lambda own: jnp.sum(adapt(logits)(pj.combine(own, frozen), IDS) ** 2)))(trainable)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
@@ -215,7 +219,8 @@ def test_adapters_of_int8_layers(params: Any) -> None:
     assert len(paths) == 4
     config = pj.LoraConfig(r=2, target_modules=["up"])
     adapted = pj.apply_lora(small, config, layout=LAYOUT)
-    close(adapt(logits)(adapted, IDS), adapt(logits)(small, IDS))
+    run = jax.jit(adapt(logits))
+    close(run(adapted, IDS), run(small, IDS))
     assert "base_model.model.model.layers.5.up.lora_A.weight" in interop.get_peft_model_state_dict(adapted)
 
 

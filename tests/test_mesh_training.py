@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import quick_compilation
 from jax.sharding import PartitionSpec as P
 
 import peft_jax as pj
@@ -41,9 +42,10 @@ def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     shutil.copytree(tiny_llama, folder / "model")
     records = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(24)]
     (folder / "data.json").write_text(json.dumps(records))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     words = [sys.executable, Path(__file__).with_name("mesh_runs.py"), folder, *ALONG_ONE_AXIS, MESH]
-    run = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **flags})
+    run = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, **quick_compilation.environment(devices=8)}
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quick_compilation
 from safetensors.numpy import load_file
 
 from peft_jax.cli.main import main
@@ -47,14 +48,13 @@ def together(words: Sequence[Sequence[str]], *, by_flags: bool = True) -> list[t
 
 def started(words: Sequence[Sequence[str]], *, by_flags: bool = True) -> list["subprocess.Popen[str]"]:
     """Start a process of two devices for each list of words."""
-    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     address, runs = f"localhost:{free_port()}", []
     for number, own in enumerate(words):
         told = {"coordinator-address": address, "num-processes": str(len(words)), "process-id": str(number)}
         flags = [word for name, value in told.items() for word in (f"--{name}", value)] if by_flags else []
         named = {} if by_flags else {f"JAX_{name.upper().replace('-', '_')}": value for name, value in told.items()}
         command = [sys.executable, "-c", "from peft_jax.cli.main import run; run()", *own, *flags]
-        env = {**os.environ, **settings, **named, "JAX_PLATFORMS": "cpu"}
+        env = {**os.environ, **quick_compilation.environment(devices=2), **named, "JAX_PLATFORMS": "cpu"}
         runs.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     return runs
 

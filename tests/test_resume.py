@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quick_compilation
 
 from peft_jax.cli.finetune import setup
 from peft_jax.cli.finetune.run_folder import MARKER
@@ -54,7 +55,7 @@ def killed(
     shutil.copytree(tiny_llama, folder / "model")
     (folder / "data.json").write_text(json.dumps(RECORDS))
     script = Path(__file__).with_name("killed_runs.py")
-    settings = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    settings = {**os.environ, **quick_compilation.environment()}
     kind = "all" if pytestconfig.getoption("--slow") else "few"
     seeds = [str(seed) for seed in range(1, pytestconfig.getoption("--kills") + 1)]
     run = subprocess.run([sys.executable, script, folder, kind, *seeds], capture_output=True, text=True, env=settings)
@@ -107,7 +108,7 @@ def test_a_killed_process_of_two_ends_the_other_and_both_go_on_in_equal_bits(
 ) -> None:
     shutil.copytree(tiny_llama, tmp_path / "model")
     (tmp_path / "data.json").write_text(json.dumps(RECORDS))
-    settings = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    settings = {**os.environ, **quick_compilation.environment(), "JAX_PLATFORMS": "cpu"}
     seeds = [str(seed) for seed in range(1, pytestconfig.getoption("--killed-pairs") + 1)]
     script = Path(__file__).with_name("killed_pairs.py")
     run = subprocess.run([sys.executable, script, tmp_path, *seeds], stdout=subprocess.PIPE, text=True, env=settings)

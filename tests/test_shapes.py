@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import quick_compilation
+
 CHECKED = ("peft_jax.methods", "peft_jax.core.product", "peft_jax.adapters.input_ids")
 
 
@@ -81,7 +83,7 @@ def failures() -> list[str]:
 
 
 def test_the_axes_are_as_the_signatures_say() -> None:
-    settings = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # its programs run once
+    settings = {**os.environ, **quick_compilation.environment()}
     command, folder = [sys.executable, __file__], Path(__file__).parent
     run = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
