@@ -15,6 +15,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.paths import TORCH_NAMES
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import without
 from peft_jax.core.targets import is_target, saved_owner
 from peft_jax.core.weight import is_weight
 from peft_jax.methods.base import Method
@@ -95,7 +96,7 @@ def with_tables(
         values: Whether there are numbers to put and to compare, not shapes alone.
     """
     rest, problems = dict(without_copies(config, tensors)), []
-    biases = {key: tensor for key, tensor in tensors.items() if key not in rest}  # they belong to ``bias="all"``
+    biases = without(tensors, rest)  # they belong to ``bias="all"``
     found = list(_places(params, config, layout))
     if config.peft_type in PREFIXES and not all(_plain_key(config, place) in tensors for place in found):
         found = []  # a prompt changes neither, and PEFT writes both of them or none

@@ -28,6 +28,7 @@ from peft_jax.interop.formats import (
 from peft_jax.adapters.plan import Target
 from peft_jax.adapters.target_parameters import depth, parameters_of
 from peft_jax.core.leaves import Leaf
+from peft_jax.core.selecting import picked
 from peft_jax.methods.base import Method
 from peft_jax.methods.roles import BIAS, Whole
 from peft_jax.methods.shared_arrays import SharedArrays
@@ -142,7 +143,7 @@ def _parameter_entries(
     leaf, name = target.leaf, str(target.leaf.names[index])
     unnamed = leaf.layout.unnamed
     layer = tuple(slice(None) if i in unnamed else n for i, n in enumerate(index))
-    experts = tuple(target.adapted.shape[i] for i in unnamed)
+    experts = picked(target.adapted.shape, unnamed)
     module = name.rpartition(".")[0] + INNER * depth(config, name, set(adapted))
     shapes = config.shapes(name, *leaf.layout.sizes(leaf.value.shape), lookup=False)
     for row in FUSED[config.peft_type] if unnamed else _rows(config, leaf):
@@ -165,7 +166,7 @@ def _convolution(
 
     The axis in front of the positions in the file has them in its array, flattened after the channels.
     """
-    taps = [leaf.value.shape[axis] for axis in leaf.layout.taps]
+    taps = picked(leaf.value.shape, leaf.layout.taps)
     first, split = len(ours), shape
     if TAPS in row.axes:
         first = ours.index(str(row.axes[row.axes.index(TAPS) - 1]))

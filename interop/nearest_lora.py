@@ -21,6 +21,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import find_leaves
 from peft_jax.core.merge import unload
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import fields_of, without
 from peft_jax.core.weight import Dense, as_leaf, as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
@@ -214,7 +215,7 @@ def _check_config(config: Method, adapter_name: str) -> None:
 
 def _layers(node: Adapted, target: Target, rank: float) -> dict[tuple[int, ...], Layer]:
     """The factors of each adapted layer of a leaf."""
-    state = {name: value for name, value in node.state.items() if name != "dropout"}
+    state = without(node.state, ["dropout"])
     weight = as_weight(target.leaf.value, node.layout)
     alone = Dense(weight.dense().astype(jnp.float32), node.layout)
     changes = merged_matrix(node.method, node.params, state, alone) - node.layout.matrix(alone.array)
@@ -281,5 +282,5 @@ def _lora_config(config: Method, rank: float, ranks: Mapping[str, int]) -> LoraC
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         inference_mode=config.inference_mode,
-        **{field: getattr(config, field) for field in KEPT},
+        **fields_of(config, KEPT),
     )

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from peft_jax.interop.packed_codes import Codes, Form, Packed
 
+from peft_jax.core.selecting import field_names, fields_of
+
 INT8, UINT8, INT32, INT64 = (np.dtype(name) for name in ("int8", "uint8", "int32", "int64"))
 FLOAT32, FLOAT16, BFLOAT16 = (np.dtype(one) for one in (np.float32, np.float16, jnp.bfloat16))
 FLOATS = (FLOAT32, FLOAT16, BFLOAT16)
@@ -47,7 +49,7 @@ class QuantizedTensor(Packed):
     @property
     def packed_nbytes(self) -> int:
         """Bytes of the arrays that it is stored in."""
-        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        fields = fields_of(self, field_names(self)).values()
         return sum(field.nbytes for field in fields if isinstance(field, np.ndarray))
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, jaxpr_as_fun
 
 from peft_jax.adapt import compat
+from peft_jax.core.selecting import picked
 
 CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")
 
@@ -41,7 +42,7 @@ def _gradient_program(fn: Callable[..., Any], types: Sequence[Any]) -> str | Non
                 own[place] = value
             return fn(*own)
 
-        found, pull_back = jax.vjp(of_floats, *[operands[place] for place in places])
+        found, pull_back = jax.vjp(of_floats, *picked(operands, places))
         cotangents = []
         for out, cotangent, is_given in zip(found, given, is_float, strict=True):
             cotangents.append(cotangent if is_given else np.zeros(out.shape, jax.dtypes.float0))

@@ -21,6 +21,7 @@ from peft_jax.adapt.rules.base import merged
 from peft_jax.adapt.shared_inputs import run_products_of_one_input
 from peft_jax.adapt.splice import splice
 from peft_jax.adapt.view import Joined, Value, View, is_watched, stands_for_weights
+from peft_jax.core.selecting import picked
 from peft_jax.core.weight import as_sliced, is_weight
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -123,7 +124,7 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Any], treedef: PyTreeDef, *, 
         return fn(*args, **kwargs)
 
     jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*types)
-    return Traced(jaxpr, [filled[place] for place in places], jax.tree.structure(shapes))
+    return Traced(jaxpr, list(picked(filled, places)), jax.tree.structure(shapes))
 
 
 def evaluate(jaxpr: Jaxpr | ClosedJaxpr, *args: Value) -> list[Value]:

@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from peft_jax.adapt import compat
 from peft_jax.adapt.biases import CALLS
 from peft_jax.adapt.notes import Program, notes_of_outputs
+from peft_jax.core.selecting import picked
 
 Axes = tuple[frozenset[str], ...]  # for each axis of a variable the paths of leaves whose first axis it is
 
@@ -69,7 +70,7 @@ def _results(eqn: JaxprEqn, operands: Sequence[Known | None], found: set[str]) -
     shape = compat.type_of(eqn.outvars[0]).shape
     first = operands[0]
     if name == "transpose" and first is not None:
-        return [first._replace(axes=tuple(first.axes[axis] for axis in p["permutation"]))]
+        return [first._replace(axes=picked(first.axes, p["permutation"]))]
     if name == "broadcast_in_dim" and first is not None:
         return [first._replace(axes=_placed(first.axes, p["broadcast_dimensions"], len(shape)))]
     if name in ("squeeze", "reduce_sum", "reduce_max") and first is not None:

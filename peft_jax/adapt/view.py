@@ -25,6 +25,7 @@ from peft_jax.adapt.digits import (
     without_weight_axis,
 )
 from peft_jax.adapt.edits import Operation
+from peft_jax.core.selecting import picked
 from peft_jax.core.untrained_row import untrained_row
 from peft_jax.core.weight import Change, MergeError, Weight
 
@@ -186,8 +187,8 @@ class View:
     def role(self, contracted: Iterable[int], stacked: Iterable[int] = (), *, looks_up: bool = False) -> str | None:
         """Which side of the matrix these axes are: ``"in"``, ``"out"`` or neither."""
         over = tuple(contracted)
-        digits = frozenset(flat(self.axes[i] for i in over))
-        batch = frozenset(flat(self.axes[i] for i in stacked))
+        digits = frozenset(flat(picked(self.axes, over)))
+        batch = frozenset(flat(picked(self.axes, stacked)))
         if self.watch is not None:
             self.watch.product(self, digits, batch, over, looks_up)
         layout = self.weight.layout

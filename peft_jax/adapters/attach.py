@@ -24,10 +24,10 @@ from peft_jax.adapters.plan import Target, may_be_target, plan
 from peft_jax.adapters.target_parameters import parameters_of, with_parameters
 from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_float
+from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves, is_float, modules_of
 from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.targets import check_targets, is_saved_module, is_target
+from peft_jax.core.targets import check_targets, is_all_linear, is_saved_module, is_target
 from peft_jax.core.weight import Weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
@@ -122,28 +122,42 @@ def apply_adapter(
             f"{type(config).__name__} is for a model handle, whose forward pass knows what to do with a prompt. "
             "Write pj.get_peft_model(model, config)."
         )
-    checked_compute_dtype(compute_dtype)
-    params = with_replicas(params, config)
-    if isinstance(params, Handle):
-        if fn is not None:
-            raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
-        config, keeps_ties = with_ties(completed(config, params), params)
-        handle = untied_for(
-            params,
-            config,
-            lambda name: is_target(config, name) or is_saved_module(config, name),
-            keeps_ties=keeps_ties,
-        )
-        layout = {**handle.layouts(), **(layout or {})}
-        config = spelled_out(config, handle, layout)
-        tied, embedding = handle.tied_modules, handle.input_module
-        facts: dict[str, Any] = {"aliases": tied, "embedding": embedding, "declared": ()}
-        if config.counts_modules:
-            facts["declared"] = handle.declared_modules
-        tree = _attached(handle.params, config, key, adapter_name, layout, **facts)
-        return with_compute_dtype(handle.replace(tree), compute_dtype, adapter_name)
-    tree = _attached(params, config, key, adapter_name, layout, fn, args)
-    return with_compute_dtype(tree, compute_dtype, adapter_name)
+    if compute_dtype is not None:
+        checked_compute_dtype(compute_dtype)
+    if config.layer_replication:
+        params = with_replicas(params, config)
+    if not isinstance(params, Handle):
+        adapted = _attached(params, config, key, adapter_name, layout, fn, args)
+    elif fn is None:
+        adapted = _attached_to_handle(params, config, key, adapter_name, layout)
+    else:
+        raise ValueError("A model handle knows the axes of its leaves. Leave fn= out.")
+    return adapted if compute_dtype is None else with_compute_dtype(adapted, compute_dtype, adapter_name)
+
+
+def _attached_to_handle(
+    handle: Handle, config: Method, key: jax.Array | None, adapter_name: str, layout: Layouts | None
+) -> Handle:
+    """`apply_adapter` for a model handle, whose defaults, axes and ties complete the config."""
+    config, keeps_ties = with_ties(completed(config, handle), handle)
+
+    def changes(name: str) -> bool:
+        return is_target(config, name) or is_saved_module(config, name)
+
+    handle = untied_for(handle, config, changes, keeps_ties=keeps_ties)
+    layout = {**handle.layouts(), **(layout or {})}
+    config = spelled_out(config, handle, layout)
+    tree = _attached(
+        handle.params,
+        config,
+        key,
+        adapter_name,
+        layout,
+        aliases=handle.tied_modules,
+        embedding=handle.input_module,
+        declared=handle.declared_modules if config.counts_modules else (),
+    )
+    return handle.replace(tree)
 
 
 def _refuse_complex(found: Sequence[Leaf]) -> None:
@@ -178,25 +192,28 @@ def _attached(
     read = None if fn is None else read_program(params, fn, args, config.fan_in_fan_out)
     found = find_leaves(params, layout, config.fan_in_fan_out, read)
     config = with_own_names(config, found)
-    linear = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
-    fitting = [leaf for leaf in linear if leaf.layout is None or _fits(config, leaf)]
-    asked, config = config, expand_all_linear(config, fitting, others=found)
-    misfits = {leaf.path for leaf in linear} - {leaf.path for leaf in fitting}
-    _warn_of_misfits(asked, config, [leaf for leaf in linear if leaf.path in misfits])
-    if read is not None:
-        losses = left_out(read.reading, not_expanded(asked, config, found) - misfits)
-        is_empty = not (config.target_modules or config.target_parameters)
-        report("target_modules='all-linear'", losses, LEFT_OUT, alone=is_empty, stacklevel=4)
-    every = sorted({name for leaf in found for name in leaf.names.flat})
-    found = with_parameters(found, config)
-    parameters = parameters_of(found, config)
-    modules = [name for leaf in found for name in leaf.names.flat if may_be_target(config, leaf)]
+    if is_all_linear(config):
+        config = _with_all_linear(config, found, read)
+    every = sorted(set(modules_of(found)))
+    parameters: set[str] = set()
+    if config.target_parameters:
+        found = with_parameters(found, config)
+        parameters = parameters_of(found, config)
+    modules, vectors = list[str](), list[str]()
+    for leaf in found:
+        if may_be_target(config, leaf):
+            modules += leaf.modules
+        elif is_float(leaf):
+            vectors += leaf.modules
     if not modules:
         _refuse_complex(found)
-    modules = [*(name for name in modules if name not in parameters), *aliases]
-    vectors = [name for leaf in found if not may_be_target(config, leaf) and is_float(leaf) for name in leaf.names.flat]
+    if parameters:
+        modules = [name for name in modules if name not in parameters]
+    modules += aliases
     modules_of_targets = {*check_targets(config, modules, every, config.patterns, parameters, vectors), *parameters}
-    tokens = tokens_by_module(config.trainable_token_indices, modules, embedding)
+    tokens: dict[str, tuple[int, ...]] = {}
+    if config.trainable_token_indices:
+        tokens = tokens_by_module(config.trainable_token_indices, modules, embedding)
 
     planned = plan(found, config, modules_of_targets, tokens)
 
@@ -209,10 +226,35 @@ def _attached(
     return build(params, adapter_name, config, planned, contents_of, trainable=not config.inference_mode)
 
 
+def _with_all_linear(config: Method, found: Sequence[Leaf], read: Program | None) -> Method:
+    """The config with ``all-linear`` spelled out, and warnings of what it leaves out.
+
+    Args:
+        config: The config.
+        found: All leaves.
+        read: Facts that were read off a program, where one is given.
+
+    Raises:
+        ValueError: if it leaves out everything.
+    """
+    linear = found
+    if read is not None:
+        linear = [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
+    fitting, misfits = list[Leaf](), list[Leaf]()
+    for leaf in linear:
+        (fitting if _fits(config, leaf) else misfits).append(leaf)
+    expanded = expand_all_linear(config, fitting, others=found)
+    _warn_of_misfits(config, expanded, misfits)
+    if read is not None:
+        paths = not_expanded(config, expanded, found) - {leaf.path for leaf in misfits}
+        is_empty = not (expanded.target_modules or expanded.target_parameters)
+        report("target_modules='all-linear'", left_out(read.reading, paths), LEFT_OUT, alone=is_empty, stacklevel=5)
+    return expanded
+
+
 def _fits(config: Method, leaf: Leaf) -> bool:
-    """Whether ``all-linear`` can mean a leaf of known axes."""
-    assert leaf.layout is not None
-    return all(config.fits(name, leaf.layout) for name in leaf.names.flat)
+    """Whether ``all-linear`` can mean a leaf: in no layer of it a matrix of its axes is an error."""
+    return leaf.layout is None or all(config.fits(name, leaf.layout) for name in leaf.modules)
 
 
 def _warn_of_misfits(asked: Method, expanded: Method, misfits: Sequence[Leaf]) -> None:
@@ -227,4 +269,4 @@ def _warn_of_misfits(asked: Method, expanded: Method, misfits: Sequence[Leaf]) -
     )
     if not expanded.target_modules:
         raise ValueError(told)
-    warnings.warn(told, stacklevel=4)
+    warnings.warn(told, stacklevel=5)

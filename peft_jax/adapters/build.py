@@ -83,7 +83,8 @@ def initial_contents(
         key: For the trained arrays that all leaves share; None stands for seed 0.
         declared: Paths of the model's modules, as in `peft_jax.core.declared_order.in_declared_order`.
     """
-    following, sizes = following_modules(targets), module_sizes(targets, declared)
+    following = following_modules(targets)
+    sizes = module_sizes(targets, declared) if isinstance(config, SharedArrays) else {}
     shared: Mapping[str, jax.Array] = {}
     if isinstance(config, TrainedSharedArrays):
         shared = config.initial(sizes, jax.random.key(0) if key is None else key)
@@ -97,8 +98,11 @@ def initial_contents(
             return Contents(params, state, base)
         params, state, base = initialize(target, base)
         biased = not following.isdisjoint(target.leaf.names[target.adapted].flat)
-        absent = {role for role in config.axes if not config.has_array(role, biased=biased)}
-        params, state = ({role: made[role] for role in made if role not in absent} for made in (params, state))
+        params, state = dict(params), dict(state)
+        for role in config.axes:
+            if not config.has_array(role, biased=biased):
+                params.pop(role, None)
+                state.pop(role, None)
         params |= carried_by(config, target, targets, shared)
         return Contents(params, state_beside(config, target, following, shared, sizes) | state, base)
 

@@ -1,22 +1,22 @@
 """Complete a config with a model's names, task, defaults and linear modules, and the model as the config asks."""
 
-import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from peft_jax.adapters.fused_targets import with_fused_targets
 from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, own_names
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, modules_of, own_names
+from peft_jax.core.selecting import field_names
 from peft_jax.core.targets import (
-    ALL_LINEAR,
     EMBEDDING_LAYERS,
     SAVED_HEADS,
+    is_all_linear,
     is_of_chosen_layer,
     is_target,
-    names_module,
+    names_some,
     spelled_out_names,
 )
 from peft_jax.methods.base import Method
@@ -42,7 +42,7 @@ def with_model_defaults(config: M, handle: Handle) -> M:
 
 def _with_saved_heads(config: M) -> M:
     """The config with the heads in ``modules_to_save`` that PEFT trains for its task."""
-    if not any(field.name == "modules_to_save" for field in dataclasses.fields(config)):
+    if "modules_to_save" not in field_names(config):
         return config
     saved = config.modules_to_save or ()
     heads = [name for name in SAVED_HEADS.get(config.task_type, ()) if name not in saved]
@@ -62,24 +62,30 @@ def _with_storage(config: M, found: Sequence[Leaf]) -> M:
     Raises:
         ValueError: if it is True, and the model has no such layers; or a target is one, and PEFT does not take them.
     """
-    matrices = [leaf for leaf in found if is_matrix(leaf) and leaf.layout is not None]
-    linear = [leaf for leaf in matrices if not leaf.layout.lookup and not leaf.layout.parameter]
-    targets = [leaf for leaf in linear if any(is_target(config, name) for name in leaf.names.flat)]
-    if not config.takes_conv1d and (refused := [leaf for leaf in targets if leaf.layout.stored_in_out]):
-        name = next(name for name in refused[0].names.flat if is_target(config, name))
-        raise ValueError(
-            f"{config.peft_type} takes no '{name}': PyTorch stores it as transformers' Conv1D, for which PEFT has no "
-            f"{config.peft_type}, so that the adapter could not be read there. Use LORA, or leave it out."
-        )
-    if not any(field.name == "fan_in_fan_out" for field in dataclasses.fields(config)):
+    stored_alike, targets_alike = set[bool](), set[bool]()
+    for leaf in found:
+        if leaf.layout is None or not is_matrix(leaf) or leaf.layout.lookup or leaf.layout.parameter:
+            continue
+        stored_alike.add(bool(leaf.layout.stored_in_out))
+        for name in leaf.modules:
+            if not is_target(config, name):
+                continue
+            if leaf.layout.stored_in_out and not config.takes_conv1d:
+                raise ValueError(
+                    f"{config.peft_type} takes no '{name}': PyTorch stores it as transformers' Conv1D, for which PEFT "
+                    f"has no {config.peft_type}, so that the adapter could not be read there. Use LORA, or leave it "
+                    "out."
+                )
+            targets_alike.add(bool(leaf.layout.stored_in_out))
+    if "fan_in_fan_out" not in field_names(config):
         return config
-    if config.fan_in_fan_out and not any(leaf.layout.stored_in_out for leaf in linear):
+    if config.fan_in_fan_out and True not in stored_alike:
         raise ValueError(
             "fan_in_fan_out=True is for layers stored (in, out), such as Conv1D. This model has none: leave it."
         )
     if not config.notes_storage:
         return config
-    stored = bool(targets) and all(bool(leaf.layout.stored_in_out) for leaf in targets)
+    stored = targets_alike == {True}
     return config if stored == config.fan_in_fan_out else config.replace(fan_in_fan_out=stored)
 
 
@@ -121,12 +127,12 @@ def with_ties(config: M, handle: Handle, *, has_copies: bool = False) -> tuple[M
         return config, config.ensure_weight_tying
     owner, *others = handle.tied_modules
     saved, targets = config.modules_to_save or (), config.target_modules or ()
-    if any(name.rsplit(".", 1)[-1] in EMBEDDING_LAYERS for name in saved):
+    if not _ends(saved).isdisjoint(EMBEDDING_LAYERS):
         return config.replace(modules_to_save=_moved_to(owner, others, saved)), True
     if isinstance(targets, str):
-        is_named = any(names_module(targets, name) for name in EMBEDDING_LAYERS)
+        is_named = names_some(targets, EMBEDDING_LAYERS)
     else:
-        is_named = any(name.rsplit(".", 1)[-1] in EMBEDDING_LAYERS for name in targets)
+        is_named = not _ends(targets).isdisjoint(EMBEDDING_LAYERS)
     if not is_named:
         return config, has_copies
     if len(others) > 1:
@@ -189,54 +195,63 @@ def expand_all_linear(
 
     Their names are shortened to their ends, unless one of the ``others`` ends in the same way.
     """
-    targets = config.target_modules
-    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+    if not is_all_linear(config):
         return config
-    matmuls = [leaf for leaf in found if is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)]
-    matmuls = [leaf for leaf in matmuls if not names_parameter(config, leaf)]
-    every = [name for leaf in matmuls for name in leaf.names.flat if name != output]
+    matmuls = []
+    for leaf in found:
+        is_linear = is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)
+        if is_linear and not names_parameter(config, leaf):
+            matmuls.append(leaf)
+    every = [name for name in modules_of(matmuls) if name != output]
     named = config.replace(target_modules=every)
-    linear = sorted(name for name in every if is_target(named, name))
-    rest = {name for leaf in others or found for name in leaf.names.flat} - set(linear)
-    ends = {name.rsplit(".", 1)[-1] for name in linear}
-    clash = any(name.rsplit(".", 1)[-1] in ends for name in rest)
-    return config.replace(target_modules=linear if clash else sorted(ends))
+    linear = {name for name in every if is_target(named, name)}
+    ends = _ends(linear)
+    clash = not ends.isdisjoint(_ends(set(modules_of(others or found)) - linear))
+    return config.replace(target_modules=sorted(linear if clash else ends))
+
+
+def _ends(modules: Iterable[str]) -> set[str]:
+    """The last parts of the paths of modules."""
+    return {name.rsplit(".", 1)[-1] for name in modules}
 
 
 def with_own_names(config: M, found: Sequence[Leaf]) -> M:
     """The config with leaves that it names by their own paths spelled out as the modules that they stand for."""
-    own, modules = own_names(found), [str(name) for leaf in found for name in leaf.names.flat]
+    own = own_names(found)
     if not own:
         return config
-    changes: dict[str, object] = {}
+    modules, changes = modules_of(found), dict[str, object]()
     for field in ("target_modules", "exclude_modules"):
         names = getattr(config, field, None)
         if names and not isinstance(names, str):
             spelled = spelled_out_names(list(names), modules, own)
             if field == "target_modules":  # layers_to_transform does not filter whole names, so that it is done here
                 spelled = [name for name in spelled if name in names or is_of_chosen_layer(config, name)]
-            changes[field] = spelled
+            if spelled != list(names):
+                changes[field] = spelled
     # Parameters that are targets by themselves have names of their own, which patterns name as they are.
     for field in () if config.target_parameters else ("rank_pattern", "alpha_pattern"):
         patterns: dict[str, object] = {}
         for pattern, value in (getattr(config, field, None) or {}).items():
             for name in spelled_out_names([pattern], modules, own):
                 patterns[name if name == pattern else re.escape(name)] = value
-        if patterns:
+        if patterns and patterns != getattr(config, field):
             changes[field] = patterns
-    changes = {field: value for field, value in changes.items() if value != getattr(config, field)}
     return config.replace(**changes) if changes else config
 
 
 def not_expanded(config: Method, expanded: Method, found: Sequence[Leaf]) -> set[str]:
     """Paths of the matrices that ``"all-linear"`` could mean and that it was not expanded to; of none if it was not."""
-    targets = config.target_modules
-    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+    if not is_all_linear(config):
         return set()
-    named = config.replace(target_modules=[name for leaf in found for name in leaf.names.flat])
-    paths = set()
+    named, paths = config.replace(target_modules=modules_of(found)), set[str]()
     for leaf in found:
         if is_matrix(leaf) and not names_parameter(config, leaf):
-            wanted, chosen = (any(is_target(one, name) for name in leaf.names.flat) for one in (named, expanded))
-            paths |= {leaf.path} if wanted and not chosen else set()
+            if _hits(named, leaf) and not _hits(expanded, leaf):
+                paths.add(leaf.path)
     return paths
+
+
+def _hits(config: Method, leaf: Leaf) -> bool:
+    """Whether a config targets one of a leaf's layers."""
+    return any(is_target(config, name) for name in leaf.modules)

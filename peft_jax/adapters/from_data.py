@@ -29,6 +29,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import fields_of
 from peft_jax.core.targets import pattern_value
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.base import Method
@@ -245,7 +246,7 @@ def _taken_out(adapted: Any, config: LoraConfig, sums: Sums, key: jax.Array | No
 def retagged(tag: Tag, start: LoraConfig) -> Tag:
     """The tag with the start of a config, whose other fields the model has completed."""
     fields = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config")
-    config = tag.config.replace(**{name: getattr(start, name) for name in fields})
+    config = tag.config.replace(**fields_of(start, fields))
     return dataclasses.replace(tag, config=config)
 
 

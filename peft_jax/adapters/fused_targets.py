@@ -13,8 +13,8 @@ import numpy as np
 
 from peft_jax.adapters.target_parameters import DECLARED
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Leaf
-from peft_jax.core.targets import ALL_LINEAR, is_target
+from peft_jax.core.leaves import Leaf, modules_of
+from peft_jax.core.targets import is_all_linear, is_target
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
 
@@ -37,31 +37,39 @@ def with_fused_targets(config: M, asked: Method, handle: Handle | None, found: S
     if handle is None or not handle.single_experts or not isinstance(config, LoraConfig):
         return config
     old = _old_names(handle.single_experts)
-    single = {name: new for new, names in old.items() for name in names}
-    if isinstance(asked.target_modules, str) and asked.target_modules.lower() == ALL_LINEAR:
-        targets = {name.rpartition(".")[2] for name in config.target_modules or ()} | single.keys()
+    single = dict[str, str]()
+    for new, names in old.items():
+        single |= dict.fromkeys(names, new)
+    if is_all_linear(asked):
+        targets = {*map(_last, config.target_modules or ()), *single}
     elif isinstance(config.target_modules, str):
         targets = _matched(config, single, handle.single_experts, found)
         if targets.isdisjoint(single):
             return config
     else:
         targets = set(config.target_modules or ())
-    hit = {single[_last(target)] for target in targets if _last(target) in single}
-    if not hit:
+    # The targets that are single experts or routers, by their last names, and the others.
+    experts, left = set[str](), list[str]()
+    for target in sorted(targets):
+        if _last(target) in single:
+            experts.add(_last(target))
+        else:
+            left.append(target)
+    if not experts:
         return config
+    hit = {single[name] for name in experts}
     ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     for new in sorted(hit):
-        present = {name for name in old[new] if any(_last(target) == name for target in targets)}
-        if missing := [name for name in old[new] if name not in present]:
+        if missing := [name for name in old[new] if name not in experts]:
+            present = sorted(experts & set(old[new]))
             raise ValueError(
-                f"target_modules names '{sorted(present)[0]}' without '{missing[0]}', which is fused with it into "
+                f"target_modules names '{present[0]}' without '{missing[0]}', which is fused with it into "
                 f"'{new}'. Name both, or neither."
             )
         if len(old[new]) > 1:
             pattern = rf".*\.{re.escape(new)}"
             ranks[pattern] = config.r * len(old[new])
             alphas[pattern] = config.lora_alpha * len(old[new])
-    left = sorted(target for target in targets if _last(target) not in single)
     parameters = sorted({*(config.target_parameters or ()), *hit})
     return config.replace(target_modules=left, target_parameters=parameters, rank_pattern=ranks, alpha_pattern=alphas)
 
@@ -117,13 +125,15 @@ def _fuse(tensors: dict[str, np.ndarray], front: str, new: str, names: Sequence[
         whole = np.concatenate(parts, axis=1)
         tensors[key] = whole.reshape(-1, whole.shape[-1])
         return
-    outs, ranks = [part.shape[1] for part in parts], [part.shape[2] for part in parts]
-    whole = np.zeros((experts, sum(outs), sum(ranks)), parts[0].dtype)
+    rows = columns = 0
+    for part in parts:
+        rows, columns = rows + part.shape[1], columns + part.shape[2]
+    whole = np.zeros((experts, rows, columns), parts[0].dtype)
     row = column = 0
     for part in parts:
         whole[:, row : row + part.shape[1], column : column + part.shape[2]] = part
         row, column = row + part.shape[1], column + part.shape[2]
-    tensors[key] = np.ascontiguousarray(whole.transpose(1, 2, 0).reshape(sum(outs), -1))
+    tensors[key] = np.ascontiguousarray(whole.transpose(1, 2, 0).reshape(rows, -1))
 
 
 WHOLE = "Take an undamaged copy of the file."
@@ -154,9 +164,10 @@ def _last(name: str) -> str:
 
 def _matched(config: Method, single: Mapping[str, str], every: Names, found: Sequence[Leaf]) -> set[str]:
     """The last names of modules that a pattern matches, those of single experts among them, as PEFT finds them."""
-    names = {str(name) for leaf in found for name in leaf.names.flat}
-    matched = {_last(name) for name in names if is_target(config, name)}
-    for name in names:
+    matched = set[str]()
+    for name in set(modules_of(found)):
+        if is_target(config, name):
+            matched.add(_last(name))
         for old, new in single.items():
             if _last(name) == new and is_target(config, f"{name.rpartition('.')[0]}.{old}"):
                 matched.add(old)

@@ -15,6 +15,7 @@ from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, nested_ada
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Lookup, Product
+from peft_jax.core.selecting import picked
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight
 from peft_jax.methods.lora.config import LoraConfig
 
@@ -210,7 +211,7 @@ class Rows(Weight):
             Adapted(self.base, params, state, self.layout, tag).specs(entries)
             for params, state, tag in zip(self.params, self.states, self.tags, strict=True)
         ]
-        stack = tuple(entries[axis] for axis in self.layout.stack)
+        stack = picked(entries, self.layout.stack)
         params, states = tuple(part.params for part in parts), tuple(part.state for part in parts)
         rows: Any = PartitionSpec(*stack)
         return dataclasses.replace(self, base=self._base.specs(entries), params=params, states=states, rows=rows)

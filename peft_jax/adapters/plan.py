@@ -9,6 +9,7 @@ import numpy as np
 from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.declared_order import in_declared_order
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
+from peft_jax.core.selecting import only
 from peft_jax.core.targets import is_saved_module
 from peft_jax.methods.base import Method
 from peft_jax.methods.roles import BIAS, REPLACED, SAVED, BiasRule, Follower, FollowingCopy, Role, Whole
@@ -53,7 +54,7 @@ def plan(
     seen: dict[tuple[str, str], str] = {}
     for position, leaf in enumerate(found):
         role, adapted = _role_of(leaf, config, modules)
-        ids = _tokens_of(leaf, tokens)
+        ids = _tokens_of(leaf, tokens) if tokens else ()
         if ids and adapted.any():
             raise ValueError(
                 f"Tokens of '{leaf.names.flat[0]}' are named in trainable_token_indices, and the module in "
@@ -82,9 +83,11 @@ def plan(
 
 def _role_of(leaf: Leaf, config: Method, modules: Collection[str]) -> tuple[Role | None, np.ndarray]:
     """The role of a leaf, and in which of its stacked layers it has it; trained tokens are left out."""
-    saved = _where(leaf, lambda name: is_saved_module(config, name))
+    saved = np.zeros(leaf.names.shape, bool)
+    if config.modules_to_save:
+        saved = _where(leaf, lambda name: is_saved_module(config, name))
     if saved.any():
-        both = sorted({str(name) for name in leaf.names.flat} & set(modules) - set(leaf.names[saved].flat))
+        both = sorted(set(leaf.modules) & set(modules) - set(leaf.names[saved]))
         if both:
             raise ValueError(
                 f"Leaf '{leaf.path}' stacks layers of which {both[:3]} are targets and others are in "
@@ -129,7 +132,7 @@ def _check_names(target: Target, seen: dict[tuple[str, str], str]) -> None:
     """
     leaf, has_name_of_module = target.leaf, target.role is None or isinstance(target.role, Tokens)
     own = "" if has_name_of_module else leaf.torch_name
-    for name in {str(name) for name in leaf.names[target.adapted]}:
+    for name in leaf.names[target.adapted]:
         other = seen.setdefault((name, own), leaf.path)
         if other != leaf.path:
             raise ValueError(
@@ -159,7 +162,7 @@ def following_modules(targets: Iterable[Target]) -> set[str]:
     names: set[str] = set()
     for target in targets:
         if isinstance(target.role, Follower | FollowingCopy):
-            names |= {str(name) for name in target.leaf.names[target.adapted]}
+            names |= set(target.leaf.names[target.adapted])
     return names
 
 
@@ -174,7 +177,7 @@ def module_sizes(targets: Iterable[Target], declared: Sequence[str] = ()) -> dic
     for target in matrices(targets):
         own = target.leaf.layout.sizes(target.leaf.value.shape)
         sizes |= dict.fromkeys(map(str, target.leaf.names[target.adapted]), own)
-    return {name: sizes[name] for name in in_declared_order(sizes, declared)}
+    return only(sizes, in_declared_order(sizes, declared))
 
 
 def may_be_target(config: Method, leaf: Leaf) -> bool:

@@ -13,9 +13,10 @@ import numpy as np
 
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.layout import LEAF_NAMES, LISTS, READ, Layout
-from peft_jax.core.leaves import Leaf, is_matrix
+from peft_jax.core.leaves import Leaf, is_matrix, modules_of
 from peft_jax.core.paths import TORCH_NAMES, module_path, stacked_names
-from peft_jax.core.targets import is_saved_module, is_target, names_module, nothing_hit, pattern_value
+from peft_jax.core.selecting import picked
+from peft_jax.core.targets import is_saved_module, is_target, names_module, names_some, nothing_hit, pattern_value
 from peft_jax.core.weight import is_weight
 from peft_jax.methods.base import Method
 
@@ -32,16 +33,17 @@ def with_parameters(found: Sequence[Leaf], config: Method) -> list[Leaf]:
     """
     if not config.target_parameters:
         return list(found)
-    leaves = [_as_parameter(leaf, config) if names_parameter(config, leaf) else leaf for leaf in found]
-    every = [name for leaf in found for name in parameter_names(leaf).flat]
+    leaves, every = list[Leaf](), list[str]()
+    for leaf in found:
+        every += parameter_names(leaf).ravel().tolist()
+        leaves.append(_as_parameter(leaf, config) if names_parameter(config, leaf) else leaf)
     for target in config.target_parameters:
-        if not any(names_module([target], name) for name in every):
+        if not names_some([target], every):
             raise ValueError(nothing_hit(f"Target parameter '{target}'", target, every))
     parameters = parameters_of(leaves, config)
-    inside = [name for leaf in leaves for name in leaf.names.flat if name not in parameters]
-    owners = {name.rpartition(".")[0] for name in parameters}
-    for name in inside:
-        if is_target(config, name) and any(name.startswith(f"{owner}.") for owner in owners):
+    owners = tuple({f"{name.rpartition('.')[0]}." for name in parameters})
+    for name in modules_of(leaves):
+        if name not in parameters and is_target(config, name) and name.startswith(owners):
             raise ValueError(
                 f"'{name}' is a target in a module one of whose own weights is in target_parameters, which "
                 "no file of PEFT's can hold. Leave one of them."
@@ -59,7 +61,8 @@ def parameter_names(leaf: Leaf) -> np.ndarray:
 
 def names_parameter(config: Method, leaf: Leaf) -> bool:
     """Whether ``target_parameters`` names a leaf."""
-    return any(is_parameter(config, name) for name in parameter_names(leaf).flat)
+    targets = config.target_parameters
+    return bool(targets) and names_some(targets or (), parameter_names(leaf).flat)
 
 
 def is_parameter(config: Method, name: str) -> bool:
@@ -72,23 +75,28 @@ def parameters_of(leaves: Sequence[Leaf], config: Method) -> set[str]:
 
     The name of a module may end like that of a parameter elsewhere: a dense layer's ``down_proj`` is none of experts.
     """
+    if not config.target_parameters:
+        return set()
     named = [leaf for leaf in leaves if names_parameter(config, leaf)]
-    return {str(name) for leaf in named for name in leaf.names.flat if is_parameter(config, name)}
+    return {name for name in modules_of(named) if is_parameter(config, name)}
 
 
 def depth(config: Method, parameter: str, adapted: set[str]) -> int:
     """How many adapters of parameters of the same module wrap that of this one."""
     owner, _, own = parameter.rpartition(".")
-    others = [name.rpartition(".")[2] for name in adapted if is_parameter(config, name)]
-    others = [last for last in others if f"{owner}.{last}" in adapted]
-    known = all(name in DECLARED for name in others)
+    others = set[str]()
+    for name in adapted:
+        last = name.rpartition(".")[2]
+        if is_parameter(config, name) and f"{owner}.{last}" in adapted:
+            others.add(last)
     targets = config.target_parameters or ()
 
     def position(last: str) -> int:
-        named = (i for i, target in enumerate(targets) if names_module([target], f"{owner}.{last}"))
-        return DECLARED.index(last) if known else next(named)
+        if others <= set(DECLARED):
+            return DECLARED.index(last)
+        return next(i for i, target in enumerate(targets) if names_module([target], f"{owner}.{last}"))
 
-    return sum(position(last) > position(own) for last in set(others))
+    return sum(position(last) > position(own) for last in others)
 
 
 def check_apart(leaves: Sequence[Leaf], config: Method) -> None:
@@ -101,7 +109,7 @@ def check_apart(leaves: Sequence[Leaf], config: Method) -> None:
     for leaf in leaves:
         for name in sorted(parameters_of([leaf], config)):
             owner, _, own = name.rpartition(".")
-            experts = math.prod(leaf.value.shape[leaf.layout.stack[i]] for i in leaf.layout.unnamed)
+            experts = math.prod(picked(leaf.layout.stack_shape(leaf.value.shape), leaf.layout.unnamed))
             kind = (owner, *leaf.layout.sizes(leaf.value.shape), experts, pattern_value(config.rank_pattern, name, 0))
             other = seen.setdefault(kind, name)
             if other != name and not {own, other.rpartition(".")[2]} <= {*DECLARED}:
@@ -116,13 +124,15 @@ def _as_parameter(leaf: Leaf, config: Method) -> Leaf:
     """The leaf under its parameters' names."""
     names = parameter_names(leaf)
     first = str(names.flat[0])
-    if module := next((str(name) for name in leaf.names.flat if is_target(config, name)), None):
+    if modules := [name for name in leaf.modules if is_target(config, name)]:
         raise ValueError(
-            f"'{first}' is named in target_parameters, and '{module}' is one of target_modules. Name it in one of "
+            f"'{first}' is named in target_parameters, and '{modules[0]}' is one of target_modules. Name it in one of "
             "them; target_modules=[] means no modules."
         )
-    if saved := next((name for name in names.flat if is_saved_module(config, name)), None):
-        raise ValueError(f"'{saved}' is named in target_parameters and trained whole by modules_to_save. Choose one.")
+    if saved := [name for name in names.flat if is_saved_module(config, name)]:
+        raise ValueError(
+            f"'{saved[0]}' is named in target_parameters and trained whole by modules_to_save. Choose one."
+        )
     if not is_matrix(leaf) or leaf.layout is not None and leaf.layout.lookup:
         raise ValueError(
             f"target_parameters names '{first}' of shape {leaf.value.shape}, which is no weight of a product. "
@@ -172,6 +182,7 @@ def _of_experts(leaf: Leaf) -> Layout:
     features = sorted((*layout.inp, *layout.out))
     if layout.source != READ or layout.unnamed or len(features) != 3:
         return layout
-    inp, out = ([axis for axis in axes if axis != features[0]] for axes in (layout.inp, layout.out))
+    inp = tuple(axis for axis in layout.inp if axis != features[0])
+    out = tuple(axis for axis in layout.out if axis != features[0])
     stack = (*layout.stack, features[0])
-    return dataclasses.replace(layout, stack=stack, inp=tuple(inp), out=tuple(out), index_after=(*after, None))
+    return dataclasses.replace(layout, stack=stack, inp=inp, out=out, index_after=(*after, None))

@@ -16,6 +16,7 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.paths import dotted, matrix_path, module_path
 from peft_jax.core.product import MATMUL, FirstFactor, Product
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import only
 from peft_jax.core.serialized_nodes import register_node
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight, role_specs
 
@@ -277,8 +278,10 @@ class Adapted(Weight):
         roles = role_specs(self.layout, entries)
 
         def spec(role: str) -> PartitionSpec:
-            rest = (roles.get(axis, (None,)) for axis in self.method.axes.get(role, ()))
-            return PartitionSpec(*roles["stack"], *(entry for part in rest for entry in part))
+            found = list(roles["stack"])
+            for axis in self.method.axes.get(role, ()):
+                found += roles.get(axis, (None,))
+            return PartitionSpec(*found)
 
         params: dict[str, Any] = {role: spec(role) for role in self.params}
         state = {role: jax.tree.map(lambda _, role=role: spec(role), value) for role, value in self.state.items()}
@@ -338,12 +341,11 @@ def _mapped(change: Callable[[str, Adapted], Any], tree: PyTree) -> Any:
 def adapted_leaves(tree: PyTree) -> list[tuple[str, Adapted]]:
     """Path and leaf of everything adapted in a tree or handle, of leaves in each other the innermost first."""
     found: list[tuple[str, Adapted]] = []
-
-    def note(path: str, leaf: Adapted) -> Adapted:
-        found.append((path, leaf))
-        return leaf
-
-    _mapped(note, tree.params if isinstance(tree, Handle) else tree)
+    params = tree.params if isinstance(tree, Handle) else tree
+    for key_path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapted):
+        outermost_first = list(nested_adapters(node).values())
+        for leaf in reversed(outermost_first):
+            found.append((dotted(key_path), leaf))
     return found
 
 
@@ -411,7 +413,8 @@ def _share_again(tree: PyTree) -> Any:
     """`tied`, where a leaf shared arrays of these names before: in a partition they are None, and stay so."""
 
     def shared_before(before: Mapping[str, Any], roles: Collection[str]) -> bool:
-        return before.keys() == set(roles) and not any(array is None for array in before.values())
+        are_there = all(array is not None for array in before.values())
+        return before.keys() == set(roles) and are_there
 
     return _shared(tree, shared_before)
 
@@ -425,7 +428,7 @@ def _shared(tree: PyTree, shares: Callable[[Mapping[str, Any], Collection[str]],
         has_shares = has_shares or LAYER in leaf.state or ADAPTER in leaf.state
         if LAYER not in leaf.state and leaf.layout.inp:
             matrices[module_path(path), leaf.tag.name] = leaf
-        if _carries(leaf):
+        if ADAPTER in leaf.state and _carries(leaf):
             carriers[leaf.tag.name] = leaf
 
     def take(path: str, leaf: Adapted) -> Adapted:
@@ -448,8 +451,8 @@ def _shared(tree: PyTree, shares: Callable[[Mapping[str, Any], Collection[str]],
 
 
 def _carries(leaf: Adapted) -> bool:
-    """Whether a leaf has the trained arrays that all leaves of its adapter share."""
-    return ADAPTER in leaf.state and all(role in leaf.params for role in leaf.method.carried)
+    """Whether a leaf has the trained arrays that all leaves of its adapter share itself."""
+    return set(leaf.method.carried) <= leaf.params.keys()
 
 
 def _shared_roles(leaf: Adapted, source: Adapted) -> Collection[str]:
@@ -481,4 +484,4 @@ def _of_carrier(leaf: Adapted, carrier: Adapted) -> dict[str, Any]:
             return jax.ShapeDtypeStruct(whole, array.dtype)
         return jnp.broadcast_to(array[before], whole)
 
-    return {role: spread(carrier.params[role]) for role in roles}
+    return jax.tree.map(spread, only(carrier.params, roles))

@@ -12,6 +12,7 @@ from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.paths import keys_from_names, leaf_names
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import without
 
 
 def with_dropout(params: PyTree, key: jax.Array, *, base: bool = True) -> PyTree:
@@ -76,7 +77,7 @@ def without_dropout(params: PyTree) -> PyTree:
     """
 
     def switch_off(path: str, leaf: Adapted) -> Adapted:
-        state = {name: part for name, part in leaf.state.items() if name != "dropout"}
+        state = without(leaf.state, ["dropout"])
         return dataclasses.replace(leaf, state=state)
 
     return map_adapted(switch_off, params)

@@ -1,7 +1,9 @@
 """Names that become a part of a path, from a file or a user: whether they stay in the folder they are joined to."""
 
-import unicodedata
+import re
 from pathlib import PureWindowsPath
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # the characters of Unicode's category Cc
 
 
 def is_file_name(name: str) -> bool:
@@ -16,7 +18,7 @@ def is_file_name(name: str) -> bool:
     """
     if name in ("", ".", ".."):
         return False
-    if any(unicodedata.category(character) == "Cc" for character in name):
+    if CONTROL.search(name):
         return False
     return PureWindowsPath(name).name == name  # both slashes separate there, and a drive may stand in front
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from peft_jax.core.file_names import is_path_below
+from peft_jax.core.selecting import not_none
 
 Path = str | os.PathLike[str]
 
@@ -56,7 +57,7 @@ def find_folder(
         ...     find_folder(folder, ["*.json"]) == pathlib.Path(folder)
         True
     """
-    given = {name: value for name, value in (options or {}).items() if value is not None}
+    given = not_none(options or {})
     subfolder = str(given.pop("subfolder", ""))
     if subfolder and not is_path_below(subfolder):
         raise FileNotFoundError(f"subfolder='{subfolder}' is not below '{name_or_path}'. Name a folder in it.")

@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.selecting import picked
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -108,13 +110,11 @@ class Layout:
 
     def stack_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Lengths of the stacked axes."""
-        return tuple(shape[axis] for axis in self.stack)
+        return picked(shape, self.stack)
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """``(in, out)`` of the matrix; ``in`` is 1 for a vector."""
-        n_in = math.prod(shape[axis] for axis in self.inp)
-        n_out = math.prod(shape[axis] for axis in self.out)
-        return n_in, n_out
+        return math.prod(picked(shape, self.inp)), math.prod(picked(shape, self.out))
 
     def matrix(self, array: jax.Array) -> jax.Array:
         """``array`` as ``(*stack, in, out)``, or ``(*stack, out)`` for a vector."""
@@ -125,7 +125,7 @@ class Layout:
     def unmatrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The inverse of `matrix`, for a leaf of shape ``shape``."""
         back = tuple(self.order.index(axis) for axis in range(len(shape)))
-        return _transpose(matrix.reshape([shape[axis] for axis in self.order]), back)
+        return _transpose(matrix.reshape(picked(shape, self.order)), back)
 
     def unstacked(self, position: int) -> "Layout":
         """The layout of one slice along one of the stacked axes."""

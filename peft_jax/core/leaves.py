@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -48,6 +48,12 @@ class Leaf(NamedTuple):
     unclear: Ambiguous | None = None
 
     @property
+    def modules(self) -> list[str]:
+        """Names of the modules that its layers belong to, stacked axes flattened."""
+        modules: list[str] = self.names.ravel().tolist()
+        return modules
+
+    @property
     def is_bias(self) -> bool:
         """Whether it is the bias of a matrix, or called one."""
         is_known = self.layout is not None and self.layout.bias_of is not None
@@ -77,6 +83,14 @@ class Leaf(NamedTuple):
             )
         layout: Layout = self.layout
         return layout
+
+
+def modules_of(leaves: Iterable[Leaf]) -> list[str]:
+    """Names of the modules that the layers of some leaves belong to, leaf by leaf."""
+    modules: list[str] = []
+    for leaf in leaves:
+        modules += leaf.modules
+    return modules
 
 
 def find_leaves(
@@ -146,16 +160,16 @@ def _with_biases(found: Sequence[Leaf], read: Mapping[str, str] | None) -> list[
         found: The leaves.
         read: For each leaf that a program adds to the product with a matrix the path of that; None without a program.
     """
-    by_path = {leaf.path: leaf for leaf in found}
-    beside: dict[str, list[str]] = {}
+    by_path: dict[str, Leaf] = {}
+    beside: dict[str, set[str]] = {}
     for leaf in found:
+        by_path[leaf.path] = leaf
         if is_matrix(leaf):
-            beside.setdefault(leaf.path.rpartition(".")[0], []).append(leaf.path)
+            beside.setdefault(leaf.path.rpartition(".")[0], set()).add(leaf.path)
     leaves = []
     for leaf in found:
         if is_float(leaf) and not is_weight(leaf.value):
-            parent = leaf.path.rpartition(".")[0]
-            siblings = [path for path in beside.get(parent, []) if path != leaf.path]
+            siblings = beside.get(leaf.path.rpartition(".")[0], set()) - {leaf.path}
             matrix = _matrix_of(leaf.path, siblings, read)
             if matrix is not None:
                 leaf = _as_bias(leaf, by_path[matrix])
@@ -163,7 +177,7 @@ def _with_biases(found: Sequence[Leaf], read: Mapping[str, str] | None) -> list[
     return leaves
 
 
-def _matrix_of(path: str, siblings: Sequence[str], read: Mapping[str, str] | None) -> str | None:
+def _matrix_of(path: str, siblings: Collection[str], read: Mapping[str, str] | None) -> str | None:
     """The path of the matrix that a leaf is the bias of, if it is a bias.
 
     The program says so. Without one, the bias is ``b`` beside the only matrix of a module, or ``b1`` beside ``w1``;
@@ -178,9 +192,9 @@ def _matrix_of(path: str, siblings: Sequence[str], read: Mapping[str, str] | Non
     if read is not None:
         if path in read:
             return read[path]
-        return siblings[0] if len(siblings) == 1 and name == "bias" else None
+        return next(iter(siblings)) if len(siblings) == 1 and name == "bias" else None
     if len(siblings) == 1 and name in ("bias", "b"):
-        return siblings[0]
+        return next(iter(siblings))
     numbered = f"{parent}{dot}w{name[1:]}"
     return numbered if name.startswith("b") and numbered in siblings else None
 
@@ -216,7 +230,7 @@ def own_names(found: Sequence[Leaf]) -> dict[str, list[str]]:
     for leaf in found:
         if not is_matrix(leaf):
             continue
-        names = [str(name) for name in leaf.names.flat]
+        names = leaf.modules
         parent, _, last = leaf.path.rpartition(".")
         aliases = {leaf.path, module_path(leaf.path)}
         if parent and last in WEIGHT_NAMES:
@@ -229,7 +243,9 @@ def own_names(found: Sequence[Leaf]) -> dict[str, list[str]]:
 def replace_leaves(params: PyTree, nodes: Mapping[int, PyTree]) -> PyTree:
     """``params`` with other nodes at some positions of `find_leaves`."""
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
-    return jax.tree.unflatten(treedef, [nodes.get(position, leaf) for position, leaf in enumerate(leaves)])
+    for position, node in nodes.items():
+        leaves[position] = node
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def is_float(leaf: Leaf) -> bool:

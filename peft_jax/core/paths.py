@@ -26,7 +26,7 @@ def dotted(key_path: KeyPath) -> str:
     """
     if len(key_path) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value":
         key_path = key_path[:-1]
-    return ".".join(str(_name(entry)) for entry in key_path)
+    return jax.tree_util.keystr(key_path, simple=True, separator=".")
 
 
 def named_leaves(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None) -> dict[str, Any]:
@@ -55,13 +55,6 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None) 
             )
         found[path], key_paths[path] = leaf, key_path
     return found
-
-
-def _name(entry: Any) -> Any:
-    for field in ("key", "idx", "name"):
-        if hasattr(entry, field):
-            return getattr(entry, field)
-    return entry
 
 
 def module_path(leaf_path: str) -> str:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, FirstFactor, Product
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import picked
 from peft_jax.core.weight import Change, Weight, as_leaf, as_weight
 
 
@@ -105,5 +106,5 @@ class Scaled(Weight):
 
     def specs(self, entries: tuple[Any, ...]) -> PyTree:
         """Those of the base; the numbers are sharded as the stacked axes are."""
-        stack = PartitionSpec(*[entries[axis] for axis in self.layout.stack])
+        stack = PartitionSpec(*picked(entries, self.layout.stack))
         return dataclasses.replace(self, base=self._base.specs(entries), factor=stack)  # type: ignore[arg-type]

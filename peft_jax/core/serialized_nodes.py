@@ -17,6 +17,7 @@ import numpy as np
 from flax import serialization
 from jax import export
 
+from peft_jax.core.selecting import field_names
 from peft_jax.core.strict_json import parse_json
 
 PACKAGE = "peft_jax."
@@ -111,6 +112,6 @@ def _value(plain: Any) -> Any:
 def _field_names(cls: Any) -> Sequence[str] | None:
     """Names of the fields of a dataclass or of a named tuple; None of another class."""
     if dataclasses.is_dataclass(cls):
-        return [field.name for field in dataclasses.fields(cls)]
+        return field_names(cls)
     names: Sequence[str] | None = getattr(cls, "_fields", None)
     return names

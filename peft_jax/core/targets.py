@@ -42,8 +42,9 @@ def is_target(config: Targets, module: str) -> bool:
     """
     if config.exclude_modules and names_module(config.exclude_modules, module):
         return False
-    if any(matches(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or ()):
-        return False
+    for name in config.modules_to_save or ():
+        if matches(rf"(^|.*\.){name}($|\..*)", module):
+            return False
     targets = config.target_modules or ()
     if isinstance(targets, str) or module in targets or not names_module(targets, module):
         return bool(targets) and names_module(targets, module)
@@ -70,7 +71,7 @@ def spelled_out_names(names: Sequence[str], modules: Sequence[str], own: Mapping
     """
     spelled: list[str] = []
     for name in names:
-        of_leaves = [] if any(names_module([name], module) for module in modules) else _of_leaves(name, own)
+        of_leaves = [] if names_some([name], modules) else _of_leaves(name, own)
         spelled += of_leaves or [name]
     return spelled
 
@@ -119,6 +120,11 @@ def check_expressions(config: Targets, patterns: Iterable[str] = ()) -> None:
         compiled(pattern, "layers_pattern")
         if not is_quick(pattern):
             raise ValueError(f"layers_pattern={pattern!r} may take forever. Write the name of the list of layers.")
+
+
+def is_all_linear(config: Targets) -> bool:
+    """Whether the targets of a config are all linear layers, which ``"all-linear"`` means."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
 def is_saved_module(config: Targets, module: str) -> bool:
@@ -178,7 +184,7 @@ def check_targets(
             raise ValueError(nothing_hit(what, targets, modules, hint))
     else:
         for target in targets or ():
-            if not any(names_module([target], module) for module in modules):
+            if not names_some([target], modules):
                 raise ValueError(
                     nothing_hit(f"Target module '{target}'", target, modules, no_matrix([target], vectors))
                 )
@@ -189,21 +195,31 @@ def check_targets(
         excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         for name in excluded:
             one = name if isinstance(config.exclude_modules, str) else [name]
-            if not any(names_module(one, module) for module in modules):
+            if not names_some(one, modules):
                 raise ValueError(nothing_hit(f"exclude_modules '{name}'", name, modules))
     check_saved(config, every)
-    found = {layer_index(config, module) for module in hits}
-    if missing := [index for index in _indices(config) if index not in found]:
-        there = {layer_index(config, module) for module in modules}
-        layers = sorted(index for index in there if index is not None)
-        found_none = f" layers_pattern {config.layers_pattern!r} names no list of layers." if not layers else ""
-        hint = found_none if config.layers_pattern else ""
-        raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {layers}.{hint}")
+    if indices := _indices(config):
+        found = _layer_indices(config, hits)
+        if missing := [index for index in indices if index not in found]:
+            layers = sorted(_layer_indices(config, modules))
+            found_none = f" layers_pattern {config.layers_pattern!r} names no list of layers." if not layers else ""
+            hint = found_none if config.layers_pattern else ""
+            raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {layers}.{hint}")
     for pattern in patterns:
         if not any(matches(rf"(.*\.)?({pattern})", name) for name in (*hits, *parameters)):
             what = f"Pattern '{pattern}' of rank_pattern or alpha_pattern"
             raise ValueError(nothing_hit(what, pattern, [*hits, *parameters]))
     return hits
+
+
+def _layer_indices(config: Targets, modules: Iterable[str]) -> set[int]:
+    """The indices of the layers that some modules belong to."""
+    found = set[int]()
+    for module in modules:
+        index = layer_index(config, module)
+        if index is not None:
+            found.add(index)
+    return found
 
 
 def check_saved(config: Targets, every: Sequence[str]) -> None:
@@ -240,7 +256,18 @@ def names_module(targets: str | Sequence[str], module: str) -> bool:
     """Whether a regex matches the whole path of a module, or one of several names is its end."""
     if isinstance(targets, str):
         return matches(targets, module)
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    for target in targets:
+        if module == target or module.endswith(f".{target}"):
+            return True
+    return False
+
+
+def names_some(targets: str | Sequence[str], modules: Iterable[str]) -> bool:
+    """Whether `names_module` holds for at least one of some modules."""
+    for module in modules:
+        if names_module(targets, module):
+            return True
+    return False
 
 
 def no_matrix(targets: str | Sequence[str], vectors: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from peft_jax.core.articles import article
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, FirstFactor, Product
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import picked
 
 Change = Callable[[jax.Array, int], jax.Array]
 
@@ -293,4 +294,4 @@ def role_specs(layout: Layout, entries: tuple[Any, ...]) -> dict[str, tuple[Any,
             raise MergeError(f"axes {axes} are one axis of the matrix, and one that is not the first is sharded.")
         return (entries[axes[0]],) if axes else ()
 
-    return {"stack": tuple(entries[a] for a in layout.stack), "in": flat(layout.inp), "out": flat(layout.out)}
+    return {"stack": picked(entries, layout.stack), "in": flat(layout.inp), "out": flat(layout.out)}

@@ -10,6 +10,7 @@ from peft_jax.core.dropout import dropout
 from peft_jax.core.float_types import added
 from peft_jax.core.product import Product
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import without
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method
 
@@ -32,7 +33,7 @@ class AddedChange(Method):
     ) -> Float[Array, "... out"]:
         """``x W + dropout(x) D``, with a ``D`` that backward makes again rather than keeps."""
         n_in, n_out = base.layout.sizes(base.shape)
-        arrays = {name: value for name, value in state.items() if name != "dropout"}
+        arrays = without(state, ["dropout"])
 
         @jax.checkpoint
         def update(params: PyTree, arrays: Any, x: jax.Array) -> jax.Array:

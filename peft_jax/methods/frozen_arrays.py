@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from peft_jax.core.layout import Layout
+from peft_jax.core.selecting import only, without
 from peft_jax.methods.base import Arrays, Method
 
 
@@ -43,12 +44,11 @@ class FrozenArrays(Method):
 
     def apart(self, arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The arrays of a file as those that are trained and those that are not."""
-        trained = {role: array for role, array in arrays.items() if role not in self.frozen}
-        return trained, {role: arrays[role] for role in self.frozen if role in arrays}
+        return without(arrays, self.frozen), only(arrays, self.frozen)
 
     def check_frozen(self, arrays: Mapping[str, np.ndarray], n_in: int, n_out: int, path: str) -> None:
         """Raise ValueError if arrays of a file cannot be those of the matrix ``(n_in, n_out)`` of a leaf."""
 
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
         """The trained arrays and the frozen ones."""
-        return {**params, **{role: state[role] for role in self.frozen if role in state}}
+        return {**params, **only(state, self.frozen)}

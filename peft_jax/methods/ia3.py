@@ -17,6 +17,7 @@ from peft_jax.core.adapted import apply_merged
 from peft_jax.core.bounded_regex import compiled, matches
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import Product
+from peft_jax.core.selecting import picked
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.roles import BiasRule
@@ -103,7 +104,7 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         """One vector; at the inputs of a convolution a number for each channel, not for each position in the kernel."""
         shapes = super().leaf_shapes(module, layout, shape)
         if layout.taps and "ia3_in" in shapes:
-            shapes["ia3_in"] = (shapes["ia3_in"][0] // math.prod(shape[axis] for axis in layout.taps),)
+            shapes["ia3_in"] = (shapes["ia3_in"][0] // math.prod(picked(shape, layout.taps)),)
         return shapes
 
     def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from peft_jax.core.dropout import drop_change
 from peft_jax.core.layout import Layout
+from peft_jax.core.selecting import picked
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import kaiming, unsupported
 from peft_jax.methods.lycoris import Lycoris
@@ -92,7 +93,7 @@ class LoKrConfig(TargetFields, ExcludeFields, LayerFields, Lycoris):
     def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Those of the matrix; of a convolution the channels are factored, and the second factor has the positions."""
         n_in, n_out = layout.sizes(shape)
-        taps = math.prod(shape[axis] for axis in layout.taps)
+        taps = math.prod(picked(shape, layout.taps))
         return self._factors(module, n_in // taps, n_out, taps)
 
     def _factors(self, module: str, channels: int, n_out: int, taps: int) -> dict[str, tuple[int, ...]]:

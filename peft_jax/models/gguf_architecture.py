@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft_jax.core.gguf_metadata import GGUFFile
+from peft_jax.core.selecting import without
 from peft_jax.interop.gguf_file import GGUFTensor
 
 # Keys of a decoder's metadata behind the architecture's name, and the fields of config.json that they are.
@@ -21,9 +22,7 @@ DECODER_FIELDS: Mapping[str, str] = {
 }
 
 # The fields of decoders whose norms have a bias, but for what config.json calls the epsilon of these.
-BIASED_FIELDS: Mapping[str, str] = {
-    key: field for key, field in DECODER_FIELDS.items() if key != "attention.layer_norm_rms_epsilon"
-}
+BIASED_FIELDS: Mapping[str, str] = without(DECODER_FIELDS, ["attention.layer_norm_rms_epsilon"])
 
 
 def as_stored(tensor: GGUFTensor, config: Any) -> GGUFTensor:

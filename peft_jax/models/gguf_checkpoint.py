@@ -9,6 +9,7 @@ import jax
 
 from peft_jax.core.gguf_metadata import GGUFFile, open_gguf
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import not_none, without
 from peft_jax.interop.checkpoint import HUB_FILES, find_checkpoint, read_config
 from peft_jax.interop.files import some
 from peft_jax.interop.gguf_file import float_type, kinds_of, read_tensors
@@ -66,7 +67,7 @@ def gguf_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
     """
     row, family = _row(file), family_of(config)
     keys = _keys(file, family, config)
-    stored = {name: tensor for name, tensor in read_tensors(file).items() if name not in row.ignored}
+    stored = without(read_tensors(file), row.ignored)
     missing, surplus = sorted(keys.keys() - stored.keys()), sorted(stored.keys() - keys.keys())
     if missing or surplus:
         problems = {"missing": missing, "left over": surplus}
@@ -121,7 +122,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
             f"{file.architecture!r}. Take a model whose layers are alike."
         )
     found |= {field: file.get(key) for key, field in TOKEN_IDS.items()}
-    hf = {field: value for field, value in found.items() if value is not None}
+    hf = not_none(found)
     tensors = read_tensors(file)
     if EMBEDDING not in tensors:
         raise ValueError(f"'{file.path}' has no tensor {EMBEDDING}. Take an undamaged copy.")

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
+from peft_jax.core.selecting import not_none
 from peft_jax.core.summary import trainable_parameters
 from peft_jax.interop.formats import PEFT_VERSION
 
@@ -56,7 +57,7 @@ def push(repo_id: str, write: Callable[[str], str], options: Mapping[str, Any]) 
         raise TypeError(
             f"push_to_hub has no argument {unknown[0]}. Its options are {', '.join(PushOptions.__annotations__)}."
         )
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = not_none(options)
     private, token = given.pop("private", None), given.pop("token", None)
     given.setdefault("commit_message", "Upload model")
     with tempfile.TemporaryDirectory() as folder:

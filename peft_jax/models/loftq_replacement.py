@@ -15,6 +15,7 @@ import numpy as np
 
 from peft_jax.core.adapted import Adapted, map_adapted
 from peft_jax.core.layout import Layout
+from peft_jax.core.selecting import only
 from peft_jax.interop.checkpoint import Row, find_checkpoint, load_params, open_tensors
 from peft_jax.interop.host_read import Cast
 from peft_jax.methods.lora.initializers.from_weight import of_difference
@@ -99,7 +100,7 @@ def _is_meant(leaf: Adapted, adapter_name: str) -> bool:
 
 def _read(tensors: Mapping[str, Any], row: Row) -> jax.Array:
     """A leaf in float32."""
-    own = {key: tensors[key] for key in row.keys}
+    own = only(tensors, row.keys)
     exact: jax.Array = leaf_at(load_params(own, [row], TO_FLOAT32), row.path)
     return exact
 

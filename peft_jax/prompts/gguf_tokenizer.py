@@ -7,6 +7,7 @@ metadata. What it makes of them does not.
 from typing import Any
 
 from peft_jax.core.gguf_metadata import GGUFFile
+from peft_jax.core.selecting import not_none
 
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -35,5 +36,4 @@ def tokenizer_of(file: GGUFFile) -> Any:
 
 def _values(file: GGUFFile, names: dict[str, str]) -> dict[str, Any]:
     """The metadata under ``tokenizer.`` that there are, by transformers' names of them."""
-    found = {name: file.get(f"tokenizer.{key}") for key, name in names.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    return not_none({name: file.get(f"tokenizer.{key}") for key, name in names.items()})

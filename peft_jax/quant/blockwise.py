@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Product
+from peft_jax.core.selecting import picked
 from peft_jax.core.weight import Change, role_specs
 from peft_jax.quant.double_scale import DoubleScale
 from peft_jax.quant.quantized import Quantized
@@ -42,8 +43,8 @@ class BlockAxes(NamedTuple):
     def of(cls, shape: tuple[int, ...], layout: Layout, block: int, *, runs_on: bool = False) -> Self:
         """The axes of an array of this shape in blocks of so many inputs."""
         n_in, _ = layout.sizes(shape)
-        inner_in = tuple(shape[axis] for axis in layout.inp[1:])
-        inner_out = tuple(shape[axis] for axis in layout.out[1:])
+        inner_in = picked(shape, layout.inp[1:])
+        inner_out = picked(shape, layout.out[1:])
         if runs_on and n_in % block:
             return cls(n_in % 2, inner_in, inner_out, block)
         return cls(-n_in % block, inner_in, inner_out)

@@ -7,12 +7,13 @@ from peft_jax.adapt.digits import BROADCAST, Atom, Axis, flat, length
 from peft_jax.adapt.edits import Cut, Pad, Reverse, cuts
 from peft_jax.adapt.rules.base import is_probe, or_merge, without
 from peft_jax.adapt.view import Evaluate, Outputs, Value, View, is_view
+from peft_jax.core.selecting import picked
 
 
 def transpose(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:
     """Axes in another order."""
     (view,) = values
-    return [view.replace(axes=tuple(view.axes[i] for i in eqn.params["permutation"]))]
+    return [view.replace(axes=picked(view.axes, eqn.params["permutation"]))]
 
 
 def reshape(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outputs:

@@ -15,6 +15,7 @@ from peft_jax.adapt.rules.base import used, without
 from peft_jax.adapt.view import Evaluate, Outputs, Value, View, is_view
 from peft_jax.core.float_types import is_wide_float, wider_float
 from peft_jax.core.product import Convolution, Grouped, Product
+from peft_jax.core.selecting import picked
 
 
 class Side(NamedTuple):
@@ -48,7 +49,7 @@ def dot_general(evaluate: Evaluate, eqn: JaxprEqn, values: list[Value]) -> Outpu
     shared = dict(zip((*other.stacked, *other.contracted), (*own.stacked, *own.contracted), strict=True))
     have = operand_axes(x, shared, view)
     of_view, of_x = without(view.axes, (*own.stacked, *own.contracted)), without(have, shared)
-    want = [view.axes[i] for i in own.stacked]
+    want = list(picked(view.axes, own.stacked))
     want += of_view + of_x if is_left else of_x + of_view
     product = _product(eqn.params, len(of_x), len(want), is_left=is_left)
     if product is None:

@@ -17,6 +17,7 @@ from peft_jax.core.leaves import Leaf, find_leaves
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.precision import common_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import fields_of
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
@@ -251,7 +252,7 @@ def _new_config(configs: Sequence[LoraConfig], made: Iterable[Made], rank: int) 
     first = configs[0]
     ranks = {str(one.names[i]): int(one.ranks[i]) for one in made for i in np.ndindex(one.names.shape) if one.ranks[i]}
     targets: Any = [config.target_modules for config in configs]
-    selects = {name: getattr(first, name) for name in SELECTS}
+    selects = fields_of(first, SELECTS)
     if any(getattr(config, name) != selects[name] for config in configs for name in SELECTS):
         targets, selects = sorted(ranks), dict.fromkeys(SELECTS)
     elif all(isinstance(target, str) for target in targets):

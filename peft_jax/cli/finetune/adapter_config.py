@@ -24,6 +24,7 @@ from peft_jax.cli.shared.task import (
     task_of,
 )
 from peft_jax.core.precision import with_compute_dtype
+from peft_jax.core.selecting import field_names, fields_of, not_none
 from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.core.targets import SAVED_HEADS
 from peft_jax.core.text_files import read_object
@@ -58,7 +59,7 @@ def make_config(options: AdapterOptions) -> PeftConfig:
     if options.adapter_config is not None:
         return _read_config(options.adapter_config)
     kind = by_name((options.peft or "LORA").upper())
-    typed = {name: getattr(options, name) for name in DESCRIBED if getattr(options, name) is not None}
+    typed = not_none(fields_of(options, DESCRIBED))
     if typed.get("target_modules") == ("all-linear",):
         typed["target_modules"] = "all-linear"
     given = _read_fields(options.peft_config) if options.peft_config is not None else {}
@@ -67,7 +68,7 @@ def make_config(options: AdapterOptions) -> PeftConfig:
             raise ValueError(f"{kind.peft_type} has no {flag(name)}. {_fields_of(kind)}")
         if name in given:
             raise ValueError(f"{flag(name)} and {name} in --peft-config say the same. Give one of them.")
-    known = {field.name for field in dataclasses.fields(kind)} - OWN
+    known = {*field_names(kind)} - OWN
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"--peft-config has {', '.join(unknown)}, which {kind.peft_type} has not. {_fields_of(kind)}")
     return kind(**{**DEFAULTS.get(kind.peft_type, {}), **typed, **given})
@@ -82,8 +83,8 @@ def with_rate(options: Finetune, config: PeftConfig) -> Finetune:
     return dataclasses.replace(options, training=dataclasses.replace(options.training, learning_rate=rate))
 
 
-OWN = {field.name for field in dataclasses.fields(PeftConfig)}  # fields that the command sets itself
-SHARED = {field.name for group in (TargetFields, ExcludeFields, LayerFields) for field in dataclasses.fields(group)}
+OWN = {*field_names(PeftConfig)}  # fields that the command sets itself
+SHARED = {*field_names(TargetFields), *field_names(ExcludeFields), *field_names(LayerFields)}
 
 
 def _settable(kind: type[PeftConfig]) -> list[str]:
@@ -199,7 +200,7 @@ def with_fresh_modules(config: Method, base: Any) -> Method:
     """
     heads = SAVED_HEADS.get(config.task_type, ())
     rest = [name for name in fresh_modules(base) if not set(name.split(".")) & set(heads)]
-    if not rest or not any(field.name == "modules_to_save" for field in dataclasses.fields(config)):
+    if not rest or "modules_to_save" not in field_names(config):
         return config
     print(f"The checkpoint has no {', '.join(rest)}: trained whole, beside the adapter.")
     return config.replace(modules_to_save=[*(config.modules_to_save or ()), *rest])

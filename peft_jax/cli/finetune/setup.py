@@ -32,6 +32,7 @@ from peft_jax.cli.shared.training_layout import (
     choose_layout,
     template_digest,
 )
+from peft_jax.core.selecting import picked
 from peft_jax.interop.checkpoint import find_checkpoint
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.models.gguf_checkpoint import base_files
@@ -119,7 +120,7 @@ def make_data(
         training, validation = _split(len(examples), options.val_size, seed)
 
     def lay_out(places: Sequence[int]) -> Data:
-        part = [examples[place] for place in places]
+        part = picked(examples, places)
         return Packed(part, longest) if options.packing else padded(task, part, longest, base)
 
     if loaded.weights is None:

@@ -18,6 +18,7 @@ from peft_jax.cli.shared.micro_rows import choose_micro_layout
 from peft_jax.cli.shared.task import Evaluation, Task
 from peft_jax.core.partition import combine
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import field_names, fields_of
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.train import (
     Batch,
@@ -155,7 +156,7 @@ def make_plan(
     )
     parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
     of_experts = None if model.config.routing is None else mesh  # no other model asks for the mesh
-    parts_of_step = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    parts_of_step = fields_of(step, field_names(step))
     step = dataclasses.replace(step, **{name: with_mesh_in_use(fn, of_experts) for name, fn in parts_of_step.items()})
     evaluation = with_mesh_in_use(task.make_evaluation(data.problem), of_experts)
     plan = Plan(*parts, step, optimizer, training.seed, evaluation, mesh)

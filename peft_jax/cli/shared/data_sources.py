@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.cli.shared.data_options import DataFileOptions
+from peft_jax.core.selecting import without
 from peft_jax.train.data.data_files import TABLES, ending_of, read_rows, with_numbers
 from peft_jax.train.data.record_forms import parse_records
 from peft_jax.train.data.records import AnyRecord, Chat, Record
@@ -177,7 +178,7 @@ def _renamed(row: Any, columns: Mapping[str, str], source: Source) -> Any:
     if not isinstance(row, dict):
         return row
     taken = {*columns, *columns.values()}
-    found = {name: value for name, value in row.items() if name not in taken}
+    found = without(row, taken)
     found |= {field: row[column] for field, column in columns.items() if column in row}
     return with_numbers(found) if ending_of(Path(source.name)) in TABLES else found
 

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_jax.core.selecting import not_none
 from peft_jax.core.text_files import read_text
 
 RULE = "Give a file of options such as 'max_steps: 100', one a line, as a run writes in run.yaml."
@@ -57,6 +58,6 @@ def write_options(options: Mapping[str, Any], file: Path) -> None:
     """
     import yaml
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = not_none(options)
     text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=10**9)
     file.write_text(HEAD + text, encoding="utf-8")

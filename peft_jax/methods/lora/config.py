@@ -197,8 +197,9 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         init, ranks = self.init_lora_weights or False, self.ranks(names, adapted)
         if self.initializer.needs == "data":
             raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
-        for name in names[adapted]:
-            self.leaf_shapes(name, layout, shape)  # raises where they do not suit
+        if layout.groups > 1:
+            for name in names[adapted]:
+                self.leaf_shapes(name, layout, shape)  # raises where they do not suit
         params = random.drawn(init, layout, shape, names, ranks, key)
         if self.lora_bias:
             params[BIAS] = random.drawn_bias(init, layout.sizes(shape)[1], names, ranks // layout.groups, key)
@@ -232,7 +233,8 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
             )
         if row.make is not None and (row.embeddings == "own" or not base.layout.lookup):
             params, base = initialize_layers(self, base, names, adapted, key, [row.make(self)] * names.size)
-        state |= {role: params.pop(role) for role in self.frozen}
+        for role in row.frozen:
+            state[role] = params.pop(role)
         if self.use_dora:
             params[dora.MAGNITUDE] = dora.initialize(params, state, base)
         return params, state, base

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self
 
+from peft_jax.core.selecting import picked
 from peft_jax.models.decoder_config import tasks_of
 from peft_jax.models.mixture_config import MixtureConfig
 from peft_jax.models.modules.router_load import Routing
@@ -156,7 +157,7 @@ class DeepseekConfig(MixtureConfig):
         Raises:
             ValueError: A layer without experts would come after one that has some.
         """
-        sparse = [self.sparse_layers[layer] for layer in order]
+        sparse = picked(self.sparse_layers, order)
         if sparse != sorted(sparse):
             raise ValueError(
                 f"layer_replication puts a layer without experts after one with experts: {list(order)}. No config of "

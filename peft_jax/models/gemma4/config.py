@@ -9,6 +9,7 @@ from typing import Any
 
 from peft_jax.core.activations import check_activation
 from peft_jax.core.config_ranges import check_fields_of
+from peft_jax.core.selecting import field_names, only, without
 from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -178,8 +179,7 @@ class Gemma4Config(ModelConfig):
             raise ValueError("enable_moe_block=True (layers with experts) is not supported.")
         if full.get("use_bidirectional_attention") == "all":
             raise ValueError("use_bidirectional_attention='all' (attention in both directions) is not supported.")
-        own = {field.name for field in dataclasses.fields(cls)} - {"ropes", "global_head_dim"}
-        fields = {name: full[name] for name in own & full.keys()}
+        fields = without(only(full, field_names(cls)), ["ropes", "global_head_dim"])
         ropes = ropes_by_kind(full["rope_parameters"], set(full["layer_types"]))
         fields |= {"layer_types": tuple(full["layer_types"]), "ropes": tuple(ropes.items())}
         fields |= _of_full_layers(full)

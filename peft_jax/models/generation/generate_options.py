@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
+from peft_jax.core.selecting import field_names, not_none, only
 from peft_jax.methods.fields import check_kinds
 from peft_jax.models.generation.sampling import Sampling
 from peft_jax.models.generation.unsupported_options import INSTEAD, as_arguments, is_unsupported
@@ -69,7 +70,7 @@ class GenerateOptions:
     @property
     def given(self) -> dict[str, Any]:
         """The options that are not None."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return not_none(vars(self))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ class GenerateOptions:
     @property
     def sampling(self) -> Sampling:
         """How the next token is chosen; greedily by default."""
-        chosen = {name: value for name, value in self.given.items() if name in Sampling._fields}
+        chosen = only(self.given, Sampling._fields)
         if self.top_k == 0:
             del chosen["top_k"]
         return Sampling(**chosen)
@@ -132,7 +133,7 @@ def from_keywords(keywords: GenerateKeywords, generate: Callable[..., Any]) -> G
         >>> from_keywords({"top_p": 0.9}, generate=print).given
         {'top_p': 0.9}
     """
-    options = [field.name for field in dataclasses.fields(GenerateOptions)]
+    options = field_names(GenerateOptions)
     for name, value in keywords.items():
         if name not in options:
             raise TypeError(_refusal(name, value, options, generate))

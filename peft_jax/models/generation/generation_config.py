@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from peft_jax.core.field_kinds import is_kind
+from peft_jax.core.selecting import not_none
 from peft_jax.core.strict_json import shown
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
 from peft_jax.models.generation.sampling import Sampling
@@ -73,7 +74,7 @@ def with_defaults(
         >>> options.top_p, options.top_k
         (0.9, 50)
     """
-    saved = {name: value for name, value in generation_config.items() if value is not None}
+    saved = not_none(generation_config)
     do_sample = bool(options.do_sample)
     if options.do_sample is None:
         do_sample = bool(saved.get("do_sample"))

@@ -17,6 +17,7 @@ from peft_jax.core.adapted import adapters
 from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import not_none
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.describe import read_header
 from peft_jax.interop.formats import WEIGHTS_FILE
@@ -121,7 +122,7 @@ class ModelHandle(Inspection):
                 raise ValueError(
                     f"{name} are from {bounds[0]} to {bounds[1]}, but this model has 0 to {rows - 1}. Give these alone."
                 )
-        given: dict[str, Any] = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
+        given: dict[str, Any] = jax.tree.map(jnp.asarray, not_none(arrays))
         inputs = ForwardInputs(
             input_ids=ids,
             output_hidden_states=output_hidden_states,

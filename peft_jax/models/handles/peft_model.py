@@ -16,6 +16,7 @@ from peft_jax.core.ids import is_outside
 from peft_jax.core.merge import disable_adapter, merge, set_adapter, unload
 from peft_jax.core.precision import ComputeDtype, in_base_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import field_names, fields_of
 from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
 from peft_jax.interop.base_file import write_base_file
 from peft_jax.methods.base import Method, PeftConfig
@@ -91,7 +92,7 @@ class PeftModel(AdapterVerbs):
     def of(model: ModelHandle) -> Any:
         """A handle on the same parameters as ``model``, of the class for its task."""
         (cls,) = {cls for cls in PEFT_MODELS if cls.base.task == model.task}
-        return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
+        return cls(**fields_of(model, field_names(model)))
 
     @classmethod
     def from_pretrained(
@@ -289,7 +290,7 @@ class PeftModel(AdapterVerbs):
 
     def base_handle(self, params: PyTree) -> Any:
         """A base model's handle on ``params``."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = fields_of(self, field_names(self))
         return self.base(**{**fields, "params": params})
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from peft_jax.core.selecting import only
 from peft_jax.models.config import CHUNKED, FULL, SLIDING, ModelConfig
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.positions import Places
@@ -74,7 +75,7 @@ def masks_by_kind(
     """
     masks = {FULL: places.mask}
     if window is None and chunk is None:
-        return {kind: masks[kind] for kind in kinds}
+        return only(masks, kinds)
     query = (jnp.arange(places.mask.shape[1]) + places.index + inputs.virtual)[None, :, None]
     key = jnp.arange(places.mask.shape[2])[None, None, :]
     if window is not None:
@@ -84,7 +85,7 @@ def masks_by_kind(
         if inputs.attention_mask is not None:
             first = inputs.virtual + jnp.argmax(inputs.attention_mask != 0, axis=1)[:, None, None]
         masks[CHUNKED] = places.mask & ((key - first) // chunk == (query - first) // chunk)
-    return {kind: masks[kind] for kind in kinds}
+    return only(masks, kinds)
 
 
 def steps_of(places: Places, inputs: ForwardInputs) -> Steps:
@@ -159,7 +160,7 @@ def views_by_kind(
     kinds = set(config.kinds)
     masks = masks_by_kind(places, inputs, kinds, window=window, chunk=chunk)
     size, length = config.head_size, config.max_position_embeddings
-    used = {kind: ropes[kind] for kind in sorted(kinds)}
+    used = only(ropes, sorted(kinds))
     turns = rotations_by_kind(used, size, places, length, dtype, interleaved=interleaved)
     return {kind: View(masks[kind], turns[kind]) for kind in sorted(kinds)}
 

@@ -8,6 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import picked
 
 KEPT = "kept"
 NARROW = 8  # times fewer features than it was made of: what is kept without a mark
@@ -37,5 +38,5 @@ def _is_narrow(primitive: Any, *operands: Any, **params: PyTree) -> bool:
     if primitive.name != "dot_general" or params["dimension_numbers"][1][0]:
         return False
     (over, _), (x, matrix) = params["dimension_numbers"][0], operands
-    n_in = math.prod(x.shape[axis] for axis in over)
+    n_in = math.prod(picked(x.shape, over))
     return bool(NARROW * matrix.size <= n_in * n_in)

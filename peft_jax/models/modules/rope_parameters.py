@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peft_jax.core.config_ranges import check_fields_of
+from peft_jax.core.selecting import field_names
 from peft_jax.core.strict_json import shown
 
 # The fields that each kind of rope uses beside its base.
@@ -106,8 +107,7 @@ class RopeParameters:
             raise ValueError(f"rope_type={shown(kind)} is not supported. Supported: {', '.join(USED)}.")
         if missing := [name for name in NEEDED.get(kind, ()) if parameters.get(name) is None]:
             raise ValueError(f"rope_parameters with rope_type={kind!r} need {', '.join(missing)}. Write numbers.")
-        known = {field.name for field in dataclasses.fields(cls)}
-        surplus = sorted(parameters.keys() - known - {"type", *also})
+        surplus = sorted(parameters.keys() - {*field_names(cls), "type", *also})
         if surplus:
             raise ValueError(f"rope_parameters {surplus} are not supported with rope_type={kind!r}.")
         values: dict[str, Any] = {"rope_type": kind}

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from peft_jax.core.config_ranges import check_fields_of
+from peft_jax.core.selecting import picked
 from peft_jax.models.config import FULL, QUESTION_ANS, SLIDING
 from peft_jax.models.decoder_config import WindowedConfig, tasks_of
 from peft_jax.models.modules.rope_parameters import RopeParameters
@@ -98,8 +99,8 @@ class SmolLM3Config(WindowedConfig):
         return dataclasses.replace(
             self,
             num_hidden_layers=len(order),
-            layer_types=tuple(types[layer] for layer in order),
-            no_rope_layers=tuple(turned[layer] for layer in order),
+            layer_types=picked(types, order),
+            no_rope_layers=picked(turned, order),
         )
 
     @classmethod

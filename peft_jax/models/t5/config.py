@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.core.config_ranges import check_fields_of
+from peft_jax.core.selecting import without
 from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig, as_dict, complete
 from peft_jax.models.modules.base_dropout import DropoutRates
 
@@ -177,4 +178,4 @@ class T5Config(ModelConfig):
         # The tensors tell the first; the others are not T5's.
         absent = {"share_embeddings", "max_position_embeddings", "initializer_range", "bos_token_id"}
         absent |= set() if self.model_type == "t5" else {"scale_decoder_outputs"}
-        return {name: value for name, value in {**hf, **self.fixed}.items() if name not in absent}
+        return without({**hf, **self.fixed}, absent)

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peft_jax.core.selecting import not_none, only
 from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.train.data.records import Chat
 
@@ -108,7 +109,7 @@ def _turn(message: Any, where: str) -> Turn:
     wrong = ValueError(f"{where} lacks a role or a content that is text. {RULE}")
     if not isinstance(message, dict):
         raise wrong
-    fields = {name: value for name, value in message.items() if value is not None}  # tables fill rows up with nulls
+    fields = not_none(message)  # tables fill rows up with nulls
     role, content = fields.pop("role", None), fields.pop("content", None)
     if role is None and content is None:
         role, content = fields.pop("from", None), fields.pop("value", None)
@@ -185,7 +186,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f'{where} has a tool call without a name. Give {{"name": "f", "arguments": {{}}}}.')
     arguments = parsed(function.get("arguments") or {}, "tool call's arguments", where)
-    more = {name: value for name, value in call.items() if name == "id" and value is not None}
+    more = not_none(only(call, ["id"]))
     return {**more, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peft_jax.core.selecting import picked
+
 STEP = 32  # the smallest width; widths are its multiples
 FEWEST = 128  # tokens of a micro batch below which it is not made smaller
 TRIED = 8  # batches that are drawn to compare numbers of rows
@@ -112,7 +114,7 @@ class MicroLayout(NamedTuple):
         order = _longest_first(tokens)
         micro_batches = []
         for start in range(0, len(order), self.rows):
-            chosen = [rows[number] for number in order[start : start + self.rows]]
+            chosen = list(picked(rows, order[start : start + self.rows]))
             micro_batches.append(MicroRows(self._width(tokens[order[start]]), chosen))
         return [micro_batches]
 
@@ -208,7 +210,7 @@ def filled(fields: Sequence[Mapping[str, Any]], layout: MicroRows) -> list[dict[
     rows = []
     for numbers in layout.rows:
         if numbers:
-            rows.append(_joined([fields[number] for number in numbers]))
+            rows.append(_joined(picked(fields, numbers)))
     return rows
 
 

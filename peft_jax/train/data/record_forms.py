@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peft_jax.core.articles import article
+from peft_jax.core.selecting import not_none
 from peft_jax.train.data.conversations import parsed, to_chat
 from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Question, Record, Tagged
 
@@ -324,7 +325,7 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
     """The fields that have a value; tables have nulls where a row has none."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is of type {type(value).__name__}, not an object. Each record needs {FORMATS}.")
-    return {name: content for name, content in value.items() if content is not None}
+    return not_none(value)
 
 
 def _form(fields: Mapping[str, Any]) -> Form | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_codes, name_codes
+from peft_jax.core.selecting import picked
 
 Draw = Callable[[jax.Array, jax.Array], jax.Array]  # of a key and the rank
 
@@ -31,7 +32,7 @@ def drawn(
         key: Random key.
     """
     n_in, n_out = layout.sizes(shape)
-    inner, experts = ranks // layout.groups, math.prod(names.shape[i] for i in layout.unnamed)
+    inner, experts = ranks // layout.groups, math.prod(picked(names.shape, layout.unnamed))
     shape_a, shape_b = (n_in * layout.groups, int(ranks.max())), (int(inner.max()), n_out)
     draws = _Draws(init, shape_a, shape_b, layout.lookup, experts)
     return _factors(key, name_codes(names), ranks.astype(np.int32), inner.astype(np.int32), draws)
