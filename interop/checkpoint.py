@@ -7,7 +7,6 @@ stacked leaf. A table of `Row`, one for each leaf, says which tensor belongs whe
 
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from peft_jax.interop.files import (
     GENERATION_CONFIG,
     LazyArray,
     Tensor,
+    matches_some,
     open_tensors,
     read_config,
     some,
@@ -114,7 +114,8 @@ def load_params(
     _check(tensors, rows, ignored)
     read: Mapping[str, jax.Array] = {}
     if not _reads_shapes.get() and isinstance(convert, Cast) and is_host_device():
-        read = read_leaves([row for row in rows if row.path not in (kept or {})], tensors, convert)
+        of_host = [row for row in rows if row.path not in (kept or {})]
+        read = read_leaves(of_host, tensors, convert)
     tree: dict[str, Any] = {}
     for row in rows:
         *modules, name = row.path.split(".")
@@ -131,13 +132,18 @@ def load_params(
 
 
 def _check(tensors: Mapping[str, LazyArray], rows: Sequence[Row], ignored: Sequence[str]) -> None:
-    wanted = {key: row.tensor_shape for row in rows for key in row.keys}
-    surplus = [k for k in tensors.keys() - wanted.keys() if not any(re.fullmatch(p, k) for p in ignored)]
-    shapes = {key: tensors[key].shape for key in wanted if key in tensors}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for row in rows:
+        wanted |= dict.fromkeys(row.keys, row.tensor_shape)
+    unlike = []
+    for key in sorted(wanted.keys() & tensors.keys()):
+        if tensors[key].shape != wanted[key]:
+            unlike.append(f"{key} {tensors[key].shape}, not {wanted[key]}")
+    surplus = tensors.keys() - wanted.keys()
     problems = {
         "missing": sorted(wanted.keys() - tensors.keys()),
-        "left over": sorted(surplus),
-        "of a wrong shape": [f"{k} {s}, not {wanted[k]}" for k, s in sorted(shapes.items()) if s != wanted[k]],
+        "left over": sorted(key for key in surplus if not matches_some(ignored, key)),
+        "of a wrong shape": unlike,
     }
     if any(problems.values()):
         told = "; ".join(f"{what}: {some(keys)}" for what, keys in problems.items() if keys)

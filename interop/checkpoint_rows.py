@@ -47,7 +47,10 @@ class Row(NamedTuple):
         experts = self.tensor_shape[0] if len(self.tensor_shape) > 2 else 1
         found = []
         for layer in self.layers:
-            found.append([[part.format(layer, expert) for expert in range(experts)] for part in self.parts])
+            of_layer = []
+            for part in self.parts:
+                of_layer.append([part.format(layer, expert) for expert in range(experts)])
+            found.append(of_layer)
         return found
 
     @property

@@ -41,7 +41,7 @@ def without_start(
         )
     doubled = dict(tensors)
     for key, tensor in tensors.items():
-        axis = next((axis for end, axis in RANK_AXES.items() if key.endswith(f".{end}")), None)
+        axis = RANK_AXES.get(".".join(key.split(".")[-2:]))
         if axis is None:
             continue
         if key not in initial or initial[key].shape != tensor.shape:

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft_jax.interop.files import CONFIG, read_config
-from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, KEYS, PREFIX, ROWS, WEIGHTS_FILE
+from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, KEYS, PREFIX, WEIGHTS_FILE
+from peft_jax.interop.patterns import modules_of
 from safetensors import SafetensorError, safe_open
 
 from peft_jax.core.field_kinds import is_kind
+from peft_jax.core.selecting import without
 from peft_jax.core.strict_json import shown
 from peft_jax.core.targets import ALL_LINEAR, is_target, pattern_value
 from peft_jax.methods.base import CONFIG_FILE
@@ -114,15 +116,16 @@ class AdapterFolder:
     @property
     def reshaped(self) -> bool:
         """Whether LoRA's matrices have other shapes than rank and features."""
-        return any(self.config.get(field) for field in RESHAPING)
+        return any(map(self.config.get, RESHAPING))
 
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each module with a LoRA, from its matrices."""
-        return {
-            module: next(shape[LORA_ENDS[end].rank_axis] for end, shape in shapes.items())
-            for module, shapes in self.lora_shapes.items()
-        }
+        ranks = {}
+        for module, shapes in self.lora_shapes.items():
+            end, shape = next(iter(shapes.items()))
+            ranks[module] = shape[LORA_ENDS[end].rank_axis]
+        return ranks
 
     def scaling(self, module: str) -> float:
         """The scale of a module's LoRA: ``alpha / rank``, or by its square root where ``use_rslora`` is set."""
@@ -150,14 +153,18 @@ class AdapterFolder:
     @property
     def empty(self) -> list[str]:
         """Keys of tensors without elements, but for those of AdaLoRA, whose ranks may be 0."""
-        found = {key: tensor for key, tensor in (self.tensors or {}).items() if tensor.size == 0}
-        return [key for key, tensor in found.items() if self.peft_type != "ADALORA" or len(tensor.shape) < 2]
+        found = []
+        for key, tensor in (self.tensors or {}).items():
+            may_be_empty = self.peft_type == "ADALORA" and len(tensor.shape) >= 2
+            if tensor.size == 0 and not may_be_empty:
+                found.append(key)
+        return found
 
     @property
     def trained(self) -> int:
         """Elements that were trained: all but those of `frozen`."""
-        frozen = set(self.frozen)
-        return sum(tensor.size for key, tensor in (self.tensors or {}).items() if key not in frozen)
+        trained = without(self.tensors or {}, set(self.frozen))
+        return sum(tensor.size for tensor in trained.values())
 
     @property
     def prompt(self) -> tuple[int, int] | None:
@@ -180,20 +187,14 @@ class AdapterFolder:
     @property
     def unasked(self) -> list[str]:
         """Modules with tensors of the method that the config does not name, as far as it says without a base."""
-        targets, kinds = self.config.get("target_modules"), ROWS.get(self.peft_type, {})
+        targets = self.config.get("target_modules")
         follows_base = targets is None or isinstance(targets, str) and targets.lower() == ALL_LINEAR
         has_copies = self.config.get("ensure_weight_tying") or self.peft_type == "TRAINABLE_TOKENS"  # of tied modules
         if follows_base or has_copies or self.config.get("target_parameters") or self.peft_type in KEYS:
             return []
-        ends = tuple({f".{row.suffix}" for rows in kinds.values() for row in rows})
         config = _target_fields(self.config)
-        found: dict[str, None] = {}
-        for key in self.tensors or {}:
-            end = next((end for end in ends if key.endswith(end)), None)
-            module = key.removeprefix(PREFIX).removesuffix(end or "")
-            if end is not None and not is_target(config, module):
-                found[module] = None
-        return list(found)
+        modules = modules_of(self.peft_type, self.tensors or {})
+        return [module for module in modules if not is_target(config, module)]
 
     def problems(self) -> list[str]:
         """Contradictions: other modules or ranks than the config's, a LoRA matrix without its partner."""
@@ -289,8 +290,11 @@ def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     """
     try:
         with safe_open(path, framework="numpy") as file:  # checks the header against the file's length
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            return {key: TensorInfo(one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
+            tensors = {}
+            for key in file.keys():
+                one = file.get_slice(key)
+                tensors[key] = TensorInfo(one.get_dtype(), tuple(one.get_shape()))
+            return tensors
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the adapter again.") from None
 
@@ -352,12 +356,12 @@ def _missing(adapter: AdapterFolder, shapes: Mapping[str, tuple[int, ...]]) -> l
     if not adapter.ranks:
         return []
     config = _target_fields(adapter.config)
-    modules = [key.removesuffix(".weight") for key, shape in shapes.items() if len(shape) == 2]
-    return [
-        f"the adapter has nothing for {module}, which {CONFIG_FILE} means"
-        for module in modules
-        if is_target(config, module) and module not in adapter.ranks
-    ]
+    missing = []
+    for key, shape in shapes.items():
+        module = key.removesuffix(".weight")
+        if len(shape) == 2 and module not in adapter.ranks and is_target(config, module):
+            missing.append(f"the adapter has nothing for {module}, which {CONFIG_FILE} means")
+    return missing
 
 
 def _target_fields(config: Mapping[str, Any]) -> Any:

@@ -57,7 +57,10 @@ class Entry(NamedTuple):
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
-        return tuple(math.prod(self.parts[axis] for axis in axes) for axes in self.order)
+        shape = list[int]()
+        for axes in self.order:
+            shape.append(math.prod(picked(self.parts, axes)))
+        return tuple(shape)
 
     @property
     def place(self) -> tuple[slice, ...]:
@@ -66,13 +69,13 @@ class Entry(NamedTuple):
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """Our array, without padding, as the file has it."""
-        turned = np.transpose(array.reshape(self.parts), [axis for axes in self.order for axis in axes])
+        turned = np.transpose(array.reshape(self.parts), list(itertools.chain(*self.order)))
         return np.ascontiguousarray(turned.reshape(self.tensor_shape))
 
     def from_file(self, tensor: np.ndarray) -> np.ndarray:
         """The inverse of `to_file`."""
-        axes = [axis for axes in self.order for axis in axes]
-        turned = np.transpose(tensor.reshape([self.parts[axis] for axis in axes]), np.argsort(axes))
+        axes = list(itertools.chain(*self.order))
+        turned = np.transpose(tensor.reshape(picked(self.parts, axes)), np.argsort(axes))
         return turned.reshape(self.shape)
 
 
@@ -92,7 +95,7 @@ def entries_of(
     for index in zip(*np.nonzero(layers), strict=True) if layers.ndim else [()]:
         name = str(leaf.names[index])
         if role is None and name in parameters:
-            if not any(index[i] for i in leaf.layout.unnamed):
+            if not any(picked(index, leaf.layout.unnamed)):
                 yield from _parameter_entries(target, config, adapted, index)
         elif role is None:
             yield from _matrix_entries(leaf, config, name, index, biased=name in biased)
@@ -155,8 +158,11 @@ def _parameter_entries(
 
 def _order(row: Row, ours: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     """Which of our axes make each axis of the tensor."""
-    parts = ((axis,) if isinstance(axis, str) else axis for axis in row.axes)
-    return tuple(tuple(ours.index(one) for one in axes if one != ONE) for axes in parts)
+    order = list[tuple[int, ...]]()
+    for part in row.axes:
+        axes = (part,) if isinstance(part, str) else part
+        order.append(tuple(ours.index(axis) for axis in axes if axis != ONE))
+    return tuple(order)
 
 
 def _convolution(
@@ -174,7 +180,8 @@ def _convolution(
     order: list[tuple[int, ...]] = []
     for axis in row.axes:
         if axis == TAPS:
-            order += [(first + 1 + number,) for number in range(len(taps))]
+            for number in range(len(taps)):
+                order.append((first + 1 + number,))
         elif axis == ONES:
             order += [()] * len(taps)
         elif axis == ONE:
@@ -189,9 +196,10 @@ def shared_entries(config: Method, sizes: list[tuple[int, int]]) -> list[Entry]:
     """The tensors that a file has once for all layers."""
     if not (isinstance(config, SharedArrays) and config.saves_shared):
         return []
-    shapes = config.shared_shapes(sizes)
-    rows = SHARED[config.peft_type]
-    return list(itertools.chain.from_iterable(entries_of_shared(config, row, shapes[row.role]) for row in rows))
+    shapes, entries = config.shared_shapes(sizes), list[Entry]()
+    for row in SHARED[config.peft_type]:
+        entries += entries_of_shared(config, row, shapes[row.role])
+    return entries
 
 
 def entries_of_shared(config: SharedArrays, row: Row, shape: tuple[int, ...]) -> list[Entry]:

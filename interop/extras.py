@@ -19,7 +19,7 @@ from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.targets import names_module, saved_owner
+from peft_jax.core.targets import names_some, saved_owner
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.trainable_tokens import tokens_by_module, trains_tokens
@@ -64,10 +64,11 @@ def tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray
 
 def without_tied_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors of a file without those of `tied_copies`, as far as they are copies."""
-    copies = tied_copies(handle, config, tensors) | _token_copies(handle, config, tensors)
-    return {
-        key: tensor for key, tensor in tensors.items() if key not in copies or not np.array_equal(tensor, copies[key])
-    }
+    left = dict(tensors)
+    for key, copy in (tied_copies(handle, config, tensors) | _token_copies(handle, config, tensors)).items():
+        if key in left and np.array_equal(left[key], copy):
+            del left[key]
+    return left
 
 
 def _token_copies(handle: Handle, config: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -104,14 +105,13 @@ def copied_biases(
 
 def without_copies(config: Method, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """The tensors of a file without those of `copied_biases`, and of `copies_in_layers` that are equal to the whole."""
-    if config.bias == "all" and config.modules_to_save:
-        tensors = {key: tensor for key, tensor in tensors.items() if not re.search(COPIES, key)}
-
-    def is_copy(key: str) -> bool:
+    left = dict(tensors)
+    for key, tensor in tensors.items():
         whole = copied_whole(config, key)
-        return whole in tensors and np.array_equal(tensors[whole], tensors[key])
-
-    return {key: tensor for key, tensor in tensors.items() if not is_copy(key)}
+        is_bias = config.bias == "all" and config.modules_to_save and re.search(COPIES, key)
+        if is_bias or (whole in tensors and np.array_equal(tensors[whole], tensor)):
+            del left[key]
+    return left
 
 
 def copied_whole(config: Method, key: str) -> str:
@@ -158,8 +158,8 @@ def targets_embedding(config: Method, adapted: Iterable[str]) -> bool:
     """PEFT's rule (``save_embedding_layers="auto"``): a list names the module itself, or a regex matches it."""
     targets = config.target_modules or ()
     if isinstance(targets, str):
-        return any(names_module(targets, name) for name in adapted if _is_embedding(name))
-    return any(name in targets for name in EMBEDDING_MODULES)
+        return names_some(targets, filter(_is_embedding, adapted))
+    return not set(targets).isdisjoint(EMBEDDING_MODULES)
 
 
 def _is_embedding(name: str) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.file_names import is_path_below
 from peft_jax.core.short_errors import shortened
 from peft_jax.core.text_files import parse_object, read_object
@@ -91,10 +92,12 @@ def open_tensors(folder: Path, ignored: Sequence[str] = (), *, packed: bool = Fa
     """
     dtypes = {**DTYPES, **PACKED_DTYPES} if packed else DTYPES
     files, shards = _weight_files(pathlib.Path(folder))
-    mapped = {name: _map_file(file, ignored, dtypes) for name, file in files.items()}
-    if shards is None:
-        return mapped[WEIGHTS]
-    return {key: tensor for name in sorted(mapped) for key, tensor in mapped[name].items() if shards.get(key) == name}
+    tensors: dict[str, np.ndarray] = {}
+    for name, file in sorted(files.items()):
+        for key, tensor in _map_file(file, ignored, dtypes).items():
+            if shards is None or shards.get(key) == name:
+                tensors[key] = tensor
+    return tensors
 
 
 def open_metadata(folder: Path) -> dict[str, str]:
@@ -119,18 +122,17 @@ def _weight_files(folder: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[s
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         hint = f"Found {pickled[0]}: load it in PyTorch and save it anew" if pickled else "Save the checkpoint"
         raise FileNotFoundError(f"No {WEIGHTS} and no {INDEX} in '{folder}'. {hint} with save_pretrained.")
-    shards = read_config(folder, INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+    shards: Any = read_config(folder, INDEX).get("weight_map")
+    if not is_kind(shards, dict[str, str]):
         raise ValueError(f"'{folder / INDEX}' has no weight_map of keys to files. Save the checkpoint again.")
-    outside = sorted(name for name in set(shards.values()) if not is_path_below(name))
-    if outside:
+    files = {name: folder / name for name in sorted(set(shards.values()))}
+    if outside := [name for name in files if not is_path_below(name)]:
         raise ValueError(
             f"'{folder / INDEX}' names {outside}, which are not below its folder. Name files that lie beside it."
         )
-    missing = sorted(name for name in set(shards.values()) if not (folder / name).is_file())
-    if missing:
+    if missing := [name for name, file in files.items() if not file.is_file()]:
         raise FileNotFoundError(f"{INDEX} in '{folder}' names {missing}, which are not there. Copy all shards.")
-    return {name: folder / name for name in set(shards.values())}, shards
+    return files, shards
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
@@ -149,17 +151,22 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
 def _map_file(path: pathlib.Path, ignored: Sequence[str], dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     header, begin = _read_header(path)
     header.pop("__metadata__", None)
-    header = {key: entry for key, entry in header.items() if not any(re.fullmatch(one, key) for one in ignored)}
-    odd = {key: entry["dtype"] for key, entry in header.items() if entry["dtype"] not in dtypes}
+    header = {key: entry for key, entry in header.items() if not matches_some(ignored, key)}
+    odd = [(key, entry["dtype"]) for key, entry in header.items() if entry["dtype"] not in dtypes]
     if odd:
         also = ", nor integers or fp8" if len(dtypes) > len(DTYPES) else ""
-        raise ValueError(f"'{path}' has tensors that are not float32, float16 or bfloat16{also}: {some(odd.items())}.")
+        raise ValueError(f"'{path}' has tensors that are not float32, float16 or bfloat16{also}: {some(odd)}.")
     data = np.memmap(path, np.uint8, "r")[begin:]
     tensors = {}
     for key, entry in header.items():
         start, stop = entry["data_offsets"]
         tensors[key] = data[start:stop].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
     return tensors
+
+
+def matches_some(patterns: Iterable[str], key: str) -> bool:
+    """Whether one of some regular expressions matches a whole key."""
+    return any(re.fullmatch(pattern, key) for pattern in patterns)
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], file: pathlib.Path) -> None:
@@ -187,7 +194,9 @@ def write_files(
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = [WEIGHTS] if len(shards) == 1 else names
     if len(shards) > 1:
-        places = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        places = dict[str, str]()
+        for name, shard in zip(names, shards, strict=True):
+            places |= dict.fromkeys([tensor.key for tensor in shard], name)
         metadata = {"total_size": sum(tensor.nbytes for tensor in tensors)}
         texts = {INDEX: {"metadata": metadata, "weight_map": places}, **texts}
     parts = {name: folder / f".{name}.part" for name in (*names, *texts)}

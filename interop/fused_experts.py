@@ -1,6 +1,7 @@
 """Experts that a checkpoint holds one by one, as the fused tensors of a model, and the way back."""
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def with_fused_experts(tensors: Mapping[str, LazyArray], rows: Sequence[Row]) ->
         if not row.parts:
             continue
         for key, names in zip(row.keys, row.part_keys, strict=True):
-            single = [name for part in names for name in part]
+            single = list(itertools.chain(*names))
             if key in tensors or tensors.keys().isdisjoint(single):
                 continue
             found[key] = _joined(row, names, tensors)
@@ -72,7 +73,7 @@ def with_fused_experts(tensors: Mapping[str, LazyArray], rows: Sequence[Row]) ->
 
 def _joined(row: Row, names: Sequence[Sequence[str]], tensors: Mapping[str, LazyArray]) -> LazyArray:
     """One tensor of a row, of its single ones."""
-    missing = [name for part in names for name in part if name not in tensors]
+    missing = set(itertools.chain(*names)) - tensors.keys()
     if missing:
         raise ValueError(
             f"The checkpoint's tensors do not fit its {CONFIG}. missing: {some(sorted(missing))}. "
@@ -82,10 +83,13 @@ def _joined(row: Row, names: Sequence[Sequence[str]], tensors: Mapping[str, Lazy
         return tensors[names[0][0]]
     *_, out, n_in = row.tensor_shape
     want = (out // len(names), n_in)
-    for name in (name for part in names for name in part):
+    for name in itertools.chain(*names):
         if tensors[name].shape != want:
             raise ValueError(
                 f"The checkpoint's tensors do not fit its {CONFIG}. of a wrong shape: {name} {tensors[name].shape}, "
                 f"not {want}. Use the config of these weights."
             )
-    return FusedTensor([[tensors[name] for name in part] for part in names])
+    parts = []
+    for of_experts in names:
+        parts.append([tensors[name] for name in of_experts])
+    return FusedTensor(parts)

@@ -69,11 +69,12 @@ def without_adapter_name(tensors: Mapping[str, T], adapter_name: str) -> dict[st
     found = {}
     for key, tensor in tensors.items():
         parts = key.split(".")
-        named = [i for i, part in enumerate(parts) if part == adapter_name and i >= len(parts) - 2]
-        if not named or "modules_to_save" in parts:
+        *_, name, last = ["", "", *parts]
+        if adapter_name not in (name, last) or "modules_to_save" in parts:
             found[key] = tensor
             continue
-        plain = ".".join(parts[: named[-1]] + parts[named[-1] + 1 :])
+        del parts[-1 if last == adapter_name else -2]
+        plain = ".".join(parts)
         plain = plain.removesuffix(".weight") if plain.endswith(f"{MAGNITUDE}.weight") else plain
         found[key if plain in tensors else plain] = tensor
     return found
@@ -92,10 +93,12 @@ def wrapper_in(keys: Iterable[str], wanted: Collection[str]) -> str:
     """
     for key in keys:
         inside = [part for part in WRAPPERS if f".{part}" in f".{key}"]
+        if not inside or key in wanted:
+            continue
         plain = key
         for part in inside:
             plain = f".{plain}".replace(f".{part}", ".").removeprefix(".")
-        if key not in wanted and inside and {plain, f"base_model.model.{plain}"} & set(wanted):
+        if plain in wanted or f"base_model.model.{plain}" in wanted:
             names = " and ".join(f"'{part}'" for part in inside)
             makers = " and ".join(WRAPPERS[part] for part in inside)
             return (
@@ -113,12 +116,14 @@ def some_of_each(kinds: Iterable[Collection[str]]) -> str:
         >>> some_of_each([["a", "b", "c"], ["d", "e", "f"]])
         'a; b; d; e; and 2 more'
     """
-    lists = [list(kind) for kind in kinds]
+    lists = list(map(list, kinds))
     total = sum(map(len, lists))
     shown = [0] * len(lists)
     while sum(shown) < min(SHOWN, total):
         left = [i for i, kind in enumerate(lists) if shown[i] < len(kind)]
         shown[min(left, key=lambda i: shown[i])] += 1
-    chosen = [problem for kind, count in zip(lists, shown, strict=True) for problem in kind[:count]]
+    chosen = []
+    for kind, count in zip(lists, shown, strict=True):
+        chosen += kind[:count]
     more = [f"and {total - SHOWN} more"] if total > SHOWN else []
     return "; ".join([*chosen, *more])

@@ -37,8 +37,8 @@ def with_present_names(
         (['query_key_value', 'lm_head'], ['base_model.model.lm_head.lora_A.weight'])
     """
     starts = {PREFIX + old: PREFIX + new for old, new in moved.items()}
-    present = {key: _restarted(key, starts) for key in tensors}
-    if all(key == new for key, new in present.items()):
+    present = {_restarted(key, starts): tensor for key, tensor in tensors.items()}
+    if present.keys() == tensors.keys():
         return config, tensors
     changes: dict[str, Any] = {}
     for field in LISTS:
@@ -49,7 +49,7 @@ def with_present_names(
         patterns = getattr(config, field, None)
         if patterns:
             changes[field] = {_restarted(f"{name}.", moved).removesuffix("."): patterns[name] for name in patterns}
-    return config.replace(**changes), {present[key]: tensor for key, tensor in tensors.items()}
+    return config.replace(**changes), present
 
 
 def _restarted(path: str, starts: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """The order of ``rank_pattern`` and ``alpha_pattern`` in a file: the first pattern that names a module counts."""
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,20 +12,21 @@ from peft_jax.core.targets import pattern_value
 from peft_jax.methods.base import Method
 
 
-def modules_of(peft_type: str, keys: Iterable[str]) -> set[str]:
-    """The modules that have a method's tensors, by the keys of a file.
+def modules_of(peft_type: str, keys: Iterable[str]) -> list[str]:
+    """The modules that have a method's tensors, by the keys of a file, in their order.
 
     Example:
         >>> modules_of("LORA", ["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"])
-        {'q'}
+        ['q']
     """
-    ends = {f".{row.suffix}" for rows in ROWS.get(peft_type, {}).values() for row in rows}
-    found = set()
+    rows = itertools.chain(*ROWS.get(peft_type, {}).values())
+    ends = {f".{row.suffix}" for row in rows}
+    found: dict[str, None] = {}
     for key in keys:
         for end in ends:
             if key.endswith(end):
-                found.add(key.removeprefix(PREFIX).removesuffix(end))
-    return found
+                found[key.removeprefix(PREFIX).removesuffix(end)] = None
+    return list(found)
 
 
 def in_file_order(fields: Mapping[str, Any], config: Method, keys: Iterable[str]) -> dict[str, Any]:
@@ -42,10 +44,18 @@ def in_file_order(fields: Mapping[str, Any], config: Method, keys: Iterable[str]
         if isinstance(value, Mapping):
             ranked = dict(sorted(value.items()))
             decides = name in ("rank_pattern", "alpha_pattern") and bool(config.patterns)
-            if not decides or all(pattern_value(ranked, one, 0) == pattern_value(value, one, 0) for one in modules):
+            if not decides or _mean_the_same(ranked, value, modules):
                 value = ranked
         ordered[name] = value
     return ordered
+
+
+def _mean_the_same(one: Mapping[str, float], other: Mapping[str, float], modules: Iterable[str]) -> bool:
+    """Whether patterns in two orders have the same value for each of some modules."""
+    for module in modules:
+        if pattern_value(one, module, 0) != pattern_value(other, module, 0):
+            return False
+    return True
 
 
 def warn_of_sorted_patterns(config: Method, keys: Iterable[str]) -> None:

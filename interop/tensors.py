@@ -1,8 +1,10 @@
 """Adapters to and from PEFT's tensors in memory: keys, transposes, and which layers of a stack."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from peft_jax.interop.embeddings import trained_copies, whole_embeddings, with_tables
@@ -32,8 +34,9 @@ from peft_jax.adapters.target_parameters import check_apart, parameters_of, with
 from peft_jax.core.adapted import Adapted, adapters, changed_layers, check_adapter_name, nested_adapters
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves
+from peft_jax.core.leaves import Layouts, Program, find_leaves, module_names
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import only
 from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
@@ -76,20 +79,22 @@ def get_peft_model_state_dict(
     """
     tree = params.params if isinstance(params, Handle) else params
     config = adapter_config(tree, adapter_name).replace(inference_mode=True)
-    nodes = []
+    nodes, targets = list[Adapted](), list[Target]()
     for leaf in with_parameters(find_leaves(tree, None), config):
         node = nested_adapters(leaf.value).get(adapter_name)
         if node is not None and not _is_left_out(node):
-            nodes.append((leaf, node))
-    of_modules = [(leaf, node) for leaf, node in nodes if node.tag.role is None]
-    check_apart([leaf for leaf, _ in of_modules], config)
-    adapted = {name for leaf, node in of_modules for name in _hits(leaf, node)}
+            nodes.append(node)
+            targets.append(Target(0, leaf, changed_layers(node), node.tag.role))
+    of_modules = matrices(targets)
+    check_apart([target.leaf for target in of_modules], config)
+    adapted = set[str]()
+    for target in of_modules:
+        adapted.update(target.leaf.names[target.adapted])
     tensors: dict[str, np.ndarray] = {}
     owners: dict[str, str] = {}
-    targets = [Target(0, leaf, changed_layers(node), node.tag.role) for leaf, node in nodes]
     biased = following_modules(targets)
-    for target, (leaf, node) in zip(targets, nodes, strict=True):
-        role = node.tag.role
+    for target, node in zip(targets, nodes, strict=True):
+        leaf, role = target.leaf, target.role
         arrays = config.saved(node.params, node.state) if role is None else node.params
         for entry in entries_of(target, config, adapted, biased):
             if entry.key in owners:
@@ -106,7 +111,7 @@ def get_peft_model_state_dict(
             tensors |= base_tensors(leaf, config, at_the_ends(params, adapted))
         elif role == Whole(SAVED):
             copies = copied_biases(leaf, changed_layers(node), config, tensors, adapter_name)
-            tensors |= {key: array for key, array in copies.items() if key in node.tag.dtypes}
+            tensors |= only(copies, node.tag.dtypes)
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
         tensors |= whole_embeddings(params, config) | trained_copies(params, config, tensors)
     if isinstance(config, SharedArrays) and config.saves_shared:
@@ -184,7 +189,7 @@ def misfits(params: PyTree, config: Method, shapes: Mapping[str, tuple[int, ...]
     tensors: Tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
     tensors = without_adapter_name(tensors, "default")
     file_plan, tensors = _planned(with_replicas(params, config), config, tensors, None, values=False)
-    return [problem for kind in _misfits(file_plan, tensors) for problem in kind]
+    return list(itertools.chain.from_iterable(_misfits(file_plan, tensors)))
 
 
 class FilePlan(NamedTuple):
@@ -248,13 +253,13 @@ def _planned(
     found = find_leaves(tree, layouts, config.fan_in_fan_out, read)
     expanded = expand_all_linear(config, found, None if handle is None else handle.output_module)
     config = with_fused_targets(expanded, config, handle, found)
-    modules = {str(name) for leaf in found for name in leaf.names.flat}
+    modules = set(module_names(found))
     found = with_parameters(found, config)
     if isinstance(config, PromptMethod) and handle is not None:
         adapted = prompt_places(config, found, handle)
     else:
-        names = {str(name) for leaf in found if may_be_target(config, leaf) for name in leaf.names.flat}
-        adapted = {name for name in names if is_target(config, name)}
+        candidates = module_names([leaf for leaf in found if may_be_target(config, leaf)])
+        adapted = {name for name in candidates if is_target(config, name)}
         adapted |= parameters_of(found, config)
     tokens = tokens_by_module(config.trainable_token_indices, sorted(modules), embedding, strict=False)
     targets = plan(found, config, adapted, tokens)
@@ -262,8 +267,11 @@ def _planned(
     biased = following_modules(targets)
     entries = [list(entries_of(target, config, adapted, biased)) for target in targets]
     declared = handle.declared_modules if handle is not None and config.counts_modules else ()
-    sizes = module_sizes(targets, declared)
-    common = shared_entries(config, list(sizes.values()))
+    sizes: Mapping[str, tuple[int, int]] = {}
+    common: list[Entry] = []
+    if isinstance(config, SharedArrays):
+        sizes = module_sizes(targets, declared)
+        common = shared_entries(config, list(sizes.values()))
     whole = params if handle is None else handle
     return FilePlan(whole, config, modules, brought, targets, entries, common, sizes, problems), tensors
 
@@ -280,12 +288,14 @@ def _check_trainable(config: PromptMethod) -> None:
 def _misfits(file_plan: FilePlan, tensors: Tensors) -> list[list[str]]:
     """Problems by kind: those of the base's tensors, what is missing, left over, and of another shape."""
     tensors = without_copies(file_plan.config, tensors)
-    entries = [*(entry for some in file_plan.entries for entry in some), *file_plan.common]
-    shapes = {entry.key: entry.tensor_shape for entry in entries}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in itertools.chain(*file_plan.entries, file_plan.common):
+        shapes[entry.key] = entry.tensor_shape
     if wrapped := wrapper_in(tensors, shapes.keys()):
         return [[wrapped]]
     general = list(file_plan.problems)
-    if not any(target.role in (None, Whole(REPLACED)) for target in file_plan.targets):
+    roles = [target.role for target in file_plan.targets]
+    if None not in roles and Whole(REPLACED) not in roles:
         general.append("its config names no module of this base to adapt")
     missing = [f"{key} is missing" for key in sorted(shapes.keys() - tensors.keys())]
     surplus, unlike = [], []
@@ -326,19 +336,25 @@ def _common(file_plan: FilePlan, tensors: Tensors) -> dict[str, np.ndarray]:
             parts.setdefault(entry.role, []).append(array)
         else:
             whole[entry.role] = array
-    return whole | {role: np.stack(arrays) for role, arrays in parts.items()}
+    for role, arrays in parts.items():
+        whole[role] = np.stack(arrays)
+    return whole
 
 
 def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     """The tree or handle of a plan with the adapter."""
     params, config, targets = file_plan.params, file_plan.config, file_plan.targets
-    entries = dict(zip([target.position for target in targets], file_plan.entries, strict=True))
+    entries = dict[int, list[Entry]]()
+    for target, own in zip(targets, file_plan.entries, strict=True):
+        entries[target.position] = own
     shared: Mapping[str, Any] = _common(file_plan, tensors)
     if isinstance(config, SharedArrays) and not config.saves_shared:
         shared = config.shared(list(file_plan.sizes.values()))
     following = following_modules(targets)
     copies = tensors.keys() - without_copies(config, tensors).keys()
-    everywhere = [*(entry.key for entry in file_plan.common), *copies]
+    dtypes = {key: str(tensors[key].dtype) for key in copies}  # of the tensors that every leaf notes
+    for entry in file_plan.common:
+        dtypes[entry.key] = str(tensors[entry.key].dtype)
 
     def contents_of(target: Target) -> Contents:
         own = entries[target.position]
@@ -346,9 +362,9 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
         if target.role is None:
             contents.params.update(carried_by(config, target, targets, shared))
             beside = state_beside(config, target, following, shared, file_plan.sizes)
-            contents.state.update({role: array for role, array in beside.items() if role not in contents.state})
-        keys = [*(entry.key for entry in own), *everywhere]
-        return contents._replace(dtypes={key: str(tensors[key].dtype) for key in keys})
+            contents = contents._replace(state=beside | contents.state)
+        own_dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in own}
+        return contents._replace(dtypes=own_dtypes | dtypes)
 
     tree = params.params if isinstance(params, Handle) else params
     new = build(tree, adapter_name, config, targets, contents_of, trainable=not config.inference_mode)
@@ -369,10 +385,10 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
         arrays = _zeros(target, entries, tensors)
     else:
         initial, state = target.role.init(config, base, leaf.names, adapted)
-        arrays = {name: np.array(copy) for name, copy in initial.items()}
+        arrays = jax.tree.map(np.array, initial)
     for entry in entries:
         arrays[entry.role][entry.layer][entry.place] = entry.from_file(tensors[entry.key])
-    params = {name: jnp.asarray(array) for name, array in arrays.items()}
+    params = jax.tree.map(jnp.asarray, arrays)
     if target.role is None and isinstance(config, FrozenArrays):
         config.check_frozen(arrays, *base.layout.sizes(base.shape), leaf.path)
         params, frozen = config.apart(params)
@@ -386,12 +402,16 @@ def _zeros(target: Target, entries: list[Entry], tensors: Tensors) -> dict[str, 
     They are float32, and int32 where the file has whole numbers.
     """
     arrays = {}
-    for role in {entry.role: None for entry in entries}:
-        own = [entry for entry in entries if entry.role == role]
-        is_whole = all(np.issubdtype(tensors[entry.key].dtype, np.integer) for entry in own)
-        shapes = [entry.shape for entry in own]
-        largest = np.max(shapes, axis=0)[len(target.leaf.layout.unnamed) :]
-        arrays[role] = np.zeros((*target.adapted.shape, *largest), np.int32 if is_whole else np.float32)
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    with_fractions = set[str]()
+    for entry in entries:
+        shapes.setdefault(entry.role, []).append(entry.shape)
+        if not np.issubdtype(tensors[entry.key].dtype, np.integer):
+            with_fractions.add(entry.role)
+    for role, of_layers in shapes.items():
+        largest = np.max(of_layers, axis=0)[len(target.leaf.layout.unnamed) :]
+        dtype = np.float32 if role in with_fractions else np.int32
+        arrays[role] = np.zeros((*target.adapted.shape, *largest), dtype)
     return arrays
 
 
@@ -408,13 +428,14 @@ def adapter_config(params: PyTree, adapter_name: str = "default") -> Method:
     return config
 
 
-def _shared_tensors(config: SharedArrays, row: Row, nodes: list[tuple[Leaf, Adapted]]) -> dict[str, np.ndarray]:
+def _shared_tensors(config: SharedArrays, row: Row, nodes: Sequence[Adapted]) -> dict[str, np.ndarray]:
     """The tensors of an array for all layers, from the leaf that trains it or the largest of the layers' parts."""
-    carrier = next((node for _, node in nodes if row.role in node.params), None)
-    if carrier is not None:
+    carriers = [node for node in nodes if row.role in node.params]
+    if carriers:
+        carrier = carriers[0]
         whole, dtypes = carrier.params[row.role][(0,) * len(carrier.layout.stack)], carrier.tag.dtypes
     else:
-        found = [node for _, node in nodes if row.role in node.state]
+        found = [node for node in nodes if row.role in node.state]
         rank = len(config.shared_axes[row.role])
         largest = max(found, key=lambda node: int(np.prod(node.state[row.role].shape[-rank:])))
         whole, dtypes = largest.state[row.role][(0,) * len(largest.layout.stack)], largest.tag.dtypes
@@ -428,8 +449,3 @@ def _shared_tensors(config: SharedArrays, row: Row, nodes: list[tuple[Leaf, Adap
 def _is_left_out(node: Adapted) -> bool:
     """Whether a LoRA changes nothing of a leaf, as one that took the place of another may: it has rank 0 there."""
     return node.tag.role is None and isinstance(node.tag.config, LoraConfig) and not changed_layers(node).any()
-
-
-def _hits(leaf: Leaf, node: Adapted) -> list[str]:
-    adapted = changed_layers(node)
-    return [str(leaf.names[index]) for index in np.ndindex(adapted.shape) if adapted[index]]

@@ -24,7 +24,7 @@ from peft_jax.adapters.plan import Target, may_be_target, plan
 from peft_jax.adapters.target_parameters import parameters_of, with_parameters
 from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves, is_float, modules_of
+from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves, is_float, module_names
 from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.targets import check_targets, is_all_linear, is_saved_module, is_target
@@ -194,7 +194,7 @@ def _attached(
     config = with_own_names(config, found)
     if is_all_linear(config):
         config = _with_all_linear(config, found, read)
-    every = sorted(set(modules_of(found)))
+    every = sorted(set(module_names(found)))
     parameters: set[str] = set()
     if config.target_parameters:
         found = with_parameters(found, config)

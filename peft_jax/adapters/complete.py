@@ -8,7 +8,7 @@ from peft_jax.adapters.fused_targets import with_fused_targets
 from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, modules_of, own_names
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, module_names, own_names
 from peft_jax.core.selecting import field_names
 from peft_jax.core.targets import (
     EMBEDDING_LAYERS,
@@ -202,11 +202,11 @@ def expand_all_linear(
         is_linear = is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)
         if is_linear and not names_parameter(config, leaf):
             matmuls.append(leaf)
-    every = [name for name in modules_of(matmuls) if name != output]
+    every = [name for name in module_names(matmuls) if name != output]
     named = config.replace(target_modules=every)
     linear = {name for name in every if is_target(named, name)}
     ends = _ends(linear)
-    clash = not ends.isdisjoint(_ends(set(modules_of(others or found)) - linear))
+    clash = not ends.isdisjoint(_ends(set(module_names(others or found)) - linear))
     return config.replace(target_modules=sorted(linear if clash else ends))
 
 
@@ -220,7 +220,7 @@ def with_own_names(config: M, found: Sequence[Leaf]) -> M:
     own = own_names(found)
     if not own:
         return config
-    modules, changes = modules_of(found), dict[str, object]()
+    modules, changes = module_names(found), dict[str, object]()
     for field in ("target_modules", "exclude_modules"):
         names = getattr(config, field, None)
         if names and not isinstance(names, str):
@@ -244,7 +244,7 @@ def not_expanded(config: Method, expanded: Method, found: Sequence[Leaf]) -> set
     """Paths of the matrices that ``"all-linear"`` could mean and that it was not expanded to; of none if it was not."""
     if not is_all_linear(config):
         return set()
-    named, paths = config.replace(target_modules=modules_of(found)), set[str]()
+    named, paths = config.replace(target_modules=module_names(found)), set[str]()
     for leaf in found:
         if is_matrix(leaf) and not names_parameter(config, leaf):
             if _hits(named, leaf) and not _hits(expanded, leaf):

@@ -13,7 +13,7 @@ import numpy as np
 
 from peft_jax.adapters.target_parameters import DECLARED
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Leaf, modules_of
+from peft_jax.core.leaves import Leaf, module_names
 from peft_jax.core.targets import is_all_linear, is_target
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
@@ -165,7 +165,7 @@ def _last(name: str) -> str:
 def _matched(config: Method, single: Mapping[str, str], every: Names, found: Sequence[Leaf]) -> set[str]:
     """The last names of modules that a pattern matches, those of single experts among them, as PEFT finds them."""
     matched = set[str]()
-    for name in set(modules_of(found)):
+    for name in set(module_names(found)):
         if is_target(config, name):
             matched.add(_last(name))
         for old, new in single.items():

@@ -13,7 +13,7 @@ import numpy as np
 
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.layout import LEAF_NAMES, LISTS, READ, Layout
-from peft_jax.core.leaves import Leaf, is_matrix, modules_of
+from peft_jax.core.leaves import Leaf, is_matrix, module_names
 from peft_jax.core.paths import TORCH_NAMES, module_path, stacked_names
 from peft_jax.core.selecting import picked
 from peft_jax.core.targets import is_saved_module, is_target, names_module, names_some, nothing_hit, pattern_value
@@ -42,7 +42,7 @@ def with_parameters(found: Sequence[Leaf], config: Method) -> list[Leaf]:
             raise ValueError(nothing_hit(f"Target parameter '{target}'", target, every))
     parameters = parameters_of(leaves, config)
     owners = tuple({f"{name.rpartition('.')[0]}." for name in parameters})
-    for name in modules_of(leaves):
+    for name in module_names(leaves):
         if name not in parameters and is_target(config, name) and name.startswith(owners):
             raise ValueError(
                 f"'{name}' is a target in a module one of whose own weights is in target_parameters, which "
@@ -78,7 +78,7 @@ def parameters_of(leaves: Sequence[Leaf], config: Method) -> set[str]:
     if not config.target_parameters:
         return set()
     named = [leaf for leaf in leaves if names_parameter(config, leaf)]
-    return {name for name in modules_of(named) if is_parameter(config, name)}
+    return {name for name in module_names(named) if is_parameter(config, name)}
 
 
 def depth(config: Method, parameter: str, adapted: set[str]) -> int:

@@ -85,7 +85,7 @@ class Leaf(NamedTuple):
         return layout
 
 
-def modules_of(leaves: Iterable[Leaf]) -> list[str]:
+def module_names(leaves: Iterable[Leaf]) -> list[str]:
     """Names of the modules that the layers of some leaves belong to, leaf by leaf."""
     modules: list[str] = []
     for leaf in leaves:

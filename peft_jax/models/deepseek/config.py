@@ -158,7 +158,7 @@ class DeepseekConfig(MixtureConfig):
             ValueError: A layer without experts would come after one that has some.
         """
         sparse = picked(self.sparse_layers, order)
-        if sparse != sorted(sparse):
+        if list(sparse) != sorted(sparse):
             raise ValueError(
                 f"layer_replication puts a layer without experts after one with experts: {list(order)}. No config of "
                 f"{self.model_type} says so: repeat the first {self.first_k_dense_replace} layers in front."
