@@ -272,7 +272,9 @@ def save_checkpoint(
                 f"the checkpoint is not written: leaf '{row.path}' holds NaN or infinity in "
                 f"{_at(params, row.path).dtype}. Repair it, or write a wider element type."
             )
-    tensors = [one for row in rows for one in _tensors(_at(params, row.path), row)]
+    tensors = list[Tensor]()
+    for row in rows:
+        tensors += _tensors(_at(params, row.path), row)
     texts = {} if generation_config is None else {GENERATION_CONFIG: generation_config}
     write_files(pathlib.Path(folder), tensors, {**texts, CONFIG: config}, max_shard_size)
 

@@ -184,7 +184,10 @@ def float_type(tensors: Iterable[GGUFTensor]) -> str:
     if kinds_of(tensors):
         return "float32"
     names = {np.dtype(PLAIN[tensor.kind.name]).name for tensor in tensors}
-    return next((name for name in ("bfloat16", "float16") if name in names), "float32")
+    for name in ("bfloat16", "float16"):
+        if name in names:
+            return name
+    return "float32"
 
 
 def _block(kind: Any) -> tuple[int, int]:

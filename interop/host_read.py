@@ -85,8 +85,9 @@ def read_leaves(rows: Sequence[Row], tensors: Mapping[str, LazyArray], cast: Cas
         for layer, key in enumerate(row.keys):
             place = leaf[layer, ...] if row.stacked else leaf
             parts.append(_Part(key, tensors[key], place, row.transposed))
-    mapped = [part for part in parts if isinstance(part.tensor, np.ndarray)]
-    computed = [part for part in parts if not isinstance(part.tensor, np.ndarray)]
+    mapped, computed = list[_Part](), list[_Part]()
+    for part in parts:
+        (mapped if isinstance(part.tensor, np.ndarray) else computed).append(part)
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(_read, mapped):  # raises the error of the first part that has one, and cancels the others
             pass

@@ -65,9 +65,10 @@ def prepare_model_for_compiled_hotswap(model: T, *, target_rank: int | None = No
                 f"'{path}' is a convolution of {node.layout.groups} groups, each with its part of the rank, which gets "
                 f"no room. Give all adapters the rank {found}, and leave target_rank out."
             )
-        wide = {name: _padded(arrays[name], axis, rank) for name, axis in FACTORS.items()}
-        params = {name: wide.get(name, array) for name, array in node.params.items()}
-        state = {name: wide.get(name, array) for name, array in node.state.items()}
+        params, state = dict(node.params), dict(node.state)
+        for name, axis in FACTORS.items():
+            holder = params if name in params else state  # a factor may be frozen
+            holder[name] = _padded(arrays[name], axis, rank)
         return dataclasses.replace(node, params=params, state=state)
 
     wider: T = map_adapted(widened, model)
@@ -152,8 +153,11 @@ def _check_configs(old: Method, new: Method, adapter_name: str) -> None:
     """Raise ValueError unless both adapters run in one program, on one base."""
     if old.structure() != new.structure():
         before, after = old.to_dict(), new.to_dict()
-        deciding = ("peft_type", *type(old).structural, *(name for name in before if name.endswith("dropout")))
-        unlike = {name: (before.get(name), after.get(name)) for name in deciding if before.get(name) != after.get(name)}
+        rates = [name for name in before if name.endswith("dropout")]
+        unlike = {}
+        for name in ("peft_type", *type(old).structural, *rates):
+            if before.get(name) != after.get(name):
+                unlike[name] = (before.get(name), after.get(name))
         raise ValueError(
             f"Adapter '{adapter_name}' and the new one do not run in one compiled program: they differ in {unlike}. "
             "Load the new one with load_adapter."
@@ -182,7 +186,7 @@ def _emptied(path: str, node: Adapted, config: Method) -> Adapted:
 
 def _swapped(path: str, node: Adapted, new: Adapted) -> Adapted:
     """The leaf with the arrays of the new adapter."""
-    keys, new_keys = ({*one.params, *one.state} for one in (node, new))
+    keys, new_keys = {*node.params, *node.state}, {*new.params, *new.state}
     if new.tag != node.tag or keys != new_keys:
         raise ValueError(
             f"Adapter '{node.tag.name}' has {sorted(keys)} at '{path}', and the new one {sorted(new_keys)}, which is "

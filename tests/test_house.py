@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -138,7 +139,19 @@ def test_methods_see_one_leaf(file: Path) -> None:
     assert not [name for name in imported_names(file) if name.startswith(of_trees)]
 
 
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+def house_figures() -> ModuleType:
+    """The script that measures the package."""
+    file = ROOT / "tools" / "house_figures.py"
+    location = importlib.util.spec_from_file_location("house_figures", file)
+    assert location is not None and location.loader is not None
+    module = importlib.util.module_from_spec(location)
+    location.loader.exec_module(module)
+    return module
+
+
+FIGURES = house_figures()
+COMPREHENSIONS = FIGURES.COMPREHENSIONS
+DENSEST = 20  # comprehensions, and conditional expressions, for each 1000 lines of files
 
 
 def expressions_of(statement: ast.stmt) -> Iterator[ast.expr]:
@@ -186,6 +199,37 @@ def test_statements_are_plain(room: str) -> None:
     for file in files:
         lines = crowded_statements(file.read_text())
         assert not lines, f"{file.relative_to(ROOT)}: give the parts of the statements in lines {lines} names"
+
+
+def test_density_is_that_of_plain_code() -> None:
+    """As `tools/house_figures.py` counts over the whole package, docstrings and blank lines included."""
+    figures = FIGURES.measure([file for file in FILES if FIGURES.is_counted(file.relative_to(ROOT))])
+    thousands = sum(figures.files) / 1000
+    assert thousands > 30
+    for name in ("comprehensions", "conditionals"):
+        found = getattr(figures, name) / thousands
+        assert found < DENSEST, f"{found:.1f} {name} for each 1000 lines: write the crowded statements as plain ones"
+
+
+def nested_comprehensions(source: str) -> list[int]:
+    """Lines of comprehensions inside comprehensions."""
+    found = []
+    for outer in ast.walk(ast.parse(source)):
+        if isinstance(outer, COMPREHENSIONS):
+            inside = [node for node in ast.walk(outer) if isinstance(node, COMPREHENSIONS) and node is not outer]
+            found += [node.lineno for node in inside]
+    return found
+
+
+def test_a_nested_comprehension_is_seen() -> None:
+    assert nested_comprehensions("x = {a for a in [\n    b for b in c]}") == [2]
+    assert not nested_comprehensions("x = [a for a in b for b in c]\ny = f(a for a in b), [a for a in b]")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_comprehensions_are_not_nested(file: Path) -> None:
+    lines = nested_comprehensions(file.read_text())
+    assert not lines, f"{file.relative_to(ROOT)}: write one of the comprehensions in lines {lines} as a loop"
 
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)

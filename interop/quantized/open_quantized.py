@@ -130,12 +130,13 @@ def fit_quantized(tensors: Mapping[str, LazyArray], rows: Sequence[Row]) -> dict
         rows: What the model's tree consists of.
     """
     fitted = dict(tensors)
-    stored_in_out = [row for row in rows if row.path.endswith("kernel") and not row.transposed]
-    for row in stored_in_out:
-        for key in row.keys:
+    wanted = set[str]()
+    for row in rows:
+        wanted.update(row.keys)
+        stored_in_out = row.path.endswith("kernel") and not row.transposed
+        for key in row.keys if stored_in_out else ():
             if isinstance(tensor := fitted.get(key), QuantizedTensor):
                 fitted[key] = Transposed.of(tensor)
-    wanted = {key for row in rows for key in row.keys}
     for key, tensor in tensors.items():
         bias = re.sub(r"weight$", "bias", key)
         if isinstance(tensor, QuantizedTensor) and bias in tensors and bias not in wanted:

@@ -8,7 +8,7 @@ from peft_jax.adapters.fused_targets import with_fused_targets
 from peft_jax.adapters.target_parameters import names_parameter
 from peft_jax.core.adapted import adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, module_names, own_names
+from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matmul, is_matrix, module_names, own_names
 from peft_jax.core.selecting import field_names
 from peft_jax.core.targets import (
     EMBEDDING_LAYERS,
@@ -197,11 +197,7 @@ def expand_all_linear(
     """
     if not is_all_linear(config):
         return config
-    matmuls = []
-    for leaf in found:
-        is_linear = is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)
-        if is_linear and not names_parameter(config, leaf):
-            matmuls.append(leaf)
+    matmuls = [leaf for leaf in found if is_matmul(leaf) and not names_parameter(config, leaf)]
     every = [name for name in module_names(matmuls) if name != output]
     named = config.replace(target_modules=every)
     linear = {name for name in every if is_target(named, name)}

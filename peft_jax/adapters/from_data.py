@@ -171,11 +171,8 @@ def _matrices(tree: PyTree, adapter_name: str, *, lookup: bool) -> Iterator[tupl
 
 def _covariances(adapted: Any, config: LoraConfig, batches: Any, run: Any, adapter_name: str) -> Sums:
     options = CordaConfig(**(config.corda_config or {}))  # type: ignore[arg-type]
-    if kept := {
-        name: value
-        for name in ("cache_file", "covariance_file", "use_float16_for_covariance")
-        if (value := getattr(options, name))
-    }:
+    files = fields_of(options, ("cache_file", "covariance_file", "use_float16_for_covariance"))
+    if kept := {name: value for name, value in files.items() if value}:
         raise ValueError(f"corda_config with {kept} is not supported. Leave it out; the covariances are made anew.")
     observe = observer(observing(adapted, adapter_name, Inputs(corda.moment)), partial(_outputs, run))
     sums = _summed(observe, batches)
@@ -311,8 +308,11 @@ def _eva(
 
 def _lookups(tree: PyTree, adapter_name: str) -> list[str]:
     """Names of the adapted embeddings."""
-    layers = [layers_of(path, leaf) for path, leaf in _matrices(tree, adapter_name, lookup=True)]
-    return [str(name) for names, hit in layers for name in names[hit].flat]
+    found = list[str]()
+    for path, leaf in _matrices(tree, adapter_name, lookup=True):
+        names, hit = layers_of(path, leaf)
+        found += names[hit].tolist()
+    return found
 
 
 def _search(moments: Sums, config: LoraConfig, options: EvaConfig) -> eva.Search:
@@ -324,7 +324,8 @@ def _search(moments: Sums, config: LoraConfig, options: EvaConfig) -> eva.Search
             same_inputs[name] = same
     for name, same in same_inputs.items():
         counts[same] = max(counts[same], counts[name])
-    counts |= {name: counts[same] for name, same in same_inputs.items()}
+    for name, same in same_inputs.items():
+        counts[name] = counts[same]
     for name, count in counts.items():
         if count > len(moments[name]) - 1:
             raise ValueError(
@@ -338,16 +339,20 @@ def _ranked(
     completed: LoraConfig, config: LoraConfig, options: EvaConfig, search: eva.Search, others: list[str]
 ) -> LoraConfig:
     """The config with the ranks that were found, and scales for them; ``others`` are targets that were not seen."""
-    ranks, alphas = {}, {}
+    targets, ranks, alphas = [], {}, {}
     for name in (*search.ranks, *others):
         before, alpha = config.rank(name), pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        ranks[name] = search.ranks.get(name, before)
-        alphas[name] = alpha * ranks[name] / before if options.adjust_scaling_factors else alpha
-    return completed.replace(
-        target_modules=sorted(name for name, rank in ranks.items() if rank),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank not in (0, config.r)},
-        alpha_pattern={name: alphas[name] for name in ranks if ranks[name] and alphas[name] != config.lora_alpha},
-    )
+        rank = search.ranks.get(name, before)
+        if not rank:
+            continue
+        if options.adjust_scaling_factors:
+            alpha = alpha * rank / before
+        targets.append(name)
+        if rank != config.r:
+            ranks[name] = rank
+        if alpha != config.lora_alpha:
+            alphas[name] = alpha
+    return completed.replace(target_modules=sorted(targets), rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def _with_components(adapted: Any, config: LoraConfig, components: Sums, adapter_name: str) -> Any:

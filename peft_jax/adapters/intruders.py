@@ -101,7 +101,7 @@ def _reduced(
             "kernel. reduce_intruder_dimension is for others."
         )
     arrays = {**node.state, **node.params}
-    a, b = (np.array(arrays[name], np.float32) for name in FACTORS)
+    a, b = np.array(arrays["lora_A"], np.float32), np.array(arrays["lora_B"], np.float32)
     base = node.layout.matrix(as_weight(node.base, node.layout).unadapted.dense().astype(jnp.float32))
     ranks, scales = np.asarray(node.state["rank"]), np.asarray(node.state["scaling"])
     for index in np.ndindex(ranks.shape):
@@ -118,7 +118,10 @@ def _reduced(
         a[index], b[index] = 0, 0
         a[index][:, :kept] = u[:, :kept] * roots[None, :kept]
         b[index][:kept] = roots[:kept, None] * vt[:kept]
-    return {name: jnp.asarray(array, arrays[name].dtype) for name, array in zip(FACTORS, (a, b), strict=True)}
+    return {
+        "lora_A": jnp.asarray(a, arrays["lora_A"].dtype),
+        "lora_B": jnp.asarray(b, arrays["lora_B"].dtype),
+    }
 
 
 def _mitigated(

@@ -84,7 +84,8 @@ def _condition_numbers(leaf: Leaf) -> Iterator[tuple[str, str, float]]:
     matrices = leaf.layout.matrix(weight.dense()).astype(jnp.float32)
     values = np.asarray(jax.jit(_singular_values)(matrices))
     kappas = values[..., 0] / (values[..., -1] + np.float32(SMALL))
-    parameters, modules = (np.broadcast_to(names, kappas.shape) for names in (parameter_names(leaf), leaf.names))
+    parameters = np.broadcast_to(parameter_names(leaf), kappas.shape)
+    modules = np.broadcast_to(leaf.names, kappas.shape)
     for at in np.ndindex(kappas.shape):
         yield str(parameters[at]), str(modules[at]), float(kappas[at])
 

@@ -15,7 +15,7 @@ from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, nested_ada
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Lookup, Product
-from peft_jax.core.selecting import picked
+from peft_jax.core.selecting import only, picked, without
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight
 from peft_jax.methods.lora.config import LoraConfig
 
@@ -60,25 +60,24 @@ def with_adapter_rows(params: T, names: Sequence[str], task_ids: TaskIds | None 
     known = adapters(params)
     if missing := sorted(set(names) - {BASE, *known}):
         raise ValueError(f"No adapters are named {missing}. Found: {sorted(known)}, and '{BASE}' for none.")
-    used = [name for name in known if name in names]
+    used = [name for name in known if name in names]  # in the order of the tree
 
     def by_row(node: Any) -> Any:
         found = nested_adapters(node)
         innermost = list(found.values())[-1].base if found else node
-        nodes = [found[name].ready() for name in used if name in found]
-        if not nodes:
+        places, params, states, tags = dict[str, int](), [], [], []
+        for name, one in only(found, used).items():
+            ready = one.ready()
+            params.append(dict(ready.params))
+            states.append(without(ready.state, ["dropout"]))
+            tags.append(ready.tag)
+            places[name] = len(tags)
+        if not tags:
             return innermost
-        places = {one.tag.name: place for place, one in enumerate(nodes, 1)}
         rows = np.array([places.get(name, 0) for name in names], np.int32)
         stack = node.layout.stack_shape(node.shape)
-        return Rows(
-            innermost,
-            tuple(dict(one.params) for one in nodes),
-            tuple({name: value for name, value in one.state.items() if name != "dropout"} for one in nodes),
-            jnp.broadcast_to(jnp.asarray(rows), (*stack, len(rows))),
-            node.layout,
-            tuple(one.tag for one in nodes),
-        )
+        whole = jnp.broadcast_to(jnp.asarray(rows), (*stack, len(rows)))
+        return Rows(innermost, tuple(params), tuple(states), whole, node.layout, tuple(tags))
 
     return jax.tree.map(by_row, params, is_leaf=is_adapted)
 
@@ -145,9 +144,15 @@ class Rows(Weight):
         """Each row's own vector, ``(batch, *shape)``."""
         if self.layout.inp or self.rows.ndim > 1:
             return None
+        every = [self._base.dense()]
+        for leaf in self._alone():
+            every.append(leaf.dense())
+        return jnp.stack(every)[self.rows]
+
+    def _alone(self) -> list[Adapted]:
+        """The leaf with each of its adapters by itself."""
         own = zip(self.params, self.states, self.tags, strict=True)
-        every = [Adapted(self.base, params, state, self.layout, tag).dense() for params, state, tag in own]
-        return jnp.stack([self._base.dense(), *every])[self.rows]
+        return [Adapted(self.base, params, state, self.layout, tag) for params, state, tag in own]
 
     def apply(self, x: jax.Array, product: Product = MATMUL) -> jax.Array:
         """The product, each row with its adapter."""
@@ -175,11 +180,16 @@ class Rows(Weight):
 
     def _with_factors(self, which: Sequence[int], y: jax.Array, x: jax.Array, product: Product) -> jax.Array:
         """``y`` and what the factors of each row's adapter add to it."""
-        width = max(self.params[i]["lora_A"].shape[-1] for i in which)
-        zero = {name: jnp.zeros_like(array) for name, array in self.params[which[0]].items()}
-        padded = [_padded(params, width) for params in (zero, *(self.params[i] for i in which))]
-        a, b = (jnp.stack([one[name] for one in padded]) for name in ("lora_A", "lora_B"))
-        scaling = jnp.stack([jnp.zeros((), a.dtype), *(self.states[i]["scaling"].astype(a.dtype) for i in which)])
+        own, states = picked(self.params, which), picked(self.states, which)
+        width = max(params["lora_A"].shape[-1] for params in own)
+        first = _padded(own[0], width)
+        every_a, every_b = [jnp.zeros_like(first["lora_A"])], [jnp.zeros_like(first["lora_B"])]  # of the base's rows
+        for params in own:
+            padded = _padded(params, width)
+            every_a.append(padded["lora_A"])
+            every_b.append(padded["lora_B"])
+        a, b = jnp.stack(every_a), jnp.stack(every_b)
+        scaling = jnp.stack([jnp.zeros((), a.dtype), *(state["scaling"].astype(a.dtype) for state in states)])
         place = jnp.zeros(len(self.tags) + 1, jnp.int32).at[jnp.array(which) + 1].set(jnp.arange(1, len(which) + 1))
         of_row = place[self.rows]
 
@@ -207,14 +217,15 @@ class Rows(Weight):
 
     def specs(self, entries: tuple[Any, ...]) -> "Rows":
         """Those of the adapters by themselves; which row has which is known everywhere."""
-        parts = [
-            Adapted(self.base, params, state, self.layout, tag).specs(entries)
-            for params, state, tag in zip(self.params, self.states, self.tags, strict=True)
-        ]
+        params, states = [], []
+        for leaf in self._alone():
+            part = leaf.specs(entries)
+            params.append(part.params)
+            states.append(part.state)
         stack = picked(entries, self.layout.stack)
-        params, states = tuple(part.params for part in parts), tuple(part.state for part in parts)
         rows: Any = PartitionSpec(*stack)
-        return dataclasses.replace(self, base=self._base.specs(entries), params=params, states=states, rows=rows)
+        base = self._base.specs(entries)
+        return dataclasses.replace(self, base=base, params=tuple(params), states=tuple(states), rows=rows)
 
 
 def _padded(params: Mapping[str, jax.Array], width: int) -> dict[str, jax.Array]:

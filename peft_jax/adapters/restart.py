@@ -51,7 +51,8 @@ def without_starts(params: T, adapter_name: str = "default") -> T:
         if leaf.tag.name != adapter_name or not is_matrix or not leaves_base(config):
             return leaf
         names, hit = layers_of(path, leaf)
-        a, b = (jnp.reshape(leaf.params[role], (-1, *leaf.params[role].shape[-2:])) for role in ("lora_A", "lora_B"))
+        a, b = leaf.params["lora_A"], leaf.params["lora_B"]
+        a, b = jnp.reshape(a, (-1, *a.shape[-2:])), jnp.reshape(b, (-1, *b.shape[-2:]))
         initialize = [partial(_left, a=one, b=other) for one, other in zip(a, b, strict=True)]
         base = as_weight(leaf.base, leaf.layout)
         _, base = initialize_layers(config, base, names, hit, jax.random.key(0), initialize)

@@ -86,7 +86,7 @@ def check_tasks_of_rows(params: PyTree, names: Sequence[str], task_ids: TaskIds)
         raise ValueError("task_ids are for POLY, and no row has such an adapter. Leave them out.")
     ids = jnp.broadcast_to(jnp.asarray(task_ids), (len(names),))
     for name, count in tasks.items():
-        _check(ids[np.array([own == name for own in names])], count)
+        _check(ids[np.array(names) == name], count)
 
 
 def _check(task_ids: Any, tasks: int) -> None:

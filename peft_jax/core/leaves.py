@@ -253,6 +253,11 @@ def is_float(leaf: Leaf) -> bool:
     return bool(jnp.issubdtype(getattr(leaf.value, "dtype", None) or bool, jnp.floating))
 
 
+def is_matmul(leaf: Leaf) -> bool:
+    """Whether a leaf is the weight of a product, which ``"all-linear"`` means, or may be once its axes are given."""
+    return is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)
+
+
 def is_matrix(leaf: Leaf) -> bool:
     """Whether a leaf is seen as a matrix, or may be once its axes are given."""
     if not is_float(leaf):

@@ -37,9 +37,13 @@ def config_for(config: ModelConfig, keys: Iterable[str]) -> ModelConfig:
     if config.task_type not in other.config.tasks:
         return config
     longest_first = sorted((family.backbone, other.backbone), key=len, reverse=True)
-    starts = {f"{PREFIX}{backbone}.": backbone for backbone in longest_first}
-    found = {next((starts[start] for start in starts if key.startswith(start)), None) for key in keys}
-    if found - {None} != {other.backbone}:
+    found = set[str]()
+    for key in keys:
+        for backbone in longest_first:
+            if key.startswith(f"{PREFIX}{backbone}."):
+                found.add(backbone)
+                break
+    if found != {other.backbone}:
         return config
     return as_class(config, other.config, model_type=other_type)
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from peft_jax.adapters.build import Contents, build
@@ -128,8 +129,7 @@ def _check_alike(path: str, own: Mapping[str, Adapted], configs: Mapping[str, An
     for name, leaf in own.items():
         if leaf.params.keys() != FACTORS or TOKENS in leaf.state or leaf.layout.lookup:
             raise ValueError(f"'{name}' on '{path}' is no plain LoRA of a product (DoRA, a bias, aLoRA, an embedding).")
-        shapes = {role: array.shape for role, array in leaf.params.items()}
-        if shapes != {role: array.shape for role, array in first.params.items()}:
+        if jax.tree.map(np.shape, leaf.params) != jax.tree.map(np.shape, first.params):
             raise ValueError(f"'{name}' on '{path}' has another rank than '{first.tag.name}'. {rule}")
         if not np.array_equal(changed_layers(leaf), changed_layers(first)):
             raise ValueError(f"'{name}' and '{first.tag.name}' are on other layers of '{path}'. {rule}")
@@ -137,4 +137,7 @@ def _check_alike(path: str, own: Mapping[str, Adapted], configs: Mapping[str, An
 
 def _stacked(own: Mapping[str, Adapted], names: Sequence[str]) -> dict[str, np.ndarray]:
     """The factors of several adapters, with an axis of these in front."""
-    return {role: np.stack([np.asarray(own[name].params[role]) for name in names]) for role in sorted(FACTORS)}
+    stacked = {}
+    for role in sorted(FACTORS):
+        stacked[role] = np.stack([np.asarray(own[name].params[role]) for name in names])
+    return stacked

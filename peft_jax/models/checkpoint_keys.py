@@ -31,9 +31,7 @@ def fit_keys(family: Family, config: ModelConfig, tensors: Tensors) -> dict[str,
         return {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix) or not has_prefix}
     if has_prefix:
         return found
-    heads = {key: tensor for key, tensor in found.items() if _is_head(family, key)}
-    rest = {prefix + key: tensor for key, tensor in found.items() if key not in heads}
-    return {**heads, **rest}
+    return {key if _is_head(family, key) else prefix + key: tensor for key, tensor in found.items()}
 
 
 def fresh_rows(family: Family, config: ModelConfig, rows: Sequence[Row], tensors: Tensors) -> list[Row]:

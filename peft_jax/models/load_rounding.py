@@ -92,7 +92,7 @@ def matrix_layout(model: ModelConfig, row: Row, *, outside: bool) -> Layout | No
 def _is_skipped(row: Row, layout: Layout, patterns: Sequence[str]) -> bool:
     """Whether patterns name all modules of a leaf."""
     names = leaf_names(row.path, layout, row.shape)
-    hit = np.array([any(_names(pattern, name) for pattern in patterns) for name in names.flat])
+    hit = np.array([_is_named(patterns, name) for name in names.flat])
     if hit.any() and not hit.all():
         raise ValueError(
             f"llm_int8_skip_modules={list(patterns)} names {hit.sum()} of the {hit.size} layers of '{row.path}'. Name "
@@ -101,6 +101,9 @@ def _is_skipped(row: Row, layout: Layout, patterns: Sequence[str]) -> bool:
     return bool(hit.any())
 
 
-def _names(pattern: str, module: str) -> bool:
+def _is_named(patterns: Sequence[str], module: str) -> bool:
     """Whether transformers takes a module for one that ``llm_int8_skip_modules`` names (``should_convert_module``)."""
-    return module.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
+    for pattern in patterns:
+        if module.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module):
+            return True
+    return False

@@ -9,7 +9,7 @@ import numpy as np
 
 from peft_jax.core.adapted import Adapted, adapters, changed_layers, nested_adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import find_leaves
+from peft_jax.core.leaves import find_leaves, module_names
 from peft_jax.core.merge import unload
 from peft_jax.core.paths import named_leaves
 from peft_jax.core.pytree import PyTree
@@ -96,7 +96,7 @@ def _of_adapters(handle: Handle, known: dict[str, Any]) -> Iterator[tuple[str, t
     """Name, array and whether it is trained of the tensors of all adapters."""
     tree = handle.params
     leaves = find_leaves(tree, None)
-    modules = {str(name) for leaf in leaves for name in leaf.names.flat}
+    modules = set(module_names(leaves))
     for adapter in known:
         nodes = [(leaf, nested_adapters(leaf.value).get(adapter)) for leaf in leaves]
         saved = set()
@@ -106,7 +106,7 @@ def _of_adapters(handle: Handle, known: dict[str, Any]) -> Iterator[tuple[str, t
                 continue
             trained = trained or (node.active and node.trainable)
             if node.tag.role == Whole(SAVED):
-                saved |= {str(name) for name in leaf.names.flat}
+                saved |= set(leaf.modules)
         for key, array in get_peft_model_state_dict(handle, adapter, save_embedding_layers=False).items():
             if np.issubdtype(array.dtype, np.integer):  # places, which are no parameter in PEFT's model
                 continue

@@ -9,7 +9,7 @@ from peft_jax.adapters.complete import completed, untied_for
 from peft_jax.adapters.plan import Target, plan
 from peft_jax.core.adapted import check_adapter_name
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Leaf, find_leaves, is_matrix
+from peft_jax.core.leaves import Leaf, find_leaves, is_matrix, module_names
 from peft_jax.core.targets import check_saved, is_saved_module
 from peft_jax.core.weight import Weight
 from peft_jax.prompts.base import PromptMethod
@@ -42,7 +42,7 @@ def attach_prompt(handle: H, config: PromptMethod, *, key: jax.Array | None = No
         handle, config, lambda name: is_saved_module(config, name), keeps_ties=config.ensure_weight_tying
     )
     found = find_leaves(handle.params, handle.layouts())
-    check_saved(config, sorted({name for leaf in found for name in leaf.names.flat}))
+    check_saved(config, sorted(set(module_names(found))))
     base_key = jax.random.key(0) if key is None else key
     targets = plan(found, config, prompt_places(config, found, handle))
 
@@ -60,7 +60,7 @@ def prompt_places(config: PromptMethod, found: list[Leaf], handle: Handle) -> se
     Raises:
         ValueError: if there are none, or one of them is trained whole.
     """
-    modules = [str(name) for leaf in found if is_matrix(leaf) for name in leaf.names.flat]
+    modules = module_names(filter(is_matrix, found))
     places = config.places(modules, handle)
     if both := [name for name in places if is_saved_module(config, name)]:
         raise ValueError(f"modules_to_save names '{both[0]}', where the prompt's arrays lie. Remove it.")

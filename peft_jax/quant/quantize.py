@@ -10,9 +10,18 @@ from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapt.left_out import left_out, report
 from peft_jax.core.adapted import is_adapted
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matrix, own_names, replace_leaves
+from peft_jax.core.leaves import (
+    Layouts,
+    Leaf,
+    find_leaves,
+    is_matmul,
+    is_matrix,
+    module_names,
+    own_names,
+    replace_leaves,
+)
 from peft_jax.core.repeated import is_repeated
-from peft_jax.core.targets import names_module, no_matrix, nothing_hit, spelled_out_names
+from peft_jax.core.targets import names_module, names_some, no_matrix, nothing_hit, spelled_out_names
 from peft_jax.core.weight import is_weight
 from peft_jax.quant.kinds import Quantizer
 from peft_jax.quant.quantized import Quantized
@@ -96,13 +105,13 @@ def quantize_as(
     matrices = [leaf for leaf in found if is_matrix(leaf)]
     used = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
     targets = _matmul_names(used) if target_modules is None else target_modules
-    modules = [name for leaf in matrices for name in leaf.names.flat]
+    modules = module_names(matrices)
     if not isinstance(targets, str):
         targets = spelled_out_names(list(targets), modules, own_names(found))
     for target in [targets] if isinstance(targets, str) else targets:
         one = target if isinstance(targets, str) else [target]
-        if not any(names_module(one, module) for module in modules):
-            vectors = [name for leaf in found if not is_matrix(leaf) for name in leaf.names.flat]
+        if not names_some(one, modules):
+            vectors = module_names([leaf for leaf in found if not is_matrix(leaf)])
             raise ValueError(nothing_hit(f"Target module '{target}'", target, modules, no_matrix(one, vectors)))
     nodes = {}
     for position, leaf in enumerate(found):
@@ -115,8 +124,7 @@ def quantize_as(
 
 
 def _matmul_names(found: list[Leaf]) -> list[str]:
-    matmuls = [leaf for leaf in found if is_matrix(leaf) and (leaf.layout is None or leaf.layout.is_linear)]
-    return [name for leaf in matmuls for name in leaf.names.flat]
+    return module_names([leaf for leaf in found if is_matmul(leaf)])
 
 
 def _is_whole_target(leaf: Leaf, targets: str | Sequence[str]) -> bool:

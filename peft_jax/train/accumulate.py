@@ -76,7 +76,9 @@ class AccumulatingStep:
         whole = None
         if _counts_first(frozen, batch):
             whole = jax.eval_shape(self.totals, projected, frozen, batch[0], key, 0)
-        by_shapes = {tuple(np.shape(array) for array in jax.tree.leaves(one)): one for one in batch}
+        by_shapes = {}
+        for one in batch:
+            by_shapes[tuple(map(np.shape, jax.tree.leaves(one)))] = one
         for micro_batch in by_shapes.values():
             yield self.add.lower(sums, projected, frozen, micro_batch, key, 0, whole)
         yield self.begin.lower(trainable, frozen)

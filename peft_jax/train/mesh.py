@@ -23,6 +23,7 @@ from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted, tied
 from peft_jax.core.mesh_axes import AXES, BATCH_AXES, EXPERT_AXES, dividing
 from peft_jax.core.partition_specs import put
 from peft_jax.core.paths import dotted
+from peft_jax.core.selecting import only
 from peft_jax.core.weight import is_weight
 from peft_jax.models.registry import FAMILIES
 from peft_jax.train.data.batches import Batch
@@ -39,13 +40,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 # device compute all rows of a batch.
 EXPERTS, EXPERT_VECTORS = P(EXPERT_AXES, "fsdp", None), P(EXPERT_AXES, None)
 COLUMNS, ROWS, TABLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P(("tensor", "fsdp"), None)
-RULES: tuple[tuple[str, P], ...] = (
-    *((rf"({family.sharding.columns})\.kernel", COLUMNS) for family in FAMILIES),
-    *((rf"({family.sharding.rows})\.kernel", ROWS) for family in FAMILIES),
-    *((rf"({family.sharding.tables})\.embedding", TABLE) for family in FAMILIES),
-    *((family.sharding.experts, EXPERTS) for family in FAMILIES if family.sharding.experts),
-    *((rf"({family.sharding.experts})_bias", EXPERT_VECTORS) for family in FAMILIES if family.sharding.experts),
-)
+
+
+def _rules() -> tuple[tuple[str, P], ...]:
+    """The rules of all architectures, those for columns first: of several that match a path the first counts."""
+    columns, rows, tables, experts, vectors = [], [], [], [], []
+    for family in FAMILIES:
+        names = family.sharding
+        columns.append((rf"({names.columns})\.kernel", COLUMNS))
+        rows.append((rf"({names.rows})\.kernel", ROWS))
+        tables.append((rf"({names.tables})\.embedding", TABLE))
+        if names.experts:
+            experts.append((names.experts, EXPERTS))
+            vectors.append((rf"({names.experts})_bias", EXPERT_VECTORS))
+    return (*columns, *rows, *tables, *experts, *vectors)
+
+
+RULES = _rules()
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -80,9 +91,12 @@ def parse_mesh(text: str) -> dict[str, int]:
         {'data': 4, 'tensor': 2}
     """
     pairs = [part.partition("=") for part in text.split(",")]
-    if not all(name in AXES and size.isdigit() for name, _, size in pairs):
-        raise ValueError(f"--mesh is '{text}'. Give sizes of {', '.join(AXES)}, such as data=4,fsdp=2.")
-    return {name: int(size) for name, _, size in pairs}
+    sizes = {}
+    for name, _, size in pairs:
+        if name not in AXES or not size.isdigit():
+            raise ValueError(f"--mesh is '{text}'. Give sizes of {', '.join(AXES)}, such as data=4,fsdp=2.")
+        sizes[name] = int(size)
+    return sizes
 
 
 def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
@@ -122,7 +136,7 @@ def _dividing(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
             kept.append(dividing(EXPERT_AXES, size, mesh.shape) or None)
             continue
         names = (axis,) if isinstance(axis, str) else axis or ()
-        devices = math.prod(mesh.shape[name] for name in names)
+        devices = math.prod(only(mesh.shape, names).values())
         kept.append(axis if size % devices == 0 else None)
     return P(*kept)
 
@@ -134,7 +148,7 @@ def batch_parts(mesh: Mesh | None) -> int:
         >>> batch_parts(make_mesh({}))
         1
     """
-    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
+    return 1 if mesh is None else math.prod(only(mesh.shape, BATCH_AXES).values())
 
 
 def batch_spec(mesh: Mesh) -> P:
@@ -144,7 +158,7 @@ def batch_spec(mesh: Mesh) -> P:
         >>> tuple(batch_spec(make_mesh({})))
         (('data', 'fsdp', 'expert'),)
     """
-    return P(tuple(name for name in BATCH_AXES if name in mesh.shape))
+    return P(tuple(only(mesh.shape, BATCH_AXES)))
 
 
 def with_mesh_in_use(fn: F, mesh: Mesh | None) -> F:

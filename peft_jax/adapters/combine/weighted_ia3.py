@@ -12,6 +12,7 @@ from peft_jax.adapters.plan import Target
 from peft_jax.core.adapted import Adapted, nested_adapters
 from peft_jax.core.leaves import find_leaves
 from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import only
 from peft_jax.core.weight import Weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.roles import Follower
@@ -39,10 +40,10 @@ def weighted_ia3(tree: PyTree, weighted: Mapping[str, float], configs: Sequence[
     targets, vectors = [], {}
     for position, leaf in enumerate(find_leaves(tree, None)):
         there = nested_adapters(leaf.value)
-        sources = {name: there[name] for name in weighted if name in there}
+        sources = only(there, weighted)
         if not sources:
             continue
-        scales_inputs, scales_outputs = (_used(sources.values(), role) for role in ROLES)
+        scales_inputs, scales_outputs = _used(sources.values(), ROLES[0]), _used(sources.values(), ROLES[1])
         if not leaf.layout.inp:
             targets.append(Target(position, leaf, scales_outputs, Follower()))
             continue
@@ -84,15 +85,23 @@ def _united(configs: Sequence[IA3Config], names: Sequence[str]) -> IA3Config:
     first = configs[0]
     if saved := [name for name, config in zip(names, configs, strict=True) if config.modules_to_save]:
         raise ValueError(f"Adapters {saved} have modules_to_save, which cannot be added up. Train them without.")
-    if any(config.exclude_modules != first.exclude_modules for config in configs):
+    if len({config.exclude_modules for config in configs}) > 1:
         raise ValueError(f"Adapters {list(names)} have unlike exclude_modules. Name the targets of each without it.")
-    fields = {name: _union([getattr(one, name) for one in configs], name) for name in FIELDS}
+    fields = {name: _union(configs, name) for name in FIELDS}
     return first.replace(**fields, init_ia3_weights=True)
 
 
-def _union(given: Sequence[Any], field: str) -> Any:
-    if len(kinds := {isinstance(one, str) for one in given}) > 1:
+def _union(configs: Sequence[IA3Config], field: str) -> Any:
+    """The targets that the configs have in a field, of all of them."""
+    regexes, names = list[str](), set[str]()
+    for config in configs:
+        targets = getattr(config, field)
+        if isinstance(targets, str):
+            regexes.append(targets)
+        else:
+            names |= set(targets or ())
+    if not regexes:
+        return sorted(names)
+    if len(regexes) < len(configs):
         raise ValueError(f"{field} is a regex in some of the adapters and a list in others. Give all of one kind.")
-    if kinds == {True}:
-        return given[0] if len(set(given)) == 1 else "|".join(f"({one})" for one in given)
-    return sorted({name for one in given for name in one or ()})
+    return regexes[0] if len(set(regexes)) == 1 else "|".join(f"({regex})" for regex in regexes)

@@ -17,7 +17,7 @@ from peft_jax.core.leaves import Leaf, find_leaves
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.precision import common_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.selecting import fields_of
+from peft_jax.core.selecting import fields_of, not_none, only
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
@@ -120,8 +120,8 @@ def add_weighted_adapter(
     if vectors and len(vectors) == len(adapter_names):
         _check_names(known, adapter_names, weights)
         check_adapter_name(new_name, tree)
-        given = (svd_rank, svd_clamp, svd_driver, density, key)
-        if combination_type not in (None, "linear") or any(option is not None for option in given):
+        given = {"svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_driver": svd_driver, "density": density, "key": key}
+        if combination_type not in (None, "linear") or not_none(given):
             raise ValueError("IA3's vectors are added up. Write combination_type='linear' or nothing, and no options.")
         weighted = dict(zip(adapter_names, weights, strict=True))
         new = weighted_ia3(tree, weighted, vectors, new_name)
@@ -130,7 +130,7 @@ def add_weighted_adapter(
     way = "linear" if len(adapter_names) == 1 else combination_type or "svd"
     how = How(way, 1.0 if density is None else density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver)
     configs = _checked(tree, adapter_names, weights, new_name, how, density)
-    ranks = [max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r for config in configs]
+    ranks = [max([config.r, *config.rank_pattern.values()]) for config in configs]
     rank = max(ranks)
     if way == "cat":
         rank = sum(ranks)
@@ -141,7 +141,7 @@ def add_weighted_adapter(
     targets, made = [], {}
     for position, leaf in enumerate(find_leaves(tree, None)):
         there = nested_adapters(leaf.value)
-        sources = [there[name] for name in weighted if name in there]
+        sources = list(only(there, weighted).values())
         if not sources:
             continue
         if leaf.layout.inp:
@@ -170,8 +170,10 @@ def _made(
     names = leaf.names
     keys = jnp.reshape(keys_from_names(key, names), (-1,))
     n_in, n_out = found[0].layout.sizes(found[0].shape)
-    has_bias = any(BIAS in node.params for node in found)
-    groups = max(groups_of(node.params) for node in found)
+    has_bias, groups = False, 1
+    for node in found:
+        has_bias = has_bias or BIAS in node.params
+        groups = max(groups, groups_of(node.params))
     if groups > 1 and how.way not in FACTORS:
         raise ValueError(
             f"combination_type='{how.way}' multiplies or joins factors, which those of '{leaf.path}', a convolution of "
@@ -186,14 +188,17 @@ def _made(
         ranks[index] = sources[0].a.shape[1] if how.way in FACTORS else rank
         layers.append(_layer(str(names[index]), sources, how, int(ranks[index]), keys[number]))
     width, inner = int(ranks.max()), int(ranks.max()) // groups
-    a = [jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) for a, _, _ in layers]
-    b = [jnp.pad(b, ((0, inner - b.shape[0]), (0, 0))) for _, b, _ in layers]
+    padded_a, padded_b, biases = [], [], []
+    for a, b, bias in layers:
+        padded_a.append(jnp.pad(a, ((0, 0), (0, width - a.shape[1]))))
+        padded_b.append(jnp.pad(b, ((0, inner - b.shape[0]), (0, 0))))
+        biases.append(bias)
     params = {
-        "lora_A": jnp.reshape(jnp.stack(a), (*names.shape, n_in * groups, width)),
-        "lora_B": jnp.reshape(jnp.stack(b), (*names.shape, inner, n_out)),
+        "lora_A": jnp.reshape(jnp.stack(padded_a), (*names.shape, n_in * groups, width)),
+        "lora_B": jnp.reshape(jnp.stack(padded_b), (*names.shape, inner, n_out)),
     }
     if has_bias:
-        params[BIAS] = jnp.reshape(jnp.stack([bias for _, _, bias in layers]), (*names.shape, n_out))
+        params[BIAS] = jnp.reshape(jnp.stack(biases), (*names.shape, n_out))
     state: dict[str, Any] = {"scaling": jnp.asarray(ranks > 0, jnp.float32), "rank": jnp.asarray(ranks)}
     without_bias = [node.state[UNBIASED] for node in found if UNBIASED in node.state]
     if without_bias:
@@ -212,27 +217,32 @@ def _layer(
     name: str, sources: Sequence[Source], how: How, rank: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A, B and bias of the new adapter of one layer, whose scale is 1."""
-    weights, of_a, of_b, of_bias = [source.weight for source in sources], *jax.random.split(key, 3)
+    every_a, every_b, _, weights, _ = zip(*sources, strict=True)
+    of_a, of_b, of_bias = jax.random.split(key, 3)
     one = how.way.removesuffix("_svd").replace("svd", "linear").replace("cat", "linear")
-    bias = combine(one, [source.scale * source.bias for source in sources], weights, how.density, how.sign, of_bias)
+    scaled_biases = [source.scale * source.bias for source in sources]
+    bias = combine(one, scaled_biases, weights, how.density, how.sign, of_bias)
     if how.way == "cat":
-        a = jnp.concatenate([source.weight * source.scale * source.a for source in sources], axis=1)
-        b = jnp.concatenate([source.b for source in sources], axis=0)
+        weighted = [source.weight * source.scale * source.a for source in sources]
+        a, b = jnp.concatenate(weighted, axis=1), jnp.concatenate(every_b, axis=0)
         more = rank - a.shape[1]
         return jnp.pad(a, ((0, 0), (0, more))), jnp.pad(b, ((0, more), (0, 0))), bias
     if how.way in MATRICES:
         changes = [source.scale * source.a @ source.b for source in sources]
         return *_cut_off(combine(one, changes, weights, how.density, how.sign, of_a), rank, how), bias
-    if len({source.a.shape[1] for source in sources}) > 1:
+    ranks = [a.shape[1] for a in every_a]
+    if len(set(ranks)) > 1:
         raise ValueError(
             f"combination_type='{how.way}' adds factors of one rank, and those of '{name}' have "
-            f"{[source.a.shape[1] for source in sources]}. Write 'cat' or one of the '..._svd'."
+            f"{ranks}. Write 'cat' or one of the '..._svd'."
         )
-    totals = [source.weight * source.scale for source in sources]
-    roots = [abs(total) ** 0.5 for total in totals]
-    signed = [np.copysign(root, total) for root, total in zip(roots, totals, strict=True)]
-    a = combine(one, [source.a for source in sources], signed, how.density, how.sign, of_a)
-    return a, combine(one, [source.b for source in sources], roots, how.density, how.sign, of_b), bias
+    roots, signed = [], []  # each factor has the root of the weight, and A its sign
+    for source in sources:
+        total = source.weight * source.scale
+        roots.append(abs(total) ** 0.5)
+        signed.append(np.copysign(roots[-1], total))
+    a = combine(one, every_a, signed, how.density, how.sign, of_a)
+    return a, combine(one, every_b, roots, how.density, how.sign, of_b), bias
 
 
 def _cut_off(change: jax.Array, rank: int, how: How) -> tuple[jax.Array, jax.Array]:
@@ -250,17 +260,26 @@ def _cut_off(change: jax.Array, rank: int, how: How) -> tuple[jax.Array, jax.Arr
 def _new_config(configs: Sequence[LoraConfig], made: Iterable[Made], rank: int) -> LoraConfig:
     """The first adapter's config with what the new one has: its targets, its ranks, scale 1."""
     first = configs[0]
-    ranks = {str(one.names[i]): int(one.ranks[i]) for one in made for i in np.ndindex(one.names.shape) if one.ranks[i]}
-    targets: Any = [config.target_modules for config in configs]
-    selects = fields_of(first, SELECTS)
-    if any(getattr(config, name) != selects[name] for config in configs for name in SELECTS):
-        targets, selects = sorted(ranks), dict.fromkeys(SELECTS)
-    elif all(isinstance(target, str) for target in targets):
-        targets = "|".join(f"({target})" for target in targets)
-    elif any(isinstance(target, str) for target in targets):
-        targets = sorted(ranks)
-    else:
-        targets = sorted({name for target in targets for name in target})
+    ranks = dict[str, int]()
+    for one in made:
+        for index in np.ndindex(one.names.shape):
+            if one.ranks[index]:
+                ranks[str(one.names[index])] = int(one.ranks[index])
+    selects, select_alike = fields_of(first, SELECTS), True
+    regexes, names = list[str](), set[str]()
+    for config in configs:
+        select_alike = select_alike and fields_of(config, SELECTS) == selects
+        if isinstance(config.target_modules, str):
+            regexes.append(config.target_modules)
+        else:
+            names |= set(config.target_modules or ())
+    targets: Any = sorted(ranks)
+    if not select_alike:
+        selects = dict.fromkeys(SELECTS)
+    elif len(regexes) == len(configs):
+        targets = "|".join(f"({regex})" for regex in regexes)
+    elif not regexes:
+        targets = sorted(names)
     smaller = {f"^{name}": found for name, found in ranks.items() if found != rank}
     return first.replace(
         r=rank,

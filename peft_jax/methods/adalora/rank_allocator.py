@@ -66,8 +66,10 @@ def begin(params: Arrays, there: Mapping[str, np.ndarray], target_r: int, delta:
     target = min(target_r * layers, initial)
     due = [step == last or (step > times["tinit"] and step % delta == 0) for step in range(last + 1)]
     table = [budget(step, initial, target, **times) if on else NONE_DUE for step, on in enumerate(due)]
-    zeros = [jax.tree.map(jnp.zeros_like, {path: dict(roles) for path, roles in params.items()}) for _ in range(2)]
-    masks = [{path: jnp.array(mask) for path, mask in there.items()} for _ in range(2)]
+    zeros, masks = [], []
+    for _ in range(2):  # arrays of their own, for a step takes over each of them
+        zeros.append(jax.tree.map(jnp.zeros_like, {path: dict(roles) for path, roles in params.items()}))
+        masks.append(jax.tree.map(jnp.array, dict(there)))
     return Allocation(jnp.zeros((), jnp.int32), jnp.array(table, jnp.int32), *zeros, *masks)
 
 
@@ -99,13 +101,11 @@ def allocate(
     importance: dict[str, dict[str, jax.Array]] = {}
     uncertainty: dict[str, dict[str, jax.Array]] = {}
     for path, roles in params.items():
-        measured = {
-            role: measure(
-                array, gradients[path][role], allocation.importance[path][role], allocation.uncertainty[path][role]
-            )
-            for role, array in roles.items()
-        }
-        importance[path], uncertainty[path] = ({role: pair[i] for role, pair in measured.items()} for i in range(2))
+        means, spreads = dict[str, jax.Array](), dict[str, jax.Array]()
+        for role, array in roles.items():
+            before = allocation.importance[path][role], allocation.uncertainty[path][role]
+            means[role], spreads[role] = measure(array, gradients[path][role], *before)
+        importance[path], uncertainty[path] = means, spreads
 
     left = allocation.budgets[jnp.minimum(step, last)]
     is_due = (step <= last) & (left != NONE_DUE)

@@ -140,13 +140,15 @@ def get_model_status(params: PyTree) -> TunerModelStatus:
     tree = params.params if isinstance(params, Handle) else params
     trained, total = count_parameters(tree)
     first = next(iter(configs.values()))
-    names = sorted({name for layer in layers for name in layer.available_adapters})
-    devices = {}
-    requires_grad = {}
+    every_device, trained_or_not = dict[str, set[str]](), dict[str, set[Any]]()
+    for layer in layers:
+        for name in layer.available_adapters:
+            every_device.setdefault(name, set()).update(layer.devices[name])
+            trained_or_not.setdefault(name, set()).add(layer.requires_grad[name])
+    names, devices, requires_grad = sorted(every_device), {}, {}
     for name in names:
-        own = [layer for layer in layers if name in layer.available_adapters]
-        devices[name] = sorted({device for layer in own for device in layer.devices[name]})
-        requires_grad[name] = _one(layer.requires_grad[name] for layer in own)
+        devices[name] = sorted(every_device[name])
+        requires_grad[name] = _one(trained_or_not[name])
     return TunerModelStatus(
         base_model_type=params.config.architecture if isinstance(params, ModelHandle) else "other",
         adapter_model_type=type(first).__name__.removesuffix("Config") + "Model",
@@ -180,11 +182,14 @@ def _kind(node: Adapted) -> str | None:
 
 def _layer(name: str, kind: str, nodes: list[Adapted], active: list[str]) -> TunerLayerStatus:
     """The status of one layer, from its adapters' leaves."""
-    own = {node.tag.name: node for node in nodes}
-    devices = {}
-    for adapter, node in own.items():
-        arrays = jax.tree.leaves((node.params, node.state.get(ADAPTER, {})))
-        devices[adapter] = sorted({device.platform for array in arrays for device in array.devices()})
+    devices: dict[str, list[str]] = {}
+    requires_grad: dict[str, Any] = {}
+    for node in nodes:
+        platforms = set[str]()
+        for array in jax.tree.leaves((node.params, node.state.get(ADAPTER, {}))):
+            platforms.update(device.platform for device in array.devices())
+        devices[node.tag.name] = sorted(platforms)
+        requires_grad[node.tag.name] = node.active and node.trainable
     base = as_weight(nodes[0].base, nodes[0].layout).unadapted
     return TunerLayerStatus(
         name=name,
@@ -192,8 +197,8 @@ def _layer(name: str, kind: str, nodes: list[Adapted], active: list[str]) -> Tun
         enabled=bool(active),
         active_adapters=list(active),
         merged_adapters=[],
-        requires_grad={adapter: node.active and node.trainable for adapter, node in own.items()},
-        available_adapters=sorted(own),
+        requires_grad=requires_grad,
+        available_adapters=sorted(devices),
         devices=devices,
         quantization_backend=getattr(base, "kind", None),
     )

@@ -1,10 +1,12 @@
 """Batches of a few fixed lengths, so that each length is compiled once: by padding, or by packing texts into rows."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict, overload
 
 import numpy as np
 
+from peft_jax.core.selecting import picked
 from peft_jax.train.data.encode import IGNORE, Example
 from peft_jax.train.data.long_examples import has_numbers
 from peft_jax.train.data.micro_layout import MicroLayout, filled
@@ -201,20 +203,20 @@ def collate(rows: Sequence[Any], batch_size: int, lengths: Sequence[int], pad: i
     fill = {"labels": IGNORE, "ends": IGNORE, "windows": IGNORE, "input_ids": pad, "decoder_input_ids": pad}
     batch = {}
     for name, first in rows[0].items():
-        first = np.asarray(first)
-        longest = max(np.size(row[name]) for row in rows)
+        first, column = np.asarray(first), [row[name] for row in rows]
         if name == "labels" and has_numbers(first):
             batch[name] = np.full((batch_size, len(first)), np.nan, np.float32)
-            batch[name][: len(rows)] = [row[name] for row in rows]
+            batch[name][: len(rows)] = column
             continue
         if np.ndim(first) == 0:  # one number a row, such as a class
             batch[name] = np.full((batch_size,), fill.get(name, 0), np.int32)
-            batch[name][: len(rows)] = [row[name] for row in rows]
+            batch[name][: len(rows)] = column
             continue
+        longest = max(map(np.size, column))
         width = next(length for length in lengths if length >= longest)
         batch[name] = np.full((batch_size, width), fill.get(name, 0), np.int32)
-        for number, row in enumerate(rows):
-            batch[name][number, : len(row[name])] = row[name]
+        for number, values in enumerate(column):
+            batch[name][number, : len(values)] = values
     return Batch(**batch)  # type: ignore[typeddict-item]
 
 
@@ -233,11 +235,11 @@ def micro_batches(rows: Sequence[Any], layout: MicroLayout, pad: int = 0) -> lis
         [1, 1, 1, 2, 2, 2, 3, 3, 3, 0]
     """
     found = []
-    for chosen in layout.lay_out([longest_field(row) for row in rows]):
+    for chosen in layout.lay_out(list(map(longest_field, rows))):
         if layout.packed:
             fields = filled(rows, chosen)
         else:
-            fields = [rows[number] for one in chosen.rows for number in one]
+            fields = list(picked(rows, itertools.chain(*chosen.rows)))
         found.append(collate(fields, len(chosen.rows), layout.widths, pad))
     return found
 

@@ -24,6 +24,7 @@ from peft_jax.prompts.chat_template import (
 )
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.records import Chat
+from peft_jax.train.data.token_rows import common_start
 
 Span = tuple[int, int]
 MARKS, TURNS, LAST = "generation marks", "turn by turn", "last answer"
@@ -179,7 +180,7 @@ def _span(chat: Chat, index: int, full: str, tokenizer: Tokenizer) -> Span | Non
     if index == 0:  # nothing stands before it that could be rendered
         return max(0, full.find(_content(messages[0]))), len(after)
     before = render(messages[:index], tokenizer, tools=chat.tools, prompt=True)
-    start = _common_start(before, after)
+    start = common_start(before, after)
     if start < len(before):
         # The prompt may hold more than stands before this answer, such as the opening of a thought that it has not.
         given = render(messages[:index], tokenizer, tools=chat.tools)
@@ -214,18 +215,9 @@ def _content(message: Message) -> str:
     return content.strip() if isinstance(content, str) else ""
 
 
-def _common_start(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    if other.startswith(one):
-        return len(one)
-    pairs = zip(one, other, strict=False)
-    return next((place for place, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
-
-
 def _common_end(one: str, other: str) -> int:
     """How many characters two texts end with in common."""
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    return next((place for place, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
+    return common_start(one[::-1], other[::-1])
 
 
 def _within(spans: Sequence[Span], offsets: Sequence[Span]) -> list[bool]:

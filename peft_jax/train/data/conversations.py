@@ -213,7 +213,7 @@ def check_written(chat: Chat, template: str, where: str) -> None:
         Traceback (most recent call last):
         ValueError: chat 1 has tools, which the tokenizer's chat template does not write. Remove the field, or give...
     """
-    has = {"tools": bool(chat.tools), "tool_calls": any(message.get("tool_calls") for message in chat.messages)}
+    has = {"tools": bool(chat.tools), "tool_calls": _have(chat.messages, "tool_calls")}
     for name, is_there in has.items():
         if is_there and name not in template:
             raise ValueError(
@@ -233,6 +233,12 @@ def unwritten_thoughts(chats: Sequence[Chat], template: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in THOUGHTS:
         if name not in template:
-            count = sum(any(message.get(name) for message in chat.messages) for chat in chats)
-            found |= {name: count} if count else {}
+            having = [chat for chat in chats if _have(chat.messages, name)]
+            if having:
+                found[name] = len(having)
     return found
+
+
+def _have(messages: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether a field has a value in one of some messages."""
+    return any(message.get(name) for message in messages)

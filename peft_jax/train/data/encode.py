@@ -30,7 +30,7 @@ from peft_jax.train.data.records import (
     Tagged,
 )
 from peft_jax.train.data.template import TEMPLATES, Layout
-from peft_jax.train.data.token_rows import Watch, chunks, token_rows
+from peft_jax.train.data.token_rows import Watch, chunks, common_start, token_rows
 
 
 def encode(
@@ -183,16 +183,8 @@ def encode_completions(
         alone, ids = _one_bos(prompt.ids, tokenizer), _one_bos(whole.ids, tokenizer)
         if whole.is_whole and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids.append(tokenizer.eos_token_id)
-        rows.append((ids, min(_shared(alone, ids), len(ids) - 1)))
+        rows.append((ids, min(common_start(alone, ids), len(ids) - 1)))
     return rows
-
-
-def _shared(one: list[int], other: list[int]) -> int:
-    """How many ids two rows have in common from their beginning on."""
-    if other[: len(one)] == one:
-        return len(one)
-    pairs = zip(one, other, strict=False)
-    return next((number for number, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
 
 
 def _one_bos(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:

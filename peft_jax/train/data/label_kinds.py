@@ -50,9 +50,9 @@ def names_of(records: Sequence[Labelled], problem: str) -> dict[int, str]:
         {0: 'good', 1: 'short'}
     """
     labels = _flat(records)
-    if problem == REGRESSION or (problem == MULTI and any(isinstance(label, float) for label in labels)):
-        return numbered_labels(_outputs(records))
     decimals = [label for label in labels if isinstance(label, float)]
+    if problem == REGRESSION or (problem == MULTI and decimals):
+        return numbered_labels(_outputs(records))
     if decimals:
         raise ValueError(f"a record has the label {decimals[0]}, and classes have names or whole numbers. Give these.")
     texts = sorted({label for label in labels if isinstance(label, str)})
@@ -124,7 +124,9 @@ def _flat(records: Sequence[Labelled]) -> list[str | int | float]:
 
 def _outputs(records: Sequence[Labelled]) -> int:
     """How many numbers each record has."""
-    counts = {len(record.label) if isinstance(record.label, tuple) else 1 for record in records}
+    counts = set[int]()
+    for record in records:
+        counts.add(len(record.label) if isinstance(record.label, tuple) else 1)
     if len(counts) > 1 or 0 in counts:
         found = ", ".join(map(str, sorted(counts)))
         raise ValueError(f"records have lists of {found} numbers. Give each record as many, one or more.")

@@ -89,8 +89,9 @@ class MicroLayout(NamedTuple):
         while order:
             width = self._width(lengths[order[0]])
             count = self._rows_of(width)
-            rows = [[number] for number in order[:count]]
-            rows += [[] for _ in range(count - len(rows))]
+            rows: list[list[int]] = [[number] for number in order[:count]]
+            while len(rows) < count:
+                rows.append([])
             micro_batches.append(MicroRows(width, rows))
             order = order[count:]
         return micro_batches
@@ -216,5 +217,8 @@ def filled(fields: Sequence[Mapping[str, Any]], layout: MicroRows) -> list[dict[
 
 def _joined(examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     counts = [len(example["input_ids"]) for example in examples]
-    row = {name: np.concatenate([example[name] for example in examples]) for name in examples[0]}
-    return {**row, "segment_ids": np.repeat(np.arange(1, len(counts) + 1, dtype=np.int32), counts)}
+    row = {}
+    for name in examples[0]:
+        row[name] = np.concatenate([example[name] for example in examples])
+    row["segment_ids"] = np.repeat(np.arange(1, len(counts) + 1, dtype=np.int32), counts)
+    return row

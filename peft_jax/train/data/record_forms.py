@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peft_jax.core.articles import article
+from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.selecting import not_none
 from peft_jax.train.data.conversations import parsed, to_chat
 from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Question, Record, Tagged
@@ -43,7 +44,7 @@ class Form:
 
     def is_of(self, fields: Mapping[str, Any]) -> bool:
         """Whether fields are those of a record of this form."""
-        return any(name in fields for name in self.signs) and all(name in fields for name in self.together)
+        return not fields.keys().isdisjoint(self.signs) and set(self.together) <= fields.keys()
 
     @property
     def name(self) -> str:
@@ -83,8 +84,8 @@ def _completion(value: Mapping[str, Any], where: str) -> AnyRecord:
 
 def _chat(value: Mapping[str, Any], where: str) -> AnyRecord:
     messages = value.get("messages", value.get("conversations"))
-    more = {name: value.get(name) for name in ("tools", "functions")}
-    return to_chat(messages, where, system=_text(value, "system", where, "messages"), **more)
+    system = _text(value, "system", where, "messages")
+    return to_chat(messages, where, system=system, tools=value.get("tools"), functions=value.get("functions"))
 
 
 def _labelled(value: Mapping[str, Any], where: str) -> Labelled:
@@ -126,7 +127,7 @@ def _tagged(name: str) -> Callable[[Mapping[str, Any], str], Tagged]:
 
     def make(value: Mapping[str, Any], where: str) -> Tagged:
         words, tags = parsed(value["tokens"], "tokens", where), parsed(value[name], name, where)
-        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        if not isinstance(words, list) or not words or not is_kind(words, list[str]):
             raise ValueError(f"{where} has tokens that are no list of words. Give the words of a text as a list.")
         if not isinstance(tags, list) or not all(_is_class(tag) for tag in tags):
             raise ValueError(f"{where} has {name} that are no list of classes. Give each word's, by name or number.")
@@ -264,7 +265,7 @@ def in_rows(objects: Sequence[Any]) -> Sequence[Any]:
     """
     if len(objects) == 1 and isinstance(objects[0], dict) and isinstance(objects[0].get("data"), list):
         objects = objects[0]["data"]
-    if not objects or not all(isinstance(one, dict) and isinstance(one.get("paragraphs"), list) for one in objects):
+    if not objects or not all(map(_has_paragraphs, objects)):
         return objects
     rows = []
     for one in objects:
@@ -272,6 +273,10 @@ def in_rows(objects: Sequence[Any]) -> Sequence[Any]:
             for question in paragraph.get("qas", ()):
                 rows.append({**question, "context": paragraph.get("context")})
     return rows
+
+
+def _has_paragraphs(article: Any) -> bool:
+    return isinstance(article, dict) and isinstance(article.get("paragraphs"), list)
 
 
 def form_of(value: Any, where: str) -> Form:
@@ -350,6 +355,6 @@ def _text(value: Mapping[str, Any], name: str, where: str, form: str) -> str:
 def _history(value: Any, where: str) -> tuple[tuple[str, str], ...]:
     pairs = parsed(value or [], "history", where)
     for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if not is_kind(pair, tuple[str, str]):
             raise ValueError(f'{where} has a history that is no list of pairs such as [["Hello", "Hi"]].')
     return tuple((question, answer) for question, answer in pairs)

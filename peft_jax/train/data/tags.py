@@ -24,13 +24,15 @@ def tag_names(records: Sequence[AnyRecord]) -> dict[int, str]:
         >>> tag_names([Tagged(("Ada", "writes"), ("B-PER", "O"))])
         {0: 'B-PER', 1: 'O'}
     """
-    tags: set[str | int] = set()
+    names, numbers = set[str](), set[int]()
     for record in tagged(records):
-        tags |= set(record.tags)
-    names = sorted(tag for tag in tags if isinstance(tag, str))
-    numbers = sorted(tag for tag in tags if isinstance(tag, int))
-    check_numbers(names, numbers)
-    return dict(enumerate(names)) or numbered_labels(numbers[-1] + 1)
+        for tag in record.tags:
+            if isinstance(tag, str):
+                names.add(tag)
+            else:
+                numbers.add(tag)
+    check_numbers(sorted(names), sorted(numbers))
+    return dict(enumerate(sorted(names))) or numbered_labels(max(numbers) + 1)
 
 
 def tagged(records: Sequence[AnyRecord]) -> list[Tagged]:

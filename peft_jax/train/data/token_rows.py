@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from peft_jax.core.selecting import picked
 from peft_jax.prompts.tokenizer import Tokenizer
 
 CHUNK = 1024  # records that are tokenized at a time
@@ -91,13 +92,30 @@ def paired_rows(
         return [tokenizer(*text, verbose=False, **options) for text in texts]
     quick: Any = tokenizer
     rows: dict[int, Mapping[str, list[int]]] = {}
-    for count in {len(text) for text in texts}:
-        places = [place for place, text in enumerate(texts) if len(text) == count]
-        columns = [list(column) for column in zip(*(texts[place] for place in places), strict=True)]
+    places_by_count: dict[int, list[int]] = {}
+    for place, text in enumerate(texts):
+        places_by_count.setdefault(len(text), []).append(place)
+    for places in places_by_count.values():
+        columns = map(list, zip(*picked(texts, places), strict=True))
         found = quick(*columns, return_attention_mask=False, verbose=False, **options)
         for number, place in enumerate(places):
             rows[place] = {name: values[number] for name, values in found.items()}
     return [rows[place] for place in range(len(texts))]
+
+
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items, ids or characters, two sequences begin with in common.
+
+    Example:
+        >>> common_start("one two", "one three")
+        5
+    """
+    if other[: len(one)] == one:
+        return len(one)
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return place
+    return min(len(one), len(other))
 
 
 def chunks(count: int, watch: Watch = iter) -> Iterable[slice]:
