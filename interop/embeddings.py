@@ -10,7 +10,8 @@ import numpy as np
 from peft_jax.interop.extras import base_matrix, is_transposed, without_copies
 from peft_jax.interop.formats import EMBEDDING_MODULES, PREFIX, PREFIXES
 
-from peft_jax.core.adapted import adapters, is_adapted
+from peft_jax.core.adapted import is_adapted
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, replace_leaves
 from peft_jax.core.paths import TORCH_NAMES

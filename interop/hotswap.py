@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from peft_jax.interop.adapter import load_adapter
 from peft_jax.interop.tensors import adapter_config
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.hub import HubOptions
 from peft_jax.core.merge import unload

@@ -31,7 +31,8 @@ from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model
 from peft_jax.adapters.fused_targets import with_fused_adapters, with_fused_targets
 from peft_jax.adapters.plan import Target, following_modules, matrices, may_be_target, module_sizes, plan
 from peft_jax.adapters.target_parameters import check_apart, parameters_of, with_parameters
-from peft_jax.core.adapted import Adapted, adapters, changed_layers, check_adapter_name, nested_adapters
+from peft_jax.core.adapted import Adapted, changed_layers, nested_adapters
+from peft_jax.core.adapted_tree import adapters, check_adapter_name
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Program, find_leaves, module_names

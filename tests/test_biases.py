@@ -9,7 +9,7 @@ import pytest
 
 import peft_jax as pj
 from peft_jax.cli.demo_data import MODEL
-from peft_jax.core.adapted import adapted_leaves, map_adapted
+from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
 
 
 def normal(seed, *shape):

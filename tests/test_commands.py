@@ -23,7 +23,7 @@ import peft_jax as pj
 from peft_jax.cli.generate.printer import Printer
 from peft_jax.cli.generate.prompt_input import encode
 from peft_jax.cli.main import main
-from peft_jax.core.adapted import adapted_leaves
+from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.quant import NF4

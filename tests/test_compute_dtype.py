@@ -15,7 +15,7 @@ import pytest
 
 import peft_jax as pj
 from peft_jax.cli.shared.adapter_base import load_model
-from peft_jax.core.adapted import adapted_leaves
+from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.core.precision import with_compute_dtype
 from peft_jax.models import LlamaConfig
 

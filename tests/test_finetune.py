@@ -18,7 +18,7 @@ from peft_jax.cli.finetune import finetune as finetune_module
 from peft_jax.cli.finetune.options import check, each
 from peft_jax.cli.finetune.steps import Plan, make_plan
 from peft_jax.cli.main import main, parse
-from peft_jax.core.adapted import adapted_leaves
+from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.train.optimizer import make_optimizer, make_schedule
 
 RECORDS = [{"instruction": "Say the number.", "input": str(n), "output": f"number {n}"} for n in range(12)]

@@ -135,7 +135,11 @@ def test_adapted_leaves_have_one_builder() -> None:
 )
 def test_methods_see_one_leaf(file: Path) -> None:
     """Operations on trees are in adapters/: a method knows the arrays of its leaves, not where the leaves are."""
-    of_trees = ("peft_jax.core.leaves", "peft_jax.core.adapted.map_adapted", "peft_jax.core.adapted.adapted_leaves")
+    of_trees = (
+        "peft_jax.core.leaves",
+        "peft_jax.core.adapted_tree.map_adapted",
+        "peft_jax.core.adapted_tree.adapted_leaves",
+    )
     assert not [name for name in imported_names(file) if name.startswith(of_trees)]
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import peft_jax as pj
 from peft_jax import interop
-from peft_jax.core.adapted import map_adapted
+from peft_jax.core.adapted_tree import map_adapted
 from peft_jax.prompts.base import PromptMethod
 from peft_jax.prompts.cartridge import FROZEN
 from peft_jax.train import make_training_step

@@ -11,7 +11,7 @@ from cases import PROMPTS, Adapter
 
 import peft_jax as pj
 from peft_jax import interop
-from peft_jax.core.adapted import map_adapted
+from peft_jax.core.adapted_tree import map_adapted
 from peft_jax.core.weight import MergeError
 from peft_jax.methods import base
 from peft_jax.models import LlamaConfig

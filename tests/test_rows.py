@@ -9,7 +9,7 @@ import pytest
 from cases import METHODS, stacked_configs
 
 import peft_jax as pj
-from peft_jax.core.adapted import map_adapted
+from peft_jax.core.adapted_tree import map_adapted
 
 TARGETS = ["up", "down"]
 CONFIGS = {

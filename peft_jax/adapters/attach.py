@@ -22,7 +22,7 @@ from peft_jax.adapters.complete import (
 )
 from peft_jax.adapters.plan import Target, may_be_target, plan
 from peft_jax.adapters.target_parameters import parameters_of, with_parameters
-from peft_jax.core.adapted import check_adapter_name
+from peft_jax.core.adapted_tree import check_adapter_name
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves, is_float, module_names
 from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from peft_jax.adapters.plan import Target, following_modules, matrices, module_sizes
-from peft_jax.core.adapted import Adapted, Tag, tied
+from peft_jax.core.adapted import Adapted, Tag
+from peft_jax.core.adapted_tree import tied
 from peft_jax.core.leaves import replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.pytree import PyTree

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from peft_jax.adapters.fused_targets import with_fused_targets
 from peft_jax.adapters.target_parameters import names_parameter
-from peft_jax.core.adapted import adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, find_leaves, is_matmul, is_matrix, module_names, own_names
 from peft_jax.core.selecting import field_names

@@ -23,7 +23,8 @@ from peft_jax.adapters.statistics import (
     observer,
     observing,
 )
-from peft_jax.core.adapted import Adapted, Tag, adapted_leaves, adapters, map_adapted
+from peft_jax.core.adapted import Adapted, Tag
+from peft_jax.core.adapted_tree import adapted_leaves, adapters, map_adapted
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts

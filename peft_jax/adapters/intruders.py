@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_adapters, tied
+from peft_jax.core.adapted import Adapted, nested_adapters
+from peft_jax.core.adapted_tree import adapters, check_adapter_name, tied
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves, replace_leaves
 from peft_jax.core.merge import set_adapter

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from peft_jax.adapters.task_ids import TaskIds, check_tasks_of_rows, handed_over
-from peft_jax.core.adapted import Adapted, Tag, adapters, is_adapted, nested_adapters
+from peft_jax.core.adapted import Adapted, Tag, is_adapted, nested_adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Lookup, Product

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from peft_jax.adapters.from_data import starts_from_data
 from peft_jax.adapters.statistics import layers_of
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import map_adapted
 from peft_jax.core.weight import as_leaf, as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.initializers.base import Factors

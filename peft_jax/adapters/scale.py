@@ -3,7 +3,8 @@
 import dataclasses
 from typing import TypeVar
 
-from peft_jax.core.adapted import Adapted, adapters, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapters, map_adapted
 
 T = TypeVar("T")
 

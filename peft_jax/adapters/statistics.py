@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import map_adapted
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.paths import leaf_names
 from peft_jax.core.product import Product

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
 from peft_jax.core.ids import is_outside
 from peft_jax.core.pytree import PyTree
 from peft_jax.methods.tasks import TASKS, HasTasks

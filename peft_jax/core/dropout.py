@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
 from peft_jax.core.handle import Handle
 from peft_jax.core.paths import keys_from_names, leaf_names
 from peft_jax.core.pytree import PyTree

@@ -31,3 +31,12 @@ def is_path_below(path: str) -> bool:
         (True, False, False)
     """
     return all(is_file_name(part) for part in path.split("/"))
+
+
+def check_folder_name(name: str) -> None:
+    """Raise ValueError unless an adapter can be saved into a folder of its name."""
+    if not isinstance(name, str) or not is_file_name(name):
+        raise ValueError(
+            f"An adapter cannot be named {name!r}, as it is saved into a folder of its name. Take a name of "
+            "letters, digits, '-' and '_'."
+        )

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, adapters, is_adapted, map_adapted, nested_adapters
+from peft_jax.core.adapted import Adapted, is_adapted, nested_adapters
+from peft_jax.core.adapted_tree import adapted_leaves, adapters, map_adapted
 from peft_jax.core.finite import holds_finite
 from peft_jax.core.handle import Handle
 from peft_jax.core.paths import dotted

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.adapted import ADAPTER, LAYER, adapted_leaves, is_adapted, tied
+from peft_jax.core.adapted import ADAPTER, LAYER, is_adapted
+from peft_jax.core.adapted_tree import adapted_leaves, tied
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.static_leaf import made_leaves, made_static
 from peft_jax.core.weight import is_weight

@@ -7,7 +7,8 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, adapters, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapted_leaves, adapters, map_adapted
 from peft_jax.core.pytree import PyTree
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from peft_jax.core.adapted import adapted_leaves
+from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.core.partition import count_parameters
 from peft_jax.core.pytree import PyTree
 

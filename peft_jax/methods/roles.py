@@ -184,7 +184,7 @@ class Follower(Role):
     """A bias that the adapter of its layer's matrix changes too, with the same arrays.
 
     They are trained, counted and saved with the matrix; the bias has them as ``state["layer"]``
-    (`peft_jax.core.adapted.tied` hands them over).
+    (`peft_jax.core.adapted_tree.tied` hands them over).
 
     Attributes:
         method: The method of the matrix, in a rule.

@@ -58,8 +58,8 @@ class TrainedSharedArrays(SharedArrays):
     """The part of a method that is one set of trained arrays for all layers.
 
     The first leaf of an adapter trains them: they are in its ``params``, and those of its first layer if it is stacked.
-    Every leaf has them in its state too (`peft_jax.core.adapted.tied` hands them over), so that gradients of all leaves
-    add up in the first.
+    Every leaf has them in its state too (`peft_jax.core.adapted_tree.tied` hands them over), so that gradients of all
+    leaves add up in the first.
     """
 
     def initial(self, sizes: Mapping[str, tuple[int, int]], key: jax.Array) -> dict[str, jax.Array]:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from peft_jax.core.adapted import adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.selecting import not_none
 from peft_jax.core.summary import trainable_parameters

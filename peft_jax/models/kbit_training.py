@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapted import adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.weight import is_weight
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.quant.quantized import Quantized

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapt import adapt
-from peft_jax.core.adapted import Adapted, adapters, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapters, map_adapted
 from peft_jax.core.merge import active_adapters, disable_adapter
 from peft_jax.methods.frozen_arrays import FrozenArrays
 from peft_jax.models.handles.causal_lm import CausalLM

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import map_adapted
 from peft_jax.core.layout import Layout
 from peft_jax.core.selecting import only
 from peft_jax.interop.checkpoint import Row, find_checkpoint, load_params, open_tensors

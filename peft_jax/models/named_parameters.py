@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapted import Adapted, adapters, changed_layers, nested_adapters
+from peft_jax.core.adapted import Adapted, changed_layers, nested_adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import find_leaves, module_names
 from peft_jax.core.merge import unload

@@ -7,7 +7,7 @@ import jax
 from peft_jax.adapters.build import build, initial_contents
 from peft_jax.adapters.complete import completed, untied_for
 from peft_jax.adapters.plan import Target, plan
-from peft_jax.core.adapted import check_adapter_name
+from peft_jax.core.adapted_tree import check_adapter_name
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves, is_matrix, module_names
 from peft_jax.core.targets import check_saved, is_saved_module

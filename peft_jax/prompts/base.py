@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters.task_ids import check_tasks, methods_with_tasks, with_task_ids
-from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
 from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.ids import is_outside

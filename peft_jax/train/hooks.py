@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.pytree import PyTree
 from peft_jax.methods.base import Method

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, is_adapted, map_adapted
+from peft_jax.core.adapted import Adapted, is_adapted
+from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
 from peft_jax.core.pytree import PyTree
 
 FACTORS = ("lora_A", "lora_B")

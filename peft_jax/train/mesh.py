@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.adapted import Adapted, adapted_leaves, map_adapted, tied
+from peft_jax.core.adapted import Adapted
+from peft_jax.core.adapted_tree import adapted_leaves, map_adapted, tied
 from peft_jax.core.mesh_axes import AXES, BATCH_AXES, EXPERT_AXES, dividing
 from peft_jax.core.partition_specs import put
 from peft_jax.core.paths import dotted

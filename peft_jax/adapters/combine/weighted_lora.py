@@ -11,7 +11,8 @@ from peft_jax.adapters.build import Contents, build
 from peft_jax.adapters.combine.task_vectors import PRUNED, combine
 from peft_jax.adapters.combine.weighted_ia3 import weighted_ia3
 from peft_jax.adapters.plan import Target
-from peft_jax.core.adapted import Adapted, adapters, check_adapter_name, nested_adapters
+from peft_jax.core.adapted import Adapted, nested_adapters
+from peft_jax.core.adapted_tree import adapters, check_adapter_name
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Leaf, find_leaves
 from peft_jax.core.paths import keys_from_names

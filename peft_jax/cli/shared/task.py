@@ -22,7 +22,7 @@ from peft_jax.cli.shared.head_labels import (
     labels_of_words,
     problem_of_texts,
 )
-from peft_jax.core.adapted import adapted_leaves
+from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.core.articles import article
 from peft_jax.interop.describe import read_adapter_config
 from peft_jax.methods.roles import Whole

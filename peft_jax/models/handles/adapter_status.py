@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import jax
 
-from peft_jax.core.adapted import ADAPTER, Adapted, adapters, changed_layers, nested_adapters
+from peft_jax.core.adapted import ADAPTER, Adapted, changed_layers, nested_adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import find_leaves
 from peft_jax.core.merge import active_adapters

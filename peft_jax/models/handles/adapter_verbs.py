@@ -8,7 +8,7 @@ from typing import Any, Self
 from peft_jax.adapters.combine.weighted_lora import add_weighted_adapter
 from peft_jax.adapters.per_row import with_adapter_rows
 from peft_jax.adapters.task_ids import TaskIds
-from peft_jax.core.adapted import adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.discarded import warn_if_discarded
 from peft_jax.core.merge import active_adapters, delete_adapter, disable_adapter, set_adapter, set_requires_grad
 from peft_jax.core.partition import count_parameters

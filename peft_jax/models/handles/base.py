@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from peft_jax.adapt import adapt
 from peft_jax.adapters.per_row import with_adapter_rows
-from peft_jax.core.adapted import adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
 from peft_jax.core.pytree import PyTree

@@ -6,7 +6,7 @@ from typing import Self
 import jax
 import numpy as np
 
-from peft_jax.core.adapted import adapters
+from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.dropout import with_dropout, without_dropout
 from peft_jax.core.handle import Handle
 from peft_jax.core.merge import active_adapters
