@@ -148,7 +148,8 @@ def load_adapter(
         ValueError: if the file is damaged, its config is not supported, it does not fit this base, or it holds values
             that are not finite; nothing is loaded in part.
     """
-    checked_compute_dtype(compute_dtype)
+    if compute_dtype is not None:
+        checked_compute_dtype(compute_dtype)
     with short_errors():
         folder = find_folder(directory, ADAPTER_FILES, hub)
         if config is None:
@@ -164,7 +165,7 @@ def load_adapter(
             params, config, tensors, adapter_name=adapter_name, layout=layout, fn=fn, args=args
         )
     warn_of_sorted_patterns(config, tensors)
-    return with_compute_dtype(loaded, compute_dtype, adapter_name)
+    return loaded if compute_dtype is None else with_compute_dtype(loaded, compute_dtype, adapter_name)
 
 
 def _check_task(config: Method, folder: pathlib.Path) -> None:

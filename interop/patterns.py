@@ -64,7 +64,7 @@ def warn_of_sorted_patterns(config: Method, keys: Iterable[str]) -> None:
     Ranks are what the tensors have, so that alphas alone can be another pattern's.
     """
     patterns = dict(config.alpha_pattern)
-    if list(patterns) != sorted(patterns):
+    if len(patterns) < 2 or list(patterns) != sorted(patterns):
         return
     for module in sorted(modules_of(config.peft_type, keys)):
         named = [pattern for pattern in patterns if matches(rf"(.*\.)?({pattern})", module)]

@@ -226,7 +226,7 @@ def _planned(
     handle = params if isinstance(params, Handle) else None
     if handle is not None:
         config, tensors = with_present_names(config, tensors, handle.moved_modules)
-    tensors = with_fused_adapters(tensors, handle, config)
+        tensors = with_fused_adapters(tensors, handle, config)
     config = config.of_file({key: tensor.shape for key, tensor in tensors.items()})
     if handle is None and config.on_model:
         raise ValueError(
@@ -253,7 +253,7 @@ def _planned(
         tree, layouts, embedding = handle.params, {**handle.layouts(), **(layout or {})}, handle.input_module
     found = find_leaves(tree, layouts, config.fan_in_fan_out, read)
     expanded = expand_all_linear(config, found, None if handle is None else handle.output_module)
-    config = with_fused_targets(expanded, config, handle, found)
+    config = expanded if handle is None else with_fused_targets(expanded, config, handle, found)
     modules = set(module_names(found))
     found = with_parameters(found, config)
     if isinstance(config, PromptMethod) and handle is not None:
@@ -262,7 +262,9 @@ def _planned(
         candidates = module_names([leaf for leaf in found if may_be_target(config, leaf)])
         adapted = {name for name in candidates if is_target(config, name)}
         adapted |= parameters_of(found, config)
-    tokens = tokens_by_module(config.trainable_token_indices, sorted(modules), embedding, strict=False)
+    tokens: dict[str, tuple[int, ...]] = {}
+    if config.trainable_token_indices:
+        tokens = tokens_by_module(config.trainable_token_indices, sorted(modules), embedding, strict=False)
     targets = plan(found, config, adapted, tokens)
     check_apart([target.leaf for target in matrices(targets)], config)
     biased = following_modules(targets)

@@ -226,7 +226,7 @@ def nested_comprehensions(source: str) -> list[int]:
 
 
 def test_a_nested_comprehension_is_seen() -> None:
-    assert nested_comprehensions("x = {a for a in [\n    b for b in c]}") == [2]
+    assert nested_comprehensions("y = 1\nx = {a for a in [b for b in c]}") == [2]
     assert not nested_comprehensions("x = [a for a in b for b in c]\ny = f(a for a in b), [a for a in b]")
 
 

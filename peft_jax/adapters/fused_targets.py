@@ -22,19 +22,19 @@ M = TypeVar("M", bound=Method)
 Names = Mapping[str, tuple[str, ...]]
 
 
-def with_fused_targets(config: M, asked: Method, handle: Handle | None, found: Sequence[Leaf]) -> M:
+def with_fused_targets(config: M, asked: Method, handle: Handle, found: Sequence[Leaf]) -> M:
     """The config with fused parameters in place of target modules that are single experts or routers.
 
     Args:
         config: The config, ``all-linear`` spelled out.
         asked: The config before that.
-        handle: The model; None for a tree, whose names are as they are.
+        handle: The model.
         found: Its leaves.
 
     Raises:
         ValueError: Some of the projections that are fused into one tensor are targets and others are not.
     """
-    if handle is None or not handle.single_experts or not isinstance(config, LoraConfig):
+    if not handle.single_experts or not isinstance(config, LoraConfig):
         return config
     old = _old_names(handle.single_experts)
     single = dict[str, str]()
@@ -74,9 +74,7 @@ def with_fused_targets(config: M, asked: Method, handle: Handle | None, found: S
     return config.replace(target_modules=left, target_parameters=parameters, rank_pattern=ranks, alpha_pattern=alphas)
 
 
-def with_fused_adapters(
-    tensors: Mapping[str, np.ndarray], handle: Handle | None, config: Method
-) -> Mapping[str, np.ndarray]:
+def with_fused_adapters(tensors: Mapping[str, np.ndarray], handle: Handle, config: Method) -> Mapping[str, np.ndarray]:
     """The tensors of an adapter's file with fused ones in place of those of single experts.
 
     Of first factors ``(rank, in)`` the ranks follow one another, expert by expert; of second factors ``(out, rank)``
@@ -84,13 +82,13 @@ def with_fused_adapters(
 
     Args:
         tensors: Tensors under PEFT's keys.
-        handle: The model; None for a tree.
+        handle: The model.
         config: The adapter's config.
 
     Raises:
         ValueError: Some single experts are missing.
     """
-    if handle is None or not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig):
         return tensors
     fused = dict(tensors)
     for new, names in handle.single_experts.items():
