@@ -7,6 +7,7 @@ import numpy as np
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
 from peft_jax.methods.lora.initializers.table import TABLE
+from peft_jax.methods.lora.variants import variant_of
 
 RANK_AXES = {"lora_A.weight": 0, "lora_B.weight": 1}
 
@@ -39,6 +40,8 @@ def without_start(
             "An adapter with use_rslora=True and rank_pattern or alpha_pattern cannot be converted: one lora_alpha "
             "does not suit twice of unlike ranks. Save it without path_initial_model_for_weight_conversion."
         )
+    if variant := variant_of(config):
+        raise ValueError(f"An adapter with {variant} is no plain LoRA, and is not converted. Save it without.")
     doubled = dict(tensors)
     for key, tensor in tensors.items():
         axis = RANK_AXES.get(".".join(key.split(".")[-2:]))

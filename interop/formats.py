@@ -31,6 +31,17 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("lora_B", "lora_B.weight", ("out", "rank")),
             Row("lora_bias", "lora_B.bias", ("out",)),
             Row("lora_magnitude_vector", "lora_magnitude_vector", ("out",)),
+            Row("lora_diag", "lora_diag", ("rank",)),
+            Row("lora_velora_embed", "lora_velora_embed", ("part",)),
+            *(
+                Row(f"lora_monteclora_sampler.{name}", f"lora_monteclora_sampler.{name}", axes)
+                for name, axes in (
+                    ("std_prior", ("rank",)),
+                    ("expert_weights_prior", ("samples",)),
+                    ("expert_weights", ("samples",)),
+                    ("gaussian_var_prior", ("rank", "column")),
+                )
+            ),
         ),
         True: (
             Row("lora_A", "lora_embedding_A", ("rank", "in")),

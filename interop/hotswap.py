@@ -22,6 +22,7 @@ from peft_jax.core.hub import HubOptions
 from peft_jax.core.merge import unload
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.lora.variants import variant_of
 
 T = TypeVar("T")
 FACTORS = {"lora_A": -1, "lora_B": -2}  # the axis of the rank
@@ -65,6 +66,11 @@ def prepare_model_for_compiled_hotswap(model: T, *, target_rank: int | None = No
             raise ValueError(
                 f"'{path}' is a convolution of {node.layout.groups} groups, each with its part of the rank, which gets "
                 f"no room. Give all adapters the rank {found}, and leave target_rank out."
+            )
+        if (variant := variant_of(node.tag.config)) and found < rank:
+            raise ValueError(
+                f"'{path}' has {variant}, whose arrays get no room for another rank. Give all adapters the rank "
+                f"{found}, and leave target_rank out."
             )
         params, state = dict(node.params), dict(node.state)
         for name, axis in FACTORS.items():
@@ -164,11 +170,13 @@ def _check_configs(old: Method, new: Method, adapter_name: str) -> None:
             "Load the new one with load_adapter."
         )
     for config in (old, new):
-        changes_base = isinstance(config, LoraConfig) and config.initializer.changes_base
+        is_lora = isinstance(config, LoraConfig)
+        changes_base = is_lora and (config.initializer.changes_base or config.kasa_config is not None)
         if changes_base or config.layer_replication:
             raise ValueError(
                 f"Adapter '{adapter_name}' or the new one changes the base itself (init_lora_weights="
-                f"{getattr(config, 'init_lora_weights', None)!r}, layer_replication={config.layer_replication}), "
+                f"{getattr(config, 'init_lora_weights', None)!r}, layer_replication={config.layer_replication}, "
+                f"kasa_config={getattr(config, 'kasa_config', None)}), "
                 "which no swap undoes. Load the new one on the base."
             )
 

@@ -206,6 +206,11 @@ def _check_config(config: Method, adapter_name: str) -> None:
         raise ValueError(f"Adapter '{adapter_name}' trains biases ({has_bias!r}), which a plain LoRA does not hold.")
     if config.target_parameters:
         raise ValueError(f"Adapter '{adapter_name}' has target_parameters, and LoRAs are made of modules alone.")
+    if isinstance(config, LoraConfig) and config.kasa_config is not None:
+        raise ValueError(
+            f"Adapter '{adapter_name}' has kasa_config, and is on a base without some singular values, which a plain "
+            "LoRA is not. Merge it: model.merge_and_unload()."
+        )
     if isinstance(config, LoraConfig) and config.initializer.changes_base:
         raise ValueError(
             f"Adapter '{adapter_name}' started at a part of the base (init_lora_weights={config.init_lora_weights!r}), "

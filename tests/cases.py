@@ -939,7 +939,11 @@ METHODS: dict[str, MethodCase] = {
     "LORA": MethodCase(
         config="LoraConfig",
         tiny={"r": 3, "lora_alpha": 5},
-        variants={"LORA with DoRA": {"r": 3, "lora_alpha": 5, "use_dora": True}},
+        variants={
+            "LORA with DoRA": {"r": 3, "lora_alpha": 5, "use_dora": True},
+            "BD-LoRA": {"r": 4, "use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}},
+            "QA-LoRA": {"r": 3, "use_qalora": True, "qalora_group_size": 4},
+        },
         common={"r": 4, "lora_alpha": 7},
         llama={
             "plain": {"target_modules": TARGETS},
@@ -1015,6 +1019,23 @@ METHODS: dict[str, MethodCase] = {
                 "modules_to_save": ["layers.2.input_layernorm"],
             },
             "lora_bias": {"target_modules": ["q_proj", "o_proj", "up_proj"], "lora_bias": True},
+            "KaSA": {"target_modules": TARGETS, "kasa_config": {}, "rank_pattern": {"v_proj": 2}},
+            "BD-LoRA": {
+                "target_modules": ["o_proj", *TARGETS],
+                "use_bdlora": {
+                    "target_modules_bd_a": ["down_proj"],
+                    "target_modules_bd_b": ["q_proj", "v_proj"],
+                    "nblocks": 2,
+                    "match_strict": False,
+                },
+                "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6, r"layers\.1\.mlp\.down_proj": 2},
+            },
+            "VeLoRA": {"target_modules": TARGETS, "velora_config": {"num_groups": 5, "init_type": "random"}},
+            "MonteCLoRA": {
+                "target_modules": TARGETS,
+                "monteclora_config": {"num_samples": 3},
+                "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
+            },
         },
         models={
             "default": {},
@@ -1045,7 +1066,22 @@ METHODS: dict[str, MethodCase] = {
             "all-linear": {"target_modules": "all-linear", "exclude_modules": ["{second}"]},
             "regex": {"target_modules": r".*{layers}\.[02]\..*{last}"},
         },
-        trained={"LORA": {"r": 4, "lora_alpha": 8}},
+        trained={
+            "LORA": {"r": 4, "lora_alpha": 8},
+            "KaSA": {"r": 4, "lora_alpha": 8, "kasa_config": {"beta": 0.01, "gamma": 0.01}},
+            "VeLoRA": {"r": 4, "lora_alpha": 8, "velora_config": {"num_groups": 5, "init_type": "random"}},
+            "MonteCLoRA": {
+                "r": 4,
+                "lora_alpha": 8,
+                "monteclora_config": {
+                    "num_samples": 3,
+                    "sample_scaler": 0.3,
+                    "kl_loss_weight": 1e-3,
+                    "use_entropy": True,
+                    "buffer_size": 1,
+                },
+            },
+        },
         trained_elsewhere=("LORA",),
         rounds=("LORA with DoRA",),  # norms cancel in a quotient, but for the last digit
         meets_ties=True,

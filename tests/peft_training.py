@@ -13,6 +13,9 @@ def train_in_peft(model: Any, batches: Iterable[Mapping[str, Any]], rate: float)
     losses = []
     for number, batch in enumerate(batches, 1):
         loss = model(**{name: torch.tensor(array).long() for name, array in batch.items()}).loss
+        for penalty in ("_get_kasa_loss", "_get_monteclora_loss"):  # PEFT leaves them to its caller
+            if hasattr(model.base_model, penalty):
+                loss = loss + getattr(model.base_model, penalty)()
         loss.backward()
         optimizer.step()
         if hasattr(model.base_model, "update_and_allocate"):

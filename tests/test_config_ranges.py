@@ -60,8 +60,10 @@ def test_numbers_of_adapters_are_finite() -> None:
 
 
 def test_an_empty_object_switches_on_what_null_leaves_off() -> None:
-    with pytest.raises(ValueError, match="kasa_config={}.* is not supported"):
-        pj.LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "kasa_config": {}})
+    with pytest.raises(ValueError, match="arrow_config={}.* is not supported"):
+        pj.LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "arrow_config": {}})
+    config = pj.LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "kasa_config": {}})
+    assert config.kasa_config == {"beta": 1e-4, "gamma": 1e-3}
     with pytest.raises(ValueError, match="use_cayley_neumann=None"):
         pj.OFTConfig.from_dict({"peft_type": "OFT", "target_modules": ["q"], "use_cayley_neumann": None})
 

@@ -183,7 +183,7 @@ NOT_FOR_GROUPS = {
         {"r": 3},
         "convolution of 2 groups, which share the rank, and it is 3. Choose",
     ),
-    "DoRA": ({"use_dora": True}, "2 groups, whose LoRA does not go with {'use_dora': True}"),
+    "BD-LoRA": ({"use_bdlora": {}}, "use_bdlora is for linear layers, and 'one' is a convolution"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "does not go with {'init_lora_weights': 'pissa'}"),
     "an invocation": ({"alora_invocation_tokens": [1]}, "does not go with {'alora_invocation_tokens'"),
 }

@@ -20,6 +20,7 @@ from peft_jax.core.merge import set_adapter
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.lora.variants import variant_of
 
 T = TypeVar("T")
 FACTORS = ("lora_A", "lora_B")
@@ -82,8 +83,8 @@ def _check(tree: PyTree, old_adapter_name: str, new_adapter_name: str) -> None:
     if not isinstance(config, LoraConfig):
         found = {name: one.peft_type for name, one in known.items()}
         raise ValueError(f"reduce_intruder_dimension is for a LORA named '{old_adapter_name}'. Found: {found}.")
-    if config.use_dora:
-        raise ValueError(f"Adapter '{old_adapter_name}' has use_dora=True, and is no product of two factors alone.")
+    if variant := "use_dora" if config.use_dora else variant_of(config):
+        raise ValueError(f"Adapter '{old_adapter_name}' has {variant}, and is no product of two factors alone.")
     check_adapter_name(new_adapter_name, tree)
 
 

@@ -91,7 +91,7 @@ def has_dropout(params: PyTree) -> bool:
 
 def dropout(x: jax.Array, state: Mapping[str, Any]) -> jax.Array:
     """``x`` with elements zeroed and the rest scaled up, if dropout is switched on in an adapter's ``state``."""
-    if "dropout" not in state:
+    if "rate" not in state.get("dropout", {}):  # there may be other noise alone
         return x
     # A grouped product has one key a group, and each row of x belongs to one group: the first key serves all rows.
     key = jnp.reshape(state["dropout"]["key"], -1)[0]

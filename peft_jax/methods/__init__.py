@@ -17,11 +17,16 @@ from peft_jax.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from peft_jax.methods.loha import LoHaConfig as LoHaConfig
 from peft_jax.methods.lokr import LoKrConfig as LoKrConfig
 from peft_jax.methods.lora.arrow import ArrowConfig as ArrowConfig
+from peft_jax.methods.lora.bdlora import BdLoraConfig as BdLoraConfig
 from peft_jax.methods.lora.config import LoraConfig as LoraConfig
+from peft_jax.methods.lora.kasa import KasaConfig as KasaConfig
+from peft_jax.methods.lora.monteclora import MontecloraConfig as MontecloraConfig
 from peft_jax.methods.lora.nested_configs import CordaConfig as CordaConfig
 from peft_jax.methods.lora.nested_configs import EvaConfig as EvaConfig
 from peft_jax.methods.lora.nested_configs import LoftQConfig as LoftQConfig
 from peft_jax.methods.lora.nested_configs import LoraGAConfig as LoraGAConfig
+from peft_jax.methods.lora.nested_configs import LoraRuntimeConfig as LoraRuntimeConfig
+from peft_jax.methods.lora.velora import VeloraConfig as VeloraConfig
 from peft_jax.methods.miss import MissConfig as MissConfig
 from peft_jax.methods.oft import OFTConfig as OFTConfig
 from peft_jax.methods.osf import OSFConfig as OSFConfig

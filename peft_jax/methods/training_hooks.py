@@ -20,7 +20,8 @@ class TrainingHooks:
     remembers is a pytree beside the optimizer's state, so that checkpoints hold it.
     """
 
-    scheduled: ClassVar[bool] = False  # whether it has a penalty and a schedule: all but `for_run` and `project`
+    penalizes: ClassVar[bool] = False  # whether it has a penalty
+    scheduled: ClassVar[bool] = False  # whether it has a schedule: `begin`, `advance` and `finish`
 
     def for_run(self, max_steps: int) -> Self:
         """The config with the length of the run, where it needs that and has none."""
@@ -31,7 +32,10 @@ class TrainingHooks:
         return params
 
     def penalty(self, leaves: Leaves) -> Float[Array, ""]:
-        """The penalty that is added to the loss of every step, float32."""
+        """The penalty that is added to the loss of every step, float32.
+
+        The leaves are those of the step, with dropout switched on by its key.
+        """
         raise NotImplementedError
 
     def begin(self, leaves: Leaves) -> Any:

@@ -16,6 +16,7 @@ from peft_jax.core.weight import as_weight
 from peft_jax.methods.lora.alora import TOKENS
 from peft_jax.methods.lora.arrow import ArrowConfig, ArrowRouter, routed
 from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.lora.variants import variant_of
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.models.handles.peft_model import PeftModel
 
@@ -127,8 +128,9 @@ def _check_alike(path: str, own: Mapping[str, Adapted], configs: Mapping[str, An
         raise ValueError(f"'{path}' has {sorted(own)} and not {missing}. {rule}")
     first = next(iter(own.values()))
     for name, leaf in own.items():
-        if leaf.params.keys() != FACTORS or TOKENS in leaf.state or leaf.layout.lookup:
-            raise ValueError(f"'{name}' on '{path}' is no plain LoRA of a product (DoRA, a bias, aLoRA, an embedding).")
+        is_plain = leaf.params.keys() == FACTORS and variant_of(configs[name]) is None
+        if not is_plain or TOKENS in leaf.state or leaf.layout.lookup:
+            raise ValueError(f"'{name}' on '{path}' is no plain LoRA of a product (a variant, a bias, an embedding).")
         if jax.tree.map(np.shape, leaf.params) != jax.tree.map(np.shape, first.params):
             raise ValueError(f"'{name}' on '{path}' has another rank than '{first.tag.name}'. {rule}")
         if not np.array_equal(changed_layers(leaf), changed_layers(first)):

@@ -9,6 +9,7 @@ import optax
 
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
+from peft_jax.core.dropout import with_dropout
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.pytree import PyTree
 from peft_jax.methods.base import Method
@@ -25,8 +26,8 @@ class ScheduledState(NamedTuple):
     schedule: Any
 
 
-class Scheduled(NamedTuple):
-    """The method of a tree that is trained by a schedule.
+class Hooked(NamedTuple):
+    """The method of an adapter that is trained with a penalty or by a schedule.
 
     Attributes:
         adapter: The adapter's name.
@@ -45,23 +46,29 @@ class RunHooks:
 
     Attributes:
         frozen: The frozen partition.
+        key: The step's key, of dropout and of the noise that a penalty may look at.
     """
 
     frozen: PyTree
+    key: jax.Array | None = None
 
     def project(self, trainable: PyTree) -> Any:
         """The trainable partition with arrays put back to where they may be, as PEFT does in every forward pass."""
         return partition(projected(combine(trainable, self.frozen)))[0]
 
     def penalize(self, loss: jax.Array, gradients: Any, trainable: PyTree) -> tuple[jax.Array, Any]:
-        """Loss and gradients with those of the method's penalty added, if it has one."""
+        """Loss and gradients with those of the methods' penalties added, if any has one."""
 
         def penalty(trainable: PyTree) -> jax.Array:
-            found = scheduled(combine(trainable, self.frozen))
-            assert found is not None
-            return found.method.penalty(found.leaves)
+            params = combine(trainable, self.frozen)
+            if self.key is not None:
+                params = with_dropout(params, self.key, base=False)
+            total = jnp.zeros(())
+            for found in _with_hook(params, "penalizes"):
+                total += found.method.penalty(found.leaves)
+            return total
 
-        if scheduled(trainable) is None:
+        if not _with_hook(trainable, "penalizes"):
             return loss, gradients
         more, slope = jax.value_and_grad(penalty)(trainable)
         return loss + more, jax.tree.map(jnp.add, gradients, slope)
@@ -164,30 +171,32 @@ def projected(params: PyTree) -> Any:
     return map_adapted(put_back, params)
 
 
-def scheduled(params: PyTree) -> Scheduled | None:
+def scheduled(params: PyTree) -> Hooked | None:
     """The method with a schedule that a tree, a model handle or one of their partitions trains; None without.
 
     Raises:
         ValueError: if there are two, which would not know of each other.
     """
-    found: dict[str, dict[str, Adapted]] = {}
-    methods: dict[str, TrainingHooks] = {}
-    for path, leaf in adapted_leaves(params):
-        method = leaf.method
-        if isinstance(method, TrainingHooks) and method.scheduled and leaf.active and leaf.trainable:
-            found.setdefault(leaf.tag.name, {})[path] = leaf
-            methods.setdefault(leaf.tag.name, method)
+    found = _with_hook(params, "scheduled")
     if len(found) > 1:
         raise ValueError(
-            f"Adapters {sorted(found)} are trained by a schedule each. Train one at a time: "
+            f"Adapters {sorted(one.adapter for one in found)} are trained by a schedule each. Train one at a time: "
             "pj.set_adapter(params, NAME)."
         )
-    for name, leaves in found.items():
-        return Scheduled(name, methods[name], leaves)
-    return None
+    return found[0] if found else None
 
 
-def _split(found: Scheduled | None, opt_state: PyTree) -> tuple[Any, Any]:
+def _with_hook(params: PyTree, hook: str) -> list[Hooked]:
+    """The adapters that are trained whose method has a hook, ``"penalizes"`` or ``"scheduled"``."""
+    found: dict[str, Hooked] = {}
+    for path, leaf in adapted_leaves(params):
+        method = leaf.method
+        if isinstance(method, TrainingHooks) and getattr(method, hook) and leaf.active and leaf.trainable:
+            found.setdefault(leaf.tag.name, Hooked(leaf.tag.name, method, {})).leaves[path] = leaf
+    return list(found.values())
+
+
+def _split(found: Hooked | None, opt_state: PyTree) -> tuple[Any, Any]:
     if found is None:
         return opt_state, None
     if not isinstance(opt_state, ScheduledState):

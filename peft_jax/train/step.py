@@ -112,7 +112,7 @@ def make_training_step(
     def step(
         trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[Any, Any, StepMetrics]:
-        given, hooks = (trainable, opt_state), RunHooks(frozen)
+        given, hooks = (trainable, opt_state), RunHooks(frozen, key)
         trainable = hooks.project(trainable)
         whole = Totals(count_labels(frozen, batch, next_token), None)
         gradient_of = jax.value_and_grad(loss_share)

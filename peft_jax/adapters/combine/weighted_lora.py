@@ -325,6 +325,7 @@ def _checked(
             "target_parameters": config.target_parameters,
             "bias": config.bias if config.bias != "none" else None,
             "init_lora_weights": config.init_lora_weights if changes_more else None,
+            "variant": variant_of(config),
         }
         if set_fields := {field: value for field, value in wrong.items() if value}:
             raise ValueError(

@@ -35,6 +35,15 @@ from peft_jax.models.handles.peft_model import PEFT_MODELS
 from peft_jax.models.registry import family_of, read_architecture
 
 WIDTH, LABEL = 80, 12
+VARIANTS = {  # by the field that switches one on
+    "use_dora": "DoRA",
+    "use_rslora": "rsLoRA",
+    "kasa_config": "KaSA",
+    "use_bdlora": "BD-LoRA",
+    "use_qalora": "QA-LoRA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}
 SHOWN = 3  # reasons that an adapter does not fit
 
 
@@ -200,7 +209,7 @@ def _prompt(adapter: AdapterFolder, shape: tuple[int, int]) -> str:
 
 def _method(config: dict[str, Any]) -> str:
     names = {"LORA": "LoRA"}
-    extra = [what for field, what in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(field)]
+    extra = [what for field, what in VARIANTS.items() if config.get(field) not in (None, False)]
     name = names.get(config["peft_type"], config["peft_type"])
     return f"{name} ({', '.join(extra)})" if extra else str(name)
 

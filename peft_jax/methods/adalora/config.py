@@ -74,6 +74,7 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
         "lora_B": ("rank", "out"),
     }
     bias_only: ClassVar[str] = "lora_only"
+    penalizes: ClassVar[bool] = True
     scheduled: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
 

@@ -37,7 +37,7 @@ def check_initializer(config: Any) -> None:
             raise ValueError(
                 f"{row.options_field} goes with init_lora_weights={row.value!r}, got {init!r}. Remove one of them."
             )
-        options: Any = given if isinstance(given, row.options) else _from_fields(row.options, given, row.options_field)
+        options: Any = given if isinstance(given, row.options) else options_of(row.options, given, row.options_field)
         object.__setattr__(config, row.options_field, dataclasses.asdict(options))
 
 
@@ -86,7 +86,14 @@ def check_parameters(config: Any) -> None:
         raise ValueError(f"target_parameters do not go with {given}, which are for modules. Leave one of them.")
 
 
-def _from_fields(cls: type, fields: Any, name: str) -> Any:
+def options_of(cls: type, fields: Any, name: str) -> Any:
+    """The options that a dictionary of a config's field ``name`` holds.
+
+    Raises:
+        ValueError: if it is none, or holds others.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{name} is a {cls.__name__}, or a dictionary of its fields, got {fields!r}.")
     known = [field.name for field in dataclasses.fields(cls)]
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"{name} does not know {unknown}. It has {known}.")

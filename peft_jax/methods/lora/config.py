@@ -22,22 +22,34 @@ from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.frozen_arrays import FrozenArrays
-from peft_jax.methods.lora import alora, dora, grouped_conv
+from peft_jax.methods.lora import alora, dora, grouped_conv, kasa, variants
+from peft_jax.methods.lora.bdlora import BdLoraConfig
 from peft_jax.methods.lora.checks import (
     check_initializer,
     check_invocation,
     check_parameters,
     check_replication,
+    options_of,
     without_finished_options,
 )
 from peft_jax.methods.lora.initializers import random
 from peft_jax.methods.lora.initializers.stacked import initialize_layers
 from peft_jax.methods.lora.initializers.table import Initializer, find
-from peft_jax.methods.lora.nested_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from peft_jax.methods.lora.kasa import KasaConfig
+from peft_jax.methods.lora.monteclora import MontecloraConfig
+from peft_jax.methods.lora.nested_configs import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+)
+from peft_jax.methods.lora.velora import VeloraConfig
 from peft_jax.methods.ranked import Ranked
 from peft_jax.methods.roles import BiasRule
 from peft_jax.methods.starts_from_weight import StartsFromWeight
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
+from peft_jax.methods.training_hooks import Leaves, TrainingHooks
 
 BIAS = "lora_bias"
 UNBIASED = "unbiased"  # in the state: the layer has no bias that the trained one could be added to
@@ -45,7 +57,7 @@ UNBIASED = "unbiased"  # in the state: the layer has no bias that the trained on
 
 @register("LORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromWeight, FrozenArrays, Ranked):
+class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromWeight, TrainingHooks, FrozenArrays, Ranked):
     """Adds a trainable low-rank matrix to a frozen weight; fields and defaults are PEFT's.
 
     It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
@@ -73,6 +85,13 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         eva_config: Options of EVA, an `EvaConfig`.
         corda_config: Options of CorDA, a `CordaConfig`.
         lora_ga_config: Options of LoRA-GA, a `LoraGAConfig`.
+        kasa_config: Take the ``r`` smallest singular values out of the base, and train some between A and B (KaSA):
+            options of its penalty, a `KasaConfig`.
+        use_bdlora: Have one factor block-diagonal (BD-LoRA): which, a `BdLoraConfig`.
+        velora_config: Keep less of the inputs for backward (VeLoRA): how, a `VeloraConfig`.
+        monteclora_config: Sample A in training (MonteCLoRA): how, a `MontecloraConfig`.
+        use_qalora: Have the inputs of a group share a row of A (QA-LoRA).
+        qalora_group_size: Number of inputs of such a group.
         rank_pattern: Rank by pattern of module paths, where it differs from ``r``.
         alpha_pattern: Alpha by pattern of module paths, where it differs from ``lora_alpha``.
         use_dora: Train the norms of the weight's columns apart from their directions (DoRA).
@@ -85,6 +104,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
             adapted: each with an adapter of its own, on weights that are shared. For handles of models whose
             layers PEFT replicates; targets are numbered in the new order. Merged, each layer has its own weights.
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
+        runtime_config: A `LoraRuntimeConfig`, whose defaults are all that is supported; files do not hold it.
 
     Every other field of PEFT's ``LoraConfig`` is known, and refused away from its default.
 
@@ -101,8 +121,8 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         "lora_B": ("rank", "out"),
         BIAS: ("out",),
         dora.MAGNITUDE: ("out",),
+        **variants.AXES,
     }
-    first: ClassVar[str | None] = "lora_A"
     mixes: ClassVar[bool] = True
 
     r: int = 8
@@ -121,19 +141,20 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
     eva_config: EvaConfig | dict[str, Any] | None = None
     corda_config: CordaConfig | dict[str, Any] | None = None
     lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
-    velora_config: dict[str, Any] | None = unsupported(None)
-    monteclora_config: dict[str, Any] | None = unsupported(None)
+    velora_config: VeloraConfig | dict[str, Any] | None = None
+    monteclora_config: MontecloraConfig | dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = unsupported(None)
-    kasa_config: dict[str, Any] | None = unsupported(None)
-    use_bdlora: dict[str, Any] | None = unsupported(None)
+    kasa_config: KasaConfig | dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
     use_dora: bool = False
     alora_invocation_tokens: Sequence[int] | None = None
-    use_qalora: bool = unsupported(False)
-    qalora_group_size: int = unsupported(16, switch="use_qalora")
+    use_qalora: bool = False
+    qalora_group_size: int = 16
     layer_replication: Sequence[Sequence[int]] | None = None
     lora_bias: bool = False
     target_parameters: Sequence[str] | None = None
     ensure_weight_tying: bool = False
+    runtime_config: LoraRuntimeConfig | dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,11 +163,21 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         check_invocation(self)
         check_parameters(self)
         check_replication(self)
+        variants.check(self)
+        if not isinstance(self.runtime_config, LoraRuntimeConfig):
+            options_of(LoraRuntimeConfig, self.runtime_config, "runtime_config")
+        object.__setattr__(self, "runtime_config", {})  # no option of it is supported away from its default
         if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False, None)):
             raise ValueError(
                 f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="
                 f"{self.init_lora_weights!r} and use_dora={self.use_dora}. Leave one of them."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of every config, without ``runtime_config``, which PEFT does not save."""
+        fields = super().to_dict()
+        del fields["runtime_config"]
+        return fields
 
     @classmethod
     def fields_of_file(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +189,8 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         rank = self.rank(module)
         shapes: dict[str, tuple[int, ...]] = {"lora_A": (n_in, rank), "lora_B": (rank, n_out)}
         shapes |= {BIAS: (n_out,)} if self.lora_bias else {}
-        return shapes | ({dora.MAGNITUDE: (n_out,)} if self.use_dora else {})
+        shapes |= {dora.MAGNITUDE: (n_out,)} if self.use_dora else {}
+        return variants.shapes(self, module, shapes)
 
     def fits(self, module: str, layout: Layout) -> bool:
         """Whether the groups of a convolution, as of a depthwise one, can share the rank."""
@@ -166,6 +198,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
 
     def leaf_shapes(self, module: str, layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Those of the matrix, or of a convolution with groups."""
+        variants.check_layout(self, module, layout)
         shapes = super().leaf_shapes(module, layout, shape)
         return shapes if layout.groups == 1 else grouped_conv.shapes(self, module, layout, shapes)
 
@@ -180,9 +213,34 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
     @property
+    def first(self) -> str | None:  # type: ignore[override]  # of a config: not where A is stored in another shape
+        """A, where it is stored whole."""
+        return None if variants.variant_of(self) in variants.RESHAPING else "lora_A"
+
+    @property
     def dropout_rate(self) -> float:
         """``lora_dropout``."""
         return self.lora_dropout
+
+    @property
+    def dropout_rates(self) -> Mapping[str, float]:
+        """That of inputs, and that VeLoRA and MonteCLoRA compute in another way in training."""
+        is_other = self.velora_config is not None or self.monteclora_config is not None
+        return {"rate": self.lora_dropout, **({"variant": 1.0} if is_other else {})}
+
+    def structure(self) -> tuple[Any, ...]:
+        """In training, the options of its penalty, too."""
+        trained = () if self.inference_mode else (repr(self.kasa_config), repr(self.monteclora_config))
+        return (*super().structure(), *trained)
+
+    @property
+    def penalizes(self) -> bool:  # type: ignore[override]  # of a config, not of the class
+        """With KaSA and MonteCLoRA."""
+        return self.kasa_config is not None or self.monteclora_config is not None
+
+    def penalty(self, leaves: Leaves) -> Float[Array, ""]:
+        """That of KaSA or MonteCLoRA."""
+        return variants.penalty(self, leaves)
 
     def init(
         self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
@@ -197,10 +255,11 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         init, ranks = self.init_lora_weights or False, self.ranks(names, adapted)
         if self.initializer.needs == "data":
             raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
-        if layout.groups > 1:
+        if layout.groups > 1 or variants.variant_of(self) is not None:
             for name in names[adapted]:
                 self.leaf_shapes(name, layout, shape)  # raises where they do not suit
         params = random.drawn(init, layout, shape, names, ranks, key)
+        params |= variants.drawn(self, layout, shape, names, adapted, key)
         if self.lora_bias:
             params[BIAS] = random.drawn_bias(init, layout.sizes(shape)[1], names, ranks // layout.groups, key)
         return params, self.state(names, adapted)
@@ -208,7 +267,8 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
     def state(self, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """Rank and scale of each stacked layer, 0 where it is not adapted; and the invocation."""
         tokens = self.alora_invocation_tokens
-        return super().state(names, adapted) | ({} if tokens is None else alora.invocation_state(tokens, names))
+        invocation = {} if tokens is None else alora.invocation_state(tokens, names)
+        return super().state(names, adapted) | invocation | variants.state(self, names, adapted)
 
     @property
     def reads_input_ids(self) -> bool:
@@ -233,7 +293,9 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
             )
         if row.make is not None and (row.embeddings == "own" or not base.layout.lookup):
             params, base = initialize_layers(self, base, names, adapted, key, [row.make(self)] * names.size)
-        for role in row.frozen:
+        if self.kasa_config is not None:
+            base = kasa.truncated(self, base, names, adapted)
+        for role in self.frozen:
             state[role] = params.pop(role)
         if self.use_dora:
             params[dora.MAGNITUDE] = dora.initialize(params, state, base)
@@ -246,12 +308,16 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         if "lora_B" not in params:
             return rank * n_in
         n_out, inner = params["lora_B"].shape[-1], rank // grouped_conv.groups_of(params)
-        return rank * n_in + inner * n_out + (rank > 0) * n_out * (len(params) - 2)
+        sizes = rank * n_in + inner * n_out
+        for role in params.keys() - {"lora_A", "lora_B"}:
+            is_of_ranks = LoraConfig.axes[role] == ("rank",)
+            sizes = sizes + (rank if is_of_ranks else (rank > 0) * params[role].shape[-1])
+        return sizes
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Factors that the initializer leaves untrained: B with ``"mica"``."""
-        return self.initializer.frozen
+        """What the initializer or a variant leaves untrained: B with ``"mica"``."""
+        return (*self.initializer.frozen, *variants.FROZEN.get(variants.variant_of(self) or "", ()))
 
     @property
     def reads_base(self) -> bool:  # type: ignore[override]  # of a config, not of the class: with DoRA alone
@@ -263,8 +329,10 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         return self.lora_bias and self.alora_invocation_tokens is None
 
     def rebased(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> Weight:
-        """The base without what the factors started at, as PEFT takes it out again."""
+        """The base without what the factors started at, or KaSA takes out, as PEFT takes it out again."""
         row = self.initializer
+        if self.kasa_config is not None:
+            return kasa.truncated(self, base, names, adapted)
         if row.make is None or not row.changes_base or base.layout.lookup:
             return base  # what data gave cannot be computed again: the base is the one that the initializer left
         return initialize_layers(self, base, names, adapted, jax.random.key(0), [row.make(self)] * names.size)[1]
@@ -298,10 +366,10 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
                 "lora_bias=True adds a bias to a layer that has none to merge it into. Keep the adapter apart, or give "
                 "the layer a bias of zeros."
             )
+        grouped_conv.check_merge(params, state)
         if dora.MAGNITUDE in params:
             return dora.merge(params, state, matrix, unadapted)
-        grouped_conv.check_merge(params)
-        a, b = params["lora_A"], _second(params, state)
+        a, b = variants.factors(params, state, _second(params, state), len(matrix))
         return (matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ b).astype(matrix.dtype)
 
     def apply(
@@ -310,14 +378,15 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         """``x W + (dropout(x) A s) B``; the low-rank path runs in the adapter's precision."""
         if dora.MAGNITUDE in params:
             return dora.apply(self, params, state, base, x, product)
-        y, a = base.apply(x, product), params["lora_A"]
+        y, (n_in, _) = base.apply(x, product), base.layout.sizes(base.shape)
+        a, b = variants.factors(params, state, _second(params, state), n_in)
         scaling = state["scaling"].astype(a.dtype)
         dropped = x if product.looks_up else dropout(x, state)
         if scaling.ndim:  # each group has its own
             inner = product.down(dropped, a * scaling[..., None, None])
         else:  # the product is scaled, and not A, of which backward would keep a scaled copy
-            inner = product.down_by_role(dropped, params, "lora_A") * scaling
-        update = product.up(inner, _second(params, state))
+            inner = variants.inner(dropped, a, params, state, product) * scaling
+        update = product.up(inner, b)
         if UNBIASED in state:
             update = update + product.scale(jnp.ones_like(update), scaling[..., None] * params[BIAS])
         if alora.TOKENS in state:

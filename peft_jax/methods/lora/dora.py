@@ -2,7 +2,8 @@
 
 Liu et al., 2024, https://arxiv.org/abs/2402.09353, equation 5; as its section 4.3 has it, no gradient goes through n.
 Numbers follow PEFT 0.21.2: on a weight that has adapters already, n is the norm of U + s A B, where U is the weight
-without them, and what it divides is W + s A B with them.
+without them, and what it divides is W + s A B with them. On a convolution with groups n is PEFT's too, of a kernel that
+it makes of A and B as if there were none (`grouped_conv.norm_kernel`); that of what is computed would be another one.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from peft_jax.core.float_types import wider_float
 from peft_jax.core.product import MATMUL, Product
 from peft_jax.core.weight import Weight, varying
 from peft_jax.methods.base import Arrays
+from peft_jax.methods.lora import grouped_conv
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -65,8 +67,10 @@ def apply(
 
 
 def _sum(params: Arrays, state: Mapping[str, Any], matrix: jax.Array) -> jax.Array:
-    a = params["lora_A"]
-    return matrix.astype(a.dtype) + (a * state["scaling"].astype(a.dtype)) @ params["lora_B"]
+    a, b = params["lora_A"], params["lora_B"]
+    scaled = a * state["scaling"].astype(a.dtype)
+    change = scaled @ b if grouped_conv.groups_of(params) == 1 else grouped_conv.norm_kernel(scaled, b)
+    return matrix.astype(a.dtype) + change
 
 
 def _squares(params: Arrays, state: Mapping[str, Any], base: Weight) -> jax.Array:
@@ -74,6 +78,8 @@ def _squares(params: Arrays, state: Mapping[str, Any], base: Weight) -> jax.Arra
     a, b = params["lora_A"], params["lora_B"]
     scaling, weight = state["scaling"].astype(a.dtype), base.unadapted.astype(a.dtype)
     matrix = weight.layout.matrix(weight.dense())
+    if weight.layout.groups > 1:
+        return jnp.sum(jnp.square(_sum(params, state, matrix)), axis=0)
     products = weight.apply(a.T, _over_inputs(matrix))
     squares = jnp.sum(jnp.square(matrix), axis=0) + 2 * scaling * jnp.sum(products * b, axis=0)
     return squares + jnp.square(scaling) * jnp.sum(b * (_over_inputs(a).full(a.T, a) @ b), axis=0)

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jaxtyping import Array, Float
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.weight import MergeError
+from peft_jax.methods.lora.bdlora import BLOCKS
 
 
 def shapes(
@@ -36,7 +38,7 @@ def shapes(
     wrong = {}
     if config.initializer.needs != "nothing":
         wrong["init_lora_weights"] = config.init_lora_weights
-    for field in ("use_dora", "alora_invocation_tokens", "target_parameters"):
+    for field in ("alora_invocation_tokens", "target_parameters"):
         if value := getattr(config, field):
             wrong[field] = value
     if layout.stack and config.rank_pattern:
@@ -50,17 +52,33 @@ def shapes(
 
 
 def groups_of(params: Mapping[str, jax.Array]) -> int:
-    """Of how many groups the convolution is that an adapter with both factors is on; 1 for all other weights."""
+    """Of how many groups the convolution is that an adapter with both factors is on; 1 for all other weights.
+
+    Of BD-LoRA's B it is the number of blocks.
+    """
     return params["lora_A"].shape[-1] // params["lora_B"].shape[-2]
 
 
-def check_merge(params: Mapping[str, jax.Array]) -> None:
+def check_merge(params: Mapping[str, jax.Array], state: Mapping[str, Any]) -> None:
     """Raise MergeError for the adapter of a convolution with groups."""
-    if "lora_B" in params and groups_of(params) > 1:
+    if "lora_B" in params and BLOCKS not in state and groups_of(params) > 1:
         raise MergeError(
             "The LoRA of a convolution with groups has outputs of one group see the inputs of all, which no kernel of "
             "it does. Keep the adapter apart."
         )
+
+
+def norm_kernel(
+    a: Float[Array, "inputs rank"], b: Float[Array, "group_rank out"]
+) -> Float[Array, "group_inputs out"]:
+    """The kernel whose norms DoRA has in PEFT: all ranks of several outputs' B times A, cut into the kernel's shape.
+
+    It is no change that the adapter makes; DoRA's n of a trained adapter is made of it all the same.
+    """
+    (inputs, rank), (group_rank, out) = a.shape, b.shape
+    groups = rank // group_rank
+    rows = b.T.reshape(out // groups, rank) @ a.T
+    return rows.reshape(out, inputs // groups).T
 
 
 def check_plain(path: str, layout: Layout) -> None:

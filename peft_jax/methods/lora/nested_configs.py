@@ -1,4 +1,4 @@
-"""Options of LoRA's initializers; names and defaults are PEFT's. A `LoraConfig` holds them as dictionaries."""
+"""Options of LoRA's initializers, and of a run; names and defaults are PEFT's. A `LoraConfig` holds dictionaries."""
 
 import dataclasses
 
@@ -97,3 +97,26 @@ class LoraGAConfig:
         check_kinds(self)
         if self.stable_gamma < 1:
             raise ValueError(f"LoRA-GA's stable_gamma is at least 1, got {self.stable_gamma}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraRuntimeConfig:
+    """What PEFT's files do not hold: where a run computes.
+
+    Attributes:
+        ephemeral_gpu_offload: PEFT's, to compute DoRA's norms on a GPU where the layer is in the host's memory. Not
+            supported: arrays are computed where they are.
+
+    Raises:
+        ValueError: if it is True.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        if self.ephemeral_gpu_offload:
+            raise ValueError(
+                "LoraRuntimeConfig(ephemeral_gpu_offload=True) is not supported: DoRA's norms are computed where the "
+                "weights are. Put the weights on the GPU with jax.device_put, and leave it out."
+            )
