@@ -19,8 +19,9 @@ OPTIONS = {
     "lora_bias": {"target_modules": ["one"], "lora_bias": True},
     "a saved one": {"target_modules": ["one"], "modules_to_save": ["two"]},
     "groups": {"target_modules": ["one", "two"], "r": 6, "rank_pattern": {"two": 2}, "lora_bias": True},
+    "groups with DoRA": {"target_modules": ["one", "two"], "r": 6, "rank_pattern": {"two": 2}, "use_dora": True},
 }
-GROUPS = {"groups": {"one": 3, "two": 2}}  # of the layers of a row
+GROUPS = dict.fromkeys(("groups", "groups with DoRA"), {"one": 3, "two": 2})  # of the layers of a row
 SPELL = {1: "NWC", 2: "NHWC", 3: "NDHWC"}
 
 

@@ -140,8 +140,8 @@ def with_equal_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     def theirs(self: Any) -> dict[str, Any]:
         squares, normal, weights = noise(self.model.num_samples, self.model.in_features, self.model.out_features)
         wishart = torch.tensor(squares).diag() + 0.1  # what is beside its diagonal does not count
-        return {"z_mvn": torch.tensor(normal), "z_wishart": wishart - 0.1 * torch.eye(len(squares)),
-                "z_dirichlet": torch.tensor(weights)}
+        wishart = wishart - 0.1 * torch.eye(len(squares))
+        return {"z_mvn": torch.tensor(normal), "z_wishart": wishart, "z_dirichlet": torch.tensor(weights)}
 
     def ours(key: jax.Array, params: Any, rank: jax.Array) -> monteclora.Noise:
         squares, normal, weights = noise(params[monteclora.CONCENTRATION].shape[0], *params["lora_A"].shape)

@@ -23,6 +23,7 @@ from peft_jax.core.weight import as_weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
 from peft_jax.methods.lora.grouped_conv import groups_of
+from peft_jax.methods.lora.variants import variant_of
 from peft_jax.methods.roles import Follower
 
 T = TypeVar("T")

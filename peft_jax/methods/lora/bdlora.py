@@ -73,9 +73,7 @@ def _is_named(parts: Sequence[str] | None, module: str) -> bool:
     return any(part in module for part in parts or ())
 
 
-def shapes(
-    options: Mapping[str, Any], module: str, whole: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
+def shapes(options: Mapping[str, Any], module: str, whole: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shapes of the arrays, given those of plain factors.
 
     Raises:

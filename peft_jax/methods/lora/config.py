@@ -57,7 +57,9 @@ UNBIASED = "unbiased"  # in the state: the layer has no bias that the trained on
 
 @register("LORA")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromWeight, TrainingHooks, FrozenArrays, Ranked):
+class LoraConfig(
+    TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromWeight, TrainingHooks, FrozenArrays, Ranked
+):
     """Adds a trainable low-rank matrix to a frozen weight; fields and defaults are PEFT's.
 
     It goes on the modules that the fields of `TargetFields`, `ExcludeFields` and `LayerFields` say.
@@ -382,7 +384,7 @@ class LoraConfig(TargetFields, ExcludeFields, LayerFields, BiasRule, StartsFromW
         a, b = variants.factors(params, state, _second(params, state), n_in)
         scaling = state["scaling"].astype(a.dtype)
         dropped = x if product.looks_up else dropout(x, state)
-        if scaling.ndim:  # each group has its own
+        if scaling.ndim and not variants.differs_in_training(state):  # each group has its own
             inner = product.down(dropped, a * scaling[..., None, None])
         else:  # the product is scaled, and not A, of which backward would keep a scaled copy
             inner = variants.inner(dropped, a, params, state, product) * scaling

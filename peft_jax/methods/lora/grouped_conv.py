@@ -68,9 +68,7 @@ def check_merge(params: Mapping[str, jax.Array], state: Mapping[str, Any]) -> No
         )
 
 
-def norm_kernel(
-    a: Float[Array, "inputs rank"], b: Float[Array, "group_rank out"]
-) -> Float[Array, "group_inputs out"]:
+def norm_kernel(a: Float[Array, "inputs rank"], b: Float[Array, "group_rank out"]) -> Float[Array, "group_inputs out"]:
     """The kernel whose norms DoRA has in PEFT: all ranks of several outputs' B times A, cut into the kernel's shape.
 
     It is no change that the adapter makes; DoRA's n of a trained adapter is made of it all the same.

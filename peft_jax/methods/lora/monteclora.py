@@ -55,8 +55,7 @@ class MontecloraConfig:
         check_kinds(self)
         if self.num_samples < 1 or self.dirichlet_prior <= 0 or self.buffer_size < 1:
             raise ValueError(
-                "MonteCLoRA takes num_samples and buffer_size of at least 1 and a dirichlet_prior above 0, "
-                f"got {self}."
+                f"MonteCLoRA takes num_samples and buffer_size of at least 1 and a dirichlet_prior above 0, got {self}."
             )
 
 
@@ -69,7 +68,7 @@ class Noise(NamedTuple):
         weights: Normal numbers of the samples' weights.
     """
 
-    normal: Float[Array, "samples in rank"]
+    normal: Float[Array, "samples inputs rank"]
     squares: Float[Array, " rank"]
     weights: Float[Array, " samples"]
 

@@ -209,6 +209,11 @@ def factors(
     return a, kasa.scaled(b, params) if kasa.DIAGONAL in params else b
 
 
+def differs_in_training(state: Mapping[str, Any]) -> bool:
+    """Whether dropout is switched on in a variant whose first product is another one in training."""
+    return "dropout" in state and (velora.SCALE in state or monteclora.SCALER in state)
+
+
 def inner(
     x: Float[Array, "*rows in"],
     a: Float[Array, "*groups in rank"],
