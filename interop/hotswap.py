@@ -170,8 +170,9 @@ def _check_configs(old: Method, new: Method, adapter_name: str) -> None:
             "Load the new one with load_adapter."
         )
     for config in (old, new):
-        is_lora = isinstance(config, LoraConfig)
-        changes_base = is_lora and (config.initializer.changes_base or config.kasa_config is not None)
+        changes_base = False
+        if isinstance(config, LoraConfig):
+            changes_base = config.initializer.changes_base or config.kasa_config is not None
         if changes_base or config.layer_replication:
             raise ValueError(
                 f"Adapter '{adapter_name}' or the new one changes the base itself (init_lora_weights="

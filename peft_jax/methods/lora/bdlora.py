@@ -30,6 +30,13 @@ class BdLoraConfig:
 
     Raises:
         ValueError: if a field has a value that is wrong; the message names it.
+
+    Example:
+        >>> options = BdLoraConfig(target_modules_bd_a=["down"], nblocks=2)
+        >>> config = pj.LoraConfig(r=4, target_modules=["down"], use_bdlora=options)
+        >>> params = pj.apply_lora({"down": {"kernel": jnp.ones((8, 6))}}, config)
+        >>> params["down"]["kernel"].params["lora_A"].shape  # two blocks, side by side
+        (4, 4)
     """
 
     target_modules_bd_a: list[str] | None = None

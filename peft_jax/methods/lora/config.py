@@ -318,7 +318,7 @@ class LoraConfig(
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """What the initializer or a variant leaves untrained: B with ``"mica"``."""
+        """Arrays that the initializer or a variant leaves untrained: B with ``"mica"``."""
         return (*self.initializer.frozen, *variants.FROZEN.get(variants.variant_of(self) or "", ()))
 
     @property

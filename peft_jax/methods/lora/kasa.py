@@ -32,6 +32,12 @@ class KasaConfig:
 
     Raises:
         ValueError: if a field has a value that is wrong; the message names it.
+
+    Example:
+        >>> config = pj.LoraConfig(r=2, target_modules=["q"], kasa_config=KasaConfig())
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.diag(jnp.arange(4.0))}}, config)
+        >>> jnp.round(jnp.diag(pj.unload(params)["q"]["kernel"]), 3).tolist()
+        [0.0, 0.0, 2.0, 3.0]
     """
 
     beta: float = 1e-4

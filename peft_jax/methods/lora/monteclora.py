@@ -42,6 +42,15 @@ class MontecloraConfig:
 
     Raises:
         ValueError: if a field has a value that is wrong; the message names it.
+
+    Example:
+        >>> options = MontecloraConfig(num_samples=3, sample_scaler=0.1)
+        >>> config = pj.LoraConfig(target_modules=["q"], monteclora_config=options, init_lora_weights=False)
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.ones((8, 6))}}, config)
+        >>> f = pj.adapt(lambda params, x: x @ params["q"]["kernel"])
+        >>> noisy = f(pj.with_dropout(params, jax.random.key(1)), jnp.ones((1, 8)))
+        >>> bool(jnp.allclose(noisy, f(params, jnp.ones((1, 8)))))
+        False
     """
 
     num_samples: int = 8
@@ -60,7 +69,7 @@ class MontecloraConfig:
 
 
 class Noise(NamedTuple):
-    """What a forward pass draws for a layer.
+    """The numbers that a forward pass draws for a layer.
 
     Attributes:
         normal: Normal numbers of each sample of A.

@@ -101,7 +101,7 @@ class LoraGAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraRuntimeConfig:
-    """What PEFT's files do not hold: where a run computes.
+    """Where a run computes, which PEFT's files do not hold.
 
     Attributes:
         ephemeral_gpu_offload: PEFT's, to compute DoRA's norms on a GPU where the layer is in the host's memory. Not
@@ -109,6 +109,10 @@ class LoraRuntimeConfig:
 
     Raises:
         ValueError: if it is True.
+
+    Example:
+        >>> "runtime_config" in pj.LoraConfig(runtime_config=LoraRuntimeConfig()).to_dict()
+        False
     """
 
     ephemeral_gpu_offload: bool = False

@@ -37,6 +37,12 @@ class VeloraConfig:
 
     Raises:
         ValueError: if a field has a value that is wrong; the message names it.
+
+    Example:
+        >>> config = pj.LoraConfig(target_modules=["q"], velora_config=VeloraConfig(num_groups=2))
+        >>> params = pj.apply_lora({"q": {"kernel": jnp.ones((8, 6))}}, config)
+        >>> params["q"]["kernel"].state["lora_velora_embed"].shape
+        (4,)
     """
 
     num_groups: int = 64
