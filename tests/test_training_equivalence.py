@@ -19,6 +19,7 @@ STEPS, RATE = 20, 1e-3
 ROWS = {
     name: Adapter(method.config, options) for method in METHODS.values() for name, options in method.trained.items()
 }
+SLOW = ("VeLoRA", "MonteCLoRA")  # test_lora_kinds.py has their values, gradients and penalty in one layer
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -76,7 +77,9 @@ def train_ours(base: Path, start: Path, end: Path, tasks: int) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT's, which a loaded AdaLoRA's ranknum draws
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ROWS]
+)
 def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ROWS[name].make(pj, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = pj.get_peft_model(pj.AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)

@@ -36,7 +36,7 @@ class KasaConfig:
     Example:
         >>> config = pj.LoraConfig(r=2, target_modules=["q"], kasa_config=KasaConfig())
         >>> params = pj.apply_lora({"q": {"kernel": jnp.diag(jnp.arange(4.0))}}, config)
-        >>> jnp.round(jnp.diag(pj.unload(params)["q"]["kernel"]), 3).tolist()
+        >>> jnp.diag(pj.unload(params)["q"]["kernel"]).round().tolist()
         [0.0, 0.0, 2.0, 3.0]
     """
 
