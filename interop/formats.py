@@ -151,6 +151,31 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             ),
         ),
     },
+    "ADAMSS": {  # as `PackedTensors` packs them
+        False: (
+            Row("adamss_A", "adamss_A", ("subspaces", "rank", "width")),
+            Row("adamss_B", "adamss_B", ("rows", "rank")),
+            Row("adamss_newB", "adamss_newB", ("width", "columns")),
+            Row("adamss_ranks", "adamss_ranks", ("subspaces",)),
+            Row("adamss_lengths", "adamss_lengths", ("subspaces",)),
+        ),
+    },
+    "FROD": {  # as `PackedTensors` packs them
+        False: (
+            Row("frod_lambda_l", "frod_lambda_l", ("directions",)),
+            Row("frod_lambda_s_values", "frod_lambda_s_values", ("places",)),
+            Row("frod_V", "frod_V", ("in", "directions")),
+            Row("frod_s_indices", "frod_s_indices", ("row_column", "places")),
+            Row("frod_s_size", "frod_s_size", ("row_column",)),
+        ),
+    },
+    "LILY": {
+        False: (
+            Row("lily_A", "lily_A.weight", ("rank", "in")),
+            Row("lily_B", "lily_B.weight", (("choices", "rank"), "out")),
+            Row("lily_router", "lily_router.weight", ("choices", "rank")),
+        ),
+    },
     "POLY": {
         False: (
             Row("poly_lora_A", "poly_lora_A", ("splits", "skills", "part", "rank")),
@@ -299,9 +324,11 @@ COPIED_IN_LAYERS = ("RANDLORA",)  # methods whose shared arrays a file has once 
 FIXED = (
     *(f".{name}_{matrix}" for name in ("vera", "pvera", "randlora", "tinylora") for matrix in "AB"),
     *(f".unilora_{kind}_{matrix}" for kind in ("indices", "scales") for matrix in "AB"),
-    *(".tinylora_P", ".delora_w_norm"),
+    *(".tinylora_P", ".delora_w_norm", ".adamss_newB"),
     *(f".glora_{part}.zeros" for part in "ABCDE"),
 )
+
+FIXED_OF_MODEL = ("base_model.frod_V.",)  # and beginnings of such keys
 
 PROMPT_LEARNING = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 _PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,16 +21,24 @@ from peft_jax.interop.extras import (
     without_copies,
     without_tied_copies,
 )
-from peft_jax.interop.formats import PREFIX, SHARED, Row
+from peft_jax.interop.formats import PREFIX, SHARED, Row, tensor_key
 from peft_jax.interop.keys import some_of_each, without_adapter_name, wrapper_in
 from peft_jax.interop.old_layouts import with_present_names
 
 from peft_jax.adapt.infer_layouts import read_program
 from peft_jax.adapters.attach import EMBEDDING
-from peft_jax.adapters.build import Contents, build, carried_by, state_beside
+from peft_jax.adapters.build import Contents, build, carried_by, in_groups, state_beside
 from peft_jax.adapters.complete import expand_all_linear, untied_for, with_model_defaults, with_replicas, with_ties
 from peft_jax.adapters.fused_targets import with_fused_adapters, with_fused_targets
-from peft_jax.adapters.plan import Target, following_modules, matrices, may_be_target, module_sizes, plan
+from peft_jax.adapters.plan import (
+    Target,
+    following_modules,
+    matrices,
+    may_be_target,
+    module_sizes,
+    neighbours,
+    plan,
+)
 from peft_jax.adapters.target_parameters import check_apart, parameters_of, with_parameters
 from peft_jax.core.adapted import Adapted, changed_layers, nested_adapters
 from peft_jax.core.adapted_tree import adapters, check_adapter_name
@@ -42,7 +51,9 @@ from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.frozen_arrays import FrozenArrays
+from peft_jax.methods.grouped_arrays import GroupedArrays
 from peft_jax.methods.lora.config import LoraConfig
+from peft_jax.methods.packed_tensors import PackedTensors
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.shared_arrays import SharedArrays
 from peft_jax.methods.starts_from_weight import StartsFromWeight
@@ -113,6 +124,8 @@ def get_peft_model_state_dict(
         elif role == Whole(SAVED):
             copies = copied_biases(leaf, changed_layers(node), config, tensors, adapter_name)
             tensors |= only(copies, node.tag.dtypes)
+    if isinstance(config, PackedTensors):
+        tensors = config.unpacked_file(tensors, adapted, biased, partial(tensor_key, config.peft_type))
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):
         tensors |= whole_embeddings(params, config) | trained_copies(params, config, tensors)
     if isinstance(config, SharedArrays) and config.saves_shared:
@@ -272,9 +285,12 @@ def _planned(
     declared = handle.declared_modules if handle is not None and config.counts_modules else ()
     sizes: Mapping[str, tuple[int, int]] = {}
     common: list[Entry] = []
-    if isinstance(config, SharedArrays):
+    if isinstance(config, SharedArrays | GroupedArrays | PackedTensors):
         sizes = module_sizes(targets, declared)
+    if isinstance(config, SharedArrays):
         common = shared_entries(config, list(sizes.values()))
+    if isinstance(config, PackedTensors):
+        tensors = config.packed_file(tensors, sizes, partial(tensor_key, config.peft_type))
     whole = params if handle is None else handle
     return FilePlan(whole, config, modules, brought, targets, entries, common, sizes, problems), tensors
 
@@ -316,7 +332,24 @@ def _misfits(file_plan: FilePlan, tensors: Tensors) -> list[list[str]]:
         if key in tensors and tensors[key].shape != shape:
             empty = EMPTY if tensors[key].size == 0 else ""
             unlike.append(f"{key} has shape {tensors[key].shape}, not {shape}{empty}")
-    return [general, missing, surplus, unlike]
+    return [general, missing, surplus, unlike or _unlike_copies(file_plan, tensors)]
+
+
+def _unlike_copies(file_plan: FilePlan, tensors: Tensors) -> list[str]:
+    """The tensors of arrays that groups of layers share which are not equal to those of the group's first layer."""
+    config = file_plan.config
+    if not isinstance(config, GroupedArrays):
+        return []
+    leaders, problems = config.leaders(file_plan.sizes), []
+    for target, entries in zip(file_plan.targets, file_plan.entries, strict=True):
+        for entry in entries:
+            if target.role is not None or entry.role not in config.carried:
+                continue
+            module = str(target.leaf.names[entry.layer])
+            first = f"{PREFIX}{leaders[entry.role][module]}{entry.key.removeprefix(PREFIX + module)}"
+            if not np.array_equal(tensors.get(entry.key, 0), tensors.get(first, 0)):
+                problems.append(f"{entry.key} is not equal to {first}, which is one array with it")
+    return problems
 
 
 def _is_inside(key: str, modules: set[str]) -> bool:
@@ -366,6 +399,7 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
             contents.params.update(carried_by(config, target, targets, shared))
             beside = state_beside(config, target, following, shared, file_plan.sizes)
             contents = contents._replace(state=beside | contents.state)
+            contents = in_groups(config, target, file_plan.sizes, contents)
         own_dtypes = {entry.key: str(tensors[entry.key].dtype) for entry in own}
         return contents._replace(dtypes=own_dtypes | dtypes)
 
@@ -384,7 +418,7 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
             # What the initialization left of the base may be in the file.
             if not file_plan.brought.issuperset(leaf.names.flat):
                 base = config.rebased(base, leaf.names, adapted)
-            state |= config.state_on(base, leaf.names, adapted)
+            state |= config.state_among(base, neighbours(target, file_plan.targets), leaf.names, adapted)
         arrays = _zeros(target, entries, tensors)
     else:
         initial, state = target.role.init(config, base, leaf.names, adapted)
@@ -393,9 +427,9 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
         arrays[entry.role][entry.layer][entry.place] = entry.from_file(tensors[entry.key])
     params = jax.tree.map(jnp.asarray, arrays)
     if target.role is None and isinstance(config, FrozenArrays):
-        config.check_frozen(arrays, *base.layout.sizes(base.shape), leaf.path)
+        config.check_frozen({**state, **arrays}, *base.layout.sizes(base.shape), leaf.path)
         params, frozen = config.apart(params)
-        state |= frozen
+        state |= frozen | config.derived(frozen, base, adapted)
     return Contents(params, state, base)
 
 

@@ -43,7 +43,9 @@ class MethodCase:
         finetune: Options of a few steps of ``peft-jax finetune``.
         name_is_enough: Whether that command needs no options for it; if not its name alone is an error.
         changes_matrix: Whether it changes a matrix; False if it trains biases alone.
+        merges: Whether it has a merged matrix; if not merging is an error.
         rounds: Cases of `tiny` and `variants` in which a fresh adapter changes the last digit of a weight.
+        starts_in_peft: Whether PEFT makes frozen arrays again when it reads a file, so that those have to be PEFT's.
         conv1d: Whether PEFT has it for layers that PyTorch stores as (in, out), as GPT-2's; if not it is an error.
         meets_ties: Whether Qwen2's ties and biases matter to it, so that `llama` is compared on Qwen2 too.
         narrows: Whether training changes its ranks by a schedule, which its file has as ``rank_pattern``.
@@ -66,7 +68,9 @@ class MethodCase:
     finetune: Options = nothing()
     name_is_enough: bool = True
     changes_matrix: bool = True
+    merges: bool = True
     rounds: tuple[str, ...] = ()
+    starts_in_peft: bool = False
     conv1d: bool = True
     meets_ties: bool = False
     narrows: bool = False
@@ -602,6 +606,87 @@ METHODS: dict[str, MethodCase] = {
         finetune={"r": 8},
         conv1d=False,
         scales=True,
+    ),
+    "ADAMSS": MethodCase(
+        config="AdamssConfig",
+        tiny={"r": 4, "num_subspaces": 3, "subspace_rank": 2},
+        llama={
+            "ADAMSS": {"r": 9, "num_subspaces": 4, "subspace_rank": 2, "target_modules": TARGETS},
+            "ADAMSS of ranks": {
+                "r": 12,
+                "num_subspaces": 3,
+                "subspace_rank": 3,
+                "init_weights": None,
+                "use_dynamic_rank": True,
+                "svd_threshold": 0.4,
+                "random_seed": 3,
+                "target_modules": ["up_proj", "o_proj"],
+                "modules_to_save": ["norm"],
+                "layers_to_transform": [0, 2],
+            },
+        },
+        models={"ADAMSS": {"r": 5, "num_subspaces": 3, "subspace_rank": 2, "target_modules": TARGETS}},
+        starts={"ADAMSS": {}, "ADAMSS random": {"init_weights": None, "subspace_rank": 4, "num_subspaces": 1}},
+        trained={
+            "ADAMSS": {"r": 6, "num_subspaces": 3, "subspace_rank": 2},
+            "ADAMSS that freezes": {
+                "r": 6,
+                "num_subspaces": 3,
+                "use_asa": True,
+                "asa_target_subspaces": 6,
+                "init_warmup": 2,
+                "final_warmup": 16,
+                "mask_interval": 3,
+            },
+        },
+        finetune={"r": 6, "num_subspaces": 3},
+        conv1d=False,
+        meets_ties=True,
+    ),
+    "FROD": MethodCase(
+        config="FrodConfig",
+        tiny={"sparse_rate": 0.1},
+        llama={
+            "FROD": {"target_modules": TARGETS, "bias": "frod_only"},
+            "FROD of many places": {
+                "projection_prng_key": 5,
+                "sparse_rate": 0.2,
+                "regularization_alpha": 0.1,
+                "frod_dropout": 0.1,
+                "init_weights": False,
+                "progressbar": False,
+                "target_modules": ["up_proj", "o_proj"],
+                "modules_to_save": ["norm"],
+                "layers_to_transform": [0, 2],
+            },
+        },
+        models={"FROD": {"sparse_rate": 0.05, "progressbar": False, "target_modules": TARGETS}},
+        trained={"FROD": {"sparse_rate": 0.05, "progressbar": False}},
+        finetune={"sparse_rate": 0.05},
+        drops_inputs={"frod_dropout": 0.5, "sparse_rate": 0.5},
+        rounds=("FROD",),
+        starts_in_peft=True,
+    ),
+    "LILY": MethodCase(
+        config="LilyConfig",
+        tiny={"r": 3, "num_B": 3, "scaling": 2.0},
+        llama={
+            "LILY": {"r": 4, "stride_A": 2, "num_B": 3, "target_modules": TARGETS},
+            "LILY of one size": {
+                "r": 3,
+                "scaling": 0.5,
+                "init_weights": False,
+                "target_modules": r".*\.(q_proj|o_proj|up_proj)",
+                "exclude_modules": r".*layers\.1.*",
+                "modules_to_save": ["norm"],
+            },
+        },
+        models={"LILY": {"r": 4, "stride_A": 2, "num_B": 3, "target_modules": TARGETS}},
+        starts={"LILY": {}, "LILY random": {"init_weights": False}},
+        trained={"LILY": {"r": 4, "stride_A": 2, "num_B": 3}},
+        finetune={"r": 8},
+        merges=False,
+        conv1d=False,
     ),
     "POLY": MethodCase(
         config="PolyConfig",

@@ -19,7 +19,8 @@ def train_in_peft(model: Any, batches: Iterable[Mapping[str, Any]], rate: float)
         loss.backward()
         optimizer.step()
         if hasattr(model.base_model, "update_and_allocate"):
-            model.base_model.update_and_allocate(number)
+            first = 0 if model.peft_type == "ADAMSS" else 1  # the number of the first step, as PEFT's callback has it
+            model.base_model.update_and_allocate(number - 1 + first)
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses

@@ -16,6 +16,7 @@ from peft_jax.core.partition import count_parameters
 from peft_jax.methods import base
 from peft_jax.methods.lokr import factorization
 from peft_jax.methods.oft import nearest_divisor
+from peft_jax.methods.singular_clusters import k_means, low_rank_svd
 from peft_jax.methods.waveft import daubechies
 from peft_jax.models.defaults import method_defaults
 
@@ -472,6 +473,243 @@ def test_peanut_without_an_activation_is_a_factor_of_the_weight(dense):
         (field,) = options
         with pytest.raises(ValueError, match=f"{field}=.* is not supported"):
             pj.PeanutConfig(**options)
+
+
+LILY = {"r": 3, "stride_A": 2, "num_B": 3, "target_modules": ["up", "down"]}
+
+
+def lily_trees(kind=None):
+    """Five layers, each by itself and stacked, and the layout of the stack."""
+    stack = {name: {"kernel": normal(seed, 5, 6, 6)} for seed, name in enumerate(("up", "down"))}
+    apart = {str(i): jax.tree.map(lambda array, i=i: array[i], stack) for i in range(5)}
+    if kind:
+        apart = pj.quantize(apart, kind=kind)
+    return {"layers": apart}, {"layers": stack}, {"layers.*": pj.Layout((0,), (1,), (2,))}
+
+
+def first_equals(arrays):
+    """For each array the place of the first one that is equal to it."""
+    return [next(i for i, other in enumerate(arrays) if np.array_equal(one, other)) for one in arrays]
+
+
+def lily_run(params, x):
+    for i in range(5):
+        layer = params["layers"][str(i)] if "0" in params["layers"] else None
+        for name in ("up", "down"):
+            x = x + jnp.tanh(x @ (layer[name]["kernel"] if layer else params["layers"][name]["kernel"][i]))
+    return x
+
+
+def test_lily_layers_share_factors_that_their_inputs_mix(tmp_path):
+    """One first factor for two layers and one set of second ones for all, each trained once."""
+    apart, stack, layout = lily_trees()
+    fresh = pj.apply_adapter(apart, pj.LilyConfig(**LILY))
+    x, run = normal(3, 4, 6), pj.adapt(lily_run)
+    np.testing.assert_array_equal(run(fresh, x), lily_run(apart, x))
+    params = perturbed(fresh)
+    want = 2 * (3 * 6 * 3 + 3 * 3 * 6 + 5 * 3 * 3)  # three first factors, three second ones, five routers
+    assert count_parameters(params)[0] == sum(leaf.size for leaf in jax.tree.leaves(pj.partition(params)[0])) == want
+    file = pj.get_peft_model_state_dict(params)
+    for name in ("up", "down"):
+        first, second = ([file[f"base_model.model.layers.{i}.{name}.lily_{m}.weight"] for i in range(5)] for m in "AB")
+        assert first_equals(first) == [0, 0, 2, 2, 4] and first_equals(second) == [0] * 5
+    # By the paper: the change of one layer, whose weights are means over all rows.
+    leaf, i = params["layers"]["3"]["down"]["kernel"], 3
+    a, b, router = (file[f"base_model.model.layers.{i}.down.lily_{m}.weight"] for m in ("A", "B", "router"))
+    inner = np.asarray(x) @ a.T
+    weights = np.asarray(jax.nn.softmax(inner @ router.T, axis=-1)).mean(0)
+    mixed = np.einsum("c,cro->ro", weights, b.reshape(3, 3, 6))
+    close(leaf.apply(x), x @ leaf.base + inner @ mixed)
+    assert np.abs(leaf.apply(x[:1]) - leaf.apply(x)[:1]).max() > 1e-4, "the other rows do not count"
+    # A file goes onto the stack, whose numbers and gradients are the same; other copies are refused.
+    config = pj.LilyConfig(**LILY)
+    stacked = pj.set_peft_model_state_dict(stack, config, file, layout=layout)
+    close(run(stacked, x), run(params, x))
+    assert count_parameters(stacked)[0] == want
+    again = pj.get_peft_model_state_dict(stacked)
+    assert again.keys() == file.keys() and all(np.array_equal(again[key], file[key]) for key in file)
+
+    def gradients(params):
+        trainable, frozen = pj.partition(params)
+        found = jax.jit(jax.grad(lambda trainable: jnp.sum(run(pj.combine(trainable, frozen), x) ** 2)))(trainable)
+        return pj.get_peft_model_state_dict(pj.combine(found, frozen))
+
+    one, other = gradients(params), gradients(stacked)
+    for key in one:
+        close(other[key], one[key], 1e-4)  # sums of five layers' gradients in another order
+        assert np.abs(one[key]).max() > 1e-4, f"{key} has no gradient"
+    file["base_model.model.layers.1.up.lily_A.weight"] = 1 + file["base_model.model.layers.1.up.lily_A.weight"]
+    with pytest.raises(ValueError, match=r"layers.1.up.lily_A.weight is not equal to .*layers.0.up.lily_A.weight"):
+        pj.set_peft_model_state_dict(stack, config, file, layout=layout)
+
+
+def test_lily_of_a_regex_shares_among_all_of_one_size():
+    apart, _, _ = lily_trees()
+    params = pj.apply_adapter(apart, pj.LilyConfig(r=2, stride_A=4, target_modules=r".*\.(up|down)"))
+    file = pj.get_peft_model_state_dict(perturbed(params))
+    order = [f"base_model.model.layers.{i}.{name}.lily_{{}}.weight" for i in range(5) for name in ("down", "up")]
+    assert first_equals([file[key.format("A")] for key in order]) == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+    assert first_equals([file[key.format("B")] for key in order]) == [0] * 10
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "int4", "bfloat16"])
+def test_lily_goes_on_other_bases_and_has_no_merged_form(kind):
+    apart, _, _ = lily_trees(None if kind == "bfloat16" else kind)
+    if kind == "bfloat16":
+        apart = jax.tree.map(lambda array: array.astype(jnp.bfloat16), apart)
+    params = perturbed(pj.apply_adapter(apart, pj.LilyConfig(**LILY)))
+    leaf = params["layers"]["1"]["up"]["kernel"]
+    x = normal(3, 4, 6).astype(jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
+    config = pj.LilyConfig(**LILY | {"target_modules": ["up"]})
+    bare = pj.apply_adapter({"up": {"kernel": jnp.zeros((6, 6), x.dtype)}}, config)
+    bare = dataclasses.replace(bare["up"]["kernel"], params=dict(leaf.params) | dict(leaf.state["adapter"]))
+    base = pj.unload(params)["layers"]["1"]["up"]["kernel"]
+    plain = base.apply(x) if hasattr(base, "apply") else x @ base
+    got, want = (np.asarray(y, np.float32) for y in (leaf.apply(x), plain + bare.apply(x).astype(x.dtype)))
+    close(got, want, 2**-7 if kind == "bfloat16" else 1e-5)  # two sums are rounded to 8 digits
+    assert np.abs(got - np.asarray(plain, np.float32)).max() > 0.05
+    with pytest.raises(ValueError, match="mixes its factors by the inputs, so that it is no one matrix"):
+        pj.merge(params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride_A": 0}, "stride_A is a number of layers, at least 1, got 0"),
+        ({"num_B": 1}, "num_B is at least 2, so that there is something to mix, got 1"),
+        ({"r": 0}, "LILY needs ranks of at least 1"),
+    ],
+)
+def test_lily_says_what_it_needs(options, message):
+    with pytest.raises(ValueError, match=message):
+        pj.LilyConfig(**options)
+
+
+ADAMSS = {"r": 5, "num_subspaces": 3, "subspace_rank": 2, "target_modules": ["dense"]}
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (40, 40)])
+def test_clusters_of_singular_vectors_are_those_of_pytorch_and_scikit_learn(shape):
+    torch, cluster = pytest.importorskip("torch"), pytest.importorskip("sklearn.cluster")
+    for seed in range(6):
+        weight = np.asarray(normal(seed, *shape))
+        q = 5
+        left, right = low_rank_svd(weight, q, seed)
+        torch.manual_seed(seed)
+        u, _, v = (array.numpy() for array in torch.svd_lowrank(torch.tensor(weight), q=q, niter=2))
+        signs = np.sign((u * left).sum(0))
+        close(left * signs, u, 1e-4)  # vectors of near values of a product of eight float32 matrices
+        close(right.T * signs, v, 1e-4)
+        for clusters in (1, 3, 7):
+            options = {"n_clusters": clusters, "init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
+            want = cluster.KMeans(**options).fit_predict(u)
+            np.testing.assert_array_equal(k_means(left, clusters), want)
+    rows = np.repeat(np.asarray(normal(9, 4, 3)), 3, axis=0)  # of which some are chosen twice: clusters without rows
+    options = {"n_clusters": 4, "init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
+    np.testing.assert_array_equal(k_means(rows, 4), cluster.KMeans(**options).fit_predict(rows))
+
+
+def test_adamss_changes_each_cluster_at_low_rank_in_the_weights_directions():
+    """Bias included, as the last input; the same in a stack; and a file is of its base alone."""
+    kernel, bias = normal(1, 2, 8, 12), normal(2, 2, 12)
+    apart = {"layers": [{"dense": {"kernel": kernel[i], "bias": bias[i]}} for i in range(2)]}
+    stack = {"layers": {"dense": {"kernel": kernel, "bias": bias}}}
+    layout = {".*kernel": pj.Layout((0,), (1,), (2,)), ".*bias": pj.Layout((0,), (), (1,))}
+    fresh = pj.apply_adapter(apart, pj.AdamssConfig(**ADAMSS))
+    jax.tree.map(np.testing.assert_array_equal, pj.merge(fresh), apart)
+    params = perturbed(fresh)
+    merged = pj.merge(params)
+    for i in range(2):
+        node, dense = params["layers"][i]["dense"]["kernel"], merged["layers"][i]["dense"]
+        change = np.concatenate([dense["kernel"] - kernel[i], dense["bias"][None] - bias[i][None]]).T
+        assert np.abs(change[:, -1]).max() > 0.01, "the bias stays"
+        whole = np.concatenate([kernel[i], bias[i][None]]).T
+        right = low_rank_svd(whole, 5, 0)[1]
+        close(change @ right.T @ right, change)
+        labels = k_means(low_rank_svd(whole, 5, 0)[0], 3)
+        assert [np.linalg.matrix_rank(change[labels == k], tol=1e-4) for k in range(3)] == np.minimum(
+            np.bincount(labels), 2
+        ).tolist()
+        x = normal(5, 3, 8)
+        close(node.apply(x), x @ dense["kernel"])
+    file = pj.get_peft_model_state_dict(params)
+    trained = sum(array.size for key, array in file.items() if "newB" not in key)
+    assert count_parameters(params)[0] == trained
+    stacked = pj.set_peft_model_state_dict(stack, pj.AdamssConfig(**ADAMSS), file, layout=layout)
+    close(pj.merge(stacked)["layers"]["dense"]["bias"][1], merged["layers"][1]["dense"]["bias"])
+    close(pj.merge(stacked)["layers"]["dense"]["kernel"][1], merged["layers"][1]["dense"]["kernel"])
+    again = pj.get_peft_model_state_dict(stacked)
+    assert again.keys() == file.keys() and all(np.array_equal(again[key], file[key]) for key in file)
+    other = jax.tree.map(lambda array: array[::-1] ** 2, stack)
+    with pytest.raises(ValueError, match="The clusters of .* outputs on this base, and .* in the file"):
+        pj.set_peft_model_state_dict(other, pj.AdamssConfig(**ADAMSS), file, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 8}, r"r=8\) has as many singular vectors as 'dense' has outputs, 4, .*Choose r below 4"),
+        ({"init_weights": "zeros"}, "init_weights is 'orthogonal', None or False, got 'zeros'"),
+        ({"num_subspaces": 0}, "num_subspaces is at least 1, got 0"),
+        ({"use_asa": True, "mask_interval": 0}, "mask_interval is a number above 0 with use_asa, got 0"),
+        ({"use_asa": True, "init_warmup": 9, "final_warmup": 9}, "init_warmup=9 is to be below final_warmup=9"),
+    ],
+)
+def test_adamss_says_what_it_needs(options, message, dense):
+    with pytest.raises(ValueError, match=message):
+        pj.apply_adapter(dense, pj.AdamssConfig(**ADAMSS | options))
+
+
+@pytest.mark.filterwarnings("ignore:A FROD adapter")
+def test_frod_turns_a_basis_that_layers_of_a_kind_share():
+    """The base is U diag(l) V' with columns of U of length 1; a file has V once, and the places that PEFT draws."""
+    torch = pytest.importorskip("torch")
+    tree = {"layers": [{"up": {"kernel": normal(i, 6, 5)}, "out": {"kernel": normal(9 + i, 4, 3)}} for i in range(3)]}
+    config = pj.FrodConfig(sparse_rate=0.2, projection_prng_key=3, target_modules=["up", "out"])
+    params = pj.apply_adapter(tree, config)
+    file = pj.get_peft_model_state_dict(params)
+    assert sorted(key for key in file if "layers" not in key) == [
+        f"base_model.{name}.{kind}" for name in ("frod_V", "frod_s_indices", "frod_s_size") for kind in ("out", "up")
+    ]
+    generator = torch.Generator().manual_seed(3)
+    for kind, n_in in (("out", 4), ("up", 6)):
+        places = np.array([(i, j) for i in range(n_in) for j in range(n_in) if i != j])
+        drawn = torch.randperm(len(places), generator=generator)[: int(n_in * n_in * 0.2)].numpy()
+        np.testing.assert_array_equal(file[f"base_model.frod_s_indices.{kind}"], places[drawn].T)
+        basis = file[f"base_model.frod_V.{kind}"]
+        for layer, adapted in zip(tree["layers"], params["layers"], strict=True):
+            left = np.asarray(adapted[kind]["kernel"].state["frod_U"]).T
+            close(np.linalg.norm(left, axis=0), np.ones(n_in))
+            lengths = np.asarray(adapted[kind]["kernel"].params["frod_lambda_l"])
+            close(left * lengths @ basis.T, layer[kind]["kernel"].T)
+    moved = perturbed(params)
+    node = moved["layers"][1]["up"]["kernel"]
+    sparse = np.diag(np.asarray(node.params["frod_lambda_l"])).copy()
+    sparse[tuple(file["base_model.frod_s_indices.up"])] += node.params["frod_lambda_s_values"]
+    close(node.dense().T, np.asarray(node.state["frod_U"]).T @ sparse @ file["base_model.frod_V.up"].T)
+    again = pj.set_peft_model_state_dict(tree, config, pj.get_peft_model_state_dict(moved))
+    jax.tree.map(lambda got, want: close(got, want, 1e-6), pj.merge(again), pj.merge(moved))
+
+
+def test_frod_says_what_peft_would_not_read(dense):
+    config = pj.FrodConfig(sparse_rate=0.1, target_modules=["dense"])
+    with pytest.warns(UserWarning, match="has a basis of its own.*train on from an adapter that PEFT saved"):
+        params = pj.apply_adapter(dense, config)
+    file = pj.get_peft_model_state_dict(params)
+    file["base_model.frod_s_indices.dense"] = 6 + file["base_model.frod_s_indices.dense"]
+    with pytest.raises(ValueError, match="frod_s_indices of 'dense.kernel' holds .* no whole number from 0 to 5"):
+        pj.set_peft_model_state_dict(dense, config, file)
+    with pytest.raises(ValueError, match=r"save_projection=False\) is not supported"):
+        pj.FrodConfig(save_projection=False)
+    with pytest.raises(ValueError, match="sparse_rate is a share, from 0 to 1, got 2"):
+        pj.FrodConfig(sparse_rate=2)
+
+
+@pytest.mark.filterwarnings("ignore:A FROD adapter")
+def test_frod_has_one_basis_for_modules_of_equal_inputs():
+    tree = {"layers": [{"up": {"kernel": normal(i, 4 + i, 5)}} for i in range(2)]}
+    with pytest.raises(ValueError, match=r"modules of the kind 'up', and these have \[4, 5\] inputs"):
+        pj.apply_adapter(tree, pj.FrodConfig(target_modules=["up"]))
 
 
 @pytest.mark.parametrize("sizes", [(6, 9), (9, 6)])
@@ -954,7 +1192,8 @@ def test_starts_are_drawn_as_peft_draws_them(name, monkeypatch):
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # it would try to compile one
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"dense": torch.nn.Linear(512, 256)})
-    tree = {"dense": {"kernel": jnp.array(model["dense"].weight.detach().numpy().T), "bias": jnp.zeros(256)}}
+    weight, bias = (parameter.detach().numpy() for parameter in model["dense"].parameters())
+    tree = {"dense": {"kernel": jnp.array(weight.T), "bias": jnp.array(bias)}}
     theirs = peft.get_peft_model_state_dict(
         peft.get_peft_model(model, STARTS[name].make(peft, target_modules=["dense"]))
     )

@@ -17,7 +17,7 @@ from peft_jax import interop
 
 SIZES = {"up": (8, 12), "down": (12, 8)}
 REFUSED = {"LN_TUNING", "BEFT", "TRAINABLE_TOKENS"}  # they change no matrix
-CONVERTED = sorted(METHODS.keys() - REFUSED)
+CONVERTED = sorted(name for name in METHODS.keys() - REFUSED if METHODS[name].merges)
 RANKS: tuple[float, ...] = (4, 0.8)
 
 

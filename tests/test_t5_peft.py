@@ -86,6 +86,9 @@ def test_pefts_adapter_gives_the_same_logits_file_and_merge(name, row, pair, tmp
     if not ROWS[row].method.changes_matrix:  # a bias, and T5 has none to merge it into
         with pytest.raises(ValueError, match="trains a bias for a layer that has none to merge it into"):
             model.merge_and_unload()
+    elif not ROWS[row].method.merges:
+        with pytest.raises(ValueError, match="no one matrix"):
+            model.merge_and_unload()
     else:
         close(model.merge_and_unload()(**INPUTS).logits, want)
     model.save_pretrained(tmp_path / "ours")
@@ -97,7 +100,11 @@ def test_pefts_adapter_gives_the_same_logits_file_and_merge(name, row, pair, tmp
 @pairs_and_rows
 def test_our_adapter_gives_the_same_logits_in_peft(name, row, pair, tmp_path):
     _, base = pair(name)
-    model = pj.get_peft_model(base, config_of(pj, row))
+    if ROWS[row].method.starts_in_peft:
+        peft.get_peft_model(torch_base(base), config_of(peft, row)).save_pretrained(tmp_path / "start")
+        model = pj.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
+    else:
+        model = pj.get_peft_model(base, config_of(pj, row))
     trainable, frozen = pj.partition(model)
     leaves, treedef = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(0), len(leaves))

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import METHODS, Adapter
+from peft_jax.interop.formats import FIXED_OF_MODEL
 from peft_training import train_in_peft
 from safetensors.numpy import load_file
 
@@ -82,7 +83,16 @@ def train_ours(base: Path, start: Path, end: Path, tasks: int) -> list[float]:
 )
 def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ROWS[name].make(pj, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = pj.get_peft_model(pj.AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
+    model = pj.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    if ROWS[name].method.starts_in_peft:
+        import peft
+        from transformers import AutoModelForCausalLM
+
+        made = ROWS[name].make(peft, target_modules=TARGETS, task_type="CAUSAL_LM")
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), made).save_pretrained(tmp_path / "fresh")
+        model = pj.PeftModel.from_pretrained(model, tmp_path / "fresh", is_trainable=True)
+    else:
+        model = pj.get_peft_model(model, config)
     trainable, frozen = pj.partition(model)
     leaves, treedef = jax.tree.flatten(trainable)
     draw = np.random.default_rng(1)
@@ -107,6 +117,7 @@ def test_twenty_steps_are_those_of_peft(name: str, base: Path, tmp_path: Path, m
         np.testing.assert_allclose(ours[key], tensor, rtol=0, atol=5e-5, err_msg=key)
     frozen = set(getattr(config, "shared_axes", {})) - set(config.carried)  # random matrices, which a file may hold too
     frozen |= {role.rpartition(".")[2] for role in getattr(config, "frozen", ())}
+    frozen |= {key.rpartition(".")[2] for key in theirs if key.startswith(FIXED_OF_MODEL)}
     parts = {key: key.removesuffix(".weight").rsplit(".", 1)[-1] for key in theirs if theirs[key].size}
     trained = [key for key, role in parts.items() if role not in frozen and theirs[key].dtype.kind not in "iu"]
     moved = {key: np.abs(theirs[key] - kept(first[key], key, configs[0])).max() for key in trained}

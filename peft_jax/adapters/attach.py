@@ -20,7 +20,7 @@ from peft_jax.adapters.complete import (
     with_replicas,
     with_ties,
 )
-from peft_jax.adapters.plan import Target, may_be_target, plan
+from peft_jax.adapters.plan import Target, may_be_target, neighbours, plan
 from peft_jax.adapters.target_parameters import parameters_of, with_parameters
 from peft_jax.core.adapted_tree import check_adapter_name
 from peft_jax.core.handle import Handle
@@ -219,7 +219,8 @@ def _attached(
 
     def initialize(target: Target, base: Weight) -> Any:
         if isinstance(config, StartsFromWeight):
-            return config.init_on(base, target.leaf.names, target.adapted, key)
+            among = neighbours(target, planned, declared)
+            return config.init_among(base, among, target.leaf.names, target.adapted, key)
         return *config.init(base.layout, base.shape, target.leaf.names, target.adapted, key), base
 
     contents_of = initial_contents(config, planned, initialize, key, declared)

@@ -5,15 +5,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from peft_jax.adapters.plan import Target, following_modules, matrices, module_sizes
-from peft_jax.core.adapted import Adapted, Tag
+from peft_jax.core.adapted import ADAPTER, Adapted, Places, Tag
 from peft_jax.core.adapted_tree import tied
 from peft_jax.core.leaves import replace_leaves
 from peft_jax.core.partition_specs import sharded_like_base
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import Weight, as_leaf, as_weight
 from peft_jax.methods.base import Method
+from peft_jax.methods.grouped_arrays import GroupedArrays
 from peft_jax.methods.roles import BiasRule
 from peft_jax.methods.shared_arrays import SharedArrays, TrainedSharedArrays
 
@@ -26,12 +28,14 @@ class Contents(NamedTuple):
         state: Frozen arrays.
         base: The weight that they go on.
         dtypes: Element types of the tensors of a file, by key.
+        places: Where the arrays are that groups of layers share.
     """
 
     params: dict[str, jax.Array]
     state: dict[str, Any]
     base: Weight
     dtypes: Mapping[str, str] = MappingProxyType({})
+    places: Places | None = None
 
 
 ContentsOf = Callable[[Target], Contents]
@@ -61,7 +65,7 @@ def build(
     nodes = {}
     for target in targets:
         contents = contents_of(target)
-        tag = Tag(adapter_name, config, target.role, dict(contents.dtypes))
+        tag = Tag(adapter_name, config, target.role, dict(contents.dtypes), contents.places)
         base = as_leaf(contents.base)
         node = Adapted(base, contents.params, contents.state, target.leaf.layout, tag, active, trainable)
         nodes[target.position] = sharded_like_base(node)
@@ -85,7 +89,7 @@ def initial_contents(
         declared: Paths of the model's modules, as in `peft_jax.core.declared_order.in_declared_order`.
     """
     following = following_modules(targets)
-    sizes = module_sizes(targets, declared) if isinstance(config, SharedArrays) else {}
+    sizes = module_sizes(targets, declared) if isinstance(config, SharedArrays | GroupedArrays) else {}
     shared: Mapping[str, jax.Array] = {}
     if isinstance(config, TrainedSharedArrays):
         shared = config.initial(sizes, jax.random.key(0) if key is None else key)
@@ -105,7 +109,8 @@ def initial_contents(
                 params.pop(role, None)
                 state.pop(role, None)
         params |= carried_by(config, target, targets, shared)
-        return Contents(params, state_beside(config, target, following, shared, sizes) | state, base)
+        state = state_beside(config, target, following, shared, sizes) | state
+        return in_groups(config, target, sizes, Contents(params, state, base))
 
     return contents_of
 
@@ -143,3 +148,19 @@ def carried_by(
         return {}
     first = matrices(targets)[0]
     return config.carry(shared, target.adapted.shape) if target.position == first.position else {}
+
+
+def in_groups(config: Method, target: Target, sizes: Mapping[str, tuple[int, int]], contents: Contents) -> Contents:
+    """The contents of a matrix whose layers have all arrays, with those that groups of layers share in their first."""
+    if not isinstance(config, GroupedArrays):
+        return contents
+    places = config.places(sizes, target.leaf.names, target.adapted)
+    params, leads = dict(contents.params), dict[str, jax.Array]()
+    for role in config.carried:
+        own = places.leads(role).reshape(target.adapted.shape)
+        leads[config.leads(role)] = jnp.asarray(own)
+        array = params.pop(role)
+        if own.any():
+            params[role] = jnp.where(own.reshape(*own.shape, *[1] * (array.ndim - own.ndim)), array, 0)
+    state = {**contents.state, **leads, ADAPTER: {}}
+    return contents._replace(params=params, state=state, places=places)

@@ -81,8 +81,9 @@ def _is_product(leaf: Leaf) -> bool:
 def _condition_numbers(leaf: Leaf) -> Iterator[tuple[str, str, float]]:
     """Of each matrix that a leaf stands for its parameter's name, its module's, and its condition number."""
     weight = as_weight(leaf.value, leaf.layout)
-    matrices = leaf.layout.matrix(weight.dense()).astype(jnp.float32)
-    values = np.asarray(jax.jit(_singular_values)(matrices))
+    matrices = leaf.layout.matrix(weight.dense())
+    *stack, n_in, n_out = matrices.shape
+    values = np.asarray(jax.jit(_singular_values)(matrices.reshape(-1, n_in, n_out))).reshape(*stack, -1)
     kappas = values[..., 0] / (values[..., -1] + np.float32(SMALL))
     parameters = np.broadcast_to(parameter_names(leaf), kappas.shape)
     modules = np.broadcast_to(leaf.names, kappas.shape)
@@ -91,7 +92,8 @@ def _condition_numbers(leaf: Leaf) -> Iterator[tuple[str, str, float]]:
 
 
 def _singular_values(matrices: jax.Array) -> jax.Array:
-    return jnp.linalg.svd(matrices, compute_uv=False)
+    """Those of each matrix of a stack, one after the other: compilers for chips take memory for all at once."""
+    return jax.lax.map(lambda matrix: jnp.linalg.svd(matrix.astype(jnp.float32), compute_uv=False), matrices)
 
 
 def _lowest(kappas: Mapping[str, list[float]], top_p: float) -> list[str]:

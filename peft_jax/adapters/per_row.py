@@ -163,15 +163,22 @@ class Rows(Weight):
                 f"A product has inputs of shape {x.shape} where each of {batch} rows has an adapter of its own. "
                 f"The first axis has to be the batch of {batch}."
             )
-        y, base = self._base.apply(x, product), self._base
+        y = self._base.apply(x, product)
         gathered = [i for i, tag in enumerate(self.tags) if self._is_plain(i, product)]
         if gathered:
             y = self._with_factors(gathered, y, x, product)
-        for i, tag in enumerate(self.tags):
+        for i in range(len(self.tags)):
             if i not in gathered:
-                own = tag.rule.apply(self.params[i], self.states[i], base, x, product)
+                own = self._of_adapter(i, x, product)
                 y = jnp.where(jnp.reshape(self.rows == i + 1, (-1, *[1] * (y.ndim - 1))), own, y)
         return y
+
+    def _of_adapter(self, i: int, x: jax.Array, product: Product) -> jax.Array:
+        """The product of all rows with one adapter; each row by itself, if it would depend on the others."""
+        rule, params, state = self.tags[i].rule, self.params[i], self.states[i]
+        if not rule.over_rows:
+            return rule.apply(params, state, self._base, x, product)
+        return jax.vmap(lambda row: rule.apply(params, state, self._base, row[None], product)[0])(x)
 
     def _is_plain(self, i: int, product: Product) -> bool:
         """Whether an adapter is two factors and no more, and the product one that maps over rows."""

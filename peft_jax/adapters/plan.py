@@ -1,9 +1,10 @@
 """Plan an adapter: which leaves it changes, and in which roles. `peft_jax.adapters.build` then builds it."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from peft_jax.adapters.target_parameters import names_parameter
@@ -11,8 +12,10 @@ from peft_jax.core.declared_order import in_declared_order
 from peft_jax.core.leaves import Leaf, is_float, is_matrix
 from peft_jax.core.selecting import only
 from peft_jax.core.targets import is_saved_module
+from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.roles import BIAS, REPLACED, SAVED, BiasRule, Follower, FollowingCopy, Role, Whole
+from peft_jax.methods.starts_from_weight import Neighbours
 from peft_jax.methods.trainable_tokens import Tokens
 
 
@@ -164,6 +167,44 @@ def following_modules(targets: Iterable[Target]) -> set[str]:
         if isinstance(target.role, Follower | FollowingCopy):
             names |= set(target.leaf.names[target.adapted])
     return names
+
+
+def neighbours(target: Target, targets: Collection[Target], declared: Sequence[str] = ()) -> Neighbours:
+    """The weights that a method may look at beside the matrix of a target."""
+    bias = None
+    for other in targets:
+        is_of_it = np.array_equal(other.leaf.names, target.leaf.names)
+        if is_of_it and isinstance(other.role, Follower | FollowingCopy):
+            bias = _without_adapters(other)
+    return Neighbours(bias, _LazyMatrices(targets, declared))
+
+
+class _LazyMatrices(Mapping[str, jax.Array]):
+    """The matrices of all target modules by name, made when they are asked for."""
+
+    def __init__(self, targets: Collection[Target], declared: Sequence[str]) -> None:
+        self.names = list(module_sizes(targets, declared))
+        self.places: dict[str, tuple[Target, tuple[int, ...]]] = {}
+        for target in matrices(targets):
+            for index in np.ndindex(target.leaf.names.shape):
+                if target.adapted[index]:
+                    self.places[str(target.leaf.names[index])] = target, index
+
+    def __getitem__(self, name: str) -> jax.Array:
+        target, index = self.places[name]
+        return _without_adapters(target)[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _without_adapters(target: Target) -> jax.Array:
+    """The weight of a target, stacked axes first."""
+    layout = target.leaf.required_layout()
+    return layout.matrix(as_weight(target.leaf.value, layout).unadapted.dense())
 
 
 def module_sizes(targets: Iterable[Target], declared: Sequence[str] = ()) -> dict[str, tuple[int, int]]:

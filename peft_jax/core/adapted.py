@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,15 @@ class Rule(Protocol):
 
     @property
     def carried(self) -> Collection[str]:
-        """Roles of the trained arrays that all leaves share; the first leaf has them in ``params``, in its layer 0."""
+        """Roles of the trained arrays that leaves share.
+
+        The first leaf has those of all leaves in ``params``, in its layer 0; those of groups of layers are in the
+        layers that lead them.
+        """
+
+    @property
+    def over_rows(self) -> bool:
+        """Whether what it computes of a row depends on the other rows of a batch."""
 
     def structure(self) -> tuple[Any, ...]:
         """A key that is equal for two adapters exactly if they run in one compiled program."""
@@ -58,7 +66,7 @@ class Rule(Protocol):
     def stacks_on(self, inner: Any) -> bool:
         """Whether both can be active on one leaf, this rule on the weight that ``inner`` makes."""
 
-    def for_bias(self, params: PyTree, base: Weight) -> dict[str, Any]:
+    def for_bias(self, params: PyTree, state: PyTree, base: Weight) -> dict[str, Any]:
         """The arrays, stacked axes first, with which a layer's bias follows its matrix, of the weight ``base``."""
 
     def bias_roles(self, params: PyTree) -> set[str]:
@@ -82,6 +90,22 @@ class Role(Protocol):
         """The computation with the leaf's arrays, in an adapter of a config."""
 
 
+class Places(NamedTuple):
+    """The modules that a leaf's stacked layers are, as numbers, and those whose arrays they use.
+
+    Attributes:
+        own: The number of each layer's module; -1 where the adapter is not.
+        leaders: By role of the shared arrays, the number of the module that trains each layer's.
+    """
+
+    own: tuple[int, ...]
+    leaders: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def leads(self, role: str) -> np.ndarray:
+        """Which layers train their own array of a role."""
+        return np.array([own == leader >= 0 for own, leader in zip(self.own, dict(self.leaders)[role], strict=True)])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tag:
     """The adapter that a leaf belongs to, and the leaf's role in it.
@@ -94,12 +118,14 @@ class Tag:
         config: The adapter's config, the same for all of its leaves.
         role: The leaf's role; None for the matrix of a target.
         dtypes: The element types in which the adapter's file stored the leaf's tensors, by key, for saving again.
+        places: Where each stacked layer's array is that groups of layers share.
     """
 
     name: str
     config: Any
     role: Any = None
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    places: Places | None = None
 
     def __post_init__(self) -> None:
         check_folder_name(self.name)
@@ -114,10 +140,13 @@ class Tag:
         return f"Tag({self.name!r}, {type(self.config).__name__})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tag) and self.rule.structure() == other.rule.structure()
+        return isinstance(other, Tag) and self._structure() == other._structure()
 
     def __hash__(self) -> int:
-        return hash(self.rule.structure())
+        return hash(self._structure())
+
+    def _structure(self) -> tuple[Any, ...]:
+        return (*self.rule.structure(), self.places)
 
 
 @partial(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.core.adapted import ADAPTER, LAYER, Adapted, is_adapted, nested_adapters
 from peft_jax.core.file_names import check_folder_name
@@ -73,7 +74,8 @@ def tied(tree: PyTree) -> Any:
 
     A method such as IA3 scales a layer's outputs, bias included, by one vector. It is trained in the matrix's leaf;
     that the bias's leaf takes it from there, in every function of the trainable partition, adds the two gradients up.
-    Arrays that all leaves of an adapter share, such as VB-LoRA's vectors, are taken from its first leaf alike.
+    Arrays that all leaves of an adapter share, such as VB-LoRA's vectors, are taken from its first leaf alike, and
+    those of a group of layers, such as LILY's, from the group's first layer.
     """
     return _shared(tree, lambda before, roles: True)
 
@@ -92,17 +94,27 @@ def _shared(tree: PyTree, shares: Callable[[Mapping[str, Any], Collection[str]],
     """The tree whose leaves have the arrays that they share with another one, where ``shares(before, roles)``."""
     matrices: dict[tuple[str, str], Adapted] = {}
     carriers: dict[str, Adapted] = {}
+    leaders: dict[str, dict[int, tuple[Adapted, int]]] = {}
     has_shares = False
     for path, leaf in adapted_leaves(tree):
         has_shares = has_shares or LAYER in leaf.state or ADAPTER in leaf.state
         if LAYER not in leaf.state and leaf.layout.inp:
             matrices[module_path(path), leaf.tag.name] = leaf
-        if ADAPTER in leaf.state and _carries(leaf):
+        if leaf.tag.places is not None and leaf.tag.role is None:
+            of_adapter = leaders.setdefault(leaf.tag.name, {})
+            of_adapter |= {number: (leaf, layer) for layer, number in enumerate(leaf.tag.places.own) if number >= 0}
+        elif ADAPTER in leaf.state and _carries(leaf):
             carriers[leaf.tag.name] = leaf
 
     def take(path: str, leaf: Adapted) -> Adapted:
         if LAYER in leaf.state:
             key, source = LAYER, matrices.get((module_path(matrix_path(path, leaf.layout)), leaf.tag.name))
+        elif ADAPTER in leaf.state and leaf.tag.places is not None:
+            roles = _grouped_roles(leaf)
+            if not shares(leaf.state[ADAPTER], roles):
+                return leaf
+            grouped = {role: _of_leaders(leaf, role, leaders[leaf.tag.name]) for role in roles}
+            return dataclasses.replace(leaf, state={**leaf.state, ADAPTER: grouped})
         elif ADAPTER in leaf.state:
             key, source = ADAPTER, carriers.get(leaf.tag.name)
         else:
@@ -133,11 +145,11 @@ def _shared_roles(leaf: Adapted, source: Adapted) -> Collection[str]:
 
 def _for_bias(source: Adapted) -> dict[str, Any]:
     """The arrays that a bias takes from its layer's matrix, which may be shapes alone."""
-    leaves = jax.tree.leaves((source.params, source.base))
+    leaves = jax.tree.leaves((source.params, source.state, source.base))
     base = source.unadapted
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in leaves):
-        return dict(jax.eval_shape(source.method.for_bias, source.params, base))
-    return source.method.for_bias(source.params, base)
+        return dict(jax.eval_shape(source.method.for_bias, source.params, source.state, base))
+    return source.method.for_bias(source.params, source.state, base)
 
 
 def _of_carrier(leaf: Adapted, carrier: Adapted) -> dict[str, Any]:
@@ -154,3 +166,44 @@ def _of_carrier(leaf: Adapted, carrier: Adapted) -> dict[str, Any]:
         return jnp.broadcast_to(array[before], whole)
 
     return jax.tree.map(spread, only(carrier.params, roles))
+
+
+def _grouped_roles(leaf: Adapted) -> list[str]:
+    """The roles of the arrays that a leaf takes from the leaders of its groups: all but those of a single leader."""
+    assert leaf.tag.places is not None, "it has groups"
+    is_single = not leaf.layout.stack
+    return [role for role in leaf.method.carried if not (is_single and leaf.tag.places.leads(role)[0])]
+
+
+def _of_leaders(leaf: Adapted, role: str, leaders: Mapping[int, tuple[Adapted, int]]) -> Any:
+    """An array of each of a leaf's layers, from the layers that train it; any where the adapter is not."""
+    assert leaf.tag.places is not None, "it has groups"
+    numbers = dict(leaf.tag.places.leaders)[role]
+    present = next(number for number in numbers if number >= 0)
+    found = [leaders.get(number if number >= 0 else present) for number in numbers]
+    if any(one is None for one in found):
+        raise ValueError(
+            f"Adapter '{leaf.tag.name}' has layers that share '{role}' with others, which are not in this tree. Take "
+            "the whole tree."
+        )
+    sources = [one for one in found if one is not None]
+    stack = leaf.layout.stack_shape(leaf.shape)
+
+    def of_layer(source: Adapted, layer: int) -> Any:
+        depth = len(source.layout.stack)
+        array = source.params[role]
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape[depth:], array.dtype)
+        return array.reshape(-1, *array.shape[depth:])[layer]
+
+    first, _ = sources[0]
+    if all(source is first for source, _ in sources) and not isinstance(first.params[role], jax.ShapeDtypeStruct):
+        depth = len(first.layout.stack)
+        flat = first.params[role].reshape(-1, *first.params[role].shape[depth:])
+        own = flat[np.array([layer for _, layer in sources])]
+        return own.reshape(*stack, *own.shape[1:])
+    arrays = [of_layer(source, layer) for source, layer in sources]
+    if isinstance(arrays[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((*stack, *arrays[0].shape), arrays[0].dtype)
+    own = jnp.stack(arrays)
+    return own.reshape(*stack, *own.shape[1:])

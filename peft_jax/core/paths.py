@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.layout import LEAF_NAMES, Layout
@@ -134,6 +135,13 @@ def keys_from_names(key: jax.Array, names: np.ndarray) -> jax.Array:
     Layers of one name, the experts of a parameter, have unlike keys by their number.
     """
     return keys_from_codes(key, name_codes(names))
+
+
+def normal_by_names(key: jax.Array, names: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+    """Normal numbers of this shape, whose first axes are those of ``names``, drawn with the keys of the names."""
+    keys = jnp.reshape(keys_from_names(key, names), (-1,))
+    drawn = jax.vmap(lambda key: jax.random.normal(key, shape[names.ndim :]))(keys)
+    return drawn.reshape(shape)
 
 
 def name_codes(names: np.ndarray) -> np.ndarray:

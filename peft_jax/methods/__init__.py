@@ -1,6 +1,7 @@
 """Adapter methods, one file each."""
 
 from peft_jax.methods.adalora.config import AdaLoraConfig as AdaLoraConfig
+from peft_jax.methods.adamss import AdamssConfig as AdamssConfig
 from peft_jax.methods.base import PeftConfig as PeftConfig
 from peft_jax.methods.beft import BeftConfig as BeftConfig
 from peft_jax.methods.boft import BOFTConfig as BOFTConfig
@@ -8,11 +9,13 @@ from peft_jax.methods.c3a import C3AConfig as C3AConfig
 from peft_jax.methods.deft import DeftConfig as DeftConfig
 from peft_jax.methods.delora import DeloraConfig as DeloraConfig
 from peft_jax.methods.fourierft import FourierFTConfig as FourierFTConfig
+from peft_jax.methods.frod import FrodConfig as FrodConfig
 from peft_jax.methods.glora import GloraConfig as GloraConfig
 from peft_jax.methods.gralora import GraloraConfig as GraloraConfig
 from peft_jax.methods.hira import HiraConfig as HiraConfig
 from peft_jax.methods.hra import HRAConfig as HRAConfig
 from peft_jax.methods.ia3 import IA3Config as IA3Config
+from peft_jax.methods.lily import LilyConfig as LilyConfig
 from peft_jax.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from peft_jax.methods.loha import LoHaConfig as LoHaConfig
 from peft_jax.methods.lokr import LoKrConfig as LoKrConfig

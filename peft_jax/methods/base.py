@@ -141,7 +141,8 @@ class Method(AbsentFields, PeftConfig):
     Arrays are in two dictionaries, ``params`` (trained) and ``state`` (frozen), both with the stacked axes first.
     ``merge`` and ``apply`` see one layer, without stacked axes. A stack whose layers differ is padded; arrays of
     layers that are not adapted are zero. What only some methods do is in base classes of its own: `Ranked`,
-    `StartsFromWeight`, `FrozenArrays`, `SharedArrays`, `TrainedSharedArrays`, `BiasRule`, `TrainingHooks`.
+    `StartsFromWeight`, `FrozenArrays`, `SharedArrays`, `TrainedSharedArrays`, `GroupedArrays`, `BiasRule`,
+    `TrainingHooks`.
 
     Attributes:
         axes: Axes of a file's arrays after the stacked ones, by role; ``in`` and ``out`` are the matrix's.
@@ -155,8 +156,9 @@ class Method(AbsentFields, PeftConfig):
         notes_storage: Whether PEFT sets ``fan_in_fan_out`` by what it finds, if there is the field.
         replaces: Whether it trains a copy of every leaf of a target, and has no arrays of its own.
         reads_base: Whether `merge` may look at the matrix without the adapters under this one.
-        carried: Roles of trained arrays that all leaves of an adapter share (`TrainedSharedArrays`).
+        carried: Roles of trained arrays that leaves of an adapter share (`TrainedSharedArrays`, `GroupedArrays`).
         counts_modules: Whether its numbers depend on the order of the modules, as `SharedArrays.numbered` takes it.
+        over_rows: Whether what it computes of a row depends on the other rows of a batch.
         mixes: Whether PEFT's PeftMixedModel has it active beside other such methods.
         is_whole: Whether the leaf is a trained copy in place of its base.
         bias_only: The value of ``bias`` for those of adapted modules, if not the method's name.
@@ -174,6 +176,7 @@ class Method(AbsentFields, PeftConfig):
     reads_base: ClassVar[bool] = False
     carried: ClassVar[Collection[str]] = ()
     counts_modules: ClassVar[bool] = False
+    over_rows: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     is_whole: ClassVar[bool] = False
     bias_only: ClassVar[str] = ""
@@ -293,7 +296,7 @@ class Method(AbsentFields, PeftConfig):
         """Whether a module's adapter has an array of `shapes`, given whether the adapter changes a bias of it."""
         return True
 
-    def for_bias(self, params: Arrays, base: Weight) -> dict[str, jax.Array]:
+    def for_bias(self, params: Arrays, state: Mapping[str, Any], base: Weight) -> dict[str, jax.Array]:
         """The arrays, stacked axes first, with which a layer's bias follows its matrix, of the weight ``base``."""
         return dict(params)
 

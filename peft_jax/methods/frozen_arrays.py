@@ -8,6 +8,7 @@ import numpy as np
 
 from peft_jax.core.layout import Layout
 from peft_jax.core.selecting import only, without
+from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method
 
 
@@ -47,7 +48,14 @@ class FrozenArrays(Method):
         return without(arrays, self.frozen), only(arrays, self.frozen)
 
     def check_frozen(self, arrays: Mapping[str, np.ndarray], n_in: int, n_out: int, path: str) -> None:
-        """Raise ValueError if arrays of a file cannot be those of the matrix ``(n_in, n_out)`` of a leaf."""
+        """Raise ValueError if arrays of a file cannot be those of the matrix ``(n_in, n_out)`` of a leaf.
+
+        Beside them are those of the leaf's state that the base gives.
+        """
+
+    def derived(self, frozen: Mapping[str, Any], base: Weight, adapted: np.ndarray) -> dict[str, jax.Array]:
+        """More frozen arrays of a leaf, which the base and those of a file give."""
+        return {}
 
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
         """The trained arrays and the frozen ones."""

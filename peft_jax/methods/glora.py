@@ -186,7 +186,7 @@ class GloraConfig(TargetFields, FrozenArrays, BiasRule):
             change = change.astype(params[WEIGHTED].dtype) + params[WEIGHTED]
         return added(bias, jnp.where(state["hit"], change, 0))
 
-    def for_bias(self, params: Arrays, base: Weight) -> dict[str, jax.Array]:
+    def for_bias(self, params: Arrays, state: Arrays, base: Weight) -> dict[str, jax.Array]:
         """The trained arrays, and the product of C and the weight."""
         arrays = dict(params)
         if self.config_C == NONE:

@@ -51,6 +51,7 @@ class Role:
     first: ClassVar[str | None] = None
     reads_base: ClassVar[bool] = False
     carried: ClassVar[Collection[str]] = ()
+    over_rows: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     is_whole: ClassVar[bool] = False
     dropout_rates: ClassVar[Mapping[str, float]] = {}
@@ -68,7 +69,7 @@ class Role:
         """Whether both can be active on one leaf."""
         return True
 
-    def for_bias(self, params: Arrays, base: Weight) -> dict[str, jax.Array]:
+    def for_bias(self, params: Arrays, state: Mapping[str, Any], base: Weight) -> dict[str, jax.Array]:
         """The arrays; no bias follows a leaf in such a role."""
         return dict(params)
 

@@ -1,6 +1,7 @@
 """Base class of methods whose fresh arrays depend on the weight that they go on."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -8,8 +9,24 @@ import numpy as np
 from peft_jax.core.weight import Weight
 
 
+class Neighbours(NamedTuple):
+    """Weights without adapters that a module's arrays may depend on beside its own matrix.
+
+    Attributes:
+        bias: The biases ``(*stack, out)`` that change with the matrix, if there are some.
+        matrices: The matrices ``(in, out)`` of all modules of the adapter by name, in the order in which PyTorch
+            declares them.
+    """
+
+    bias: jax.Array | None
+    matrices: Mapping[str, jax.Array]
+
+
 class StartsFromWeight:
-    """A method that looks at the base's numbers to initialize its arrays, or takes a part out of the base."""
+    """A method that looks at the base's numbers to initialize its arrays, or takes a part out of the base.
+
+    `init_among` and `state_among` are for those that look at other weights too.
+    """
 
     def init_on(
         self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
@@ -24,3 +41,13 @@ class StartsFromWeight:
     def state_on(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """The frozen arrays that no file has: `init_on` makes them of the base, and reading a file makes them again."""
         return {}
+
+    def init_among(
+        self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
+        """`init_on`, given other weights."""
+        return self.init_on(base, names, adapted, key)
+
+    def state_among(self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
+        """`state_on`, given other weights."""
+        return self.state_on(base, names, adapted)

@@ -1,6 +1,6 @@
 """Parameters of a model under the names that they have in PyTorch: transformers', and PEFT's where it has adapters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ import numpy as np
 from peft_jax.core.adapted import Adapted, changed_layers, nested_adapters
 from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.handle import Handle
-from peft_jax.core.leaves import find_leaves, module_names
+from peft_jax.core.leaves import Leaf, find_leaves, module_names
 from peft_jax.core.merge import unload
 from peft_jax.core.paths import named_leaves
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
-from peft_jax.interop.formats import FIXED, PREFIX
+from peft_jax.interop.formats import FIXED, FIXED_OF_MODEL, PREFIX, ROWS, tensor_key
 from peft_jax.interop.tensors import get_peft_model_state_dict
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.trainable_tokens import Tokens
@@ -108,10 +108,27 @@ def _of_adapters(handle: Handle, known: dict[str, Any]) -> Iterator[tuple[str, t
             trained = trained or (node.active and node.trainable)
             if node.tag.role == Whole(SAVED):
                 saved |= set(leaf.modules)
+        shared = _led_by_others(nodes)
         for key, array in get_peft_model_state_dict(handle, adapter, save_embedding_layers=False).items():
-            if np.issubdtype(array.dtype, np.integer):  # places, which are no parameter in PEFT's model
+            # Places are no parameters in PEFT's model, and PyTorch names a shared one once.
+            if np.issubdtype(array.dtype, np.integer) or key in shared:
                 continue
-            yield _with_name(key, adapter, modules, saved), (array, trained and not key.endswith(FIXED))
+            is_fixed = key.endswith(FIXED) or key.startswith(FIXED_OF_MODEL)
+            yield _with_name(key, adapter, modules, saved), (array, trained and not is_fixed)
+
+
+def _led_by_others(nodes: Iterable[tuple[Leaf, Adapted | None]]) -> set[str]:
+    """The keys of arrays that layers take from another one of their group."""
+    found = set()
+    for leaf, node in nodes:
+        if node is None or node.tag.places is None:
+            continue
+        config, places = node.tag.config, node.tag.places
+        suffixes = {row.role: row.suffix for row in ROWS[config.peft_type][False]}
+        for role in config.carried:
+            names = np.ravel(leaf.names)[~places.leads(role)]
+            found |= {tensor_key(config.peft_type, str(name), suffixes[role]) for name in names}
+    return found
 
 
 def _with_name(key: str, adapter: str, modules: set[str], saved: set[str]) -> str:

@@ -65,8 +65,8 @@ class AdapterOptions:
     TITLE = "Adapter"
 
     peft: Annotated[str | None, Option(aliases=("--peft-type",), metavar="NAME")] = None
-    """Method, by PEFT's name of it (LORA by default): ADALORA, ADAPTION_PROMPT, BEFT, BOFT, C3A, CARTRIDGE, CPT,
-    DEFT, DELORA, FOURIERFT, GLORA, GRALORA, HIRA, HRA, IA3, LN_TUNING, LOHA, LOKR, LORA, MISS,
+    """Method, by PEFT's name of it (LORA by default): ADALORA, ADAMSS, ADAPTION_PROMPT, BEFT, BOFT, C3A, CARTRIDGE,
+    CPT, DEFT, DELORA, FOURIERFT, FROD, GLORA, GRALORA, HIRA, HRA, IA3, LILY, LN_TUNING, LOHA, LOKR, LORA, MISS,
     MULTITASK_PROMPT_TUNING, OFT, OSF, PEANUT, POLY, PREFIX_TUNING, PROMPT_TUNING, PVERA, P_TUNING, RANDLORA, ROAD,
     SHIRA, SUPERTUNING, TINYLORA, TRAINABLE_TOKENS, UNILORA, VBLORA, VERA or WAVEFT."""
     peft_config: Annotated[str | None, Option(metavar="JSON")] = None

@@ -68,7 +68,8 @@ class Inspection(Handle):
     def state_dict(self) -> dict[str, np.ndarray]:
         """All of `named_parameters` at once, in memory of the host. `peft_jax.interop.save_adapter` writes an adapter.
 
-        A head that is tied to the embedding is there once, under the embedding's name.
+        A head that is tied to the embedding is there once, under the embedding's name, and so is an array that layers
+        of an adapter share, under the first layer's.
         """
         return dict(self.named_parameters())
 
