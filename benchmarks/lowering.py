@@ -46,6 +46,7 @@ from peft_jax.train.mesh import (
 )
 
 RECORDS = Path(__file__).parents[1] / "docs" / "lowering.json"
+BY_HAND = RECORDS.with_name("lowering_by_hand.json")  # of lowering_by_hand.py
 SIZES = {  # hidden, feed-forward, layers, heads, size of a head, tied embeddings: Llama 3.2 1B, 3.1 8B and 70B
     "1b": (2048, 8192, 16, 32, 64, True),
     "8b": (4096, 14336, 32, 32, 128, False),
@@ -260,8 +261,8 @@ def lowered(case: Case) -> dict[str, Any]:
     if case.base in (*INT8, *NF4):
         own = {leaf.shape for leaf in jax.tree.leaves(model_of(case).params)}
         written = dequantized(compiled.as_text(), quantized, mesh, own)
-    # For the H100, XLA fuses no scales of blocks into products: the page says so of each such program.
-    if written and (case.base in INT8 or case.chip != "h100"):
+    # XLA does not fuse the scales of blocks into every product: the page says of each such program what it writes.
+    if written and case.base in INT8:
         raise Dequantized(f"dequantized weights: {', '.join(sorted(written))}")
     memory = compiled.memory_analysis()
     parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output", "alias")}
@@ -287,6 +288,14 @@ def refused(case: Case, error: Exception) -> dict[str, Any]:
     """The record of a case that the compiler or a check refuses, as some shapes of mixtures are so far."""
     said = str(error).splitlines()[0]
     return {**dataclasses.asdict(case), "refused": said, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
+
+
+def write_page() -> None:
+    """Write docs/lowering.md from the records of this program and of `lowering_by_hand.py`."""
+    records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    missing = [known.name for known in CASES if known.name not in records]
+    beside = json.loads(BY_HAND.read_text()) if BY_HAND.exists() else {}
+    RECORDS.with_suffix(".md").write_text(table(list(records.values()), missing, list(beside.values())))
 
 
 def without_a_tpu() -> None:
@@ -322,8 +331,7 @@ def main(options: Options) -> None:
         found[case.name] = record
         records = {known.name: found[known.name] for known in CASES if known.name in found}
         RECORDS.write_text(json.dumps(records, indent=1) + "\n")
-        missing = [known.name for known in CASES if known.name not in records]
-        RECORDS.with_suffix(".md").write_text(table(list(records.values()), missing))
+        write_page()
         said = record.get("refused") or f"{record['per_chip'] / 2**30:.2f} GiB a chip"
         print(f"{case.name}: {said}", flush=True)
         jax.clear_caches()

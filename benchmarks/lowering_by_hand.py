@@ -1,37 +1,67 @@
-"""A decoder of einsum kernels, with LoRA written by hand and with LoRA by `peft_jax.adapt`, compiled for accelerators.
+"""Decoders that are not this package's, with LoRA written by hand and with LoRA by `peft_jax.adapt`, compiled.
 
-    .venv-aot/bin/python benchmarks/lowering_by_hand.py --chips v5e:1x1 h100
+    make lowering-by-hand                                # all cases, into docs/lowering_by_hand.json and docs/lowering.md
+    .venv-aot/bin/python benchmarks/lowering_by_hand.py --only "scanned remat"
 
-The kernels have the axes that such models give them, ``(in, heads, head_dim)`` and ``(heads, head_dim, out)``, and the
-layers are not in a scan. The environment is that of `make lowering`. Printed for each chip and base: temporaries, bytes
-that the compiler says are read and written, and copies between fusions, of both; floating-point operations agree.
+One decoder has einsum kernels with the axes that such models give them, ``(in, heads, head_dim)`` and ``(heads,
+head_dim, out)``, and layers outside a scan; tunix's Llama has such leaves. The other is a linen module whose layers are
+scanned. Both also run with their layers computed again in the backward pass. The environment is that of `make
+lowering`. Recorded are temporaries, bytes that the compiler says are read and written, and copies between fusions;
+floating-point operations agree.
 """
 
 import dataclasses
+import json
 import re
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import tyro
-from lowering import described, on, without_a_tpu
+from flax import linen as nn
+from foreign_decoders import IDS, KERNELS, ScannedDecoder, decoder, decoder_weights
+from lowering import BY_HAND, described, on, without_a_tpu, write_page
 
 import peft_jax as pj
 
-HIDDEN, HEADS, HEAD, WIDE, VOCABULARY = 512, 8, 64, 2048, 2048
-ROWS, LENGTH, RANK, SCALING = 4, 256, 16, 2.0
-IDS = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-KERNELS = {  # axes of the product, and of the kernel
-    "q": ("btd,dnh->btnh", (HIDDEN, HEADS, HEAD)),
-    "k": ("btd,dnh->btnh", (HIDDEN, HEADS, HEAD)),
-    "v": ("btd,dnh->btnh", (HIDDEN, HEADS, HEAD)),
-    "o": ("btnh,nhd->btd", (HEADS, HEAD, HIDDEN)),
-    "gate": ("btd,df->btf", (HIDDEN, WIDE)),
-    "up": ("btd,df->btf", (HIDDEN, WIDE)),
-    "down": ("btf,fd->btd", (WIDE, HIDDEN)),
-}
-Multiply = Callable[[str, jax.Array, Any], jax.Array]
+RANK, SCALING = 16, 2.0
+Program = tuple[Any, Any, Callable[..., jax.Array]]  # trained arrays, frozen ones, and the loss of both and the tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A decoder to compile twice.
+
+    Attributes:
+        model: "einsum" or "scanned".
+        remat: Whether backward keeps each layer's input alone.
+        base: Element type of the frozen kernels: bfloat16 or int8.
+        chip: A topology as the compiler's package names it.
+        layers: Of the decoder.
+    """
+
+    model: str
+    remat: bool
+    base: str
+    chip: str
+    layers: int
+
+    @property
+    def name(self) -> str:
+        """What the case is called in the records."""
+        return f"{self.model}{' remat' if self.remat else ''} {self.base} {self.chip}"
+
+
+CASES = [
+    Case(model, remat, base, chip, layers=4 if model == "einsum" else 8)
+    for chip in ("v5e:1x1", "v6e:1x1", "h100")
+    for model in ("einsum", "scanned")
+    for remat in (False, True)
+    for base in ("bfloat16", "int8")
+]
 
 
 class ByHand(NamedTuple):
@@ -41,65 +71,6 @@ class ByHand(NamedTuple):
     scale: jax.Array | None
     first: jax.Array
     second: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is compiled.
-
-    Attributes:
-        chips: Topologies as `make lowering` names them.
-        layers: Of the decoder.
-    """
-
-    chips: tuple[str, ...] = ("v5e:1x1", "v6e:1x1", "h100")
-    layers: int = 8
-
-
-def decoder_weights(layers: int) -> dict[str, Any]:
-    """The tree, in bfloat16."""
-    tree: dict[str, Any] = {"embedding": jnp.zeros((VOCABULARY, HIDDEN), jnp.bfloat16)}
-    for number in range(layers):
-        layer = {name: {"kernel": jnp.zeros(shape, jnp.bfloat16)} for name, (_, shape) in KERNELS.items()}
-        tree[f"layer_{number}"] = layer
-    return tree
-
-
-def normalized(x: jax.Array) -> jax.Array:
-    """Root-mean-square normalization, in float32."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def rotated(x: jax.Array) -> jax.Array:
-    """Rotary positions of ``(rows, length, heads, head_dim)``."""
-    half = HEAD // 2
-    angles = jnp.arange(LENGTH)[:, None] * 1e4 ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
-    left, right = jnp.split(x, 2, -1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
-
-
-def decoder(params: dict[str, Any], ids: jax.Array, multiply: Multiply = jnp.einsum) -> jax.Array:
-    """The loss of predicting each next token; the head is the embedding's transpose."""
-    x = params["embedding"][ids]
-    visible = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
-    for number in range(len(params) - 1):
-        layer = params[f"layer_{number}"]
-
-        def product(name: str, x: jax.Array, layer: Any = layer) -> jax.Array:
-            return multiply(KERNELS[name][0], x, layer[name]["kernel"])
-
-        h = normalized(x)
-        queries, keys, values = rotated(product("q", h)), rotated(product("k", h)), product("v", h)
-        scores = jnp.einsum("btnh,bsnh->bnts", queries, keys).astype(jnp.float32) / HEAD**0.5
-        weights = jax.nn.softmax(jnp.where(visible, scores, -1e30), -1).astype(x.dtype)
-        x = x + product("o", jnp.einsum("bnts,bsnh->btnh", weights, values))
-        h = normalized(x)
-        x = x + product("down", jax.nn.silu(product("gate", h)) * product("up", h))
-    logits = jnp.einsum("btd,vd->btv", x, params["embedding"])[:, :-1].astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, -1) - chosen)
 
 
 def multiply_by_hand(axes: str, x: jax.Array, weight: Any) -> jax.Array:
@@ -125,15 +96,15 @@ def multiply_by_hand(axes: str, x: jax.Array, weight: Any) -> jax.Array:
     return (y + update).astype(x.dtype)
 
 
-def by_hand(layers: int, *, int8: bool) -> tuple[Any, Any, Callable[..., jax.Array]]:
-    """Trained factors, the frozen tree, and the loss of both."""
-    frozen, trained, scales = decoder_weights(layers), {}, {}
-    for number in range(layers):
+def einsum_by_hand(case: Case) -> Program:
+    """The decoder of einsum kernels, with LoRA by hand."""
+    frozen, trained, scales = decoder_weights(case.layers), {}, {}
+    for number in range(case.layers):
         for name, (axes, shape) in KERNELS.items():
             inputs = 2 if axes.startswith("btnh") else 1
             key = f"layer_{number}", name
             trained[key] = jnp.zeros((*shape[:inputs], RANK)), jnp.zeros((RANK, *shape[inputs:]))
-            if int8:
+            if case.base == "int8":
                 frozen[key[0]][name] = {"kernel": jnp.zeros(shape, jnp.int8)}
                 scales[key] = jnp.zeros(shape[inputs:])
 
@@ -142,57 +113,118 @@ def by_hand(layers: int, *, int8: bool) -> tuple[Any, Any, Callable[..., jax.Arr
         params = jax.tree.map(lambda array: array, arrays)
         for (layer, name), factors in trained.items():
             params[layer][name]["kernel"] = ByHand(arrays[layer][name]["kernel"], scales.get((layer, name)), *factors)
-        return decoder(params, ids, multiply_by_hand)
+        return decoder(params, ids, multiply_by_hand, remat=case.remat)
 
     return trained, (frozen, scales), loss
 
 
-def by_adapt(layers: int, *, int8: bool) -> tuple[Any, Any, Callable[..., jax.Array]]:
-    """The same by `peft_jax.adapt`."""
-    params, args = decoder_weights(layers), (jnp.zeros(IDS.shape, IDS.dtype),)
+class LoraDense(nn.Module):
+    """A dense layer with LoRA by hand, whose factors are the collection "lora".
+
+    Attributes:
+        features: Outputs.
+        int8: Whether the kernel is of integers with a scale for each output.
+    """
+
+    features: int
+    int8: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``(..., in)``."""
+        zeros, shape = nn.initializers.zeros, (x.shape[-1], self.features)
+        kernel = self.param("kernel", zeros, shape, jnp.int8 if self.int8 else jnp.bfloat16)
+        scale = self.param("scale", zeros, shape[1:], jnp.float32) if self.int8 else None
+        first = self.variable("lora", "first", jnp.zeros, (shape[0], RANK))
+        second = self.variable("lora", "second", jnp.zeros, (RANK, shape[1]))
+        return multiply_by_hand("btd,df->btf", x, ByHand(kernel, scale, first.value, second.value))
+
+
+def scanned_by_hand(case: Case) -> Program:
+    """The linen decoder, with LoRA by hand."""
+    model = ScannedDecoder(case.layers, case.remat, partial(LoraDense, int8=case.base == "int8"))
+    variables = jax.eval_shape(model.init, jax.random.key(0), IDS)
+
+    def loss(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
+        found: jax.Array = model.apply({"params": frozen, "lora": trained}, ids)
+        return found
+
+    return variables["lora"], variables["params"], loss
+
+
+def einsum_plain(case: Case) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """The loss of the decoder of einsum kernels, and what makes its tree."""
+    return partial(decoder, remat=case.remat), partial(decoder_weights, case.layers)
+
+
+def scanned_plain(case: Case) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """The loss of the linen decoder, and what makes its tree."""
+    dense = partial(nn.Dense, use_bias=False, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    model = ScannedDecoder(case.layers, case.remat, dense)
+
+    def loss(params: Any, ids: jax.Array) -> Any:
+        return model.apply({"params": params}, ids)
+
+    return loss, lambda: model.init(jax.random.key(0), jnp.zeros(IDS.shape, IDS.dtype))["params"]
+
+
+def by_adapt(case: Case) -> Program:
+    """Either decoder with LoRA by `peft_jax.adapt`."""
+    fn, make = (einsum_plain if case.model == "einsum" else scanned_plain)(case)
     targets = list(KERNELS)
-    if int8:
-        params = pj.quantize(params, target_modules=targets, fn=decoder, args=args)
-    config = pj.LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=targets)
-    trained, frozen = pj.partition(pj.apply_lora(params, config, fn=decoder, args=args))
-    adapted = pj.adapt(decoder)
-    return trained, frozen, lambda trained, frozen, ids: adapted(pj.combine(trained, frozen), ids)
+
+    def adapted() -> Any:
+        params, args = make(), (jnp.zeros(IDS.shape, IDS.dtype),)
+        if case.base == "int8":
+            params = pj.quantize(params, target_modules=targets, fn=fn, args=args)
+        config = pj.LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=targets)
+        return pj.apply_lora(params, config, fn=fn, args=args)
+
+    trained, frozen = pj.partition(jax.eval_shape(adapted))
+    run = pj.adapt(fn)
+    return trained, frozen, lambda trained, frozen, ids: run(pj.combine(trained, frozen), ids)
 
 
-class Compiled(NamedTuple):
-    """What a compiler says of a step: temporaries in bytes, bytes read and written (0 if unknown), and copies."""
-
-    temporaries: int
-    traffic: float
-    copies: int
-
-
-def compiled(case: tuple[Any, Any, Callable[..., jax.Array]], device: Any) -> Compiled:
-    """The loss and the gradients of the factors, compiled for a device."""
-    trained, frozen, loss = case
+def compiled(program: Program, device: Any) -> dict[str, float]:
+    """What a compiler says of the loss and the gradients of the factors."""
+    trained, frozen, loss = program
     where = jax.sharding.NamedSharding(jax.sharding.Mesh([device], "x"), jax.sharding.PartitionSpec())
-    program = jax.jit(jax.value_and_grad(loss)).lower(on(where, trained), on(where, frozen), on(where, IDS)).compile()
-    copied = re.findall(r"= \w+\[[\d,]+\]\S* copy\(", program.as_text())  # of arrays, not of numbers
-    traffic = (program.cost_analysis() or {}).get("bytes accessed", 0.0)
-    return Compiled(program.memory_analysis().temp_size_in_bytes, traffic, len(copied))
+    step = jax.jit(jax.value_and_grad(loss)).lower(on(where, trained), on(where, frozen), on(where, IDS)).compile()
+    return {
+        "temporaries": step.memory_analysis().temp_size_in_bytes,
+        "traffic": (step.cost_analysis() or {}).get("bytes accessed", 0.0),  # of a described GPU there is none
+        "copies": len(re.findall(r"= \w+\[[\d,]+\]\S* copy\(", step.as_text())),  # of arrays, not of numbers
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which cases."""
+
+    only: str = ""
+    """A part of their names, such as "scanned remat" or h100; all by default."""
 
 
 def main(options: Options) -> None:
-    """Print a table."""
-    print(
-        "| chip | base | temporaries, MiB: by hand | by adapt | traffic, GiB: by hand | by adapt | copies | by adapt |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for chip in options.chips:
-        device = described(chip)[0]
-        for base in ("bfloat16", "int8"):
-            cells = [chip, base]
-            hand = compiled(by_hand(options.layers, int8=base == "int8"), device)
-            ours = compiled(by_adapt(options.layers, int8=base == "int8"), device)
-            cells += [f"{one.temporaries / 2**20:.1f}" for one in (hand, ours)]
-            cells += [f"{one.traffic / 2**30:.3f}" if one.traffic else "-" for one in (hand, ours)]
-            cells += [str(one.copies) for one in (hand, ours)]
-            print(f"| {' | '.join(cells)} |", flush=True)
+    """Compile the cases, and write the records after each."""
+    for case in CASES:
+        if options.only not in case.name:
+            continue
+        device = described(case.chip)[0]
+        by_hand = (einsum_by_hand if case.model == "einsum" else scanned_by_hand)(case)
+        record = {
+            **dataclasses.asdict(case),
+            "by_hand": compiled(by_hand, device),
+            "adapt": compiled(by_adapt(case), device),
+            "jax": jax.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        found = json.loads(BY_HAND.read_text()) if BY_HAND.exists() else {}
+        found[case.name] = record
+        records = {known.name: found[known.name] for known in CASES if known.name in found}
+        BY_HAND.write_text(json.dumps(records, indent=1) + "\n")
+        write_page()
+        print(case.name, record["by_hand"], record["adapt"], flush=True)
 
 
 if __name__ == "__main__":

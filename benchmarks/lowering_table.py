@@ -15,8 +15,14 @@ LARGE = {"70b": "70B", "Qwen3-30B-A3B": "Qwen3-30B-A3B", "gpt-oss-20b": "gpt-oss
 ROOM = {"v5e": 16, "v6e": 32, "h100": 79}  # GiB of a chip
 
 
-def table(records: list[Record], missing: Sequence[str] = ()) -> str:
-    """Markdown of the records; those that were refused come last, and then the names of cases without a record."""
+def table(records: list[Record], missing: Sequence[str] = (), by_hand: Sequence[Record] = ()) -> str:
+    """Markdown of the records.
+
+    Args:
+        records: Of `lowering.py`; those that were refused come after the others.
+        missing: The names of cases without a record.
+        by_hand: Of `lowering_by_hand.py`; they have a table of their own at the end.
+    """
     refused = [_refused(record) for record in records if "refused" in record]
     records = [record for record in records if "refused" not in record]
     rows = [_row(record) for record in records]
@@ -31,6 +37,7 @@ def table(records: list[Record], missing: Sequence[str] = ()) -> str:
     notes = ["", WRITTEN, *[_written(record) for record in written]] if written else []
     notes += ["", REFUSED, *refused] if refused else []
     notes += ["", f"Not compiled yet: {'; '.join(missing)}."] if missing else []
+    notes += ["", FOREIGN, *[_beside(record) for record in by_hand]] if by_hand else []
     return "\n".join([INTRODUCTION, *lines, "", head, "|---" * 14 + "|", *rows, *notes, ""])
 
 
@@ -74,6 +81,32 @@ def _refused(record: Record) -> str:
     batch = f"{record['rows']} x {record['length']} / {record['micro']}"
     case = [record[name] for name in ("size", "base", "work", "chip", "mesh")]
     return f"- {', '.join([*case, batch])}: `{record['refused']}`"
+
+
+FOREIGN = """## Other people's models
+
+Written by `benchmarks/lowering_by_hand.py`: the loss and the gradients of LoRA's factors (r=16, float32) of decoders
+that are not this package's, with LoRA written by hand and with LoRA by `pj.adapt`. Each has 512 features, 8 heads and
+2048 features in the feed-forward network, and gets 4 rows of 256 tokens. `einsum` has kernels `(in, heads, head_dim)`
+as tunix's Llama, and layers outside a scan; `scanned` is a linen module under `nn.scan`; with `remat` the layers are
+computed again. Traffic is what the compiler says that a step reads and writes (of the H100 it says nothing). Of the two
+figures of a cell the first is of LoRA by hand; the goal is a second one that is no larger.
+
+| model | layers | base | chip | temporaries, MiB | traffic, GiB | copies | goal | on |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def _beside(record: Record) -> str:
+    hand, ours = record["by_hand"], record["adapt"]
+    name = f"{record['model']}{', remat' if record['remat'] else ''}"
+    memory = f"{hand['temporaries'] / 2**20:.1f}, {ours['temporaries'] / 2**20:.1f}"
+    traffic = f"{hand['traffic'] / GIB:.3f}, {ours['traffic'] / GIB:.3f}" if hand["traffic"] else "-"
+    is_met = all(ours[part] <= hand[part] for part in ("temporaries", "traffic"))
+    cells = [
+        *(name, record["layers"], record["base"], record["chip"], memory, traffic),
+        *(f"{hand['copies']}, {ours['copies']}", "met" if is_met else "**not met**", record["date"]),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _row(record: Record) -> str:

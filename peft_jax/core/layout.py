@@ -73,6 +73,11 @@ class Layout:
         return (not self.lookup or self.multiplied) and not self.parameter
 
     @property
+    def is_experts(self) -> bool:
+        """Whether the leaf is the fused experts of a mixture: weights of products that no module is named after."""
+        return self.parameter and bool(self.unnamed)
+
+    @property
     def unnamed(self) -> tuple[int, ...]:
         """Which of the stacked axes, counted from 0, have no part in names: experts of one parameter."""
         names = self.index_after[: len(self.stack)]

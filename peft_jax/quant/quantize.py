@@ -58,8 +58,9 @@ def quantize(
             nearest integer. None for int8.
         group_size: Inputs that share a scale: 64 of nf4 and fp4, 128 of int4, and all of int8 where it is None.
         double_quant: Whether the scales of nf4 and fp4 are rounded to 8 bits too.
-        target_modules: What to quantize, by PEFT's rules for ``target_modules``; None for every matmul weight, which
-            leaves embeddings, vectors and the output head of a model handle in float.
+        target_modules: What to quantize, by PEFT's rules for ``target_modules``; None for every matmul weight, fused
+            experts included, which leaves embeddings, vectors, and the routers and the output head of a model handle
+            in float.
         layout: Axes by regex over whole leaf paths, as in `peft_jax.apply_adapter`.
         fn: The function that uses the leaves, to read their axes off its program, as in `peft_jax.apply_adapter`. By
             default every leaf that is the weight of a product in it is quantized. One that reaches its product through
@@ -124,7 +125,12 @@ def quantize_as(
 
 
 def _matmul_names(found: list[Leaf]) -> list[str]:
-    return module_names([leaf for leaf in found if is_matmul(leaf)])
+    return module_names([leaf for leaf in found if is_matmul(leaf) or _is_experts(leaf)])
+
+
+def _is_experts(leaf: Leaf) -> bool:
+    """Whether a leaf is the fused experts of a mixture; unlike a router they are quantized by default."""
+    return is_matrix(leaf) and leaf.layout is not None and leaf.layout.is_experts
 
 
 def _is_whole_target(leaf: Leaf, targets: str | Sequence[str]) -> bool:
