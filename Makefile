@@ -229,6 +229,7 @@ links:
 # For the H100 only the compiler and the assembler are installed, not the CUDA libraries that a GPU would need.
 lowering: .venv-aot/ready
 	.venv-aot/bin/python benchmarks/lowering.py $(ARGS)
+	.venv-aot/bin/python benchmarks/lowering_by_hand.py $(ARGS)
 
 .venv-aot/ready: pyproject.toml
 	@if [ -z "$(NEWEST)" ]; then echo "make lowering: needs Python >= 3.12. Name one: NEWEST=/path/to/python3"; exit 1; fi

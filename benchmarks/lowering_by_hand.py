@@ -1,13 +1,12 @@
 """Decoders that are not this package's, with LoRA written by hand and with LoRA by `peft_jax.adapt`, compiled.
 
-    make lowering-by-hand                                # all cases, into docs/lowering_by_hand.json and docs/lowering.md
     .venv-aot/bin/python benchmarks/lowering_by_hand.py --only "scanned remat"
 
 One decoder has einsum kernels with the axes that such models give them, ``(in, heads, head_dim)`` and ``(heads,
 head_dim, out)``, and layers outside a scan; tunix's Llama has such leaves. The other is a linen module whose layers are
-scanned. Both also run with their layers computed again in the backward pass. The environment is that of `make
-lowering`. Recorded are temporaries, bytes that the compiler says are read and written, and copies between fusions;
-floating-point operations agree.
+scanned. Both also run with their layers computed again in the backward pass. `make lowering` runs this program too, and
+has its environment. Recorded in docs/lowering_by_hand.json and docs/lowering.md are temporaries, bytes that the compiler
+says are read and written, and copies between fusions; floating-point operations agree.
 """
 
 import dataclasses

@@ -62,7 +62,9 @@ is kept. Other forms were compiled for 1152 tokens, 4096 inputs and 14336 output
 written: two products with the halves of each byte, which is what the TPU's compiler fuses; the same with the inputs as
 one axis, scales repeated along it, and numbers as int8 or int32; selects instead of a gather; int4 and int8 by groups
 of 128. A product for each block with its scales after it was not tried, as it writes a result for each block. In a
-scan of three such layers the compilers of v5e and v6e fuse the two products, and write no weight.
+scan of three such layers the compilers of v5e and v6e fuse the two products, and write no weight. In the program of
+8B, compiled for v5e, one array was written that is half of a weight, `bf16[64,32,1024]`: 4 MiB of the projection of
+keys or values.
 """
 
 

@@ -100,6 +100,7 @@ def test_eight_devices_give_the_numbers_of_one(name: str) -> None:
         if path.endswith(("experts.gate_up_proj", "experts.down_proj")):
             array = leaf.array if is_weight(leaf) else leaf
             assert array.sharding.shard_shape(array.shape)[1] * devices == EXPERTS, path
+            assert array.dtype == (jnp.int8 if case.int8 else jnp.float32), path
     with in_use(mesh):
         placed = place_batch(batch, mesh)
         compiled = step.lower(on_mesh, **placed).compile()

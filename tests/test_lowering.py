@@ -92,6 +92,12 @@ def test_the_table_says_what_is_met() -> None:
     line = "- 70b, int8, train, v5e:4x4, fsdp=16, 16 x 9 / 16: `Error: no memory`\n"
     assert table([refused]).endswith(line)
     assert table([refused], ["8b nf4"]).endswith(f"{line}\nNot compiled yet: 8b nf4.\n")
+    hand, ours = ({"temporaries": n * 2**20, "traffic": float(2**30), "copies": n} for n in (5, 6))
+    beside = {"model": "einsum", "remat": True, "layers": 4, "base": "int8", "chip": "h100", "date": "2026-01-31"}
+    pairs = [{**beside, "by_hand": hand, "adapt": ours}, {**beside, "by_hand": ours, "adapt": hand}]
+    row = "| einsum, remat | 4 | int8 | h100 | {}, {} | 1.000, 1.000 | {}, {} | {} | 2026-01-31 |\n"
+    want = row.format("5.0", "6.0", 5, 6, "**not met**") + row.format("6.0", "5.0", 6, 5, "met")
+    assert table([refused], [], pairs).endswith(want)
 
 
 def test_a_row_of_a_grouped_product_counts_with_one_matrix() -> None:

@@ -15,8 +15,11 @@ from safetensors.numpy import load_file, save_file
 from torch_mixtures import FIELDS, ROUTERS, ROWS, moved, torch_model
 
 import peft_jax as pj
+from peft_jax.core.paths import named_leaves
+from peft_jax.core.weight import is_weight
+from peft_jax.models.load_rounding import load_rounding
 from peft_jax.models.modules.grouped_products import grouped_product, product_in_blocks
-from peft_jax.models.registry import read_architecture
+from peft_jax.models.registry import family_of, read_architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -339,3 +342,17 @@ def test_adapters_on_single_experts_are_read_as_peft_reads_them(kind: str, folde
         assert {key: one.shape for key, one in pj.get_peft_model_state_dict(fresh).items()} == shapes
     with pytest.raises(ValueError, match=f"names '{targets[0]}' without .* Name both, or neither"):
         pj.get_peft_model(ours, pj.LoraConfig(target_modules=[targets[0]], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_quantizing_a_model_and_reading_one_in_few_bits_take_the_same_leaves(mixture: str) -> None:
+    """Fused experts, which are most of a mixture, and not its router."""
+    row = ARCHITECTURES[ROWS[mixture]]
+    config = read_architecture({"model_type": mixture, **row.sizes, **row.model_types[mixture], "num_hidden_layers": 2})
+    small = jax.eval_shape(lambda: pj.quantize(pj.AutoModelForCausalLM.from_config(config)))
+    quantized = {path for path, leaf in named_leaves(small.params, is_weight).items() if is_weight(leaf)}
+    asked: dict[str, Any] = {"load_in_8bit": True, "load_in_4bit": False, "quantization_config": None}
+    read = load_rounding(config, family_of(config).rows(config), **asked)
+    assert read is not None and quantized == {path for path, _ in read.layouts}
+    assert any(path.endswith("experts.down_proj") for path in quantized)
+    assert not any(path.endswith(f"{ROUTERS.get(mixture, 'gate')}.kernel") for path in quantized)

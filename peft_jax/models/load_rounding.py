@@ -84,7 +84,7 @@ def matrix_layout(model: ModelConfig, row: Row, *, outside: bool) -> Layout | No
     layout = family_of(model).layout(model, row.path) or conventional_layout(row.path, row.shape)
     if layout is None or not layout.inp:
         return None
-    if layout.parameter and not layout.unnamed:  # a router: bitsandbytes quantizes no module but linear layers
+    if layout.parameter and not layout.is_experts:  # a router: bitsandbytes quantizes no module but linear layers
         return None
     return layout if layout.stack or (outside and not layout.lookup) else None
 
