@@ -5,8 +5,8 @@
 One decoder has einsum kernels with the axes that such models give them, ``(in, heads, head_dim)`` and ``(heads,
 head_dim, out)``, and layers outside a scan; tunix's Llama has such leaves. The other is a linen module whose layers are
 scanned. Both also run with their layers computed again in the backward pass. `make lowering` runs this program too, and
-has its environment. Recorded in docs/lowering_by_hand.json and docs/lowering.md are temporaries, bytes that the compiler
-says are read and written, and copies between fusions; floating-point operations agree.
+has its environment. Recorded in docs/lowering_by_hand.json and docs/lowering.md are temporaries, bytes that the
+compiler says are read and written, and copies between fusions; floating-point operations agree.
 """
 
 import dataclasses
