@@ -149,3 +149,18 @@ def test_integers_as_they_are_in_a_grouped_product() -> None:
         if callable(one):
             one, other = one(jnp.ones((6, 4), jnp.bfloat16)), other(jnp.ones((6, 4), jnp.bfloat16))
         jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_rows_as_they_are_in_a_grouped_product_with_wider_factors() -> None:
+    """As above, of bfloat16 rows and float32 factors, with the gradients of both."""
+    x = jax.random.normal(jax.random.key(0), (6, 8), jnp.bfloat16)
+    factors = jax.random.normal(jax.random.key(1), (3, 8, 2))
+    product = Grouped(group_sizes=jnp.array([1, 3, 2], jnp.int32))
+    (found, back), (want, want_back) = (jax.vjp(form, x, factors) for form in (product.down_of_two_types, product.down))
+    assert found.dtype == want.dtype == jnp.float32
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
+    slope = jnp.arange(12.0).reshape(6, 2)
+    (own, of_factors), (wanted, of_wanted) = back(slope), want_back(slope)
+    assert own.dtype == wanted.dtype == jnp.bfloat16
+    np.testing.assert_allclose(of_factors, of_wanted, rtol=0, atol=1e-4)  # sums of up to 33
+    np.testing.assert_allclose(own, wanted, rtol=2**-7, atol=1e-5)  # rounded to bfloat16

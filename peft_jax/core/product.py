@@ -239,8 +239,24 @@ class Grouped(Product):
         return found
 
     def down(self, x: Shaped[Array, "..."], a: Shaped[Array, "*groups in rank"]) -> Shaped[Array, "... rank"]:
-        """The product with the first factors, ``(groups, in, rank)``."""
-        return jax.lax.ragged_dot(x.astype(a.dtype), a, self.group_sizes, self.precision)
+        """The product with the first factors, ``(groups, in, rank)``, in the precision of the factors.
+
+        The TPU's grouped product takes bfloat16 rows and float32 factors as they are; else the rows are copied.
+        """
+
+        def converted(x: jax.Array, a: jax.Array) -> jax.Array:
+            return jax.lax.ragged_dot(x.astype(a.dtype), a, self.group_sizes, self.precision)
+
+        if (x.dtype, a.dtype) != (jnp.bfloat16, jnp.float32):
+            return converted(x, a)
+        found: jax.Array = jax.lax.platform_dependent(x, a, tpu=self.down_of_two_types, default=converted)
+        return found
+
+    def down_of_two_types(
+        self, x: Shaped[Array, "... in"], a: Shaped[Array, "*groups in rank"]
+    ) -> Shaped[Array, "... rank"]:
+        """`down` without a copy of the rows in the type of the factors."""
+        return jax.lax.ragged_dot(x, a, self.group_sizes, self.precision, a.dtype)
 
     def up(self, h: Shaped[Array, "... rank"], b: Shaped[Array, "*groups rank out"]) -> Shaped[Array, "... out"]:
         """The product with the second factors, ``(groups, rank, out)``."""
