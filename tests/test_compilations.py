@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -13,8 +14,10 @@ from typing import Any
 import jax
 import pytest
 
+from peft_jax.cli import main as command
 from peft_jax.cli.finetune.ahead import compiled_meanwhile
 from peft_jax.cli.main import main
+from peft_jax.cli.shared.compilation_cache import AHEAD
 
 LOGGER = "jax._src.interpreters.pxla"  # JAX names each program there as it is compiled
 
@@ -106,7 +109,7 @@ def test_the_first_step_of_each_kind_is_compiled_once(
     assert compiled.ahead == ({"begin", "add", "end"} if kind in KINDS else set())
 
 
-def test_what_is_compiled_ahead_changes_no_error() -> None:
+def test_what_is_compiled_ahead_changes_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> list[Any]:
         raise ValueError("of the thread")
 
@@ -123,18 +126,34 @@ def test_what_is_compiled_ahead_changes_no_error() -> None:
     def programs() -> Iterator[Any]:
         yield Program()
 
-    with pytest.raises(KeyboardInterrupt), compiled_meanwhile(programs):
-        begun.wait(60)
-        raise KeyboardInterrupt
-    assert not compiled, "it is not waited for"
-    finish.set()
-    while any(thread.name == "compiled ahead" for thread in threading.enumerate()):
-        time.sleep(0.01)
-    assert len(compiled) == 1
-    begun.clear()
-    finish.clear()
-    with pytest.raises(ValueError, match="of the run"), compiled_meanwhile(programs):
-        begun.wait(60)
-        threading.Timer(0.2, finish.set).start()
-        raise ValueError("of the run")
-    assert len(compiled) == 2, "it is waited for"
+    for error in (KeyboardInterrupt(), ValueError("of the run")):
+        begun.clear()
+        finish.clear()
+        compiled.clear()
+        with pytest.raises(type(error)), compiled_meanwhile(programs):
+            begun.wait(60)
+            raise error
+        assert not compiled, "it is not waited for"
+        assert ends_at_once(monkeypatch)
+        finish.set()
+        while is_ahead():
+            time.sleep(0.01)
+        assert len(compiled) == 1
+        assert not ends_at_once(monkeypatch)
+
+
+def is_ahead() -> bool:
+    """Whether a program is being compiled ahead."""
+    return any(thread.name == AHEAD for thread in threading.enumerate())
+
+
+def ends_at_once(monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the process of a command that is refused ends without Python's orderly end."""
+    codes: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "main", lambda: 2)
+        patch.setattr(os, "_exit", codes.append)
+        with pytest.raises(SystemExit) as ended:  # after os._exit too, which does nothing here
+            command.run()
+    assert ended.value.code == 2 and codes in ([], [2])
+    return codes == [2]

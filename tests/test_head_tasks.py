@@ -14,8 +14,12 @@ import pytest
 from test_finetune_tasks import ENDS, SIZES, save_tokenizer
 
 from peft_jax.cli.main import main
-from peft_jax.cli.shared.head_labels import HeadLabels, with_names
+from peft_jax.cli.shared.class_numbers import by_names_of
+from peft_jax.cli.shared.data_options import DataFileOptions
+from peft_jax.cli.shared.data_sources import Loaded, load_records
+from peft_jax.cli.shared.head_labels import HeadLabels, labels_of_texts, named_by_data, with_names
 from peft_jax.train.answers_found import normalized, word_f1
+from peft_jax.train.data.class_names import class_names_of_schema
 from peft_jax.train.data.label_kinds import label_array, names_of, problem_of
 from peft_jax.train.data.record_forms import to_records
 from peft_jax.train.data.records import Labelled, Question, Tagged
@@ -68,10 +72,11 @@ RUNS = {
     "spans": Run("QUESTION_ANS", "bert", ASKED, ("--cutoff-len", "60")),
     "words": Run("TOKEN_CLS", "bert", NUMBERED, ("--label-names", *NAMES)),
     "words after a prompt": Run(
-        *("TOKEN_CLS", "gpt2", WORDS),
+        *("TOKEN_CLS", "gpt2", NUMBERED),
         ("--peft", "PROMPT_TUNING", "--peft-config", '{"num_virtual_tokens": 3}'),
     ),
 }
+DESCRIBED = "words after a prompt"  # whose names of classes stand in the data file
 HEADS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
 KINDS = {"regression": "regression"}
 
@@ -96,6 +101,28 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def file_of(name: str) -> str:
+    """The data file of a run."""
+    return f"{name}.parquet" if name == DESCRIBED else f"{name}.json"
+
+
+def write_described(file: Path, rows: Rows, names: list[str], column: str = "ner_tags") -> Path:
+    """Write a Parquet or an Arrow file in the manner of the package datasets, which describes columns of classes."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    feature: Any = {"names": names, "_type": "ClassLabel"}
+    if isinstance(rows[0][column], list):
+        feature = {"feature": feature, "_type": "List"}
+    features = {"tokens": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}, column: feature}
+    table = arrow.Table.from_pylist(rows)
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    if file.suffix == ".parquet":
+        parquet.write_table(table, file)
+        return file
+    with arrow.OSFile(str(file), "wb") as sink, arrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return file
+
+
 @pytest.fixture(scope="module")
 def trained(bases: Path) -> Callable[[str], Path]:
     """A function from a run's name to its folder."""
@@ -103,10 +130,13 @@ def trained(bases: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if not (bases / name).exists():
             run = RUNS[name]
-            Path(f"{name}.json").write_text(json.dumps(run.rows))
+            if name == DESCRIBED:
+                write_described(Path(file_of(name)), run.rows, NAMES)
+            else:
+                Path(file_of(name)).write_text(json.dumps(run.rows))
             words = f"finetune --model {run.model} --task {run.task} --max-steps 2 --batch-size 4"
             rate = ["--learning-rate", "0.5" if "--peft" in run.options else "0.02"]
-            more = [*rate, "--val-size", str(KEPT), *run.options, "--data", f"{name}.json", "--output", name]
+            more = [*rate, "--val-size", str(KEPT), *run.options, "--data", file_of(name), "--output", name]
             assert main([*words.split(), *more]) == 0
         return bases / name
 
@@ -168,7 +198,7 @@ def compare(
     assert last == pytest.approx({f"eval_{key}": value for key, value in validation.items()}, rel=1e-5, abs=1e-6)
     for words in _models(name, out):
         cut = RUNS[name].options if "--cutoff-len" in RUNS[name].options else ()
-        found = said_by_eval(capsys, *words, *cut, "--data", f"{name}.json", "--batch-size", "3")
+        found = said_by_eval(capsys, *words, *cut, "--data", file_of(name), "--batch-size", "3")
         assert found["examples"] >= len(rows) and found["too_long"] == 0
         assert {key: found[key] for key in everything} == pytest.approx(everything, rel=1e-5, abs=1e-6)
         assert found.keys() - {"shortened"} == {*everything, "examples", "too_long"}
@@ -329,6 +359,86 @@ def test_words_have_classes(name: str, trained: Callable[[str], Path], capsys: p
     }
     if not virtual:
         run_card(out)
+        return
+    turned = [{**row, "ner_tags": [len(NAMES) - 1 - tag for tag in row["ner_tags"]]} for row in NUMBERED]
+    write_described(Path("turned.parquet"), turned, NAMES[::-1])
+    found = [said_by_eval(capsys, "--adapter", out.name, "--data", file) for file in (file_of(name), "turned.parquet")]
+    assert found[0] == found[1], "classes have other numbers there, and the same names"
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_names_of_classes_stand_in_the_schema(tmp_path: Path, ending: str) -> None:
+    rows = [{"text": f"number {n}", "kind": n % 2} for n in range(4)]
+    file = write_described(tmp_path / f"data.{ending}", rows, ["even", "odd", "neither"], "kind")
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text(json.dumps({"text": "a", "kind": 1}))
+    options = DataFileOptions(data=(str(file), str(plain)), columns=("label=kind",))
+    loaded = load_records(options)
+    assert loaded.class_names == ("even", "odd", "neither")
+    assert [record.label for record in loaded.records] == [0, 1, 0, 1, 1]
+    found = labels_of_texts(str(write_config(tmp_path)), loaded.records)
+    assert named_by_data(found, loaded.class_names).id2label == {0: "even", 1: "odd", 2: "neither"}
+    assert load_records(DataFileOptions(data=(str(plain),), columns=("label=kind",))).class_names == ()
+    other = write_described(tmp_path / f"other.{ending}", rows, ["odd", "even"], "kind")
+    with pytest.raises(
+        ValueError, match="numbers the classes even, odd, neither, and .* numbers odd, even. Write both"
+    ):
+        load_records(DataFileOptions(data=(str(file), str(other)), columns=("label=kind",)))
+
+
+def write_config(folder: Path) -> Path:
+    """A checkpoint without a head, of which the config alone is read."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    return folder
+
+
+SCHEMAS: dict[str, tuple[bytes, dict[str, tuple[str, ...]] | str]] = {
+    "another description": (b"[1]", {}),
+    "no features": (b'{"info": {}}', {}),
+    "a list as it was written before": (
+        b'{"info": {"features": {"tags": [{"names": ["a"], "_type": "ClassLabel"}]}}}',
+        {"tags": ("a",)},
+    ),
+    "no classes": (b'{"info": {"features": {"text": {"dtype": "string", "_type": "Value"}, "x": null}}}', {}),
+    "names that are numbers": (b'{"info": {"features": {"label": {"names": [1], "_type": "ClassLabel"}}}}', {}),
+    "no JSON": (b"{", "the description of columns in data.parquet .* is not JSON"),
+    "no text": (b"\xff", "the description of columns in data.parquet .* is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", SCHEMAS)
+def test_descriptions_of_columns(case: str) -> None:
+    described, want = SCHEMAS[case]
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            class_names_of_schema({b"huggingface": described}, "data.parquet")
+    else:
+        assert class_names_of_schema({b"huggingface": described}, "data.parquet") == want
+    assert class_names_of_schema(None, "data.parquet") == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "labels", "note"),
+    [
+        (("a", "b"), {0: "a", 1: "b"}, [0, (1, 0), 0.5], ""),
+        (("a", "b"), {0: "LABEL_0", 1: "LABEL_1"}, [0, (1, 0), 0.5], ""),
+        (("a", "b"), {0: "c", 1: "b", 2: "a"}, ["a", ("b", "a"), 0.5], ""),
+        (("a", "b"), {0: "c", 1: "d"}, [0, (1, 0), 0.5], "The data has the classes a, b, and the model c, d: taken by"),
+        (("a",), {0: "c", 1: "a"}, "record 2 has the label 1, and its file names 1 classes", ""),
+    ],
+)
+def test_classes_of_other_numbers_are_found_by_name(
+    names: tuple[str, ...], known: dict[int, str], labels: Any, note: str
+) -> None:
+    records = [Labelled("x", 0), Labelled("x", (1, 0)), Labelled("x", 0.5)]
+    loaded = Loaded(list(records), (3,), None, (), class_names=names)
+    if isinstance(labels, str):
+        with pytest.raises(ValueError, match=labels):
+            by_names_of(loaded, known)
+        return
+    found = by_names_of(loaded, known)
+    assert [record.label for record in found.records] == labels
+    assert [said.startswith(note) for said in found.notes] == [True] * bool(note)
 
 
 def test_entities_are_those_of_seqeval() -> None:
@@ -405,6 +515,11 @@ def test_windows_share_as_many_tokens_as_those_of_transformers(bases: Path) -> N
         (HeadLabels({0: "LABEL_0", 1: "LABEL_1"}), ("O",), "has 1 names, and there are 2 classes. Name each"),
         (HeadLabels({0: "LABEL_0", 1: "LABEL_1"}), ("O", "O"), "has O twice. Name each class once"),
         (HeadLabels({0: "no", 1: "yes"}), ("O", "A"), "names classes that have numbers, and these are no, yes."),
+        (
+            HeadLabels({0: "LABEL_0", 1: "LABEL_1"}, is_held=True),
+            ("O", "A", "B"),
+            "has 3 names, and the checkpoint's head has 2 classes. Name these.",
+        ),
         (HeadLabels({0: "LABEL_0"}, "regression"), ("O",), "is for classes, and numbers are predicted here"),
     ],
 )

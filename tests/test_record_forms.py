@@ -412,7 +412,27 @@ def test_preview_of_classes_reads_the_label(say: Callable[..., str]) -> None:
     Path("data.csv").write_text("text,label\none,1\ntwo,0\n")
     config = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
-    assert "tokens, class LABEL_1\n" in say(*PREVIEW, "--data", "data.csv", "--task", "SEQ_CLS")
+    words = [*PREVIEW, "--data", "data.csv", "--task", "SEQ_CLS"]
+    assert "tokens, class LABEL_1\n" in say(*words)
+    assert "tokens, class good\n" in say(*words, "--label-names", "bad", "good")
+
+
+def test_preview_of_a_stream_reads_its_first_records(
+    say: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("peft_jax.cli.finetune.streaming.SAMPLE", 2)
+    write("data.jsonl", *({"prompt": "say", "completion": str(n)} for n in range(5)))
+    words = [*PREVIEW, "--data", "data.jsonl"]
+    said = say(*words, "--streaming")
+    assert "[[1</s>]]" in said and "[[2</s>]]" not in said and "[[2</s>]]" in say(*words)
+    assert "5 records, read when they are needed. Of the first 2:\n2 examples of" in said
+    for more, error in {
+        "--long split": "--long split needs all examples at once",
+        "--task SEQ_CLS": "--streaming reads no labels of all records, which SEQ_CLS begins with",
+        "--label-names a b": "--label-names is for classes, and CAUSAL_LM has none",
+    }.items():
+        assert main([*words, "--streaming", *more.split()]) == 2
+        assert error in capsys.readouterr().err
 
 
 def test_types_of_records() -> None:

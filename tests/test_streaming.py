@@ -143,18 +143,10 @@ def test_a_streamed_run_that_goes_on_is_one_in_memory(
 ) -> None:
     monkeypatch.setattr("peft_jax.cli.finetune.streaming.SAMPLE", 8)
     assert main([*WORDS, *BOTH, "--output", "whole"]) == 0
-    write = MetricsLog.write
-
-    def interrupted(self: MetricsLog, row: Any) -> None:
-        write(self, row)
-        if row["step"] == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", interrupted)
-        assert main([*WORDS, *BOTH, "--output", "out", "--streaming"]) == 130
+    streamed = [*WORDS, *BOTH, "--output", "out", "--streaming"]
+    interrupt(streamed, 5, monkeypatch)
     capsys.readouterr()
-    assert main([*WORDS, *BOTH, "--output", "out", "--streaming", "--resume"]) == 0
+    assert main([*streamed, "--resume"]) == 0
     said = capsys.readouterr().out
     assert "40 records, read when they are needed; 8 of them, which are kept in memory, for validation." in said
     assert "Resuming at step 5 of 12." in said
@@ -164,6 +156,47 @@ def test_a_streamed_run_that_goes_on_is_one_in_memory(
         stream.write(in_lines(RECORDS[:1]))
     assert main([*WORDS, *BOTH, "--output", "out", "--streaming", "--resume"]) == 2
     assert "the contents of two.jsonl have changed" in capsys.readouterr().err
+
+
+def interrupt(words: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command that Ctrl-C ends after a step."""
+    write = MetricsLog.write
+
+    def interrupted(self: MetricsLog, row: Any) -> None:
+        write(self, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", interrupted)
+        assert main(words) == 130
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["one.parquet", "two.parquet"],
+        ["one.parquet@3", "two.jsonl@1"],
+        pytest.param(["one.parquet@3", "two.parquet@1"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_a_stream_of_groups_and_a_mixture_of_streams_go_on_to_the_same_bits(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: list[str]
+) -> None:
+    monkeypatch.setattr("peft_jax.cli.finetune.streaming.SAMPLE", 4)
+    write_parquet(workplace / "one.parquet", RECORDS[:25], 5)
+    write_parquet(workplace / "two.parquet", RECORDS[25:], 5)
+    run = "finetune --model model --columns instruction=query --batch-size 4 --r 1 --target-modules q_proj --streaming"
+    words = [*run.split(), *(word for name in data for word in ("--data", name)), "--learning-rate", "0.01"]
+    words += ["--max-steps", "12"]  # an epoch and more, of 5 blocks in one file
+    assert main([*words, "--output", "whole"]) == 0
+    interrupt([*words, "--output", "out"], 5, monkeypatch)
+    capsys.readouterr()
+    assert main([*words, "--output", "out", "--resume"]) == 0
+    assert "Resuming at step 5 of 12." in capsys.readouterr().out
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (workplace / "out" / name).read_bytes() == (workplace / "whole" / name).read_bytes(), name
 
 
 def _nothing(folder: Path) -> None:

@@ -110,8 +110,13 @@ class Preview(DataFileOptions):
     """Task to train it for, as in finetune."""
     problem_type: Annotated[ProblemType | None, PROBLEM] = None
     """Kind of the labels of SEQ_CLS, as in finetune."""
+    label_names: tuple[str, ...] | None = None
+    """Names of the classes that the data numbers, as in finetune."""
     train_on_inputs: bool = False
     """Learn the prompts too, as in finetune."""
+    streaming: bool = False
+    """Read the first 1,024 records of each JSONL or Parquet file alone, as finetune --streaming does before it
+    starts."""
     examples: int = 3
     """How many examples are shown, from the first on."""
     html: Path | None = None

@@ -12,7 +12,9 @@ from peft_jax.cli.shared.adapter_base import (
     find_tokenizer,
     load_model,
 )
+from peft_jax.cli.shared.class_numbers import by_names_of
 from peft_jax.cli.shared.data_sources import load_records
+from peft_jax.cli.shared.head_labels import id2label_of
 from peft_jax.cli.shared.micro_rows import choose_micro_layout
 from peft_jax.cli.shared.progress_bar import progress
 from peft_jax.cli.shared.row_layout import row_options
@@ -45,6 +47,11 @@ def evaluate_model(options: Eval) -> None:
     if note := clash(recorded, [used], tokenizer):
         print(note, file=sys.stderr)
     model = load_model(options, task)
+    if task.has_classes:
+        known = len(loaded.notes)
+        loaded = by_names_of(loaded, id2label_of(model))
+        for note in loaded.notes[known:]:
+            print(note, file=sys.stderr)
     everything = recorded is not None and recorded.learned == EVERYTHING
     virtual, tasks = virtual_slots(model), prompt_tasks(model)
     layout = row_options(options, model.config, used.layout, virtual=virtual, train_on_inputs=everything, tasks=tasks)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -10,7 +11,7 @@ from peft_jax.cli.command_options import Demo, Eval, Generate, Inspect, Merge, P
 from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.shared.command_line import nearest, overview, parse_command, with_flags
 from peft_jax.cli.shared.common_options import CompilationOptions
-from peft_jax.cli.shared.compilation_cache import keep_programs
+from peft_jax.cli.shared.compilation_cache import AHEAD, keep_programs
 from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output
 from peft_jax.cli.shared.way_out import of_full_disk, of_missing_device
 from peft_jax.core.short_errors import shortened
@@ -116,12 +117,13 @@ def _failed(error: Exception, command: Command | None) -> int:
 def run() -> NoReturn:
     """The installed command: the process ends with `main`'s exit code.
 
-    After Ctrl-C it ends at once. A compilation goes on in a thread of JAX's own, and would crash in what Python's
-    orderly end has torn down.
+    After Ctrl-C, and after an error while a program is compiled ahead, it ends at once: Python's orderly end would wait
+    for the compilation, or tear down what it goes on in.
     """
     escape_tracebacks()
     code = main()
-    if code == INTERRUPTED:
+    is_compiling = any(thread.name == AHEAD for thread in threading.enumerate())
+    if code == INTERRUPTED or is_compiling:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from peft_jax.cli.command_options import Preview
-from peft_jax.cli.finetune.setup import layout_of_data
-from peft_jax.cli.shared.data_sources import load_records
+from peft_jax.cli.finetune.setup import head_labels, layout_of_data
+from peft_jax.cli.finetune.streaming import Streams, load_streams, said_of_streams
+from peft_jax.cli.shared.class_numbers import by_names_of
+from peft_jax.cli.shared.data_options import check_streaming
+from peft_jax.cli.shared.data_sources import Loaded, load_records
 from peft_jax.cli.shared.preview_page import Part, Shown, page, painted
 from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
-from peft_jax.cli.shared.task import check_problem_type, task_of
+from peft_jax.cli.shared.task import check_options, task_of
 from peft_jax.cli.shared.terminal import obeyed
 from peft_jax.models.gguf_checkpoint import base_config
 from peft_jax.models.registry import read_architecture
@@ -34,19 +37,17 @@ def preview(options: Preview) -> None:
         given = getattr(options, name)
         if given is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {given}. Give a number above 0.")
+    check_streaming(vars(options))
     task = task_of(options.model, options.task, options.gguf_file)
-    if options.train_on_inputs and not task.next_token:
-        raise ValueError("--train-on-inputs is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")
-    if options.problem_type is not None:
-        check_problem_type(task)
-    loaded = load_records(options)
+    check_options(task, vars(options))
+    loaded: Loaded = load_streams(options) if options.streaming else load_records(options)
     task.check(loaded.records)
     config: Any = read_architecture(base_config(options.model, options.gguf_file))
     classes: Mapping[int, str] = {}
-    if task.labels_of is not None:
-        labels = task.labels_of(options.model, loaded.records, options.gguf_file, options.problem_type)
+    if (labels := head_labels(options, task, loaded)) is not None:
         classes = labels.id2label or {}
         config = dataclasses.replace(config, num_labels=len(classes), problem_type=labels.problem_type)
+        loaded = by_names_of(loaded, classes)
     # The encoders of tasks read these two of a model alone.
     model: Any = SimpleNamespace(config=config, source=SimpleNamespace(id2label=classes))
     tokenizer = read_tokenizer(options.model, gguf_file=options.gguf_file)
@@ -54,7 +55,8 @@ def preview(options: Preview) -> None:
     layout = row_options(options, config, used.layout, virtual=0, train_on_inputs=options.train_on_inputs)
     encoded = task.encode(loaded.records, tokenizer, model, layout)
     shown = [_shown(example, tokenizer, classes) for example in encoded.examples[: options.examples]]
-    said = [_counts(encoded.examples), said_of_length(encoded, layout)]
+    said = [said_of_streams(loaded)] if isinstance(loaded, Streams) else []
+    said += [_counts(encoded.examples), said_of_length(encoded, layout)]
     said += [*loaded.notes, *said_of_thoughts(loaded.records, tokenizer)]
     if options.html is not None:
         _write(options.html, page(shown, said))

@@ -1,14 +1,17 @@
-"""Errors about files from elsewhere: none is longer than a screen, however long the value is that it names."""
+"""Errors about files from elsewhere: one line, none longer than a screen, whatever the value is that it names."""
 
 import contextlib
 from collections.abc import Iterator
 
+BREAKS = {ord(mark): repr(mark)[1:-1] for mark in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 LONGEST = 1200  # characters of a message; three in four are of its start
 
 
 @contextlib.contextmanager
 def short_errors() -> Iterator[None]:
-    """Cut out the middle of long messages of the errors that the block raises; the way out stands at their end.
+    """Make the messages of the errors that the block raises one line, and cut out the middle of long ones.
+
+    The way out stands at their end.
 
     Example:
         >>> try:
@@ -22,8 +25,18 @@ def short_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         if len(error.args) == 1:  # OSErrors of the system have several
-            error.args = (shortened(str(error)),)
+            error.args = (shortened(in_one_line(str(error))),)
         raise
+
+
+def in_one_line(text: str) -> str:
+    r"""A text in which characters that break a line are written as Python writes them.
+
+    Example:
+        >>> print(in_one_line("it has in\rput"))
+        it has in\rput
+    """
+    return text.translate(BREAKS)
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:

@@ -18,7 +18,7 @@ from peft_jax.cli.finetune.options import (
 )
 from peft_jax.cli.shared.task import (
     Task,
-    check_problem_type,
+    check_options,
     fresh_modules,
     refuse_random,
     task_of,
@@ -137,15 +137,7 @@ def choose_task(options: Finetune, config: PeftConfig) -> Task:
     if said is not None and config.task_type not in (None, said):
         raise ValueError(f"--task {said}, but the adapter's config has the task_type {config.task_type}. Drop --task.")
     task = task_of(options.base.model, said or config.task_type, options.base.gguf_file)
-    for name in ("packing", "train_on_inputs"):
-        if getattr(options.data, name) and not task.next_token:
-            raise ValueError(f"{flag(name)} is for CAUSAL_LM, whose prompt and answer are one text. Leave it out.")
-    if options.base.problem_type is not None:
-        check_problem_type(task)
-    if options.base.label_names is not None and not task.has_classes:
-        raise ValueError(f"--label-names is for classes, and {task.name} has none. Leave it out.")
-    if options.data.streaming and not task.writes:
-        raise ValueError(f"--streaming reads no labels of all records, which {task.name} begins with. Leave it out.")
+    check_options(task, vars(options.base) | vars(options.data))
     return task
 
 

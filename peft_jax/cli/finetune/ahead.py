@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import jax
 
+from peft_jax.cli.shared.compilation_cache import AHEAD
 from peft_jax.core.pytree import PyTree
 from peft_jax.interop.checkpoint import shapes_alone
 
@@ -55,10 +56,11 @@ def is_outline(tree: PyTree) -> bool:
 
 @contextmanager
 def compiled_meanwhile(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> Iterator[None]:
-    """Lower and compile in a thread what is inside, and wait at the end for what has been begun.
+    """Lower and compile in a thread while the block runs, and wait at the end for what has been begun.
 
     An error of the thread is dropped: the run compiles the same program, and reports it. After an error inside, no
-    further program is begun; after Ctrl-C the thread is not waited for, as the command then ends at once.
+    further program is begun, and the one that is being compiled is not waited for. Python waits for it at its end, as
+    it would go on in what that tears down; the command ends before (`peft_jax.cli.main.run`).
 
     Args:
         programs: What gives the programs one after the other; run in the thread.
@@ -71,14 +73,12 @@ def compiled_meanwhile(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> 
         [2.0, 2.0]
     """
     stopped = threading.Event()
-    thread = threading.Thread(target=partial(_compile, programs, stopped), name="compiled ahead", daemon=True)
+    thread = threading.Thread(target=partial(_compile, programs, stopped), name=AHEAD)
     thread.start()
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         stopped.set()
-        if isinstance(error, Exception):
-            thread.join()  # else it would go on compiling in what Python's end tears down
         raise
     thread.join()
 

@@ -110,7 +110,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         config = config.replace(task_type=task.name)
         loaded: Loaded = load_streams(options.data) if options.data.streaming else load_records(options.data)
         task.check(loaded.records)
-        read = partial(setup.load_base, options.base, task, loaded.records, options.adapter.adapter)
+        read = partial(setup.load_base, options.base, task, loaded, options.adapter.adapter)
         outline = outline_of(read) if setup.is_outlined(options, config) and mesh is None else None
         base = read() if outline is None else outline
         tokenizer = read_tokenizer(options.base.model, gguf_file=options.base.gguf_file)

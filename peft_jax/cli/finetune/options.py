@@ -22,7 +22,7 @@ from peft_jax.cli.shared.common_options import (
     ProblemType,
     TaskName,
 )
-from peft_jax.cli.shared.data_options import DataFileOptions
+from peft_jax.cli.shared.data_options import DataFileOptions, check_streaming
 
 TARGETS = Option(aliases=("--lora-target-modules",), of_adapter=True)
 
@@ -246,11 +246,7 @@ def check(options: Finetune) -> None:
         for other in others:
             if given[one] is not None and given[other] is not None:
                 raise ValueError(f"{flag(one)} and {flag(other)} exclude each other. Give one of them.")
-    if given["streaming"]:
-        for name, value in (("packing", True), ("long", "split")):
-            if given[name] == value:
-                typed = flag(name) if value is True else f"{flag(name)} {value}"
-                raise ValueError(f"{typed} needs all examples at once, and --streaming reads one at a time. Drop one.")
+    check_streaming(given)
     if not given["val_size"]:
         for name in ("eval_steps", "early_stopping"):
             if given[name] is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from peft_jax.adapters.from_data import starts_from_data
+from peft_jax.cli.command_options import Preview
 from peft_jax.cli.finetune.adapter_config import is_json
 from peft_jax.cli.finetune.initialize import START
 from peft_jax.cli.finetune.options import (
@@ -18,8 +19,9 @@ from peft_jax.cli.finetune.options import (
     flag,
     settings,
 )
+from peft_jax.cli.shared.class_numbers import by_names_of
 from peft_jax.cli.shared.data_sources import Loaded, sources_of
-from peft_jax.cli.shared.head_labels import LABELS_FILE, with_names
+from peft_jax.cli.shared.head_labels import LABELS_FILE, HeadLabels, id2label_of, named_by_data, with_names
 from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
 from peft_jax.cli.shared.task import RowOptions, Task
 from peft_jax.cli.shared.training_layout import (
@@ -110,6 +112,8 @@ def make_data(
     Raises:
         ValueError: If nothing fits, or nothing is left to train on.
     """
+    if task.has_classes:
+        loaded = by_names_of(loaded, id2label_of(base))
     used = layout_of_data(options.prompt_template, recorded, loaded.records, tokenizer, task)
     rows = training_rows(options, base, used.layout, config)
     encoded = task.encode(loaded.records, tokenizer, base, rows)
@@ -275,7 +279,21 @@ def check_token(largest: int, config: Any) -> None:
         )
 
 
-def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], adapter: Path | None) -> Any:
+def head_labels(options: ModelOptions | Preview, task: Task, loaded: Loaded) -> HeadLabels | None:
+    """The labels that a base model's head is trained on, with the names that an option or the data has for them.
+
+    Raises:
+        ValueError: If the options or the records contradict the checkpoint, or the names do not fit.
+    """
+    if task.labels_of is None:
+        return None
+    labels = task.labels_of(options.model, loaded.records, options.gguf_file, options.problem_type)
+    if options.label_names is not None:
+        return with_names(labels, options.label_names)
+    return named_by_data(labels, loaded.class_names) if loaded.class_names else labels
+
+
+def load_base(options: ModelOptions, task: Task, loaded: Loaded, adapter: Path | None) -> Any:
     """Read the base model; a classifier with the classes of the adapter that it is trained on, or of the records."""
     choices: dict[str, Any] = {
         "dtype": options.dtype,
@@ -287,12 +305,7 @@ def load_base(options: ModelOptions, task: Task, records: Sequence[AnyRecord], a
     }
     if adapter is not None:
         return task.read_for(options.model, adapter, **choices)
-    labels = None
-    if task.labels_of is not None:
-        labels = task.labels_of(options.model, records, options.gguf_file, options.problem_type)
-        if options.label_names is not None:
-            labels = with_names(labels, options.label_names)
-    return task.read(options.model, labels, **choices)
+    return task.read(options.model, head_labels(options, task, loaded), **choices)
 
 
 def is_outlined(options: Finetune, config: PeftConfig) -> bool:

@@ -19,6 +19,7 @@ from peft_jax.cli.finetune.setup import (
     split_places,
     training_rows,
 )
+from peft_jax.cli.shared.data_options import DataFileOptions
 from peft_jax.cli.shared.data_sources import (
     Loaded,
     Source,
@@ -74,7 +75,7 @@ class Streams(Loaded):
         return to_record(row, self.forms[number], f"record {inner + 1} of {source.name}")
 
 
-def load_streams(options: DataOptions) -> Streams:
+def load_streams(options: DataFileOptions) -> Streams:
     """Open the files, and read the first records of each.
 
     Raises:
@@ -152,7 +153,7 @@ def stream_data(
                 raise ValueError(f"of the {number}. --data no example is left to train on. Give more of it.")
         data = Mixture([part_of(part) for part in parts], streams.weights)
     sample = Padded(first.examples, data.lengths[-1], padded_like.pad, shortest=data.lengths[0])
-    said = [_said(streams, validation.size, left_out), said_of_length(first, rows)]
+    said = [said_of_streams(streams, validation.size, left_out), said_of_length(first, rows)]
     said = [" ".join(said), said_of_layout(used, rows.masks), *streams.notes]
     said += said_of_thoughts(streams.records, tokenizer)
     digest = digest_of(first.examples)
@@ -201,7 +202,7 @@ def _all(read: Callable[[int], Example], places: Sequence[int]) -> tuple[list[Ex
     return found, len(places) - len(found)
 
 
-def _said(streams: Streams, validation: int, left_out: int) -> str:
+def said_of_streams(streams: Streams, validation: int = 0, left_out: int = 0) -> str:
     """A sentence on the rows."""
     said = f"{len(streams.rows)} records, read when they are needed"
     if validation:

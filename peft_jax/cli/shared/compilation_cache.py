@@ -11,6 +11,7 @@ from pathlib import Path
 from peft_jax.cli.shared.common_options import CompilationOptions
 
 LARGEST = 2**30  # bytes of all programs together
+AHEAD = "compiled ahead"  # name of the thread that compiles a run's first step
 
 
 def keep_programs(options: CompilationOptions) -> None:

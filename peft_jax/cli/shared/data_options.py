@@ -1,9 +1,10 @@
 """The options of data that several commands have. They import nothing that takes long."""
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from peft_jax.cli.shared.command_line import Option
+from peft_jax.cli.shared.command_line import Option, flag
 from peft_jax.cli.shared.common_options import CUTOFF, DATA, TEMPLATE
 
 
@@ -38,3 +39,11 @@ class DataFileOptions:
     stride: Annotated[int | None, Option(aliases=("--doc-stride",))] = None
     """Tokens that neighbouring windows of a long text share: of QUESTION_ANS by default 128, or a quarter of cutoff-len
     if that is less; of TOKEN_CLS with --long split by default 0."""
+
+
+def check_streaming(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for options, by name, that need all examples beside a --streaming that reads one at a time."""
+    for name, value in (("packing", True), ("long", "split")):
+        if given["streaming"] and given.get(name) == value:
+            typed = flag(name) if value is True else f"{flag(name)} {value}"
+            raise ValueError(f"{typed} needs all examples at once, and --streaming reads one at a time. Drop one.")

@@ -9,8 +9,10 @@ from typing import Any
 
 from peft_jax.cli.shared.data_options import DataFileOptions
 from peft_jax.core.selecting import without
-from peft_jax.train.data.data_files import TABLES, ending_of, read_rows, with_numbers
-from peft_jax.train.data.record_forms import parse_records
+from peft_jax.core.short_errors import short_errors
+from peft_jax.train.data.class_names import FIELDS, ClassNames, class_names_of_features
+from peft_jax.train.data.data_files import TABLES, ending_of, read_table, with_numbers
+from peft_jax.train.data.record_forms import form_of, in_rows, parse_records
 from peft_jax.train.data.records import AnyRecord, Chat, Record
 
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -38,12 +40,14 @@ class Loaded:
         counts: How many of them each source has.
         weights: The share of each source; None where none is given, and all records are used equally often.
         notes: What is to be said of them.
+        class_names: The names of the classes that the records number, where a file has them.
     """
 
     records: list[AnyRecord]
     counts: tuple[int, ...]
     weights: tuple[float, ...] | None
     notes: tuple[str, ...]
+    class_names: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     def source_of(self, record: int) -> int:
         """The position of a record's source."""
@@ -59,21 +63,41 @@ def load_records(options: DataFileOptions) -> Loaded:
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
-        ValueError: If the records are of no known form, an option does not fit the data, or some sources have weights
-            and others do not.
+        ValueError: If the records are of no known form, an option does not fit the data, some sources have weights
+            and others do not, or two name their classes differently.
     """
     sources = sources_of(options)
     columns = parse_columns(options.columns or ())
     records: list[AnyRecord] = []
     counts, notes = [], []
+    names: dict[tuple[str, ...], str] = {}
     for source in sources:
-        found = parse_records(renamed(_rows(source, options), columns, source), source.name)
+        table, of_columns = _rows(source, options)
+        rows = renamed(table, columns, source)
+        found = parse_records(rows, source.name)
+        if of_classes := _class_names(rows, of_columns, columns):
+            names.setdefault(of_classes, source.name)
         records += found.records
         counts.append(len(found.records))
         if found.unused:
             notes.append(f"Not used of {source.name}: {', '.join(found.unused)}.")
     check_template(options, records)
-    return Loaded(records, tuple(counts), weights_of(sources), tuple(notes))
+    if len(names) > 1:
+        (one, first), (other, second) = [(name, ", ".join(each)) for each, name in names.items()][:2]
+        raise ValueError(
+            f"{one} numbers the classes {first}, and {other} numbers {second}. Write both with the same classes."
+        )
+    class_names = next(iter(names), ())
+    return Loaded(records, tuple(counts), weights_of(sources), tuple(notes), class_names=class_names)
+
+
+def _class_names(rows: Sequence[Any], names: ClassNames, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of the classes that rows have, by those of the columns of their file."""
+    if not names:
+        return ()
+    needed = form_of(in_rows(rows)[0], "record 1").needed
+    fields = [field for field in FIELDS if field in needed]
+    return names.get(columns.get(fields[0], fields[0]), ()) if fields else ()
 
 
 def check_template(options: DataFileOptions, records: Sequence[AnyRecord]) -> None:
@@ -159,6 +183,7 @@ def parse_columns(words: Sequence[str]) -> dict[str, str]:
     return columns
 
 
+@short_errors()
 def renamed(rows: Sequence[Any], columns: Mapping[str, str], source: Source) -> list[Any]:
     """The rows with their columns named as the fields that they hold.
 
@@ -183,8 +208,13 @@ def _renamed(row: Any, columns: Mapping[str, str], source: Source) -> Any:
     return with_numbers(found) if ending_of(Path(source.name)) in TABLES else found
 
 
-def _rows(source: Source, options: DataFileOptions) -> Sequence[Any]:
-    return from_hub(source.name, options) if source.is_on_hub else read_rows(Path(source.name))
+def _rows(source: Source, options: DataFileOptions) -> tuple[Sequence[Any], ClassNames]:
+    """The rows of a source, and the names of the classes of its columns."""
+    if not source.is_on_hub:
+        return read_table(Path(source.name))
+    rows = from_hub(source.name, options)
+    features = getattr(rows, "features", None)
+    return rows, {} if features is None else class_names_of_features(features.to_dict())
 
 
 def from_hub(name: str, options: DataFileOptions) -> Any:

@@ -28,10 +28,12 @@ class HeadLabels:
         id2label: The names of its outputs by number; None for those of the checkpoint.
         problem_type: Their kind, as transformers names it; None where one class of a text is meant, or the
             checkpoint says it.
+        is_held: Whether a checkpoint's head has them, and no others.
     """
 
     id2label: Mapping[int, str] | None = None
     problem_type: str | None = None
+    is_held: bool = False
 
 
 def labels_of_texts(
@@ -59,7 +61,8 @@ def labels_of_texts(
         raise ValueError(f"--problem-type {said}, but {model} is for {own}. Drop --problem-type.")
     problem = own or said or problem_of(labelled(records))
     names = hf.get("id2label") or numbered_labels(config.num_labels)
-    return HeadLabels({int(number): name for number, name in names.items()}, None if problem == SINGLE else problem)
+    kind = None if problem == SINGLE else problem
+    return HeadLabels({int(number): name for number, name in names.items()}, kind, is_held=True)
 
 
 def labels_of_words(
@@ -74,7 +77,7 @@ def labels_of_words(
     if config.task_type != TOKEN_CLS:
         return HeadLabels(tag_names(records))
     names = hf.get("id2label") or numbered_labels(config.num_labels)
-    return HeadLabels({int(number): name for number, name in names.items()})
+    return HeadLabels({int(number): name for number, name in names.items()}, is_held=True)
 
 
 def with_names(found: HeadLabels, names: Sequence[str]) -> HeadLabels:
@@ -85,8 +88,8 @@ def with_names(found: HeadLabels, names: Sequence[str]) -> HeadLabels:
         names: The names, by number.
 
     Raises:
-        ValueError: If the classes have names, what is predicted is no class, there are too few names, or one comes
-            twice.
+        ValueError: If the classes have names, what is predicted is no class, there are too few names or more than a
+            checkpoint's head has classes, or one comes twice.
 
     Example:
         >>> with_names(HeadLabels(numbered_labels(2)), ["O", "B-PER"]).id2label
@@ -101,10 +104,29 @@ def with_names(found: HeadLabels, names: Sequence[str]) -> HeadLabels:
         )
     if len(names) < len(known):
         raise ValueError(f"--label-names has {len(names)} names, and there are {len(known)} classes. Name each.")
+    if len(names) > len(known) and found.is_held:
+        raise ValueError(
+            f"--label-names has {len(names)} names, and the checkpoint's head has {len(known)} classes. Name these."
+        )
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"--label-names has {twice[0]} twice. Name each class once.")
     return dataclasses.replace(found, id2label=dict(enumerate(names)))
+
+
+def named_by_data(found: HeadLabels, names: Sequence[str]) -> HeadLabels:
+    """As `with_names`, with names that a data file has for its classes; labels that they do not fit stay.
+
+    Example:
+        >>> named_by_data(HeadLabels(numbered_labels(2)), ["O", "B-PER", "I-PER"]).id2label
+        {0: 'O', 1: 'B-PER', 2: 'I-PER'}
+        >>> named_by_data(HeadLabels({0: "no", 1: "yes"}), ["O", "B-PER"]).id2label
+        {0: 'no', 1: 'yes'}
+    """
+    known = found.id2label or {}
+    is_named = dict(known) != numbered_labels(len(known))
+    is_other = len(names) < len(known) or found.is_held and len(names) > len(known)
+    return found if is_named or is_other or found.problem_type == REGRESSION else with_names(found, names)
 
 
 def problem_of_texts(config: ModelConfig, records: Sequence[AnyRecord]) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft_jax.cli.shared.command_line import flag
 from peft_jax.cli.shared.forward_pass import apply as plain_apply
 from peft_jax.cli.shared.forward_pass import apply_lazily, apply_spans
 from peft_jax.cli.shared.head_labels import (
@@ -176,7 +177,7 @@ class Task:
         What the weights of a GGUF file became is said on stderr.
         """
         if self.has_classes and labels is not None:
-            options |= vars(labels)
+            options |= {"id2label": labels.id2label, "problem_type": labels.problem_type}
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of leaves that start at random
             read = self.reader.from_pretrained(model, **options)
         gguf_file = options.get("gguf_file")
@@ -368,10 +369,17 @@ def task_of_adapter(model: str, adapter: Path | None, gguf_file: str | None = No
     return task_of(model, None if adapter is None else read_adapter_config(adapter).get("task_type"), gguf_file)
 
 
-def check_problem_type(task: Task) -> None:
-    """Raise ValueError for a --problem-type of a task that has one kind of labels alone."""
-    if task.name != SEQ_CLS:
+def check_options(task: Task, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option, by its name, that is for other tasks."""
+    for name in ("packing", "train_on_inputs"):
+        if given.get(name) and not task.next_token:
+            raise ValueError(f"{flag(name)} is for {CAUSAL_LM}, whose prompt and answer are one text. Leave it out.")
+    if given["problem_type"] is not None and task.name != SEQ_CLS:
         raise ValueError(f"--problem-type is for {SEQ_CLS}, and the task is {task.name}. Leave it out.")
+    if given["label_names"] is not None and not task.has_classes:
+        raise ValueError(f"--label-names is for classes, and {task.name} has none. Leave it out.")
+    if given["streaming"] and not task.writes:
+        raise ValueError(f"--streaming reads no labels of all records, which {task.name} begins with. Leave it out.")
 
 
 def fresh_modules(model: ModelHandle) -> list[str]:

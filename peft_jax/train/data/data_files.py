@@ -11,8 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from peft_jax.core.short_errors import short_errors
 from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.core.text_files import read_text
+from peft_jax.train.data.class_names import ClassNames, class_names_of_schema
 from peft_jax.train.data.record_forms import FORMATS, to_records
 from peft_jax.train.data.records import AnyRecord, Record, named
 
@@ -79,6 +81,23 @@ def read_rows(file: Path) -> list[Any]:
         >>> read_rows(Path("data.csv"))
         [{'question': '1 + 1?', 'answer': '2'}]
     """
+    return read_table(file)[0]
+
+
+@short_errors()
+def read_table(file: Path) -> tuple[list[Any], ClassNames]:
+    r"""As `read_rows`, with the names that a Parquet or Arrow file has for the classes of its columns.
+
+    Raises:
+        FileNotFoundError: As `read_rows` does.
+        ValueError: As `read_rows` does.
+
+    Example:
+        >>> Path("data.csv").write_text("text,label\nWell done.,1\n")
+        24
+        >>> read_table(Path("data.csv"))
+        ([{'text': 'Well done.', 'label': '1'}], {})
+    """
     ending = ending_of(file)
     if ending in COLUMNAR:
         return _read_columnar(file)
@@ -86,8 +105,8 @@ def read_rows(file: Path) -> list[Any]:
     if not text.strip():
         raise ValueError(f"{file} is empty. Give at least one record with {FORMATS}.")
     if ending in TABLES:
-        return list(_table(text, file, TABLES[ending]))
-    return _parse(text, file)
+        return list(_table(text, file, TABLES[ending])), {}
+    return _parse(text, file), {}
 
 
 def ending_of(file: Path) -> str:
@@ -184,16 +203,19 @@ def with_numbers(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **changed}
 
 
-def _read_columnar(file: Path) -> list[dict[str, Any]]:
+def _read_columnar(file: Path) -> tuple[list[dict[str, Any]], ClassNames]:
     arrow = import_arrow(file)
     _check_there(file)
     try:
         source = arrow.BufferReader(_unpacked(file)) if is_compressed(file) else arrow.memory_map(str(file))
         if ending_of(file) == ".parquet":
-            return importlib.import_module("pyarrow.parquet").read_table(source).to_pylist()
-        return open_arrow(arrow, source).read_all().to_pylist()
+            table = importlib.import_module("pyarrow.parquet").read_table(source)
+        else:
+            table = open_arrow(arrow, source).read_all()
+        rows = table.to_pylist()
     except (arrow.ArrowException, OSError) as error:
         raise damaged(file, error) from error
+    return rows, class_names_of_schema(table.schema.metadata, str(file))
 
 
 def damaged(file: Path, error: Exception) -> ValueError:

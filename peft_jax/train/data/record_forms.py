@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from peft_jax.core.articles import article
 from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.selecting import not_none
+from peft_jax.core.short_errors import short_errors
 from peft_jax.train.data.conversations import parsed, to_chat
 from peft_jax.train.data.records import AnyRecord, Completion, Labelled, PlainText, Question, Record, Tagged
 
@@ -232,6 +233,7 @@ def to_records(objects: Sequence[Any], source: str) -> list[AnyRecord]:
     return parse_records(objects, source).records
 
 
+@short_errors()
 def parse_records(objects: Sequence[Any], source: str) -> Parsed:
     """As `to_records`, with the names of the fields that are not used.
 

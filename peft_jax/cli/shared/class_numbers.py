@@ -1,0 +1,59 @@
+"""Classes that a data file numbers and names, and a model numbers and names otherwise."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from peft_jax.cli.shared.data_sources import Loaded
+from peft_jax.models.config import numbered_labels
+from peft_jax.train.data.records import AnyRecord, Labelled, Tagged
+
+Value = TypeVar("Value", bound=str | int | float)
+
+
+def by_names_of(loaded: Loaded, known: Mapping[int, str]) -> Loaded:
+    """The records with names in place of the numbers of their classes, where their file numbers these otherwise.
+
+    Where the model's classes have numbers alone, or names of which the file has none, numbers are the model's; in the
+    second case a note says so.
+
+    Args:
+        loaded: The records, and the names of their classes.
+        known: The names of the model's classes, by number.
+
+    Raises:
+        ValueError: If a record has a number that its file has no name for.
+
+    Example:
+        >>> loaded = Loaded([Labelled("Well done.", 0)], (1,), None, (), class_names=("good", "bad"))
+        >>> by_names_of(loaded, {0: "bad", 1: "good"}).records
+        [Labelled(text='Well done.', label='good', text_pair='')]
+    """
+    names, others = loaded.class_names, tuple(known.values())
+    is_numbered = dict(known) == numbered_labels(len(known))
+    if not names or is_numbered or names == others:
+        return loaded
+    if not set(names) & set(others):
+        note = f"The data has the classes {', '.join(names)}, and the model {', '.join(others)}: taken by number."
+        return dataclasses.replace(loaded, notes=(*loaded.notes, note))
+    records = [_named(record, names, number) for number, record in enumerate(loaded.records, 1)]
+    return dataclasses.replace(loaded, records=records)
+
+
+def _named(record: AnyRecord, names: Sequence[str], number: int) -> AnyRecord:
+    if isinstance(record, Tagged):
+        return dataclasses.replace(record, tags=tuple(_name(tag, names, number) for tag in record.tags))
+    if not isinstance(record, Labelled):
+        return record
+    if isinstance(record.label, tuple):
+        return dataclasses.replace(record, label=tuple(_name(label, names, number) for label in record.label))
+    return dataclasses.replace(record, label=_name(record.label, names, number))
+
+
+def _name(label: Value, names: Sequence[str], record: int) -> Value | str:
+    """The name of a class that has a number; what is no number stays."""
+    if not isinstance(label, int):
+        return label
+    if not 0 <= label < len(names):
+        raise ValueError(f"record {record} has the label {label}, and its file names {len(names)} classes.")
+    return names[label]
