@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from peft_jax.cli.command_options import Preview
 from peft_jax.cli.main import main
+from peft_jax.cli.shared.command_line import option_groups
 from peft_jax.cli.shared.data_options import DataFileOptions
 from peft_jax.cli.shared.data_sources import load_records
 from peft_jax.train import Mixture, Padded, training_batches
@@ -433,6 +435,65 @@ def test_preview_of_a_stream_reads_its_first_records(
     }.items():
         assert main([*words, "--streaming", *more.split()]) == 2
         assert error in capsys.readouterr().err
+
+
+# Of each option of preview: other words, words that have it, and what is shown with it alone.
+PAIRS = "--data pairs.jsonl"
+WORDS = "--data words.jsonl --task TOKEN_CLS --cutoff-len 6 --long split"
+SHOWN_BY: dict[str, tuple[str, str, str]] = {
+    "data": (PAIRS, "--data more.jsonl", "3 examples of"),
+    "columns": (PAIRS, "--columns completion=other", "[[third</s>]]"),
+    "data_split": ("--data me/mine", "--data-split test", "'split': 'test'"),
+    "data_subset": ("--data me/mine", "--data-subset en", "'en'"),
+    "data_revision": ("--data me/mine", "--data-revision v1", "'revision': 'v1'"),
+    "prompt_template": ("--data alpaca.jsonl", "--prompt-template alpaca", "Below is an instruction"),
+    "cutoff_len": (PAIRS, "--cutoff-len 9", "longer than 9 tokens cut to that"),
+    "long": (f"{PAIRS} --cutoff-len 9", "--long drop", "1 longer than 9 tokens left out"),
+    "stride": (WORDS, "--stride 2", "5 examples of"),
+    "model": (PAIRS, "--model other", "No folder 'other'"),
+    "gguf_file": (PAIRS, "--gguf-file none.gguf", "none.gguf"),
+    "task": ("--data classes.jsonl", "--task SEQ_CLS", "class LABEL_1"),
+    "problem_type": ("--data classes.jsonl --task SEQ_CLS", "--problem-type regression", "class LABEL_0=1"),
+    "label_names": ("--data classes.jsonl --task SEQ_CLS", "--label-names bad good", "class good"),
+    "train_on_inputs": (PAIRS, "--train-on-inputs", "[[one second</s>]]"),
+    "streaming": (PAIRS, "--streaming", "2 records, read when they are needed"),
+    "examples": (f"{PAIRS} --examples 1", "--examples 2", "Example 2"),
+    "html": (PAIRS, "--html page.html", "Wrote page.html."),
+}
+ROWS_OF: dict[str, list[dict[str, Any]]] = {
+    "pairs": [
+        {"prompt": "one", "completion": " second", "other": "third"},
+        {"prompt": "a", "completion": "b", "other": ""},
+    ],
+    "more": [{"prompt": "one", "completion": "more"}],
+    "alpaca": [{"instruction": "do", "output": "done"}],
+    "words": [{"tokens": ["a", "b", "c", "d", "e", "f", "g", "h"], "tags": [0, 1, 0, 1, 0, 1, 0, 1]}],
+    "classes": [{"text": "one", "label": 1}, {"text": "two", "label": 0}],
+}
+
+
+def test_no_option_of_preview_is_left_out() -> None:
+    options = {one.name for _, group in option_groups(Preview) for one in group}
+    assert options == set(SHOWN_BY)
+
+
+@pytest.mark.parametrize("option", SHOWN_BY)
+def test_no_option_of_preview_is_ignored(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda *names, **options: [{"text": str((names, options))}]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    for name, rows in ROWS_OF.items():
+        write(f"{name}.jsonl", *rows)
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
+    words, more, shown = SHOWN_BY[option]
+    main([*PREVIEW, *words.split()])
+    before = capsys.readouterr()
+    main([*PREVIEW, *words.split(), *more.split()])
+    after = capsys.readouterr()
+    assert shown not in before.out + before.err and shown in after.out + after.err, after
 
 
 def test_types_of_records() -> None:

@@ -50,7 +50,7 @@ def matches(pattern: str, text: str) -> bool:
     quick = compiled(pattern, "pattern")
     if is_quick(pattern):
         return quick.fullmatch(text) is not None
-    return len(text) in _ends(parser.parse(pattern), text, frozenset([0]), bool(quick.flags & re.IGNORECASE))
+    return len(text) in _ends(_parsed(pattern), text, frozenset([0]), bool(quick.flags & re.IGNORECASE))
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -61,7 +61,12 @@ def is_quick(pattern: str) -> bool:
         >>> is_quick(r".*\.\d+\.q_proj"), is_quick("(a+)+b")
         (True, False)
     """
-    return _repetitions(parser.parse(pattern)) <= QUICK
+    return _repetitions(_parsed(pattern)) <= QUICK
+
+
+@functools.lru_cache(maxsize=1 << 6)
+def _parsed(pattern: str) -> Any:
+    return parser.parse(pattern)
 
 
 def _repetitions(items: Iterable[Any]) -> float:

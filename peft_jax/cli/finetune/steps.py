@@ -16,7 +16,7 @@ from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.finetune.setup import Examples
 from peft_jax.cli.shared.micro_rows import choose_micro_layout
 from peft_jax.cli.shared.task import Evaluation, Task
-from peft_jax.core.partition import combine
+from peft_jax.core.partition import combine, partition
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.selecting import field_names, fields_of
 from peft_jax.models.handles.base import ModelHandle
@@ -36,6 +36,7 @@ from peft_jax.train import (
 from peft_jax.train.accumulate import AccumulatingStep
 from peft_jax.train.data.batches import Data
 from peft_jax.train.data.micro_layout import MicroLayout
+from peft_jax.train.hooks import init_optimizer
 from peft_jax.train.mesh import (
     PlacedBatches,
     batch_parts,
@@ -84,8 +85,10 @@ class Plan:
     mesh: Mesh | None
 
     def start(self, model: ModelHandle) -> tuple[State, Any]:
-        """Split the model of which the plan was made for an outline, as `make_plan` does."""
-        return split(model, self.optimizer, self.seed, self.mesh)
+        """Split the model of which the plan was made for an outline, as `make_plan` does, by one program."""
+        trainable, frozen = partition(model)
+        begin = jax.jit(partial(init_optimizer, self.optimizer))
+        return State(0, trainable, begin(model), jax.random.key(self.seed)), frozen
 
     def row(self, state: State, metrics: StepMetrics) -> dict[str, float | int]:
         """The row that a step adds to the metrics."""
@@ -154,7 +157,8 @@ def make_plan(
         base_dropout=not training.no_base_dropout,
         loss=None if data.problem is None else data.problem.loss,
     )
-    parts = (task, max_steps, epoch, options.run.eval_steps or epoch, rate, batches, data.validation, rows)
+    shown = jax.jit(rate)  # else a program for each of its operations
+    parts = (task, max_steps, epoch, options.run.eval_steps or epoch, shown, batches, data.validation, rows)
     of_experts = None if model.config.routing is None else mesh  # no other model asks for the mesh
     parts_of_step = fields_of(step, field_names(step))
     step = dataclasses.replace(step, **{name: with_mesh_in_use(fn, of_experts) for name, fn in parts_of_step.items()})

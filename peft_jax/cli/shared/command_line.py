@@ -127,7 +127,7 @@ def parse_command(command: type[Command], name: str, words: Sequence[str]) -> Co
     Raises:
         ValueError: If an option is unknown or missing, or a value is.
     """
-    groups = option_groups(command)
+    groups = option_groups(command, helped=not {"-h", "--help"}.isdisjoint(words))
     parameters = [parameter for _, group in groups for parameter in group]
     parser = _parser(command, name, groups)
     try:
@@ -243,16 +243,20 @@ def overview(description: str, commands: Mapping[str, type]) -> str:
     return "\n".join(lines)
 
 
-def option_groups(command: type) -> list[tuple[str, list[Parameter]]]:
+def option_groups(command: type, *, helped: bool = True) -> list[tuple[str, list[Parameter]]]:
     """The options of a command by title, in the order of the help.
 
     Those of a class without a title are in the group of the class that inherits them.
+
+    Args:
+        command: The class of its options.
+        helped: Whether they have their help, which takes longer than all else, as the sources are read.
     """
     groups = []
     waiting: list[Parameter] = []
     for owner in _owners(command):
         own = inspect.get_annotations(owner)
-        docs = _attribute_docs(owner)
+        docs = _attribute_docs(owner) if helped else {}
         fields = [field for field in dataclasses.fields(owner) if field.name in own]
         parameters = [_parameter(field, docs.get(field.name, "")) for field in fields]
         if _is_part(owner, command):

@@ -28,15 +28,19 @@ def init_params(module: Any, config: ModelConfig, key: jax.Array, dtype: DTypeLi
 
     Kernels are ``(in, out)``, embeddings ``(vocabulary, hidden)``; those of stacked layers have an axis in front.
     """
-    tree: dict[str, Any] = nnx.to_pure_dict(nnx.state(module(config, rngs=nnx.Rngs(key), dtype=dtype)))
-    return tree[module.backbone] if config.task_type == FEATURE_EXTRACTION else tree
+    return _tree(module(config, rngs=nnx.Rngs(key), dtype=dtype), config)
+
+
+def _tree(made: Any, config: ModelConfig) -> dict[str, Any]:
+    """The parameters of a module."""
+    tree: dict[str, Any] = nnx.to_pure_dict(nnx.state(made))
+    return tree[made.backbone] if config.task_type == FEATURE_EXTRACTION else tree
 
 
 @functools.lru_cache(maxsize=64)
 def param_shapes(module: Any, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Map each parameter's dotted path to its shape, without making the parameters."""
-    tree = jax.eval_shape(lambda: init_params(module, config, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in _leaves(tree)}
+    return {path: leaf.shape for path, leaf in _leaves(_tree(_outline(module, config), config))}
 
 
 def _in_declared_order(part: nnx.Module, names: Sequence[str]) -> list[str]:
@@ -99,12 +103,14 @@ def bind(module: Any, config: ModelConfig, params: Mapping[str, Any]) -> Any:
     """
     _check(module, config, params)
     tree = {module.backbone: params} if config.task_type == FEATURE_EXTRACTION else params
-    return nnx.merge(_graph(module, config), tree)
+    return nnx.merge(nnx.graphdef(_outline(module, config)), tree)
 
 
 @functools.lru_cache(maxsize=64)
-def _graph(module: Any, config: ModelConfig) -> Any:
-    return nnx.graphdef(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+def _outline(module: Any, config: ModelConfig) -> nnx.Module:
+    """The module with shapes in place of arrays; to trace its making takes longer than to read a small checkpoint."""
+    made: nnx.Module = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    return made
 
 
 def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
