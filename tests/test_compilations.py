@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -152,8 +151,8 @@ def ends_at_once(monkeypatch: pytest.MonkeyPatch) -> bool:
     codes: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(command, "main", lambda: 2)
-        patch.setattr(os, "_exit", codes.append)
-        with pytest.raises(SystemExit) as ended:  # after os._exit too, which does nothing here
+        patch.setattr(command, "end_at_once", codes.append)
+        with pytest.raises(SystemExit) as ended:  # behind it too, as it does nothing here
             command.run()
     assert ended.value.code == 2 and codes in ([], [2])
     return codes == [2]

@@ -124,10 +124,15 @@ def run() -> NoReturn:
     code = main()
     is_compiling = any(thread.name == AHEAD for thread in threading.enumerate())
     if code == INTERRUPTED or is_compiling:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)
     sys.exit(code)
+
+
+def end_at_once(code: int) -> None:
+    """End the process without Python's orderly end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parse(args: Sequence[str] | None) -> Command:
