@@ -1,5 +1,6 @@
 """adapt(fn) on whole models: nested adapters, cost, frameworks. Construct by construct it is tested elsewhere."""
 
+import functools
 import re
 import runpy
 from pathlib import Path
@@ -153,9 +154,69 @@ def test_of_many_like_layers_one_is_traced(monkeypatch):
 
     traced = jax.make_jaxpr(pj.adapt(fn))(layers, X)
     assert calls == ["dot_general"]
-    products = [eqn.params["jaxpr"] for eqn in calls_in(traced.jaxpr) if "jaxpr" in eqn.params]
+    products = [eqn.params["jaxpr"] for eqn in calls_in(traced.jaxpr) if eqn.params.get("name") == "_use_weight"]
     assert len(products) == 5 and len(set(map(id, products))) == 1, "each layer calls one and the same product"
     np.testing.assert_allclose(pj.adapt(fn)(layers, X), fn(pj.merge(layers), X), rtol=0, atol=1e-5)
+
+
+def products_in(jaxpr, seen):
+    """The number of products in a jaxpr and in the programs that it calls, each of them counted once."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += eqn.primitive.name == "dot_general"
+        inner = getattr(eqn.params.get("jaxpr"), "jaxpr", None)
+        if inner is not None and id(inner) not in seen:
+            seen[id(inner)] = inner
+            found += products_in(inner, seen)
+    return found
+
+
+def test_of_many_like_layers_one_is_differentiated():
+    """What a layer computes between its weights is one program too, which all layers call, forward and backward."""
+
+    def products(layers, compares):
+        tree = [{name: make((8, 8)) for name in "qkvo"} for _ in range(layers)]
+
+        def fn(tree, x):
+            for layer in tree:
+                q, k, v = (x @ layer[name] for name in "qkv")
+                x = x + jnp.tanh(jax.nn.softmax(q @ k.T / 64) @ v @ layer["o"] / 16) / 8
+            return x
+
+        trainable, frozen = pj.partition(tree)
+
+        def loss(run, trainable):
+            return jnp.sum(jnp.sin(run(pj.combine(trainable, frozen), X)))
+
+        ours = jax.grad(functools.partial(loss, pj.adapt(fn)))
+        if compares:
+            merging = jax.grad(functools.partial(loss, lambda tree, x: fn(pj.merge(tree), x)))
+            got, want = (jax.tree.leaves(jax.jit(gradient)(trainable)) for gradient in (ours, merging))
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
+        return products_in(jax.make_jaxpr(ours)(trainable).jaxpr, {})
+
+    assert products(5, compares=False) == products(3, compares=True)
+
+
+def test_parts_that_differ_in_a_number_or_a_name_are_no_copies_of_each_other():
+    numbers = (0.0, -0.0, 1.0, 0.0)
+
+    def fn(layers, x):
+        signs = []
+        for number, w in zip(numbers, layers, strict=True):
+            with jax.named_scope(f"scope{len(signs)}"):
+                x = jnp.tanh(x @ w)
+                signs.append(jax.lax.div(1.0, jax.lax.mul(jnp.abs(x[0, 0]), number)))
+        return jnp.stack(signs)
+
+    layers = [make((8, 8)) for _ in numbers]
+    compiled = jax.jit(pj.adapt(fn))
+    got = compiled(layers, X)
+    np.testing.assert_allclose(got, fn(pj.merge(layers), X), rtol=1e-5)
+    assert got[0] == got[3] == np.inf and got[1] == -np.inf
+    text = compiled.lower(layers, X).as_text(debug_info=True)
+    assert all(f"scope{i}" in text for i in range(4))
 
 
 def calls_in(jaxpr):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.extend.source_info_util import NameStack
 from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 LIBRARIES = ("jax", "flax", "equinox", "optax")
-CALLS_AND_SCANS = ("jit", "pjit", "checkpoint", "remat", "remat2", "scan")
+JITS = ("jit", "pjit")
+CALLS_AND_SCANS = (*JITS, "checkpoint", "remat", "remat2", "scan")
 
 Program = core.Jaxpr | core.ClosedJaxpr
 
@@ -103,23 +105,32 @@ def placeholders(eqn: core.JaxprEqn) -> list[jax.Array]:
     return [jnp.zeros(kind.shape, kind.dtype) for kind in types]
 
 
+def is_traced() -> bool:
+    """Whether a program around this one is being traced; under ``jax.disable_jit`` there is none to speak of."""
+    # A result without operands is a tracer exactly inside of a traced program, where it is dead code.
+    return isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer) and not jax.config.values["jax_disable_jit"]
+
+
 def run(program: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
     """Run a jaxpr: inside of a program that is being traced as one call in it, else equation by equation.
 
     Tracing is cheap because JAX does not go through the equations of a call again. It has to see those with effects,
     and under ``jax.disable_jit`` there are no calls.
     """
-    # A result without operands is a tracer exactly inside of a traced program, where it is dead code.
-    traced = isinstance(jax.lax.iota(jnp.int32, 1), jax.core.Tracer)
-    if program.effects or not traced or jax.config.values["jax_disable_jit"]:
+    if program.effects or not is_traced():
         return core.jaxpr_as_fun(program)(*inputs)
-    (call,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
-    params = {**call.params, "jaxpr": program, "name": "adapted"}
-    for name in ("in_shardings", "in_layouts", "donated_invars"):
-        params[name] *= len(inputs)
-    for name in ("out_shardings", "out_layouts"):
-        params[name] *= len(program.jaxpr.outvars)
-    return bind(call.replace(params=params), list(inputs))
+    return bind(call(program, "adapted"), list(inputs))
+
+
+def call(program: core.ClosedJaxpr, name: str) -> core.JaxprEqn:
+    """An equation that calls a program; its operands and results are to be put in."""
+    (eqn,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
+    params = {**eqn.params, "jaxpr": program, "name": name}
+    for option in ("in_shardings", "in_layouts", "donated_invars"):
+        params[option] *= len(program.jaxpr.invars)
+    for option in ("out_shardings", "out_layouts"):
+        params[option] *= len(program.jaxpr.outvars)
+    return eqn.replace(params=params, effects=program.effects)
 
 
 def make_jaxpr(
@@ -134,6 +145,21 @@ def make_jaxpr(
         effects |= eqn.effects
     info = like.jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     return core.ClosedJaxpr(core.Jaxpr((), invars, outvars, eqns, frozenset(effects), info), ())
+
+
+def program_of(
+    eqns: Sequence[core.JaxprEqn], taken: Sequence[core.Var], made: Sequence[core.Var], like: core.ClosedJaxpr
+) -> core.ClosedJaxpr:
+    """Equations of a program as one of their own, without the names of where they were: who calls it has a name."""
+    new = {variable: core.Var(variable.aval) for variable in taken}
+    own = []
+    for eqn in eqns:
+        invars = [atom if is_literal(atom) else new[atom] for atom in eqn.invars]
+        for variable in eqn.outvars:
+            new[variable] = core.Var(variable.aval)
+        source = eqn.source_info.replace(name_stack=NameStack())
+        own.append(eqn.replace(invars=invars, outvars=[new[v] for v in eqn.outvars], source_info=source))
+    return make_jaxpr([new[variable] for variable in taken], [new[variable] for variable in made], own, like)
 
 
 def without_dead_code(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
@@ -189,6 +215,11 @@ def where(eqn: core.JaxprEqn) -> str | None:
 def is_literal(atom: core.Var | core.Literal) -> "TypeIs[core.Literal]":
     """Whether an operand is a literal, which holds its value."""
     return isinstance(atom, core.Literal)
+
+
+def literal_key(literal: core.Literal) -> bytes:
+    """The value of a literal as a key, by which 0 and -0 differ; its type is not in it."""
+    return np.asarray(literal.val).tobytes()
 
 
 def is_number(value: Any) -> bool:

@@ -4,15 +4,18 @@ Equations without a weight are kept as they are. One with a weight gives way to 
 several products of one input with weights, at the place of the first; of many like it one is traced.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.repeated_equations import with_calls
 from peft_jax.adapt.shared_inputs import products_of_one_input
-from peft_jax.adapt.view import Value, is_watched
+from peft_jax.adapt.recorder import Recorder
+from peft_jax.adapt.view import Value, Watch, is_watched, rewatched
 
 LEAF: Any = jax.tree.structure(0)
 Atom = core.Var | core.Literal
@@ -32,8 +35,34 @@ class Stand(NamedTuple):
 
     @property
     def watched(self) -> bool:
-        """Whether it is a watched weight: who watches it has to see every equation."""
+        """Whether it is a watched weight."""
         return is_watched(jax.tree.unflatten(self.structure, self.atoms))
+
+    def with_watches(self, change: Callable[[Any], Any]) -> jax.tree_util.PyTreeDef:
+        """The structure with other watches of its weights."""
+        return _with_watches(self.structure, change)
+
+
+class Traced(NamedTuple):
+    """The program of an equation, the recorders of its watches in their order, and the equation."""
+
+    program: Program
+    recorders: list[Recorder]
+    eqn: core.JaxprEqn
+
+    def of(self, eqn: core.JaxprEqn, watches: Iterable[Watch]) -> Program:
+        """The program of an equation like it. Its watches get their reports, and go on watching its outputs."""
+        if not self.recorders:
+            return self.program
+        program, structures = self.program
+        ways = dict(zip((recorder.number for recorder in self.recorders), watches, strict=True))
+        for recorder, watch in zip(self.recorders, watches, strict=True):
+            recorder.report(watch, self.eqn, eqn)
+
+        def following(recorder: Any) -> Watch:
+            return recorder.replaced_by(ways[recorder.number], self.eqn, eqn)
+
+        return program, [_with_watches(structure, following) for structure in structures]
 
 
 class Renamed(NamedTuple):
@@ -70,8 +99,8 @@ def splice(
             stands[variable] = Stand(tuple(atoms), structure)
             inputs += zip(atoms, leaves, strict=True)
 
-    eqns: list[core.JaxprEqn] = []
-    traced: dict[Any, Program] = {}
+    pieces: list[list[core.JaxprEqn]] = [[]]
+    traced: dict[Hashable, Traced] = {}
     later_products = products_of_one_input(jaxpr.jaxpr.eqns)
     done_before = set[int]()
     for place, eqn in enumerate(jaxpr.jaxpr.eqns):
@@ -81,7 +110,7 @@ def splice(
         if _all_arrays(operands):
             number = compat.folded(eqn, _atoms(operands))
             if number is None:
-                eqns.append(_with_operands(eqn, operands))
+                pieces[-1].append(_with_operands(eqn, operands))
             else:
                 stands[eqn.outvars[0]] = Stand((number,), LEAF)
             continue
@@ -98,15 +127,27 @@ def splice(
                 done_before.add(other)
         program, structures = _traced(together, operands, run, traced)
         new = _renamed(program, eqn, operands)
-        eqns += new.eqns
+        pieces += [new.eqns, []]
         inputs += new.consts
         _note_outputs(together, new.outputs, structures, stands)
 
     results = [_stand(atom, stands) for atom in jaxpr.jaxpr.outvars]
     variables = [variable for variable, _ in inputs]
+    if compat.is_traced() and not any(map(is_watched, args)):
+        eqns = with_calls(pieces, _atoms(results), jaxpr)
+    else:
+        eqns = list(itertools.chain.from_iterable(pieces))
     program = compat.make_jaxpr(variables, _atoms(results), eqns, jaxpr)
     structure = jax.tree_util.treedef_tuple([result.structure for result in results])
     return program, [value for _, value in inputs], structure
+
+
+def _with_watches(structure: jax.tree_util.PyTreeDef, change: Callable[[Any], Any]) -> jax.tree_util.PyTreeDef:
+    """A structure with other watches of the weights in it."""
+    if structure == LEAF:
+        return structure
+    value = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return jax.tree.structure(rewatched(value, change)) if is_watched(value) else structure
 
 
 def _stand(atom: Atom, stands: Mapping[core.Var, Stand]) -> Stand:
@@ -150,21 +191,30 @@ def _note_outputs(
             del rest[: structure.num_leaves]
 
 
-def _traced(eqns: Sequence[core.JaxprEqn], operands: Sequence[Stand], run: Run, traced: dict[Any, Program]) -> Program:
-    """Trace equations on weights, or find the program of equations like them."""
+def _traced(
+    eqns: Sequence[core.JaxprEqn], operands: Sequence[Stand], run: Run, traced: dict[Hashable, Traced]
+) -> Program:
+    """Trace equations on weights, or find the program of equations like them; watches get their reports of both."""
     eqn, atoms = eqns[0], _atoms(operands)
-    literals = []
+    literals: list[tuple[int, Any]] = []
+    known: list[tuple[int, bytes]] = []
     for i, atom in enumerate(atoms):
         if compat.is_literal(atom):
             literals.append((i, atom.val))
+            known.append((i, compat.literal_key(atom)))
     types = tuple(atom.aval for atom in atoms)
-    structures = tuple(operand.structure for operand in operands)
-    key = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, tuple(literals), types, structures)
-    if any(operand.watched for operand in operands) or not compat.is_hashable(key):
-        return _trace(eqns, types, literals, structures, run)
+    watches: dict[Watch, int] = {}
+    structures = tuple(
+        operand.with_watches(lambda watch: watches.setdefault(watch, len(watches))) for operand in operands
+    )
+    key = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, tuple(known), types, structures)
+    if not compat.is_hashable(key):
+        key = (eqn,)
     if key not in traced:
-        traced[key] = _trace(eqns, types, literals, structures, run)
-    return traced[key]
+        recorders = [Recorder() for _ in watches]
+        recorded = [operand.with_watches(lambda watch: recorders[watches[watch]]) for operand in operands]
+        traced[key] = Traced(_trace(eqns, types, literals, recorded, run), recorders, eqn)
+    return traced[key].of(eqn, watches)
 
 
 def _trace(
