@@ -4,8 +4,8 @@
 
 A decoder of several layers (attention and gated MLP, LoRA on all seven matmuls), with its layers unrolled, in a scan,
 and in a scan of twice the depth. All ways are timed in turn, in one run; times are medians, those of tracing and of
-attaching on the clock of the process. The gradient is that of the factors, for the unwrapped function that of the matmul
-weights. What attaching by ``fn=`` takes stands below each table, beside the trace of the unwrapped function.
+attaching on the clock of the process. The gradient is that of the factors, for the unwrapped function that of the
+matmul weights. What attaching by ``fn=`` takes is below each table, beside the trace of the unwrapped function.
 """
 
 import dataclasses

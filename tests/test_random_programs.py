@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from constructs import doubled, tripled
+from constructs import doubled, gathered, tripled
 from test_constructs import close
 
 import peft_jax as pj
 from peft_jax.core.paths import dotted
 from peft_jax.core.weight import is_weight
 
-PROGRAMS = 16
+PROGRAMS, QUICK = 24, 5  # the others are slow
+LAYERS = 4
 
 
 def normal(seed, *shape):
@@ -60,6 +61,47 @@ LAST = {
     "fused": lambda rng, w: jnp.concatenate([w, -w / 2], axis=int(rng.integers(0, 2))),
     "alone": lambda rng, w: w,
 }
+
+
+def of_rows(rng, stack, x):
+    """Each row has a layer of its own, as with experts."""
+    return jnp.einsum("bi,bio->bo", x, stack[rng.integers(0, LAYERS, len(x))])
+
+
+def scanned(layers, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+
+
+def in_groups(rng, stack, x):
+    return jax.lax.scan(lambda x, group: (scanned(group, x), None), x, stack.reshape(2, -1, *stack.shape[1:]))[0]
+
+
+def on_devices(rng, stack, x):
+    """Each device has a part of the inputs of a layer, and gathers the whole of it."""
+    return gathered(stack[int(rng.integers(0, LAYERS))], x)
+
+
+def mixed(rng, stack, x):
+    """A product of two element types; backward the input's gradient would be rounded, here as there."""
+    x = jax.lax.stop_gradient(x).astype(jnp.bfloat16)
+    numbers = (((1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, stack[0], numbers, preferred_element_type=jnp.float32)
+
+
+# What a program does with a stack of square matrices and an input of as many features.
+STACKED = {
+    "one": lambda rng, stack, x: x @ stack[int(rng.integers(0, LAYERS))],
+    "by index": lambda rng, stack, x: x @ stack[jnp.asarray(rng.integers(0, LAYERS))],
+    "of rows": of_rows,
+    "scan": lambda rng, stack, x: scanned(stack, x),
+    "scan backwards": lambda rng, stack, x: scanned(stack[::-1], x),
+    "scan of groups": in_groups,
+    "stacked again": lambda rng, stack, x: scanned(jnp.stack([stack[2], stack[0]]), x),
+    "joined again": lambda rng, stack, x: scanned(jnp.concatenate([stack[2:], stack[:2]]), x),
+    "all at once": lambda rng, stack, x: jnp.einsum("bi,lio->bo", x, stack),
+    "shard_map": on_devices,
+    "mixed": mixed,
+}
 LOSES = {"tanh": jnp.tanh, "square": lambda w: w * w, "sort": lambda w: jnp.sort(w, axis=1)}
 
 
@@ -76,8 +118,11 @@ def program(seed):
             lost.add(name)
         way.append(str(plan.choice(list(LAST))))
         ways[name] = (way, int(plan.integers(0, 2**31)))
+    stacked, stack_seed = str(plan.choice(list(STACKED))), int(plan.integers(0, 2**31))
 
     def fn(params, x):
+        stack = params["layers"]["kernel"]
+        x = x + STACKED[stacked](np.random.default_rng(stack_seed), stack, x)
         for name in names:
             way, own_seed = ways[name]
             rng, w = np.random.default_rng(own_seed), params[name]["kernel"]
@@ -88,14 +133,21 @@ def program(seed):
             x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + 1)
         return x
 
-    return fn, lost
+    return fn, lost | ({"layers"} if stacked == "joined again" else set())  # two stacks have no layers in common
 
 
-@pytest.mark.parametrize("seed", range(PROGRAMS))
+def seeds():
+    """Those of the programs; all but a few are slow."""
+    slow = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(QUICK, PROGRAMS)]
+    return [*range(QUICK), *slow]
+
+
+@pytest.mark.parametrize("seed", seeds())
 def test_a_random_program_equals_merging_and_leaves_nothing_out_unsaid(seed):
     fn, lost = program(seed)
     params = {f"w{i}": {"kernel": normal(i, 6, 8)} for i in range(4)}
-    x = 3 * normal(9, 5, 6)
+    params["layers"] = {"kernel": normal(8, LAYERS, 8, 8)}
+    x = 3 * normal(9, 8, 8)
     config = pj.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -107,7 +159,9 @@ def test_a_random_program_equals_merging_and_leaves_nothing_out_unsaid(seed):
     assert attached | left == set(params) and not attached & left and lost <= left
     assert len(left - lost) <= 1, "what can be followed is"  # not a joined axis of a weight of unknown axes that is cut
 
-    every = pj.apply_lora(params, config.replace(target_modules=list(params)), fn=fn, args=(x,))
+    layout = {r"layers\.kernel": pj.Layout((0,), (1,), (2,))}  # which nothing says of a stack that is not followed
+    named = config.replace(target_modules=list(params))
+    every = pj.apply_lora(params, named, layout=layout, fn=fn, args=(x,))
     trainable, frozen = pj.partition(every)
 
     def value(run):

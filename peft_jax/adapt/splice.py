@@ -12,9 +12,9 @@ import jax
 from jax.extend import core
 
 from peft_jax.adapt import compat
+from peft_jax.adapt.recorder import Recorder
 from peft_jax.adapt.repeated_equations import with_calls
 from peft_jax.adapt.shared_inputs import products_of_one_input
-from peft_jax.adapt.recorder import Recorder
 from peft_jax.adapt.view import Value, Watch, is_watched, rewatched
 
 LEAF: Any = jax.tree.structure(0)

@@ -113,8 +113,11 @@ def _single(value: Value) -> View | None:
 
 
 def _in_front(value: Value, eqn: JaxprEqn) -> Value:
-    """A value for a scan to slice: of a stacked weight the layers are in front, under the layout of one."""
-    moved = value.mapped(0, in_front, drop=True) if is_view(value) else value
+    """A value for a scan to slice: of a stacked weight the layers are in front, under the layout of one.
+
+    Weights side by side, such as two stacks that are joined, have no such layers in common.
+    """
+    moved = value.mapped(0, in_front, drop=True) if is_view(value) else None
     return merged(value, eqn) if moved is None else moved
 
 
