@@ -158,8 +158,11 @@ def program_of(
         for variable in eqn.outvars:
             new[variable] = core.Var(variable.aval)
         source = eqn.source_info.replace(name_stack=NameStack())
-        own.append(eqn.replace(invars=invars, outvars=[new[v] for v in eqn.outvars], source_info=source))
-    return make_jaxpr([new[variable] for variable in taken], [new[variable] for variable in made], own, like)
+        outvars = [new[variable] for variable in eqn.outvars]
+        own.append(eqn.replace(invars=invars, outvars=outvars, source_info=source))
+    inputs = [new[variable] for variable in taken]
+    outputs: list[core.Var | core.Literal] = [new[variable] for variable in made]
+    return make_jaxpr(inputs, outputs, own, like)
 
 
 def without_dead_code(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
