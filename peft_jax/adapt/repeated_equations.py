@@ -52,7 +52,7 @@ def with_calls(pieces: Sequence[Equations], outputs: Sequence[Atom], program: co
         if key not in calls:
             calls[key] = compat.call(compat.program_of(part.eqns, *interface, program), "repeated")
         taken, made = interface
-        eqns.append(calls[key].replace(invars=taken, outvars=made, source_info=part.eqns[0].source_info))
+        eqns.append(calls[key].replace(invars=list(taken), outvars=made, source_info=part.eqns[0].source_info))
     return eqns
 
 
@@ -88,7 +88,7 @@ def _number(eqn: core.JaxprEqn, known: dict[Hashable, int]) -> int:
     for atom in eqn.invars:
         operands.append((atom.aval, compat.literal_key(atom) if compat.is_literal(atom) else None))
     results = tuple(variable.aval for variable in eqn.outvars)
-    key = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, tuple(operands), results)
+    key: Hashable = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, tuple(operands), results)
     if eqn.effects or not compat.is_hashable(key):
         key = (eqn,)
     return known.setdefault(key, len(known))

@@ -207,7 +207,7 @@ def _traced(
     structures = tuple(
         operand.with_watches(lambda watch: watches.setdefault(watch, len(watches))) for operand in operands
     )
-    key = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, tuple(known), types, structures)
+    key: Hashable = (eqn.primitive, tuple(eqn.params.items()), eqn.ctx, tuple(known), types, structures)
     if not compat.is_hashable(key):
         key = (eqn,)
     if key not in traced:
