@@ -56,7 +56,7 @@ from peft_jax.methods.lora.config import LoraConfig
 from peft_jax.methods.packed_tensors import PackedTensors
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.shared_arrays import SharedArrays
-from peft_jax.methods.starts_from_weight import StartsFromWeight
+from peft_jax.methods.starts_from_weight import Neighbours, StartsAmongWeights, StartsFromWeight
 from peft_jax.methods.trainable_tokens import tokens_by_module
 from peft_jax.prompts.attach_prompt import prompt_places
 from peft_jax.prompts.base import PromptMethod
@@ -392,9 +392,11 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     for entry in file_plan.common:
         dtypes[entry.key] = str(tensors[entry.key].dtype)
 
+    among = neighbours(targets) if isinstance(config, StartsAmongWeights) else None
+
     def contents_of(target: Target) -> Contents:
         own = entries[target.position]
-        contents = _contents(target, file_plan, own, tensors)
+        contents = _contents(target, file_plan, own, tensors, among)
         if target.role is None:
             contents.params.update(carried_by(config, target, targets, shared))
             beside = state_beside(config, target, following, shared, file_plan.sizes)
@@ -408,8 +410,14 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     return params.replace(new) if isinstance(params, Handle) else new
 
 
-def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors: Tensors) -> Contents:
-    """The arrays of a leaf, made of its tensors."""
+def _contents(
+    target: Target,
+    file_plan: FilePlan,
+    entries: list[Entry],
+    tensors: Tensors,
+    among: Callable[[Target], Neighbours] | None,
+) -> Contents:
+    """The arrays of a leaf, made of its tensors, and of its neighbours where the method looks at them."""
     leaf, adapted, config = target.leaf, target.adapted, file_plan.config
     base = as_weight(leaf.value, leaf.layout)
     if target.role is None:
@@ -418,7 +426,10 @@ def _contents(target: Target, file_plan: FilePlan, entries: list[Entry], tensors
             # What the initialization left of the base may be in the file.
             if not file_plan.brought.issuperset(leaf.names.flat):
                 base = config.rebased(base, leaf.names, adapted)
-            state |= config.state_among(base, neighbours(target, file_plan.targets), leaf.names, adapted)
+            if among is not None and isinstance(config, StartsAmongWeights):
+                state |= config.state_among(base, among(target), leaf.names, adapted)
+            else:
+                state |= config.state_on(base, leaf.names, adapted)
         arrays = _zeros(target, entries, tensors)
     else:
         initial, state = target.role.init(config, base, leaf.names, adapted)

@@ -31,7 +31,7 @@ from peft_jax.core.targets import check_targets, is_all_linear, is_saved_module,
 from peft_jax.core.weight import Weight, is_weight
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
-from peft_jax.methods.starts_from_weight import StartsFromWeight
+from peft_jax.methods.starts_from_weight import StartsAmongWeights, StartsFromWeight
 from peft_jax.methods.trainable_tokens import tokens_by_module
 
 EMBEDDING = "embed_tokens"  # where PEFT looks for input tokens in what is no model of transformers'
@@ -217,11 +217,15 @@ def _attached(
 
     planned = plan(found, config, modules_of_targets, tokens)
 
+    among = neighbours(planned, declared) if isinstance(config, StartsAmongWeights) else None
+
     def initialize(target: Target, base: Weight) -> Any:
+        names, adapted = target.leaf.names, target.adapted
+        if among is not None:
+            return config.init_among(base, among(target), names, adapted, key)
         if isinstance(config, StartsFromWeight):
-            among = neighbours(target, planned, declared)
-            return config.init_among(base, among, target.leaf.names, target.adapted, key)
-        return *config.init(base.layout, base.shape, target.leaf.names, target.adapted, key), base
+            return config.init_on(base, names, adapted, key)
+        return *config.init(base.layout, base.shape, names, adapted, key), base
 
     contents_of = initial_contents(config, planned, initialize, key, declared)
     return build(params, adapter_name, config, planned, contents_of, trainable=not config.inference_mode)

@@ -169,14 +169,19 @@ def following_modules(targets: Iterable[Target]) -> set[str]:
     return names
 
 
-def neighbours(target: Target, targets: Collection[Target], declared: Sequence[str] = ()) -> Neighbours:
-    """The weights that a method may look at beside the matrix of a target."""
-    bias = None
-    for other in targets:
-        is_of_it = np.array_equal(other.leaf.names, target.leaf.names)
-        if is_of_it and isinstance(other.role, Follower | FollowingCopy):
-            bias = _without_adapters(other)
-    return Neighbours(bias, _LazyMatrices(targets, declared))
+def neighbours(targets: Collection[Target], declared: Sequence[str] = ()) -> Callable[[Target], Neighbours]:
+    """A function from a target to the weights that a method may look at beside the target's matrix."""
+    every_matrix = _LazyMatrices(targets, declared)
+    biases: dict[tuple[str, ...], Target] = {}
+    for target in targets:
+        if isinstance(target.role, Follower | FollowingCopy):
+            biases[tuple(target.leaf.modules)] = target
+
+    def of(target: Target) -> Neighbours:
+        bias = biases.get(tuple(target.leaf.modules))
+        return Neighbours(None if bias is None else _without_adapters(bias), every_matrix)
+
+    return of
 
 
 class _LazyMatrices(Mapping[str, jax.Array]):

@@ -25,7 +25,7 @@ from peft_jax.methods.frozen_arrays import FrozenArrays
 from peft_jax.methods.packed_tensors import PackedTensors
 from peft_jax.methods.roles import BiasRule
 from peft_jax.methods.singular_clusters import Clusters, clusters_of, first_of
-from peft_jax.methods.starts_from_weight import Neighbours, StartsFromWeight
+from peft_jax.methods.starts_from_weight import Neighbours, StartsAmongWeights
 from peft_jax.methods.subspace_schedule import SubspaceSchedule
 from peft_jax.methods.target_fields import LayerFields, TargetFields
 
@@ -38,7 +38,14 @@ CHANGE = "change"
 @register("ADAMSS")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamssConfig(
-    TargetFields, LayerFields, StartsFromWeight, BiasRule, SubspaceSchedule, PackedTensors, FrozenArrays, FactoredChange
+    TargetFields,
+    LayerFields,
+    StartsAmongWeights,
+    BiasRule,
+    SubspaceSchedule,
+    PackedTensors,
+    FrozenArrays,
+    FactoredChange,
 ):
     """Trains a change of low rank for each cluster of outputs, and of their bias; fields and defaults are PEFT's.
 

@@ -24,7 +24,7 @@ from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.frozen_arrays import FrozenArrays, check_indices
 from peft_jax.methods.joint_basis import category_of, count_of_places, joint_basis, layer_of, left_factor, places
 from peft_jax.methods.packed_tensors import KeyOf, PackedTensors
-from peft_jax.methods.starts_from_weight import Neighbours, StartsFromWeight
+from peft_jax.methods.starts_from_weight import Neighbours, StartsAmongWeights
 from peft_jax.methods.target_fields import LayerFields, TargetFields
 
 LENGTHS, VALUES = "frod_lambda_l", "frod_lambda_s_values"
@@ -40,7 +40,7 @@ NOT_FOR_PEFT = (
 
 @register("FROD")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FrodConfig(TargetFields, LayerFields, StartsFromWeight, PackedTensors, FrozenArrays):
+class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, FrozenArrays):
     """Trains the lengths and a few rotations between the directions of a weight; fields and defaults are PEFT's.
 
     V is as large as inputs by inputs. In a file it is there once for the modules of a kind, such as all ``q_proj``; in

@@ -23,10 +23,7 @@ class Neighbours(NamedTuple):
 
 
 class StartsFromWeight:
-    """A method that looks at the base's numbers to initialize its arrays, or takes a part out of the base.
-
-    `init_among` and `state_among` are for those that look at other weights too.
-    """
+    """A method that looks at the base's numbers to initialize its arrays, or takes a part out of the base."""
 
     def init_on(
         self, base: Weight, names: np.ndarray, adapted: np.ndarray, key: jax.Array
@@ -42,11 +39,15 @@ class StartsFromWeight:
         """The frozen arrays that no file has: `init_on` makes them of the base, and reading a file makes them again."""
         return {}
 
+
+class StartsAmongWeights(StartsFromWeight):
+    """A method that looks at other weights too: its arrays come from `init_among` in place of `init_on`."""
+
     def init_among(
         self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """`init_on`, given other weights."""
-        return self.init_on(base, names, adapted, key)
+        raise NotImplementedError
 
     def state_among(self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
         """`state_on`, given other weights."""
