@@ -24,7 +24,7 @@ import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowering_checks import dequantized, frozen_gradients, multiplications
-from lowering_table import INT8, INT8_HEAD, NF4, NF4_HEAD, table
+from lowering_table import FOREIGN_CASES, INT8, INT8_HEAD, NF4, NF4_HEAD, foreign_name, table
 
 import peft_jax as pj
 from peft_jax.cli.shared.forward_pass import apply_lazily
@@ -295,7 +295,9 @@ def write_page() -> None:
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
     missing = [known.name for known in CASES if known.name not in records]
     beside = json.loads(BY_HAND.read_text()) if BY_HAND.exists() else {}
-    RECORDS.with_suffix(".md").write_text(table(list(records.values()), missing, list(beside.values())))
+    beside_missing = [name for name in (foreign_name(*one) for one in FOREIGN_CASES) if name not in beside]
+    page = table(list(records.values()), missing, list(beside.values()), beside_missing)
+    RECORDS.with_suffix(".md").write_text(page)
 
 
 def without_a_tpu() -> None:
@@ -318,9 +320,11 @@ class Options:
 
 def main(options: Options) -> None:
     """Compile the cases, and write the records after each."""
+    is_any = False
     for case in CASES:
         if options.only not in case.name:
             continue
+        is_any = True
         try:
             record = lowered(case)
         except (Dequantized, jax.errors.JaxRuntimeError) as error:
@@ -335,6 +339,8 @@ def main(options: Options) -> None:
         said = record.get("refused") or f"{record['per_chip'] / 2**30:.2f} GiB a chip"
         print(f"{case.name}: {said}", flush=True)
         jax.clear_caches()
+    if not is_any:
+        print(f"no case has {options.only!r} in its name")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import tyro
 from flax import linen as nn
 from foreign_decoders import IDS, KERNELS, ScannedDecoder, decoder, decoder_weights
 from lowering import BY_HAND, described, on, without_a_tpu, write_page
+from lowering_table import FOREIGN_CASES, foreign_name
 
 import peft_jax as pj
 
@@ -51,16 +52,10 @@ class Case:
     @property
     def name(self) -> str:
         """What the case is called in the records."""
-        return f"{self.model}{' remat' if self.remat else ''} {self.base} {self.chip}"
+        return foreign_name(self.model, self.remat, self.base, self.chip)
 
 
-CASES = [
-    Case(model, remat, base, chip, layers=4 if model == "einsum" else 8)
-    for chip in ("v5e:1x1", "v6e:1x1", "h100")
-    for model in ("einsum", "scanned")
-    for remat in (False, True)
-    for base in ("bfloat16", "int8")
-]
+CASES = [Case(*case, layers=4 if case[0] == "einsum" else 8) for case in FOREIGN_CASES]
 
 
 class ByHand(NamedTuple):
@@ -206,9 +201,11 @@ class Options:
 
 def main(options: Options) -> None:
     """Compile the cases, and write the records after each."""
+    is_any = False
     for case in CASES:
         if options.only not in case.name:
             continue
+        is_any = True
         device = described(case.chip)[0]
         by_hand = (einsum_by_hand if case.model == "einsum" else scanned_by_hand)(case)
         record = {
@@ -224,6 +221,8 @@ def main(options: Options) -> None:
         BY_HAND.write_text(json.dumps(records, indent=1) + "\n")
         write_page()
         print(case.name, record["by_hand"], record["adapt"], flush=True)
+    if not is_any:
+        print(f"no case of other people's models has {options.only!r} in its name")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,19 @@ LARGE = {"70b": "70B", "Qwen3-30B-A3B": "Qwen3-30B-A3B", "gpt-oss-20b": "gpt-oss
 ROOM = {"v5e": 16, "v6e": 32, "h100": 79}  # GiB of a chip
 
 
-def table(records: list[Record], missing: Sequence[str] = (), by_hand: Sequence[Record] = ()) -> str:
+def table(
+    records: list[Record],
+    missing: Sequence[str] = (),
+    by_hand: Sequence[Record] = (),
+    by_hand_missing: Sequence[str] = (),
+) -> str:
     """Markdown of the records.
 
     Args:
         records: Of `lowering.py`; those that were refused come after the others.
         missing: The names of cases without a record.
         by_hand: Of `lowering_by_hand.py`; they have a table of their own at the end.
+        by_hand_missing: The names of its cases without a record.
     """
     refused = [_refused(record) for record in records if "refused" in record]
     records = [record for record in records if "refused" not in record]
@@ -38,6 +44,7 @@ def table(records: list[Record], missing: Sequence[str] = (), by_hand: Sequence[
     notes += ["", REFUSED, *refused] if refused else []
     notes += ["", f"Not compiled yet: {'; '.join(missing)}."] if missing else []
     notes += ["", FOREIGN, *[_beside(record) for record in by_hand]] if by_hand else []
+    notes += ["", f"Not compiled yet: {'; '.join(by_hand_missing)}."] if by_hand_missing else []
     return "\n".join([INTRODUCTION, *lines, "", head, "|---" * 14 + "|", *rows, *notes, ""])
 
 
@@ -62,9 +69,7 @@ is kept. Other forms were compiled for 1152 tokens, 4096 inputs and 14336 output
 written: two products with the halves of each byte, which is what the TPU's compiler fuses; the same with the inputs as
 one axis, scales repeated along it, and numbers as int8 or int32; selects instead of a gather; int4 and int8 by groups
 of 128. A product for each block with its scales after it was not tried, as it writes a result for each block. In a
-scan of three such layers the compilers of v5e and v6e fuse the two products, and write no weight. In the program of
-8B, compiled for v5e, one array was written that is half of a weight, `bf16[64,32,1024]`: 4 MiB of the projection of
-keys or values.
+scan of three such layers the compilers of v5e and v6e fuse the two products, and write no weight.
 """
 
 
@@ -92,10 +97,24 @@ that are not this package's, with LoRA written by hand and with LoRA by `pj.adap
 2048 features in the feed-forward network, and gets 4 rows of 256 tokens. `einsum` has kernels `(in, heads, head_dim)`
 as tunix's Llama, and layers outside a scan; `scanned` is a linen module under `nn.scan`; with `remat` the layers are
 computed again. Traffic is what the compiler says that a step reads and writes (of the H100 it says nothing). Of the two
-figures of a cell the first is of LoRA by hand; the goal is a second one that is no larger.
+figures of a cell the first is of LoRA by hand; the goal is a second one that is no larger, of temporaries and traffic.
 
 | model | layers | base | chip | temporaries, MiB | traffic, GiB | copies | goal | on |
 |---|---|---|---|---|---|---|---|---|"""
+
+
+FOREIGN_CASES = [
+    (model, remat, base, chip)
+    for chip in ("v5e:1x1", "v6e:1x1", "h100")
+    for model in ("einsum", "scanned")
+    for remat in (False, True)
+    for base in ("bfloat16", "int8")
+]
+
+
+def foreign_name(model: str, remat: bool, base: str, chip: str) -> str:
+    """What a case of another one's model is called in the records."""
+    return f"{model}{' remat' if remat else ''} {base} {chip}"
 
 
 def _beside(record: Record) -> str:

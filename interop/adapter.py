@@ -25,7 +25,7 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.hub import ADAPTER_FILES, HubOptions, find_folder
 from peft_jax.core.leaves import Layouts
 from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype
-from peft_jax.core.selecting import only
+from peft_jax.core.selecting import present
 from peft_jax.core.short_errors import short_errors
 from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
 from peft_jax.prompts.base import PromptMethod
@@ -186,7 +186,7 @@ def _fitting(
     if unlike:
         told = ", ".join(f"{key} {tensors[key].shape}, not {fresh[key].shape}" for key in unlike)
         warnings.warn(f"Tensors of other sizes are not loaded and start afresh: {told}.", stacklevel=3)
-    return {**tensors, **only(fresh, unlike)}
+    return {**tensors, **present(fresh, unlike)}
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -46,7 +46,7 @@ from peft_jax.core.articles import article
 from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Program, find_leaves, module_names
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.selecting import only
+from peft_jax.core.selecting import present
 from peft_jax.core.targets import is_saved_module, is_target
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
@@ -123,7 +123,7 @@ def get_peft_model_state_dict(
             tensors |= base_tensors(leaf, config, at_the_ends(params, adapted))
         elif role == Whole(SAVED):
             copies = copied_biases(leaf, changed_layers(node), config, tensors, adapter_name)
-            tensors |= only(copies, node.tag.dtypes)
+            tensors |= present(copies, node.tag.dtypes)
     if isinstance(config, PackedTensors):
         tensors = config.unpacked_file(tensors, adapted, biased, partial(tensor_key, config.peft_type))
     if save_embedding_layers is True and not targets_embedding(config, at_the_ends(params, adapted)):

@@ -87,5 +87,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
     assert "caches/x" in line and "--no-compilation-cache" in line
 
 
+def test_what_a_killed_process_left_of_a_program_is_removed(tmp_path: Path) -> None:
+    """JAX, which finds no time of use beside it, would write no other program."""
+    (tmp_path / "jit_half-cache").write_bytes(b"half")
+    keep_programs(CompilationOptions(compilation_cache=tmp_path))
+    assert [programs_read(), programs_read()] == [0, 1]
+    assert list(tmp_path.glob("*-cache")) and not (tmp_path / "jit_half-cache").exists()
+
+
 def test_a_run_may_go_on_with_another_folder() -> None:
     assert {"compilation_cache", "no_compilation_cache"} <= set(FREE)

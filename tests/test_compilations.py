@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -35,7 +38,7 @@ class Names(logging.Handler):
         if words[0] == "Compiling":
             name = words[1].removeprefix("jit(").removesuffix(")")
             self.found.append(name)
-            if threading.current_thread().name == "compiled ahead":
+            if threading.current_thread().name == AHEAD:
                 self.ahead.add(name)
 
 
@@ -139,6 +142,16 @@ def test_what_is_compiled_ahead_changes_no_error(monkeypatch: pytest.MonkeyPatch
             time.sleep(0.01)
         assert len(compiled) == 1
         assert not ends_at_once(monkeypatch)
+
+
+def test_a_process_ends_at_once_whoever_reads_it() -> None:
+    code = "import sys; from peft_jax.cli.main import end_at_once; print('a line'); sys.stdin.read(); end_at_once(3)"
+    words, settings = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(words, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdin is not None and run.stdout is not None
+        run.stdout.close()
+        run.stdin.close()
+        assert run.wait() == 3
 
 
 def is_ahead() -> bool:

@@ -16,7 +16,7 @@ from test_finetune_tasks import ENDS, SIZES, save_tokenizer
 from peft_jax.cli.main import main
 from peft_jax.cli.shared.class_numbers import by_names_of
 from peft_jax.cli.shared.data_options import DataFileOptions
-from peft_jax.cli.shared.data_sources import Loaded, load_records
+from peft_jax.cli.shared.data_sources import Loaded, NamedClasses, load_records
 from peft_jax.cli.shared.head_labels import HeadLabels, labels_of_texts, named_by_data, with_names
 from peft_jax.train.answers_found import normalized, word_f1
 from peft_jax.train.data.class_names import class_names_of_schema
@@ -424,20 +424,26 @@ def test_descriptions_of_columns(case: str) -> None:
         (("a", "b"), {0: "LABEL_0", 1: "LABEL_1"}, [0, (1, 0), 0.5], ""),
         (("a", "b"), {0: "c", 1: "b", 2: "a"}, ["a", ("b", "a"), 0.5], ""),
         (("a", "b"), {0: "c", 1: "d"}, [0, (1, 0), 0.5], "The data has the classes a, b, and the model c, d: taken by"),
-        (("a",), {0: "c", 1: "a"}, "record 2 has the label 1, and its file names 1 classes", ""),
+        (
+            ("a",),
+            {0: "c", 1: "a"},
+            r"record 2 of a has the label 1, and that file names 1 classes \(a\). Remove the record",
+            "",
+        ),
     ],
 )
 def test_classes_of_other_numbers_are_found_by_name(
     names: tuple[str, ...], known: dict[int, str], labels: Any, note: str
 ) -> None:
     records = [Labelled("x", 0), Labelled("x", (1, 0)), Labelled("x", 0.5)]
-    loaded = Loaded(list(records), (3,), None, (), class_names=names)
+    classes = (NamedClasses("a", names), NamedClasses("b", ()))
+    loaded = Loaded([*records, Labelled("x", 1)], (3, 1), None, (), classes=classes)
     if isinstance(labels, str):
         with pytest.raises(ValueError, match=labels):
             by_names_of(loaded, known)
         return
     found = by_names_of(loaded, known)
-    assert [record.label for record in found.records] == labels
+    assert [record.label for record in found.records] == [*labels, 1], "b numbers classes without names"
     assert [said.startswith(note) for said in found.notes] == [True] * bool(note)
 
 

@@ -13,7 +13,7 @@ from peft_jax.train.mesh import make_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from lowering_checks import dequantized, frozen_gradients, multiplications  # noqa: E402
-from lowering_table import table  # noqa: E402
+from lowering_table import FOREIGN_CASES, foreign_name, table  # noqa: E402
 
 MATRIX = (8, 24)
 X = jax.ShapeDtypeStruct((5, 8), jnp.float32)
@@ -98,6 +98,9 @@ def test_the_table_says_what_is_met() -> None:
     row = "| einsum, remat | 4 | int8 | h100 | {}, {} | 1.000, 1.000 | {}, {} | {} | 2026-01-31 |\n"
     want = row.format("5.0", "6.0", 5, 6, "**not met**") + row.format("6.0", "5.0", 6, 5, "met")
     assert table([refused], [], pairs).endswith(want)
+    missing = [foreign_name(*case) for case in FOREIGN_CASES][:2]
+    text = table([refused], [], pairs, missing)
+    assert text.endswith("Not compiled yet: einsum bfloat16 v5e:1x1; einsum int8 v5e:1x1.\n")
 
 
 def test_a_row_of_a_grouped_product_counts_with_one_matrix() -> None:

@@ -34,20 +34,20 @@ class Recorder:
     def product(
         self, view: View, contracted: frozenset[Atom], stacked: frozenset[Atom], over: Sequence[int], looks_up: bool
     ) -> None:
-        """Keep it."""
+        """Record the report `product`."""
         self._keep("product", _shapes(view), contracted, stacked, over, looks_up)
 
     def kernel(self, view: View, axes: Sequence[int], groups: int) -> None:
-        """Keep it."""
+        """Record the report `kernel`."""
         self._keep("kernel", _shapes(view), axes, groups)
 
     def done(self, view: View, eqn: JaxprEqn | None, merged: bool) -> None:
-        """Keep it."""
+        """Record the report `done`."""
         self._keep("done", _shapes(view), eqn, merged)
 
     @property
     def number(self) -> int:
-        """A number that this recorder and those inside of it have in common."""
+        """The identity of the outermost recorder that this one is inside of."""
         return id(self.events)
 
     def inside(self, eqn: JaxprEqn) -> "Recorder":

@@ -1,7 +1,7 @@
 """Equations that come again in a program, as those of each layer do, become calls of one program.
 
-JAX keeps the derivative of a program that is called, and takes it from there at the next call. What is not in a call it
-differentiates equation by equation, which for many layers takes longer than to trace the model.
+JAX caches the derivative of a called program and uses it again at the next call. It differentiates equations outside
+calls one by one, which for many layers takes longer than tracing the model.
 """
 
 from collections import Counter
@@ -57,9 +57,10 @@ def with_calls(pieces: Sequence[Equations], outputs: Sequence[Atom], program: co
 
 
 def _parts(pieces: Sequence[Equations]) -> list[Part]:
-    """Parts of pieces: an equation of which there is one alone, as those with effects, and those between such.
+    """The pieces' equations in parts.
 
-    A part ends where the name of what is computed changes, which its call has.
+    An equation that occurs once, or has effects, is a part by itself. Other equations that follow each other and have
+    the same name stack are one part, since a call has one name stack.
     """
     every: list[int] = []
     known: dict[Hashable, int] = {}

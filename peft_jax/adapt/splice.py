@@ -43,7 +43,7 @@ class Stand(NamedTuple):
         return _with_watches(self.structure, change)
 
 
-class Traced(NamedTuple):
+class TracedEquations(NamedTuple):
     """The program of an equation, the recorders of its watches in their order, and the equation."""
 
     program: Program
@@ -100,7 +100,7 @@ def splice(
             inputs += zip(atoms, leaves, strict=True)
 
     pieces: list[list[core.JaxprEqn]] = [[]]
-    traced: dict[Hashable, Traced] = {}
+    traced: dict[Hashable, TracedEquations] = {}
     later_products = products_of_one_input(jaxpr.jaxpr.eqns)
     done_before = set[int]()
     for place, eqn in enumerate(jaxpr.jaxpr.eqns):
@@ -192,7 +192,7 @@ def _note_outputs(
 
 
 def _traced(
-    eqns: Sequence[core.JaxprEqn], operands: Sequence[Stand], run: Run, traced: dict[Hashable, Traced]
+    eqns: Sequence[core.JaxprEqn], operands: Sequence[Stand], run: Run, traced: dict[Hashable, TracedEquations]
 ) -> Program:
     """Trace equations on weights, or find the program of equations like them; watches get their reports of both."""
     eqn, atoms = eqns[0], _atoms(operands)
@@ -213,7 +213,7 @@ def _traced(
     if key not in traced:
         recorders = [Recorder() for _ in watches]
         recorded = [operand.with_watches(lambda watch: recorders[watches[watch]]) for operand in operands]
-        traced[key] = Traced(_trace(eqns, types, literals, recorded, run), recorders, eqn)
+        traced[key] = TracedEquations(_trace(eqns, types, literals, recorded, run), recorders, eqn)
     return traced[key].of(eqn, watches)
 
 

@@ -16,7 +16,7 @@ from peft_jax.core.adapted_tree import adapters
 from peft_jax.core.handle import Handle
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import MATMUL, Lookup, Product
-from peft_jax.core.selecting import only, picked, without
+from peft_jax.core.selecting import picked, present, without
 from peft_jax.core.weight import Change, MergeError, Weight, as_leaf, as_weight
 from peft_jax.methods.lora.config import LoraConfig
 
@@ -67,7 +67,7 @@ def with_adapter_rows(params: T, names: Sequence[str], task_ids: TaskIds | None 
         found = nested_adapters(node)
         innermost = list(found.values())[-1].base if found else node
         places, params, states, tags = dict[str, int](), [], [], []
-        for name, one in only(found, used).items():
+        for name, one in present(found, used).items():
             ready = one.ready()
             params.append(dict(ready.params))
             states.append(without(ready.state, ["dropout"]))

@@ -1,5 +1,6 @@
 """`peft-jax`: reads the command line, runs a command, turns a user's error into one line."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -11,7 +12,7 @@ from peft_jax.cli.command_options import Demo, Eval, Generate, Inspect, Merge, P
 from peft_jax.cli.finetune.options import Finetune
 from peft_jax.cli.shared.command_line import nearest, overview, parse_command, with_flags
 from peft_jax.cli.shared.common_options import CompilationOptions
-from peft_jax.cli.shared.compilation_cache import AHEAD, keep_programs
+from peft_jax.cli.shared.compilation_cache import AHEAD, at_rest, keep_programs
 from peft_jax.cli.shared.terminal import escape_tracebacks, escaped_output
 from peft_jax.cli.shared.way_out import of_full_disk, of_missing_device
 from peft_jax.core.short_errors import shortened
@@ -118,7 +119,7 @@ def run() -> NoReturn:
     """The installed command: the process ends with `main`'s exit code.
 
     After Ctrl-C, and after an error while a program is compiled ahead, it ends at once: Python's orderly end would wait
-    for the compilation, or tear down what it goes on in.
+    for the compilation.
     """
     escape_tracebacks()
     code = main()
@@ -129,10 +130,12 @@ def run() -> NoReturn:
 
 
 def end_at_once(code: int) -> None:
-    """End the process without Python's orderly end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    """End the process without Python's orderly end, but not amid a program that is being written to the cache."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read them may be gone
+            stream.flush()
+    with at_rest():
+        os._exit(code)
 
 
 def parse(args: Sequence[str] | None) -> Command:

@@ -19,10 +19,23 @@ def picked(items: Sequence[V], places: Iterable[int]) -> tuple[V, ...]:
 
 
 def only(mapping: Mapping[K, V], keys: Iterable[K]) -> dict[K, V]:
-    """The entries of some keys, in the order of the keys; those that are not there are left out.
+    """The entries of some keys, in the order of the keys.
+
+    Raises:
+        KeyError: If a key is not there.
 
     Example:
-        >>> only({"r": 8, "alpha": 16}, ["alpha", "bias"])
+        >>> only({"r": 8, "alpha": 16}, ["alpha"])
+        {'alpha': 16}
+    """
+    return {key: mapping[key] for key in keys}
+
+
+def present(mapping: Mapping[K, V], keys: Iterable[K]) -> dict[K, V]:
+    """The entries of those keys that are there, in the order of the keys.
+
+    Example:
+        >>> present({"r": 8, "alpha": 16}, ["alpha", "bias"])
         {'alpha': 16}
     """
     return {key: mapping[key] for key in keys if key in mapping}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from peft_jax.core.layout import Layout
-from peft_jax.core.selecting import only, without
+from peft_jax.core.selecting import present, without
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method
 
@@ -45,7 +45,7 @@ class FrozenArrays(Method):
 
     def apart(self, arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The arrays of a file as those that are trained and those that are not."""
-        return without(arrays, self.frozen), only(arrays, self.frozen)
+        return without(arrays, self.frozen), present(arrays, self.frozen)
 
     def check_frozen(self, arrays: Mapping[str, np.ndarray], n_in: int, n_out: int, path: str) -> None:
         """Raise ValueError if arrays of a file cannot be those of the matrix ``(n_in, n_out)`` of a leaf.
@@ -59,4 +59,4 @@ class FrozenArrays(Method):
 
     def saved(self, params: Arrays, state: Mapping[str, Any]) -> Arrays:
         """The trained arrays and the frozen ones."""
-        return {**params, **only(state, self.frozen)}
+        return {**params, **present(state, self.frozen)}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from peft_jax.core.field_kinds import is_kind
-from peft_jax.core.selecting import not_none, only
+from peft_jax.core.selecting import not_none, present
 from peft_jax.core.strict_json import shown
 from peft_jax.interop.checkpoint import find_checkpoint, load_params, open_tensors, read_config, save_checkpoint
 from peft_jax.interop.files import GENERATION_CONFIG, LazyArray
@@ -264,7 +264,7 @@ def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def _with_generation_ids(config: ModelConfig, folder: os.PathLike[str]) -> ModelConfig:
     """Take the ids that end and pad a text from generation_config.json, which transformers' generate heeds first."""
     found = read_generation_config(folder)
-    ids: dict[str, Any] = not_none(only(found, ("eos_token_id", "pad_token_id")))
+    ids: dict[str, Any] = not_none(present(found, ("eos_token_id", "pad_token_id")))
     ids = {name: tuple(value) if isinstance(value, list) else value for name, value in ids.items()}
     for name, value in ids.items():
         if not is_kind(value, int | tuple[int, ...]):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.selecting import only
+from peft_jax.core.selecting import present
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.router_load import RouterLoad
@@ -102,7 +102,7 @@ def loss_of(
 
 def logits_of(apply: Apply, params: PyTree, batch: Batch) -> Any:
     """Run a model on a batch: logits (batch, length, vocabulary), perhaps lazy, or logits of classes."""
-    more = only(dict[str, Any](batch), HANDED_ON)
+    more = present(dict[str, Any](batch), HANDED_ON)
     return apply(params, batch["input_ids"], batch["attention_mask"], **more)
 
 

@@ -24,7 +24,7 @@ from peft_jax.core.adapted_tree import adapted_leaves, map_adapted, tied
 from peft_jax.core.mesh_axes import AXES, BATCH_AXES, EXPERT_AXES, dividing
 from peft_jax.core.partition_specs import put
 from peft_jax.core.paths import dotted
-from peft_jax.core.selecting import only
+from peft_jax.core.selecting import only, present
 from peft_jax.core.weight import is_weight
 from peft_jax.models.registry import FAMILIES
 from peft_jax.train.data.batches import Batch
@@ -149,7 +149,7 @@ def batch_parts(mesh: Mesh | None) -> int:
         >>> batch_parts(make_mesh({}))
         1
     """
-    return 1 if mesh is None else math.prod(only(mesh.shape, BATCH_AXES).values())
+    return 1 if mesh is None else math.prod(present(mesh.shape, BATCH_AXES).values())
 
 
 def batch_spec(mesh: Mesh) -> P:
@@ -159,7 +159,7 @@ def batch_spec(mesh: Mesh) -> P:
         >>> tuple(batch_spec(make_mesh({})))
         (('data', 'fsdp', 'expert'),)
     """
-    return P(tuple(only(mesh.shape, BATCH_AXES)))
+    return P(tuple(present(mesh.shape, BATCH_AXES)))
 
 
 def with_mesh_in_use(fn: F, mesh: Mesh | None) -> F:

@@ -12,7 +12,7 @@ from peft_jax.adapters.plan import Target
 from peft_jax.core.adapted import Adapted, nested_adapters
 from peft_jax.core.leaves import find_leaves
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.selecting import only
+from peft_jax.core.selecting import present
 from peft_jax.core.weight import Weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.roles import Follower
@@ -40,7 +40,7 @@ def weighted_ia3(tree: PyTree, weighted: Mapping[str, float], configs: Sequence[
     targets, vectors = [], {}
     for position, leaf in enumerate(find_leaves(tree, None)):
         there = nested_adapters(leaf.value)
-        sources = only(there, weighted)
+        sources = present(there, weighted)
         if not sources:
             continue
         scales_inputs, scales_outputs = _used(sources.values(), ROLES[0]), _used(sources.values(), ROLES[1])

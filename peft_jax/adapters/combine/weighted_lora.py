@@ -18,7 +18,7 @@ from peft_jax.core.leaves import Leaf, find_leaves
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.precision import common_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.selecting import fields_of, not_none, only
+from peft_jax.core.selecting import fields_of, not_none, present
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.ia3 import IA3Config
 from peft_jax.methods.lora.config import BIAS, UNBIASED, LoraConfig
@@ -143,7 +143,7 @@ def add_weighted_adapter(
     targets, made = [], {}
     for position, leaf in enumerate(find_leaves(tree, None)):
         there = nested_adapters(leaf.value)
-        sources = list(only(there, weighted).values())
+        sources = list(present(there, weighted).values())
         if not sources:
             continue
         if leaf.layout.inp:

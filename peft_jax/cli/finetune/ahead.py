@@ -59,8 +59,9 @@ def compiled_meanwhile(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> 
     """Lower and compile in a thread while the block runs, and wait at the end for what has been begun.
 
     An error of the thread is dropped: the run compiles the same program, and reports it. After an error inside, no
-    further program is begun, and the one that is being compiled is not waited for. Python waits for it at its end, as
-    it would go on in what that tears down; the command ends before (`peft_jax.cli.main.run`).
+    further program is begun, and the one that is being compiled is not waited for. The thread is no daemon, since a
+    compilation crashes once the interpreter is torn down: Python's orderly end waits for it, and the command ends
+    without one (`peft_jax.cli.main.run`).
 
     Args:
         programs: What gives the programs one after the other; run in the thread.
@@ -86,6 +87,8 @@ def compiled_meanwhile(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> 
 def _compile(programs: Callable[[], Iterable[jax.stages.Lowered]], stopped: threading.Event) -> None:
     try:
         for program in programs():
+            if stopped.is_set():
+                return
             program.compile()
             if stopped.is_set():
                 return

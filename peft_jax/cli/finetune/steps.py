@@ -85,7 +85,8 @@ class Plan:
     mesh: Mesh | None
 
     def start(self, model: ModelHandle) -> tuple[State, Any]:
-        """Split the model of which the plan was made for an outline, as `make_plan` does, by one program."""
+        """Split the model of which the plan was made for an outline, by one program, for one device."""
+        assert self.mesh is None, "an outline has no mesh"
         trainable, frozen = partition(model)
         begin = jax.jit(partial(init_optimizer, self.optimizer))
         return State(0, trainable, begin(model), jax.random.key(self.seed)), frozen
@@ -157,8 +158,8 @@ def make_plan(
         base_dropout=not training.no_base_dropout,
         loss=None if data.problem is None else data.problem.loss,
     )
-    shown = jax.jit(rate)  # else a program for each of its operations
-    parts = (task, max_steps, epoch, options.run.eval_steps or epoch, shown, batches, data.validation, rows)
+    compiled_rate = jax.jit(rate)  # else a program for each of its operations
+    parts = (task, max_steps, epoch, options.run.eval_steps or epoch, compiled_rate, batches, data.validation, rows)
     of_experts = None if model.config.routing is None else mesh  # no other model asks for the mesh
     parts_of_step = fields_of(step, field_names(step))
     step = dataclasses.replace(step, **{name: with_mesh_in_use(fn, of_experts) for name, fn in parts_of_step.items()})

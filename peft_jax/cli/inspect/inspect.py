@@ -35,6 +35,7 @@ from peft_jax.models.handles.peft_model import PEFT_MODELS
 from peft_jax.models.registry import family_of, read_architecture
 
 WIDTH, LABEL = 80, 12
+SHOWN = 3  # reasons that an adapter does not fit
 VARIANTS = {  # by the field that switches one on
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA",
@@ -44,7 +45,6 @@ VARIANTS = {  # by the field that switches one on
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
-SHOWN = 3  # reasons that an adapter does not fit
 
 
 def inspect(options: Inspect) -> None:

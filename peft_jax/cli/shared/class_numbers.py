@@ -1,10 +1,10 @@
 """Classes that a data file numbers and names, and a model numbers and names otherwise."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
-from peft_jax.cli.shared.data_sources import Loaded
+from peft_jax.cli.shared.data_sources import Loaded, NamedClasses
 from peft_jax.models.config import numbered_labels
 from peft_jax.train.data.records import AnyRecord, Labelled, Tagged
 
@@ -25,7 +25,8 @@ def by_names_of(loaded: Loaded, known: Mapping[int, str]) -> Loaded:
         ValueError: If a record has a number that its file has no name for.
 
     Example:
-        >>> loaded = Loaded([Labelled("Well done.", 0)], (1,), None, (), class_names=("good", "bad"))
+        >>> classes = NamedClasses("a.parquet", ("good", "bad"))
+        >>> loaded = Loaded([Labelled("Well done.", 0)], (1,), None, (), classes=(classes,))
         >>> by_names_of(loaded, {0: "bad", 1: "good"}).records
         [Labelled(text='Well done.', label='good', text_pair='')]
     """
@@ -36,24 +37,30 @@ def by_names_of(loaded: Loaded, known: Mapping[int, str]) -> Loaded:
     if not set(names) & set(others):
         note = f"The data has the classes {', '.join(names)}, and the model {', '.join(others)}: taken by number."
         return dataclasses.replace(loaded, notes=(*loaded.notes, note))
-    records = [_named(record, names, number) for number, record in enumerate(loaded.records, 1)]
+    records: list[AnyRecord] = []
+    for classes, count in zip(loaded.classes, loaded.counts, strict=True):
+        own = loaded.records[len(records) : len(records) + count]
+        records += [_named(record, classes, number) for number, record in enumerate(own, 1)] if classes.names else own
     return dataclasses.replace(loaded, records=records)
 
 
-def _named(record: AnyRecord, names: Sequence[str], number: int) -> AnyRecord:
+def _named(record: AnyRecord, classes: NamedClasses, number: int) -> AnyRecord:
     if isinstance(record, Tagged):
-        return dataclasses.replace(record, tags=tuple(_name(tag, names, number) for tag in record.tags))
+        return dataclasses.replace(record, tags=tuple(_name(tag, classes, number) for tag in record.tags))
     if not isinstance(record, Labelled):
         return record
     if isinstance(record.label, tuple):
-        return dataclasses.replace(record, label=tuple(_name(label, names, number) for label in record.label))
-    return dataclasses.replace(record, label=_name(record.label, names, number))
+        return dataclasses.replace(record, label=tuple(_name(label, classes, number) for label in record.label))
+    return dataclasses.replace(record, label=_name(record.label, classes, number))
 
 
-def _name(label: Value, names: Sequence[str], record: int) -> Value | str:
+def _name(label: Value, classes: NamedClasses, record: int) -> Value | str:
     """The name of a class that has a number; what is no number stays."""
     if not isinstance(label, int):
         return label
-    if not 0 <= label < len(names):
-        raise ValueError(f"record {record} has the label {label}, and its file names {len(names)} classes.")
-    return names[label]
+    if not 0 <= label < len(classes.names):
+        raise ValueError(
+            f"record {record} of {classes.source} has the label {label}, and that file names {len(classes.names)} "
+            f"classes ({', '.join(classes.names)}). Remove the record, or write the file with the name of its class."
+        )
+    return classes.names[label]

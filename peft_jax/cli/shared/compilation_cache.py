@@ -2,10 +2,15 @@
 
 JAX itself reads and writes the folder: an entry is found by the program, the versions and the device, so that none is
 ever out of date. JAX deletes the least recently used entries and locks the folder against other processes.
+
+JAX writes an entry and then the time of its use. A process that ends between the two leaves an entry that keeps JAX
+from writing any other, so `without_halves` removes such entries, and `at_rest` waits for those that are being written.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from peft_jax.cli.shared.common_options import CompilationOptions
@@ -49,9 +54,44 @@ def keep_programs(options: CompilationOptions) -> None:
             raise ValueError(f"{said}. Name another folder, or write --no-compilation-cache.") from error
         print(f"peft-jax: {said}. Each start compiles them again.", file=sys.stderr)
         return
+    without_halves(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", LARGEST)  # JAX locks the folder only where it has a limit
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # reading is always faster
+
+
+def without_halves(folder: Path) -> None:
+    """Remove the entries of a cache folder that have no time of use: their process ended while it wrote them."""
+    with _locked(folder):
+        for entry in folder.glob("*-cache"):
+            if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
+                entry.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def at_rest() -> Iterator[None]:
+    """Hold JAX's lock of the cache folder in use, if there is one, so that no entry is being written meanwhile."""
+    jax = sys.modules.get("jax")
+    folder = None if jax is None else jax.config.values["jax_compilation_cache_dir"]
+    if folder is None or not Path(folder).is_dir():
+        yield
+        return
+    with _locked(Path(folder)):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of JAX's cache in a folder; after two seconds, and where files cannot be locked, go on without."""
+    import filelock
+
+    lock = filelock.FileLock(folder / ".lockfile")
+    with contextlib.suppress(OSError):  # a Timeout is one
+        lock.acquire(timeout=2)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def default_folder() -> Path:

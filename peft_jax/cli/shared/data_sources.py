@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft_jax.cli.shared.data_options import DataFileOptions
 from peft_jax.core.selecting import without
@@ -31,6 +31,13 @@ class Source:
         return not Path(self.name).exists() and re.fullmatch(HUB_ID, self.name) is not None
 
 
+class NamedClasses(NamedTuple):
+    """The names of the classes that a source's records number; none where it has no names."""
+
+    source: str
+    names: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """Records of all sources.
@@ -40,14 +47,19 @@ class Loaded:
         counts: How many of them each source has.
         weights: The share of each source; None where none is given, and all records are used equally often.
         notes: What is to be said of them.
-        class_names: The names of the classes that the records number, where a file has them.
+        classes: The names of the classes that each source's records number.
     """
 
     records: list[AnyRecord]
     counts: tuple[int, ...]
     weights: tuple[float, ...] | None
     notes: tuple[str, ...]
-    class_names: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    classes: tuple[NamedClasses, ...] = dataclasses.field(default=(), kw_only=True)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes in the sources that have some, which are the same; none if no source has any."""
+        return next((one.names for one in self.classes if one.names), ())
 
     def source_of(self, record: int) -> int:
         """The position of a record's source."""
@@ -70,25 +82,30 @@ def load_records(options: DataFileOptions) -> Loaded:
     columns = parse_columns(options.columns or ())
     records: list[AnyRecord] = []
     counts, notes = [], []
-    names: dict[tuple[str, ...], str] = {}
+    classes = []
     for source in sources:
         table, of_columns = _rows(source, options)
         rows = renamed(table, columns, source)
         found = parse_records(rows, source.name)
-        if of_classes := _class_names(rows, of_columns, columns):
-            names.setdefault(of_classes, source.name)
+        classes.append(NamedClasses(source.name, _class_names(rows, of_columns, columns)))
         records += found.records
         counts.append(len(found.records))
         if found.unused:
             notes.append(f"Not used of {source.name}: {', '.join(found.unused)}.")
     check_template(options, records)
-    if len(names) > 1:
-        (one, first), (other, second) = [(name, ", ".join(each)) for each, name in names.items()][:2]
-        raise ValueError(
-            f"{one} numbers the classes {first}, and {other} numbers {second}. Write both with the same classes."
-        )
-    class_names = next(iter(names), ())
-    return Loaded(records, tuple(counts), weights_of(sources), tuple(notes), class_names=class_names)
+    _check_same_classes(classes)
+    return Loaded(records, tuple(counts), weights_of(sources), tuple(notes), classes=tuple(classes))
+
+
+def _check_same_classes(classes: Sequence[NamedClasses]) -> None:
+    """Raise ValueError if two sources name their classes differently."""
+    named = [one for one in classes if one.names]
+    for one in named[1:]:
+        if one.names != named[0].names:
+            raise ValueError(
+                f"{named[0].source} numbers the classes {', '.join(named[0].names)}, and {one.source} numbers "
+                f"{', '.join(one.names)}. Write both with the same classes."
+            )
 
 
 def _class_names(rows: Sequence[Any], names: ClassNames, columns: Mapping[str, str]) -> tuple[str, ...]:

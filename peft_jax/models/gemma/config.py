@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_jax.core.activations import check_activation
 from peft_jax.core.config_ranges import check_fields_of
-from peft_jax.core.selecting import field_names, only, without
+from peft_jax.core.selecting import field_names, present, without
 from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -187,7 +187,7 @@ class GemmaConfig(ModelConfig):
             full |= {"sliding_window": None, "layer_types": [FULL] * full["num_hidden_layers"]}
         if kind == THIRD:
             full["attn_logit_softcapping"] = None  # transformers reads the field and does not use it
-        fields = without(only(full, field_names(cls)), ["ropes"])
+        fields = without(present(full, field_names(cls)), ["ropes"])
         ropes = ropes_by_kind(full["rope_parameters"], set(full["layer_types"]))
         fields |= {"layer_types": tuple(full["layer_types"]), "ropes": tuple(ropes.items())}
         return cls(**{**fields, **read_common(cls, full)})

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_jax.core.activations import check_activation
 from peft_jax.core.config_ranges import check_fields_of
-from peft_jax.core.selecting import field_names, only, without
+from peft_jax.core.selecting import field_names, present, without
 from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -179,7 +179,7 @@ class Gemma4Config(ModelConfig):
             raise ValueError("enable_moe_block=True (layers with experts) is not supported.")
         if full.get("use_bidirectional_attention") == "all":
             raise ValueError("use_bidirectional_attention='all' (attention in both directions) is not supported.")
-        fields = without(only(full, field_names(cls)), ["ropes", "global_head_dim"])
+        fields = without(present(full, field_names(cls)), ["ropes", "global_head_dim"])
         ropes = ropes_by_kind(full["rope_parameters"], set(full["layer_types"]))
         fields |= {"layer_types": tuple(full["layer_types"]), "ropes": tuple(ropes.items())}
         fields |= _of_full_layers(full)

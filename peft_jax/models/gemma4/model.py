@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.selecting import only
+from peft_jax.core.selecting import present
 from peft_jax.models.config import CAUSAL_LM, FULL, SLIDING
 from peft_jax.models.gemma4.config import SHARING, SHORT, Gemma4Config
 from peft_jax.models.modules.attention import Scoring, attend, dropping_of
@@ -154,7 +154,7 @@ class Gemma4TextModel(DecoderBackbone):
         config = self.config
         kinds = sorted(set(config.kinds))
         masks = masks_by_kind(places, inputs, kinds, window=config.sliding_window)
-        ropes = only(dict(config.ropes), kinds)
+        ropes = present(dict(config.ropes), kinds)
         sizes = {FULL: config.global_head_dim, SLIDING: config.head_dim}
         turns = rotations_by_kind(ropes, sizes, places, config.max_position_embeddings, x.dtype)
         return {kind: View(masks[kind], turns[kind]) for kind in kinds}

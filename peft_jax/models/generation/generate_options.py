@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
-from peft_jax.core.selecting import field_names, not_none, only
+from peft_jax.core.selecting import field_names, not_none, present
 from peft_jax.methods.fields import check_kinds
 from peft_jax.models.generation.sampling import Sampling
 from peft_jax.models.generation.unsupported_options import INSTEAD, as_arguments, is_unsupported
@@ -84,7 +84,7 @@ class GenerateOptions:
     @property
     def sampling(self) -> Sampling:
         """How the next token is chosen; greedily by default."""
-        chosen = only(self.given, Sampling._fields)
+        chosen = present(self.given, Sampling._fields)
         if self.top_k == 0:
             del chosen["top_k"]
         return Sampling(**chosen)

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_jax.core.activations import check_activation
 from peft_jax.core.config_ranges import check_fields_of
-from peft_jax.core.selecting import field_names, only, without
+from peft_jax.core.selecting import field_names, present, without
 from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -169,7 +169,7 @@ class LlamaConfig(ModelConfig):
         scaling = RopeParameters.from_hf(full["rope_parameters"])
         if scaling.partial_rotary_factor != 1:
             raise ValueError(f"partial_rotary_factor={scaling.partial_rotary_factor} is not supported, only 1.0.")
-        fields = without(only(full, field_names(cls)), _TRANSLATED)
+        fields = without(present(full, field_names(cls)), _TRANSLATED)
         windowed = kind != "llama"  # transformers' Llama has no window, whatever its config says
         return cls(
             **{**fields, **read_common(cls, full)},

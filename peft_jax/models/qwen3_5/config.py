@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_jax.core.activations import check_activation
 from peft_jax.core.config_ranges import check_fields_of
-from peft_jax.core.selecting import field_names, not_none, only
+from peft_jax.core.selecting import field_names, not_none, present
 from peft_jax.models.config import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -168,7 +168,7 @@ class Qwen35Config(ModelConfig):
         """
         full = complete(_text_part(as_dict(hf)), cls.stems)
         check_fixed(full, cls.fixed)
-        values = only(full, field_names(cls))
+        values = present(full, field_names(cls))
         rope = RopeParameters.from_hf(full["rope_parameters"], also=MROPE)
         kinds = tuple(full["layer_types"])
         return cls(**{**values, **read_common(cls, full), "rope": rope, "layer_types": kinds})
@@ -220,6 +220,6 @@ def _text_part(hf: dict[str, Any]) -> dict[str, Any]:
     if hf.get("model_type") != WHOLE:
         return hf
     own = as_dict(hf.get("text_config") or {})
-    shared = not_none(only(hf, ("architectures", "quantization_config", "dtype")))
-    of_the_head = not_none(only(hf, ("id2label", "label2id", "problem_type")))
+    shared = not_none(present(hf, ("architectures", "quantization_config", "dtype")))
+    of_the_head = not_none(present(hf, ("id2label", "label2id", "problem_type")))
     return {**shared, **own, **of_the_head, "model_type": TEXT}

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_jax.core.selecting import not_none, only
+from peft_jax.core.selecting import not_none, present
 from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.train.data.records import Chat
 
@@ -186,7 +186,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f'{where} has a tool call without a name. Give {{"name": "f", "arguments": {{}}}}.')
     arguments = parsed(function.get("arguments") or {}, "tool call's arguments", where)
-    more = not_none(only(call, ["id"]))
+    more = not_none(present(call, ["id"]))
     return {**more, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
