@@ -61,7 +61,7 @@ def test_kasa_takes_the_smallest_singular_values_out():
     np.testing.assert_array_equal(pj.unload(both)["one"]["kernel"], pj.unload(params)["one"]["kernel"])
     with pytest.raises(ValueError, match="kasa_config takes singular values out of the weight of 'one', which"):
         pj.apply_lora(pj.apply_lora(base, config()), config(kasa_config={}), adapter_name="second")
-    with pytest.raises(ValueError, match="which is quantized or has an adapter already. Attach the adapter to the fl"):
+    with pytest.raises(ValueError, match="which is quantized, has another adapter or a KaSA of a"):
         pj.apply_lora(pj.quantize(base, kind="nf4", target_modules=TARGETS), config(kasa_config={}))
     with pytest.raises(ValueError, match="takes r=8 singular values out of 'one', which has 8. Choose a smaller r"):
         pj.apply_lora(base, config(r=8, kasa_config={}))
@@ -360,3 +360,49 @@ def test_a_step_adds_the_penalty_and_needs_no_schedule():
     step = train.make_training_step(logits, optimizer)
     _, _, metrics = step(trainable, optimizer.init(trainable), frozen, batch, jax.random.key(0))
     close(metrics.loss, float(loss[0]) / int(loss[1]) + squares)
+
+
+def test_the_noise_of_monteclora_stays_in_a_layers_own_columns():
+    """Of a stack whose layers have other ranks: what is beyond a rank is no part of the file."""
+    stacked = {"layers": {"up": {"kernel": normal(0, 2, 6, 5)}}}
+    layout = {r"layers\.up\.kernel": pj.Layout(stack=(0,), inp=(1,), out=(2,))}
+    options = config(target_modules=["up"], rank_pattern={r"1\.up": 2}, monteclora_config={})
+    params = pj.apply_lora(stacked, options, layout=layout)
+
+    def loss(trainable, frozen, x):
+        run = pj.with_dropout(pj.combine(trainable, frozen), jax.random.key(3))
+        return jnp.sum(pj.adapt(lambda p, x: jnp.sin(x @ p["layers"]["up"]["kernel"][1]))(run, x) ** 2)
+
+    trainable, frozen = pj.partition(params)
+    second = jax.grad(loss)(trainable, frozen, normal(4, 3, 6))["layers"]["up"]["kernel"].params["lora_B"][1]
+    assert np.abs(second[:2]).min() > 0 and not np.any(second[2:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kasa_config": {}},
+        {"use_qalora": True, "qalora_group_size": 4},
+        {"use_bdlora": {"target_modules_bd_a": ["up"], "nblocks": 4}},
+    ],
+)
+def test_variants_are_on_the_mesh_of_their_base(options):
+    """Arrays that the mesh does not divide are replicated."""
+    mesh = jax.make_mesh((2, 4), ("tensor", "fsdp"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    plain = {"up": {"kernel": normal(0, 12, 8)}}
+    wanted = pj.apply_lora(plain, config(target_modules=["up"], **options), key=jax.random.key(1))
+    base = jax.device_put(plain, place)
+    found = pj.apply_lora(base, config(target_modules=["up"], **options), key=jax.random.key(1))
+    leaf = found["up"]["kernel"]
+    assert leaf.base.sharding == place
+    assert all(array.sharding.mesh == mesh for array in jax.tree.leaves(leaf.params))
+    jax.tree.map(close, leaf.params, wanted["up"]["kernel"].params)
+
+
+def test_what_is_for_plain_factors_refuses_variants():
+    params = pj.apply_lora(tree(), config(kasa_config={}))
+    trainable, _ = pj.partition(params)
+    optimizer = train.riemannian(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="for plain factors, and adapter 'default' has kasa_config"):
+        optimizer.update(trainable, optimizer.init(trainable), trainable)

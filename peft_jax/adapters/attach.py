@@ -221,7 +221,7 @@ def _attached(
 
     def initialize(target: Target, base: Weight) -> Any:
         names, adapted = target.leaf.names, target.adapted
-        if among is not None:
+        if among is not None and isinstance(config, StartsAmongWeights):
             return config.init_among(base, among(target), names, adapted, key)
         if isinstance(config, StartsFromWeight):
             return config.init_on(base, names, adapted, key)

@@ -47,8 +47,19 @@ def sharded_like_base(leaf: Adapted) -> Adapted:
     except MergeError:
         specs = jax.tree.map(lambda _: PartitionSpec(), leaf)
     params, state = jax.tree.map(
-        lambda array, spec: place(array, NamedSharding(sharding.mesh, spec)),
+        lambda array, spec: place(array, NamedSharding(sharding.mesh, _dividing(spec, array.shape, sharding.mesh))),
         (leaf.params, leaf.state),
         (specs.params, specs.state),
     )
     return dataclasses.replace(leaf, params=params, state=state)
+
+
+def _dividing(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The spec without the mesh axes that do not divide an array's axis, as one that is a part of the base's may be."""
+    found: list[Any] = []
+    for size, names in zip(shape, spec, strict=False):
+        devices = 1
+        for name in names if isinstance(names, tuple) else (names,):
+            devices *= 1 if name is None else mesh.shape[name]
+        found.append(names if size % devices == 0 else None)
+    return PartitionSpec(*found)

@@ -34,7 +34,7 @@ class TrainingHooks:
     def penalty(self, leaves: Leaves) -> Float[Array, ""]:
         """The penalty that is added to the loss of every step, float32.
 
-        The leaves are those of the step, with dropout switched on by its key.
+        The leaves are those of the step, with dropout switched on by the key of its first micro batch.
         """
         raise NotImplementedError
 

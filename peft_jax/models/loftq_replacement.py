@@ -20,6 +20,7 @@ from peft_jax.core.selecting import only
 from peft_jax.interop.checkpoint import Row, find_checkpoint, load_params, open_tensors
 from peft_jax.interop.host_read import Cast
 from peft_jax.methods.lora.initializers.from_weight import of_difference
+from peft_jax.methods.lora.variants import variant_of
 from peft_jax.models.checkpoint_keys import fit_keys
 from peft_jax.models.family import leaf_at
 from peft_jax.models.handles.base import ModelHandle
@@ -96,6 +97,8 @@ def _is_meant(leaf: Adapted, adapter_name: str) -> bool:
     """Whether an adapted leaf is a LoRA of this name on a quantized matrix that no other adapter is on."""
     if leaf.tag.name != adapter_name or not isinstance(leaf.base, Quantized):
         return False
+    if leaf.tag.config.peft_type == "LORA" and (variant := variant_of(leaf.tag.config)):
+        raise ValueError(f"Adapter '{adapter_name}' has {variant}, and LoftQ is for plain factors. Leave it out.")
     return {"lora_A", "lora_B"} <= leaf.params.keys() and not leaf.layout.lookup
 
 

@@ -167,7 +167,8 @@ def make_accumulating_step(
         count = jnp.maximum(sums.labels, 1).astype(jnp.float32)
         gradients = jax.tree.map(lambda total, array: (total / count).astype(array.dtype), sums.gradients, trainable)
         state = given, opt_state
-        return updated(optimizer, RunHooks(frozen, key), state, trainable, sums.loss / count, gradients, sums.tokens)
+        hooks = RunHooks(frozen, jax.random.fold_in(key, 0))  # the noise of the first micro batch
+        return updated(optimizer, hooks, state, trainable, sums.loss / count, gradients, sums.tokens)
 
     begun, of_sums, of_totals = None, None, None
     if out_shardings is not None:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from peft_jax.core.adapted import Adapted, is_adapted
 from peft_jax.core.adapted_tree import adapted_leaves, map_adapted
 from peft_jax.core.pytree import PyTree
+from peft_jax.methods.lora.variants import variant_of
 
 FACTORS = ("lora_A", "lora_B")
 DELTA = 1e-8  # PEFT's damping in LoRA-FA
@@ -170,6 +171,8 @@ def _factors(trainable: PyTree) -> dict[tuple[str, str], tuple[jax.Array, jax.Ar
     for path, leaf in adapted_leaves(trainable):
         a, b = leaf.params.get("lora_A"), leaf.params.get("lora_B")
         is_lora = leaf.tag.role is None and leaf.tag.config.peft_type == "LORA" and not leaf.layout.lookup
+        if is_lora and (variant := variant_of(leaf.tag.config)):
+            raise ValueError(f"This optimizer is for plain factors, and adapter '{leaf.tag.name}' has {variant}.")
         if is_lora and a is not None and b is not None:
             found[path, leaf.tag.name] = (a, b)
     return found

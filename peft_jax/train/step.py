@@ -112,16 +112,19 @@ def make_training_step(
     def step(
         trainable: PyTree, opt_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[Any, Any, StepMetrics]:
-        given, hooks = (trainable, opt_state), RunHooks(frozen, key)
+        rows = batch["input_ids"].shape[0]
+        micro_rows = rows if micro_batch_size is None else micro_batch_size
+        is_whole = micro_rows == rows
+        # A penalty has the noise of the batch, or of the first micro batch.
+        given, hooks = (trainable, opt_state), RunHooks(frozen, key if is_whole else jax.random.fold_in(key, 0))
         trainable = hooks.project(trainable)
         whole = Totals(count_labels(frozen, batch, next_token), None)
         gradient_of = jax.value_and_grad(loss_share)
-        rows = batch["input_ids"].shape[0]
-        if micro_batch_size is None or micro_batch_size == rows:
+        if is_whole:
             loss, gradients = gradient_of(trainable, frozen, batch, key, whole)
         else:
-            parts = jax.tree.map(lambda x: _in_parts(x, micro_batch_size), batch)
-            numbered = parts, jnp.arange(rows // micro_batch_size)
+            parts = jax.tree.map(lambda x: _in_parts(x, micro_rows), batch)
+            numbered = parts, jnp.arange(rows // micro_rows)
 
             def load(part: Any) -> Any:
                 micro_batch, number = part

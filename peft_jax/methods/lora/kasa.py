@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.finite import holds_finite
+from peft_jax.core.partition_specs import put
 from peft_jax.core.weight import Dense, Weight
 from peft_jax.methods.base import Arrays
 from peft_jax.methods.fields import check_kinds
@@ -63,8 +65,9 @@ def truncated(config: Any, base: Weight, names: np.ndarray, adapted: np.ndarray)
         return base
     if not isinstance(base, Dense):
         raise ValueError(
-            f"kasa_config takes singular values out of the weight of '{name}', which is quantized or has an adapter "
-            "already. Attach the adapter to the float model first; then quantize it, or attach the other one."
+            f"kasa_config takes singular values out of the weight of '{name}', which is quantized, has another adapter "
+            "or a KaSA of a smaller rank already. Attach the KaSA of the largest rank to the float model first; then "
+            "quantize it, or attach the others."
         )
     layout, dense = base.layout, base.dense()
     n_in, n_out = layout.sizes(base.shape)
@@ -73,7 +76,9 @@ def truncated(config: Any, base: Weight, names: np.ndarray, adapted: np.ndarray)
     for matrix, layer, is_adapted in zip(matrices, names.flat, adapted.flat, strict=True):
         layers.append(_without_smallest(matrix, config.rank(layer), str(layer)) if is_adapted else matrix)
     whole = jnp.reshape(jnp.stack(layers), (*names.shape, n_in, n_out))
-    return Dense(layout.unmatrix(whole, base.shape), layout)
+    array = layout.unmatrix(whole, base.shape)
+    sharding = None if isinstance(dense, jax.core.Tracer) else dense.sharding
+    return Dense(put(array, sharding) if isinstance(sharding, NamedSharding) else array, layout)
 
 
 def _without_smallest(matrix: Float[Array, "in out"], rank: int, name: str) -> Float[Array, "in out"]:

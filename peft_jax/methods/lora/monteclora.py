@@ -124,7 +124,8 @@ def sampled(params: Arrays, state: Mapping[str, Any], noise: Noise) -> Float[Arr
     a = params["lora_A"]
     mean = jnp.einsum("s,sir->ir", weights(params, noise), noise.normal)
     change = state[SCALER] * mean * jnp.sqrt(variances(params, noise))[None]
-    return a + jnp.where(state["rank"] > 0, change, 0).astype(a.dtype)
+    is_used = jnp.arange(a.shape[-1]) < state["rank"]  # layers of a stack may have fewer columns
+    return a + jnp.where(is_used[None], change, 0).astype(a.dtype)
 
 
 def first_factor(params: Arrays, state: Mapping[str, Any]) -> Float[Array, "in rank"]:
@@ -144,7 +145,7 @@ def _key(key: jax.Array) -> jax.Array:
 
 
 def penalty(params: Arrays, state: Mapping[str, Any], options: Mapping[str, Any]) -> Float[Array, ""]:
-    """The penalty of one layer, with the noise of its forward pass; 0 where it is not adapted."""
+    """The penalty of a layer, with the noise of its pass over the first micro batch; 0 where it is not adapted."""
     rank = state["rank"]
     noise = drawn(_key(state["dropout"]["key"]), params, rank)
     return jnp.where(rank > 0, of_noise(params, rank, noise, options), 0)
