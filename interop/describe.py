@@ -1,5 +1,6 @@
 """Describe an adapter's folder from its JSON and the header of its tensors; its method need not be known."""
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft_jax.interop.files import CONFIG, read_config
-from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, KEYS, PREFIX, WEIGHTS_FILE
+from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, FIXED_OF_MODEL, KEYS, PREFIX, WEIGHTS_FILE
 from peft_jax.interop.patterns import modules_of
 from safetensors import SafetensorError, safe_open
 
@@ -145,7 +146,7 @@ class AdapterFolder:
             is_whole = bool(saved) and module.endswith(saved)
             plain = key.endswith(".weight") and module.endswith(EMBEDDING_MODULES) and not is_whole
             copy = BASE_COPIES.search(key) is not None
-            fixed = key.endswith(FIXED) or tensor.dtype.startswith(("I", "U"))
+            fixed = key.endswith(FIXED) or key.startswith(FIXED_OF_MODEL) or tensor.dtype.startswith(("I", "U"))
             if plain or copy or fixed:
                 found.append(key)
         return found
@@ -161,9 +162,33 @@ class AdapterFolder:
         return found
 
     @property
+    def copies(self) -> set[str]:
+        """Keys of LILY's factors that repeat those of another layer of a group: the file has them for each layer."""
+        tensors, stride = self.tensors or {}, self.config.get("stride_A", 1)
+        if self.peft_type != "LILY" or not is_kind(stride, int) or stride < 1:
+            return set()
+        endings = self.config.get("target_modules")
+        names = endings if isinstance(endings, list) else []
+        ends, found, counts = (".lily_A.weight", ".lily_B.weight"), set[str](), collections.Counter[Any]()
+        for first in (key for key in tensors if key.endswith(ends[0])):
+            module = first.removesuffix(ends[0])
+            second = module + ends[1]
+            if second not in tensors:
+                continue
+            ending = max((name for name in names if module.endswith(name)), key=len, default="")
+            group = (ending, tensors[first].shape, tensors[second].shape)
+            # Which layer of a group is the first one changes no count: all have the same shapes.
+            if counts[group] % stride:
+                found.add(first)
+            if counts[group]:
+                found.add(second)
+            counts[group] += 1
+        return found
+
+    @property
     def trained(self) -> int:
-        """Elements that were trained: all but those of `frozen`."""
-        trained = without(self.tensors or {}, set(self.frozen))
+        """Elements that were trained: all but those of `frozen`, and those of a group of layers once."""
+        trained = without(self.tensors or {}, {*self.frozen, *self.copies})
         return sum(tensor.size for tensor in trained.values())
 
     @property

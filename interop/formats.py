@@ -326,6 +326,8 @@ FIXED = (
     *(f".unilora_{kind}_{matrix}" for kind in ("indices", "scales") for matrix in "AB"),
     *(".tinylora_P", ".delora_w_norm", ".adamss_newB"),
     *(f".glora_{part}.zeros" for part in "ABCDE"),
+    ".lora_velora_embed",
+    *(f".lora_monteclora_sampler.{name}" for name in ("expert_weights", "gaussian_var_prior")),
 )
 
 FIXED_OF_MODEL = ("base_model.frod_V.",)  # and beginnings of such keys

@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+from cases import tiny_configs
 from peft.tuners.lora import LoraLayer
+from peft_jax.interop.adapter import save_adapter
+from peft_jax.interop.describe import read_adapter
 from safetensors.numpy import load_file, save_file
 
+import peft_jax as pj
 from peft_jax.cli.inspect.servers import PEFT_TYPES, VLLM_RANKS
 from peft_jax.cli.main import main
+from peft_jax.core.partition import count_parameters
 
 QV = ["q_proj", "v_proj"]
 CONFIGS: dict[str, Any] = {
@@ -146,8 +151,6 @@ def test_who_takes_it_and_why_not(name: str, told: Callable[..., str]) -> None:
 
 
 def test_peft_jax_takes_what_it_loads(told: Callable[..., str], workplace: Path) -> None:
-    import peft_jax as pj
-
     base = pj.AutoModelForCausalLM.from_pretrained("model")
     for name in CONFIGS:
         takes = json.loads(told(name, "--json"))["servers"]["peft_jax"]["takes"]
@@ -345,3 +348,19 @@ def test_a_damaged_folder_is_one_line(case: str, workplace: Path, capfd: pytest.
     assert main(["inspect", *words]) == 2
     out, err = capfd.readouterr()
     assert not out and len(err.splitlines()) == 1 and err.startswith("peft-jax: error: ") and said in err, err
+
+
+COUNTED = {
+    **tiny_configs(),
+    "LILY of two layers": pj.LilyConfig(r=2, stride_A=2, target_modules=["dense"]),
+    "FROD of a model": pj.FrodConfig(sparse_rate=0.1, target_modules=["dense"]),
+}
+
+
+@pytest.mark.parametrize("config", COUNTED.values(), ids=COUNTED)
+def test_trained_parameters_of_each_method_are_those_that_are_trained(config: Any, tmp_path: Path) -> None:
+    matrices = np.random.default_rng(0).normal(size=(3, 12, 8)).astype(np.float32)
+    params = pj.apply_adapter({str(n): {"dense": {"kernel": matrix}} for n, matrix in enumerate(matrices)}, config)
+    save_adapter(params, tmp_path)
+    want = count_parameters(params)[0]
+    assert read_adapter(tmp_path).trained == want > 0
