@@ -28,8 +28,9 @@ A base's matrices can be kept in few bits; an adapter on them is trained in floa
 |---|---|---|---|---|---|---|
 """
 TAIL = """
-Any adapter method goes on any of these. The backward pass keeps the packed arrays and no dequantized copy
-(`tests/test_blockwise.py`, `tests/test_int8.py`). `load_in_4bit=True` and `--load-in-4bit` mean nf4 in blocks of 64
+Any adapter method goes on any of these but KaSA (`kasa_config`): attach that to the float model, then quantize. The
+backward pass keeps the packed arrays and no dequantized copy (`tests/test_blockwise.py`, `tests/test_int8.py`).
+`load_in_4bit=True` and `--load-in-4bit` mean nf4 in blocks of 64
 without double quantization; `quantization_config=pj.BitsAndBytesConfig(...)` has transformers' fields, names and
 defaults.
 

@@ -46,7 +46,7 @@ def with_parameters(found: Sequence[Leaf], config: Method) -> list[Leaf]:
         if name not in parameters and is_target(config, name) and name.startswith(owners):
             raise ValueError(
                 f"'{name}' is a target in a module one of whose own weights is in target_parameters, which "
-                "no file of PEFT's can hold. Leave one of them."
+                "no file of PEFT's can hold. Remove one of them."
             )
     return leaves
 

@@ -1,8 +1,8 @@
-"""BD-LoRA: one of LoRA's factors is block-diagonal, so that devices that share a layer exchange less.
+"""BD-LoRA: one of LoRA's factors is block-diagonal.
 
-Wang et al., 2025, https://arxiv.org/abs/2510.23346: A of layers whose rows are spread over devices, B of
-those whose columns are. Of the blocks alone there are arrays, side by side: A is ``(in / n, r)`` or B ``(r / n, out)``.
-Numbers follow PEFT 0.21.2.
+Wang et al., 2025, https://arxiv.org/abs/2510.23346. A is block-diagonal in layers whose rows are sharded, B in layers
+whose columns are. Only the blocks are stored, side by side: A is ``(in / n, r)`` or B ``(r / n, out)``. The product
+uses the dense factor. Numbers follow PEFT 0.21.2.
 """
 
 import dataclasses

@@ -64,7 +64,7 @@ def check_invocation(config: Any) -> None:
     if not tokens or not all(isinstance(token, int) and token >= 0 for token in tokens):
         raise ValueError(f"alora_invocation_tokens are the ids of an invocation, at least one, got {tokens!r}.")
     if config.use_dora:
-        raise ValueError("alora_invocation_tokens do not go with use_dora=True. Leave one of them.")
+        raise ValueError("alora_invocation_tokens do not go with use_dora=True. Remove one of them.")
 
 
 def check_parameters(config: Any) -> None:
@@ -83,7 +83,7 @@ def check_parameters(config: Any) -> None:
     if find(config.init_lora_weights).needs != "nothing":
         alone["init_lora_weights"] = config.init_lora_weights
     if given := {field: value for field, value in alone.items() if value}:
-        raise ValueError(f"target_parameters do not go with {given}, which are for modules. Leave one of them.")
+        raise ValueError(f"target_parameters do not go with {given}, which are for modules. Remove one of them.")
 
 
 def options_of(cls: type, fields: Any, name: str) -> Any:

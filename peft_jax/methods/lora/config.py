@@ -172,7 +172,7 @@ class LoraConfig(
         if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False, None)):
             raise ValueError(
                 f"lora_bias=True goes with init_lora_weights=True or False and without DoRA, got init_lora_weights="
-                f"{self.init_lora_weights!r} and use_dora={self.use_dora}. Leave one of them."
+                f"{self.init_lora_weights!r} and use_dora={self.use_dora}. Remove one of them."
             )
 
     def to_dict(self) -> dict[str, Any]:
