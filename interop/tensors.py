@@ -63,6 +63,7 @@ from peft_jax.prompts.base import PromptMethod
 
 Tensors = Mapping[str, np.ndarray]
 EMPTY = " (it is empty, as DeepSpeed's ZeRO-3 writes what it has not gathered: save the gathered model)"
+WHOLE_FACTOR = " (PEFT ignores use_qalora outside GPTQ layers: load it with use_qalora=False)"
 ORDERED = (
     " Its target_parameters of one module have to be listed in the order in which that declares them, and inp= of "
     "their layout= has to be the axis that PEFT takes for the inputs."
@@ -174,10 +175,10 @@ def set_peft_model_state_dict(
     if any(problems):
         hint = ORDERED if config.target_parameters else ""
         made_for = f" ('{config.base_model_name_or_path}')" if config.base_model_name_or_path else ""
-        raise ValueError(
-            f"The adapter does not fit this base: {some_of_each(problems)}. Load it on the base that it was made for"
-            f"{made_for}, with the config that was saved with it.{hint}"
-        )
+        advice = f" Load it on the base that it was made for{made_for}, with the config that was saved with it.{hint}"
+        if all(problem.endswith(WHOLE_FACTOR) for problem in itertools.chain(*problems)):
+            advice = ""  # the base is the right one
+        raise ValueError(f"The adapter does not fit this base: {some_of_each(problems)}.{advice}")
     return _built(file_plan, tensors, adapter_name)
 
 
@@ -330,9 +331,18 @@ def _misfits(file_plan: FilePlan, tensors: Tensors) -> list[list[str]]:
         surplus.append(f"{key} is left over ({reason})")
     for key, shape in shapes.items():
         if key in tensors and tensors[key].shape != shape:
-            empty = EMPTY if tensors[key].size == 0 else ""
-            unlike.append(f"{key} has shape {tensors[key].shape}, not {shape}{empty}")
+            reason = EMPTY if tensors[key].size == 0 else ""
+            if _is_whole_factor(file_plan.config, key, tensors[key].shape, shape):
+                reason = WHOLE_FACTOR
+            unlike.append(f"{key} has shape {tensors[key].shape}, not {shape}{reason}")
     return [general, missing, surplus, unlike or _unlike_copies(file_plan, tensors)]
+
+
+def _is_whole_factor(config: Method, key: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor is the plain A of a QA-LoRA, which PEFT writes for layers that are not GPTQ's."""
+    if not getattr(config, "use_qalora", False) or not key.endswith(".lora_A.weight"):
+        return False
+    return shape == (*wanted[:-1], wanted[-1] * getattr(config, "qalora_group_size", 1))
 
 
 def _unlike_copies(file_plan: FilePlan, tensors: Tensors) -> list[str]:

@@ -225,6 +225,10 @@ def test_what_a_finished_initialization_leaves_is_ignored(bases: dict[str, Path]
     )
     change(tmp_path, use_qalora=True)  # PEFT ignores it on this base, and made whole factors
     assert "qalora_group_size=32" in refusal(bases["own"], tmp_path)
+    change(tmp_path, qalora_group_size=2)
+    said = refusal(bases["own"], tmp_path)
+    assert "(PEFT ignores use_qalora outside GPTQ layers: load it with use_qalora=False)" in said
+    assert "Load it on the base" not in said
 
 
 def test_keys_with_an_adapters_name_or_a_wrapper(bases: dict[str, Path], tmp_path: Path) -> None:
