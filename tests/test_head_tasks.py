@@ -386,6 +386,11 @@ def test_names_of_classes_stand_in_the_schema(tmp_path: Path, ending: str) -> No
         load_records(DataFileOptions(data=(str(file), str(other)), columns=("label=kind",)))
 
 
+def test_a_data_file_that_names_two_classes_alike() -> None:
+    with pytest.raises(ValueError, match="the data names two classes a. Name each class once, or give --label-names"):
+        named_by_data(HeadLabels({0: "LABEL_0", 1: "LABEL_1"}), ["a", "a"])
+
+
 def write_config(folder: Path) -> Path:
     """A checkpoint without a head, of which the config alone is read."""
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
@@ -422,6 +427,12 @@ def test_descriptions_of_columns(case: str) -> None:
     [
         (("a", "b"), {0: "a", 1: "b"}, [0, (1, 0), 0.5], ""),
         (("a", "b"), {0: "LABEL_0", 1: "LABEL_1"}, [0, (1, 0), 0.5], ""),
+        (
+            ("a", "b"),
+            {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"},
+            [0, (1, 0), 0.5],
+            "The data names 2 classes, and there are 3: its names are not used.",
+        ),
         (("a", "b"), {0: "c", 1: "b", 2: "a"}, ["a", ("b", "a"), 0.5], ""),
         (("a", "b"), {0: "c", 1: "d"}, [0, (1, 0), 0.5], "The data has the classes a, b, and the model c, d: taken by"),
         (

@@ -14,8 +14,8 @@ Value = TypeVar("Value", bound=str | int | float)
 def by_names_of(loaded: Loaded, known: Mapping[int, str]) -> Loaded:
     """The records with names in place of the numbers of their classes, where their file numbers these otherwise.
 
-    Where the model's classes have numbers alone, or names of which the file has none, numbers are the model's; in the
-    second case a note says so.
+    Where the model's classes have numbers alone, or names of which the file has none, numbers are the model's; a note
+    says so in the second case, and in the first one if the file names more or fewer classes.
 
     Args:
         loaded: The records, and the names of their classes.
@@ -32,6 +32,9 @@ def by_names_of(loaded: Loaded, known: Mapping[int, str]) -> Loaded:
     """
     names, others = loaded.class_names, tuple(known.values())
     is_numbered = dict(known) == numbered_labels(len(known))
+    if is_numbered and names and len(names) != len(others):
+        note = f"The data names {len(names)} classes, and there are {len(others)}: its names are not used."
+        return dataclasses.replace(loaded, notes=(*loaded.notes, note))
     if not names or is_numbered or names == others:
         return loaded
     if not set(names) & set(others):

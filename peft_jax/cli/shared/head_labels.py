@@ -117,6 +117,11 @@ def with_names(found: HeadLabels, names: Sequence[str]) -> HeadLabels:
 def named_by_data(found: HeadLabels, names: Sequence[str]) -> HeadLabels:
     """As `with_names`, with names that a data file has for its classes; labels that they do not fit stay.
 
+    `peft_jax.cli.shared.class_numbers.by_names_of` has a note of that.
+
+    Raises:
+        ValueError: If a name comes twice.
+
     Example:
         >>> named_by_data(HeadLabels(numbered_labels(2)), ["O", "B-PER", "I-PER"]).id2label
         {0: 'O', 1: 'B-PER', 2: 'I-PER'}
@@ -126,7 +131,12 @@ def named_by_data(found: HeadLabels, names: Sequence[str]) -> HeadLabels:
     known = found.id2label or {}
     is_named = dict(known) != numbered_labels(len(known))
     is_other = len(names) < len(known) or found.is_held and len(names) > len(known)
-    return found if is_named or is_other or found.problem_type == REGRESSION else with_names(found, names)
+    if is_named or is_other or found.problem_type == REGRESSION:
+        return found
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"the data names two classes {twice[0]}. Name each class once, or give --label-names.")
+    return with_names(found, names)
 
 
 def problem_of_texts(config: ModelConfig, records: Sequence[AnyRecord]) -> str:
