@@ -691,6 +691,26 @@ def test_frod_turns_a_basis_that_layers_of_a_kind_share():
     jax.tree.map(lambda got, want: close(got, want, 1e-6), pj.merge(again), pj.merge(moved))
 
 
+@pytest.mark.filterwarnings("ignore:A FROD adapter")
+def test_frod_adapters_on_one_weight_add_up():
+    """As in PEFT each one adds what it changes of the base."""
+    params = {"dense": {"kernel": normal(0, 6, 5)}}
+    base, x, changes = params["dense"]["kernel"], normal(5, 3, 6), []
+    for seed, name in enumerate(("default", "b")):
+        config = pj.FrodConfig(sparse_rate=0.2, projection_prng_key=seed, target_modules=["dense"])
+        params = pj.apply_adapter(params, config, adapter_name=name)
+        alone = perturbed(pj.set_adapter(params, name), 0.3 + seed)
+        changes.append(np.asarray(alone["dense"]["kernel"].dense() - base))
+        params = alone
+    assert all(np.abs(change).max() > 0.1 for change in changes)
+    leaf = pj.set_adapter(params, ["default", "b"])["dense"]["kernel"]
+    whole = np.asarray(base) + changes[0] + changes[1]
+    close(leaf.dense(), whole)
+    close(leaf.apply(x), np.asarray(x) @ whole)
+    one = pj.set_adapter(params, "b")["dense"]["kernel"]
+    close(one.apply(x), np.asarray(x) @ (np.asarray(base) + changes[1]))
+
+
 def test_frod_says_what_peft_would_not_read(dense):
     config = pj.FrodConfig(sparse_rate=0.1, target_modules=["dense"])
     with pytest.warns(UserWarning, match="has a basis of its own.*train on from an adapter that PEFT saved"):

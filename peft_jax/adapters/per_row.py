@@ -135,7 +135,7 @@ class Rows(Weight):
         return self._base.entries(spec)
 
     def dense(self) -> jax.Array:
-        """Not there."""
+        """Raise MergeError: rows that have adapters of their own have no one merged array."""
         raise MergeError(
             "Its rows have adapters of their own (pj.with_adapter_rows), which one array cannot hold. Use a matrix in "
             "products, add or multiply rows by a vector, or run each adapter's rows by themselves."

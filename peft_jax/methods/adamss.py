@@ -66,8 +66,8 @@ class AdamssConfig(
         subspace_rank: Rank of a cluster's change, at least 1; that of a smaller cluster is its size.
         init_weights: ``"orthogonal"`` starts at no change; None, or False, at a small random one.
         use_asa: Whether training freezes subspaces.
-        asa_target_subspaces: Number of subspaces of all layers that are trained in the end. As in PEFT, those are
-            frozen whose score is not above that of the subspace of this rank, which is one more.
+        asa_target_subspaces: Number of subspaces of all layers that are trained in the end; as in PEFT, one
+            subspace fewer than this stays trained.
         init_warmup: First step that counts.
         final_warmup: Step at which the number is reached.
         mask_interval: Number of steps from one choice to the next.
@@ -128,15 +128,15 @@ class AdamssConfig(
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The singular vectors, and the sizes of what is trained."""
+        """The singular vectors and the sizes of the clusters are frozen, and a file has them."""
         return (RIGHT, RANKS, LENGTHS)
 
     def changes_bias(self, module: str) -> bool:
-        """The last of the inputs is that of the bias."""
+        """Every bias changes with its matrix: the last input of a cluster is that of the bias."""
         return True
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
-        """Those of a module with a bias; one without has zeros at the ends."""
+        """The shapes are those of a module with a bias; arrays of one without have zeros at their ends."""
         if lookup:
             raise ValueError(f"ADAMSS is not for embeddings, as '{module}' is. Target other modules.")
         width = min(self.r, n_out, n_in + 1)
@@ -157,13 +157,13 @@ class AdamssConfig(
     def init(
         self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Nothing but the state; `init_among` has the arrays."""
+        """This makes nothing but the state; `init_among` makes the arrays."""
         return {}, self.state(names, adapted)
 
     def init_among(
         self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
-        """The arrays that the singular vectors of the base without other adapters give."""
+        """The arrays are made of the singular vectors of the base without other adapters."""
         found, state = self._clusters(base, among.bias, names, adapted), self.state(names, adapted)
         second = jnp.zeros(found.second_shape)
         if self.init_weights is None:
@@ -173,7 +173,7 @@ class AdamssConfig(
         return {A: found.first, B: second}, state | _of_base(found), base
 
     def state_among(self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
-        """The clusters."""
+        """The clusters are made again of the base."""
         return _of_base(self._clusters(base, among.bias, names, adapted))
 
     def _clusters(self, base: Weight, bias: jax.Array | None, names: np.ndarray, adapted: np.ndarray) -> Clusters:
@@ -195,14 +195,14 @@ class AdamssConfig(
 
     @staticmethod
     def sizes(params: Arrays, state: Mapping[str, Any]) -> np.ndarray:
-        """Elements of both factors of all clusters of each stacked layer."""
+        """Count the elements of both factors of all clusters of each stacked layer."""
         ranks, width = np.asarray(state[RANKS]), np.asarray(state[RIGHT]).any(-1).sum(-1)
         return np.asarray(state["hit"]) * (ranks.sum(-1) * width + (ranks * np.asarray(state[LENGTHS])).sum(-1))
 
     def factors(
         self, params: Arrays, state: Mapping[str, Any], n_in: int, n_out: int
     ) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
-        """``V A'`` of all clusters, and ``B'`` in the places of the outputs."""
+        """Give ``V A'`` of all clusters, and ``B'`` in the places of the outputs."""
         first = params[A]
         *groups, subspaces, rank, width = first.shape
         right = state[RIGHT].astype(first.dtype)[..., :n_in]
@@ -211,7 +211,7 @@ class AdamssConfig(
         return down, jnp.where(state["hit"][..., None, None], jnp.swapaxes(second, -1, -2), 0)
 
     def for_bias(self, params: Arrays, state: Mapping[str, Any], base: Weight) -> dict[str, jax.Array]:
-        """The change of the bias."""
+        """Give the change of the bias."""
         first = params[A]
         *groups, subspaces, rank, _ = first.shape
         inner = jnp.einsum("...krw,...w->...kr", first, state[RIGHT].astype(first.dtype)[..., -1])
@@ -219,15 +219,15 @@ class AdamssConfig(
         return {CHANGE: jnp.einsum("...ok,...k->...o", second, inner.reshape(*groups, subspaces * rank))}
 
     def bias_roles(self, params: Arrays) -> set[str]:
-        """The name of it."""
+        """Give the name of the change of the bias."""
         return {CHANGE}
 
     def merge_bias(self, params: Arrays, state: Arrays, bias: Float[Array, " out"]) -> Float[Array, " out"]:
-        """The bias and its change."""
+        """Add the change to the bias."""
         return added(bias, jnp.where(state["hit"], params[CHANGE], 0))
 
     def packed(self, tensors: Mapping[str, np.ndarray], n_in: int, n_out: int) -> dict[str, np.ndarray]:
-        """The tensors of the clusters of a module as one for each array."""
+        """Join the tensors of the clusters of a module to one tensor for each array."""
         shapes = self.shapes("", n_in, n_out, lookup=False)
         numbers = range(shapes[RANKS][0])
         firsts = [tensors.get(f"{A}.{number}") for number in numbers]
@@ -258,7 +258,7 @@ class AdamssConfig(
         return ours | {suffix: tensor for suffix, tensor in tensors.items() if suffix not in taken}
 
     def unpacked(self, tensors: Mapping[str, np.ndarray], *, biased: bool) -> dict[str, np.ndarray]:
-        """The tensors of a module as PEFT has them."""
+        """Split the tensors of a module into those of each cluster, as PEFT has them."""
         n_in = tensors[RIGHT].shape[1] - (0 if biased else 1)
         width = min(self.r, len(tensors[B]), n_in)
         found, row = {RIGHT: tensors[RIGHT][:width, :n_in]}, 0

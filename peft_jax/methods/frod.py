@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from peft_jax.core.adapted import nested_adapters
 from peft_jax.core.dropout import dropout
 from peft_jax.core.layout import Layout
 from peft_jax.core.paths import normal_by_names
 from peft_jax.core.product import Product
-from peft_jax.core.weight import MergeError, Weight
+from peft_jax.core.weight import MergeError, Weight, as_leaf
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.frozen_arrays import FrozenArrays, check_indices
@@ -79,6 +80,7 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
     """
 
     counts_modules: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = True
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         LENGTHS: ("directions",),
         VALUES: ("places",),
@@ -205,16 +207,24 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
         """The lengths and the values."""
         return np.asarray(state["hit"]) * (params[LENGTHS].shape[-1] + params[VALUES].shape[-1])
 
-    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """``V (S' + diag(l)) U'`` of a layer that is adapted."""
+    def merge(
+        self,
+        params: Arrays,
+        state: Arrays,
+        matrix: Float[Array, "in out"],
+        unadapted: Float[Array, "in out"] | None = None,
+    ) -> Float[Array, "in out"]:
+        """``W + V (S' + diag(l)) U' - X`` with ``unadapted`` as X, the weight without other adapters; None if X is W."""
         first, middle, last = _factors(params, state)
         whole = (first @ middle) @ last
+        if unadapted is not None:
+            whole = matrix.astype(whole.dtype) + (whole - unadapted.astype(whole.dtype))
         return jnp.where(state["hit"], whole, matrix.astype(whole.dtype)).astype(matrix.dtype)
 
     def apply(
         self, params: Arrays, state: Mapping[str, Any], base: Weight, x: Shaped[Array, "..."], product: Product
     ) -> Float[Array, "... out"]:
-        """The product with the factors; with dropout ``x W`` and the change of what is dropped of ``x``."""
+        """The product with the factors; on other adapters, or with dropout, ``x W`` and the change of what is given."""
         if base.layout.stack and "dropout" in state:
             raise MergeError(
                 "FROD has no dropout where products are of several layers or experts at once. Write frod_dropout=0, or "
@@ -226,9 +236,10 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
         given = x if product.looks_up else dropout(x, state)
         adapted = product.up(product.down(given, first) @ middle, last)
         y = base.apply(x, product)
-        if given is x:
+        is_alone = not any(inner.active for inner in nested_adapters(as_leaf(base)).values())
+        if given is x and is_alone:
             return jnp.where(state["hit"], adapted.astype(y.dtype), y)
-        change = adapted.astype(y.dtype) - base.apply(given, product)
+        change = adapted.astype(y.dtype) - base.unadapted.apply(given, product)
         return product.added(y, jnp.where(state["hit"], change, 0))
 
     def packed_file(

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from peft_jax.methods.base import Arrays
 from peft_jax.methods.singular_clusters import first_of
@@ -78,10 +77,6 @@ class SubspaceSchedule(TrainingHooks):
             raise ValueError(
                 f"init_warmup={self.init_warmup} is to be below final_warmup={self.final_warmup} with use_asa."
             )
-
-    def penalty(self, leaves: Leaves) -> Float[Array, ""]:
-        """None."""
-        return jnp.zeros(())
 
     def begin(self, leaves: Leaves) -> Schedule:
         """All subspaces are trained, and nothing is known of them."""
