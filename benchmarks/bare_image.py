@@ -40,6 +40,6 @@ def jaxtyping() -> ModuleType:
 
     stand_in = ModuleType("jaxtyping")
     stand_in.Array = jax.Array  # type: ignore[attr-defined]
-    for name in ("Float", "Int", "Shaped"):
+    for name in ("Bool", "Float", "Int", "Shaped"):
         setattr(stand_in, name, Axes)
     return stand_in

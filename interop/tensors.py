@@ -213,7 +213,8 @@ class FilePlan(NamedTuple):
     ``params`` is the tree or handle that gets it, with tied modules apart if need be; ``modules`` are the names of all
     its modules, and those of ``brought`` have their base from the file. ``entries`` are the tensors of each target, in
     the order of ``targets``; ``common`` are those that all layers share. ``sizes`` are
-    those of the matrices of all target modules, in PyTorch's order. ``problems`` are those of the base's tensors.
+    those of the matrices of all target modules, in PyTorch's order. ``problems`` are those of the base's tensors, and
+    ``unpacked`` those of tensors that could not be packed.
     """
 
     params: PyTree
@@ -225,6 +226,7 @@ class FilePlan(NamedTuple):
     common: list[Entry]
     sizes: Mapping[str, tuple[int, int]]
     problems: list[str]
+    unpacked: list[str]
 
 
 def _planned(
@@ -290,10 +292,13 @@ def _planned(
         sizes = module_sizes(targets, declared)
     if isinstance(config, SharedArrays):
         common = shared_entries(config, list(sizes.values()))
+    unpacked: list[str] = []
     if isinstance(config, PackedTensors):
-        tensors = config.packed_file(tensors, sizes, partial(tensor_key, config.peft_type))
+        key_of = partial(tensor_key, config.peft_type)
+        unpacked = config.misfits_of_file(tensors, sizes, key_of)
+        tensors = config.packed_file(tensors, sizes, key_of)
     whole = params if handle is None else handle
-    return FilePlan(whole, config, modules, brought, targets, entries, common, sizes, problems), tensors
+    return FilePlan(whole, config, modules, brought, targets, entries, common, sizes, problems, unpacked), tensors
 
 
 def _check_trainable(config: PromptMethod) -> None:
@@ -313,6 +318,8 @@ def _misfits(file_plan: FilePlan, tensors: Tensors) -> list[list[str]]:
         shapes[entry.key] = entry.tensor_shape
     if wrapped := wrapper_in(tensors, shapes.keys()):
         return [[wrapped]]
+    if file_plan.unpacked:  # the names of packed arrays are not the file's
+        return [file_plan.unpacked]
     general = list(file_plan.problems)
     roles = [target.role for target in file_plan.targets]
     if None not in roles and Whole(REPLACED) not in roles:

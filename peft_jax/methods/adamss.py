@@ -226,6 +226,25 @@ class AdamssConfig(
         """Add the change to the bias."""
         return added(bias, jnp.where(state["hit"], params[CHANGE], 0))
 
+    def misfits(self, tensors: Mapping[str, np.ndarray], n_in: int, n_out: int) -> list[str]:
+        """Tensors of clusters that are missing, or are no matrices that go together."""
+        right = tensors.get(RIGHT)
+        if right is None:
+            return [f"{RIGHT} is missing"]
+        if right.ndim != 2 or right.shape[1] not in (n_in, n_in + 1):
+            return [f"{RIGHT} has shape {right.shape}, not {(*right.shape[:1], n_in)}"]
+        found = []
+        for number in range(self.shapes("", n_in, n_out, lookup=False)[RANKS][0]):
+            first, second = tensors.get(f"{A}.{number}"), tensors.get(f"{B}.{number}")
+            for role, tensor in ((A, first), (B, second)):
+                if tensor is None:
+                    found.append(f"{role}.{number} is missing")
+            if first is not None and first.shape[1:] != (len(right),):
+                found.append(f"{A}.{number} has shape {first.shape}, not {(*first.shape[:1], len(right))}")
+            elif first is not None and second is not None and second.shape[1:] != (len(first),):
+                found.append(f"{B}.{number} has shape {second.shape}, not {(*second.shape[:1], len(first))}")
+        return found
+
     def packed(self, tensors: Mapping[str, np.ndarray], n_in: int, n_out: int) -> dict[str, np.ndarray]:
         """Join the tensors of the clusters of a module to one tensor for each array."""
         shapes = self.shapes("", n_in, n_out, lookup=False)

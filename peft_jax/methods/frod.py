@@ -242,6 +242,21 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
         change = adapted.astype(y.dtype) - base.unadapted.apply(given, product)
         return product.added(y, jnp.where(state["hit"], change, 0))
 
+    def misfits_of_file(
+        self, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], key: KeyOf
+    ) -> list[str]:
+        """Arrays of a kind that are missing or of another shape."""
+        found: dict[str, None] = {}
+        for module, (n_in, n_out) in sizes.items():
+            shapes = self.shapes(module, n_in, n_out, lookup=False)
+            for name in OF_KIND:
+                whole = OF_MODEL.format(name=name, category=category_of(module))
+                if whole not in tensors:
+                    found[f"{whole} is missing"] = None
+                elif tensors[whole].shape != shapes[name]:
+                    found[f"{whole} has shape {tensors[whole].shape}, not {shapes[name]}"] = None
+        return list(found)
+
     def packed_file(
         self, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], key: KeyOf
     ) -> dict[str, np.ndarray]:

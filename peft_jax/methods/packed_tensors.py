@@ -22,6 +22,21 @@ class PackedTensors:
         """The inverse of `packed`; ``biased`` says whether the adapter changes the module's bias too."""
         raise NotImplementedError
 
+    def misfits(self, tensors: Mapping[str, np.ndarray], n_in: int, n_out: int) -> list[str]:
+        """What keeps the tensors of a module from being packed, each text from a tensor's name on."""
+        return []
+
+    def misfits_of_file(
+        self, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], key: KeyOf
+    ) -> list[str]:
+        """What keeps the tensors of a file from being packed, each text from a tensor's key on."""
+        found = []
+        for module, (n_in, n_out) in sizes.items():
+            own = _taken(dict(tensors), key(module, ""), key(module, self._stem))
+            for problem in self.misfits(own, n_in, n_out):
+                found.append(f"{key(module, '')}{problem}")
+        return found
+
     def packed_file(
         self, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], key: KeyOf
     ) -> dict[str, np.ndarray]:

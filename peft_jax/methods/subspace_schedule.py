@@ -141,7 +141,8 @@ def _fresh(params: Arrays, state: Mapping[str, Any]) -> Scores:
     }
     # A step donates what the leaf has, and each array once.
     kept = {role: jnp.copy(array) for role, array in params.items()}
-    means, deviations = ({role: jnp.zeros_like(array) for role, array in params.items()} for _ in range(2))
+    # A step donates each array once, so the means are not the deviations.
+    means, deviations = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
     return Scores(kept, means, deviations, lengths > 0, shares, jnp.copy(cluster))
 
 
