@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -171,7 +171,9 @@ def following_modules(targets: Iterable[Target]) -> set[str]:
 
 def neighbours(targets: Collection[Target], declared: Sequence[str] = ()) -> Callable[[Target], Neighbours]:
     """A function from a target to the weights that a method may look at beside the target's matrix."""
-    every_matrix = _LazyMatrices(targets, declared)
+    sizes = module_sizes(targets, declared)
+    every_matrix = _LazyMatrices(targets, sizes)
+    kept: dict[str, Any] = {}
     biases: dict[tuple[str, ...], Target] = {}
     for target in targets:
         if isinstance(target.role, Follower | FollowingCopy):
@@ -179,16 +181,17 @@ def neighbours(targets: Collection[Target], declared: Sequence[str] = ()) -> Cal
 
     def of(target: Target) -> Neighbours:
         bias = biases.get(tuple(target.leaf.modules))
-        return Neighbours(None if bias is None else _without_adapters(bias), every_matrix)
+        return Neighbours(None if bias is None else _without_adapters(bias), every_matrix, sizes, kept)
 
     return of
 
 
 class _LazyMatrices(Mapping[str, jax.Array]):
-    """The matrices of all target modules by name, made when they are asked for."""
+    """The matrices of all target modules by name, made when they are asked for; those of the last leaf are kept."""
 
-    def __init__(self, targets: Collection[Target], declared: Sequence[str]) -> None:
-        self.names = list(module_sizes(targets, declared))
+    def __init__(self, targets: Collection[Target], names: Iterable[str]) -> None:
+        self.names = list(names)
+        self.last: tuple[int, jax.Array] | None = None
         self.places: dict[str, tuple[Target, tuple[int, ...]]] = {}
         for target in matrices(targets):
             for index in np.ndindex(target.leaf.names.shape):
@@ -197,7 +200,12 @@ class _LazyMatrices(Mapping[str, jax.Array]):
 
     def __getitem__(self, name: str) -> jax.Array:
         target, index = self.places[name]
-        return _without_adapters(target)[index]
+        if self.last is not None and self.last[0] == target.position:
+            return self.last[1][index]
+        whole = _without_adapters(target)
+        # An array of a traced program must not outlive the program.
+        self.last = None if isinstance(whole, jax.core.Tracer) else (target.position, whole)
+        return whole[index]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -49,8 +49,8 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
 
     PEFT makes V, and U of it, anew when it reads a file, and takes V of the file then without making U again. That is
     the adapter only if both V are the same. Eigenvectors have signs that libraries choose, and those of a single layer
-    are free altogether. So a file of PEFT's is read here with its own V, and saved again it is what PEFT had; but an
-    adapter that starts here means something else to PEFT, of which a warning says so.
+    are free altogether. So a file of PEFT's is read here with its own V, and saved again it is what PEFT had. An
+    adapter that is initialized here does not compute the same in PEFT; a warning says so.
 
     It goes on the modules that the fields of `TargetFields` and `LayerFields` say.
 
@@ -62,10 +62,10 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
         init_weights: True starts at no change; False at a random one.
         sparse_rate: Share of the elements of S that are trained, in [0, 1].
         regularization_alpha: Number that keeps the inverses stable of which V is made, above 0.
-        progressbar: Of PEFT's, which is not there.
+        progressbar: Ignored: PEFT's progress bar.
         runtime_offload_base_weight: Of PEFT's memory; it changes no number.
 
-    ``save_projection=False`` is refused: without V a file is of no one adapter.
+    ``save_projection=False`` is refused: without V a file does not determine the adapter.
 
     Raises:
         ValueError: if a field has a value that is wrong or not supported; the message names it.
@@ -140,25 +140,23 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
         self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
         """The arrays of the base without other adapters, with a basis of all modules of a kind."""
-        warnings.warn(NOT_FOR_PEFT, stacklevel=2)
-        matrix = base.layout.matrix(base.unadapted.dense())
-        stack, n_in = adapted.shape, matrix.shape[-2]
+        if "has_warned" not in among.kept:
+            among.kept["has_warned"] = True
+            warnings.warn(NOT_FOR_PEFT, stacklevel=7)  # where `peft_jax.apply_adapter` is called
+        n_in, stack = base.layout.sizes(base.shape)[0], adapted.shape
         count = count_of_places(n_in, self.sparse_rate)
-        shapes = {BASIS: (n_in, n_in), PLACES: (2, count), SIZE: (2,)}
-        kinds = {role: jnp.float32 if role == BASIS else jnp.int32 for role in shapes}
-        declared = {role: jax.ShapeDtypeStruct((*stack, *shapes[role]), kinds[role]) for role in shapes}
-        modules = list(among.matrices)
-        flat = [among.matrices[name] for name in modules]
-
-        def on_host(*matrices: np.ndarray) -> dict[str, np.ndarray]:
-            made = {role: np.zeros(one.shape, one.dtype) for role, one in declared.items()}
-            bases = self._bases(dict(zip(modules, map(np.asarray, matrices), strict=True)))
-            for index in zip(*np.nonzero(adapted), strict=True) if adapted.ndim else [()]:
-                basis, chosen = bases[category_of(str(names[index]))]
-                made[BASIS][index], made[PLACES][index], made[SIZE][index] = basis, chosen, n_in
-            return made
-
-        frozen = _on_host(on_host, declared, *flat)
+        drawn = self._places(among.sizes)
+        bases = [jnp.zeros((n_in, n_in))] * adapted.size
+        chosen, sizes = np.zeros((adapted.size, 2, count), np.int32), np.zeros((adapted.size, 2), np.int32)
+        for at in np.flatnonzero(adapted):
+            category = category_of(str(names.flat[at]))
+            bases[at], chosen[at] = self._basis(category, among), drawn[category]
+            sizes[at] = n_in
+        frozen = {
+            BASIS: jnp.stack(bases).reshape(*stack, n_in, n_in),
+            PLACES: jnp.asarray(chosen.reshape(*stack, 2, count)),
+            SIZE: jnp.asarray(sizes.reshape(*stack, 2)),
+        }
         state = self.state(names, adapted) | frozen
         left, lengths = _left_factors(base, frozen[BASIS], adapted)
         values = jnp.zeros((*stack, count))
@@ -168,27 +166,40 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
             lengths = lengths + 0.1 * normal_by_names(second, names, lengths.shape)
         return {LENGTHS: lengths, VALUES: values}, state | {LEFT: left}, base
 
-    def _bases(self, matrices: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """V and the places of S of each category, of matrices ``(in, out)`` in PyTorch's order."""
-        found: dict[str, dict[int, np.ndarray]] = {}
-        for number, (module, matrix) in enumerate(matrices.items()):
-            found.setdefault(category_of(module), {})[layer_of(module, number)] = matrix.T  # the last of two counts
-        categories = sorted(found)
-        sizes: list[int] = []
-        for category in categories:
-            widths = {matrix.shape[1] for matrix in found[category].values()}
-            if len(widths) > 1:
+    def _basis(self, category: str, among: Neighbours) -> jax.Array:
+        """V of a category, which the leaves of an adapter share."""
+        found: jax.Array | None = among.kept.get(f"{BASIS}.{category}")
+        if found is not None:
+            return found
+        modules: dict[int, str] = {}
+        for number, module in enumerate(among.sizes):
+            if category_of(module) == category:
+                modules[layer_of(module, number)] = module  # the last of two counts
+        ordered = [among.matrices[module] for _, module in sorted(modules.items())]
+        n_in = ordered[0].shape[0]
+
+        def on_host(*matrices: np.ndarray) -> np.ndarray:
+            return joint_basis([np.asarray(matrix).T for matrix in matrices], self.regularization_alpha)
+
+        found = _on_host(on_host, jax.ShapeDtypeStruct((n_in, n_in), jnp.float32), *ordered)
+        if not isinstance(found, jax.core.Tracer):  # which must not outlive its program
+            among.kept[f"{BASIS}.{category}"] = found
+        return found
+
+    def _places(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+        """The places of S of each category."""
+        widths: dict[str, set[int]] = {}
+        for module, (n_in, _) in sizes.items():
+            widths.setdefault(category_of(module), set()).add(n_in)
+        for category, found in widths.items():
+            if len(found) > 1:
                 raise ValueError(
-                    f"FROD has one basis for all modules of the kind '{category}', and these have {sorted(widths)} "
+                    f"FROD has one basis for all modules of the kind '{category}', and these have {sorted(found)} "
                     "inputs. Target some of them alone."
                 )
-            sizes += widths
-        chosen = places(self.projection_prng_key, tuple(sizes), self.sparse_rate)
-        made = {}
-        for category, own in zip(categories, chosen, strict=True):
-            ordered = [matrix for _, matrix in sorted(found[category].items())]
-            made[category] = joint_basis(ordered, self.regularization_alpha), own
-        return made
+        categories = sorted(widths)
+        every = tuple(min(widths[category]) for category in categories)
+        return dict(zip(categories, places(self.projection_prng_key, every, self.sparse_rate), strict=True))
 
     def derived(self, frozen: Mapping[str, Any], base: Weight, adapted: np.ndarray) -> dict[str, jax.Array]:
         """U."""
@@ -214,7 +225,7 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
         matrix: Float[Array, "in out"],
         unadapted: Float[Array, "in out"] | None = None,
     ) -> Float[Array, "in out"]:
-        """``W + V (S' + diag(l)) U' - X`` with ``unadapted`` as X, the weight without other adapters; None if X is W."""
+        """``W + V (S' + diag(l)) U' - X`` with ``unadapted`` as X, the weight without adapters; None if X is W."""
         first, middle, last = _factors(params, state)
         whole = (first @ middle) @ last
         if unadapted is not None:

@@ -16,10 +16,14 @@ class Neighbours(NamedTuple):
         bias: The biases ``(*stack, out)`` that change with the matrix, if there are some.
         matrices: The matrices ``(in, out)`` of all modules of the adapter by name, in the order in which PyTorch
             declares them.
+        sizes: ``(in, out)`` of each of them, in that order.
+        kept: What a method keeps from one leaf of the adapter to the next.
     """
 
     bias: jax.Array | None
     matrices: Mapping[str, jax.Array]
+    sizes: Mapping[str, tuple[int, int]]
+    kept: dict[str, Any]
 
 
 class StartsFromWeight:
