@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
 from peft_jax.core.partition import count_parameters
-from peft_jax.methods import base
+from peft_jax.core.targets import shortened_names
+from peft_jax.methods import base, frod
+from peft_jax.methods.joint_basis import joint_basis
 from peft_jax.methods.lokr import factorization
 from peft_jax.methods.oft import nearest_divisor
 from peft_jax.methods.singular_clusters import k_means, low_rank_svd
@@ -552,6 +554,20 @@ def test_lily_of_a_regex_shares_among_all_of_one_size():
     assert first_equals([file[key.format("B")] for key in order]) == [0] * 10
 
 
+def test_lily_shares_by_the_ends_of_paths_where_peft_shortens_a_long_list():
+    utils = pytest.importorskip("peft.tuners.tuners_utils")
+    tree = {"layers": {str(i): {name: {"kernel": normal(i, 3, 3)} for name in ("up", "down", "on")} for i in range(10)}}
+    names = [f"layers.{i}.{name}" for i in range(10) for name in ("up", "down")]
+    for count, groups in ((20, 2), (19, 19)):
+        params = pj.apply_adapter(tree, pj.LilyConfig(r=2, stride_A=10, target_modules=names[:count]))
+        file = pj.get_peft_model_state_dict(perturbed(params))
+        firsts = [file[key] for key in sorted(file) if "lily_A" in key]
+        assert len(firsts) == count and len(set(first_equals(firsts))) == groups
+    others = [f"layers.{i}.on" for i in range(10)] + ["layers.0.on.up"]
+    want = utils._find_minimal_target_modules(names, [*others, "layers", *(f"layers.{i}" for i in range(10))])
+    assert set(shortened_names(names, [*names, *others])) == want and len(want) == 11
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4", "int4", "bfloat16"])
 def test_lily_goes_on_other_bases_and_has_no_merged_form(kind):
     apart, _, _ = lily_trees(None if kind == "bfloat16" else kind)
@@ -689,6 +705,16 @@ def test_frod_turns_a_basis_that_layers_of_a_kind_share():
     close(node.dense().T, np.asarray(node.state["frod_U"]).T @ sparse @ file["base_model.frod_V.up"].T)
     again = pj.set_peft_model_state_dict(tree, config, pj.get_peft_model_state_dict(moved))
     jax.tree.map(lambda got, want: close(got, want, 1e-6), pj.merge(again), pj.merge(moved))
+
+
+def test_frod_makes_a_basis_once_for_all_leaves_of_a_kind(monkeypatch):
+    made = []
+    monkeypatch.setattr(frod, "joint_basis", lambda *given: made.append(given) or joint_basis(*given))
+    tree = {"layers": [{"up": {"kernel": normal(i, 6, 5)}, "out": {"kernel": normal(9 + i, 4, 3)}} for i in range(3)]}
+    with pytest.warns(UserWarning, match="has a basis of its own") as warned:
+        pj.apply_adapter(tree, pj.FrodConfig(sparse_rate=0.2, target_modules=["up", "out"]))
+    assert len(made) == 2 and [len(matrices) for matrices, _ in made] == [3, 3]
+    assert [one.filename for one in warned if "of its own" in str(one.message)] == [__file__], "once, at the call"
 
 
 @pytest.mark.filterwarnings("ignore:A FROD adapter")

@@ -27,9 +27,10 @@ from peft_jax.core.handle import Handle
 from peft_jax.core.leaves import Layouts, Leaf, Program, find_leaves, is_float, module_names
 from peft_jax.core.precision import ComputeDtype, checked_compute_dtype, with_compute_dtype
 from peft_jax.core.pytree import PyTree
-from peft_jax.core.targets import check_targets, is_all_linear, is_saved_module, is_target
+from peft_jax.core.targets import check_targets, is_all_linear, is_saved_module, is_target, shortened_names
 from peft_jax.core.weight import Weight, is_weight
 from peft_jax.methods.base import Method
+from peft_jax.methods.grouped_arrays import GroupedArrays
 from peft_jax.methods.lora.config import LoraConfig
 from peft_jax.methods.starts_from_weight import StartsAmongWeights, StartsFromWeight
 from peft_jax.methods.trainable_tokens import tokens_by_module
@@ -195,6 +196,8 @@ def _attached(
     if is_all_linear(config):
         config = _with_all_linear(config, found, read)
     every = sorted(set(module_names(found)))
+    if isinstance(config, GroupedArrays) and not isinstance(config.target_modules, str | None):
+        config = config.replace(target_modules=shortened_names(config.target_modules, every))
     parameters: set[str] = set()
     if config.target_parameters:
         found = with_parameters(found, config)

@@ -76,6 +76,43 @@ def spelled_out_names(names: Sequence[str], modules: Sequence[str], own: Mapping
     return spelled
 
 
+def shortened_names(names: Collection[str], modules: Iterable[str]) -> list[str]:
+    """Names of targets, 20 or more of them replaced by the ends of paths that name no other module, if those are fewer.
+
+    PEFT does this before it looks for targets, and LILY's layers share by the names that are left.
+
+    Args:
+        names: The names.
+        modules: Paths of the modules that have weights.
+
+    Example:
+        >>> shortened_names([f"layers.{i}.up" for i in range(20)], [f"layers.{i}.down" for i in range(20)])
+        ['up']
+    """
+    if len(names) < 20:
+        return list(names)
+    paths: set[str] = set()
+    for module in modules:
+        parts = module.split(".")
+        paths.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    others: set[str] = set()
+    for path in paths:
+        if not names_module(list(names), path):
+            others.update(_ends_of(path))
+    found: list[str] = []
+    for name in sorted(set(names), key=_ends_of):
+        if any(name == end or name.endswith(f".{end}") for end in found):
+            continue
+        found += [end for end in _ends_of(name) if end not in others][:1]
+    return found if len(found) < len(set(names)) else list(names)
+
+
+def _ends_of(path: str) -> list[str]:
+    """The last part of a path, the last two, and so on."""
+    parts = path.split(".")
+    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+
+
 def _of_leaves(name: str, own: Mapping[str, Sequence[str]]) -> list[str]:
     """Names of the modules of those leaves that a name is the end of."""
     found: list[str] = []

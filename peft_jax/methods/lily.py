@@ -29,7 +29,8 @@ class LilyConfig(TargetFields, ExcludeFields, LayerFields, GroupedArrays):
 
     Layers share among those of one name in ``target_modules`` and one size, in the order in which PyTorch declares
     them; with a regex among all of one size. In a bare tree they are sorted by name. Of two names that a module ends
-    with, the longer one counts, where PEFT takes any of them.
+    with, the longer one counts, where PEFT takes any of them. A list of 20 names or more is shortened first, as in
+    PEFT, to the ends of paths that name the same modules.
 
     The weights of the mixture are means over all tokens of a call, padding among them, as in PEFT. So the numbers of a
     row depend on the other rows of its batch, and there is no merged matrix.
@@ -112,7 +113,7 @@ class LilyConfig(TargetFields, ExcludeFields, LayerFields, GroupedArrays):
         return max((name for name in self.target_modules if module.endswith(name)), key=len, default="")
 
     def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
-        """Not there.
+        """Raise MergeError: a LILY adapter has no merged matrix.
 
         Raises:
             MergeError: always.
