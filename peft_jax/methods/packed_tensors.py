@@ -23,13 +23,13 @@ class PackedTensors:
         raise NotImplementedError
 
     def misfits(self, tensors: Mapping[str, np.ndarray], n_in: int, n_out: int) -> list[str]:
-        """What keeps the tensors of a module from being packed, each text from a tensor's name on."""
+        """Problems of a module's tensors that cannot be packed, each beginning with a tensor's name."""
         return []
 
     def misfits_of_file(
         self, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], key: KeyOf
     ) -> list[str]:
-        """What keeps the tensors of a file from being packed, each text from a tensor's key on."""
+        """Problems of a file's tensors that cannot be packed, each beginning with a tensor's key."""
         found = []
         for module, (n_in, n_out) in sizes.items():
             own = _taken(dict(tensors), key(module, ""), key(module, self._stem))
