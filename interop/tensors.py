@@ -286,17 +286,14 @@ def _planned(
     biased = following_modules(targets)
     entries = [list(entries_of(target, config, adapted, biased)) for target in targets]
     declared = handle.declared_modules if handle is not None and config.counts_modules else ()
-    sizes: Mapping[str, tuple[int, int]] = {}
-    common: list[Entry] = []
-    if isinstance(config, SharedArrays | GroupedArrays | PackedTensors):
-        sizes = module_sizes(targets, declared)
-    if isinstance(config, SharedArrays):
-        common = shared_entries(config, list(sizes.values()))
+    sizes = module_sizes(config, targets, declared)
+    common = shared_entries(config, list(sizes.values()))
     unpacked: list[str] = []
     if isinstance(config, PackedTensors):
         key_of = partial(tensor_key, config.peft_type)
         unpacked = config.misfits_of_file(tensors, sizes, key_of)
-        tensors = config.packed_file(tensors, sizes, key_of)
+        if not unpacked:
+            tensors = config.packed_file(tensors, sizes, key_of)
     whole = params if handle is None else handle
     return FilePlan(whole, config, modules, brought, targets, entries, common, sizes, problems, unpacked), tensors
 
@@ -409,7 +406,7 @@ def _built(file_plan: FilePlan, tensors: Tensors, adapter_name: str) -> Any:
     for entry in file_plan.common:
         dtypes[entry.key] = str(tensors[entry.key].dtype)
 
-    among = neighbours(targets) if isinstance(config, StartsAmongWeights) else None
+    among = neighbours(targets, file_plan.sizes) if isinstance(config, StartsAmongWeights) else None
 
     def contents_of(target: Target) -> Contents:
         own = entries[target.position]

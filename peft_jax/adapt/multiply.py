@@ -44,7 +44,7 @@ def through(
             front.append(group)
     others = [(atom,) for atom in there if atom.axis < 0]
     last = [] if product.looks_up else [met]
-    if type(product) is Product and product.out_sharding is None:
+    if product.is_plain:
         product = product.replace(in_sizes=_several(view, layout.inp), out_sizes=_several(view, layout.out))
     result = [*flat(groups), *flat(others), *kept]
     if set(flat(want)) != set(result):

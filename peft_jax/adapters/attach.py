@@ -20,7 +20,7 @@ from peft_jax.adapters.complete import (
     with_replicas,
     with_ties,
 )
-from peft_jax.adapters.plan import Target, may_be_target, neighbours, plan
+from peft_jax.adapters.plan import Target, may_be_target, module_sizes, neighbours, plan
 from peft_jax.adapters.target_parameters import parameters_of, with_parameters
 from peft_jax.core.adapted_tree import check_adapter_name
 from peft_jax.core.handle import Handle
@@ -220,7 +220,8 @@ def _attached(
 
     planned = plan(found, config, modules_of_targets, tokens)
 
-    among = neighbours(planned, declared) if isinstance(config, StartsAmongWeights) else None
+    sizes = module_sizes(config, planned, declared)
+    among = neighbours(planned, sizes) if isinstance(config, StartsAmongWeights) else None
 
     def initialize(target: Target, base: Weight) -> Any:
         names, adapted = target.leaf.names, target.adapted
@@ -230,7 +231,7 @@ def _attached(
             return config.init_on(base, names, adapted, key)
         return *config.init(base.layout, base.shape, names, adapted, key), base
 
-    contents_of = initial_contents(config, planned, initialize, key, declared)
+    contents_of = initial_contents(config, planned, initialize, key, sizes)
     return build(params, adapter_name, config, planned, contents_of, trainable=not config.inference_mode)
 
 

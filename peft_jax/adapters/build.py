@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax.adapters.plan import Target, following_modules, matrices, module_sizes
+from peft_jax.adapters.plan import Target, following_modules, matrices
 from peft_jax.core.adapted import ADAPTER, Adapted, Places, Tag
 from peft_jax.core.adapted_tree import tied
 from peft_jax.core.leaves import replace_leaves
@@ -77,7 +77,7 @@ def initial_contents(
     targets: Sequence[Target],
     initialize: Callable[[Target, Weight], tuple[dict[str, jax.Array], dict[str, Any], Weight]],
     key: jax.Array | None = None,
-    declared: Sequence[str] = (),
+    sizes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> ContentsOf:
     """The contents of a fresh adapter.
 
@@ -86,10 +86,9 @@ def initial_contents(
         targets: All leaves that it changes.
         initialize: From a target's matrix to its trained and frozen arrays, and the base that they go on.
         key: For the trained arrays that all leaves share; None stands for seed 0.
-        declared: Paths of the model's modules, as in `peft_jax.core.declared_order.in_declared_order`.
+        sizes: From `peft_jax.adapters.plan.module_sizes`.
     """
     following = following_modules(targets)
-    sizes = module_sizes(targets, declared) if isinstance(config, SharedArrays | GroupedArrays) else {}
     shared: Mapping[str, jax.Array] = {}
     if isinstance(config, TrainedSharedArrays):
         shared = config.initial(sizes, jax.random.key(0) if key is None else key)

@@ -14,8 +14,11 @@ from peft_jax.core.selecting import only
 from peft_jax.core.targets import is_saved_module
 from peft_jax.core.weight import as_weight
 from peft_jax.methods.base import Method
+from peft_jax.methods.grouped_arrays import GroupedArrays
+from peft_jax.methods.packed_tensors import PackedTensors
 from peft_jax.methods.roles import BIAS, REPLACED, SAVED, BiasRule, Follower, FollowingCopy, Role, Whole
-from peft_jax.methods.starts_from_weight import Neighbours
+from peft_jax.methods.shared_arrays import SharedArrays
+from peft_jax.methods.starts_from_weight import Neighbours, StartsAmongWeights
 from peft_jax.methods.trainable_tokens import Tokens
 
 
@@ -169,9 +172,13 @@ def following_modules(targets: Iterable[Target]) -> set[str]:
     return names
 
 
-def neighbours(targets: Collection[Target], declared: Sequence[str] = ()) -> Callable[[Target], Neighbours]:
-    """A function from a target to the weights that a method may look at beside the target's matrix."""
-    sizes = module_sizes(targets, declared)
+def neighbours(targets: Collection[Target], sizes: Mapping[str, tuple[int, int]]) -> Callable[[Target], Neighbours]:
+    """A function from a target to the weights that a method may look at beside the target's matrix.
+
+    Args:
+        targets: All leaves that an adapter changes.
+        sizes: From `module_sizes`.
+    """
     every_matrix = _LazyMatrices(targets, sizes)
     kept: dict[str, Any] = {}
     biases: dict[tuple[str, ...], Target] = {}
@@ -220,14 +227,19 @@ def _without_adapters(target: Target) -> jax.Array:
     return layout.matrix(as_weight(target.leaf.value, layout).unadapted.dense())
 
 
-def module_sizes(targets: Iterable[Target], declared: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+def module_sizes(config: Method, targets: Iterable[Target], declared: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
     """``(in, out)`` of the matrices of target modules by name, in the order in which PyTorch declares the modules.
 
+    It is empty for a method whose arrays of a module depend on no other module.
+
     Args:
+        config: The adapter's config.
         targets: All leaves that an adapter changes.
         declared: As in `in_declared_order`.
     """
     sizes: dict[str, tuple[int, int]] = {}
+    if not isinstance(config, SharedArrays | GroupedArrays | PackedTensors | StartsAmongWeights):
+        return sizes
     for target in matrices(targets):
         own = target.leaf.layout.sizes(target.leaf.value.shape)
         sizes |= dict.fromkeys(map(str, target.leaf.names[target.adapted]), own)

@@ -81,6 +81,11 @@ class Product:
         """Whether ``x`` are indices of rows."""
         return False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is ``x @ matrix``, and no sharding of the result is asked for."""
+        return type(self) is Product and self.out_sharding is None
+
     def full(self, x: Shaped[Array, "... in"], matrix: Shaped[Array, "in out"]) -> Shaped[Array, "... out"]:
         """The product with a matrix ``(in, out)``; gives ``(..., out)``."""
         kind = self.preferred_element_type
@@ -94,11 +99,6 @@ class Product:
         """`full` with a matrix of integers: compilers convert it where they read it, and keep no copy."""
         return self.full(x, matrix.astype(x.dtype))
 
-    @property
-    def contracts_blocks(self) -> bool:
-        """Whether `full_in_blocks` contracts the axes of blocks as they are."""
-        return type(self) is Product and self.out_sharding is None
-
     def full_in_blocks(
         self, x: Shaped[Array, "... in"], blocks: Shaped[Array, "*inputs out"]
     ) -> Shaped[Array, "... out"]:
@@ -108,7 +108,7 @@ class Product:
         reshape of the matrix.
         """
         *inputs, n_out = blocks.shape
-        if not self.contracts_blocks:
+        if not self.is_plain:
             return self.full(x, blocks.reshape(-1, n_out))
         return _contracted(x, blocks, inputs, self.precision, self.preferred_element_type)
 

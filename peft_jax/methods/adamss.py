@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.core.float_types import added
-from peft_jax.core.layout import Layout
 from peft_jax.core.paths import normal_by_names
 from peft_jax.core.weight import Weight
 from peft_jax.methods.added_change import FactoredChange
@@ -154,12 +153,6 @@ class AdamssConfig(
             LENGTHS: (subspaces,),
         }
 
-    def init(
-        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
-    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """This makes nothing but the state; `init_among` makes the arrays."""
-        return {}, self.state(names, adapted)
-
     def init_among(
         self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, Any], Weight]:
@@ -228,53 +221,45 @@ class AdamssConfig(
 
     def misfits(self, tensors: Mapping[str, np.ndarray], n_in: int, n_out: int) -> list[str]:
         """Tensors of clusters that are missing, or are no matrices that go together."""
-        right = tensors.get(RIGHT)
+        shapes, right = self.shapes("", n_in, n_out, lookup=False), tensors.get(RIGHT)
         if right is None:
             return [f"{RIGHT} is missing"]
-        if right.ndim != 2 or right.shape[1] not in (n_in, n_in + 1):
-            return [f"{RIGHT} has shape {right.shape}, not {(*right.shape[:1], n_in)}"]
-        found = []
-        for number in range(self.shapes("", n_in, n_out, lookup=False)[RANKS][0]):
+        widest = shapes[RIGHT][0]
+        if right.ndim != 2 or len(right) > widest or right.shape[1] not in (n_in, n_in + 1):
+            return [f"{RIGHT} has shape {right.shape}, not {(widest, n_in)}"]
+        found, outputs = [], 0
+        for number in range(*shapes[RANKS]):
             first, second = tensors.get(f"{A}.{number}"), tensors.get(f"{B}.{number}")
-            for role, tensor in ((A, first), (B, second)):
-                if tensor is None:
-                    found.append(f"{role}.{number} is missing")
-            if first is not None and first.shape[1:] != (len(right),):
-                found.append(f"{A}.{number} has shape {first.shape}, not {(*first.shape[:1], len(right))}")
-            elif first is not None and second is not None and second.shape[1:] != (len(first),):
-                found.append(f"{B}.{number} has shape {second.shape}, not {(*second.shape[:1], len(first))}")
+            if first is None:
+                found.append(f"{A}.{number} is missing")
+            elif first.shape[1:] != (len(right),) or len(first) > self.subspace_rank:
+                wanted = min(len(first), self.subspace_rank), len(right)
+                found.append(f"{A}.{number} has shape {first.shape}, not {wanted}")
+            if second is None:
+                found.append(f"{B}.{number} is missing")
+                continue
+            outputs += len(second)
+            if first is not None and second.shape[1:] != first.shape[:1]:
+                found.append(f"{B}.{number} has shape {second.shape}, not {(len(second), len(first))}")
+        if not found and outputs != n_out:
+            found.append(f"{B} has {outputs} rows in all clusters, not {n_out}")
         return found
 
     def packed(self, tensors: Mapping[str, np.ndarray], n_in: int, n_out: int) -> dict[str, np.ndarray]:
         """Join the tensors of the clusters of a module to one tensor for each array."""
-        shapes = self.shapes("", n_in, n_out, lookup=False)
-        numbers = range(shapes[RANKS][0])
-        firsts = [tensors.get(f"{A}.{number}") for number in numbers]
-        seconds = [tensors.get(f"{B}.{number}") for number in numbers]
-        right = tensors.get(RIGHT)
-        if right is None or any(one is None or one.ndim != 2 for one in (*firsts, *seconds, right)):
-            return dict(tensors)
-        ours = {
-            A: np.zeros(shapes[A], np.float32),
-            B: np.zeros(shapes[B], np.float32),
-            RIGHT: np.zeros(shapes[RIGHT], np.float32),
-            RANKS: np.array([len(one) for one in firsts if one is not None], np.int32),
-            LENGTHS: np.array([len(one) for one in seconds if one is not None], np.int32),
-        }
-        rows, width = 0, len(right)
-        fits = ours[RANKS].max() <= self.subspace_rank and ours[LENGTHS].sum() == n_out
-        if not (fits and width <= len(ours[RIGHT]) and right.shape[1] in (n_in, n_in + 1)):
-            return dict(tensors)
-        ours[RIGHT][:width, : right.shape[1]] = right
-        for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
-            assert first is not None and second is not None, "checked above"
-            if first.shape[1] != width or second.shape[1] != len(first):
-                return dict(tensors)
-            ours[A][number, : len(first), :width] = first
-            ours[B][rows : rows + len(second), : len(first)] = second
-            rows += len(second)
-        taken = {f"{role}.{number}" for role in (A, B) for number in numbers} | {RIGHT}
-        return ours | {suffix: tensor for suffix, tensor in tensors.items() if suffix not in taken}
+        rest, shapes = dict(tensors), self.shapes("", n_in, n_out, lookup=False)
+        ours = {role: np.zeros(shapes[role], np.float32) for role in (A, B, RIGHT)}
+        right = rest.pop(RIGHT)
+        ours[RIGHT][: right.shape[0], : right.shape[1]] = right
+        ranks, lengths, row = [], [], 0
+        for number in range(*shapes[RANKS]):
+            first, second = rest.pop(f"{A}.{number}"), rest.pop(f"{B}.{number}")
+            ours[A][number, : first.shape[0], : first.shape[1]] = first
+            ours[B][row : row + len(second), : second.shape[1]] = second
+            row += len(second)
+            ranks.append(len(first))
+            lengths.append(len(second))
+        return {**ours, RANKS: np.array(ranks, np.int32), LENGTHS: np.array(lengths, np.int32), **rest}
 
     def unpacked(self, tensors: Mapping[str, np.ndarray], *, biased: bool) -> dict[str, np.ndarray]:
         """Split the tensors of a module into those of each cluster, as PEFT has them."""

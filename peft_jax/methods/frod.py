@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import nested_adapters
 from peft_jax.core.dropout import dropout
-from peft_jax.core.layout import Layout
 from peft_jax.core.paths import normal_by_names
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError, Weight, as_leaf
@@ -32,7 +31,6 @@ LENGTHS, VALUES = "frod_lambda_l", "frod_lambda_s_values"
 BASIS, PLACES, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
 OF_KIND = (BASIS, PLACES, SIZE)
 LEFT = "frod_U"
-OF_MODEL = "base_model.{name}.{category}"
 NOT_FOR_PEFT = (
     "A FROD adapter that is made here has a basis of its own. Its files are read here; PEFT would read that basis "
     "beside a U that it makes of another one. For PEFT train on from an adapter that PEFT saved, where it was made."
@@ -129,12 +127,6 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
             raise ValueError(f"FROD is not for embeddings, as '{module}' is. Target other modules.")
         count = count_of_places(n_in, self.sparse_rate)
         return {LENGTHS: (n_in,), VALUES: (count,), BASIS: (n_in, n_in), PLACES: (2, count), SIZE: (2,)}
-
-    def init(
-        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
-    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Nothing but the state; `init_among` has the arrays."""
-        return {}, self.state(names, adapted)
 
     def init_among(
         self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray, key: jax.Array
@@ -261,7 +253,7 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
         for module, (n_in, n_out) in sizes.items():
             shapes = self.shapes(module, n_in, n_out, lookup=False)
             for name in OF_KIND:
-                whole = OF_MODEL.format(name=name, category=category_of(module))
+                whole = _key_of_kind(name, module)
                 if whole not in tensors:
                     found[f"{whole} is missing"] = None
                 elif tensors[whole].shape != shapes[name]:
@@ -273,16 +265,11 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
     ) -> dict[str, np.ndarray]:
         """Each module's part of what a file has once for a kind."""
         found = dict(tensors)
-        wholes = {
-            (name, category): OF_MODEL.format(name=name, category=category)
-            for name in OF_KIND
-            for category in map(category_of, sizes)
-        }
-        shared = {place: found.pop(whole) for place, whole in wholes.items() if whole in tensors}
         for module in sizes:
             for name in OF_KIND:
-                if (name, category_of(module)) in shared:
-                    found[key(module, name)] = shared[name, category_of(module)]
+                whole = _key_of_kind(name, module)
+                found.pop(whole, None)
+                found[key(module, name)] = tensors[whole]
         return found
 
     def unpacked_file(
@@ -294,8 +281,13 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
             for name in OF_KIND:
                 own = found.pop(key(module, name))
                 whole = own if name == BASIS else own.astype(np.int64)
-                found[OF_MODEL.format(name=name, category=category_of(module))] = whole
+                found[_key_of_kind(name, module)] = whole
         return found
+
+
+def _key_of_kind(name: str, module: str) -> str:
+    """The key of an array that a file has once for all modules of a module's kind."""
+    return f"base_model.{name}.{category_of(module)}"
 
 
 def _on_host(fn: Any, declared: Any, *arrays: Any) -> Any:

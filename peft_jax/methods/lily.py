@@ -127,7 +127,7 @@ class LilyConfig(TargetFields, ExcludeFields, LayerFields, GroupedArrays):
         self, params: Arrays, state: Mapping[str, Any], base: Weight, x: Shaped[Array, "..."], product: Product
     ) -> Float[Array, "... out"]:
         """``x W + s (x A) B'``."""
-        if type(product) is not Product or product.out_sharding is not None or state["hit"].ndim:
+        if not product.is_plain or state["hit"].ndim:
             raise MergeError(
                 "LILY weighs its factors by the tokens of plain products alone, and a module here is used in another "
                 "way. Leave it out of target_modules."

@@ -11,11 +11,11 @@ class PackedTensors:
     """A method whose arrays are several tensors of a file each, or one for several modules.
 
     `peft_jax.interop` reads a file through `packed_file`, whose result has one tensor for each array of each module,
-    and writes one through `unpacked_file`. Most methods need `packed` and `unpacked` alone.
+    and writes one through `unpacked_file`. Most methods need `misfits`, `packed` and `unpacked` alone.
     """
 
     def packed(self, tensors: Mapping[str, np.ndarray], n_in: int, n_out: int) -> dict[str, np.ndarray]:
-        """The tensors of a module by their names as one tensor for each array; unchanged where they do not fit."""
+        """The tensors of a module by their names, without `misfits`, as one tensor for each array."""
         raise NotImplementedError
 
     def unpacked(self, tensors: Mapping[str, np.ndarray], *, biased: bool) -> dict[str, np.ndarray]:
@@ -40,7 +40,7 @@ class PackedTensors:
     def packed_file(
         self, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], key: KeyOf
     ) -> dict[str, np.ndarray]:
-        """The tensors of a file with one for each array of each module.
+        """The tensors of a file, without `misfits_of_file`, with one for each array of each module.
 
         Args:
             tensors: The tensors by key.

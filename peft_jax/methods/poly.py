@@ -136,7 +136,7 @@ class PolyConfig(TargetFields, ExcludeFields, HasTasks, FactoredChange):
         is_of_rows = tasks is not None and tasks.ndim > state["hit"].ndim
         if not is_of_rows and "dropout" not in state:
             return super().apply(params, state, base, x, product)
-        if type(product) is not Product or product.out_sharding is not None:
+        if not product.is_plain:
             raise MergeError(
                 "POLY mixes skills row by row in plain products alone, and a module here is used in another way. Leave "
                 "it out of target_modules."

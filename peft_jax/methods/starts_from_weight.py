@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from peft_jax.core.layout import Layout
 from peft_jax.core.weight import Weight
 
 
@@ -45,7 +46,13 @@ class StartsFromWeight:
 
 
 class StartsAmongWeights(StartsFromWeight):
-    """A method that looks at other weights too: its arrays come from `init_among` in place of `init_on`."""
+    """A method that looks at other weights too: its arrays come from `init_among` in place of `init` and `init_on`."""
+
+    def init(
+        self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The state alone."""
+        return {}, self.state(names, adapted)  # type: ignore[attr-defined]  # of the method
 
     def init_among(
         self, base: Weight, among: Neighbours, names: np.ndarray, adapted: np.ndarray, key: jax.Array

@@ -198,7 +198,7 @@ class Blockwise(Quantized):
         def multiplied(x: jax.Array, weight: Blockwise) -> jax.Array:
             if weight.axes.padding or weight.packed.ndim > 3:
                 return product.full(x, weight.matrix().astype(compute))
-            if weight.axes.running or not product.contracts_blocks:
+            if weight.axes.running or not product.is_plain:
                 return at_once(x, weight)
             return jax.lax.platform_dependent(x, weight, tpu=in_parts, default=at_once)
 

@@ -93,7 +93,7 @@ class ArrowRouter(Method):
         self, params: Arrays, state: Mapping[str, Any], base: Weight, x: Shaped[Array, "..."], product: Product
     ) -> Float[Array, "... out"]:
         """``x W + sum_e c_e s_e (x A_e) B_e``, with the coefficients ``c`` of each row of ``x``."""
-        if type(product) is not Product or product.out_sharding is not None or state["hit"].ndim:
+        if not product.is_plain or state["hit"].ndim:
             raise MergeError(
                 "Arrow routes the rows of plain products alone, and a module of its LoRAs is used in another way. Take "
                 "LoRAs without it among their targets."

@@ -87,7 +87,7 @@ def down(
         MergeError: if ``x`` is not multiplied as a plain matrix is.
     """
     a = params["lora_A"]
-    if type(product) is not Product or product.out_sharding is not None or product.in_sizes or a.ndim > 2:
+    if not product.is_plain or product.in_sizes or a.ndim > 2:
         raise MergeError(
             "VeLoRA compresses the rows of plain products alone, and a module of it is used in another way. Leave the "
             "module out of target_modules."
