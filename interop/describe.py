@@ -1,6 +1,5 @@
 """Describe an adapter's folder from its JSON and the header of its tensors; its method need not be known."""
 
-import collections
 import dataclasses
 import functools
 import pathlib
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft_jax.interop.files import CONFIG, read_config
-from peft_jax.interop.formats import EMBEDDING_MODULES, FIXED, FIXED_OF_MODEL, KEYS, PREFIX, WEIGHTS_FILE
+from peft_jax.interop.formats import EMBEDDING_MODULES, KEYS, PREFIX, WEIGHTS_FILE, is_fixed
 from peft_jax.interop.patterns import modules_of
 from safetensors import SafetensorError, safe_open
 
@@ -18,6 +17,7 @@ from peft_jax.core.field_kinds import is_kind
 from peft_jax.core.selecting import without
 from peft_jax.core.strict_json import shown
 from peft_jax.core.targets import ALL_LINEAR, is_target, pattern_value
+from peft_jax.methods import lily
 from peft_jax.methods.base import CONFIG_FILE
 
 PICKLE_FILE = "adapter_model.bin"
@@ -146,7 +146,7 @@ class AdapterFolder:
             is_whole = bool(saved) and module.endswith(saved)
             plain = key.endswith(".weight") and module.endswith(EMBEDDING_MODULES) and not is_whole
             copy = BASE_COPIES.search(key) is not None
-            fixed = key.endswith(FIXED) or key.startswith(FIXED_OF_MODEL) or tensor.dtype.startswith(("I", "U"))
+            fixed = is_fixed(key) or tensor.dtype.startswith(("I", "U"))
             if plain or copy or fixed:
                 found.append(key)
         return found
@@ -164,25 +164,18 @@ class AdapterFolder:
     @property
     def copies(self) -> set[str]:
         """Keys of LILY's factors that repeat those of another layer of a group: the file has them for each layer."""
-        tensors, stride = self.tensors or {}, self.config.get("stride_A", 1)
+        stride, targets = self.config.get("stride_A", 1), self.config.get("target_modules")
         if self.peft_type != "LILY" or not is_kind(stride, int) or stride < 1:
             return set()
-        endings = self.config.get("target_modules")
-        names = endings if isinstance(endings, list) else []
-        ends, found, counts = (".lily_A.weight", ".lily_B.weight"), set[str](), collections.Counter[Any]()
-        for first in (key for key in tensors if key.endswith(ends[0])):
-            module = first.removesuffix(ends[0])
-            second = module + ends[1]
-            if second not in tensors:
-                continue
-            ending = max((name for name in names if module.endswith(name)), key=len, default="")
-            group = (ending, tensors[first].shape, tensors[second].shape)
-            # Which layer of a group is the first one changes no count: all have the same shapes.
-            if counts[group] % stride:
-                found.add(first)
-            if counts[group]:
-                found.add(second)
-            counts[group] += 1
+        tensors, sizes = self.tensors or {}, {}
+        for module in modules_of(self.peft_type, tensors):
+            a, b = (tensors.get(f"{PREFIX}{module}.{role}.weight") for role in (lily.A, lily.B))
+            if a is not None and b is not None:
+                sizes[module] = (a.shape[-1], b.shape[-1])
+        found = set()
+        # The order of a file is not PyTorch's, but layers of a group have the same shapes, so that the number is right.
+        for role, leaders in lily.leaders(sizes, targets if isinstance(targets, list) else (), stride).items():
+            found |= {f"{PREFIX}{module}.{role}.weight" for module, leader in leaders.items() if module != leader}
         return found
 
     @property

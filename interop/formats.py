@@ -332,6 +332,17 @@ FIXED = (
 
 FIXED_OF_MODEL = ("base_model.frod_V.",)  # and beginnings of such keys
 
+
+def is_fixed(key: str) -> bool:
+    """Whether a tensor of a file is not trained, as its key says.
+
+    Example:
+        >>> is_fixed("base_model.vera_A"), is_fixed("base_model.model.q.lora_A.weight")
+        (True, False)
+    """
+    return key.endswith(FIXED) or key.startswith(FIXED_OF_MODEL)
+
+
 PROMPT_LEARNING = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 _PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))
 ROWS |= {name: {True: (_PROMPT,)} for name in PROMPT_LEARNING}

@@ -228,7 +228,8 @@ class AdamssConfig(
         if right.ndim != 2 or len(right) > widest or right.shape[1] not in (n_in, n_in + 1):
             return [f"{RIGHT} has shape {right.shape}, not {(widest, n_in)}"]
         found, outputs = [], 0
-        for number in range(*shapes[RANKS]):
+        (subspaces,) = shapes[RANKS]
+        for number in range(subspaces):
             first, second = tensors.get(f"{A}.{number}"), tensors.get(f"{B}.{number}")
             if first is None:
                 found.append(f"{A}.{number} is missing")
@@ -252,7 +253,8 @@ class AdamssConfig(
         right = rest.pop(RIGHT)
         ours[RIGHT][: right.shape[0], : right.shape[1]] = right
         ranks, lengths, row = [], [], 0
-        for number in range(*shapes[RANKS]):
+        (subspaces,) = shapes[RANKS]
+        for number in range(subspaces):
             first, second = rest.pop(f"{A}.{number}"), rest.pop(f"{B}.{number}")
             ours[A][number, : first.shape[0], : first.shape[1]] = first
             ours[B][row : row + len(second), : second.shape[1]] = second

@@ -5,7 +5,7 @@ softmax(R A x). Blocks of neighbouring layers have one A, and all layers have th
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -95,22 +95,8 @@ class LilyConfig(TargetFields, ExcludeFields, LayerFields, GroupedArrays):
 
     def leaders(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
         """The first module of a block of ``stride_A`` has ``A``, and that of its group all ``B``."""
-        groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
-        for name, size in sizes.items():
-            groups.setdefault((self._ending(name), size), []).append(name)
-        first: dict[str, str] = {}
-        second: dict[str, str] = {}
-        for names in groups.values():
-            for place, name in enumerate(names):
-                first[name] = names[place // self.stride_A * self.stride_A]
-                second[name] = names[0]
-        return {A: first, B: second}
-
-    def _ending(self, module: str) -> str:
-        """The longest name in ``target_modules`` that a module ends with; empty for a regex."""
-        if self.target_modules is None or isinstance(self.target_modules, str):
-            return ""
-        return max((name for name in self.target_modules if module.endswith(name)), key=len, default="")
+        targets = self.target_modules or ()
+        return leaders(sizes, () if isinstance(targets, str) else targets, self.stride_A)
 
     def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """Raise MergeError: a LILY adapter has no merged matrix.
@@ -138,3 +124,28 @@ class LilyConfig(TargetFields, ExcludeFields, LayerFields, GroupedArrays):
         second = jnp.einsum("c,cro->ro", mean, self.of_layer(params, state, B))
         second = jnp.where(state["hit"], self.scaling * second, 0)
         return product.added(base.apply(x, product), product.up(inner, second))
+
+
+def leaders(sizes: Mapping[str, tuple[int, int]], endings: Collection[str], stride: int) -> dict[str, dict[str, str]]:
+    """By role, the module whose factor each module uses: modules of one ending and one size are a group.
+
+    Args:
+        sizes: Sizes of the matrices by name, in the order of the layers.
+        endings: Names of targets, of which the longest one counts that a module ends with; none for a regex.
+        stride: Number of neighbouring layers of a group that have one ``A``.
+
+    Example:
+        >>> leaders({"0.q": (8, 4), "1.q": (8, 4)}, ["q"], 1)
+        {'lily_A': {'0.q': '0.q', '1.q': '1.q'}, 'lily_B': {'0.q': '0.q', '1.q': '0.q'}}
+    """
+    groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for module, size in sizes.items():
+        ending = max((name for name in endings if module.endswith(name)), key=len, default="")
+        groups.setdefault((ending, size), []).append(module)
+    first: dict[str, str] = {}
+    second: dict[str, str] = {}
+    for modules in groups.values():
+        for place, module in enumerate(modules):
+            first[module] = modules[place // stride * stride]
+            second[module] = modules[0]
+    return {A: first, B: second}

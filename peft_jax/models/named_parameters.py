@@ -16,7 +16,7 @@ from peft_jax.core.paths import named_leaves
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
-from peft_jax.interop.formats import FIXED, FIXED_OF_MODEL, PREFIX, ROWS, tensor_key
+from peft_jax.interop.formats import PREFIX, ROWS, is_fixed, tensor_key
 from peft_jax.interop.tensors import get_peft_model_state_dict
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.trainable_tokens import Tokens
@@ -113,8 +113,7 @@ def _of_adapters(handle: Handle, known: dict[str, Any]) -> Iterator[tuple[str, t
             # Places are no parameters in PEFT's model, and PyTorch names a shared one once.
             if np.issubdtype(array.dtype, np.integer) or key in shared:
                 continue
-            is_fixed = key.endswith(FIXED) or key.startswith(FIXED_OF_MODEL)
-            yield _with_name(key, adapter, modules, saved), (array, trained and not is_fixed)
+            yield _with_name(key, adapter, modules, saved), (array, trained and not is_fixed(key))
 
 
 def _led_by_others(nodes: Iterable[tuple[Leaf, Adapted | None]]) -> set[str]:
