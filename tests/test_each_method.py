@@ -438,6 +438,16 @@ def test_waveft_of_haar_is_an_isometry(dense):
             pj.WaveFTConfig(**options)
 
 
+def with_transpose(params, x):
+    return x @ params["dense"]["kernel"] @ params["dense"]["kernel"].T
+
+
+def test_lily_is_not_for_a_tied_head(dense):
+    params = pj.apply_adapter(dense, pj.LilyConfig(r=2, init_weights=False, target_modules=["dense"]))
+    with pytest.raises(ValueError, match="is not linear in what it is multiplied with, as LILY"):
+        pj.adapt(with_transpose)(params, normal(3, 6))
+
+
 def test_pvera_draws_about_its_means_in_training_alone(dense):
     config = pj.PveraConfig(r=3, init_weights=False, target_modules=["dense"])
     params = pj.apply_adapter(dense, config)
@@ -449,8 +459,8 @@ def test_pvera_draws_about_its_means_in_training_alone(dense):
     want = np.sqrt(variance @ np.square(leaf.state["pvera_B"] * leaf.params["pvera_lambda_b"][None]))
     np.testing.assert_allclose(np.std(noisy, axis=0), want, rtol=0.06)  # five standard errors of 4000 draws
     assert (np.abs(np.mean(noisy - clean, axis=0)) < 5 * want / 4000**0.5).all()
-    with pytest.raises(ValueError, match="is not linear in what it is multiplied with, as PVERA"):
-        pj.adapt(lambda params: x @ params["dense"]["kernel"] @ params["dense"]["kernel"].T)(noisy_params)
+    with pytest.raises(ValueError, match="is not linear in what it is multiplied with"):
+        pj.adapt(with_transpose)(noisy_params, x)
     for options in ({"sample_at_inference": True}, {"generator_seed": 3}):
         with pytest.raises(ValueError, match=f"PveraConfig\\({next(iter(options))}=.* is not supported yet"):
             pj.PveraConfig(**options)

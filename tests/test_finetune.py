@@ -131,7 +131,8 @@ def test_epochs_count_steps_and_the_last_batch_may_be_small(capsys: pytest.Captu
     assert rows[2]["tokens"] < min(rows[0]["tokens"], rows[1]["tokens"])
     assert all(row["grad_norm"] > 0 for row in rows)
     wanted = [float(make_schedule(0.01, 6, warmup_steps=0)(n)) for n in range(6)]
-    assert [row["learning_rate"] for row in rows] == wanted
+    # As one program the schedule's product and sum are one operation, which rounds once.
+    assert [row["learning_rate"] for row in rows] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_remat_and_mesh_reach_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:

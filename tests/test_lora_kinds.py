@@ -290,6 +290,7 @@ def test_montecloras_noise_has_its_law():
     keys = jax.random.split(jax.random.key(1), count)
     noise = jax.jit(jax.vmap(lambda key: monteclora.drawn(key, own, jnp.int32(4))))(keys)
     squares = np.asarray(noise.squares)
+    # Means and variances of 2,000 samples are compared with the law: the bounds are about four standard errors.
     np.testing.assert_allclose(squares.mean(axis=0), 4, atol=0.25)  # chi-squared: as many degrees as the rank
     np.testing.assert_allclose(squares.var(axis=0), 8, atol=1.5)
     assert np.abs(np.corrcoef(squares.T) - np.eye(4)).max() < 0.08

@@ -122,10 +122,11 @@ def _product(x: jax.Array, weight: Weight, product: Product, transpose: bool) ->
     probe = jax.typeof(x).update(shape=(*x.shape[:-1], n_in), weak_type=False)
     try:
         (y,) = jax.linear_transpose(lambda probe: weight.apply(probe, product), probe)(x)
-    except NotImplementedError as error:
+    except (NotImplementedError, AssertionError) as error:  # the second of a product of two linear inputs
         raise ValueError(
-            "A weight is multiplied by its transpose too, as that of a tied head is, and in training one of its "
-            "adapters is not linear in what it is multiplied with, as PVERA. Leave that module out of target_modules."
+            "A weight is multiplied by its transpose too, as that of a tied head is, and one of its adapters is not "
+            "linear in what it is multiplied with, as LILY, and PVERA in training. Leave that module out of "
+            "target_modules."
         ) from error
     return y
 

@@ -98,7 +98,7 @@ class LilyConfig(TargetFields, ExcludeFields, LayerFields, GroupedArrays):
         targets = self.target_modules or ()
         return leaders(sizes, () if isinstance(targets, str) else targets, self.stride_A)
 
-    def merge(self, params: Arrays, state: Arrays, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    def merge(self, params: Arrays, state: Mapping[str, Any], matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """Raise MergeError: a LILY adapter has no merged matrix.
 
         Raises:

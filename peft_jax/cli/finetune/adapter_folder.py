@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from peft_jax.cli.shared.end_token import end_tokens
+from peft_jax.cli.shared.output_folder import made_anew
 from peft_jax.cli.shared.training_layout import TrainingLayout, layout_text
 from peft_jax.interop.files import GENERATION_CONFIG
 from peft_jax.models.config import CAUSAL_LM, SEQ_2_SEQ_LM
@@ -35,17 +35,13 @@ class Beside:
     def write(self, model: ModelHandle, folder: Path) -> None:
         """Write the files; each appears whole or not at all. What a killed run left unfinished is removed."""
         part = folder / UNFINISHED
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
+        with made_anew(part):
             self._write_into(part, model)
             for file in sorted(part.rglob("*")):
                 if file.is_file():
                     target = folder / file.relative_to(part)
                     target.parent.mkdir(exist_ok=True)
                     os.replace(file, target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
 
     def _write_into(self, part: Path, model: ModelHandle) -> None:
         self.tokenizer.save_pretrained(part)

@@ -85,11 +85,8 @@ class Plan:
     mesh: Mesh | None
 
     def start(self, model: ModelHandle) -> tuple[State, Any]:
-        """Split the model of which the plan was made for an outline, by one program, for one device."""
-        assert self.mesh is None, "an outline has no mesh"
-        trainable, frozen = partition(model)
-        begin = jax.jit(partial(init_optimizer, self.optimizer))
-        return State(0, trainable, begin(model), jax.random.key(self.seed)), frozen
+        """Split the model of which the plan was made for an outline, as `make_plan` does."""
+        return split(model, self.optimizer, self.seed, self.mesh)
 
     def row(self, state: State, metrics: StepMetrics) -> dict[str, float | int]:
         """The row that a step adds to the metrics."""
@@ -175,8 +172,11 @@ def split(
     if mesh is not None:
         state, frozen = start(place(model, mesh), optimizer, seed=seed)
         return place_state(state, mesh), frozen
-    begin = partial(start, optimizer=optimizer, seed=seed)
-    return jax.eval_shape(begin, model) if is_outline(model) else begin(model)
+    if is_outline(model):
+        return jax.eval_shape(partial(start, optimizer=optimizer, seed=seed), model)
+    trainable, frozen = partition(model)
+    begin = jax.jit(partial(init_optimizer, optimizer))  # else a program for each array of the optimizer's state
+    return State(0, trainable, begin(model), jax.random.key(seed)), frozen
 
 
 def choose_layout(options: Finetune, task: Task, model: ModelHandle, data: Examples, mesh: Mesh | None) -> MicroLayout:

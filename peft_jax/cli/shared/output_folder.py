@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from peft_jax.cli.shared.lock import locked, unwritable
@@ -91,15 +91,31 @@ def _make(output: Path, place: Path) -> None:
 
 @contextmanager
 def _hidden(unfinished: Path, output: Path) -> Iterator[Path]:
-    """A folder inside a hidden one, since the hidden one is for its owner's eyes alone; both are made anew."""
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(mode=0o700)
-    except OSError as error:
-        raise unwritable(output, error.strerror or str(error)) from error
-    try:
+    """A folder inside a hidden one, since the hidden one is for its owner's eyes alone."""
+    with ExitStack() as made:
+        try:
+            made.enter_context(made_anew(unfinished))
+        except OSError as error:
+            raise unwritable(output, error.strerror or str(error)) from error
         folder = unfinished / "out"
         folder.mkdir()
         yield folder
+
+
+@contextmanager
+def made_anew(folder: Path) -> Iterator[None]:
+    """Make an empty folder for the block, and remove it; what a killed process left there is removed first.
+
+    Example:
+        >>> with made_anew(Path("parts")):
+        ...     (Path("parts") / "a.txt").write_text("hello")
+        5
+        >>> Path("parts").exists()
+        False
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
