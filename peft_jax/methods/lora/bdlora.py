@@ -11,9 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from peft_jax.methods.base import Arrays
 from peft_jax.methods.fields import check_kinds
+from peft_jax.methods.lora.variant import Shapes, Variant
 
 BLOCKS = "blocks"  # in the state: the number of blocks of one factor, of each stacked layer
 
@@ -48,6 +51,55 @@ class BdLoraConfig:
         check_kinds(self)
         if self.nblocks < 1:
             raise ValueError(f"BD-LoRA's nblocks is at least 1, got {self.nblocks}.")
+
+
+class BdLora(Variant):
+    """BD-LoRA as a row of the table of variants."""
+
+    field = "use_bdlora"
+    options = BdLoraConfig
+    reshapes = True
+
+    def shapes(self, config: Any, module: str, whole: Shapes) -> Shapes:
+        """Those of plain factors, one of them in blocks."""
+        return shapes(config.use_bdlora, module, whole)
+
+    def drawn_roles(self, config: Any, module: str) -> tuple[str, ...]:
+        """The factor that is in blocks, if one is."""
+        which = blocked(config.use_bdlora, module)
+        return () if which is None else (which,)
+
+    def initial(self, config: Any, role: str, shape: tuple[int, ...], key: jax.Array) -> Float[Array, "rows columns"]:
+        """The blocks of a fresh factor: zero of B, and of A uniform as PyTorch's ``kaiming_uniform_``."""
+        if role == "lora_B":
+            return jnp.zeros(shape)
+        return jax.random.uniform(key, shape, minval=-1.0) * (6 / shape[0]) ** 0.5
+
+    def state(self, config: Any, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
+        """The number of blocks.
+
+        Raises:
+            ValueError: if layers that are stacked in one array have blocks in different factors.
+        """
+        options, modules = config.use_bdlora, names[adapted]
+        kinds = {blocked(options, str(module)) for module in modules.flat}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"use_bdlora makes other factors block-diagonal in some of the layers of '{modules.flat[0]}' than in "
+                "others, and their arrays are one. Name the modules without the number of a layer."
+            )
+        return {} if kinds <= {None} else {BLOCKS: jnp.full(names.shape, options["nblocks"])}
+
+    def factors(
+        self,
+        params: Arrays,
+        state: Mapping[str, Any],
+        a: Float[Array, "*groups rows rank"],
+        b: Float[Array, "*groups ranks out"],
+        n_in: int,
+    ) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
+        """Both factors with zeros around the blocks."""
+        return expanded(a, b, state["rank"], n_in) if BLOCKS in state else (a, b)
 
 
 def blocked(options: Mapping[str, Any], module: str) -> str | None:
@@ -96,13 +148,6 @@ def shapes(options: Mapping[str, Any], module: str, whole: Mapping[str, tuple[in
             "that divides both."
         )
     return {**whole, which: (rows // count, columns)}
-
-
-def initial(which: str, shape: tuple[int, ...], key: jax.Array) -> Float[Array, "rows columns"]:
-    """The blocks of a fresh factor: zero of B, and of A uniform as PyTorch's ``kaiming_uniform_``."""
-    if which == "lora_B":
-        return jnp.zeros(shape)
-    return jax.random.uniform(key, shape, minval=-1.0) * (6 / shape[0]) ** 0.5
 
 
 def expanded(

@@ -22,7 +22,7 @@ from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.frozen_arrays import FrozenArrays
-from peft_jax.methods.lora import alora, dora, grouped_conv, kasa, variants
+from peft_jax.methods.lora import alora, dora, grouped_conv, variants
 from peft_jax.methods.lora.bdlora import BdLoraConfig
 from peft_jax.methods.lora.checks import (
     check_initializer,
@@ -192,7 +192,7 @@ class LoraConfig(
         shapes: dict[str, tuple[int, ...]] = {"lora_A": (n_in, rank), "lora_B": (rank, n_out)}
         shapes |= {BIAS: (n_out,)} if self.lora_bias else {}
         shapes |= {dora.MAGNITUDE: (n_out,)} if self.use_dora else {}
-        return variants.shapes(self, module, shapes)
+        return variants.chosen(self).shapes(self, module, shapes)
 
     def fits(self, module: str, layout: Layout) -> bool:
         """Whether the groups of a convolution, as of a depthwise one, can share the rank."""
@@ -217,7 +217,7 @@ class LoraConfig(
     @property
     def first(self) -> str | None:  # type: ignore[override]  # of a config: not where A is stored in another shape
         """A, where it is stored whole."""
-        return None if variants.variant_of(self) in variants.RESHAPING else "lora_A"
+        return None if variants.chosen(self).reshapes else "lora_A"
 
     @property
     def dropout_rate(self) -> float:
@@ -227,7 +227,7 @@ class LoraConfig(
     @property
     def dropout_rates(self) -> Mapping[str, float]:
         """That of inputs, and that VeLoRA and MonteCLoRA compute in another way in training."""
-        is_other = self.velora_config is not None or self.monteclora_config is not None
+        is_other = variants.chosen(self).in_training is not None
         return {"rate": self.lora_dropout, **({"variant": 1.0} if is_other else {})}
 
     def structure(self) -> tuple[Any, ...]:
@@ -238,11 +238,11 @@ class LoraConfig(
     @property
     def penalizes(self) -> bool:  # type: ignore[override]  # of a config, not of the class
         """With KaSA and MonteCLoRA."""
-        return self.kasa_config is not None or self.monteclora_config is not None
+        return variants.chosen(self).penalizes
 
     def penalty(self, leaves: Leaves) -> Float[Array, ""]:
         """That of KaSA or MonteCLoRA."""
-        return variants.penalty(self, leaves)
+        return variants.chosen(self).penalty(self, leaves)
 
     def init(
         self, layout: Layout, shape: tuple[int, ...], names: np.ndarray, adapted: np.ndarray, key: jax.Array
@@ -257,7 +257,7 @@ class LoraConfig(
         init, ranks = self.init_lora_weights or False, self.ranks(names, adapted)
         if self.initializer.needs == "data":
             raise ValueError(f"init_lora_weights={init!r} looks at data. Write pj.apply_lora_from_data.")
-        if layout.groups > 1 or variants.variant_of(self) is not None:
+        if layout.groups > 1 or variants.chosen(self) is not variants.PLAIN:
             for name in names[adapted]:
                 self.leaf_shapes(name, layout, shape)  # raises where they do not suit
         params = random.drawn(init, layout, shape, names, ranks, key)
@@ -270,7 +270,7 @@ class LoraConfig(
         """Rank and scale of each stacked layer, 0 where it is not adapted; and the invocation."""
         tokens = self.alora_invocation_tokens
         invocation = {} if tokens is None else alora.invocation_state(tokens, names)
-        return super().state(names, adapted) | invocation | variants.state(self, names, adapted)
+        return super().state(names, adapted) | invocation | variants.chosen(self).state(self, names, adapted)
 
     @property
     def reads_input_ids(self) -> bool:
@@ -295,8 +295,7 @@ class LoraConfig(
             )
         if row.make is not None and (row.embeddings == "own" or not base.layout.lookup):
             params, base = initialize_layers(self, base, names, adapted, key, [row.make(self)] * names.size)
-        if self.kasa_config is not None:
-            base = kasa.truncated(self, base, names, adapted)
+        base = variants.chosen(self).changed(self, base, names, adapted)
         for role in self.frozen:
             state[role] = params.pop(role)
         if self.use_dora:
@@ -319,7 +318,7 @@ class LoraConfig(
     @property
     def frozen(self) -> tuple[str, ...]:
         """Arrays that the initializer or a variant leaves untrained: B with ``"mica"``."""
-        return (*self.initializer.frozen, *variants.FROZEN.get(variants.variant_of(self) or "", ()))
+        return (*self.initializer.frozen, *variants.chosen(self).frozen)
 
     @property
     def reads_base(self) -> bool:  # type: ignore[override]  # of a config, not of the class: with DoRA alone
@@ -332,9 +331,9 @@ class LoraConfig(
 
     def rebased(self, base: Weight, names: np.ndarray, adapted: np.ndarray) -> Weight:
         """The base without what the factors started at, or KaSA takes out, as PEFT takes it out again."""
-        row = self.initializer
-        if self.kasa_config is not None:
-            return kasa.truncated(self, base, names, adapted)
+        row, variant = self.initializer, variants.chosen(self)
+        if variant.changes_base:
+            return variant.changed(self, base, names, adapted)
         if row.make is None or not row.changes_base or base.layout.lookup:
             return base  # what data gave cannot be computed again: the base is the one that the initializer left
         return initialize_layers(self, base, names, adapted, jax.random.key(0), [row.make(self)] * names.size)[1]
@@ -384,7 +383,7 @@ class LoraConfig(
         a, b = variants.factors(params, state, _second(params, state), n_in)
         scaling = state["scaling"].astype(a.dtype)
         dropped = x if product.looks_up else dropout(x, state)
-        if scaling.ndim and not variants.differs_in_training(state):  # each group has its own
+        if scaling.ndim and not variants.in_training(state):  # each group has its own
             inner = product.down(dropped, a * scaling[..., None, None])
         else:  # the product is scaled, and not A, of which backward would keep a scaled copy
             inner = variants.inner(dropped, a, params, state, product) * scaling

@@ -20,6 +20,8 @@ from peft_jax.core.partition_specs import put
 from peft_jax.core.weight import Dense, Weight
 from peft_jax.methods.base import Arrays
 from peft_jax.methods.fields import check_kinds
+from peft_jax.methods.lora.variant import Shapes, Variant
+from peft_jax.methods.training_hooks import Leaves
 
 DIAGONAL = "lora_diag"
 
@@ -49,6 +51,48 @@ class KasaConfig:
         check_kinds(self)
         if self.beta < 0 or self.gamma < 0:
             raise ValueError(f"KaSA's beta and gamma are at least 0, got {self}.")
+
+
+class Kasa(Variant):
+    """KaSA as a row of the table of variants."""
+
+    field = "kasa_config"
+    options = KasaConfig
+    axes = {DIAGONAL: ("rank",)}
+    changes_base = True
+    takes_conv1d = False
+    penalizes = True
+
+    def shapes(self, config: Any, module: str, whole: Shapes) -> Shapes:
+        """Those of plain factors, and the diagonal's."""
+        _, rank = whole["lora_A"]
+        return {**whole, DIAGONAL: (rank,)}
+
+    def initial(self, config: Any, role: str, shape: tuple[int, ...], key: jax.Array) -> Float[Array, "..."]:
+        """A diagonal of normal numbers."""
+        return jax.random.normal(key, shape)
+
+    def changed(self, config: Any, base: Weight, names: np.ndarray, adapted: np.ndarray) -> Weight:
+        """The base without its smallest singular values."""
+        return truncated(config, base, names, adapted)
+
+    def factors(
+        self,
+        params: Arrays,
+        state: Mapping[str, Any],
+        a: Float[Array, "*groups in rank"],
+        b: Float[Array, "*groups rank out"],
+        n_in: int,
+    ) -> tuple[Float[Array, "*groups in rank"], Float[Array, "*groups rank out"]]:
+        """A and ``diag(d) B``, which spares a product with the activations."""
+        return (a, b * params[DIAGONAL][..., None].astype(b.dtype)) if DIAGONAL in params else (a, b)
+
+    def penalty(self, config: Any, leaves: Leaves) -> Float[Array, ""]:
+        """The sum of all layers' penalties."""
+        total = jnp.zeros(())
+        for leaf in leaves.values():
+            total += penalty(leaf.params, leaf.state, config.kasa_config)
+        return total
 
 
 def truncated(config: Any, base: Weight, names: np.ndarray, adapted: np.ndarray) -> Weight:
@@ -100,11 +144,6 @@ def _is_truncated(base: Adapted, ranks: np.ndarray) -> bool:
     if DIAGONAL not in base.params:
         return False
     return bool(np.all(np.asarray(base.state["rank"]) >= ranks))
-
-
-def scaled(b: Float[Array, "*groups rank out"], params: Arrays) -> Float[Array, "*groups rank out"]:
-    """``diag(d) B``, which spares a product with the activations."""
-    return b * params[DIAGONAL][..., None].astype(b.dtype)
 
 
 def penalty(params: Arrays, state: Mapping[str, Any], options: Mapping[str, float]) -> Float[Array, ""]:

@@ -10,16 +10,21 @@ penalty here is PEFT's.
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import digamma, gammaln
 from jaxtyping import Array, Float
 
+from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError
 from peft_jax.methods.base import Arrays
 from peft_jax.methods.fields import check_kinds
+from peft_jax.methods.lora.variant import Shapes, Variant
+from peft_jax.methods.training_hooks import Leaves
 
 SAMPLER = "lora_monteclora_sampler"
 SPREAD, CONCENTRATION = f"{SAMPLER}.std_prior", f"{SAMPLER}.expert_weights_prior"  # trained, both as logarithms
@@ -82,17 +87,52 @@ class Noise(NamedTuple):
     weights: Float[Array, " samples"]
 
 
-def shapes(options: Mapping[str, Any], rank: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays beside the factors."""
-    samples = options["num_samples"]
-    return {SPREAD: (rank,), CONCENTRATION: (samples,), WEIGHTS: (samples,), VARIANCE: (rank, rank)}
+class MonteClora(Variant):
+    """MonteCLoRA as a row of the table of variants."""
 
+    field = "monteclora_config"
+    options = MontecloraConfig
+    axes = {
+        SPREAD: ("rank",),
+        CONCENTRATION: ("samples",),
+        WEIGHTS: ("samples",),
+        VARIANCE: ("rank", "column"),
+    }
+    frozen = (WEIGHTS, VARIANCE)
+    penalizes = True
+    in_training = SCALER
 
-def initial(role: str, shape: tuple[int, ...], key: jax.Array) -> Float[Array, "..."]:
-    """A fresh array: the trained ones uniform in [0, 1)."""
-    if role == WEIGHTS:
-        return jnp.full(shape, 1 / shape[0])
-    return jnp.eye(shape[0]) if role == VARIANCE else jax.random.uniform(key, shape)
+    def shapes(self, config: Any, module: str, whole: Shapes) -> Shapes:
+        """Those of plain factors, and the sampler's."""
+        samples, (_, rank) = config.monteclora_config["num_samples"], whole["lora_A"]
+        return {**whole, SPREAD: (rank,), CONCENTRATION: (samples,), WEIGHTS: (samples,), VARIANCE: (rank, rank)}
+
+    def initial(self, config: Any, role: str, shape: tuple[int, ...], key: jax.Array) -> Float[Array, "..."]:
+        """A fresh array: the trained ones uniform in [0, 1)."""
+        if role == WEIGHTS:
+            return jnp.full(shape, 1 / shape[0])
+        return jnp.eye(shape[0]) if role == VARIANCE else jax.random.uniform(key, shape)
+
+    def state(self, config: Any, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
+        """The scale of the noise."""
+        return {SCALER: jnp.full(names.shape, np.float32(config.monteclora_config["sample_scaler"]))}
+
+    def inner(
+        self, x: Float[Array, "*rows in"], params: Arrays, state: Mapping[str, Any], product: Product
+    ) -> Float[Array, "*rows rank"]:
+        """The product with a sampled A."""
+        return product.down(x, first_factor(params, state))
+
+    def penalty(self, config: Any, leaves: Leaves) -> Float[Array, ""]:
+        """The mean of all layers' penalties."""
+        total, count = jnp.zeros(()), jnp.zeros(())
+        for leaf in leaves.values():
+            of_layer = partial(penalty, options=config.monteclora_config)
+            for _ in leaf.state["rank"].shape:
+                of_layer = jax.vmap(of_layer)
+            total += jnp.sum(of_layer(leaf.params, leaf.state))
+            count += jnp.sum(leaf.state["rank"] > 0, dtype=jnp.float32)
+        return total / count
 
 
 def drawn(key: jax.Array, params: Arrays, rank: jax.Array) -> Noise:

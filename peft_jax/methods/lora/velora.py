@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.core.product import Product
 from peft_jax.core.weight import MergeError
 from peft_jax.methods.base import Arrays
 from peft_jax.methods.fields import check_kinds
+from peft_jax.methods.lora.variant import Shapes, Variant
 
 DIRECTION = "lora_velora_embed"
 SCALE, AVERAGES = "velora_scale", "velora_averages"  # in the state: the scale, and whether inputs make the direction
@@ -56,26 +58,46 @@ class VeloraConfig:
             raise ValueError(f"VeLoRA takes num_groups of at least 1 and an init_type of {kinds}, got {self}.")
 
 
-def check_training(config: Any) -> None:
-    """Raise ValueError if a LoRA config's direction is the first batch's, and it is to be trained."""
-    if config.velora_config["init_type"] == "batch_average_once" and not config.inference_mode:
-        raise ValueError(
-            "velora_config with init_type='batch_average_once' is not supported in training: it keeps a direction of "
-            "the first batch, which a step without side effects cannot. Write 'batch_average' or 'random', or load "
-            "the adapter for inference."
-        )
+class Velora(Variant):
+    """VeLoRA as a row of the table of variants."""
 
+    field = "velora_config"
+    options = VeloraConfig
+    axes = {DIRECTION: ("part",)}
+    frozen = (DIRECTION,)
+    in_training = SCALE
 
-def direction_shape(options: Mapping[str, Any], n_in: int) -> tuple[int, ...]:
-    """``(features of a group,)``."""
-    return (math.ceil(n_in / options["num_groups"]),)
+    def check(self, config: Any) -> None:
+        """Raise ValueError if the direction is the first batch's, and the adapter is to be trained."""
+        if config.velora_config["init_type"] == "batch_average_once" and not config.inference_mode:
+            raise ValueError(
+                "velora_config with init_type='batch_average_once' is not supported in training: it keeps a direction "
+                "of the first batch, which a step without side effects cannot. Write 'batch_average' or 'random', or "
+                "load the adapter for inference."
+            )
 
+    def shapes(self, config: Any, module: str, whole: Shapes) -> Shapes:
+        """Those of plain factors, and the direction's: the features of a group."""
+        n_in, _ = whole["lora_A"]
+        return {**whole, DIRECTION: (math.ceil(n_in / config.velora_config["num_groups"]),)}
 
-def initial(options: Mapping[str, Any], shape: tuple[int, ...], key: jax.Array) -> Float[Array, " part"]:
-    """A fresh direction: random of length 1, or zeros where inputs make it."""
-    if options["init_type"] != "random":
-        return jnp.zeros(shape)
-    return _unit(jax.random.normal(key, shape))
+    def initial(self, config: Any, role: str, shape: tuple[int, ...], key: jax.Array) -> Float[Array, " part"]:
+        """A fresh direction: random of length 1, or zeros where inputs make it."""
+        if config.velora_config["init_type"] != "random":
+            return jnp.zeros(shape)
+        return _unit(jax.random.normal(key, shape))
+
+    def state(self, config: Any, names: np.ndarray, adapted: np.ndarray) -> dict[str, Any]:
+        """The scale, and whether inputs make the direction."""
+        options = config.velora_config
+        scale, averages = np.float32(options["scale"]), options["init_type"] != "random"
+        return {SCALE: jnp.full(names.shape, scale), AVERAGES: jnp.full(names.shape, averages)}
+
+    def inner(
+        self, x: Float[Array, "*rows in"], params: Arrays, state: Mapping[str, Any], product: Product
+    ) -> Float[Array, "*rows rank"]:
+        """``x A``, whose gradient in A is that of the reconstructed inputs."""
+        return down(x, params, state, product)
 
 
 def down(
