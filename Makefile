@@ -63,7 +63,8 @@ test-slow: .venv/test
 	$(BIN)/python -m pytest --slow -m slow $(ARGS)
 
 test-models: .venv/test
-	$(BIN)/python -m pytest --grid tests/test_base_dropout.py tests/test_decoders.py tests/test_decoder_commands.py $(ARGS)
+	$(BIN)/python -m pytest --grid tests/test_base_dropout.py tests/test_decoders.py tests/test_decoder_commands.py \
+	    tests/test_filled_rows.py $(ARGS)
 
 test-field: .venv-field/ready
 	.venv-field/bin/python -m pytest -n 0 --field tests/field -W default $(ARGS)

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 import peft_jax as pj
+from peft_jax.cli.generate import generate
+from peft_jax.cli.generate.generate import up_to_end
 from peft_jax.cli.generate.printer import Printer
-from peft_jax.cli.generate.prompt_input import encode
+from peft_jax.cli.generate.prompt_input import encode, pad
 from peft_jax.cli.main import main
 from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.models.generation.generate_options import GenerateOptions
@@ -156,12 +158,21 @@ class Calls:
             options["streamer"].put(token)
         return np.concatenate([ids, new], axis=1)
 
+    def fill(
+        self, model: Any, prompts: Sequence[list[int]], options: GenerateOptions, rows: int, key: jax.Array
+    ) -> Iterator[list[int]]:
+        """Stands for `fill_rows`: one call with all prompts."""
+        ids, mask = pad(prompts, len(prompts), max(map(len, prompts)))
+        for row in self(model, ids, mask, **dataclasses.asdict(options), key=key, rows=rows)[:, ids.shape[1] :]:
+            yield up_to_end(row.tolist(), options.eos_token_ids)
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What the command asks of the model."""
     made = Calls([40, 41, 42])
     monkeypatch.setattr(CausalLM, "generate", lambda model, ids, mask, **options: made(model, ids, mask, **options))
+    monkeypatch.setattr(generate, "fill_rows", made.fill)
     return made
 
 
@@ -277,10 +288,12 @@ def test_max_length_counts_the_prompt_without_its_padding(workplace: Path, calls
     assert given["max_new_tokens"] == 100 - int(calls.made[0][2].sum())
 
 
-def test_seed_and_batches(workplace: Path, calls: Calls) -> None:
+def test_seed_and_batches(workplace: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ("a", "longer " * 9, "b", "c", "d")
     first = [jax.random.key_data(asked(calls, "--seed", seed)["key"]).tolist() for seed in ("0", "1", "1")]
     assert first[0] != first[1] == first[2]
+    assert asked(calls, "--batch-size", "2", prompts=prompts)["rows"] == 2 and len(calls.made) == 1
+    monkeypatch.setattr(generate, "can_fill", lambda *_: False)
     asked(calls, "--batch-size", "2", prompts=prompts)
     shapes, keys = {call[1].shape for call in calls.made}, [call[3]["key"] for call in calls.made]
     assert len(calls.made) == 3 and len(shapes) == 1 and shapes.pop()[0] == 2, "one shape, hence one program"

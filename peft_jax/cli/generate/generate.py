@@ -29,6 +29,7 @@ from peft_jax.cli.shared.command_line import flag
 from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.terminal import verbatim
 from peft_jax.cli.shared.training_layout import choose_layout, clash, read_layout
+from peft_jax.models.generation.filled_rows import can_fill, fill_rows
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
 from peft_jax.models.generation.generation_config import new_tokens, with_defaults
 from peft_jax.models.handles.causal_lm import CausalLM
@@ -90,7 +91,7 @@ def generate(options: Generate) -> None:
         key = jax.random.fold_in(jax.random.key(options.seed), 0)
         model.generate(ids, mask, key=key, streamer=Printer(tokenizer, verbatim()), **keywords)
         return
-    all_answers = answers(options, model, encoded, keywords, goes_on=task.next_token)
+    all_answers = answers(options, model, encoded, chosen, keywords, goes_on=task.next_token)
     for number, (prompt, answer) in enumerate(zip(prompts, all_answers, strict=True), 1):
         text = text_of(answer, tokenizer)
         if options.json:
@@ -176,19 +177,27 @@ def answers(
     options: Generate,
     model: CausalLM | Seq2SeqLM,
     encoded: Sequence[list[int]],
+    chosen: GenerateOptions,
     keywords: Mapping[str, Any],
     *,
     goes_on: bool,
 ) -> Iterator[list[int]]:
-    """The new tokens of each prompt, up to the one that ends it; all batches have one shape, hence one program.
+    """The new tokens of each prompt, up to the one that ends it.
+
+    Rows of a decoder take the next prompt as their answers end (`peft_jax.models.generation.filled_rows`). Where that
+    cannot be, all batches have one shape, hence one program.
 
     Args:
         options: The command line.
         model: The model.
         encoded: Token ids of each prompt.
+        chosen: All choices of the generation.
         keywords: Arguments of the model's ``generate``.
         goes_on: Whether answers follow the prompt in the tokens that are returned, or a start token.
     """
+    if goes_on and "task_ids" not in keywords and can_fill(model.config, model.params):
+        yield from fill_rows(model, encoded, chosen, options.batch_size, jax.random.key(options.seed))
+        return
     rows = min(options.batch_size, len(encoded))
     length = rounded_up(max(len(ids) for ids in encoded))
     first = length if goes_on else 1

@@ -180,6 +180,16 @@ def is_widened(params: PyTree) -> bool:
     return 2 * narrow > sum(leaf.nbytes for leaf in leaves)
 
 
+def compiler_options(*, widened: bool) -> dict[str, Any] | None:
+    """Options of the compiler for a loop over tokens.
+
+    Args:
+        widened: Whether XLA converts the weights before each product (bfloat16 on a CPU). Conversions then stay inside
+            the loop: memory holds one converted weight, not a second copy of all.
+    """
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if widened else None
+
+
 def make_programs(
     decoder: Callable[[Any], Decoder],
     make_cache: Callable[[Any, int, int], KVCache],
@@ -193,10 +203,9 @@ def make_programs(
         decoder: Makes a decoder of parameters.
         make_cache: Makes an empty cache of parameters, batch size and number of positions.
         max_new_tokens: The largest number of new tokens.
-        widened: Whether XLA converts the weights before each product (bfloat16 on a CPU). Conversions then stay inside
-            the loop over tokens: memory holds one converted weight, not a second copy of all.
+        widened: As in `compiler_options`.
     """
-    options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if widened else None
+    options = compiler_options(widened=widened)
 
     def start(params: PyTree, ids: jax.Array, mask: jax.Array, key: jax.Array) -> State:
         cache = make_cache(params, ids.shape[0], ids.shape[1] + max_new_tokens)
