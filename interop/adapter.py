@@ -31,7 +31,7 @@ from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
 from peft_jax.prompts.base import PromptMethod
 
 T = TypeVar("T")
-WITHOUT_TASK = ("ADAPTION_PROMPT", "CPT")  # the first is within the layers, and the second sets its task itself
+WITHOUT_TASK = ("ADAPTION_PROMPT", "CPT", "SHADOW")  # which are within the layers; CPT sets its task itself
 
 
 def save_adapter(

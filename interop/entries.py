@@ -33,6 +33,7 @@ from peft_jax.methods.base import Method
 from peft_jax.methods.roles import BIAS, Whole
 from peft_jax.methods.shared_arrays import SharedArrays
 from peft_jax.methods.trainable_tokens import Tokens, tokens_shape
+from peft_jax.prompts.shadow import ShadowConfig
 
 
 class Entry(NamedTuple):
@@ -111,6 +112,10 @@ def entries_of(
 def _matrix_entries(leaf: Leaf, config: Method, name: str, index: tuple[int, ...], *, biased: bool) -> Iterator[Entry]:
     """Those of a target module's matrix, in one layer."""
     shapes = config.leaf_shapes(name, leaf.layout, leaf.value.shape)
+    if isinstance(config, ShadowConfig):  # the arrays are the file's tensors as they are
+        for role, shape in shapes.items():
+            yield Entry(config.tensor_key(role), index, role, shape, tuple((axis,) for axis in range(len(shape))))
+        return
     is_convolution = leaf.layout.taps and config.peft_type in CONVOLUTIONS
     for row in _rows(config, leaf):
         if row.role not in shapes or not config.has_array(row.role, biased=biased):

@@ -347,6 +347,7 @@ PROMPT_LEARNING = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "P
 _PROMPT = Row("prompt", "prompt_embeddings", ("tokens", "features"))
 ROWS |= {name: {True: (_PROMPT,)} for name in PROMPT_LEARNING}
 ROWS |= {
+    "SHADOW": {True: ()},  # its tensors are those of whole modules, whose names its config knows
     "MULTITASK_PROMPT_TUNING": {
         True: (
             _PROMPT,

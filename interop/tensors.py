@@ -201,10 +201,15 @@ def misfits(params: PyTree, config: Method, shapes: Mapping[str, tuple[int, ...]
         >>> misfits({"q": {"kernel": jnp.ones((4, 8))}}, config, {"base_model.model.q.lora_A.weight": (2, 4)})
         ['base_model.model.q.lora_B.weight is missing']
     """
-    tensors: Tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
-    tensors = without_adapter_name(tensors, "default")
-    file_plan, tensors = _planned(with_replicas(params, config), config, tensors, None, values=False)
-    return list(itertools.chain.from_iterable(_misfits(file_plan, tensors)))
+    as_it_is: Tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    params = with_replicas(params, config)
+    found: list[str] = []
+    for tensors in (as_it_is, without_adapter_name(as_it_is, "default")):
+        file_plan, tensors = _planned(params, config, tensors, None, values=False)
+        found = list(itertools.chain.from_iterable(_misfits(file_plan, tensors)))
+        if not found:
+            break
+    return found
 
 
 class FilePlan(NamedTuple):

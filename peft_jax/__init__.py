@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.models import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from peft_jax.models import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
     from peft_jax.models import replace_lora_weights_loftq as replace_lora_weights_loftq
+    from peft_jax.models import unload_shadow as unload_shadow
     from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig
     from peft_jax.prompts import CartridgeConfig as CartridgeConfig
     from peft_jax.prompts import CPTConfig as CPTConfig
@@ -85,6 +86,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.prompts import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
     from peft_jax.prompts import PromptTuningConfig as PromptTuningConfig
     from peft_jax.prompts import PromptTuningInit as PromptTuningInit
+    from peft_jax.prompts import ShadowConfig as ShadowConfig
     from peft_jax.quant import BitsAndBytesConfig as BitsAndBytesConfig
     from peft_jax.quant import merge_quantized as merge_quantized
     from peft_jax.quant import quantize as quantize

@@ -1275,6 +1275,30 @@ PROMPTS: dict[str, PromptCase] = {
         finetune={"cpt_token_ids": [3, 4, 5, 6], "cpt_tokens_type_mask": [1, 2, 3, 4], "cpt_mask": [1, 1, 1, 1]},
         file_is_whole=False,  # it holds the embeddings where they were moved to
     ),
+    "SHADOW": PromptCase(
+        config="ShadowConfig",
+        row="shadow",
+        tiny={"r": 4},
+        llama={
+            "shadow": {"r": 4, "shadow_dropout": 0.0},
+            "shadow of other sizes": {
+                "target_modules": r".*layers\.[12]",
+                "shadow_num_hidden_layers": 2,
+                "shadow_hidden_size": 16,
+                "shadow_num_attention_heads": 2,
+                "shadow_intermediate_size": 24,
+                "update_hidden_size": 6,
+                "auxiliary_loss_weight": 0.0,
+                "modules_to_save": ["lm_head"],
+            },
+        },
+        model={"r": 4},
+        others={"qwen2": "shadow of other sizes"},
+        generates=True,
+        trained=("shadow",),
+        finetune={"r": 4},
+        is_a_side=True,
+    ),
     "ADAPTION_PROMPT": PromptCase(
         config="AdaptionPromptConfig",
         row="adaption",

@@ -283,6 +283,7 @@ LISTING = {
     "peft_jax/adapters/target_parameters.py": "the names that all experts of transformers give their parameters",
     "peft_jax/models/registry.py": "the folders of architectures, one of which has a module of its name",
     "peft_jax/models/decoder_config.py": "the heads that most decoders have",
+    "peft_jax/models/shadow_backbone.py": "the one name of a table of tokens that PEFT looks for in a small network",
     "peft_jax/models/modules/layers.py": "the class LayerNorm itself",
     "peft_jax/models/modules/plain_blocks.py": "the fused attention that several decoders share",
     "peft_jax/models/modules/decoder_blocks.py": "the attention and the feed-forward network that most decoders share",

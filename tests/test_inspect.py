@@ -17,7 +17,7 @@ from peft_jax.interop.describe import read_adapter
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
-from peft_jax.cli.inspect.servers import PEFT_TYPES, VLLM_RANKS
+from peft_jax.cli.inspect.servers import PEFT_TYPES, VLLM_RANKS, verdicts
 from peft_jax.cli.main import main
 from peft_jax.core.partition import count_parameters
 
@@ -355,6 +355,15 @@ COUNTED = {
     "LILY of two layers": pj.LilyConfig(r=2, stride_A=2, target_modules=["dense"]),
     "FROD of a model": pj.FrodConfig(sparse_rate=0.1, target_modules=["dense"]),
 }
+
+
+def test_peft_makes_the_basis_of_a_frod_anew(tmp_path: Path) -> None:
+    matrix = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+    with pytest.warns(UserWarning, match="For PEFT train on from an adapter that PEFT saved"):
+        params = pj.apply_adapter({"dense": {"kernel": matrix}}, COUNTED["FROD of a model"])
+    save_adapter(params, tmp_path)
+    (of_peft,) = [verdict for verdict in verdicts(read_adapter(tmp_path)) if verdict.program == "PEFT"]
+    assert of_peft.takes and "only where PEFT itself started the adapter" in of_peft.note
 
 
 @pytest.mark.parametrize("config", COUNTED.values(), ids=COUNTED)

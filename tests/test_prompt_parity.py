@@ -133,7 +133,8 @@ def assert_no_part_is_dead(base, model, tensors, row):
         if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
             size = width // (2 * config.num_layers)
             parts += [("prompt_embeddings", np.s_[:, at : at + size]) for at in range(0, width, size)]
-    for key, part in parts:
+    unread = [config.tensor_key(role) for role in unread_roles(model)]
+    for key, part in [one for one in parts if one[0] not in unread]:
         without = {name: array.copy() for name, array in tensors.items()}
         without[key][part] = 0
         changed = interop.set_peft_model_state_dict(base, config, without)(IDS, **tasks(row)).logits
@@ -185,6 +186,9 @@ def test_greedy_generation_gives_the_same_tokens(family, row, bases, tmp_path):
 def torch_arrays(model):
     """The trained arrays of a PEFT model under our roles."""
     named = {name.replace(".default", ""): value.detach().numpy() for name, value in model.named_parameters()}
+    shadow = {name: value for name, value in named.items() if "shadow_" in name}
+    if shadow:
+        return {name.removeprefix("base_model.").removeprefix("model."): value for name, value in shadow.items()}
     inside = {name.removeprefix("prompt_encoder."): value for name, value in named.items() if "prompt_encoder" in name}
     if not inside:
         return adaption_arrays(named)
@@ -216,6 +220,12 @@ def adaption_arrays(named):
             layer = int(name.split("layers.")[1].split(".")[0])
             (prompts if name.endswith("prompt") else gates)[layer] = value if name.endswith("gate") else value[0]
     return {"adaption_prompt": prompts, "adaption_gate": gates}
+
+
+def unread_roles(model):
+    """The arrays of a prompt that are in its file and that nothing reads."""
+    config = model.peft_config["default"]
+    return config.frozen if config.peft_type == "SHADOW" else ()
 
 
 def our_arrays(model):
@@ -261,7 +271,7 @@ def test_training_is_pefts(row, bases):
         want.append(float(loss))
 
     step = make_training_step(
-        lambda model, ids, mask, **more: model(ids, attention_mask=mask, **more).logits,
+        lambda model, ids, mask, **more: model(ids, attention_mask=mask, lazy_logits=True, **more).logits,
         tx := optax.adamw(1e-3, weight_decay=0.01),
     )
     trainable, frozen = pj.partition(model)
@@ -277,7 +287,9 @@ def test_training_is_pefts(row, bases):
     if FROZEN in start:
         np.testing.assert_array_equal(ends[FROZEN], start[FROZEN])
     for role, array in trained.items():
-        np.testing.assert_allclose(array, ends[role], rtol=0, atol=5e-5, err_msg=role)
+        # The gradient of a key's bias is nearly none, as the softmax cancels it: AdamW divides rounding by rounding.
+        atol = 5e-4 if role.endswith("k_proj.bias") else 5e-5
+        np.testing.assert_allclose(array, ends[role], rtol=0, atol=atol, err_msg=role)
         assert np.abs(array - start[role]).max() > 1e-2, f"{role} does not move"
 
 
@@ -362,12 +374,15 @@ def test_starts_and_counts_are_pefts(row, bases):
         assert array.shape == want[role].shape
         if not want[role].any() or not array.any():
             assert not array.any() and not want[role].any(), role
+        elif array.size > 30 and not (std := want[role].std()):
+            np.testing.assert_array_equal(array, want[role], err_msg=role)
         elif array.size > 30:
-            std = want[role].std()
             assert abs(array.mean() - want[role].mean()) < 6 * std / array.size**0.5, role
             assert 0.7 < array.std() / std < 1.4, role
             assert 0.5 < np.abs(array).max() / np.abs(want[role]).max() < 2, role
     trained, total = theirs.get_nb_trainable_parameters()
+    unread = sum(want[role].size for role in unread_roles(model))  # which PEFT counts, and never moves
+    trained, total = trained - unread, total - unread
     line = pj.summary(model).splitlines()[-1]
     assert line.startswith(f"trainable params: {trained:,d} || all params: ")
     # PEFT counts the frozen arrays of these again: the base's own embeddings, and keys and values.

@@ -81,7 +81,8 @@ def test_twins_labels_summary_switching_and_files(config, tmp_path):
     model, plain = prompted(config), llama()
     trainable, frozen = pj.partition(model)
     labels = jax.tree.leaves(pj.trainable_labels(trainable))
-    assert labels and all(role.split("_")[0] in ("prompt", "mlp", "delta", "prefix", "adaption") for role in labels)
+    kinds = {role.split("_")[0].rpartition(".")[2] for role in labels}
+    assert kinds and kinds <= {"prompt", "mlp", "delta", "prefix", "adaption", "shadow"}
     for ours, want in zip(jax.tree.leaves(pj.combine(trainable, frozen)), jax.tree.leaves(model), strict=True):
         assert ours is want
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))

@@ -46,3 +46,4 @@ from peft_jax.models.llama.config import LlamaConfig as LlamaConfig
 from peft_jax.models.loftq_replacement import replace_lora_weights_loftq as replace_lora_weights_loftq
 from peft_jax.models.modules.lazy_logits import LazyLogits as LazyLogits
 from peft_jax.models.t5.config import T5Config as T5Config
+from peft_jax.models.unload_shadow import unload_shadow as unload_shadow

@@ -1,6 +1,6 @@
 """Parameters of a model under the names that they have in PyTorch: transformers', and PEFT's where it has adapters."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from peft_jax.interop.formats import PREFIX, ROWS, is_fixed, tensor_key
 from peft_jax.interop.tensors import get_peft_model_state_dict
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.trainable_tokens import Tokens
+from peft_jax.prompts.shadow import NAMED_DEFAULT, ShadowConfig
 
 
 class Parameter(NamedTuple):
@@ -47,12 +48,12 @@ def named(handle: Handle, rows: tuple[Row, ...]) -> Iterator[Parameter]:
     base = named_leaves(unload(tree), is_leaf=is_weight)
     known = adapters(tree)
     prefix = PREFIX if known else ""
-    inside = _inside(tree)
+    inside, blocks = _inside(tree), _blocks(known.values())
     tensors = dict(_of_adapters(handle, known))
     for row in rows:
         for layer, key in enumerate(row.keys):
             module, _, end = key.rpartition(".")
-            name = f"{prefix}{module}{inside.get(module, '')}.{end}"
+            name = f"{prefix}{_in_block(module, blocks)}{inside.get(module, '')}.{end}"
             if name not in tensors:
                 yield Parameter(name, partial(_tensor, base[row.path], row, layer), False)
     for name, (array, trained) in tensors.items():
@@ -79,6 +80,23 @@ def _inside(tree: PyTree) -> dict[str, str]:
                 if np.all(changed[index] if changed.ndim else changed):
                     found[str(leaf.names[index])] = part
     return found
+
+
+def _blocks(configs: Iterable[Any]) -> set[str]:
+    """The paths of the layers that PEFT wraps as wholes."""
+    found: set[str] = set()
+    for config in configs:
+        if isinstance(config, ShadowConfig):
+            found.update(config.targets)
+    return found
+
+
+def _in_block(module: str, blocks: Collection[str]) -> str:
+    """The path of a module in PEFT's model, where it may be in a layer that is wrapped."""
+    for block in blocks:
+        if module.startswith(f"{block}."):
+            return f"{block}.base_layer{module.removeprefix(block)}"
+    return module
 
 
 def _wrapper(node: Adapted) -> str:
@@ -109,11 +127,16 @@ def _of_adapters(handle: Handle, known: dict[str, Any]) -> Iterator[tuple[str, t
             if node.tag.role == Whole(SAVED):
                 saved |= set(leaf.modules)
         shared = _led_by_others(nodes)
+        config = known[adapter]
+        unread = config.unread_keys if isinstance(config, ShadowConfig) else set()
         for key, array in get_peft_model_state_dict(handle, adapter, save_embedding_layers=False).items():
             # Places are no parameters in PEFT's model, and PyTorch names a shared one once.
             if np.issubdtype(array.dtype, np.integer) or key in shared:
                 continue
-            yield _with_name(key, adapter, modules, saved), (array, trained and not is_fixed(key))
+            name = _with_name(key, adapter, modules, saved)
+            if isinstance(config, ShadowConfig) and config.has_key(key):
+                name = key.replace(NAMED_DEFAULT, f".{adapter}.", 1)
+            yield name, (array, trained and not is_fixed(key) and key not in unread)
 
 
 def _led_by_others(nodes: Iterable[tuple[Leaf, Adapted | None]]) -> set[str]:

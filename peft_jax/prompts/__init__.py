@@ -11,3 +11,4 @@ from peft_jax.prompts.p_tuning import PromptEncoderReparameterizationType as Pro
 from peft_jax.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from peft_jax.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from peft_jax.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
+from peft_jax.prompts.shadow import ShadowConfig as ShadowConfig

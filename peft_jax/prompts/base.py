@@ -7,7 +7,9 @@ Config classes keep PEFT's class names, field names and defaults (PEFT 0.21.2).
 """
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jax
@@ -40,18 +42,56 @@ class Adaption(NamedTuple):
     on: jax.Array
 
 
+class ShadowSizes(NamedTuple):
+    """The sizes of a shadow network, of which None are the model's.
+
+    Attributes:
+        layers: The number of its layers.
+        hidden: Its hidden features.
+        heads: Its heads of attention.
+        inner: The width of its feed-forward network.
+        shares: Whether it reads the model's embeddings of tokens, where its hidden features are as many.
+    """
+
+    layers: int = 1
+    hidden: int | None = None
+    heads: int | None = None
+    inner: int | None = None
+    shares: bool = True
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("arrays", "dropout"), meta_fields=("sizes", "alpha"))
+@dataclasses.dataclass(frozen=True)
+class ShadowPart:
+    """A shadow network, and what its state does to the layers.
+
+    Attributes:
+        arrays: Its arrays by PyTorch's names, as PyTorch has them.
+        dropout: Rate and random key of the dropout in training; empty without.
+        sizes: Its sizes.
+        alpha: What the correction of a layer's input is multiplied by.
+    """
+
+    arrays: dict[str, jax.Array]
+    dropout: dict[str, Any]
+    sizes: ShadowSizes
+    alpha: float
+
+
 class Prompt(NamedTuple):
-    """The arrays that a prompt gives a model; one of the three.
+    """The arrays that a prompt gives a model; one of the four.
 
     tokens are embeddings (1 or batch, n, hidden) that stand before the inputs', and decoder_tokens those before the
     inputs of the decoder, where a prompt has tokens for both. prefix is keys and values, each
-    (layers, 1, n, kv_heads, head_dim), that every position of every layer sees before its own.
+    (layers, 1, n, kv_heads, head_dim), that every position of every layer sees before its own. shadow is a network
+    beside the model.
     """
 
     tokens: jax.Array | None = None
     prefix: tuple[jax.Array, jax.Array] | None = None
     adaption: Adaption | None = None
     decoder_tokens: jax.Array | None = None
+    shadow: ShadowPart | None = None
 
 
 class PromptMethod(Method):

@@ -12,6 +12,7 @@ from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.router_load import RouterLoad
 from peft_jax.prompts.base import with_virtual_labels
+from peft_jax.prompts.shadow import auxiliary_weight
 from peft_jax.train.data.batches import Batch
 from peft_jax.train.data.encode import IGNORE
 from peft_jax.train.losses import cross_entropy
@@ -90,6 +91,14 @@ def losses_of(
             "Set the config's field: dataclasses.replace(model, config=...)."
         )
     total, count = _labels_loss(logits, params, batch, next_token, loss)
+    beside = logits.beside if isinstance(logits, LazyLogits) else None
+    if beside is None and auxiliary_weight(params):
+        raise ValueError(
+            "The SHADOW adapter has auxiliary_loss_weight above 0, and apply gives logits without those of its small "
+            "network. Call the model with lazy_logits=True in apply, or make the adapter with auxiliary_loss_weight=0."
+        )
+    if beside is not None:
+        total = total + beside.factor * _labels_loss(beside, params, batch, next_token, loss)[0]
     return BatchLoss(total, Totals(count, load))
 
 

@@ -70,8 +70,11 @@ def _peft(adapter: AdapterFolder) -> Verdict:
 def _peft_condition(adapter: AdapterFolder) -> str:
     """Which PEFT reads an adapter; empty if every one does.
 
-    BOFT has several butterfly factors where its CUDA extension can be compiled, and one elsewhere.
+    BOFT has several butterfly factors where its CUDA extension can be compiled, and one elsewhere. PEFT makes the basis
+    of a FROD anew, which is that of the file only where PEFT made the file, with the same base and the same LAPACK.
     """
+    if adapter.peft_type == "FROD":
+        return ", with the same numbers only where PEFT itself started the adapter, with the same build of LAPACK"
     if adapter.peft_type != "BOFT" or not adapter.tensors:
         return ""
     asked = adapter.config.get("boft_n_butterfly_factor", 1)

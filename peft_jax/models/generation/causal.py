@@ -28,6 +28,7 @@ from peft_jax.models.handles.prompted import Cached
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import KVCache
 from peft_jax.models.registry import family_of
+from peft_jax.models.shadow_backbone import apply_beside, cache_beside
 from peft_jax.prompts.base import take_prompt, virtual_slots
 
 
@@ -121,16 +122,15 @@ def run_programs(
 def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> Programs:
     """The compiled programs of a generation, the same for all parameters and prompts."""
     family = family_of(config)
-    make_cache = family.init_cache
-    if make_cache is None:
+    if family.init_cache is None:
         raise ValueError(f"{article(config.model_type, first=True)} model does not generate.")
-    run, embed = adapt(partial(family.apply, config)), adapt(partial(family.embed, config))
+    run, embed = adapt(partial(apply_beside, family, config)), adapt(partial(family.embed, config))
 
     def decoder(params: PyTree) -> Decoder:
         rest, prompt = take_prompt(*params)
 
         def apply(inputs: ForwardInputs) -> Any:
-            return run(rest, dataclasses.replace(inputs, logits_to_keep=1))
+            return run(rest, prompt.shadow, dataclasses.replace(inputs, logits_to_keep=1))
 
         model = Cached(apply, partial(embed, rest), prompt)
         # After virtual tokens transformers finds the cache longer than the ids, and does not compute it again.
@@ -140,7 +140,7 @@ def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> P
 
     def cache(params: PyTree, batch: int, positions: int) -> KVCache:
         dtype = family.embedding_table(config, params[0]).dtype
-        empty: KVCache = make_cache(config, batch, positions + virtual_slots(params[0]), dtype)
+        empty: KVCache = cache_beside(family, config, params[0], batch, positions + virtual_slots(params[0]), dtype)
         return empty
 
     return make_programs(decoder, cache, generation.max_new_tokens, widened=widened)

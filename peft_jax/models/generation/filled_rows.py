@@ -227,7 +227,10 @@ def common_start(prompts: Sequence[Sequence[int]]) -> list[int]:
     """
     if len(prompts) < 2:
         return []
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # what the least and the greatest share, all between share
+    first, last = (
+        min(map(list, prompts)),
+        max(map(list, prompts)),
+    )  # what the least and the greatest share, all between share
     most = min(map(len, prompts)) - 1
     same = 0
     while same < most and first[same] == last[same]:

@@ -28,6 +28,7 @@ from peft_jax.models.modules.layers import Embed, LayerNorm, linear_maker
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.modules.positions import Beside, Places, causal_places, check_room, put_before
 from peft_jax.models.modules.remat import kept, rematerialized
+from peft_jax.models.modules.shadow_state import beside_shadow, layers_of, with_state, without_state
 from peft_jax.prompts.base import Adaption
 
 
@@ -131,24 +132,28 @@ class GPT2Model(nnx.Module):
         x: jax.Array,
         places: Places,
         beside: Beside,
-        buffers: Buffers | None,
+        handed: Any,
         keep: bool,
         remat: bool,
         key: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None, Buffers | None]:
+    ) -> tuple[jax.Array, jax.Array | None, Any]:
         """Run all layers; keep asks for every layer's input as well, remat for recomputing layers in the backward."""
         graph, stacked = nnx.split(self.h)
 
-        def body(carry: tuple[jax.Array, Buffers | None], inputs: Any) -> Any:
+        def body(carry: tuple[jax.Array, Any], inputs: Any) -> Any:
             state, layer, prompt = inputs
-            own = key_of(key, layer)
-            return nnx.merge(graph, state)(carry[0], places, layer, prompt, carry[1], own), carry[0] if keep else None
+            block, own = nnx.merge(graph, state), key_of(key, layer)
+
+            def run(x: jax.Array, buffers: Buffers | None) -> tuple[jax.Array, Buffers | None]:
+                return block(x, places, layer, prompt, buffers, own)
+
+            return beside_shadow(run, prompt.shadow, *carry), carry[0] if keep else None
 
         body = rematerialized(body, whole=remat)
         count = jax.tree.leaves(stacked)[0].shape[0]
-        (x, buffers), inputs = jax.lax.scan(body, (x, buffers), (stacked, jnp.arange(count), beside))
+        (x, handed), inputs = jax.lax.scan(body, (x, handed), (stacked, jnp.arange(count), beside))
         x = self.ln_f(x)
-        return x, jnp.concatenate([inputs, x[None].astype(inputs.dtype)]) if keep else None, buffers
+        return x, jnp.concatenate([inputs, x[None].astype(inputs.dtype)]) if keep else None, handed
 
 
 class GPT2(nnx.Module):
@@ -174,9 +179,11 @@ class GPT2(nnx.Module):
         key = inputs.dropout_key
         x = dropped(x + inner.wpe(places.positions), key, self.config.rates.embedding, Site.EMBEDDING)
         buffers = None if cache is None else (cache.keys, cache.values)
-        beside = Beside(inputs.prefix, inputs.adaption)
+        beside = Beside(inputs.prefix, inputs.adaption, layers_of(inputs.shadow))
+        handed = with_state(buffers, inputs.shadow)
         asked = inputs.output_hidden_states, inputs.remat
-        h, states, buffers = inner(x, places, beside, buffers, *asked, key_of(key, Site.LAYERS))
+        h, states, handed = inner(x, places, beside, handed, *asked, key_of(key, Site.LAYERS))
+        buffers = without_state(handed, inputs.shadow)
         output = ModelOutput(last_hidden_state=h)
         if inputs.head:
             last = h[:, -inputs.logits_to_keep :]

@@ -32,12 +32,15 @@ from peft_jax.models.handles.prompted import apply_prompted
 from peft_jax.models.hub_upload import PushOptions, model_card, push
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.lazy_logits import LazyLogits
+from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
 from peft_jax.models.modules.outputs import ModelOutput
 from peft_jax.models.registry import family_of
 from peft_jax.models.resize import resized, tokens_of_adapter
+from peft_jax.models.shadow_backbone import apply_beside, mirrored
 from peft_jax.models.weights_io import save_model
 from peft_jax.prompts.base import Prompt, take_prompt, virtual_slots, without_prompts
 from peft_jax.prompts.learning import PromptLearning
+from peft_jax.prompts.shadow import ShadowConfig, auxiliary_weight
 
 BASE = 0x62617365  # what a step's key is folded with for the base's dropout, so that adapters keep their masks: "base"
 
@@ -134,11 +137,21 @@ class ModelHandle(Inspection):
         )
         output: ModelOutput = _forward(self.config)(self.params, inputs, task_ids)
         if not head:
-            params = without_prompts(self.params)
-            weight, tied = self.family.head_weight(self.config, params)
-            bias, form = self.family.head_bias(self.config, params), self.config.logits_form
-            output = output._replace(logits=LazyLogits(output.last_hidden_state, weight, tied, bias, form))
+            output = output._replace(logits=self._lazy(output.last_hidden_state, self.config.logits_form))
         return output
+
+    def _lazy(self, hidden: jax.Array, form: LogitsForm) -> LazyLogits:
+        """The logits (batch, length, vocabulary) of what goes into the head of a language model."""
+        params = without_prompts(self.params)
+        weight, tied = self.family.head_weight(self.config, params)
+        return LazyLogits(hidden, weight, tied, self.family.head_bias(self.config, params), form)
+
+    def shadow_logits(self, output: ModelOutput) -> LazyLogits | None:
+        """The logits of the small network of a SHADOW adapter, if its loss is added; without the form of the head's."""
+        factor = auxiliary_weight(self.params)
+        if output.shadow_state is None or not factor:
+            return None
+        return dataclasses.replace(self._lazy(output.shadow_state, PLAIN), factor=factor)
 
     def asks_routers(self, said: bool | None = None) -> bool:
         """Whether a call gives the routers' logits: as the call says, else as the config says, as in transformers."""
@@ -248,6 +261,8 @@ class ModelHandle(Inspection):
         """PEFT's defaults for this model, by field of the method's config."""
         if issubclass(by_name(peft_type), PromptLearning):
             return prompt_sizes(peft_type, self.config)
+        if issubclass(by_name(peft_type), ShadowConfig):
+            return {"mirrored": partial(mirrored, self.family, self.config)}
         return method_defaults(peft_type, self.config.model_type)
 
     @property
@@ -383,7 +398,7 @@ def _forward(config: ModelConfig) -> Callable[..., Any]:
     family = family_of(config)
 
     def run(params: PyTree, prompt: Prompt, inputs: ForwardInputs) -> Any:
-        apply = partial(family.apply, config, params)
+        apply = partial(apply_beside, family, config, params, prompt.shadow)
         embed = partial(family.embed, config, params)
         return apply_prompted(apply, embed, prompt, inputs, config.task_type)
 

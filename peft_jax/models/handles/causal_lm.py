@@ -129,6 +129,9 @@ class CausalLM(ModelHandle):
         load = None
         if out.router_logits is not None and self.has_router_loss:
             load = router_load(out.router_logits, as_batch(attention_mask, "attention_mask"), self.config.routing)
+        beside = self.shadow_logits(out)
+        if lazy_logits and beside is not None:
+            out = out._replace(logits=dataclasses.replace(out.logits, beside=beside))
         types = None if input_type_mask is None else jnp.asarray(input_type_mask)
         if types is not None and labels is None:
             raise ValueError("input_type_mask says which labels count, and none are given. Give labels too.")
@@ -136,6 +139,8 @@ class CausalLM(ModelHandle):
         if labels is not None:
             all_labels, weights = with_virtual_labels(self.params, labels, types)
             loss = shifted_mean_cross_entropy(out.logits, all_labels, weights)
+            if beside is not None:
+                loss = loss + beside.factor * shifted_mean_cross_entropy(beside.compute(), all_labels, weights)
         if load is None:
             return CausalLMOutput(out.logits, loss, out.hidden_states, out.router_logits)
         aux_loss = load.loss()

@@ -32,6 +32,7 @@ from peft_jax.models.modules.layer_views import View
 from peft_jax.models.modules.layers import Embed, linear_maker
 from peft_jax.models.modules.outputs import HiddenStates, ModelOutput
 from peft_jax.models.modules.positions import Beside, Places, causal_places
+from peft_jax.models.modules.shadow_state import layers_of, with_state, without_state
 
 MakeLayer = Callable[[nnx.Rngs], nnx.Module]
 
@@ -119,14 +120,16 @@ class DecoderBackbone(nnx.Module):
             kinds=self.config.kinds,
             stacks=self.config.stacks,
             index=places.index,
-            beside=Beside(inputs.prefix, inputs.adaption),
+            beside=Beside(inputs.prefix, inputs.adaption, layers_of(inputs.shadow)),
             own=self.per_layer(x, inputs),
             keep=inputs.output_hidden_states,
             remat=inputs.remat,
             key=key_of(key, Site.LAYERS),
         )
         cached = None if inputs.cache is None else inputs.cache.buffers
-        x, handed, states = run_layers(getattr(self, self.layers_name), x, self.start(x, cached, inputs), run)
+        first = with_state(self.start(x, cached, inputs), inputs.shadow)
+        x, handed, states = run_layers(getattr(self, self.layers_name), x, first, run)
+        handed = without_state(handed, inputs.shadow)
         x = self.leaving(getattr(self, self.norm_name)(x))
         all_states: HiddenStates = None
         if states is not None and x.shape[-1] == states.shape[-1]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from peft_jax.models.modules.kv_cache import Prefix
+from peft_jax.models.modules.shadow_state import Shadow
 from peft_jax.prompts.base import Adaption
 
 # Fields that every causal model takes, and that models with routers take.
@@ -22,6 +23,7 @@ CAUSAL = frozenset(
         "cache",
         "prefix",
         "adaption",
+        "shadow",
         "dropout_key",
         "output_hidden_states",
         "logits_to_keep",
@@ -56,6 +58,7 @@ class ForwardInputs:
             ``(layers, batch or 1, n_virtual, kv_heads, head_dim)``. Positions count on from n_virtual.
         cross_prefix: The same before the encoder's output, for the attention to it.
         adaption: Gated prompts beside each layer's attention.
+        shadow: The state of a shadow network that goes through the layers beside their input.
         dropout_key: The random key of the base's dropout (`peft_jax.models.modules.base_dropout`); None for none.
         output_hidden_states: Also return the hidden states.
         output_router_logits: Also return the outputs of the routers that choose experts.
@@ -78,6 +81,7 @@ class ForwardInputs:
     prefix: Prefix | None = None
     cross_prefix: Prefix | None = None
     adaption: Adaption | None = None
+    shadow: Shadow | None = None
     dropout_key: jax.Array | None = None
     output_hidden_states: bool = False
     output_router_logits: bool = False

@@ -20,6 +20,7 @@ from peft_jax.models.modules.base_dropout import key_of
 from peft_jax.models.modules.layer_views import View, chosen
 from peft_jax.models.modules.positions import Beside
 from peft_jax.models.modules.remat import rematerialized
+from peft_jax.models.modules.shadow_state import beside_shadow
 
 
 class LayerCall(NamedTuple):
@@ -143,7 +144,9 @@ def run_layers(layers: Any, x: jax.Array, buffers: PyTree, run: Run) -> tuple[ja
         own_weights, layer, kind, beside, own = inputs
         view = run.views[names[0]] if kind is None else chosen(run.views, names, kind)
         call = LayerCall(view, layer, layer, run.index, beside, own, key=key_of(run.key, layer))
-        return nnx.merge(graph, own_weights)(carry[0], call, carry[1]), carry[0] if run.keep else None
+        module = nnx.merge(graph, own_weights)
+        following = beside_shadow(lambda x, handed: module(x, call, handed), beside.shadow, *carry)
+        return following, carry[0] if run.keep else None
 
     body = rematerialized(body, whole=run.remat)
     per_layer = (weights, jnp.arange(len(run.kinds)), which, run.beside, run.own)
@@ -180,7 +183,8 @@ def _run_segment(
         beside, own = _taken((run.beside, run.own), layer)
         view, key = run.views[run.kinds[start + offset]], key_of(run.key, layer)
         call = LayerCall(view, layer, place, run.index, beside, own, name, key)
-        return nnx.merge(graphs[name], own_weights)(x, call, buffers)
+        module = nnx.merge(graphs[name], own_weights)
+        return beside_shadow(lambda x, handed: module(x, call, handed), beside.shadow, x, buffers)
 
     def body(carry: tuple[jax.Array, Any], step: jax.Array) -> Any:
         x, buffers = carry

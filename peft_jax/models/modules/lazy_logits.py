@@ -11,10 +11,10 @@ from peft_jax.models.modules.heads import project
 from peft_jax.models.modules.logits_form import PLAIN, LogitsForm
 from peft_jax.models.modules.router_load import RouterLoad
 
-FACTORS = ("hidden", "weight", "bias", "load")
+FACTORS = ("hidden", "weight", "bias", "load", "beside")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=FACTORS, meta_fields=("tied", "form"))
+@partial(jax.tree_util.register_dataclass, data_fields=FACTORS, meta_fields=("tied", "form", "factor"))
 @dataclasses.dataclass(frozen=True)
 class LazyLogits:
     """The two factors of logits, for a loss that never holds their product (`peft_jax.train.cross_entropy`).
@@ -27,6 +27,8 @@ class LazyLogits:
         bias: The head's bias, ``(vocabulary,)``, if it has one.
         form: What is done to the logits afterwards.
         load: The load of the model's experts, where the training loss has that of the routers.
+        beside: More logits, of the small network of a SHADOW adapter, whose loss the training loss has too.
+        factor: What their loss is multiplied by.
 
     Example:
         >>> import peft_jax as pj
@@ -43,6 +45,8 @@ class LazyLogits:
     bias: Any = None
     form: LogitsForm = PLAIN
     load: RouterLoad | None = None
+    beside: "LazyLogits | None" = None
+    factor: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:

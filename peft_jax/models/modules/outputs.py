@@ -24,6 +24,7 @@ class ModelOutput(NamedTuple):
         pooler_output: ``(batch, hidden)``, of a bare model with a pooler.
         router_logits: If asked for, the outputs of the routers of all layers that have one,
             ``(layers, batch * length, experts)``.
+        shadow_state: What the small network of a SHADOW adapter gives, ``(batch, length, hidden)``.
     """
 
     logits: Any = None
@@ -32,3 +33,4 @@ class ModelOutput(NamedTuple):
     last_hidden_state: Any = None
     pooler_output: jax.Array | None = None
     router_logits: jax.Array | None = None
+    shadow_state: jax.Array | None = None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import Prefix
+from peft_jax.models.modules.shadow_state import ShadowLayers
 from peft_jax.prompts.base import Adaption
 
 
@@ -16,11 +17,12 @@ class Beside(NamedTuple):
     """A prompt's part in the attention: of one layer, or with a leading axis of layers of all of them.
 
     prefix is keys (after rotation) and values, each (batch or 1, n_virtual, kv_heads, head_dim), before those of the
-    inputs; adaption is a prompt that the layer attends to as well.
+    inputs; adaption is a prompt that the layer attends to as well. shadow is what a shadow's state does to the layer.
     """
 
     prefix: Prefix | None = None
     adaption: Adaption | None = None
+    shadow: ShadowLayers | None = None
 
 
 class Places(NamedTuple):
