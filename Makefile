@@ -135,7 +135,7 @@ test-image: .venv-image/ready
 conformance: .venv/test
 	$(BIN)/python -m pytest --slow --conformance docs/conformance.md \
 	    tests/test_peft_parity.py tests/test_peft_families.py tests/test_t5_peft.py \
-	    tests/test_prompt_parity.py tests/test_prompt_families.py
+	    tests/test_prompt_parity.py tests/test_prompt_families.py tests/test_xlora.py
 
 quantization: .venv/runtime
 	$(BIN)/python tools/quantization_table.py docs/quantization.md

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
+from peft_jax.interop.adapter_files import read_tensors
 from peft_jax.interop.conversion import without_start
 from peft_jax.interop.files import save_tensors
 from peft_jax.interop.formats import PEFT_VERSION, ROWS, WEIGHTS_FILE
 from peft_jax.interop.keys import renamed
 from peft_jax.interop.patterns import in_file_order, warn_of_sorted_patterns
 from peft_jax.interop.tensors import adapter_config, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from peft_jax.interop.xlora_experts import with_experts, with_lost_tensors
 
 from peft_jax.adapters.attach import apply_adapter
 from peft_jax.core.finite import non_finite
@@ -29,9 +29,10 @@ from peft_jax.core.selecting import present
 from peft_jax.core.short_errors import short_errors
 from peft_jax.methods.base import CONFIG_FILE, Method, PeftConfig
 from peft_jax.prompts.base import PromptMethod
+from peft_jax.prompts.xlora import XLoraConfig
 
 T = TypeVar("T")
-WITHOUT_TASK = ("ADAPTION_PROMPT", "CPT", "SHADOW")  # which are within the layers; CPT sets its task itself
+WITHOUT_TASK = ("ADAPTION_PROMPT", "CPT", "SHADOW", "XLORA")  # which are within the layers; CPT sets its task itself
 
 
 def save_adapter(
@@ -159,6 +160,9 @@ def load_adapter(
         _check_task(config, folder)
         config = dataclasses.replace(config, inference_mode=not is_trainable)
         tensors = renamed(read_tensors(folder / WEIGHTS_FILE), key_mapping or {})
+        if isinstance(config, XLoraConfig) and isinstance(params, Handle):
+            params, config = with_experts(params, config, directory, hub)
+            tensors = with_lost_tensors(config, tensors, directory, hub)
         if ignore_mismatched_sizes:
             tensors = _fitting(params, config, tensors, {"layout": layout, "fn": fn, "args": args})
         loaded = set_peft_model_state_dict(
@@ -187,21 +191,3 @@ def _fitting(
         told = ", ".join(f"{key} {tensors[key].shape}, not {fresh[key].shape}" for key in unlike)
         warnings.warn(f"Tensors of other sizes are not loaded and start afresh: {told}.", stacklevel=3)
     return {**tensors, **present(fresh, unlike)}
-
-
-def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of an adapter's file.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is damaged.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"No {path.name} in '{path.parent}'. Save the adapter with safe_serialization=True.")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or cut off ({error}). Copy or save the adapter again.") from None
-    if broken := non_finite(tensors):
-        raise ValueError(f"'{path}' holds NaN or infinity in its tensor '{broken}'. Take another copy of the adapter.")
-    return tensors

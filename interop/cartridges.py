@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from peft_jax.interop.adapter import read_tensors, write_adapter
+from peft_jax.interop.adapter import write_adapter
+from peft_jax.interop.adapter_files import read_tensors
 from peft_jax.interop.describe import PROMPT_KEY
 from peft_jax.interop.formats import WEIGHTS_FILE
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft_jax.interop.files import CONFIG, read_config
-from peft_jax.interop.formats import EMBEDDING_MODULES, KEYS, PREFIX, WEIGHTS_FILE, is_fixed
+from peft_jax.interop.formats import EMBEDDING_MODULES, KEYS, PREFIX, WEIGHTS_FILE, is_fixed, tensor_key
 from peft_jax.interop.patterns import modules_of
 from safetensors import SafetensorError, safe_open
 
@@ -214,11 +214,27 @@ class AdapterFolder:
         modules = modules_of(self.peft_type, self.tensors or {})
         return [module for module in modules if not is_target(config, module)]
 
+    @property
+    def lost(self) -> list[str]:
+        """Numbers of the layers of an X-LoRA's classifier that are not in the file, as PEFT takes them for LoRAs'."""
+        loras: Any = self.config.get("adapters")
+        depth: Any = self.config.get("xlora_depth", 1)
+        if self.peft_type != "XLORA" or not is_kind(loras, dict[str, str]) or not is_kind(depth, int):
+            return []
+        step = 3 if self.config.get("xlora_dropout_p", 0.2) else 2  # layers, activations and dropout are counted
+        numbers = [str(step * number) for number in range(depth)]
+        keys = {number: tensor_key("XLORA", "", f"layers.{number}.weight") for number in numbers if number in loras}
+        return [number for number, key in keys.items() if key not in (self.tensors or {})]
+
     def problems(self) -> list[str]:
         """Contradictions: other modules or ranks than the config's, a LoRA matrix without its partner."""
         if self.tensors is None:
             return []
-        found = [] if self.tensors else [f"{WEIGHTS_FILE} holds no tensors"]
+        found = [] if self.tensors or self.lost else [f"{WEIGHTS_FILE} holds no tensors"]
+        for number in self.lost:
+            found.append(
+                f"it lacks layers.{number} of the classifier, which PEFT takes for a tensor of LoRA '{number}'"
+            )
         found += [f"{key} is empty" for key in self.empty]
         if self.prompt is not None and (tokens := self.config.get("num_virtual_tokens")):
             wanted = tokens * (self.config.get("num_transformer_submodules") or 1)

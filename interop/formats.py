@@ -363,8 +363,19 @@ ROWS |= {
     },
 }
 
+XLORA_PLACES = sorted({step * layer for step in (2, 3) for layer in range(32)})  # of its classifier's layers
+ROWS |= {
+    "XLORA": {
+        True: (
+            *(Row(f"layers.{place}.weight", f"layers.{place}.weight", ("made", "given")) for place in XLORA_PLACES),
+            *(Row(f"layers.{place}.bias", f"layers.{place}.bias", ("made",)) for place in XLORA_PLACES),
+        ),
+    },
+}
+
 # How a key is made of the path of a module (or of its parent) and a row's suffix, where it is not `PREFIX` and both.
 KEYS = {"ADAPTION_PROMPT": PREFIX + "{parent}.{suffix}", **dict.fromkeys(PROMPT_LEARNING, "{suffix}")}
+KEYS["XLORA"] = "base_model.internal_xlora_classifier.{suffix}"
 # What stands before the path of a module that is trained whole: PEFT wraps no model for the sake of a prompt.
 PREFIXES = dict.fromkeys(PROMPT_LEARNING, "base_model.")
 

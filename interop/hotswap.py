@@ -23,6 +23,7 @@ from peft_jax.core.merge import unload
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
 from peft_jax.methods.lora.variants import variant_of
+from peft_jax.prompts.xlora import XLoraConfig
 
 T = TypeVar("T")
 FACTORS = {"lora_A": -1, "lora_B": -2}  # the axis of the rank
@@ -168,6 +169,11 @@ def _check_configs(old: Method, new: Method, adapter_name: str) -> None:
         raise ValueError(
             f"Adapter '{adapter_name}' and the new one do not run in one compiled program: they differ in {unlike}. "
             "Load the new one with load_adapter."
+        )
+    if isinstance(old, XLoraConfig) and isinstance(new, XLoraConfig) and old.adapters != new.adapters:
+        raise ValueError(
+            f"X-LoRA '{adapter_name}' is of the LoRAs {old.adapters}, and the new one of {new.adapters}, which stay as "
+            "they are in a swap. Load the new one on the base."
         )
     for config in (old, new):
         changes_base = False

@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.models import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
     from peft_jax.models import replace_lora_weights_loftq as replace_lora_weights_loftq
     from peft_jax.models import unload_shadow as unload_shadow
+    from peft_jax.models import xlora_scalings as xlora_scalings
     from peft_jax.prompts import AdaptionPromptConfig as AdaptionPromptConfig
     from peft_jax.prompts import CartridgeConfig as CartridgeConfig
     from peft_jax.prompts import CPTConfig as CPTConfig
@@ -87,6 +88,8 @@ if TYPE_CHECKING:  # the list of public names; each is imported on first use
     from peft_jax.prompts import PromptTuningConfig as PromptTuningConfig
     from peft_jax.prompts import PromptTuningInit as PromptTuningInit
     from peft_jax.prompts import ShadowConfig as ShadowConfig
+    from peft_jax.prompts import XLoraConfig as XLoraConfig
+    from peft_jax.prompts import set_xlora_options as set_xlora_options
     from peft_jax.quant import BitsAndBytesConfig as BitsAndBytesConfig
     from peft_jax.quant import merge_quantized as merge_quantized
     from peft_jax.quant import quantize as quantize

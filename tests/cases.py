@@ -1174,6 +1174,19 @@ METHODS: dict[str, MethodCase] = {
     ),
 }
 
+# Options of X-LoRA that are compared with PEFT by tests/test_xlora.py alone: it is made of folders of LoRAs.
+XLORA: dict[str, Options] = {
+    "X-LoRA": {},
+    "X-LoRA by layer, deep": {
+        **{"layerwise_scalings": True, "xlora_depth": 3, "xlora_size": 8, "xlora_dropout_p": 0.0},
+        **{"softmax_temperature": 0.5, "global_scaling_weight": 1.5},
+    },
+    "X-LoRA of the best two": {
+        **{"top_k_lora": 2, "enable_softmax": False, "enable_softmax_topk": True},
+        **{"layerwise_scalings": True, "scaling_pass_value": 0.5, "xlora_depth": 2, "xlora_size": 8},
+    },
+}
+
 PROMPTS: dict[str, PromptCase] = {
     "PREFIX_TUNING": PromptCase(
         config="PrefixTuningConfig",

@@ -19,7 +19,7 @@ HEAD = """# Conformance
 The largest difference between our outputs and those of PyTorch PEFT 0.21.2, over the adapters that tests move
 between the two: its file made there and read here, saved again, merged; and made here and read there. It is relative to
 the largest output, or to 1 if that is smaller. All is float32. The tests allow 1e-5, and in each of them the adapter
-moves the outputs by at least 100 times that. Written by `make conformance` from five test files;
+moves the outputs by at least 100 times that. Written by `make conformance` from six test files;
 `tests/test_decoders.py` compares the other architectures in the same way, and is not in this table.
 
 | method | model | option | largest difference |

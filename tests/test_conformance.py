@@ -12,6 +12,7 @@ import test_peft_parity  # noqa: E402
 import test_prompt_families  # noqa: E402
 import test_prompt_parity  # noqa: E402
 import test_t5_peft  # noqa: E402
+import test_xlora  # noqa: E402
 
 FILE = Path(__file__).parents[1] / "docs" / "conformance.md"
 TESTS = [
@@ -20,6 +21,7 @@ TESTS = [
     (test_t5_peft, test_t5_peft.PAIRS),
     (test_prompt_parity, test_prompt_parity.PAIRS),
     (test_prompt_families, test_prompt_families.CASES),
+    (test_xlora, [(row,) for row in test_xlora.XLORA]),
 ]
 
 

@@ -7,11 +7,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from cases import every_method
 from safetensors.numpy import load_file
 
+import peft_jax as pj
 from peft_jax.cli.finetune.adapter_config import make_config
 from peft_jax.cli.finetune.options import AdapterOptions
 from peft_jax.cli.main import main
@@ -38,9 +40,18 @@ def losses(folder: str) -> list[float]:
     return [json.loads(line)["loss"] for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
+def of_two_loras() -> dict[str, Any]:
+    """The fields of an X-LoRA over two LoRAs, which are made."""
+    model = pj.AutoModelForCausalLM.from_pretrained("model")
+    for number in range(2):
+        config = pj.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        pj.get_peft_model(model, config, key=jax.random.key(number)).save_pretrained(f"lora-{number}")
+    return {"adapters": {"0": "lora-0", "1": "lora-1"}, "layerwise_scalings": True}
+
+
 @pytest.mark.parametrize("name", base.names())
 def test_each_method_trains_by_its_name(name: str) -> None:
-    fields = json.dumps(FIELDS[name])
+    fields = json.dumps(FIELDS[name] if name != "XLORA" else of_two_loras())
     assert main([*WORDS, "--max-steps", "3", "--output", "out", "--peft", name.lower(), "--peft-config", fields]) == 0
     written = json.loads(Path("out/adapter_config.json").read_text())
     assert written["peft_type"] == name and written["task_type"] == "CAUSAL_LM"

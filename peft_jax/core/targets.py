@@ -21,11 +21,25 @@ SAVED_HEADS: Mapping[str | None, tuple[str, ...]] = {
 class Targets(Protocol):
     """The fields of a config that choose modules."""
 
-    target_modules: str | Sequence[str] | None
-    exclude_modules: str | Sequence[str] | None
-    modules_to_save: Sequence[str] | None
-    layers_to_transform: int | Sequence[int] | None
-    layers_pattern: str | Sequence[str] | None
+    @property
+    def target_modules(self) -> str | Sequence[str] | None:
+        """Names of modules, a regex, or ``"all-linear"``."""
+
+    @property
+    def exclude_modules(self) -> str | Sequence[str] | None:
+        """Names of modules that are left out, or a regex."""
+
+    @property
+    def modules_to_save(self) -> Sequence[str] | None:
+        """Names of modules that are trained whole."""
+
+    @property
+    def layers_to_transform(self) -> int | Sequence[int] | None:
+        """Numbers of layers."""
+
+    @property
+    def layers_pattern(self) -> str | Sequence[str] | None:
+        """Names before the numbers."""
 
     @property
     def task_type(self) -> str | None:

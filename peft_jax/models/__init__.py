@@ -47,3 +47,4 @@ from peft_jax.models.loftq_replacement import replace_lora_weights_loftq as repl
 from peft_jax.models.modules.lazy_logits import LazyLogits as LazyLogits
 from peft_jax.models.t5.config import T5Config as T5Config
 from peft_jax.models.unload_shadow import unload_shadow as unload_shadow
+from peft_jax.models.xlora_scalings import xlora_scalings as xlora_scalings

@@ -48,3 +48,17 @@ def prompt_sizes(peft_type: str, config: ModelConfig) -> Fields:
         "token_dim": config.kv_heads * config.head_size if of_keys else config.hidden_size,
         "num_transformer_submodules": 2 if config.task_type == SEQ_2_SEQ_LM else 1,
     }
+
+
+def router_sizes(config: ModelConfig) -> Fields:
+    """Sizes of a model, by field of X-LoRA's config: the features of the last hidden state.
+
+    Raises:
+        ValueError: if the model is an encoder and a decoder.
+    """
+    if config.task_type == SEQ_2_SEQ_LM:
+        raise ValueError(
+            f"XLORA is not for {config.model_type} models: PEFT finds no last hidden state of an encoder and a "
+            "decoder. Take a decoder alone."
+        )
+    return {"hidden_size": config.embedding_size}

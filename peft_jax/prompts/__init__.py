@@ -12,3 +12,5 @@ from peft_jax.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningCon
 from peft_jax.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from peft_jax.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from peft_jax.prompts.shadow import ShadowConfig as ShadowConfig
+from peft_jax.prompts.xlora import XLoraConfig as XLoraConfig
+from peft_jax.prompts.xlora import set_xlora_options as set_xlora_options

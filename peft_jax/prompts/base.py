@@ -79,12 +79,13 @@ class ShadowPart:
 
 
 class Prompt(NamedTuple):
-    """The arrays that a prompt gives a model; one of the four.
+    """One of the things that a prompt gives a model.
 
     tokens are embeddings (1 or batch, n, hidden) that stand before the inputs', and decoder_tokens those before the
     inputs of the decoder, where a prompt has tokens for both. prefix is keys and values, each
     (layers, 1, n, kv_heads, head_dim), that every position of every layer sees before its own. shadow is a network
-    beside the model.
+    beside the model. router is that of an X-LoRA (`peft_jax.prompts.xlora.Router`), which is no array, and stays out of
+    compiled programs' arguments.
     """
 
     tokens: jax.Array | None = None
@@ -92,6 +93,7 @@ class Prompt(NamedTuple):
     adaption: Adaption | None = None
     decoder_tokens: jax.Array | None = None
     shadow: ShadowPart | None = None
+    router: Any = None
 
 
 class PromptMethod(Method):

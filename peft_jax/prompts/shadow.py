@@ -97,6 +97,7 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, Promp
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     structural: ClassVar[tuple[str, ...]] = ("sizes_of_shadow", "shadow_alpha")
+    facts: ClassVar[Mirrored | None] = None  # an instance's own, once it is on a model
 
     r: int = 8
     shadow_alpha: float = 0.1
@@ -110,10 +111,10 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, Promp
     share_embeddings: bool = True
     update_hidden_size: int | None = None
     auxiliary_loss_weight: float = 0.05
-    mirrored: dataclasses.InitVar[Mirrored | None] = None  # once the config is on a model; no field of the file
+    mirrored: dataclasses.InitVar[Mirrored | None] = None  # the facts; no field of the file
 
-    def __post_init__(self, mirrored: Mirrored | None = None) -> None:  # type: ignore[override]
-        object.__setattr__(self, "mirrored", mirrored)
+    def __post_init__(self, mirrored: Mirrored | None = None) -> None:
+        object.__setattr__(self, "facts", mirrored)
         super().__post_init__()
         check_probability(self, "shadow_dropout")
         if self.shadow_model != MIRROR:
@@ -146,7 +147,7 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, Promp
 
     def replace(self, **changes: Any) -> Self:
         """The config with other values of some fields, on the model that it was on."""
-        return super().replace(**{"mirrored": self.mirrored, **changes})
+        return super().replace(**{"mirrored": self.facts, **changes})
 
     def completed(self, defaults: Mapping[str, Any]) -> Self:
         """The config on a model, with all layers as targets if it names none.
@@ -185,10 +186,9 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, Promp
     @property
     def on_model_facts(self) -> Mirrored:
         """The facts about the model that it is on."""
-        facts: Mirrored | None = self.mirrored
-        if facts is None:
+        if self.facts is None:
             raise ValueError("A SHADOW adapter goes on a model handle. Give the handle, not its tree.")
-        return facts
+        return self.facts
 
     def places(self, modules: Sequence[str], handle: Handle) -> list[str]:
         """The input embedding."""

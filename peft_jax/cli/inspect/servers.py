@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from peft_jax.interop.describe import LORA_ENDS, AdapterFolder
-from peft_jax.interop.formats import PEFT_VERSION, PREFIX
+from peft_jax.interop.formats import PEFT_VERSION, PREFIX, WEIGHTS_FILE
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.methods.lora.initializers.table import TABLE
 
@@ -46,6 +46,9 @@ def verdicts(adapter: AdapterFolder) -> list[Verdict]:
 
 
 def _peft_jax(adapter: AdapterFolder) -> Verdict:
+    is_beside = [(adapter.path / number / WEIGHTS_FILE).is_file() for number in adapter.lost]
+    if is_beside and all(is_beside):
+        return Verdict("peft_jax", True, f"with layers.{adapter.lost[0]} of the folder '{adapter.lost[0]}'")
     if problems := adapter.problems():
         return Verdict("peft_jax", False, problems[0])
     if adapter.tensors is None:

@@ -22,7 +22,7 @@ from peft_jax.core.weight import MergeError, Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.frozen_arrays import FrozenArrays
-from peft_jax.methods.lora import alora, dora, grouped_conv, variants
+from peft_jax.methods.lora import alora, dora, grouped_conv, token_scales, variants
 from peft_jax.methods.lora.bdlora import BdLoraConfig
 from peft_jax.methods.lora.checks import (
     check_initializer,
@@ -367,6 +367,7 @@ class LoraConfig(
                 "lora_bias=True adds a bias to a layer that has none to merge it into. Keep the adapter apart, or give "
                 "the layer a bias of zeros."
             )
+        token_scales.check_merge(state)
         grouped_conv.check_merge(params, state)
         if dora.MAGNITUDE in params:
             return dora.merge(params, state, matrix, unadapted)
@@ -387,6 +388,8 @@ class LoraConfig(
             inner = product.down(dropped, a * scaling[..., None, None])
         else:  # the product is scaled, and not A, of which backward would keep a scaled copy
             inner = variants.inner(dropped, a, params, state, product) * scaling
+        if token_scales.SCALES in state:
+            inner = token_scales.scaled(inner, state, product)
         update = product.up(inner, b)
         if UNBIASED in state:
             update = update + product.scale(jnp.ones_like(update), scaling[..., None] * params[BIAS])

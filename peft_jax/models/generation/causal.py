@@ -15,6 +15,7 @@ from peft_jax.core.articles import article
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.generation.decode import (
+    Cache,
     Decoder,
     Programs,
     Streamer,
@@ -25,11 +26,12 @@ from peft_jax.models.generation.decode import (
 from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.handles.prompted import Cached
+from peft_jax.models.handles.two_passes import TwoCaches, in_two_passes
 from peft_jax.models.modules.inputs import ForwardInputs
-from peft_jax.models.modules.kv_cache import KVCache
 from peft_jax.models.registry import family_of
 from peft_jax.models.shadow_backbone import apply_beside, cache_beside
 from peft_jax.prompts.base import take_prompt, virtual_slots
+from peft_jax.prompts.xlora import has_router
 
 
 def continue_prompts(
@@ -126,11 +128,17 @@ def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> P
         raise ValueError(f"{article(config.model_type, first=True)} model does not generate.")
     run, embed = adapt(partial(apply_beside, family, config)), adapt(partial(family.embed, config))
 
+    def run_alone(tree: PyTree, inputs: ForwardInputs) -> Any:
+        return run(tree, None, inputs)
+
     def decoder(params: PyTree) -> Decoder:
         rest, prompt = take_prompt(*params)
 
         def apply(inputs: ForwardInputs) -> Any:
-            return run(rest, prompt.shadow, dataclasses.replace(inputs, logits_to_keep=1))
+            inputs = dataclasses.replace(inputs, logits_to_keep=1)
+            if prompt.router is not None:
+                return in_two_passes(config, run_alone, rest, prompt.router, inputs)
+            return run(rest, prompt.shadow, inputs)
 
         model = Cached(apply, partial(embed, rest), prompt)
         # After virtual tokens transformers finds the cache longer than the ids, and does not compute it again.
@@ -138,9 +146,10 @@ def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> P
         pad = generation.pad_token_id or 0
         return Decoder(model, generation.eos_token_ids, pad, generation.sampling, renewed_at)
 
-    def cache(params: PyTree, batch: int, positions: int) -> KVCache:
+    def cache(params: PyTree, batch: int, positions: int) -> Cache:
         dtype = family.embedding_table(config, params[0]).dtype
-        empty: KVCache = cache_beside(family, config, params[0], batch, positions + virtual_slots(params[0]), dtype)
-        return empty
+        slots = positions + virtual_slots(params[0])
+        empty: Cache = cache_beside(family, config, params[0], batch, slots, dtype)
+        return TwoCaches(empty, empty) if has_router(params[0]) else empty
 
     return make_programs(decoder, cache, generation.max_new_tokens, widened=widened)

@@ -10,7 +10,6 @@ import numpy as np
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.generation.sampling import Sampling, choose, process
 from peft_jax.models.modules.inputs import ForwardInputs
-from peft_jax.models.modules.kv_cache import KVCache
 
 CHUNK = 4  # tokens of a stream that are decoded before they are copied to the host
 
@@ -25,6 +24,14 @@ class Streamer(Protocol):
         """Take the end of the stream."""
 
 
+class Cache(Protocol):
+    """The memory of the positions seen so far, a tree of arrays."""
+
+    @property
+    def index(self) -> jax.Array:
+        """The number of slots that are filled, a scalar int32."""
+
+
 class State(NamedTuple):
     """The state of a generation between two tokens."""
 
@@ -33,7 +40,7 @@ class State(NamedTuple):
     mask: jax.Array  # (batch, prompt + new), 1 on the tokens that are attended to
     positions: jax.Array  # (batch,), of the last token
     done: jax.Array  # (batch,)
-    cache: KVCache
+    cache: Cache
     key: jax.Array
 
 
@@ -69,7 +76,7 @@ class Decoder(NamedTuple):
     renewed_at: int | None = None
 
     def start(
-        self, cache: KVCache, input_ids: jax.Array, attention_mask: jax.Array, key: jax.Array, max_new_tokens: int
+        self, cache: Cache, input_ids: jax.Array, attention_mask: jax.Array, key: jax.Array, max_new_tokens: int
     ) -> State:
         """Read left-padded prompts and choose the first token.
 
@@ -89,7 +96,7 @@ class Decoder(NamedTuple):
         state = State(jnp.int32(0), tokens, mask, last, done, out.cache, key)
         return self._add(state, out.logits[:, -1])
 
-    def _read(self, input_ids: jax.Array, mask: jax.Array, cache: KVCache) -> Any:
+    def _read(self, input_ids: jax.Array, mask: jax.Array, cache: Cache) -> Any:
         """Read tokens (batch, length) into an empty cache; the mask is that of all tokens there will be."""
         counts = jnp.cumsum(mask[:, : input_ids.shape[1]], axis=1)
         positions = jnp.maximum(counts - 1, 0)
@@ -109,7 +116,7 @@ class Decoder(NamedTuple):
 
         return jax.lax.while_loop(is_unfinished, step, state)
 
-    def _renewed_or_read_on(self, state: State) -> tuple[jax.Array, KVCache]:
+    def _renewed_or_read_on(self, state: State) -> tuple[jax.Array, Cache]:
         """The logits (batch, vocabulary) after the last token, and the cache with it."""
         last_read = state.tokens.shape[1] - 2  # the last token of all is chosen, and not read
         if self.renewed_at is None or self.renewed_at > last_read:
@@ -117,7 +124,7 @@ class Decoder(NamedTuple):
         is_time = self._filled(state) == self.renewed_at
         return jax.lax.cond(is_time, self._read_again, self._read_on, state)
 
-    def _read_on(self, state: State) -> tuple[jax.Array, KVCache]:
+    def _read_on(self, state: State) -> tuple[jax.Array, Cache]:
         """Read the last token, after those in the cache."""
         at = self._filled(state)  # index of the last token, which is not in the cache yet
         inputs = ForwardInputs(
@@ -129,7 +136,7 @@ class Decoder(NamedTuple):
         out = self.model.apply(inputs)
         return out.logits[:, -1], out.cache
 
-    def _read_again(self, state: State) -> tuple[jax.Array, KVCache]:
+    def _read_again(self, state: State) -> tuple[jax.Array, Cache]:
         """Read the first ``renewed_at`` tokens and the next one into the emptied cache."""
         length = (self.renewed_at or 0) + 1
         empty = jax.tree.map(jnp.zeros_like, state.cache)
@@ -192,7 +199,7 @@ def compiler_options(*, widened: bool) -> dict[str, Any] | None:
 
 def make_programs(
     decoder: Callable[[Any], Decoder],
-    make_cache: Callable[[Any, int, int], KVCache],
+    make_cache: Callable[[Any, int, int], Cache],
     max_new_tokens: int,
     *,
     widened: bool,

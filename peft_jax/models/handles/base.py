@@ -24,11 +24,12 @@ from peft_jax.interop.formats import WEIGHTS_FILE
 from peft_jax.methods.base import by_name
 from peft_jax.models.adapter_names import config_for, params_for
 from peft_jax.models.config import MASKED_LM, ModelConfig
-from peft_jax.models.defaults import method_defaults, prompt_sizes
+from peft_jax.models.defaults import method_defaults, prompt_sizes, router_sizes
 from peft_jax.models.family import Family
 from peft_jax.models.handles.inspection import Inspection
 from peft_jax.models.handles.list_inputs import as_batch
 from peft_jax.models.handles.prompted import apply_prompted
+from peft_jax.models.handles.two_passes import in_two_passes
 from peft_jax.models.hub_upload import PushOptions, model_card, push
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.lazy_logits import LazyLogits
@@ -41,6 +42,7 @@ from peft_jax.models.weights_io import save_model
 from peft_jax.prompts.base import Prompt, take_prompt, virtual_slots, without_prompts
 from peft_jax.prompts.learning import PromptLearning
 from peft_jax.prompts.shadow import ShadowConfig, auxiliary_weight
+from peft_jax.prompts.xlora import XLoraConfig
 
 BASE = 0x62617365  # what a step's key is folded with for the base's dropout, so that adapters keep their masks: "base"
 
@@ -263,6 +265,8 @@ class ModelHandle(Inspection):
             return prompt_sizes(peft_type, self.config)
         if issubclass(by_name(peft_type), ShadowConfig):
             return {"mirrored": partial(mirrored, self.family, self.config)}
+        if issubclass(by_name(peft_type), XLoraConfig):
+            return router_sizes(self.config)
         return method_defaults(peft_type, self.config.model_type)
 
     @property
@@ -397,6 +401,7 @@ def _forward(config: ModelConfig) -> Callable[..., Any]:
     """The compiled forward pass of an architecture, from parameters, inputs and each row's task."""
     family = family_of(config)
 
+    @adapt
     def run(params: PyTree, prompt: Prompt, inputs: ForwardInputs) -> Any:
         apply = partial(apply_beside, family, config, params, prompt.shadow)
         embed = partial(family.embed, config, params)
@@ -404,6 +409,8 @@ def _forward(config: ModelConfig) -> Callable[..., Any]:
 
     def forward(params: PyTree, inputs: ForwardInputs, task_ids: jax.Array | None) -> Any:
         rest, prompt = take_prompt(params, task_ids)
-        return adapt(run)(rest, prompt, inputs)
+        if prompt.router is None:
+            return run(rest, prompt, inputs)
+        return in_two_passes(config, lambda tree, one: run(tree, Prompt(), one), rest, prompt.router, inputs)
 
     return jax.jit(forward)

@@ -19,6 +19,7 @@ from peft_jax.core.pytree import PyTree
 from peft_jax.core.selecting import field_names, fields_of
 from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
 from peft_jax.interop.base_file import write_base_file
+from peft_jax.interop.xlora_experts import with_experts
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.models.handles.adapter_verbs import AdapterVerbs
 from peft_jax.models.handles.base import ModelHandle, register_handle
@@ -35,6 +36,7 @@ from peft_jax.models.handles.transformers_keywords import check_device
 from peft_jax.models.hub_upload import PushOptions, adapter_card, push
 from peft_jax.prompts.attach_prompt import attach_prompt
 from peft_jax.prompts.base import PromptMethod
+from peft_jax.prompts.xlora import XLoraConfig
 
 
 def get_peft_model(
@@ -73,6 +75,8 @@ def get_peft_model(
             f"alora_invocation_tokens are from {bounds[0]} to {bounds[1]}, but the vocabulary has ids 0 to "
             f"{model.config.vocab_size - 1}: such an adapter never counts. Use the tokenizer of this model."
         )
+    if isinstance(peft_config, XLoraConfig):
+        model, peft_config = with_experts(model, peft_config)
     if isinstance(peft_config, PromptMethod):
         adapted = attach_prompt(model, peft_config, key=key, adapter_name=adapter_name)
         adapted = with_compute_dtype(adapted, compute_dtype, adapter_name)
@@ -141,13 +145,14 @@ class PeftModel(AdapterVerbs):
         folder = find_folder(directory, ADAPTER_FILES, hub)
         adapted = load_adapter(
             model.named_for(folder),
-            folder,
+            directory,
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             config=config,
             key_mapping=key_mapping,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             compute_dtype=compute_dtype,
+            **hub,
         )
         return cls.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
 

@@ -25,6 +25,7 @@ class ModelOutput(NamedTuple):
         router_logits: If asked for, the outputs of the routers of all layers that have one,
             ``(layers, batch * length, experts)``.
         shadow_state: What the small network of a SHADOW adapter gives, ``(batch, length, hidden)``.
+        scalings: Of a model with an X-LoRA, the scales of its LoRAs, ``(batch, length, modules, LoRAs)``.
     """
 
     logits: Any = None
@@ -34,3 +35,4 @@ class ModelOutput(NamedTuple):
     pooler_output: jax.Array | None = None
     router_logits: jax.Array | None = None
     shadow_state: jax.Array | None = None
+    scalings: jax.Array | None = None
