@@ -159,6 +159,11 @@ def _padded(array: jax.Array, axis: int, length: int) -> jax.Array:
 
 def _check_configs(old: Method, new: Method, adapter_name: str) -> None:
     """Raise ValueError unless both adapters run in one program, on one base."""
+    if isinstance(old, XLoraConfig) and isinstance(new, XLoraConfig) and old.adapters != new.adapters:
+        raise ValueError(
+            f"X-LoRA '{adapter_name}' is of the LoRAs {old.adapters}, which stay as they are in a swap, "
+            f"and the new one of {new.adapters}. Load the new one on the base."
+        )
     if old.structure() != new.structure():
         before, after = old.to_dict(), new.to_dict()
         rates = [name for name in before if name.endswith("dropout")]
@@ -169,11 +174,6 @@ def _check_configs(old: Method, new: Method, adapter_name: str) -> None:
         raise ValueError(
             f"Adapter '{adapter_name}' and the new one do not run in one compiled program: they differ in {unlike}. "
             "Load the new one with load_adapter."
-        )
-    if isinstance(old, XLoraConfig) and isinstance(new, XLoraConfig) and old.adapters != new.adapters:
-        raise ValueError(
-            f"X-LoRA '{adapter_name}' is of the LoRAs {old.adapters}, and the new one of {new.adapters}, which stay as "
-            "they are in a swap. Load the new one on the base."
         )
     for config in (old, new):
         changes_base = False
