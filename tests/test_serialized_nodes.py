@@ -1,4 +1,4 @@
-"""Adapted trees in ``jax.export`` and ``flax.serialization``: the same tree and the same numbers come back."""
+"""Adapted trees and handles in ``jax.export`` and ``flax.serialization``: tree and numbers come back the same."""
 
 import json
 
@@ -10,6 +10,7 @@ from flax import serialization
 from jax import export
 
 import peft_jax as pj
+from peft_jax.cli.demo_data import MODEL
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.serialized_nodes import _plain, _value
 
@@ -80,3 +81,39 @@ def test_no_other_class_is_made_and_other_values_are_refused():
             _value({"kind": kind, "of": {}})
     with pytest.raises(TypeError, match=r"cannot hold .*function.*pj\.merge\(params\)"):
         _plain((1, lambda x: x))
+
+
+# ---- Model handles
+
+IDS = jnp.array([[1, 2, 3, 4]])
+
+HANDLES = {
+    "LoRA": (None, pj.LoraConfig(r=2, init_lora_weights=False)),
+    "DoRA on int8": ("int8", pj.LoraConfig(r=2, use_dora=True, target_modules="all-linear", modules_to_save=["norm"])),
+    "prompt on nf4": ("nf4", pj.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("LoRA", marks=pytest.mark.slow), "DoRA on int8", "prompt on nf4"])
+def test_a_handle_comes_back_and_an_exported_program_takes_it(name):
+    pytest.importorskip("flatbuffers")
+    kind, config = HANDLES[name]
+    base = pj.AutoModelForCausalLM.from_pretrained(MODEL)
+    model = pj.get_peft_model(base if kind is None else pj.quantize(base, kind=kind), config)
+    run = jax.jit(lambda model, ids: model(ids))
+    want = run(model, IDS).logits
+    written = export.export(run)(model, IDS).serialize()
+    got = export.deserialize(written).call(model, IDS)
+    assert type(got) is type(run(model, IDS))
+    np.testing.assert_allclose(got.logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    assert not np.allclose(run(zeros, IDS).logits, want)
+    for again in (
+        serialization.from_bytes(zeros, serialization.to_bytes(model)),
+        serialization.from_state_dict(zeros, serialization.to_state_dict(model)),
+    ):
+        assert type(again) is type(model) and again.config == model.config
+        assert jax.tree.structure(again) == jax.tree.structure(model)
+        for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -1,4 +1,4 @@
-"""Leaves that are pytrees, for ``jax.export`` to write their structure, and for ``flax.serialization`` their arrays.
+"""Nodes of trees, for ``jax.export`` to write their structure, and for ``flax.serialization`` their arrays.
 
 The static fields of a node go into an exported program as JSON. Reading it makes dataclasses of this package and plain
 values, nothing else.
@@ -26,7 +26,7 @@ KIND = "kind"  # the key of a JSON object that says what it is
 
 
 def register_node(cls: type[Node], data_fields: Sequence[str], meta_fields: Sequence[str]) -> type[Node]:
-    """``jax.tree_util.register_dataclass`` of a leaf that trees keep, with JAX's export and with Flax too.
+    """``jax.tree_util.register_dataclass`` of an adapted or quantized leaf or a model handle, with JAX's export and with Flax too.
 
     Args:
         cls: The dataclass.
@@ -54,6 +54,12 @@ def register_node(cls: type[Node], data_fields: Sequence[str], meta_fields: Sequ
     return cls
 
 
+def register_output(cls: type[Node]) -> type[Node]:
+    """A named tuple that functions return, with JAX's export."""
+    export.register_namedtuple_serialization(cls, serialized_name=f"{cls.__module__}.{cls.__qualname__}")
+    return cls
+
+
 def _plain(value: Any) -> Any:
     """A value of a static field as JSON has it."""
     if value is None or isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum):
@@ -75,7 +81,7 @@ def _plain(value: Any) -> Any:
     if is_own and names is not None:
         return {KIND: name, "of": {field: _plain(getattr(value, field)) for field in names}}
     raise TypeError(
-        f"An exported program cannot hold {value!r}, of type {kind.__name__}, in a static field of an adapted leaf. "
+        f"An exported program cannot hold {value!r}, of type {kind.__name__}, in a static field of a leaf or handle. "
         "Export a function of the merged tree: pj.merge(params)."
     )
 

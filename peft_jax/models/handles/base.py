@@ -18,6 +18,7 @@ from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.selecting import not_none
+from peft_jax.core.serialized_nodes import register_node
 from peft_jax.core.weight import is_weight
 from peft_jax.interop.describe import read_header
 from peft_jax.interop.formats import WEIGHTS_FILE
@@ -48,7 +49,7 @@ BASE = 0x62617365  # what a step's key is folded with for the base's dropout, so
 
 # For the dataclasses of handles: parameters are the leaves, all else is static.
 register_handle = partial(
-    jax.tree_util.register_dataclass, data_fields=("params", "dropout_key"), meta_fields=("config", "source", "remat")
+    register_node, data_fields=("params", "dropout_key"), meta_fields=("config", "source", "remat")
 )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters.per_row import with_adapter_rows
+from peft_jax.core.serialized_nodes import register_output
 from peft_jax.models.config import CAUSAL_LM
 from peft_jax.models.generation.causal import continue_prompts
 from peft_jax.models.generation.decode import Streamer
@@ -28,6 +29,7 @@ from peft_jax.prompts.base import task_array, with_virtual_labels
 __all__ = ["CausalLM", "CausalLMOutput", "Source"]
 
 
+@register_output
 class CausalLMOutput(NamedTuple):
     """The outputs of a causal language model.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.serialized_nodes import register_output
 from peft_jax.models.config import FEATURE_EXTRACTION, MASKED_LM, QUESTION_ANS, SEQ_CLS, TOKEN_CLS
 from peft_jax.models.handles.base import ModelHandle, register_handle
 from peft_jax.models.handles.label_losses import (
@@ -28,6 +29,7 @@ def token_loss(model: ModelHandle, logits: jax.Array, labels: jax.Array) -> jax.
     return mean_cross_entropy(logits, *with_virtual_labels(model.params, labels))
 
 
+@register_output
 class ClassifierOutput(NamedTuple):
     """The outputs of a classifier, or of a masked language model.
 
@@ -42,6 +44,7 @@ class ClassifierOutput(NamedTuple):
     hidden_states: HiddenStates = None
 
 
+@register_output
 class SpanOutput(NamedTuple):
     """The outputs of a question-answering model.
 
@@ -58,6 +61,7 @@ class SpanOutput(NamedTuple):
     hidden_states: HiddenStates = None
 
 
+@register_output
 class FeatureOutput(NamedTuple):
     """The outputs of a bare model.
 

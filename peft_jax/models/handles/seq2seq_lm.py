@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters.per_row import with_adapter_rows
+from peft_jax.core.serialized_nodes import register_output
 from peft_jax.models.config import SEQ_2_SEQ_LM
 from peft_jax.models.generation.decode import Streamer
 from peft_jax.models.generation.generate_options import GenerateKeywords, from_keywords
@@ -19,6 +20,7 @@ from peft_jax.models.handles.list_inputs import as_batch
 from peft_jax.prompts.base import task_array, with_virtual_labels
 
 
+@register_output
 class Seq2SeqLMOutput(NamedTuple):
     """The outputs of a sequence-to-sequence language model.
 
