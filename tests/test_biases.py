@@ -217,6 +217,82 @@ def test_a_bias_is_what_the_program_adds_to_a_product(name):
     pj.get_peft_model_state_dict(params)
 
 
+def attend(params, x):
+    """Heads that are scanned, as Flax stacks its attention: biases (layer, head, feature)."""
+
+    def layer(h, one):
+        q = jnp.einsum("bi,iho->bho", h, one["kernel"]) + one["bias"][None]
+        return jnp.tanh(q.reshape(5, 8)), None
+
+    return jax.lax.scan(layer, x, params["layers"]["q"])[0]
+
+
+def channels_first(params, x):
+    """A convolution as Equinox has it: a bias (channels, 1)."""
+    numbers = ("NCW", "OIW", "NCW")
+    y = jax.lax.conv_general_dilated(x[None], params["q"]["weight"], (1,), "SAME", dimension_numbers=numbers)
+    return y[0] + params["q"]["bias"]
+
+
+# name: (program, shapes, axes of the matrix)
+RANK_2 = {
+    "heads": (heads, {"q.kernel": (8, 2, 4), "q.bias": (2, 4)}, pj.Layout((), (0,), (1, 2))),
+    "stacked heads": (
+        attend,
+        {"layers.q.kernel": (3, 8, 2, 4), "layers.q.bias": (3, 2, 4)},
+        pj.Layout((0,), (1,), (2, 3)),
+    ),
+    "channels": (channels_first, {"q.weight": (6, 5, 3), "q.bias": (6, 1)}, pj.Layout((), (1, 2), (0,), taps=(2,))),
+}
+ON_Q = {"target_modules": ["q"]}
+ON_RANK_2 = {
+    "lora_only": pj.LoraConfig(r=2, **ON_Q, bias="lora_only"),
+    "all": pj.LoraConfig(r=2, **ON_Q, bias="all"),
+    "lora_bias": pj.LoraConfig(r=2, **ON_Q, lora_bias=True),
+    "IA3": pj.IA3Config(**ON_Q, feedforward_modules=[]),
+    "ROAD": pj.RoadConfig(**ON_Q, group_size=2),
+    "BEFT": pj.BeftConfig(**ON_Q),
+    "modules_to_save": pj.LoraConfig(r=2, target_modules=["head"], modules_to_save=["q"]),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("method", ON_RANK_2)
+@pytest.mark.parametrize("name", RANK_2)
+def test_a_bias_of_rank_2_is_that_of_its_matrix(name, method, how):
+    fn, shapes, layout = RANK_2[name]
+    base, config = {**tree_of(shapes), "head": {"kernel": normal(7, 5, 5)}}, ON_RANK_2[method]
+    run = lambda params, x: fn(params, params["head"]["kernel"] @ x)  # noqa: E731
+    told = {"fn": run, "args": (X,)} if how == "program" else {"layout": {r".*q\.(kernel|weight)": layout}}
+    params = trained(pj.apply_adapter(pj.quantize(base, **told), config, **({} if "layout" in told else told)))
+    leaves = dict(adapted_leaves(params))
+    (path,) = (path for path in leaves if path.endswith("bias"))
+    moved = np.asarray(leaves[path].dense()) - np.asarray(leaves[path].base)
+    assert np.abs(moved).max() > 1e-2 and moved.shape == shapes[path]
+    factor = next((leaf.params["ia3_out"] for leaf in leaves.values() if "ia3_out" in leaf.params), None)
+    if factor is not None:
+        want = np.asarray(leaves[path].base) * (np.asarray(factor).reshape(shapes[path]) - 1)
+        np.testing.assert_allclose(moved, want, rtol=0, atol=1e-6)
+    got, want = pj.adapt(run)(params, X), run(pj.merge(params), X)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
+    tensors = pj.get_peft_model_state_dict(params)
+    again = pj.set_peft_model_state_dict(pj.quantize(base, **told), config, tensors, **told)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_road_turns_a_bias_of_heads_as_their_outputs():
+    base = tree_of({"q.kernel": (8, 2, 4), "q.bias": (2, 4)})
+    params = trained(pj.apply_adapter(base, ON_RANK_2["ROAD"], fn=heads, args=(X,)))
+    adapter = params["q"]["kernel"].params
+    angles, scales = np.asarray(adapter["road_theta"]), np.asarray(adapter["road_alpha"])
+    pairs = np.asarray(base["q"]["bias"]).reshape(4, 2)
+    first, second = pairs[:, 0], pairs[:, 1]
+    turned = [first * np.cos(angles) - second * np.sin(angles), first * np.sin(angles) + second * np.cos(angles)]
+    want = (scales * np.stack(turned)).T.reshape(2, 4)
+    np.testing.assert_allclose(params["q"]["bias"].dense(), want, rtol=0, atol=1e-6)
+
+
 def test_a_bias_that_is_no_fit_is_an_error_where_it_is_to_be_trained():
     base = {"layers": {"q": {"kernel": normal(0, 3, 8, 8), "bias": normal(1, 3, 7)}}}
     layout = {".*kernel": pj.Layout((0,), (1,), (2,))}

@@ -36,12 +36,17 @@ def pointwise(numbers, index):
     )
 
 
+def one_matrix(module, name):
+    return lambda params, x: x @ params[module][name]
+
+
 def unrolled(params, x):
     return x @ params["encoderblock_0"]["q"]["kernel"] @ params["encoderblock_1"]["q"]["kernel"]
 
 
 STACK, ONE = {"blocks": {"mlp": normal(0, 3, 8, 8)}}, {"a": {"weight": normal(1, 8, 8)}}
 FLAX = {f"encoderblock_{i}": {"q": {"kernel": normal(i, 8, 8)}} for i in range(2)}
+WEIGHTS = {name: {"q_proj": {name: normal(3, 8, 8)}} for name in ("w", "weights", "embeddings", "b")}
 LAST, FIRST = (slice(None), slice(None), None, None), (None, None)
 
 # name: (function, parameters, fields of the config, number of adapted layers)
@@ -66,6 +71,9 @@ CASES = {
         1,
     ),
     "own path in rank_pattern": (scan, STACK, {"target_modules": ["mlp"], "rank_pattern": {"blocks.mlp": 1}}, 3),
+    "own path in alpha_pattern": (scan, STACK, {"target_modules": ["mlp"], "alpha_pattern": {"blocks.mlp": 3}}, 3),
+    "own path as a regex": (scan, STACK, {"target_modules": r"blocks\.mlp"}, 3),
+    "own path at the top as a regex": (top, {"layer": STACK["blocks"]["mlp"]}, {"target_modules": "layer"}, 3),
     "layers of blocks": (scan, STACK, {"target_modules": ["mlp"], "layers_to_transform": [1, 2]}, 2),
     "layers at the top": (
         top,
@@ -74,13 +82,43 @@ CASES = {
         1,
     ),
     "layers of Flax": (unrolled, FLAX, {"target_modules": ["q"], "layers_to_transform": [1]}, 1),
-    "q_proj.w by q_proj": (
-        lambda p, x: x @ p["q_proj"]["w"],
-        {"q_proj": {"w": normal(3, 8, 8)}},
-        {"target_modules": ["q_proj"]},
+    "layers of Flax, by layers_pattern": (
+        unrolled,
+        FLAX,
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "encoderblock"},
         1,
     ),
+    "q_proj.w by q_proj": (one_matrix("q_proj", "w"), WEIGHTS["w"], {"target_modules": ["q_proj"]}, 1),
+    "q_proj.w by a regex": (one_matrix("q_proj", "w"), WEIGHTS["w"], {"target_modules": ".*q_proj"}, 1),
+    "q_proj.weights": (one_matrix("q_proj", "weights"), WEIGHTS["weights"], {"target_modules": ["q_proj"]}, 1),
+    "q_proj.embeddings": (one_matrix("q_proj", "embeddings"), WEIGHTS["embeddings"], {}, 1),
+    "a matrix called b": (one_matrix("q_proj", "b"), WEIGHTS["b"], {"target_modules": ["q_proj"]}, 1),
+    "a matrix called b, all-linear": (one_matrix("q_proj", "b"), WEIGHTS["b"], {}, 1),
+    "a path with slashes": (
+        one_matrix("net/~/linear_1", "w"),
+        {"net/~/linear_1": {"w": normal(3, 8, 8), "b": normal(5, 8)}},
+        {"target_modules": ["linear_1"]},
+        1,
+    ),
+    "layers of a path with slashes": (
+        lambda p, x: x @ p["net/~/block_0"]["w"] @ p["net/~/block_1"]["w"],
+        {f"net/~/block_{i}": {"w": normal(i, 8, 8)} for i in range(2)},
+        {"target_modules": ["w"], "layers_to_transform": [1]},
+        1,
+    ),
+    "bare experts": (
+        lambda p, x: jax.lax.ragged_dot(x, p["down"], jnp.array([1, 0, 1])),
+        {"down": STACK["blocks"]["mlp"]},
+        {"target_modules": ["down"]},
+        3,
+    ),
     "kernel at the top": (lambda p, x: x @ p["kernel"], {"kernel": normal(4, 8, 8)}, {"target_modules": ["kernel"]}, 1),
+    "embedding at the top": (
+        lambda p, x: p["embedding"][jnp.argmax(x, axis=1)],
+        {"embedding": normal(4, 8, 8)},
+        {"target_modules": ["embedding"]},
+        1,
+    ),
 }
 
 
@@ -97,8 +135,20 @@ def test_attaches_and_equals_merging(name):
     assert count_parameters(adapted)[0] == layers * rank * 16
 
 
-def test_quantize_takes_the_own_path_of_a_stack():
-    assert pj.quantize(STACK, target_modules=["blocks.mlp"], fn=scan, args=(X,))["blocks"]["mlp"].q.shape == (3, 8, 8)
+@pytest.mark.parametrize("targets", [["blocks.mlp"], r"blocks\.mlp"])
+def test_quantize_takes_the_own_path_of_a_stack(targets):
+    assert pj.quantize(STACK, target_modules=targets, fn=scan, args=(X,))["blocks"]["mlp"].q.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_explain_and_summary_print_is_a_target(name):
+    fn, params, fields, layers = CASES[name]
+    x = IMAGE if name.startswith("conv") else X
+    adapted = pj.apply_lora(params, pj.LoraConfig(**{"target_modules": "all-linear", **fields}), fn=fn, args=(x,))
+    printed = [leaf.path for leaf in pj.explain(fn, adapted, x).leaves]
+    assert all(path in str(pj.summary(adapted)) for path in printed)
+    again = pj.apply_lora(params, pj.LoraConfig(r=2, target_modules=printed), fn=fn, args=(x,))
+    assert [leaf.path for leaf in pj.explain(fn, again, x).leaves] == printed
 
 
 def test_complex_leaves_are_refused_by_name():

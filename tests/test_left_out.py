@@ -142,6 +142,19 @@ def test_what_is_meant_to_be_left_out_or_is_named_has_no_warning():
     assert weights_of(pj.apply_lora(two(), ALL)) == {"lost.kernel", "seen.kernel"}  # no program, nothing to know
 
 
+@pytest.mark.parametrize("name", LOSES)
+def test_explain_lists_what_was_not_followed_with_file_and_line(name):
+    """Where the warning says it, once the weight is named and merged."""
+    fn, primitive = LOSES[name]
+    named = ALL.replace(target_modules=["lost", "seen"])
+    adapted = pj.apply_lora(two(), named, fn=after_seen(fn), args=(X,))
+    lost, seen = pj.explain(after_seen(fn), adapted, X).leaves
+    merged = [use for use in lost.uses if use.merged]
+    assert any(re.fullmatch(primitive, use.primitive) for use in merged), merged
+    assert all(re.fullmatch(r"\w+\.py:\d+", use.where) for use in merged)
+    assert not any(use.merged for use in seen.uses)
+
+
 def normed(x, gain):
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * gain
 

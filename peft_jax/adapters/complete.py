@@ -18,6 +18,7 @@ from peft_jax.core.targets import (
     is_target,
     names_some,
     spelled_out_names,
+    spelled_out_regex,
 )
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.checks import layer_order
@@ -219,7 +220,11 @@ def with_own_names(config: M, found: Sequence[Leaf]) -> M:
     modules, changes = module_names(found), dict[str, object]()
     for field in ("target_modules", "exclude_modules"):
         names = getattr(config, field, None)
-        if names and not isinstance(names, str):
+        if isinstance(names, str) and not (field == "target_modules" and is_all_linear(config)):
+            regex = spelled_out_regex(names, modules, own)
+            if regex != names:
+                changes[field] = regex
+        elif names and not isinstance(names, str):
             spelled = spelled_out_names(list(names), modules, own)
             if field == "target_modules":  # layers_to_transform does not filter whole names, so that it is done here
                 spelled = [name for name in spelled if name in names or is_of_chosen_layer(config, name)]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -224,20 +225,30 @@ def _as_bias(leaf: Leaf, matrix: Leaf) -> Leaf:
 def own_names(found: Sequence[Leaf]) -> dict[str, list[str]]:
     """For leaves whose modules have other names than their own paths the names of the modules, by the paths.
 
-    A stacked leaf's path has no index; the weight of a module may be called by the module, and at the top by itself.
+    A stacked leaf's path has no index; the only matrix of a module may be called by the module, and at the top by
+    itself. Haiku's paths have slashes, whose parts count like those between dots.
     """
+    matrices = [leaf for leaf in found if is_matrix(leaf)]
+    inside = Counter[str]()  # the number of matrices in each module, at any depth
+    for leaf in matrices:
+        inside.update(_parents(leaf.path))
     own: dict[str, list[str]] = {}
-    for leaf in found:
-        if not is_matrix(leaf):
-            continue
+    for leaf in matrices:
         names = leaf.modules
         parent, _, last = leaf.path.rpartition(".")
         aliases = {leaf.path, module_path(leaf.path)}
-        if parent and last in WEIGHT_NAMES:
+        if last in WEIGHT_NAMES or inside[parent] == 1:
             aliases.add(parent)
+        aliases |= {alias.replace("/", ".") for alias in aliases}
         for alias in sorted(aliases - {""} - set(names)):
             own.setdefault(alias, []).extend(names)
     return own
+
+
+def _parents(path: str) -> list[str]:
+    """The paths of all modules around a leaf."""
+    parts = path.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def replace_leaves(params: PyTree, nodes: Mapping[int, PyTree]) -> PyTree:

@@ -26,7 +26,7 @@ KIND = "kind"  # the key of a JSON object that says what it is
 
 
 def register_node(cls: type[Node], data_fields: Sequence[str], meta_fields: Sequence[str]) -> type[Node]:
-    """``jax.tree_util.register_dataclass`` of an adapted or quantized leaf or a model handle, with JAX's export and with Flax too.
+    """``jax.tree_util.register_dataclass`` of a leaf that trees keep, or of a handle, with JAX's export and Flax too.
 
     Args:
         cls: The dataclass.

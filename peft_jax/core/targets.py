@@ -127,6 +127,27 @@ def _ends_of(path: str) -> list[str]:
     return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
 
 
+def spelled_out_regex(regex: str, modules: Sequence[str], own: Mapping[str, Sequence[str]]) -> str:
+    r"""A regex of targets; one that matches no module but leaves by their own paths matches their modules then.
+
+    Args:
+        regex: The regex, matched against whole paths.
+        modules: Paths of all modules.
+        own: Names of modules by paths of leaves.
+
+    Example:
+        >>> spelled_out_regex("(mlp|head)", ["mlp.0", "mlp.1"], {"mlp": ["mlp.0", "mlp.1"]})
+        '(mlp|head)|mlp\\.0|mlp\\.1'
+    """
+    if names_some(regex, modules):
+        return regex
+    meant: list[str] = []
+    for path, of_leaf in own.items():
+        if matches(regex, path):
+            meant += of_leaf
+    return "|".join([regex, *map(re.escape, dict.fromkeys(meant))])
+
+
 def _of_leaves(name: str, own: Mapping[str, Sequence[str]]) -> list[str]:
     """Names of the modules of those leaves that a name is the end of."""
     found: list[str] = []
@@ -143,8 +164,10 @@ def layer_index(config: Targets, module: str) -> int | None:
     """
     patterns = config.layers_pattern or ()
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    usual = [r".*?\.[^.]*\.(\d+)\.", r"[^.]+\.(\d+)(?:\.|$)", r"(?:.*?\.)?[A-Za-z]+_(\d+)(?:\.|$)"]
-    rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or usual
+    usual = [r".*?\.[^.]*\.(\d+)\.", r"[^.]+\.(\d+)(?:\.|$)", r"(?:.*?[./])?[A-Za-z_]+_(\d+)(?:[./]|$)"]
+    named = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+    named += [rf"(?:^|.*?[./]){pattern}[._](\d+)(?:[./]|$)" for pattern in patterns]  # no list of PyTorch's
+    rules = named or usual
     for rule in rules:
         if match := re.match(rule, module):
             return int(match[1])

@@ -21,7 +21,7 @@ from peft_jax.core.leaves import (
     replace_leaves,
 )
 from peft_jax.core.repeated import is_repeated
-from peft_jax.core.targets import names_module, names_some, no_matrix, nothing_hit, spelled_out_names
+from peft_jax.core.targets import names_module, names_some, no_matrix, nothing_hit, spelled_out_names, spelled_out_regex
 from peft_jax.core.weight import is_weight
 from peft_jax.quant.kinds import Quantizer
 from peft_jax.quant.quantized import Quantized
@@ -107,8 +107,11 @@ def quantize_as(
     used = found if read is None else [leaf for leaf in found if leaf.path in read.matrices or is_weight(leaf.value)]
     targets = _matmul_names(used) if target_modules is None else target_modules
     modules = module_names(matrices)
-    if not isinstance(targets, str):
-        targets = spelled_out_names(list(targets), modules, own_names(found))
+    own = own_names(found)
+    if isinstance(targets, str):
+        targets = spelled_out_regex(targets, modules, own)
+    else:
+        targets = spelled_out_names(list(targets), modules, own)
     for target in [targets] if isinstance(targets, str) else targets:
         one = target if isinstance(targets, str) else [target]
         if not names_some(one, modules):
