@@ -256,7 +256,7 @@ ON_RANK_2 = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["program", pytest.param("convention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ON_RANK_2)
 @pytest.mark.parametrize("name", RANK_2)
 def test_a_bias_of_rank_2_is_that_of_its_matrix(name, method, how):
