@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = quick_compilation.flags(devices=8)  # meshes of 8 devi
 import conformance
 import jax
 import pytest
+from ignored_options import without_options
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -43,6 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--killed-pairs", type=int, default=1, metavar="COUNT", help="kills at random moments of one process of two"
     )
     parser.addoption("--full-grid", action="store_true", help="try every file of tests/test_file_grid.py")
+    parser.addoption(
+        "--ignored-options", action="store_true", help="expect the test of each option to fail as the option is ignored"
+    )
     parser.addoption("--conformance", type=Path, metavar="FILE", help="write how closely outputs agree with PEFT's")
 
 
@@ -56,7 +60,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out slow tests without ``--slow``, and rows by ``--sample``; pytest reports how many."""
+    """Leaves out slow tests without ``--slow``, and rows by ``--sample``; pytest reports how many.
+
+    With ``--ignored-options`` the tests of options alone are left, each once for each option that is named for it.
+    """
+    if config.getoption("--ignored-options"):
+        items[:] = without_options(items)
+        return
     every = config.getoption("--sample")
     rows_before: collections.Counter[str] = collections.Counter()
     kept, left_out = [], []

@@ -543,8 +543,10 @@ def test_the_demo_says_what_it_does_and_compiles_each_program_once(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["peft-jax", "demo"])  # which it quotes where no such command is installed
     short = Settings(max_steps=4, batch_size=4, evaluate_every=2, answer_tokens=3, held_out=8)
+    options = main_module.parse(["demo", "--output", "mine"])
+    assert isinstance(options, Demo)
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
-        demo(Demo(), short)
+        demo(options, short)
     compiled = [message.split()[1] for message in caplog.messages if message.startswith("Compiling ")]
     assert compiled.count("jit(step)") == 2  # training and evaluation, each for adapter and control
     assert compiled.count("jit(run)") == 1  # generation, before and after
@@ -555,10 +557,10 @@ def test_the_demo_says_what_it_does_and_compiles_each_program_once(
     for part in ("Before", "After", "Control", "before", "after", "wanted", "merged", "finetune --load-in-8bit"):
         assert part in said
     written = {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"}
-    assert written < tree(tmp_path / "demo-output").keys()
-    assert [file.name for file in tmp_path.iterdir()] == ["demo-output"]
+    assert written < tree(tmp_path / "mine").keys()
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(FileExistsError, match="--output"):
-        demo(Demo(), short)
+        demo(options, short)
 
 
 def test_the_example_runs(tmp_path: Path) -> None:

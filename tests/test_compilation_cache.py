@@ -68,6 +68,31 @@ def test_nothing_is_kept_if_the_user_says_so() -> None:
     assert [programs_read(), programs_read()] == [0, 0] and not default_folder().exists()
 
 
+RUNS = {
+    "finetune": ["--model", "m", "--data", "d", "--output", "o"],
+    "generate": ["a"],
+    "eval": ["--data", "d"],
+    "merge": ["--adapter", "a", "--output", "o"],
+    "demo": [],
+}
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_each_command_keeps_programs_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    found: list[CompilationOptions] = []
+
+    def stop(options: CompilationOptions) -> None:
+        found.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_jax.cli.main.keep_programs", stop)
+    for words in (["--compilation-cache", str(tmp_path)], ["--no-compilation-cache"]):
+        assert main([command, *RUNS[command], *words]) == 130
+    assert [(one.compilation_cache, one.no_compilation_cache) for one in found] == [(tmp_path, False), (None, True)]
+
+
 def test_a_cache_that_is_set_up_already_stays(tmp_path: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "set"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.125)

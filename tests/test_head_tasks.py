@@ -17,7 +17,7 @@ from peft_jax.cli.main import main
 from peft_jax.cli.shared.class_numbers import by_names_of
 from peft_jax.cli.shared.data_options import DataFileOptions
 from peft_jax.cli.shared.data_sources import Loaded, NamedClasses, load_records
-from peft_jax.cli.shared.head_labels import HeadLabels, labels_of_texts, named_by_data, with_names
+from peft_jax.cli.shared.head_labels import HeadLabels, id2label_of, labels_of_texts, named_by_data, with_names
 from peft_jax.train.answers_found import normalized, word_f1
 from peft_jax.train.data.class_names import class_names_of_schema
 from peft_jax.train.data.label_kinds import label_array, names_of, problem_of
@@ -548,6 +548,38 @@ def test_names_are_given_to_classes_that_have_numbers(
             with_names(labels, names)
     else:
         assert with_names(labels, names).id2label == wanted
+
+
+Setting = tuple[str | None, list[str], int]  # problem_type, names of classes, rows
+NUMBERS = [{"text": f"number {n}", "label": n % 2} for n in range(4)]
+SENTENCE = [{"tokens": [str(n) for n in range(16)], "tags": [n % 2 for n in range(16)]}]
+SPLIT = ("--cutoff-len", "10", "--long", "split")
+SET_BY: dict[str, tuple[Rows, tuple[str, ...], tuple[str, ...], Setting]] = {  # data, words, words of the option
+    "task": (NUMBERS, (), ("--task", "SEQ_CLS"), (None, ["LABEL_0", "LABEL_1"], 4)),
+    "problem_type": (NUMBERS, ("--task", "SEQ_CLS"), ("--problem-type", "regression"), ("regression", ["LABEL_0"], 4)),
+    "label_names": (NUMBERS, ("--task", "SEQ_CLS"), ("--label-names", "no", "yes"), (None, ["no", "yes"], 4)),
+    "stride": (SENTENCE, ("--task", "TOKEN_CLS", *SPLIT), ("--stride", "3"), (None, ["LABEL_0", "LABEL_1"], 7)),  # of 37 tokens
+}
+
+
+@pytest.mark.parametrize("option", SET_BY)
+def test_finetune_sets_up_the_head_that_is_asked_for(
+    option: str, bases: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, words, given, wanted = SET_BY[option]
+    found: list[Setting] = []
+
+    def stop(options: Any, task: Any, model: Any, data: Any, mesh: Any) -> Any:
+        found.append((model.config.problem_type, [*id2label_of(model).values()], len(data.training)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_jax.cli.finetune.finetune.make_plan", stop)
+    monkeypatch.chdir(bases)
+    Path("set.json").write_text(json.dumps(rows))
+    run = ["finetune", "--model", "bert", "--data", "set.json", "--output", "set", "--max-steps", "1", *words]
+    main(run)
+    assert main([*run, *given]) == 130, capsys.readouterr().err
+    assert found[-1] == wanted and wanted not in found[:-1]
 
 
 def span_answers(model: Any, rows: Rows) -> dict[str, float]:

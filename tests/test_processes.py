@@ -233,6 +233,27 @@ def test_what_cannot_be_joined_says_so(
     assert not (folder / "new").exists()
 
 
+@pytest.mark.parametrize("by", ["flags", "the cluster"])
+def test_what_finds_the_others_reaches_jax(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    seen = []
+
+    def stop(**options: Any) -> None:
+        seen.append(options)
+        raise RuntimeError("no")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jax.distributed.initialize", stop)
+    found: dict[str, Any] = {"coordinator_address": "localhost:7", "num_processes": 3, "process_id": 0}
+    words = [word for name, value in found.items() for word in (f"--{name}", str(value))]
+    if by == "the cluster":
+        words, found = ["--distributed"], dict.fromkeys(found)
+    assert main([*WORDS, "--output", "new", "--initialization-timeout", "9", *words]) == 2
+    assert "the processes of the run cannot be joined" in capsys.readouterr().err
+    assert seen == [{**found, "initialization_timeout": 9}]
+
+
 def test_devices_that_are_left_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_jax.cli.finetune.processes import check_processes
     from peft_jax.train.mesh import make_mesh

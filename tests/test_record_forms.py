@@ -496,6 +496,37 @@ def test_no_option_of_preview_is_ignored(
     assert shown not in before.out + before.err and shown in after.out + after.err, after
 
 
+TRAINED_AND_MEASURED = {
+    "finetune": TRAIN,
+    "eval": ["eval", "--model", "model"],
+}
+HUB = ("--data", "me/mine")
+REACHED_BY: dict[str, tuple[tuple[str, ...], str]] = {
+    "columns": (("--data", "pairs.jsonl", "--columns", "completion=none"), "pairs.jsonl has no column none"),
+    "data_split": ((*HUB, "--data-split", "test"), "'split': 'test'"),
+    "data_subset": ((*HUB, "--data-subset", "en"), "('me/mine', 'en')"),
+    "data_revision": ((*HUB, "--data-revision", "v1"), "'revision': 'v1'"),
+    "stride": (("--data", "pairs.jsonl", "--stride", "2"), "--stride is for QUESTION_ANS and TOKEN_CLS"),
+}
+
+
+@pytest.mark.parametrize("option", REACHED_BY)
+@pytest.mark.parametrize("command", TRAINED_AND_MEASURED)
+def test_finetune_and_eval_read_data_as_preview_does(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, option: str
+) -> None:
+    def load_dataset(*names: str, **options: Any) -> Any:
+        raise ValueError(f"{names} {options}")
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    write("pairs.jsonl", *ROWS_OF["pairs"])
+    words, said = REACHED_BY[option]
+    assert main([*TRAINED_AND_MEASURED[command], *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_types_of_records() -> None:
     [chat] = to_records([FORMS["turns of weight 0"][0]], "here")
     assert isinstance(chat, Chat) and chat.given == (1, 3)
