@@ -7,6 +7,7 @@
 #                        ARGS="--sample 8" takes every eighth row of each test, as continuous integration does
 #   make test-oldest     the same tests on the oldest versions that pyproject.toml allows (in .venv-oldest)
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
+#   make test-options    the test of each option of each command, which has to fail where the option is ignored (10 minutes)
 #   make test-field      adapt nets of public packages, from haiku to tunix (tests/field; in .venv-field; some 5 minutes)
 #   make fuzz     read 20,000 damaged folders: adapters, bases, data, runs (tests/fuzz; an hour or two)
 #   make kills    kill 126 runs, 26 of them of two processes, at chosen and random moments, and resume them
@@ -49,7 +50,7 @@ NEWEST ?= $(shell versions=$$(pyenv root 2>/dev/null)/versions; \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-field fuzz kills test-models test-newest test-oldest lint docs links types dist notebooks \
+.PHONY: demo test test-slow test-options test-field fuzz kills test-models test-newest test-oldest lint docs links types dist notebooks \
     conformance conformance-full quantization models bench quality bench-chip test-image lowering
 
 demo: .venv/runtime
@@ -65,6 +66,9 @@ test-slow: .venv/test
 test-models: .venv/test
 	$(BIN)/python -m pytest --grid tests/test_base_dropout.py tests/test_decoders.py tests/test_decoder_commands.py \
 	    tests/test_filled_rows.py $(ARGS)
+
+test-options: .venv/test
+	$(BIN)/python -m pytest --ignored-options $(ARGS)
 
 test-field: .venv-field/ready
 	.venv-field/bin/python -m pytest -n 0 --field tests/field -W default $(ARGS)

@@ -49,10 +49,11 @@ def _with_default(options: Any, parameter: Parameter) -> Any:
     """A copy in which one option is as if it were not given."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name == parameter.name:
+        if dataclasses.is_dataclass(value):  # a group of options, which may have the name of one
+            if parameter.name in {one.name for one in dataclasses.fields(value)}:
+                return dataclasses.replace(options, **{field.name: _with_default(value, parameter)})
+        elif field.name == parameter.name:
             return dataclasses.replace(options, **{field.name: _default(field, value)})
-        if dataclasses.is_dataclass(value) and parameter.name in {one.name for one in dataclasses.fields(value)}:
-            return dataclasses.replace(options, **{field.name: _with_default(value, parameter)})
     raise AssertionError(f"no option is named {parameter.name}")
 
 

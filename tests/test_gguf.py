@@ -554,6 +554,8 @@ def test_the_commands_find_the_file_again(
     assert found["loss"] < base["loss"], "the adapter counts"
 
     run("merge", "--adapter", "run", "--output", "merged")
+    run("merge", "--adapter", "run", *given[:4], "--output", "again")
+    assert Path("again/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in Path("merged").iterdir()}
     merged = json.loads(run("eval", "--model", "merged", "--data", "data.json", "--json"))
     np.testing.assert_allclose(merged["loss"], found["loss"], rtol=1e-5)

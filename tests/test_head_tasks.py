@@ -558,7 +558,12 @@ SET_BY: dict[str, tuple[Rows, tuple[str, ...], tuple[str, ...], Setting]] = {  #
     "task": (NUMBERS, (), ("--task", "SEQ_CLS"), (None, ["LABEL_0", "LABEL_1"], 4)),
     "problem_type": (NUMBERS, ("--task", "SEQ_CLS"), ("--problem-type", "regression"), ("regression", ["LABEL_0"], 4)),
     "label_names": (NUMBERS, ("--task", "SEQ_CLS"), ("--label-names", "no", "yes"), (None, ["no", "yes"], 4)),
-    "stride": (SENTENCE, ("--task", "TOKEN_CLS", *SPLIT), ("--stride", "3"), (None, ["LABEL_0", "LABEL_1"], 7)),  # of 37 tokens
+    "stride": (
+        SENTENCE,
+        ("--task", "TOKEN_CLS", *SPLIT),
+        ("--stride", "3"),
+        (None, ["LABEL_0", "LABEL_1"], 7),
+    ),  # of 37 tokens
 }
 
 

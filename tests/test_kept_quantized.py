@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_quantized_files import IDS, torch_llama
 
 import peft_jax as pj
-from peft_jax.cli.demo_data import MODEL, TRAIN
+from peft_jax.cli.demo_data import HELD_OUT, MODEL
 from peft_jax.cli.main import main
 from peft_jax.quant import FP4, NF4, Int4, Int8, Int8Groups, Quantized, nbytes
 from peft_jax.quant.rounded_to import rounded_to
@@ -318,9 +318,9 @@ def test_options_that_exclude_each_other(tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ["finetune", "--data", str(TRAIN), "--output", "job", "--keep-quantized"],
+        ["finetune", "--data", str(HELD_OUT), "--output", "job", "--max-steps", "1", "--keep-quantized"],
         ["generate", "a prompt", "--keep-quantized"],
-        ["eval", "--data", str(TRAIN), "--keep-quantized"],
+        ["eval", "--data", str(HELD_OUT), "--keep-quantized"],
     ],
     ids=lambda command: command[0],
 )

@@ -21,6 +21,7 @@ from peft_jax.cli.shared.command_line import option_groups
 from peft_jax.cli.shared.data_options import DataFileOptions
 from peft_jax.cli.shared.data_sources import load_records
 from peft_jax.train import Mixture, Padded, training_batches
+from peft_jax.train.data import text_pieces
 from peft_jax.train.data.long_examples import IGNORE, Example, kept
 from peft_jax.train.data.record_forms import to_records
 from peft_jax.train.data.records import Chat, Completion, Record
@@ -237,9 +238,14 @@ WRONG_DATA: dict[str, tuple[Any, str]] = {
         {"instruction": "a", "output": "b", "history": ["c"]},
         "history that is no list of pairs",
     ),
+    "turns that are no JSON": ({"conversations": "hi"}, "has text in its turns, which is not JSON"),
+    "a field that is null": (
+        {"instruction": None, "output": "b"},
+        r"lacks instruction; it has instruction \(null\), out",
+    ),
     "tools that are no JSON": (
         {"messages": [ASK, {"role": "assistant", "content": "b"}], "tools": "none"},
-        "has a tools that is text and not JSON",
+        "has text in its tools, which is not JSON",
     ),
 }
 
@@ -260,6 +266,13 @@ def test_tools_that_the_template_does_not_write_are_refused_and_thoughts_reporte
     assert "The chat template does not write reasoning_content, which 1 chats have." in say(
         *PREVIEW, "--data", "thoughts.jsonl"
     )
+    turns = [ASK, {"role": "asistant", "content": "a typo"}, ASK, {"role": "assistant", "content": "say"}]
+    write("roles.jsonl", {"messages": turns})
+    for words in ([], ["--streaming"]):
+        said = say(*PREVIEW, "--data", "roles.jsonl", *words)
+        assert "Turns of the role asistant are given to the chat template as they are, and not learned." in said
+    Path("unnamed.csv").write_text(",text\n0,a\n")
+    assert "Not used of unnamed.csv: a column without a name." in say(*PREVIEW, "--data", "unnamed.csv")
     write("tools.jsonl", FORMS["OpenAI with tools and null content"][0])
     assert main([*PREVIEW, "--data", "tools.jsonl"]) == 2
     assert "chat 1 has tools, which the tokenizer's chat template does not write" in capsys.readouterr().err
@@ -282,6 +295,12 @@ WRONG_WORDS = {
     "a folder that is missing": (["--columns", "text=reply", "--html", "none/p.html"], "none/p.html cannot be written"),
     "a truncated file": (["--data", "torn.jsonl.gz"], "torn.jsonl.gz is not a whole gzip file"),
     "a row with too many cells": (["--data", "torn.csv"], "torn.csv has 3 cells in line 2 and 2 columns (a, b). Put"),
+    "two columns of a name": (["--data", "twice.csv"], "twice.csv has two columns named 'text'. Rename or remove one"),
+    "two of a Parquet file": (["--data", "twice.parquet"], "twice.parquet has two columns named 'text'. Rename or"),
+    "two of a stream": (["--data", "twice.parquet", "--streaming"], "twice.parquet has two columns named 'text'."),
+    "semicolons": (["--data", "other.csv"], "other.csv has one column, 'text;n'. In a file that ends in .csv commas"),
+    "another encoding": (["--data", "latin.csv"], "latin.csv is not UTF-8 text. Save the table as UTF-8."),
+    "a folder": (["--data", "model"], "no data file at model, which is a folder. Give"),
 }
 
 
@@ -291,7 +310,13 @@ def test_wrong_words_are_one_line(workplace: Path, capsys: pytest.CaptureFixture
     write("rows.jsonl", *ROWS)
     Path("torn.jsonl.gz").write_bytes(gzip.compress(Path("rows.jsonl").read_bytes())[:-9])
     Path("torn.csv").write_text("a,b\n1,2,3\n")
-    first = [] if case in ("a truncated file", "a row with too many cells") else ["--data", "rows.jsonl"]
+    Path("twice.csv").write_text("text,text\na,b\n")
+    Path("other.csv").write_text("text;n\na;b\n")
+    Path("latin.csv").write_bytes("text\nä\n".encode("latin-1"))
+    if "twice.parquet" in words:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_arrays([arrow.array(["a"])] * 2, ["text", "text"]), "twice.parquet")
+    first = [] if words[0] == "--data" and "@" not in words[1] else ["--data", "rows.jsonl"]
     assert main([*PREVIEW, *first, *words]) == 2
     [error] = capsys.readouterr().err.strip().splitlines()
     assert said in error
@@ -391,6 +416,67 @@ def test_of_a_long_text_the_first_tokens_are_those_of_the_whole(tiny_llama: Path
         whole = tokenizer(text, verbose=False)["input_ids"]
         assert row.ids[:50] == whole[:50]
         assert not row.is_whole and len(row.ids) < len(whole) / 2
+
+
+def sentencepiece_tokenizer(splits: bool) -> Any:
+    """A tokenizer with marks for spaces, either as one word of a whole text, as Llama 2's, or of words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if splits:
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)
+    made.train_from_iterator(["one", "two", "three", "end"], trainer)
+    ends = [("<s>", 1), ("</s>", 2)]
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+LONG_TEXTS = {
+    "words": "one two three " * 400,
+    "a word": "x" * 6000,
+    "letters of several bytes": "é漢🎉 end\n\n" * 600,
+    "spaces": (" " * 30 + "end ") * 200,
+}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes and BOS", "one word", "words"])
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from peft_jax.cli.demo_data import MODEL
+    from peft_jax.prompts.tokenizer import read_tokenizer
+
+    monkeypatch.setattr(text_pieces, "PIECE", 1000)
+    monkeypatch.setattr(text_pieces, "OVERLAP", 700)
+    folders = {"bytes": MODEL, "bytes and BOS": tiny_llama}
+    tokenizer = read_tokenizer(folders[kind]) if kind in folders else sentencepiece_tokenizer(kind == "words")
+    for name, text in LONG_TEXTS.items():
+        whole = tokenizer(text, verbose=False)["input_ids"]
+        assert text_pieces.ids_of_pieces(text, tokenizer) == whole, name
+
+
+def test_a_long_text_that_cannot_be_joined_is_tokenized_whole(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_jax.prompts.tokenizer import read_tokenizer
+
+    tokenizer, text = read_tokenizer(tiny_llama), "one two three " * 400
+    monkeypatch.setattr("peft_jax.train.data.token_rows.LONG", 1000)
+    seen = []
+
+    def no_pieces(text: str, tokenizer: Any) -> None:
+        seen.append(text)
+
+    monkeypatch.setattr("peft_jax.train.data.token_rows.ids_of_pieces", no_pieces)
+    short, long = token_rows(["one", text], tokenizer)
+    assert seen == [text] and long.ids == tokenizer(text, verbose=False)["input_ids"] and len(short.ids) < 5
+    monkeypatch.setattr("peft_jax.train.data.token_rows.ids_of_pieces", lambda text, tokenizer: [7])
+    assert token_rows(["one", text], tokenizer)[1].ids == [7]
 
 
 def test_preview_counts_colors_and_writes_a_page(

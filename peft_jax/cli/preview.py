@@ -16,7 +16,7 @@ from peft_jax.cli.shared.class_numbers import by_names_of
 from peft_jax.cli.shared.data_options import check_streaming
 from peft_jax.cli.shared.data_sources import Loaded, load_records
 from peft_jax.cli.shared.preview_page import Part, Shown, page, painted
-from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
+from peft_jax.cli.shared.row_layout import row_options, said_of_chats, said_of_length
 from peft_jax.cli.shared.task import check_options, task_of
 from peft_jax.cli.shared.terminal import obeyed
 from peft_jax.models.gguf_checkpoint import base_config
@@ -57,7 +57,7 @@ def preview(options: Preview) -> None:
     shown = [_shown(example, tokenizer, classes) for example in encoded.examples[: options.examples]]
     said = [said_of_streams(loaded)] if isinstance(loaded, Streams) else []
     said += [_counts(encoded.examples), said_of_length(encoded, layout)]
-    said += [*loaded.notes, *said_of_thoughts(loaded.records, tokenizer)]
+    said += [*loaded.notes, *said_of_chats(loaded.records, tokenizer)]
     if options.html is not None:
         _write(options.html, page(shown, said))
         said.append(f"Wrote {options.html}.")

@@ -20,12 +20,18 @@ def read_text(file: Path, called: str, rule: str) -> str:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not text.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"no {called} at {file}. {rule}")
+    check_there(file, called, rule)
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text. {rule}") from error
+
+
+def check_there(file: Path, called: str, rule: str) -> None:
+    """Raise FileNotFoundError unless there is such a file; arguments are those of `read_text`."""
+    if not file.is_file():
+        kind = ", which is a folder" if file.is_dir() else ""
+        raise FileNotFoundError(f"no {called} at {file}{kind}. {rule}")
 
 
 def parse_object(text: str, subject: str, rule: str) -> dict[str, Any]:

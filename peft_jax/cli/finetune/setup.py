@@ -22,7 +22,7 @@ from peft_jax.cli.finetune.options import (
 from peft_jax.cli.shared.class_numbers import by_names_of
 from peft_jax.cli.shared.data_sources import Loaded, sources_of
 from peft_jax.cli.shared.head_labels import LABELS_FILE, HeadLabels, id2label_of, named_by_data, with_names
-from peft_jax.cli.shared.row_layout import row_options, said_of_length, said_of_thoughts
+from peft_jax.cli.shared.row_layout import row_options, said_of_chats, said_of_length
 from peft_jax.cli.shared.task import RowOptions, Task
 from peft_jax.cli.shared.training_layout import (
     ANSWERS,
@@ -135,7 +135,7 @@ def make_data(
     said = f"{len(examples)} examples{kept}. {said_of_length(encoded, rows)}"
     if task.writes:
         said += f"\n{said_of_layout(used, rows.masks)}"
-    said = "\n".join([said, *loaded.notes, *said_of_thoughts(loaded.records, tokenizer)])
+    said = "\n".join([said, *loaded.notes, *said_of_chats(loaded.records, tokenizer)])
     digest = digest_of(examples)
     layout = recorded_layout(used, tokenizer, rows)
     held_out = lay_out(validation) if validation else None

@@ -29,7 +29,7 @@ from peft_jax.cli.shared.data_sources import (
     sources_of,
     weights_of,
 )
-from peft_jax.cli.shared.row_layout import said_of_length, said_of_thoughts
+from peft_jax.cli.shared.row_layout import said_of_chats, said_of_length
 from peft_jax.cli.shared.task import RowOptions, Task
 from peft_jax.cli.shared.training_layout import TrainingLayout
 from peft_jax.methods.base import PeftConfig
@@ -38,7 +38,7 @@ from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.batches import Data, Mixture, Padded
 from peft_jax.train.data.chats import ChatMasks
 from peft_jax.train.data.long_examples import Example, NothingFits
-from peft_jax.train.data.record_forms import Form, form_of, to_record, unused_fields
+from peft_jax.train.data.record_forms import Form, form_of, said_of_unused, to_record, unused_fields
 from peft_jax.train.data.records import AnyRecord
 from peft_jax.train.data.row_files import RULE, JoinedRows, open_rows
 
@@ -96,7 +96,7 @@ def load_streams(options: DataFileOptions) -> Streams:
             records.append(to_record(row, form, f"record {number} of {source.name}"))
             unused |= dict.fromkeys(unused_fields(row, form))
         if unused:
-            notes.append(f"Not used of {source.name}: {', '.join(unused)}.")
+            notes.append(said_of_unused(source.name, unused))
         files.append(file)
         forms.append(form)
     check_template(options, records)
@@ -155,7 +155,7 @@ def stream_data(
     sample = Padded(first.examples, data.lengths[-1], padded_like.pad, shortest=data.lengths[0])
     said = [said_of_streams(streams, validation.size, left_out), said_of_length(first, rows)]
     said = [" ".join(said), said_of_layout(used, rows.masks), *streams.notes]
-    said += said_of_thoughts(streams.records, tokenizer)
+    said += said_of_chats(streams.records, tokenizer)
     digest = digest_of(first.examples)
     return Examples(data, held_out, "\n".join(said), digest, layout, ends, sample=sample)
 

@@ -12,7 +12,7 @@ from peft_jax.core.selecting import without
 from peft_jax.core.short_errors import short_errors
 from peft_jax.train.data.class_names import FIELDS, ClassNames, class_names_of_features
 from peft_jax.train.data.data_files import TABLES, ending_of, read_table, with_numbers
-from peft_jax.train.data.record_forms import form_of, in_rows, parse_records
+from peft_jax.train.data.record_forms import form_of, in_rows, parse_records, said_of_unused
 from peft_jax.train.data.records import AnyRecord, Chat, Record
 
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -91,7 +91,7 @@ def load_records(options: DataFileOptions) -> Loaded:
         records += found.records
         counts.append(len(found.records))
         if found.unused:
-            notes.append(f"Not used of {source.name}: {', '.join(found.unused)}.")
+            notes.append(said_of_unused(source.name, found.unused))
     check_template(options, records)
     _check_same_classes(classes)
     return Loaded(records, tuple(counts), weights_of(sources), tuple(notes), classes=tuple(classes))

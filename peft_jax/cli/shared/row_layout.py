@@ -14,6 +14,8 @@ from peft_jax.train.data.template import Layout
 
 LONGEST = 2048  # tokens of an example where --cutoff-len is not given
 
+USUAL_ROLES = ("system", "developer", "user", "assistant", "tool")
+
 
 def row_options(options: DataFileOptions, config: Any, layout: Layout, *, virtual: int, **more: Any) -> RowOptions:
     """How records become rows.
@@ -33,11 +35,17 @@ def row_options(options: DataFileOptions, config: Any, layout: Layout, *, virtua
     )
 
 
-def said_of_thoughts(records: Sequence[AnyRecord], tokenizer: Tokenizer) -> list[str]:
-    """Sentences on thoughts in chats that the tokenizer's chat template leaves out."""
+def said_of_chats(records: Sequence[AnyRecord], tokenizer: Tokenizer) -> list[str]:
+    """Sentences on thoughts in chats that the chat template leaves out, and on turns of unusual roles."""
     chats = [record for record in records if isinstance(record, Chat)]
     found = unwritten_thoughts(chats, str(tokenizer.chat_template)) if chats else {}
-    return [f"The chat template does not write {name}, which {count} chats have." for name, count in found.items()]
+    said = [f"The chat template does not write {name}, which {count} chats have." for name, count in found.items()]
+    roles = {str(message["role"]): None for chat in chats for message in chat.messages}
+    if others := [role for role in roles if role not in USUAL_ROLES]:
+        said.append(
+            f"Turns of the role {', '.join(others)} are given to the chat template as they are, and not learned."
+        )
+    return said
 
 
 def said_of_length(encoded: Encoded, options: RowOptions) -> str:

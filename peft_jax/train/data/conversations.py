@@ -94,12 +94,12 @@ def parsed(value: Any, name: str, where: str) -> Any:
         return parse_json(value)
     except JSONError as error:
         raise ValueError(
-            f"{where} has a {name} that is text and not JSON ({error}). Give a list of objects."
+            f"{where} has text in its {name}, which is not JSON ({error}). Give a list or an object."
         ) from error
 
 
 def _turns(messages: Any, where: str) -> list[Turn]:
-    messages = parsed(messages, "messages", where)
+    messages = parsed(messages, "turns", where)
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where} has messages that are no list, or an empty one. {RULE}")
     return [_turn(message, f"message {number} in {where}") for number, message in enumerate(messages, 1)]

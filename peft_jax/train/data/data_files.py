@@ -6,19 +6,20 @@ import importlib
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from peft_jax.core.short_errors import short_errors
 from peft_jax.core.strict_json import JSONError, parse_json
-from peft_jax.core.text_files import read_text
+from peft_jax.core.text_files import check_there, read_text
 from peft_jax.train.data.class_names import ClassNames, class_names_of_schema
 from peft_jax.train.data.record_forms import FORMATS, to_records
 from peft_jax.train.data.records import AnyRecord, Record, named
 
 TABLES = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = (",", ";", "\t", "|")
 COLUMNAR = (".parquet", ".arrow", ".feather")
 RULE = f"Give a JSON or JSONL file of records with {FORMATS}."
 NUMBERS = ("label", "task_id", "weight")  # fields that are numbers elsewhere, and texts in tables of texts
@@ -126,27 +127,23 @@ def is_compressed(file: Path) -> bool:
 
 
 def _read_text(file: Path) -> str:
+    rule = f"Save the table as UTF-8. {RULE}" if ending_of(file) in TABLES else RULE
     if not is_compressed(file):
-        return read_text(file, "data file", RULE)
+        return read_text(file, "data file", rule)
     try:
         return _unpacked(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text. {RULE}") from error
+        raise ValueError(f"{file} is not UTF-8 text. {rule}") from error
 
 
 def _unpacked(file: Path) -> bytes:
     """The content of a compressed file."""
-    _check_there(file)
+    check_there(file, "data file", RULE)
     try:
         with gzip.open(file) as stream:
             return stream.read()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is not a whole gzip file ({error}). Compress it again.") from error
-
-
-def _check_there(file: Path) -> None:
-    if not file.is_file():
-        raise FileNotFoundError(f"no data file at {file}. {RULE}")
 
 
 def _parse(text: str, file: Path) -> list[Any]:
@@ -172,6 +169,7 @@ def _table(text: str, file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(reader)
+        check_columns(names, file)
         for row in reader:
             if len(row) not in (0, len(names)):
                 raise ValueError(
@@ -184,6 +182,19 @@ def _table(text: str, file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
         raise ValueError(
             f"{file} is no table in line {reader.line_num}: {error}. Write it with a CSV writer."
         ) from error
+
+
+def check_columns(names: Sequence[str], file: Path) -> None:
+    """Raise ValueError for two columns of one name, and for a first line of a table that has another separator."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(f"{file} has two columns named '{name}'. Rename or remove one of them.")
+    ending = ending_of(file)
+    if ending in TABLES and len(names) == 1 and any(mark in names[0] for mark in SEPARATORS):
+        separator = {",": "commas", "\t": "tabs"}[TABLES[ending]]
+        raise ValueError(
+            f"{file} has one column, {names[0]!r}. In a file that ends in {ending} {separator} separate columns."
+        )
 
 
 def with_numbers(row: dict[str, Any]) -> dict[str, Any]:
@@ -205,13 +216,16 @@ def with_numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 def _read_columnar(file: Path) -> tuple[list[dict[str, Any]], ClassNames]:
     arrow = import_arrow(file)
-    _check_there(file)
+    check_there(file, "data file", RULE)
     try:
         source = arrow.BufferReader(_unpacked(file)) if is_compressed(file) else arrow.memory_map(str(file))
         if ending_of(file) == ".parquet":
-            table = importlib.import_module("pyarrow.parquet").read_table(source)
+            parquet = importlib.import_module("pyarrow.parquet").ParquetFile(source)
+            check_columns(parquet.schema_arrow.names, file)
+            table = parquet.read()
         else:
             table = open_arrow(arrow, source).read_all()
+        check_columns(table.column_names, file)
         rows = table.to_pylist()
     except (arrow.ArrowException, OSError) as error:
         raise damaged(file, error) from error

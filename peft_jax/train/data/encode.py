@@ -178,16 +178,16 @@ def encode_completions(
     needed = None if longest is None else longest + 1
     prompts = token_rows([record.prompt for record in records], tokenizer, needed)
     wholes = token_rows([record.prompt + record.completion for record in records], tokenizer, needed)
+    bos, eos = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id  # each takes a tokenizer microseconds
     rows = []
     for prompt, whole in zip(prompts, wholes, strict=True):
-        alone, ids = _one_bos(prompt.ids, tokenizer), _one_bos(whole.ids, tokenizer)
-        if whole.is_whole and (not ids or ids[-1] != tokenizer.eos_token_id):
-            ids.append(tokenizer.eos_token_id)
+        alone, ids = _one_bos(prompt.ids, bos), _one_bos(whole.ids, bos)
+        if whole.is_whole and (not ids or ids[-1] != eos):
+            ids.append(eos)
         rows.append((ids, min(common_start(alone, ids), len(ids) - 1)))
     return rows
 
 
-def _one_bos(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+def _one_bos(ids: Sequence[int], bos: int | None) -> list[int]:
     """The ids without a second BOS, where a text brings one along and the tokenizer puts another."""
-    bos = getattr(tokenizer, "bos_token_id", None)
     return list(ids[1:]) if bos is not None and list(ids[:2]) == [bos, bos] else list(ids)

@@ -6,7 +6,7 @@ the record says, or reported as unused.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peft_jax.core.articles import article
@@ -289,7 +289,7 @@ def form_of(value: Any, where: str) -> Form:
     """
     found = _form(_fields(value, where))
     if found is None:
-        has = ", ".join(value) or "no fields"
+        has = _said_fields(value)
         raise ValueError(f"{where} lacks instruction and output; it has {has}. Each record needs {FORMATS}. {ADVICE}")
     return found
 
@@ -302,7 +302,7 @@ def to_record(value: Any, form: Form, where: str) -> AnyRecord:
     """
     fields = _fields(value, where)
     missing = [name for name in form.needed if name not in fields]
-    has = ", ".join(value) or "no fields"
+    has = _said_fields(value)
     if missing and _form(fields) is not form:
         raise ValueError(
             f"{where} lacks {' and '.join(missing)}, which the first one has; it has {has}. Give one format a file."
@@ -320,6 +320,21 @@ def to_record(value: Any, form: Form, where: str) -> AnyRecord:
     if "task_id" in fields:
         return dataclasses.replace(record, task_id=fields["task_id"])
     return record
+
+
+def _said_fields(value: Mapping[str, Any]) -> str:
+    said = [name if field is not None else f"{name} (null)" for name, field in value.items()]
+    return ", ".join(said) or "no fields"
+
+
+def said_of_unused(source: str, unused: Iterable[str]) -> str:
+    """A sentence on the fields of a source that are not used.
+
+    Example:
+        >>> said_of_unused("data.csv", ["", "url"])
+        'Not used of data.csv: a column without a name, url.'
+    """
+    return f"Not used of {source}: {', '.join(name or 'a column without a name' for name in unused)}."
 
 
 def unused_fields(value: Mapping[str, Any], form: Form) -> list[str]:

@@ -14,7 +14,16 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from peft_jax.core.strict_json import JSONError, parse_json
-from peft_jax.train.data.data_files import COLUMNAR, TABLES, damaged, ending_of, import_arrow, is_compressed
+from peft_jax.core.text_files import check_there
+from peft_jax.train.data.data_files import (
+    COLUMNAR,
+    TABLES,
+    check_columns,
+    damaged,
+    ending_of,
+    import_arrow,
+    is_compressed,
+)
 
 SHORT = 16  # bytes of a line that may be blank
 PIECE = 2**24  # bytes of a JSONL file that are searched at a time
@@ -51,8 +60,7 @@ def open_rows(file: Path) -> RowFile:
         >>> len(rows), rows[1]
         (2, {'text': 'two'})
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"no data file at {file}. {RULE}")
+    check_there(file, "data file", RULE)
     ending = ending_of(file)
     if is_compressed(file) or ending in TABLES or ending in COLUMNAR and ending != ".parquet":
         kind = file.suffix.lower()
@@ -146,6 +154,7 @@ class ParquetRows:
             self._parquet = importlib.import_module("pyarrow.parquet").ParquetFile(str(file))
         except (self._arrow.ArrowException, OSError) as error:
             raise damaged(file, error) from error
+        check_columns(self._parquet.schema_arrow.names, file)
         metadata = self._parquet.metadata
         self.blocks = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._firsts = np.cumsum([0, *self.blocks])
