@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -556,6 +557,9 @@ def test_the_demo_says_what_it_does_and_compiles_each_program_once(
     assert max(len(line) for line in said.splitlines() if "demo_data" not in line) <= 80, said
     for part in ("Before", "After", "Control", "before", "after", "wanted", "merged", "finetune --load-in-8bit"):
         assert part in said
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for line in re.findall(r"^(?:Before|After|Control) .*", readme, re.M):
+        assert re.sub(r"[\d.]+", "#", line) in re.sub(r"[\d.]+", "#", said), "the README says what the demo prints"
     written = {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"}
     assert written < tree(tmp_path / "mine").keys()
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]

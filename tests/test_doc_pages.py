@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -18,6 +19,7 @@ from doc_pages import PAGES, ROOT, commands
 
 import peft_jax
 from peft_jax import train
+from peft_jax.cli.inspect.servers import PEFT_TYPES
 from peft_jax.cli.main import COMMANDS, main, parse
 from peft_jax.cli.shared.command_line import option_groups
 from peft_jax.core.lazy_names import public_names
@@ -195,10 +197,19 @@ def test_the_readme_is_a_landing_page() -> None:
     text = PAGES[README]
     assert len(text.splitlines()) <= 150
     assert "`make test` runs" in text
+    assert len(re.findall(r"!\[", text)) == 2, "a picture, and a plot of speed"
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     for name in names():
         kind = "Prompts" if by_name(name).__module__.startswith("peft_jax.prompts") else "Methods"
         assert re.search(rf"\b{name}\b", rows[kind]), f"{name} is not in the row {kind}"
+
+
+def test_the_page_of_limits_counts_the_types() -> None:
+    missing = sorted(PEFT_TYPES - set(names()))
+    count, of_peft = len(PEFT_TYPES) - len(missing), len(PEFT_TYPES)
+    said = f"{count} of PEFT 0.21.2's {of_peft} types are here. Not yet: {', '.join(missing)}."
+    all_are_here = f"All {of_peft} types of PEFT 0.21.2 are here."
+    assert (said if missing else all_are_here) in PAGES["docs/guide/support.md"]
 
 
 @pytest.mark.parametrize("page", [README, "docs/howto/tpu.md", "docs/howto/gpu.md"])
@@ -209,13 +220,40 @@ def test_memory_on_accelerators_is_that_of_the_compilers(page: str) -> None:
     assert len(found) > 1 and set(found) <= known
 
 
-def test_inspect_says_what_the_page_on_serving_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    params = {name: {"kernel": jnp.ones((4, 4))} for name in ("q_proj", "v_proj")}
-    config = peft_jax.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+@pytest.mark.parametrize(
+    ("page", "options"),
+    [("docs/howto/serve.md", {}), ("docs/guide/commands.md", {"rank_pattern": {"q_proj": 4}})],
+)
+def test_inspect_says_what_the_page_says(
+    page: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = {name: {"kernel": jnp.ones((8, 8))} for name in ("q_proj", "v_proj")}
+    config = peft_jax.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], **options)
     peft_jax.interop.save_adapter(peft_jax.apply_lora(params, config), tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
-    (block,) = re.findall(r"^```\n(Taken by\n.*?)^```$", PAGES["docs/howto/serve.md"], flags=re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```\n(Taken by\n.*?)^```$", PAGES[page], flags=re.MULTILINE | re.DOTALL)
     assert block.strip() in re.sub(" +$", "", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_contributing_and_security_name_targets_of_make() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text() + (ROOT / "SECURITY.md").read_text()
+    named = re.findall(r"(?:^    |`)make ([a-z-]+)", text, flags=re.MULTILINE)
+    assert len(named) > 5 and set(named) <= TARGETS
+
+
+@pytest.mark.parametrize(
+    ("html", "wanted"),
+    [
+        ("(<code>a-b</code>),", '<span class="whole">(<code>a-b</code>),</span>'),
+        ("or <code>--r</code>.", 'or <span class="whole"><code>--r</code>.</span>'),
+        ("<pre><span></span><code>a\n</code></pre>", None),  # a block
+        (f"<code>{'a' * 60}</code>,", None),  # longer than a phone is wide
+    ],
+)
+def test_short_code_stays_with_its_commas(html: str, wanted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    assert importlib.import_module("docs_hooks").on_page_content(html) == (wanted or html)
 
 
 def test_a_notebook_is_a_page_of_its_cells_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:

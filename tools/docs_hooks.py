@@ -22,6 +22,9 @@ PICTURES = (".png", ".svg")
 NOTEBOOK = ".ipynb"
 NOTEBOOKS = "Notebooks"  # the entry of the navigation
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
+# Short code in prose, with the bracket before it and what ends a phrase behind it. Blocks have an empty span before.
+SHORT_CODE = re.compile(r"[(\[]?(?<!</span>)<code>[^<]{1,36}</code>[)\],.;:]*")
+WIDE_TABLES = ("models.md", "quantization.md", "lowering.md")  # their tables need the room of the contents beside them
 
 
 def linked_paths(text: str, path: str) -> set[str]:
@@ -152,6 +155,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """Turn the repository's links into those of the site. The first page has no pages beside it in the navigation."""
     if page.file.src_uri == HOME:
         page.meta["hide"] = ["navigation"]
+    if page.file.src_uri in WIDE_TABLES:
+        page.meta["hide"] = ["toc"]
     here = repository_path(page.file.src_uri)
     if not here.endswith((".md", NOTEBOOK)):
         return markdown  # source
@@ -164,3 +169,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"{match[1]}{posixpath.relpath(site_path(target), folder or '.')}{match[3]}"
 
     return LINK.sub(on_site, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep short code on one line with its brackets and commas, which would begin or end a line alone."""
+    return SHORT_CODE.sub(r'<span class="whole">\g<0></span>', html)
