@@ -73,8 +73,8 @@ NOT_RUN = {
     "curl http://localhost:8000/v1/completions": SERVER,
     "curl http://localhost:3000/generate": SERVER,
 }
-# These differ from others in sizes alone, or take longest.
-SLOW = ("--micro-batch-size 2 --cutoff-len 1152", "--micro-batch-size 1 --cutoff-len 1152", "XLA_FLAGS=")
+# Runs that take long, by what no other has. Like kinds of them are in test_streaming.py and test_mesh_training.py.
+SLOW = ("--remat", "--streaming", "XLA_FLAGS=")
 FIRST = shlex.join(shlex.split(commands("README.md")[1]))  # the one command of the README; the fixture runs it
 DEVICES = "XLA_FLAGS=--xla_force_host_platform_device_count=8"
 
