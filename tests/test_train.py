@@ -75,7 +75,8 @@ def test_cross_entropy_equals_transformers() -> None:
 def test_cross_entropy_of_bf16_logits_is_summed_in_float32() -> None:
     total, count = cross_entropy(jnp.zeros((64, 65, 16), jnp.bfloat16), jnp.zeros((64, 65), jnp.int32))
     assert total.dtype == jnp.float32
-    np.testing.assert_allclose(float(total), int(count) * np.log(16), rtol=1e-6)
+    # The sum of 4,096 numbers loses a digit where XLA adds them one after another, as that of JAX 0.10.0 does.
+    np.testing.assert_allclose(float(total), int(count) * np.log(16), rtol=1e-5)
 
 
 def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(data: Padded) -> None:
