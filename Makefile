@@ -5,7 +5,8 @@
 #   make test-slow       the tests that `make test` leaves out because they are slow (some 15 minutes)
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest);
 #                        ARGS="--sample 8" takes every eighth row of each test, as continuous integration does
-#   make test-oldest     the same tests on the oldest versions that pyproject.toml allows (in .venv-oldest)
+#   make test-oldest     the same tests on the oldest versions that pyproject.toml allows (in .venv-oldest);
+#                        ARGS="--sample 8" before a release: all rows take an hour or two on 2 cores
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)
 #   make test-options    the test of each option of each command, which has to fail where the option is ignored (10 minutes)
 #   make test-field      adapt nets of public packages, from haiku to tunix (tests/field; in .venv-field; some 5 minutes)
