@@ -11,6 +11,9 @@ from conformance import close, same_files
 
 import peft_jax as pj
 from peft_jax.models import LlamaConfig
+from peft_jax.models.gemma4.config import Gemma4Config
+from peft_jax.models.shadow_backbone import small_config
+from peft_jax.prompts.base import ShadowSizes
 from peft_jax.train import make_training_step
 
 IDS = np.array([[1, 1, 5, 17, 2, 40], [8, 8, 50, 3, 21, 77]])
@@ -158,6 +161,8 @@ def test_what_does_not_go_is_named(options, message):
 def test_models_that_it_is_not_for():
     with pytest.raises(ValueError, match="SHADOW is for CAUSAL_LM models, and this one is for SEQ_CLS"):
         adapted(pj.AutoModelForSequenceClassification.from_config(LlamaConfig(**SIZES, task_type="SEQ_CLS")))
+    with pytest.raises(ValueError, match="SHADOW is not for gemma4_text models, whose layers have embeddings of their"):
+        small_config(Gemma4Config(), ShadowSizes())
     with pytest.raises(ValueError, match="ShadowConfig is for a model handle"):
         pj.apply_adapter(llama().params, pj.ShadowConfig())
     lora = pj.get_peft_model(llama(), pj.LoraConfig(r=2, target_modules=["q_proj"]))

@@ -196,6 +196,11 @@ class ModelConfig:
         """Why a prefix cannot stand before the keys and values of all layers; empty where it can."""
         return "whose layers have keys of several shapes" if self.stacks else ""
 
+    @property
+    def no_shadow(self) -> str:
+        """Why PEFT's SHADOW makes no small network of it; empty where it does."""
+        return "" if self.own_backbone is None else "whose text model is inside of another one"
+
     def with_layers(self, order: Sequence[int]) -> Self:
         """The architecture whose layers, and their kinds, are those of ``order``."""
         changes: dict[str, Any] = {"num_hidden_layers": len(order)}

@@ -59,11 +59,8 @@ def small_config(config: ModelConfig, sizes: ShadowSizes) -> ModelConfig:
         >>> small_config(LlamaConfig(num_hidden_layers=6), ShadowSizes(layers=2)).num_hidden_layers
         2
     """
-    if config.stacks or config.own_backbone is not None:
-        raise ValueError(
-            f"SHADOW is not for {config.model_type} models, of whose layers PEFT makes no small network. Take another "
-            "method."
-        )
+    if config.no_shadow:
+        raise ValueError(f"SHADOW is not for {config.model_type} models, {config.no_shadow}. Take another method.")
     changes: dict[str, Any] = {"num_hidden_layers": sizes.layers, "task_type": FEATURE_EXTRACTION}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -144,6 +144,11 @@ class Gemma4Config(ModelConfig):
         return tuple(SHORT[kind] + (SHARING if layer >= own else "") for layer, kind in enumerate(self.kinds))
 
     @property
+    def no_shadow(self) -> str:
+        """Why PEFT's SHADOW makes no small network of it."""
+        return "whose layers have embeddings of their own, which PEFT's small network loses"
+
+    @property
     def embedding_scale(self) -> float:
         """The factor of the embeddings of tokens where they are looked up."""
         return float(self.hidden_size**0.5)

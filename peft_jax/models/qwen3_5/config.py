@@ -138,6 +138,11 @@ class Qwen35Config(ModelConfig):
         return tuple(STACKS[kind] for kind in self.kinds)
 
     @property
+    def no_shadow(self) -> str:
+        """Why PEFT's SHADOW makes no small network of it."""
+        return "whose first layers keep no keys and values, without which PEFT's small network fails"
+
+    @property
     def linear_keys(self) -> int:
         """Features of all keys of a layer of linear attention."""
         return self.linear_num_key_heads * self.linear_key_head_dim
