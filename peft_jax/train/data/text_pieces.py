@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     Attributes:
         start: The place of its first character in the text.
         ids: The ids of its tokens.
-        encoding: What the tokenizer knows of them.
+        encoding: The places of its tokens, as the tokenizer gives them.
     """
 
     start: int
@@ -112,7 +112,7 @@ def _seam(one: Piece, other: Piece) -> tuple[int, int] | None:
 
 
 def _special_tokens(sample: str, tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """What the tokenizer puts before a text, and behind it."""
+    """The special tokens that the tokenizer puts before a text, and those behind it."""
     plain = tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer(sample, verbose=False)["input_ids"]
     for before in range(len(whole) - len(plain) + 1):
