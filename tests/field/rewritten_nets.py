@@ -176,13 +176,14 @@ def resnet():
 
 
 def gemma_layer(x, layer):
-    q = jnp.einsum("btd,ndh->btnh", x, layer["q_einsum"]["w"])
-    k, v = jnp.einsum("bsd,ckdh->cbskh", x, layer["kv_einsum"]["w"])
+    h = rms_norm(x)
+    q = jnp.einsum("btd,ndh->btnh", h, layer["q_einsum"]["w"])
+    k, v = jnp.einsum("bsd,ckdh->cbskh", h, layer["kv_einsum"]["w"])
     scores = jnp.einsum("btnh,bsh->bnts", q, k[:, :, 0]) / 2
     y = jnp.einsum("bnts,bsh->btnh", jax.nn.softmax(scores, axis=-1), v[:, :, 0])
     x = x + jnp.einsum("btnh,nhd->btd", y, layer["attn_vec_einsum"]["w"])
-    gates = layer["mlp"]["gating_einsum"]
-    hidden = jax.nn.gelu(jnp.dot(x, gates[0])) * jnp.dot(x, gates[1])
+    gates, h = layer["mlp"]["gating_einsum"], rms_norm(x)
+    hidden = jax.nn.gelu(jnp.dot(h, gates[0])) * jnp.dot(h, gates[1])
     return x + jnp.dot(hidden, layer["mlp"]["linear"]), None
 
 
