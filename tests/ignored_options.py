@@ -85,16 +85,18 @@ class WithoutOption(pytest.Function):
 
 
 def without_options(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """For each option the test that tests/test_each_option.py names for it, as one that is expected to fail."""
+    """The tests that tests/test_each_option.py names; and for each option its test, as one that is expected to fail."""
     from test_each_option import CASES
 
     by_id = {item.nodeid.removeprefix("tests/"): item for item in items}
+    as_they_are: dict[str, pytest.Item] = {}
     found: list[pytest.Item] = []
     for command, options in CASES.items():
         for option, name in options.items():
             item = by_id.get(name)
             if not isinstance(item, pytest.Function):
                 raise pytest.UsageError(f"no test {name}, which is named for {option} of {command}")
+            as_they_are[name] = item
             callspec = {"callspec": item.callspec} if hasattr(item, "callspec") else {}
             copy = WithoutOption.from_parent(
                 item.parent,
@@ -105,4 +107,5 @@ def without_options(items: Sequence[pytest.Item]) -> list[pytest.Item]:
             )
             copy.command, copy.option = command, option
             found.append(copy)
-    return sorted(found, key=lambda item: item.nodeid.partition("::")[0])  # the fixtures of a file are made once
+    both = [*as_they_are.values(), *found]
+    return sorted(both, key=lambda item: item.nodeid.partition("::")[0])  # the fixtures of a file are made once

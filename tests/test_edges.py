@@ -73,6 +73,12 @@ CASES = {
     "own path in rank_pattern": (scan, STACK, {"target_modules": ["mlp"], "rank_pattern": {"blocks.mlp": 1}}, 3),
     "own path in alpha_pattern": (scan, STACK, {"target_modules": ["mlp"], "alpha_pattern": {"blocks.mlp": 3}}, 3),
     "own path as a regex": (scan, STACK, {"target_modules": r"blocks\.mlp"}, 3),
+    "own path beside a module in a regex": (
+        lambda p, x: scan(p, x) @ p["o"]["kernel"],
+        {**STACK, "o": {"kernel": normal(2, 8, 8)}},
+        {"target_modules": r"(blocks\.mlp|o)"},
+        4,
+    ),
     "own path at the top as a regex": (top, {"layer": STACK["blocks"]["mlp"]}, {"target_modules": "layer"}, 3),
     "layers of blocks": (scan, STACK, {"target_modules": ["mlp"], "layers_to_transform": [1, 2]}, 2),
     "layers at the top": (

@@ -11,12 +11,13 @@ from test_decoder_commands import DECODERS
 import peft_jax as pj
 from peft_jax.cli.generate.generate import up_to_end
 from peft_jax.cli.generate.prompt_input import pad
-from peft_jax.models.generation.filled_rows import SPARE, FilledRows, can_fill, common_start, programs
+from peft_jax.models.generation.filled_rows import SPARE, FilledRows, can_fill, programs, shared_start
 from peft_jax.models.generation.generation_config import Generation
 from peft_jax.models.generation.sampling import Sampling
 from peft_jax.models.registry import read_architecture
 
 ALWAYS = ["llama", "gemma", "bloom"]  # positions that turn, windows, and distances in the scores
+CANNOT = ("gemma4_text", "qwen3_5_text")  # whose layers keep more than keys and values
 ROWS, MOST = 3, 40
 
 
@@ -62,10 +63,11 @@ def filled(model: Any, generation: Generation, rows: int = ROWS, seed: int = 0) 
 
 def test_answers_are_those_of_a_batch(name: str) -> None:
     model = random_model(name)
-    if not can_fill(model.config, model.params):
-        pytest.skip("rows of this architecture depend on one another, or keep more than keys and values")
+    assert can_fill(model.config, model.params) == (name not in CANNOT)
+    if name in CANNOT:
+        return
     prompts = random_prompts(model.config.vocab_size, 8, begin=35)
-    assert len(common_start(prompts)) == 32
+    assert len(shared_start(prompts)) == 32
     wanted = in_one_batch(model, prompts)
     ends = tuple(answer[3 + 4 * number] for number, answer in enumerate(wanted[:6]))  # so that lengths differ
     stopped = [up_to_end(answer, ends) for answer in wanted]
@@ -126,6 +128,21 @@ def test_adapters_quantized_bases_and_few_programs() -> None:
 def test_rows_that_depend_on_one_another_cannot(more: dict[str, Any]) -> None:
     model = random_model("llama", **more)
     assert can_fill(model.config, model.params) == (more["rope_parameters"]["rope_type"] == "linear")
+
+
+def test_a_table_of_positions_is_used_to_its_end() -> None:
+    model = random_model("gpt2", max_position_embeddings=MOST + 35)
+    prompts = random_prompts(model.config.vocab_size, 6)
+    prompts[2] = (prompts[2] * 35)[:35]
+    rows = filled(model, Generation(MOST, (), 0, Sampling()), rows=2)
+    assert list(rows.answers(prompts)) == in_one_batch(model, prompts)
+
+
+def test_a_lily_of_other_rows_cannot() -> None:
+    model = random_model("llama")
+    adapted = pj.get_peft_model(model, pj.LilyConfig(r=2, target_modules=["q_proj"]))
+    assert not can_fill(adapted.config, adapted.params)
+    assert can_fill(adapted.config, pj.disable_adapter(adapted.params))
 
 
 def test_prompts_of_adapters_cannot() -> None:

@@ -460,6 +460,14 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(
         assert text_pieces.ids_of_pieces(text, tokenizer) == whole, name
 
 
+def test_a_long_text_that_begins_with_no_token_is_tokenized_whole() -> None:
+    def tokenizer(text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1, 2] if add_special_tokens else []}
+
+    stand_in: Any = tokenizer
+    assert text_pieces.ids_of_pieces(" " * 9000 + "one", stand_in) is None
+
+
 def test_a_long_text_that_cannot_be_joined_is_tokenized_whole(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

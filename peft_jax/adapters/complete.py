@@ -221,7 +221,7 @@ def with_own_names(config: M, found: Sequence[Leaf]) -> M:
     for field in ("target_modules", "exclude_modules"):
         names = getattr(config, field, None)
         if isinstance(names, str) and not (field == "target_modules" and is_all_linear(config)):
-            regex = spelled_out_regex(names, modules, own)
+            regex = spelled_out_regex(names, own)
             if regex != names:
                 changes[field] = regex
         elif names and not isinstance(names, str):

@@ -104,8 +104,8 @@ def _value(plain: Any) -> Any:
     if isinstance(cls, type) and issubclass(cls, enum.Enum):
         return cls[inner]
     names = _field_names(cls)
-    if not isinstance(cls, type) or names is None:
-        raise ValueError(f"An exported program names {kind!r}, which is no dataclass of peft_jax. Export it again.")
+    if not isinstance(cls, type) or names is None or not set(names) <= set(inner):
+        raise ValueError(f"An exported program names {kind!r}, which is no dataclass of peft_jax now. Export it again.")
     fields = {name: _value(inner[name]) for name in names}
     if issubclass(cls, tuple):
         return cls(**fields)

@@ -127,23 +127,20 @@ def _ends_of(path: str) -> list[str]:
     return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
 
 
-def spelled_out_regex(regex: str, modules: Sequence[str], own: Mapping[str, Sequence[str]]) -> str:
-    r"""A regex of targets; one that matches no module but leaves by their own paths matches their modules then.
+def spelled_out_regex(regex: str, own: Mapping[str, Sequence[str]]) -> str:
+    r"""A regex of targets that also matches the modules of a leaf whose own path it matches, if none of them already.
 
     Args:
         regex: The regex, matched against whole paths.
-        modules: Paths of all modules.
         own: Names of modules by paths of leaves.
 
     Example:
-        >>> spelled_out_regex("(mlp|head)", ["mlp.0", "mlp.1"], {"mlp": ["mlp.0", "mlp.1"]})
+        >>> spelled_out_regex("(mlp|head)", {"mlp": ["mlp.0", "mlp.1"]})
         '(mlp|head)|mlp\\.0|mlp\\.1'
     """
-    if names_some(regex, modules):
-        return regex
     meant: list[str] = []
     for path, of_leaf in own.items():
-        if matches(regex, path):
+        if matches(regex, path) and not names_some(regex, of_leaf):
             meant += of_leaf
     return "|".join([regex, *map(re.escape, dict.fromkeys(meant))])
 

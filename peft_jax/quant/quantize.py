@@ -109,7 +109,7 @@ def quantize_as(
     modules = module_names(matrices)
     own = own_names(found)
     if isinstance(targets, str):
-        targets = spelled_out_regex(targets, modules, own)
+        targets = spelled_out_regex(targets, own)
     else:
         targets = spelled_out_names(list(targets), modules, own)
     for target in [targets] if isinstance(targets, str) else targets:

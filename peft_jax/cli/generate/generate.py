@@ -43,7 +43,7 @@ NEW_TOKENS = 256  # the default length of an answer
 
 
 def generate(options: Generate) -> None:
-    """Run the command. One answer is printed as it comes, several when their batch is done.
+    """Run the command. One answer is printed as it comes, several when they have ended.
 
     On a terminal their control characters are escaped; a pipe or a file gets the texts as they are.
 
@@ -195,7 +195,8 @@ def answers(
         keywords: Arguments of the model's ``generate``.
         goes_on: Whether answers follow the prompt in the tokens that are returned, or a start token.
     """
-    if goes_on and "task_ids" not in keywords and can_fill(model.config, model.params):
+    is_alone = len(encoded) == 1  # drawn as where its tokens are printed as they come
+    if goes_on and not is_alone and "task_ids" not in keywords and can_fill(model.config, model.params):
         yield from fill_rows(model, encoded, chosen, options.batch_size, jax.random.key(options.seed))
         return
     rows = min(options.batch_size, len(encoded))

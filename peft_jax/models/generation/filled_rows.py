@@ -17,6 +17,7 @@ import numpy as np
 
 from peft_jax.adapt import adapt
 from peft_jax.adapters.input_ids import reads_input_ids
+from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.generation.decode import compiler_options, is_widened
@@ -58,7 +59,7 @@ class Rows(NamedTuple):
     cache: KVCache
 
 
-class Prompts(NamedTuple):
+class NewPrompts(NamedTuple):
     """Prompts that take over neighbouring rows.
 
     Attributes:
@@ -83,7 +84,7 @@ class Shared(NamedTuple):
     prefix: Prefix
 
 
-class Programs(NamedTuple):
+class RowPrograms(NamedTuple):
     """The compiled programs.
 
     Attributes:
@@ -104,13 +105,15 @@ class Programs(NamedTuple):
 def can_fill(config: ModelConfig, params: PyTree) -> bool:
     """Whether rows of a model can take prompts over one by one.
 
-    Those cannot whose numbers depend on the other rows of a batch, as of dynamic and long ropes; whose layers keep
-    another memory than keys and values; and adapters that are prompts or look at token ids.
+    Those cannot whose numbers depend on the other rows of a batch, as of dynamic and long ropes and of LILY; whose
+    layers keep another memory than keys and values; and adapters that are prompts or look at token ids.
     """
     make_cache = family_of(config).init_cache
     if make_cache is None or config.renewed_at is not None or _turns_by_length(config.to_hf()):
         return False
     if take_prompt(params)[1] != Prompt() or reads_input_ids(params):
+        return False
+    if any(leaf.active and leaf.method.over_rows for _, leaf in adapted_leaves(params)):
         return False
     return isinstance(jax.eval_shape(partial(make_cache, config, 1, 1)), KVCache)
 
@@ -161,6 +164,7 @@ class FilledRows:
 
     def __init__(self, config: ModelConfig, params: PyTree, generation: Generation, rows: int, key: jax.Array) -> None:
         self._params, self._generation, self._rows, self._key = params, generation, rows, key
+        self._position_rows = config.position_rows
         self._programs = programs(config, generation, widened=is_widened(params))
         self.steps = 0
 
@@ -170,11 +174,10 @@ class FilledRows:
         Args:
             prompts: Token ids, at least one of each.
         """
-        shared = self._programs.read(self._params, jnp.asarray(common_start(prompts), jnp.int32)[None])
+        shared = self._programs.read(self._params, jnp.asarray(shared_start(prompts), jnp.int32)[None])
         size = len(shared.ids)
-        width = _rounded_up(max(map(len, prompts)) - size)
+        width, slots = self._sizes(max(map(len, prompts)) - size, size)
         span = size + width
-        slots = span + self._generation.max_new_tokens + SPARE
         rows = self._programs.empty(self._params, self._rows, slots, span)
         waiting = deque(range(len(prompts)))
         owners: list[int | None] = [None] * self._rows
@@ -195,9 +198,22 @@ class FilledRows:
                 given += 1
             rows = self._moved(rows, owners, span, slots)
 
+    def _sizes(self, longest: int, size: int) -> tuple[int, int]:
+        """The columns of prompts after what they share, and the slots of rows: no more than a table of positions has.
+
+        Args:
+            longest: Tokens of the longest prompt after what all share.
+            size: Tokens that all share.
+        """
+        most = size + _rounded_up(longest) + self._generation.max_new_tokens + SPARE
+        if self._position_rows is not None:
+            most = min(most, max(self._position_rows, size + longest + self._generation.max_new_tokens))
+        width = min(_rounded_up(longest), most - size - self._generation.max_new_tokens)
+        return width, most
+
     def _laid_out(
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int | None], row: int, size: int, width: int
-    ) -> Prompts:
+    ) -> NewPrompts:
         """Prompts by their numbers, without what they share; None fills up."""
         ids, lengths = np.zeros((len(numbers), width), np.int32), np.ones(len(numbers), np.int32)
         for place, number in enumerate(numbers):
@@ -206,7 +222,7 @@ class FilledRows:
                 ids[place, : len(own)], lengths[place] = own, len(own)
         is_real = np.array([number is not None for number in numbers])
         keys = jax.vmap(partial(jax.random.fold_in, self._key))(np.array([number or 0 for number in numbers]))
-        return Prompts(ids, lengths, keys, is_real, row)
+        return NewPrompts(ids, lengths, keys, is_real, row)
 
     def _moved(self, rows: Rows, owners: Sequence[int | None], span: int, slots: int) -> Rows:
         """The rows, moved to the front if there is no slot left."""
@@ -218,24 +234,22 @@ class FilledRows:
         return self._programs.move(rows, index - max(span, longest))
 
 
-def common_start(prompts: Sequence[Sequence[int]]) -> list[int]:
+def shared_start(prompts: Sequence[Sequence[int]]) -> list[int]:
     """The tokens that all of several prompts begin with, as many as a multiple of `STEP`; each keeps one after them.
 
     Example:
-        >>> len(common_start([[7] * 40, [7] * 33 + [8]])), common_start([[7] * 40])
+        >>> len(shared_start([[7] * 40, [7] * 33 + [8]])), shared_start([[7] * 40])
         (32, [])
     """
     if len(prompts) < 2:
         return []
-    first, last = (
-        min(map(list, prompts)),
-        max(map(list, prompts)),
-    )  # what the least and the greatest share, all between share
+    ordered = sorted(map(list, prompts))
+    first, last = ordered[0], ordered[-1]  # all between share what these two share
     most = min(map(len, prompts)) - 1
     same = 0
     while same < most and first[same] == last[same]:
         same += 1
-    return list(first[: same - same % STEP])
+    return first[: same - same % STEP]
 
 
 def _rounded_up(length: int) -> int:
@@ -296,7 +310,7 @@ class RowsDecoder(NamedTuple):
         cache = self.make_cache(params, rows, slots)._replace(index=jnp.asarray(index, jnp.int32))
         return Rows(tokens, tokens != 0, zeros, zeros, zeros, zeros == 0, keys, cache)
 
-    def take(self, params: PyTree, rows: Rows, shared: Shared, prompts: Prompts) -> Rows:
+    def take(self, params: PyTree, rows: Rows, shared: Shared, prompts: NewPrompts) -> Rows:
         """Put prompts into rows, whose last tokens are still to be read."""
         count, width = prompts.ids.shape
         size, index, row = len(shared.ids), rows.cache.index, prompts.row
@@ -323,7 +337,7 @@ class RowsDecoder(NamedTuple):
             cache=KVCache(buffers[0], buffers[1], index),
         )
 
-    def _buffers(self, params: PyTree, shared: Shared, prompts: Prompts) -> Prefix:
+    def _buffers(self, params: PyTree, shared: Shared, prompts: NewPrompts) -> Prefix:
         """Keys and values of prompts without their last tokens, padded on the right."""
         count, width = prompts.ids.shape
         size, number, lengths = len(shared.ids), jnp.arange(width)[None], prompts.lengths[:, None]
@@ -391,7 +405,7 @@ def _put(whole: jax.Array, part: jax.Array, start: tuple[Any, ...]) -> jax.Array
 
 
 @functools.lru_cache(maxsize=64)
-def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> Programs:
+def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> RowPrograms:
     """The compiled programs, the same for all parameters and prompts."""
     family = family_of(config)
     make_empty: Any = family.init_cache
@@ -402,7 +416,7 @@ def programs(config: ModelConfig, generation: Generation, *, widened: bool) -> P
 
     decoder = RowsDecoder(adapt(partial(family.apply, config)), make_cache, generation)
     options = compiler_options(widened=widened)
-    return Programs(
+    return RowPrograms(
         jax.jit(decoder.read, compiler_options=options),
         jax.jit(decoder.empty, static_argnums=(1, 2)),
         jax.jit(decoder.take, donate_argnums=1, compiler_options=options),

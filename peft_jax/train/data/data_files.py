@@ -187,7 +187,7 @@ def _table(text: str, file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
 def check_columns(names: Sequence[str], file: Path) -> None:
     """Raise ValueError for two columns of one name, and for a first line of a table that has another separator."""
     for number, name in enumerate(names):
-        if name in names[:number]:
+        if name and name in names[:number]:  # one without a name is used by no record
             raise ValueError(f"{file} has two columns named '{name}'. Rename or remove one of them.")
     ending = ending_of(file)
     if ending in TABLES and len(names) == 1 and any(mark in names[0] for mark in SEPARATORS):

@@ -114,6 +114,8 @@ def _seam(one: Piece, other: Piece) -> tuple[int, int] | None:
 def _special_tokens(sample: str, tokenizer: Any) -> tuple[list[int], list[int]] | None:
     """The special tokens that the tokenizer puts before a text, and those behind it."""
     plain = tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]
+    if not plain:
+        return None
     whole = tokenizer(sample, verbose=False)["input_ids"]
     for before in range(len(whole) - len(plain) + 1):
         if whole[before : before + len(plain)] == plain:
