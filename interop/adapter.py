@@ -1,6 +1,5 @@
 """Adapters to and from PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -158,7 +157,7 @@ def load_adapter(
         if not isinstance(config, Method) or config.peft_type not in ROWS:
             raise ValueError(f"Loading '{config.peft_type}' adapters is not supported. Supported: {sorted(ROWS)}.")
         _check_task(config, folder)
-        config = dataclasses.replace(config, inference_mode=not is_trainable)
+        config = config.replace(inference_mode=not is_trainable)
         tensors = renamed(read_tensors(folder / WEIGHTS_FILE), key_mapping or {})
         if isinstance(config, XLoraConfig) and isinstance(params, Handle):
             params, config = with_experts(params, config, directory, hub)

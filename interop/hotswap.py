@@ -22,8 +22,8 @@ from peft_jax.core.hub import HubOptions
 from peft_jax.core.merge import unload
 from peft_jax.methods.base import Method
 from peft_jax.methods.lora.config import LoraConfig
-from peft_jax.methods.lora.variants import variant_of
-from peft_jax.prompts.xlora import XLoraConfig
+from peft_jax.methods.lora.variants import chosen, variant_of
+from peft_jax.prompts.xlora import NUMBER, XLoraConfig
 
 T = TypeVar("T")
 FACTORS = {"lora_A": -1, "lora_B": -2}  # the axis of the rank
@@ -130,7 +130,7 @@ def hotswap_adapter(
     new_tree = loaded.params if isinstance(loaded, Handle) else loaded
     config = adapter_config(new_tree, adapter_name)
     _check_configs(old_config, config, adapter_name)
-    new = dict(adapted_leaves(new_tree))
+    new = {path: node for path, node in adapted_leaves(new_tree) if node.tag.name == adapter_name}
     if extra := sorted(new.keys() - old.keys()):
         raise ValueError(
             f"The new adapter is on {extra}, where '{adapter_name}' is not. Load it with load_adapter, which compiles "
@@ -178,7 +178,7 @@ def _check_configs(old: Method, new: Method, adapter_name: str) -> None:
     for config in (old, new):
         changes_base = False
         if isinstance(config, LoraConfig):
-            changes_base = config.initializer.changes_base or config.kasa_config is not None
+            changes_base = config.initializer.changes_base or chosen(config).changes_base
         if changes_base or config.layer_replication:
             raise ValueError(
                 f"Adapter '{adapter_name}' or the new one changes the base itself (init_lora_weights="
@@ -201,7 +201,9 @@ def _emptied(path: str, node: Adapted, config: Method) -> Adapted:
 
 
 def _swapped(path: str, node: Adapted, new: Adapted) -> Adapted:
-    """The leaf with the arrays of the new adapter."""
+    """The leaf with the arrays of the new adapter; one of an X-LoRA's LoRAs stays the same of its modules."""
+    if NUMBER in node.state:
+        new = dataclasses.replace(new, state={**new.state, NUMBER: node.state[NUMBER]})
     keys, new_keys = {*node.params, *node.state}, {*new.params, *new.state}
     if new.tag != node.tag or keys != new_keys:
         raise ValueError(

@@ -52,12 +52,15 @@ def with_experts(
         ValueError: if the config does not fit the model, or a LoRA is no plain one.
     """
     config, before = completed(config, handle), active_adapters(handle.params)
+    elsewhere: HubOptions = {**(hub or {})}  # the LoRAs are in places of their own
+    elsewhere.pop("subfolder", None)
+    elsewhere.pop("revision", None)
     trained = config.use_trainable_adapters and not config.inference_mode
     for name, path in (config.adapters or {}).items():
         if config.use_trainable_adapters and saved is not None:
             folder = _trained(saved, name, hub)
         else:
-            folder = find_folder(path, ADAPTER_FILES)
+            folder = find_folder(path, ADAPTER_FILES, elsewhere)
         lora = _checked(PeftConfig.from_pretrained(folder), name, folder).replace(inference_mode=not trained)
         tensors = read_tensors(folder / WEIGHTS_FILE)
         if any(key.startswith(WRAPPED) for key in tensors):

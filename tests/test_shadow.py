@@ -1,6 +1,7 @@
 """SHADOW beyond what all prompts are tested for: other decoders, its small network as a model, its loss, its errors."""
 
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -118,6 +119,12 @@ def test_a_fresh_one_changes_nothing_and_drops_in_training():
     np.testing.assert_array_equal(logits[0], logits[1])
     for other in (logits[2], started(IDS).logits, plain(IDS).logits):
         assert np.abs(np.asarray(logits[0]) - other).max() > 1e-3
+
+
+def test_a_model_with_one_is_pickled():
+    model = adapted(init_weights=False)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
 
 
 def test_its_own_loss_is_that_of_the_small_network():

@@ -339,6 +339,35 @@ def test_loras_that_it_does_not_scale_are_errors(fields, message, root, tmp_path
         pj.get_peft_model(load(root), pj.XLoraConfig(adapters={"0": str(tmp_path)}))
 
 
+def test_loras_on_the_output_head_are_trained_by_their_scales(root, tmp_path):
+    base = load(root)
+    config = pj.LoraConfig(r=2, init_lora_weights=False, target_modules=["lm_head", "q_proj"])
+    for number in range(2):
+        pj.get_peft_model(base, config, key=jax.random.key(number)).save_pretrained(tmp_path / str(number))
+    adapters = {str(number): str(tmp_path / str(number)) for number in range(2)}
+    model = pj.get_peft_model(base, pj.XLoraConfig(adapters=adapters))
+    logits = model(IDS).logits
+    assert float(jnp.abs(logits - base(IDS).logits).max()) > 0.1
+    close(model(IDS, lazy_logits=True).logits, logits)
+    assert not isinstance(load(root)(IDS, lazy_logits=True).logits, jax.Array)
+
+
+def test_an_xlora_and_its_loras_are_swapped(root, tmp_path):
+    base = load(root)
+    first, second = (
+        pj.get_peft_model(base, pj.XLoraConfig(adapters=paths(root)), key=jax.random.key(number)) for number in (1, 2)
+    )
+    second.save_pretrained(tmp_path / "whole")
+    swapped = pj.hotswap_adapter(first, tmp_path / "whole", "default")
+    close(swapped(IDS).logits, second(IDS).logits)
+    assert float(jnp.abs(first(IDS).logits - second(IDS).logits).max()) > 1e-3
+    config = pj.LoraConfig(**{**LORAS[0], "lora_alpha": 9}, init_lora_weights=False)
+    pj.get_peft_model(base, config, key=jax.random.key(3)).save_pretrained(tmp_path / "other")
+    adapters = {**paths(root), "0": str(tmp_path / "other")}
+    wanted = pj.get_peft_model(base, pj.XLoraConfig(adapters=adapters), key=jax.random.key(1))
+    close(pj.hotswap_adapter(first, tmp_path / "other", "0")(IDS).logits, wanted(IDS).logits)
+
+
 def test_what_does_not_fit_is_said(root, tmp_path):
     base = load(root)
     with pytest.raises(ValueError, match=r"hidden_size=4096\) does not fit this model, whose hidden_size is 24"):

@@ -20,6 +20,7 @@ from peft_jax.models.family import Family, with_leaf
 from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.kv_cache import KVCache
 from peft_jax.models.modules.shadow_state import Perceptron, Shadow, ShadowLayers
+from peft_jax.models.registry import family_of
 from peft_jax.prompts.base import ShadowPart, ShadowSizes, active_prompts
 from peft_jax.prompts.shadow import BACKBONE, DOWN, NETWORK_ARRAYS, PROJECTION, UP, Mirrored, ShadowConfig
 
@@ -40,11 +41,6 @@ class ShadowCache(NamedTuple):
         """The number of slots that are filled."""
         index: jax.Array = self.base.index
         return index
-
-    @property
-    def max_len(self) -> int:
-        """The number of slots."""
-        return int(self.base.max_len)
 
 
 @functools.lru_cache(maxsize=64)
@@ -128,16 +124,20 @@ def mirrored(family: Family, config: ModelConfig, sizes: ShadowSizes) -> Mirrore
             unused.append(name)
         shapes[name] = row.tensor_shape
 
-    def initialize(key: jax.Array) -> dict[str, jax.Array]:
-        leaves, arrays = named_leaves(family.init_params(small, key)), {}
-        for row in family.rows(small):
-            for layer, name in enumerate(_names(family, row)):
-                leaf = leaves[row.path]
-                one = leaf[layer] if row.stacked else leaf
-                arrays[name] = jnp.swapaxes(one, -1, -2) if row.transposed else one
-        return {name: arrays[name] for name in shapes}
-
+    initialize = partial(_initialized, small, tuple(shapes))
     return Mirrored(_layers(family, config), config.hidden_size, shapes, tuple(unused), small.hidden_size, initialize)
+
+
+def _initialized(small: ModelConfig, names: Sequence[str], key: jax.Array) -> dict[str, jax.Array]:
+    """Random arrays of a small network, by PyTorch's names."""
+    family = family_of(small)
+    leaves, arrays = named_leaves(family.init_params(small, key)), {}
+    for row in family.rows(small):
+        for layer, name in enumerate(_names(family, row)):
+            leaf = leaves[row.path]
+            one = leaf[layer] if row.stacked else leaf
+            arrays[name] = jnp.swapaxes(one, -1, -2) if row.transposed else one
+    return {name: arrays[name] for name in names}
 
 
 def _layers(family: Family, config: ModelConfig) -> tuple[str, ...]:

@@ -37,6 +37,13 @@ BACKBONE, PROJECTION = "shadow_backbone.", "shadow_projection.weight"
 DOWN, UP = "shadow_down.weight", "shadow_up.weight"
 NETWORKS = ("shadow_update_transform", "shadow_update_gate")
 NETWORK_ARRAYS = tuple(f"{name}.{layer}.{kind}" for name in NETWORKS for layer in (0, 2) for kind in ("weight", "bias"))
+SIZES = (
+    "shadow_num_hidden_layers",
+    "shadow_hidden_size",
+    "shadow_num_attention_heads",
+    "shadow_intermediate_size",
+    "update_hidden_size",
+)
 
 
 class Mirrored(NamedTuple):
@@ -278,12 +285,3 @@ def auxiliary_weight(params: PyTree) -> float:
         if isinstance(leaf.tag.config, ShadowConfig) and leaf.tag.config.task_type == TaskType.CAUSAL_LM:
             return float(leaf.tag.config.auxiliary_loss_weight)
     return 0.0
-
-
-SIZES = (
-    "shadow_num_hidden_layers",
-    "shadow_hidden_size",
-    "shadow_num_attention_heads",
-    "shadow_intermediate_size",
-    "update_hidden_size",
-)

@@ -299,6 +299,15 @@ def has_router(tree: PyTree) -> bool:
     return any(isinstance(leaf.method, XLoraConfig) for leaf in active_prompts(tree))
 
 
+def scales_weight(tree: PyTree, weight: Any) -> bool:
+    """Whether an active X-LoRA scales LoRAs of a weight of a tree or model handle."""
+    on_weight = nested_adapters(weight).keys()
+    for leaf in active_prompts(tree):
+        if isinstance(leaf.method, XLoraConfig) and not on_weight.isdisjoint(leaf.method.experts):
+            return True
+    return False
+
+
 def with_numbers(handle: H, config: XLoraConfig) -> tuple[H, XLoraConfig]:
     """The model whose LoRAs know which of the classifier's modules they are on, and the config with their number.
 

@@ -43,7 +43,7 @@ from peft_jax.models.weights_io import save_model
 from peft_jax.prompts.base import Prompt, take_prompt, virtual_slots, without_prompts
 from peft_jax.prompts.learning import PromptLearning
 from peft_jax.prompts.shadow import ShadowConfig, auxiliary_weight
-from peft_jax.prompts.xlora import XLoraConfig
+from peft_jax.prompts.xlora import XLoraConfig, scales_weight
 
 BASE = 0x62617365  # what a step's key is folded with for the base's dropout, so that adapters keep their masks: "base"
 
@@ -113,7 +113,8 @@ class ModelHandle(Inspection):
 
         With ``adapter_names`` each row has its own adapter, as in `peft_jax.with_adapter_rows`.
 
-        Without the head, an option of language models, the output's logits are `LazyLogits`.
+        Without the head, an option of language models, the output's logits are `LazyLogits`, unless an X-LoRA scales
+        LoRAs of the head.
         """
         if adapter_names is not None:
             by_row = self.replace(with_adapter_rows(self.params, adapter_names, task_ids))
@@ -138,6 +139,9 @@ class ModelHandle(Inspection):
             dropout_key=self.dropout_key,
             **given,
         )
+        if not head and scales_weight(self.params, self.family.head_weight(self.config, self.params)[0]):
+            head = True  # the scales of its tokens are those of this call
+            inputs = dataclasses.replace(inputs, head=True)
         output: ModelOutput = _forward(self.config)(self.params, inputs, task_ids)
         if not head:
             output = output._replace(logits=self._lazy(output.last_hidden_state, self.config.logits_form))

@@ -22,6 +22,7 @@ from peft_jax.models.handles.base import (
 )
 from peft_jax.models.handles.label_losses import shifted_mean_cross_entropy, token_labels
 from peft_jax.models.handles.list_inputs import as_batch
+from peft_jax.models.modules.lazy_logits import LazyLogits
 from peft_jax.models.modules.outputs import HiddenStates
 from peft_jax.models.modules.router_load import router_load
 from peft_jax.prompts.base import task_array, with_virtual_labels
@@ -104,7 +105,7 @@ class CausalLM(ModelHandle):
                 load balancing loss, where they have one, to that of the labels; None asks the config's field of that
                 name. Tokens of padding are ignored in it, and virtual ones are not.
             lazy_logits: Whether to return `LazyLogits`, from which `peft_jax.train.cross_entropy` computes the loss
-                without holding all logits.
+                without holding all logits. They are an array where an X-LoRA is on the output head.
             adapter_names: Each row's adapter, as in `peft_jax.with_adapter_rows`; None for the active ones.
 
         Raises:
@@ -147,7 +148,11 @@ class CausalLM(ModelHandle):
             return CausalLMOutput(out.logits, loss, out.hidden_states, out.router_logits)
         aux_loss = load.loss()
         loss = None if loss is None else loss + load.factor * aux_loss
-        logits = dataclasses.replace(out.logits, load=load) if lazy_logits else out.logits
+        logits = out.logits
+        if lazy_logits and not isinstance(logits, LazyLogits):
+            raise ValueError("An X-LoRA on the output head has no loss of routers. Write output_router_logits=False.")
+        if lazy_logits:
+            logits = dataclasses.replace(logits, load=load)
         return CausalLMOutput(logits, loss, out.hidden_states, out.router_logits, aux_loss)
 
     def prepared_for(

@@ -19,6 +19,7 @@ from peft_jax.core.pytree import PyTree
 from peft_jax.core.selecting import field_names, fields_of
 from peft_jax.interop.adapter import adapter_folder, load_adapter, save_adapter
 from peft_jax.interop.base_file import write_base_file
+from peft_jax.interop.tensors import adapter_config
 from peft_jax.interop.xlora_experts import with_experts
 from peft_jax.methods.base import Method, PeftConfig
 from peft_jax.models.handles.adapter_verbs import AdapterVerbs
@@ -154,7 +155,12 @@ class PeftModel(AdapterVerbs):
             compute_dtype=compute_dtype,
             **hub,
         )
-        return cls.of(adapted if autocast_adapter_dtype else in_base_dtype(adapted, adapter_name))
+        if not autocast_adapter_dtype:
+            loaded = adapter_config(adapted.params, adapter_name)
+            experts = loaded.experts if isinstance(loaded, XLoraConfig) else ()
+            for name in (adapter_name, *experts):
+                adapted = in_base_dtype(adapted, name)
+        return cls.of(adapted)
 
     def save_pretrained(  # type: ignore[override]
         self,
