@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from peft_jax.train import (
 from peft_jax.train.accumulate import AccumulatingStep
 from peft_jax.train.data.batches import Data
 from peft_jax.train.data.micro_layout import MicroLayout
-from peft_jax.train.hooks import init_optimizer
+from peft_jax.train.hooks import init_optimizer, scheduled
 from peft_jax.train.mesh import (
     PlacedBatches,
     batch_parts,
@@ -175,7 +175,9 @@ def split(
     if is_outline(model):
         return jax.eval_shape(partial(start, optimizer=optimizer, seed=seed), model)
     trainable, frozen = partition(model)
-    begin = jax.jit(partial(init_optimizer, optimizer))  # else a program for each array of the optimizer's state
+    begin: Callable[..., Any] = partial(init_optimizer, optimizer)
+    if scheduled(model) is None:  # a schedule begins from values
+        begin = jax.jit(begin)  # else a program for each array of the optimizer's state
     return State(0, trainable, begin(model), jax.random.key(seed)), frozen
 
 
