@@ -80,7 +80,7 @@ def test_flops_and_memory_equal_hand_written_lora():
 
 
 @pytest.mark.usefixtures("optimizing_compiler")
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_decoder_costs_what_lora_by_hand_costs(scanned):
     """On the decoder of benchmarks/adapt_overhead.py, of which this is the part that no clock decides."""
     bench = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "adapt_overhead.py"))

@@ -492,7 +492,10 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc")
-@pytest.mark.parametrize(("dtype", "in_8bit"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize(
+    ("dtype", "in_8bit"),
+    [("float32", False), pytest.param("bfloat16", False, marks=pytest.mark.slow), ("bfloat16", True)],
+)
 def test_loading_holds_the_model_and_one_tensor(dtype, in_8bit, large):
     command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(large), dtype, str(in_8bit)]
     # glibc gives large blocks back as soon as they are freed, so that what is counted is what is held.

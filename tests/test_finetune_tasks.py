@@ -182,7 +182,8 @@ def in_peft(name: str, folder: Path) -> Any:
 @pytest.mark.parametrize(
     "name",
     [
-        *("answers", "classes", "tasks"),
+        *("classes", "tasks"),
+        pytest.param("answers", marks=pytest.mark.slow),
         pytest.param("eva", marks=pytest.mark.slow),
         pytest.param("corda", marks=pytest.mark.slow),
         pytest.param("lora_ga", marks=pytest.mark.slow),
