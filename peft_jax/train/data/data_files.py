@@ -225,7 +225,7 @@ def _read_columnar(file: Path) -> tuple[list[dict[str, Any]], ClassNames]:
             table = parquet.read()
         else:
             table = open_arrow(arrow, source).read_all()
-        check_columns(table.column_names, file)
+            check_columns(table.column_names, file)
         rows = table.to_pylist()
     except (arrow.ArrowException, OSError) as error:
         raise damaged(file, error) from error

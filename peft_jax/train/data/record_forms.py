@@ -302,12 +302,12 @@ def to_record(value: Any, form: Form, where: str) -> AnyRecord:
     """
     fields = _fields(value, where)
     missing = [name for name in form.needed if name not in fields]
-    has = _said_fields(value)
-    if missing and _form(fields) is not form:
-        raise ValueError(
-            f"{where} lacks {' and '.join(missing)}, which the first one has; it has {has}. Give one format a file."
-        )
     if missing:
+        has, is_other = _said_fields(value), _form(fields) is not form
+        if is_other:
+            raise ValueError(
+                f"{where} lacks {' and '.join(missing)}, which the first one has; it has {has}. Give one format a file."
+            )
         raise ValueError(f"{where} lacks {' and '.join(missing)}; it has {has}. Each record needs {form.rule}.")
     for name in MEANT:
         is_used = name in (*form.needed, *form.optional)
