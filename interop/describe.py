@@ -19,6 +19,7 @@ from peft_jax.core.strict_json import shown
 from peft_jax.core.targets import ALL_LINEAR, is_target, pattern_value
 from peft_jax.methods import lily
 from peft_jax.methods.base import CONFIG_FILE
+from peft_jax.prompts.xlora import DEEPEST, numbers_of_layers
 
 PICKLE_FILE = "adapter_model.bin"
 PROMPT_KEY = "prompt_embeddings"
@@ -221,8 +222,7 @@ class AdapterFolder:
         depth: Any = self.config.get("xlora_depth", 1)
         if self.peft_type != "XLORA" or not is_kind(loras, dict[str, str]) or not is_kind(depth, int):
             return []
-        step = 3 if self.config.get("xlora_dropout_p", 0.2) else 2  # layers, activations and dropout are counted
-        numbers = [str(step * number) for number in range(depth)]
+        numbers = list(map(str, numbers_of_layers(min(depth, DEEPEST), self.config.get("xlora_dropout_p", 0.2))))
         keys = {number: tensor_key("XLORA", "", f"layers.{number}.weight") for number in numbers if number in loras}
         return [number for number, key in keys.items() if key not in (self.tensors or {})]
 

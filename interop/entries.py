@@ -30,10 +30,10 @@ from peft_jax.adapters.target_parameters import depth, parameters_of
 from peft_jax.core.leaves import Leaf
 from peft_jax.core.selecting import picked
 from peft_jax.methods.base import Method
+from peft_jax.methods.own_tensors import OwnTensors
 from peft_jax.methods.roles import BIAS, Whole
 from peft_jax.methods.shared_arrays import SharedArrays
 from peft_jax.methods.trainable_tokens import Tokens, tokens_shape
-from peft_jax.prompts.shadow import ShadowConfig
 
 
 class Entry(NamedTuple):
@@ -112,7 +112,7 @@ def entries_of(
 def _matrix_entries(leaf: Leaf, config: Method, name: str, index: tuple[int, ...], *, biased: bool) -> Iterator[Entry]:
     """Those of a target module's matrix, in one layer."""
     shapes = config.leaf_shapes(name, leaf.layout, leaf.value.shape)
-    if isinstance(config, ShadowConfig):  # the arrays are the file's tensors as they are
+    if isinstance(config, OwnTensors):
         for role, shape in shapes.items():
             yield Entry(config.tensor_key(role), index, role, shape, tuple((axis,) for axis in range(len(shape))))
         return

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from peft_jax.prompts.xlora import XLoraConfig
+
 PREFIX = "base_model.model."
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # the version whose format and defaults we follow
@@ -363,15 +365,7 @@ ROWS |= {
     },
 }
 
-XLORA_PLACES = sorted({step * layer for step in (2, 3) for layer in range(32)})  # of its classifier's layers
-ROWS |= {
-    "XLORA": {
-        True: (
-            *(Row(f"layers.{place}.weight", f"layers.{place}.weight", ("made", "given")) for place in XLORA_PLACES),
-            *(Row(f"layers.{place}.bias", f"layers.{place}.bias", ("made",)) for place in XLORA_PLACES),
-        ),
-    },
-}
+ROWS |= {"XLORA": {True: tuple(Row(role, role, axes[::-1]) for role, axes in XLoraConfig.axes.items())}}
 
 # How a key is made of the path of a module (or of its parent) and a row's suffix, where it is not `PREFIX` and both.
 KEYS = {"ADAPTION_PROMPT": PREFIX + "{parent}.{suffix}", **dict.fromkeys(PROMPT_LEARNING, "{suffix}")}

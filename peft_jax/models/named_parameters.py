@@ -18,9 +18,9 @@ from peft_jax.core.weight import is_weight
 from peft_jax.interop.checkpoint import Row
 from peft_jax.interop.formats import PREFIX, ROWS, is_fixed, tensor_key
 from peft_jax.interop.tensors import get_peft_model_state_dict
+from peft_jax.methods.own_tensors import OwnTensors
 from peft_jax.methods.roles import REPLACED, SAVED, Whole
 from peft_jax.methods.trainable_tokens import Tokens
-from peft_jax.prompts.shadow import NAMED_DEFAULT, ShadowConfig
 
 
 class Parameter(NamedTuple):
@@ -86,8 +86,8 @@ def _blocks(configs: Iterable[Any]) -> set[str]:
     """The paths of the layers that PEFT wraps as wholes."""
     found: set[str] = set()
     for config in configs:
-        if isinstance(config, ShadowConfig):
-            found.update(config.targets)
+        if isinstance(config, OwnTensors):
+            found.update(config.wrapped_layers)
     return found
 
 
@@ -128,14 +128,14 @@ def _of_adapters(handle: Handle, known: dict[str, Any]) -> Iterator[tuple[str, t
                 saved |= set(leaf.modules)
         shared = _led_by_others(nodes)
         config = known[adapter]
-        unread = config.unread_keys if isinstance(config, ShadowConfig) else set()
+        own = config if isinstance(config, OwnTensors) else None
+        unread = set() if own is None else own.unread_keys
         for key, array in get_peft_model_state_dict(handle, adapter, save_embedding_layers=False).items():
             # Places are no parameters in PEFT's model, and PyTorch names a shared one once.
             if np.issubdtype(array.dtype, np.integer) or key in shared:
                 continue
-            name = _with_name(key, adapter, modules, saved)
-            if isinstance(config, ShadowConfig) and config.has_key(key):
-                name = key.replace(NAMED_DEFAULT, f".{adapter}.", 1)
+            own_name = None if own is None else own.own_name(key, adapter)
+            name = own_name or _with_name(key, adapter, modules, saved)
             yield name, (array, trained and not is_fixed(key) and key not in unread)
 
 

@@ -27,6 +27,7 @@ from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, kaiming
 from peft_jax.methods.frozen_arrays import FrozenArrays
+from peft_jax.methods.own_tensors import OwnTensors
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 from peft_jax.methods.task_type import TaskType
 from peft_jax.prompts.base import Prompt, PromptMethod, ShadowPart, ShadowSizes, active_prompts
@@ -68,7 +69,7 @@ class Mirrored(NamedTuple):
 
 @register("SHADOW")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, PromptMethod):
+class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, OwnTensors, PromptMethod):
     """Corrects the layers' inputs by the state of a small network of the same kind; fields and defaults are PEFT's.
 
     It goes on the layers, not on matrices in them, that the fields of `TargetFields`, `ExcludeFields` and `LayerFields`
@@ -204,12 +205,12 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, Promp
     @property
     def frozen(self) -> tuple[str, ...]:
         """The arrays that nothing reads: a table in the file that is not shared, and T and G of the last layer."""
-        last = self.targets[-1]
+        last = self.wrapped_layers[-1]
         networks = [f"{last}.{name}" for name in NETWORK_ARRAYS]
         return (*(BACKBONE + name for name in self.on_model_facts.unused), *networks)
 
     @property
-    def targets(self) -> list[str]:
+    def wrapped_layers(self) -> list[str]:
         """Paths of the layers that it is on."""
         return [layer for layer in self.on_model_facts.layers if is_target(self, layer)]
 
@@ -217,7 +218,7 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, Promp
         """Those of the correction and the two networks of each layer, of the small network and its projection."""
         facts, shapes = self.on_model_facts, dict[str, tuple[int, ...]]()
         hidden, inner = facts.hidden, self.update_hidden_size or self.r
-        for layer in self.targets:
+        for layer in self.wrapped_layers:
             shapes[f"{layer}.{DOWN}"] = (self.r, hidden)
             shapes[f"{layer}.{UP}"] = (hidden, self.r)
             for name in NETWORK_ARRAYS:
@@ -259,14 +260,17 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, Promp
         named = re.sub(r"(^|\.)(shadow_[a-z_]+)\.", rf"\1\2{NAMED_DEFAULT}", role, count=1)
         return f"base_model.{named}" if named.startswith("shadow_") else f"base_model.model.{named}"
 
-    def has_key(self, key: str) -> bool:
-        """Whether a key of the file is that of an array of its own, not of a module that is trained whole.
+    def own_name(self, key: str, adapter_name: str) -> str | None:
+        """The name in PEFT's model of an array's tensor; None for one of a module that is trained whole.
 
         Example:
-            >>> ShadowConfig().has_key("base_model.model.lm_head.weight")
-            False
+            >>> ShadowConfig().own_name("base_model.shadow_backbone.default.norm.weight", "mine")
+            'base_model.shadow_backbone.mine.norm.weight'
+            >>> ShadowConfig().own_name("base_model.model.lm_head.weight", "mine")
         """
-        return re.search(rf"\.shadow_[a-z_]+{re.escape(NAMED_DEFAULT)}", key) is not None
+        if re.search(rf"\.shadow_[a-z_]+{re.escape(NAMED_DEFAULT)}", key) is None:
+            return None
+        return key.replace(NAMED_DEFAULT, f".{adapter_name}.", 1)
 
     @property
     def unread_keys(self) -> set[str]:

@@ -35,9 +35,21 @@ from peft_jax.prompts.base import Prompt, PromptMethod, active_prompts
 H = TypeVar("H", bound=Handle)
 NUMBER = "module_number"  # in the state of a LoRA: which of the classifier's modules each stacked layer is
 DEEPEST = 32  # layers of a classifier
-STEPS = (2, 3)  # by which PyTorch counts them: each is followed by a ReLU, and that by dropout if there is any
-PLACES = sorted({step * layer for step in STEPS for layer in range(DEEPEST)})
-WEIGHTS, BIASES = [f"layers.{place}.weight" for place in PLACES], [f"layers.{place}.bias" for place in PLACES]
+
+
+def numbers_of_layers(depth: int, dropout: float) -> list[int]:
+    """The numbers that PyTorch gives a classifier's layers: it counts the ReLU behind each, and dropout if any.
+
+    Example:
+        >>> numbers_of_layers(3, 0.0), numbers_of_layers(3, 0.2)
+        ([0, 2, 4], [0, 3, 6])
+    """
+    step = 3 if dropout else 2
+    return [step * number for number in range(depth)]
+
+
+NUMBERS = sorted({*numbers_of_layers(DEEPEST, 0), *numbers_of_layers(DEEPEST, 0.5)})
+WEIGHTS, BIASES = [f"layers.{number}.weight" for number in NUMBERS], [f"layers.{number}.bias" for number in NUMBERS]
 
 
 @register("XLORA")
@@ -163,12 +175,11 @@ class XLoraConfig(PromptMethod):
     @property
     def layers(self) -> list[tuple[str, int, int]]:
         """PyTorch's name of each of the classifier's layers, its inputs and its outputs."""
-        step = STEPS[self.xlora_dropout_p > 0]
         outputs = len(self.experts) * (self.modules if self.layerwise_scalings else 1)
         widths = [self.hidden_size or 0, *[self.xlora_size] * (self.xlora_depth - 1), outputs]
         found = []
-        for number in range(self.xlora_depth):
-            found.append((f"layers.{step * number}", widths[number], widths[number + 1]))
+        for place, number in enumerate(numbers_of_layers(self.xlora_depth, self.xlora_dropout_p)):
+            found.append((f"layers.{number}", widths[place], widths[place + 1]))
         return found
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
