@@ -11,8 +11,9 @@ from test_decoder_commands import DECODERS
 import peft_jax as pj
 from peft_jax.cli.generate.generate import up_to_end
 from peft_jax.cli.generate.prompt_input import pad
-from peft_jax.models.generation.filled_rows import SPARE, FilledRows, can_fill, programs, shared_start
+from peft_jax.models.generation.filled_rows import SPARE, FilledRows, can_fill, shared_start
 from peft_jax.models.generation.generation_config import Generation
+from peft_jax.models.generation.row_decoder import programs
 from peft_jax.models.generation.sampling import Sampling
 from peft_jax.models.registry import read_architecture
 
