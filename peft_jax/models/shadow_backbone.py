@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from peft_jax.interop.checkpoint_rows import Row
 from peft_jax.models.config import CAUSAL_LM, FEATURE_EXTRACTION, ModelConfig
 from peft_jax.models.family import Family, with_leaf
 from peft_jax.models.modules.inputs import ForwardInputs
-from peft_jax.models.modules.kv_cache import KVCache
+from peft_jax.models.modules.kv_cache import KVCache, TwoCaches
 from peft_jax.models.modules.shadow_state import Perceptron, Shadow, ShadowLayers
 from peft_jax.models.registry import family_of
 from peft_jax.prompts.base import ShadowPart, ShadowSizes, active_prompts
@@ -28,19 +28,6 @@ TABLE = "embed_tokens"  # the name of a table of tokens that PEFT takes out of t
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # by which PEFT sets the width of the feed-forward network
 BY_LAYER = ("layer_types", "no_rope_layers")  # our fields that have a value for each layer
 SMALL = 0x736D616C  # what a key is folded with for the small network's own dropout: "smal"
-
-
-class ShadowCache(NamedTuple):
-    """The caches of a model and of the small network beside it, which are filled together."""
-
-    base: Any
-    shadow: Any
-
-    @property
-    def index(self) -> jax.Array:  # type: ignore[override]
-        """The number of slots that are filled."""
-        index: jax.Array = self.base.index
-        return index
 
 
 @functools.lru_cache(maxsize=64)
@@ -222,11 +209,11 @@ def apply_beside(
         config: The model's config.
         params: The model's parameters.
         shadow: The small network.
-        inputs: The inputs of both; a cache is a `ShadowCache` where there is a small network.
+        inputs: The inputs of both; a cache is one of `TwoCaches` where there is a small network.
     """
     if shadow is None:
         return family.apply(config, params, inputs)
-    cache = ShadowCache(None, None) if inputs.cache is None else inputs.cache
+    cache = TwoCaches(None, None) if inputs.cache is None else inputs.cache
     small = small_config(config, shadow.sizes)
     if inputs.inputs_embeds is not None and inputs.inputs_embeds.shape[-1] != small.embedding_size:
         raise ValueError(
@@ -237,7 +224,7 @@ def apply_beside(
     key = inputs.dropout_key
     own = dataclasses.replace(
         inputs,
-        cache=cache.shadow,
+        cache=cache.first,
         output_hidden_states=False,
         output_router_logits=False,
         logits_to_keep=0,
@@ -248,8 +235,8 @@ def apply_beside(
     if PROJECTION in shadow.arrays:
         state = state @ shadow.arrays[PROJECTION].T.astype(state.dtype)
     layers = shadow_layers(_layers(family, config), shadow, config.hidden_size)
-    out = family.apply(config, params, dataclasses.replace(inputs, cache=cache.base, shadow=Shadow(state, layers)))
-    filled = None if inputs.cache is None else ShadowCache(out.cache, seen.cache)
+    out = family.apply(config, params, dataclasses.replace(inputs, cache=cache.second, shadow=Shadow(state, layers)))
+    filled = None if inputs.cache is None else TwoCaches(seen.cache, out.cache)
     return out._replace(cache=filled, shadow_state=state)
 
 
@@ -269,5 +256,5 @@ def cache_beside(family: Family, config: ModelConfig, params: PyTree, batch: int
     for leaf in active_prompts(params):
         if isinstance(leaf.tag.config, ShadowConfig):
             small = small_config(config, leaf.tag.config.sizes_of_shadow)
-            return ShadowCache(base, make(small, batch, positions, dtype))
+            return TwoCaches(make(small, batch, positions, dtype), base)
     return base

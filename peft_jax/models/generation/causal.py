@@ -26,8 +26,9 @@ from peft_jax.models.generation.decode import (
 from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.models.generation.generation_config import Generation, resolve
 from peft_jax.models.handles.prompted import Cached
-from peft_jax.models.handles.two_passes import TwoCaches, in_two_passes
+from peft_jax.models.handles.two_passes import in_two_passes
 from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import TwoCaches
 from peft_jax.models.registry import family_of
 from peft_jax.models.shadow_backbone import apply_beside, cache_beside
 from peft_jax.prompts.base import take_prompt, virtual_slots

@@ -1,35 +1,23 @@
-"""A model with an X-LoRA: a first pass for its classifier, and a second one with the LoRAs as that scales them."""
+"""A model with an X-LoRA: a first pass for its classifier, and a second one with the LoRAs as that scales them.
+
+Each pass keeps a cache of its own. PEFT keeps none, and runs both passes over all tokens for each new one. What they
+compute of a token depends on those before it alone, so that the numbers are the same.
+"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from peft_jax.core.pytree import PyTree
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.modules.inputs import ForwardInputs
+from peft_jax.models.modules.kv_cache import TwoCaches
 from peft_jax.models.registry import family_of
 from peft_jax.prompts.xlora import Router
 
 FIRST_PASS = 0x70617373  # what a step's key is folded with for the base's dropout in the first pass: "pass"
-
-
-class TwoCaches(NamedTuple):
-    """The memory that both passes keep of the positions seen so far.
-
-    PEFT keeps none, and runs both passes over all tokens for each new one. What they compute of a token depends on
-    those before it alone, so that the numbers are the same.
-    """
-
-    first: Any
-    second: Any
-
-    @property
-    def index(self) -> jax.Array:  # type: ignore[override]  # of the cache, not the method of tuples
-        """The number of slots that are filled."""
-        index: jax.Array = self.second.index
-        return index
 
 
 def in_two_passes(

@@ -55,6 +55,25 @@ class MixedCache(NamedTuple):
         return int(lengths[0])
 
 
+class TwoCaches(NamedTuple):
+    """The caches of two runs over the same positions, which are filled together.
+
+    Attributes:
+        first: That of a model's first pass (`peft_jax.models.handles.two_passes`), or of a small network beside it
+            (`peft_jax.models.shadow_backbone`).
+        second: That of the pass that gives the logits.
+    """
+
+    first: Any
+    second: Any
+
+    @property
+    def index(self) -> jax.Array:  # type: ignore[override]  # of the cache, not the method of tuples
+        """The number of slots that are filled."""
+        index: jax.Array = self.second.index
+        return index
+
+
 def make_cache(layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for max_len positions."""
     shape = (layers, batch, max_len, kv_heads, head_dim)
