@@ -17,6 +17,7 @@ from ignored_options import without_options
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+quick_compilation.lower_in_shared_contexts()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -78,6 +79,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if is_sampled and not is_slow else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    quick_compilation.collect_garbage_rarely()
 
 
 @contextlib.contextmanager
@@ -150,11 +155,11 @@ def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     reset_cache()
     yield
     if holds_many_programs():
-        jax.clear_caches()
+        quick_compilation.forget_programs()
 
 
 def holds_many_programs() -> bool:
-    """Whether half of the 65,000 memory maps that a process may have are taken, or 4 GiB of memory.
+    """Whether half of the 65,000 memory maps that a process may have are taken, or 5 GiB of memory.
 
     Each compiled program takes maps. Where Linux's files do not tell, the answer is yes.
     """
@@ -162,7 +167,7 @@ def holds_many_programs() -> bool:
     if not maps.exists():
         return True
     pages = int(sizes.read_text().split()[1])
-    return maps.read_text().count("\n") > 32_000 or pages * os.sysconf("SC_PAGE_SIZE") > 4 * 2**30
+    return maps.read_text().count("\n") > 32_000 or pages * os.sysconf("SC_PAGE_SIZE") > 5 * 2**30
 
 
 @pytest.fixture
