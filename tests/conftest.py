@@ -159,7 +159,7 @@ def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def holds_many_programs() -> bool:
-    """Whether half of the 65,000 memory maps that a process may have are taken, or 5 GiB of memory.
+    """Whether 40,000 of the 65,000 memory maps that a process may have are taken, or 5 GiB of memory.
 
     Each compiled program takes maps. Where Linux's files do not tell, the answer is yes.
     """
@@ -167,7 +167,7 @@ def holds_many_programs() -> bool:
     if not maps.exists():
         return True
     pages = int(sizes.read_text().split()[1])
-    return maps.read_text().count("\n") > 32_000 or pages * os.sysconf("SC_PAGE_SIZE") > 5 * 2**30
+    return maps.read_text().count("\n") > 40_000 or pages * os.sysconf("SC_PAGE_SIZE") > 5 * 2**30
 
 
 @pytest.fixture
