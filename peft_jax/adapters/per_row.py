@@ -1,6 +1,7 @@
 """Several adapters in one batch: each row is computed with one of them, or with the base alone."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from peft_jax.methods.lora.config import LoraConfig
 T = TypeVar("T")
 BASE = "__base__"  # PEFT's name for no adapter
 FACTORS = {"lora_A", "lora_B"}
+TOGETHER = 16  # adapters times tokens of a row, up to which all rows are multiplied with all adapters
 
 
 def with_adapter_rows(params: T, names: Sequence[str], task_ids: TaskIds | None = None) -> T:
@@ -30,7 +32,8 @@ def with_adapter_rows(params: T, names: Sequence[str], task_ids: TaskIds | None 
 
     A row's numbers are those of running it alone with `pj.set_adapter`. All products must have the batch as the first
     axis of their inputs, and so must what is added to a vector (a bias) or multiplied by one (a norm's scale). LoRA's
-    factors are gathered by row; with other methods each product is computed once for each adapter. It is for inference:
+    factors are gathered by row, but where adapters and tokens of a row are few, as in decoding: there all rows are
+    multiplied with all factors. With other methods each product is computed once for each adapter. It is for inference:
     the adapters are no longer trained, merged or saved. Other names in the same number, of the same adapters, compile
     nothing.
 
@@ -190,21 +193,20 @@ class Rows(Weight):
         """``y`` and what the factors of each row's adapter add to it."""
         own, states = picked(self.params, which), picked(self.states, which)
         width = max(params["lora_A"].shape[-1] for params in own)
-        first = _padded(own[0], width)
-        every_a, every_b = [jnp.zeros_like(first["lora_A"])], [jnp.zeros_like(first["lora_B"])]  # of the base's rows
+        every_a, every_b = [], []
         for params in own:
             padded = _padded(params, width)
             every_a.append(padded["lora_A"])
             every_b.append(padded["lora_B"])
-        a, b = jnp.stack(every_a), jnp.stack(every_b)
-        scaling = jnp.stack([jnp.zeros((), a.dtype), *(state["scaling"].astype(a.dtype) for state in states)])
+        dtype = jnp.result_type(*every_a)
+        scaling = jnp.stack([state["scaling"].astype(dtype) for state in states])
         place = jnp.zeros(len(self.tags) + 1, jnp.int32).at[jnp.array(which) + 1].set(jnp.arange(1, len(which) + 1))
-        of_row = place[self.rows]
-
-        def added(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-            return product.up(product.down(x, a) * scale, b)
-
-        update = jax.vmap(added)(x, a[of_row], b[of_row], scaling[of_row])
+        of_row = place[self.rows]  # from 1; 0 for rows of the base, or of an adapter of another kind
+        tokens = math.prod(x.shape[1:-1])
+        if type(product) is Product and (len(own) == 1 or len(own) * tokens <= TOGETHER):
+            update = _from_all(of_row, every_a, every_b, scaling, x, product)
+        else:
+            update = _from_gathered(of_row, every_a, every_b, scaling, x, product)
         return product.added(y, update)
 
     def astype(self, dtype: jnp.dtype) -> "Rows":
@@ -240,3 +242,40 @@ def _padded(params: Mapping[str, jax.Array], width: int) -> dict[str, jax.Array]
     a, b = params["lora_A"], params["lora_B"]
     more = width - a.shape[-1]
     return {"lora_A": jnp.pad(a, ((0, 0), (0, more))), "lora_B": jnp.pad(b, ((0, more), (0, 0)))}
+
+
+def _from_all(
+    of_row: jax.Array,
+    every_a: Sequence[jax.Array],
+    every_b: Sequence[jax.Array],
+    scaling: jax.Array,
+    x: jax.Array,
+    product: Product,
+) -> jax.Array:
+    """The update of each row, from two products with the factors of all adapters side by side."""
+    inner = product.down(x, jnp.concatenate(every_a, axis=1))
+    rank = every_a[0].shape[1]
+    owner = jnp.repeat(jnp.arange(1, len(every_a) + 1), rank)  # of each column
+    shape = (len(of_row), *[1] * (inner.ndim - 2), len(owner))
+    is_own = jnp.reshape(of_row[:, None] == owner[None], shape)
+    scaled = inner * jnp.broadcast_to(jnp.repeat(scaling, rank), shape).astype(inner.dtype)
+    return product.up(jnp.where(is_own, scaled, 0), jnp.concatenate(every_b))
+
+
+def _from_gathered(
+    of_row: jax.Array,
+    every_a: Sequence[jax.Array],
+    every_b: Sequence[jax.Array],
+    scaling: jax.Array,
+    x: jax.Array,
+    product: Product,
+) -> jax.Array:
+    """The update of each row, by the factors of its adapter, which are copied for each row."""
+    a = jnp.stack([jnp.zeros_like(every_a[0]), *every_a])  # zeros for rows without such an adapter
+    b = jnp.stack([jnp.zeros_like(every_b[0]), *every_b])
+    scales = jnp.concatenate([jnp.zeros_like(scaling[:1]), scaling])
+
+    def added(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+        return product.up(product.down(x, a) * scale, b)
+
+    return jax.vmap(added)(x, a[of_row], b[of_row], scales[of_row])
