@@ -109,6 +109,7 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/int8_base.py --size 30m --repeats 3
 	$(BIN)/python benchmarks/int8_base.py --size 125m --repeats 3 --contenders dense int8 decode-dense decode-int8
 	$(BIN)/python benchmarks/generation.py --size 30m --prompt 32 --new 9
+	$(BIN)/python benchmarks/many_prompts.py --size 30m
 	$(BIN)/python benchmarks/startup.py --size 30m
 	$(BIN)/python benchmarks/padding.py --size 30m
 	$(BIN)/python benchmarks/report.py

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from measure import Contender, timed
-from shapes import SHAPES, Dtype, Size, checkpoint_folder
+from shapes import SHAPES, Dtype, Size, checkpoint_folder, left_padded, up_to_end
 
 import peft_jax as pj
 from peft_jax.cli.shared.forward_pass import apply_lazily
 from peft_jax.models import LlamaConfig
+from peft_jax.models.generation.filled_rows import fill_rows
+from peft_jax.models.generation.generate_options import GenerateOptions
 from peft_jax.train import (
     Padded,
     make_accumulating_step,
@@ -150,6 +152,30 @@ def generator(model: Any, ids: np.ndarray, adapters: Sequence[str] | None = None
     prompts = jnp.asarray(ids)
     mask = jnp.ones_like(prompts)
     return lambda count: jax.block_until_ready(model.generate(prompts, mask, max_new_tokens=count, do_sample=False))
+
+
+def answering(
+    model: Any, prompts: Sequence[np.ndarray], rows: int, ends: Sequence[int], longest: int, *, filled: bool
+) -> Callable[[], list[list[int]]]:
+    """Answers many prompts, greedily: in rows that take the next prompt as answers end, or in batches.
+
+    An answer has at most ``longest`` tokens, of which one of ``ends`` is the last.
+    """
+    options = GenerateOptions(max_new_tokens=longest, do_sample=False, eos_token_id=tuple(ends), pad_token_id=0)
+    texts = [prompt.tolist() for prompt in prompts]
+    batches = [left_padded(prompts[start : start + rows]) for start in range(0, len(prompts), rows)]
+
+    def fill() -> list[list[int]]:
+        return list(fill_rows(model, texts, options, rows, jax.random.key(0)))
+
+    def in_batches() -> list[list[int]]:
+        found = []
+        for ids, mask in batches:
+            tokens = np.asarray(model.generate(ids, mask, **options.given))[:, ids.shape[1] :]
+            found += [up_to_end(row, ends) for row in tokens.tolist()]
+        return found
+
+    return fill if filled else in_batches
 
 
 def lora(rank: int, **options: Any) -> Any:

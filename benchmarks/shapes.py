@@ -1,7 +1,7 @@
 """Llama shapes by name, and the folders of their random checkpoints. Imports neither JAX nor PyTorch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +79,24 @@ def read_shape(checkpoint: Path) -> dict[str, Any]:
 def token_ids(shape: Mapping[str, Any], rows: int, length: int) -> np.ndarray:
     """Random tokens ``(rows, length)``, int32, the same on every call."""
     return np.random.default_rng(0).integers(0, shape["vocab_size"], (rows, length), dtype=np.int32)
+
+
+def left_padded(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of texts (rows, longest) with zeros on their left, and 1 where tokens are; both int64."""
+    ids = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, -len(text) :] = text
+        mask[row, -len(text) :] = 1
+    return ids, mask
+
+
+def up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens up to the first that is one of ``ends``, with it."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: place + 1]
+    return tokens
 
 
 def weight_flops(shape: dict[str, Any], tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Start-up: imports, reading a checkpoint, adapter files, and the first training step as depth grows; PEFT beside.
+"""Start-up: imports, reading, adapter files, a short answer, and the first step as depth grows; PEFT beside.
 
     python benchmarks/startup.py --size 30m
     python benchmarks/startup.py --size 1b --dtype bfloat16 --depths 4 16
@@ -6,6 +6,8 @@
 The first step is timed from the loaded base to the end of the step: attach LoRA, trace, compile, run; nothing compiled
 before is kept. peft_jax's models scan over their layers, so that its compiler sees one layer at any depth (what
 layers cost that are not in a scan, adapt_overhead.py prints). PEFT's first step is eager and compiles nothing.
+
+Peak memory is taken in processes of their own: of reading the checkpoint, and of reading it and one short answer.
 """
 
 import dataclasses
@@ -27,6 +29,8 @@ from safetensors.numpy import load_file
 from shapes import SHAPES, Dtype, Size, checkpoint_folder, token_ids
 
 SIDES = ("ours", "peft")
+READING, ANSWER = "read the checkpoint", "answer a prompt"
+SPARE = 500 * 2**20  # bytes that an answer may take beside 1.5 times the weights
 IMPORTS = {
     "ours": "import peft_jax",
     "peft": "from peft import LoraConfig, get_peft_model; from transformers import LlamaForCausalLM",
@@ -46,9 +50,11 @@ class Settings:
         rank: Of the adapters.
         repeats: Turns that are timed.
         contenders: Whose runs are timed.
-        memory: Whether the peak memory of reading the checkpoint is taken too, in processes of their own.
+        memory: Whether the peak memory of reading the checkpoint and of an answer is taken too.
+        prompt: Tokens of the prompt that is answered.
+        answer: Tokens of the answer.
         build: Folder of checkpoints and records.
-        alone: Read the checkpoint on this side alone, and print its memory.
+        alone: Do one thing on one side alone, as in "answer a prompt: ours", and print its memory.
     """
 
     size: Size = "30m"
@@ -60,6 +66,8 @@ class Settings:
     repeats: int = 2
     contenders: tuple[str, ...] = SIDES
     memory: bool = True
+    prompt: int = 16
+    answer: int = 16
     build: Path = measure.BUILD
     alone: str | None = None
 
@@ -79,13 +87,20 @@ def files(name: str, settings: Settings) -> list[Contender]:
     bases = [side.load(checkpoint) for _ in range(2)]
     attached = side.attach(bases[0], side.lora(settings.rank))
     work: dict[str, Callable[[], Any]] = {
-        "read the checkpoint": lambda: side.load(checkpoint),
+        READING: lambda: side.load(checkpoint),
         "attach LoRA": lambda: side.attach_and_detach(bases[1], side.lora(settings.rank)),
         "write the adapter": lambda: attached.save_pretrained(folder),
         "read the adapter": lambda: side.read_and_detach(bases[1], folder),
+        ANSWER: lambda: answer(side, bases[1], settings),
     }
     work["write the adapter"]()
     return [Contender(f"{what}: {name}", run) for what, run in work.items()]
+
+
+def answer(side: Any, model: Any, settings: Settings) -> None:
+    """Answer a prompt, greedily."""
+    ids = token_ids(SHAPES[settings.size], 1, settings.prompt)
+    side.generator(model, ids)(settings.answer)
 
 
 def own_time_of_safetensors(settings: Settings) -> Contender:
@@ -97,7 +112,7 @@ def own_time_of_safetensors(settings: Settings) -> Contender:
         files = checkpoint.glob("*.safetensors")
         return [tensor.astype(dtype, copy=False) for file in files for tensor in load_file(file).values()]
 
-    return Contender("read the checkpoint: safetensors", read)
+    return Contender(f"{READING}: safetensors", read)
 
 
 def first_steps(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -128,12 +143,14 @@ def stepping(name: str, shape: dict[str, Any], settings: Settings, ids: np.ndarr
     )
 
 
-def weigh(name: str, settings: Settings) -> dict[str, Any]:
-    """What reading the checkpoint takes at its peak, and what it leaves, in bytes beside imports and an idle device."""
-    side = load_side(name)
+def weigh(task: str, settings: Settings) -> dict[str, Any]:
+    """What a task takes at its peak, and what it leaves, in bytes beside imports and an idle device."""
+    side = load_side(task)
     side.wake()
     imported = measure.status("VmRSS")
     model = side.load(checkpoint_folder(settings.build, settings.size, settings.dtype))
+    if task.startswith(ANSWER):
+        answer(side, model, settings)
     peak, after = measure.status("VmHWM"), measure.status("VmRSS")
     del model
     if imported is None or peak is None or after is None:
@@ -143,17 +160,28 @@ def weigh(name: str, settings: Settings) -> dict[str, Any]:
 
 def compare(rows: dict[str, dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
     """The ratios that the rows allow."""
-    kinds = ["import", "read the checkpoint", "attach LoRA", "write the adapter", "read the adapter"]
+    kinds = ["import", READING, "attach LoRA", "write the adapter", "read the adapter", ANSWER]
     kinds += [f"first step, {depth} layers" for depth in settings.depths]
     asked = [(f"{kind}, time over PEFT's", f"{kind}: ours", f"{kind}: peft") for kind in kinds]
-    checkpoint = "read the checkpoint"
-    asked.append((f"{checkpoint}, time over safetensors' own", f"{checkpoint}: ours", f"{checkpoint}: safetensors"))
+    asked.append((f"{READING}, time over safetensors' own", f"{READING}: ours", f"{READING}: safetensors"))
     few, many = min(settings.depths), max(settings.depths)
     for part in ("trace", "compile", "first step"):
         over = f"{part}, {many} layers over {few}"
         asked += [(f"{over}, {name}", *(f"{part}, {n} layers: {name}" for n in (many, few))) for name in SIDES]
-    sizes = [("host_peak_bytes", "read the checkpoint: ours", "read the checkpoint: peft")]
-    return measure.ratios(asked, rows) + measure.memory_ratios(sizes, rows)
+    sizes = [("host_peak_bytes", f"{kind}: ours", f"{kind}: peft") for kind in (READING, ANSWER)]
+    return measure.ratios(asked, rows) + measure.memory_ratios(sizes, rows) + beside_weights(rows)
+
+
+def beside_weights(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The peak memory of an answer, over 1.5 times the weights and `SPARE`."""
+    found = []
+    for name in SIDES:
+        row = rows.get(f"{ANSWER}: {name}", {})
+        if peak := row.get("host_peak_bytes"):
+            bound = 1.5 * row["file_bytes"] + SPARE
+            what = f"host peak memory, {ANSWER}: {name} over 1.5 times the weights and 500 MiB"
+            found.append({"what": what, "above": row["name"], "below": "the bound", "median": peak / bound})
+    return found
 
 
 def main(settings: Settings) -> None:
@@ -173,8 +201,9 @@ def main(settings: Settings) -> None:
     times = measure.interleave(contenders, settings.repeats)
     rows = {one.name: measure.row(one, times[one.name]) for one in contenders}
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    for name in settings.contenders if settings.memory else ():
-        rows[f"read the checkpoint: {name}"] |= {"file_bytes": weights, **measure.alone(name)}
+    tasks = [f"{kind}: {name}" for kind in (READING, ANSWER) for name in settings.contenders]
+    for task in tasks if settings.memory else ():
+        rows[task] |= {"file_bytes": weights, **measure.alone(task)}
     rows |= first_steps(settings)
     recording.finish("startup", settings, rows, compare(rows, settings))
 

@@ -12,6 +12,7 @@ import peft
 import torch
 import transformers
 from measure import Contender, NotRun, timed
+from shapes import left_padded, up_to_end
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and PEFT's, of each other
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -72,6 +73,28 @@ def generator(model: Any, ids: np.ndarray, adapters: Sequence[str] | None = None
     @torch.no_grad()
     def run(count: int) -> np.ndarray:
         found: np.ndarray = model.generate(**given, **rows, max_new_tokens=count).cpu().numpy()
+        return found
+
+    return run
+
+
+def answering(
+    model: Any, prompts: Sequence[np.ndarray], rows: int, ends: Sequence[int], longest: int
+) -> Callable[[], list[list[int]]]:
+    """Answers many prompts in batches, greedily: with at most ``longest`` tokens, of which one of ``ends`` is last."""
+    batches = []
+    for start in range(0, len(prompts), rows):
+        ids, mask = left_padded(prompts[start : start + rows])
+        batches.append({"input_ids": torch.tensor(ids).to(DEVICE), "attention_mask": torch.tensor(mask).to(DEVICE)})
+    given = {"do_sample": False, "pad_token_id": 0, "eos_token_id": list(ends), "max_new_tokens": longest}
+    model.eval()
+
+    @torch.no_grad()
+    def run() -> list[list[int]]:
+        found = []
+        for batch in batches:
+            tokens = model.generate(**batch, **given)[:, batch["input_ids"].shape[1] :]
+            found += [up_to_end(row, ends) for row in tokens.tolist()]
         return found
 
     return run

@@ -17,7 +17,8 @@ SMALL = {
     "training_step": "--batch 1 --length 8 --rank 2 --no-memory --contenders ours peft products-torch",
     "int8_base": "--length 8 --new 2 --rank 2 --no-memory --no-remat --contenders int8 peft-int8",
     "generation": "--batch 1 --rows 2 --adapters 2 --prompt 4 --new 3 --rank 2",
-    "startup": "--depths 1 --length 8 --rank 2 --no-memory",
+    "many_prompts": "--prompts 3 --rows 2 --prompt 4 --longest 4 --rank 2",
+    "startup": "--depths 1 --length 8 --rank 2 --answer 2 --no-memory",
     "padding": "--batch 2 --micro 1 --steps 1 --longest 32 --rank 2",
 }
 ROWS = {
@@ -29,10 +30,18 @@ ROWS = {
         for side in ("ours", "peft")
         for part in ("prefill", "decode")
     },
+    "many_prompts": {"filled rows", "batches", "peft"},
     "padding": {"packed", "one text a row", "peft", "peft grouped"},
     "startup": {
         f"{what}: {side}"
-        for what in ("import", "read the checkpoint", "attach LoRA", "write the adapter", "read the adapter")
+        for what in (
+            "import",
+            "read the checkpoint",
+            "attach LoRA",
+            "write the adapter",
+            "read the adapter",
+            "answer a prompt",
+        )
         for side in ("ours", "peft")
     }
     | {"read the checkpoint: safetensors"}
@@ -56,6 +65,7 @@ def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
         pytest.param("startup", marks=pytest.mark.slow),
         pytest.param("int8_base", marks=pytest.mark.slow),
         pytest.param("generation", marks=pytest.mark.slow),
+        pytest.param("many_prompts", marks=pytest.mark.slow),
     ],
 )
 def test_a_program_runs_and_records(program: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from cases import METHODS, stacked_configs
 
 import peft_jax as pj
+from peft_jax.adapters.per_row import TOGETHER
 from peft_jax.core.adapted_tree import map_adapted
 
 TARGETS = ["up", "down"]
@@ -90,6 +91,32 @@ def test_many_unlike_adapters_in_one_batch_and_other_names_compile_nothing():
     for order in (names, names[::-1]):
         close(run(pj.with_adapter_rows(params, order), IDS), alone(params, order))
     assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("tokens", [2, 6])
+def test_few_factors_are_all_multiplied_and_many_gathered(tokens):
+    """The same numbers either way; and those of an adapter that are not finite stay in its own rows."""
+    params = with_adapters(base(), ["LORA", "another LORA", "saved"])
+    names = ["another LORA", "LORA", "__base__", "saved", "LORA"]
+    rows = pj.with_adapter_rows(params, names)
+    kernel = pj.adapt(lambda params, x: x @ params["layers"]["up"]["kernel"][0])
+    text = jax.jit(kernel).lower(rows, normal(3, 5, tokens, 8)).as_text()
+    is_gathered = 3 * tokens > TOGETHER
+    assert ("tensor<5x8x5xf32>" in text) == is_gathered  # a first factor for each row
+    ids = jnp.tile(IDS, (1, 2))[:, :tokens]
+    trees = {name: pj.set_adapter(params, name) for name in ("LORA", "another LORA", "saved")}
+    trees["__base__"] = pj.disable_adapter(params)
+    run = pj.adapt(model)
+    want = [run(trees[name], ids[row : row + 1])[0] for row, name in enumerate(names)]
+    close(run(rows, ids), jnp.stack(want))
+    trainable, frozen = pj.partition(trees["LORA"])
+    broken = pj.combine(jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), trainable), frozen)
+    found = run(pj.with_adapter_rows(broken, names), ids)
+    for row, name in enumerate(names):
+        if name == "LORA":
+            assert jnp.isnan(found[row]).all()
+        else:
+            close(found[row], want[row])
 
 
 def test_gathered_factors_make_no_second_product_with_the_base():

@@ -252,14 +252,20 @@ def _from_all(
     x: jax.Array,
     product: Product,
 ) -> jax.Array:
-    """The update of each row, from two products with the factors of all adapters side by side."""
+    """The update of each row, from two products with the factors of all adapters side by side.
+
+    Zero times what is not finite is not zero, so a second factor that has such numbers goes into its own rows alone.
+    """
     inner = product.down(x, jnp.concatenate(every_a, axis=1))
+    b = jnp.concatenate(every_b)
+    is_finite = jnp.isfinite(b)
     rank = every_a[0].shape[1]
     owner = jnp.repeat(jnp.arange(1, len(every_a) + 1), rank)  # of each column
+    factors = jnp.where(is_finite.all(axis=1), jnp.repeat(scaling, rank), jnp.nan).astype(inner.dtype)
     shape = (len(of_row), *[1] * (inner.ndim - 2), len(owner))
     is_own = jnp.reshape(of_row[:, None] == owner[None], shape)
-    scaled = inner * jnp.broadcast_to(jnp.repeat(scaling, rank), shape).astype(inner.dtype)
-    return product.up(jnp.where(is_own, scaled, 0), jnp.concatenate(every_b))
+    own = jnp.where(is_own, inner * jnp.broadcast_to(factors, shape), 0)
+    return product.up(own, jnp.where(is_finite, b, 0))
 
 
 def _from_gathered(
