@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft_jax.models.modules.inputs import ForwardInputs
 from peft_jax.models.modules.outputs import ModelOutput
 
 SPAN = 2  # outputs of a question-answering head: the span's start and end
+FEW = 64  # rows up to which a bfloat16 product with a float32 result is the faster one on a CPU
 
 
 def head_width(config: ModelConfig) -> int:
@@ -61,9 +63,17 @@ class DecoderHead:
 
 
 def project(h: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Logits (batch, length, vocabulary) of h (batch, length, hidden), in the wider of the two element types."""
+    """Logits (batch, length, vocabulary) of h (batch, length, hidden), in the wider of the two element types.
+
+    They are rounded to it once, after sums in float32. XLA's CPU backend makes a bfloat16 product of float32 copies,
+    and for few rows, as in decoding, to copy the head takes longer than the product; asked for float32 it makes none.
+    """
     wide = jnp.promote_types(h.dtype, kernel.dtype)
-    return h.astype(wide) @ kernel.astype(wide)
+    x, matrix = h.astype(wide), kernel.astype(wide)
+    rows = math.prod(h.shape[:-1])
+    if wide == jnp.bfloat16 and 1 < rows <= FEW and jax.default_backend() == "cpu":
+        return jnp.matmul(x, matrix, preferred_element_type=jnp.float32).astype(wide)
+    return x @ matrix
 
 
 def of_last_token(logits: jax.Array, input_ids: jax.Array | None, pad_token_id: int | None) -> jax.Array:
