@@ -22,6 +22,7 @@ from peft_jax.train.mesh import in_use, make_mesh, parse_mesh, place, place_batc
 
 EXPERTS = 8
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configs call the number of experts
+WEIGHTS = ("fsdp", "expert")  # what splits an axis of the weights that are no experts'
 MATRICES = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = np.random.default_rng(0).integers(3, 50, (8, 12))
 MASK = np.where(np.arange(12) < 9 - np.arange(8)[:, None] % 3, 0, 1)[:, ::-1]
@@ -101,6 +102,10 @@ def test_eight_devices_give_the_numbers_of_one(name: str) -> None:
             array = leaf.array if is_weight(leaf) else leaf
             assert array.sharding.shard_shape(array.shape)[1] * devices == EXPERTS, path
             assert array.dtype == (jnp.int8 if case.int8 else jnp.float32), path
+        elif path.endswith(("o_proj.kernel", "embed_tokens.embedding")):
+            array = leaf.array if is_weight(leaf) else leaf
+            parts_of_weight = array.size // np.prod(array.sharding.shard_shape(array.shape))
+            assert parts_of_weight == devices * mesh.shape["fsdp"], path
     with in_use(mesh):
         placed = place_batch(batch, mesh)
         compiled = step.lower(on_mesh, **placed).compile()
@@ -132,6 +137,11 @@ def test_how_experts_are_split() -> None:
     assert tuple(spec(path, (2, 8, 16, 24), mesh)) == (None, ("expert", "tensor"), "fsdp", None)
     assert tuple(spec(path, (2, 6, 16, 24), mesh)) == (None, "expert", "fsdp", None)
     assert tuple(spec(f"{path}_bias", (2, 8, 24), mesh)) == (None, ("expert", "tensor"), None)
+    assert tuple(spec("model.layers.self_attn.q_proj.kernel", (2, 16, 24), mesh)) == (None, WEIGHTS, "tensor")
+    assert tuple(spec("model.layers.self_attn.o_proj.kernel", (2, 16, 24), mesh)) == (None, "tensor", WEIGHTS)
+    assert tuple(spec("model.embed_tokens.embedding", (24, 16), mesh)) == (("tensor", *WEIGHTS), None)
+    assert tuple(spec("model.embed_tokens.embedding", (20, 16), mesh)) == (("tensor", "fsdp"), None)
+    assert tuple(spec("model.embed_tokens.embedding", (21, 16), mesh)) == (None, None)
     with pytest.raises(ValueError, match=r"expert=2, which does not divide the 7 experts of .*\. Give a divisor of 7"):
         spec(path, (2, 7, 16, 24), mesh)
 

@@ -235,11 +235,11 @@ def test_matrices_of_all_layers_are_laid_out_over_a_mesh():
     from peft_jax.models.bert.family import BERT
     from peft_jax.train.mesh import make_mesh, spec
 
-    mesh = make_mesh({"fsdp": 2, "tensor": 2})
+    mesh, weights = make_mesh({"fsdp": 2, "tensor": 2}), ("fsdp", "expert")
     for shapes in (GPT2.param_shapes(GPT2Config()), BERT.param_shapes(BertConfig())):
         stacked = {path: shape for path, shape in shapes.items() if path.endswith("kernel") and len(shape) == 3}
         assert len(stacked) in (4, 6)
         for path, shape in stacked.items():
             assert spec(f"params.{path}", shape, mesh) in [
-                PartitionSpec(None, *axes) for axes in (("fsdp", "tensor"), ("tensor", "fsdp"))
+                PartitionSpec(None, *axes) for axes in ((weights, "tensor"), ("tensor", weights))
             ], path

@@ -96,12 +96,12 @@ def test_arrays_lie_in_parts_and_stay_so(runs: dict[str, Any]) -> None:
 def test_rules_are_taken_by_the_end_of_the_path() -> None:
     mesh = make_mesh({})
     for path, wanted in {
-        "model.layers.mlp.down_proj.kernel": P(None, "tensor", "fsdp"),
+        "model.layers.mlp.down_proj.kernel": P(None, "tensor", ("fsdp", "expert")),
         "model.layers.input_layernorm.scale": P(),
     }.items():
         assert spec(path, (2, 8, 8), mesh) == wanted
-    assert spec("model.embed_tokens.embedding", (8, 8), mesh) == P(("tensor", "fsdp"), None)
-    assert spec("encoder.block.layer_0.SelfAttention.o.kernel", (8, 8), mesh) == P("tensor", "fsdp")
+    assert spec("model.embed_tokens.embedding", (8, 8), mesh) == P(("tensor", "fsdp", "expert"), None)
+    assert spec("encoder.block.layer_0.SelfAttention.o.kernel", (8, 8), mesh) == P("tensor", ("fsdp", "expert"))
     named = [(axis,) if isinstance(axis, str) else axis or () for _, rule in RULES for axis in rule]
     assert {name for names in named for name in names} < set(AXES)
 

@@ -166,7 +166,7 @@ def test_a_prompt_on_a_mesh(name):
     on_mesh = prompted(CASES[name], place(llama(), mesh))
     close(logits(on_mesh), logits(prompted(CASES[name])))
     (spec, *_) = {leaf.sharding.spec for leaf in jax.tree.leaves(pj.partition(on_mesh)[0])}
-    assert set(spec) <= {None, "fsdp"}
+    assert set(spec) <= {None, ("fsdp", "expert")}
 
 
 def test_several_prompts_take_turns():

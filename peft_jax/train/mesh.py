@@ -1,9 +1,10 @@
 """Many devices: a mesh with the axes data, fsdp, tensor and expert, and the rules by which each array is sharded.
 
-``data``, ``fsdp`` and ``expert`` split the rows of a batch. ``fsdp`` and ``tensor`` split weights, adapters and the
-optimizer's moments, so that each device holds a part; ``expert`` and ``tensor`` split the experts of a mixture. XLA
-puts in the communication, but for experts (`peft_jax.models.modules.expert_parallel`), which need `in_use`. Devices may
-be those of several processes: each makes the same arrays, and keeps the parts of its own devices.
+``data``, ``fsdp`` and ``expert`` split the rows of a batch. ``fsdp``, ``expert`` and ``tensor`` split weights, adapters
+and the optimizer's moments, so that each device holds a part. Of the experts of a mixture, ``expert`` and ``tensor``
+split the number, and of all other weights ``expert`` splits what ``fsdp`` does. XLA puts in the communication, but for
+experts (`peft_jax.models.modules.expert_parallel`), which need `in_use`. Devices may be those of several processes:
+each makes the same arrays, and keeps the parts of its own devices.
 """
 
 import contextlib
@@ -21,10 +22,10 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.adapted_tree import adapted_leaves, map_adapted, tied
-from peft_jax.core.mesh_axes import AXES, BATCH_AXES, EXPERT_AXES, dividing
+from peft_jax.core.mesh_axes import AXES, BATCH_AXES, EXPERT_AXES, WEIGHT_AXES, dividing
 from peft_jax.core.partition_specs import put
 from peft_jax.core.paths import dotted
-from peft_jax.core.selecting import only, present
+from peft_jax.core.selecting import present
 from peft_jax.core.weight import is_weight
 from peft_jax.models.registry import FAMILIES
 from peft_jax.train.data.batches import Batch
@@ -40,7 +41,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Of embeddings only the rows are split: with split features, what is looked up has them too, and XLA then has every
 # device compute all rows of a batch.
 EXPERTS, EXPERT_VECTORS = P(EXPERT_AXES, "fsdp", None), P(EXPERT_AXES, None)
-COLUMNS, ROWS, TABLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P(("tensor", "fsdp"), None)
+COLUMNS, ROWS, TABLE = P(WEIGHT_AXES, "tensor"), P("tensor", WEIGHT_AXES), P(("tensor", *WEIGHT_AXES), None)
 
 
 def _rules() -> tuple[tuple[str, P], ...]:
@@ -108,7 +109,7 @@ def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
 
     Example:
         >>> tuple(spec("model.layers.mlp.up_proj.kernel", (2, 6, 8), make_mesh({})))
-        (None, 'fsdp', 'tensor')
+        (None, ('fsdp', 'expert'), 'tensor')
     """
     for pattern, rule in RULES:
         if not re.search(rf"(^|\.){pattern}$", path):
@@ -130,15 +131,11 @@ def _check_experts(path: str, count: int, mesh: Mesh) -> None:
 
 
 def _dividing(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """The spec without the mesh axes that do not divide an array's axis."""
+    """The spec without the mesh axes that do not divide an array's axis; of several the last ones are left out."""
     kept: list[Any] = []
     for size, axis in zip(shape[: len(spec)], spec, strict=True):
-        if axis == EXPERT_AXES:
-            kept.append(dividing(EXPERT_AXES, size, mesh.shape) or None)
-            continue
         names = (axis,) if isinstance(axis, str) else axis or ()
-        devices = math.prod(only(mesh.shape, names).values())
-        kept.append(axis if size % devices == 0 else None)
+        kept.append(dividing(names, size, mesh.shape) or None)
     return P(*kept)
 
 
