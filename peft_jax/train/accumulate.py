@@ -62,7 +62,7 @@ class AccumulatingStep:
                 whole = own if whole is None else jax.tree.map(jnp.add, whole, own)
         for number, micro_batch in enumerate(batch):
             sums = self.add(sums, projected, frozen, micro_batch, key, number, whole)
-        ended: tuple[Any, Any, StepMetrics] = self.end(opt_state, sums, trainable, projected, frozen, key)
+        ended: tuple[Any, Any, StepMetrics] = self.end(opt_state, sums, trainable, frozen, key)
         return ended
 
     def programs(
@@ -82,7 +82,7 @@ class AccumulatingStep:
         for micro_batch in by_shapes.values():
             yield self.add.lower(sums, projected, frozen, micro_batch, key, 0, whole)
         yield self.begin.lower(trainable, frozen)
-        yield self.end.lower(opt_state, sums, trainable, projected, frozen, key)
+        yield self.end.lower(opt_state, sums, trainable, frozen, key)
         for micro_batch in by_shapes.values() if whole is not None else ():
             yield self.totals.lower(projected, frozen, micro_batch, key, 0)
 
@@ -162,13 +162,13 @@ def make_accumulating_step(
         return Sums(sums.loss + found, gradients, sums.labels + count.astype(jnp.int32), tokens)
 
     def end(
-        opt_state: PyTree, sums: Sums, given: Any, trainable: PyTree, frozen: PyTree, key: jax.Array
+        opt_state: PyTree, sums: Sums, trainable: PyTree, frozen: PyTree, key: jax.Array
     ) -> tuple[Any, Any, StepMetrics]:
         count = jnp.maximum(sums.labels, 1).astype(jnp.float32)
         gradients = jax.tree.map(lambda total, array: (total / count).astype(array.dtype), sums.gradients, trainable)
-        state = given, opt_state
+        state = trainable, opt_state
         hooks = RunHooks(frozen, jax.random.fold_in(key, 0))  # the noise of the first micro batch
-        return updated(optimizer, hooks, state, trainable, sums.loss / count, gradients, sums.tokens)
+        return updated(optimizer, hooks, state, sums.loss / count, gradients, sums.tokens)
 
     begun, of_sums, of_totals = None, None, None
     if out_shardings is not None:

@@ -1,5 +1,6 @@
 """Steps that give NaN or infinities: found inside the compiled step, which then keeps the state as it was."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,13 +32,21 @@ class Diverged(ValueError):
 
 
 def finite_or_old(
-    new: tuple[Any, Any], old: tuple[Any, Any], loss: jax.Array, grad_norm: jax.Array
+    update: Callable[[tuple[Any, Any], Any], tuple[Any, Any]],
+    old: tuple[Any, Any],
+    gradients: Any,
+    loss: jax.Array,
+    grad_norm: jax.Array,
 ) -> tuple[tuple[Any, Any], jax.Array]:
     """Trainable partition and optimizer state after a step, or those before it where something is not finite.
 
+    The update is computed twice: for what is looked at, and for what is kept. A new state that waits for the answer
+    would be a second one in memory beside the old; computed again, it is written over the old one.
+
     Args:
-        new: Trainable partition and optimizer state after the step.
+        update: ``(old, gradients)`` to the trainable partition and the optimizer state after the step.
         old: The same before it.
+        gradients: Those of the step.
         loss: The step's loss.
         grad_norm: Norm of its gradient.
 
@@ -45,6 +54,7 @@ def finite_or_old(
         The state, and the number of the first fault, 0 for none. An infinity that the optimizer's state had before is
         no fault, as some optimizers start with one.
     """
+    new = update(old, gradients)
     faults = [~jnp.isfinite(loss), ~jnp.isfinite(grad_norm)]
     for array in jax.tree.leaves(new[0]):
         faults.append(~all_finite(array) if _is_float(array) else jnp.array(False))
@@ -53,6 +63,9 @@ def finite_or_old(
         faults.append(jnp.any(broken))
     is_fault = jnp.stack(faults)
     is_good = ~jnp.any(is_fault)
+    # The barrier keeps compilers from taking the first result for the second one.
+    is_good, old, gradients = jax.lax.optimization_barrier((is_good, old, gradients))
+    new = update(old, gradients)
     kept = jax.tree.map(lambda array, before: jax.lax.select(is_good, array, before.astype(array.dtype)), new, old)
     return kept, jnp.where(is_good, NONE, jnp.argmax(is_fault) + LOSS).astype(jnp.int32)
 

@@ -141,7 +141,7 @@ def make_training_step(
 
             zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
             (loss, gradients), _ = jax.lax.scan(add, zeros, numbered)
-        return updated(optimizer, hooks, given, trainable, loss, gradients, count_tokens(batch))
+        return updated(optimizer, hooks, given, loss, gradients, count_tokens(batch))
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
@@ -150,7 +150,6 @@ def updated(
     optimizer: optax.GradientTransformation,
     hooks: RunHooks,
     given: tuple[Any, Any],
-    trainable: PyTree,
     loss: jax.Array,
     gradients: Any,
     tokens: tuple[jax.Array, jax.Array],
@@ -160,20 +159,24 @@ def updated(
     Args:
         optimizer: The optimizer.
         hooks: Those of the step.
-        given: The trainable partition and the optimizer's state before the step.
-        trainable: The partition that the gradients are those of, projected.
+        given: The trainable partition and the optimizer's state before the step. The gradients are those of the
+            partition once it is projected.
         loss: Mean over the batch's labels.
         gradients: Its gradients.
         tokens: From `count_tokens`, of the whole batch.
     """
-    loss, gradients = hooks.penalize(loss, gradients, trainable)
-    opt_state, schedule = hooks.split(trainable, given[1])
-    with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
-        grad_norm = optax.tree.norm(jax.tree.map(lambda one: one.astype(jnp.float32), gradients))
-        updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
-    found = hooks.advance(trainable, gradients, opt_state, schedule)
-    (trainable, opt_state), fault = finite_or_old(found, given, loss, grad_norm)
+    loss, gradients = hooks.penalize(loss, gradients, hooks.project(given[0]))
+    grad_norm = optax.tree.norm(jax.tree.map(lambda one: one.astype(jnp.float32), gradients))
+
+    def update(given: tuple[Any, Any], gradients: Any) -> tuple[Any, Any]:
+        trainable = hooks.project(given[0])
+        opt_state, schedule = hooks.split(trainable, given[1])
+        with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
+            updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+        return hooks.advance(trainable, gradients, opt_state, schedule)
+
+    (trainable, opt_state), fault = finite_or_old(update, given, gradients, loss, grad_norm)
     real, computed = tokens
     return trainable, opt_state, StepMetrics(loss, grad_norm, real, fault, computed)
 
