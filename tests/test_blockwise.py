@@ -1,5 +1,7 @@
 """Weights in blocks: values, products, gradients, lookups, loops, meshes and memory; every format from one table."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,15 @@ def test_products_gradients_and_lookups_are_those_of_the_dense_array(name, size)
     ids = jnp.array([[0, size - 1], [3, 99999]])
     np.testing.assert_array_equal(look_up(weight, ids), jnp.take(dense, ids, axis=0))
     assert np.isnan(look_up(weight, ids)[1, 1]).all()
+
+
+def test_on_a_tpu_a_layer_is_turned_and_not_the_stack():
+    """Once for the product and once for its gradient: first the order of the stack, then rows in front of blocks."""
+    weight = FORMATS["nf4"][0](normal(0, 128, 6), pj.Layout())
+    run = jax.jit(jax.grad(lambda x: jnp.sum(weight.apply(x) ** 2)))
+    text = run.trace(normal(1, 5, 128)).lower(lowering_platforms=("tpu",)).as_text()
+    layouts = re.findall(r"@LayoutConstraint\(.*result_layouts = \[dense<(.*?)>", text)
+    assert layouts == ["[2, 1, 0]", "[2, 0, 1]"] * 2
 
 
 @every_format

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout as DeviceLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from peft_jax.core.layout import Layout
@@ -222,7 +224,12 @@ class Blockwise(Quantized):
             product: The product of each part.
             compute: Element type of the dequantized parts.
         """
-        codes = self.code_parts()
+        # That compiler wants the rows of a block in front of the blocks in memory, where a tile of scales is one of
+        # codes. Left to itself it copies the stack of all layers into that order before the scan over them, and with
+        # layers in the order of the stack it writes dequantized weights. So each layer is copied when it is used.
+        packed = with_layout_constraint(self.packed, DeviceLayout((0, 1, 2)))
+        packed = with_layout_constraint(packed, DeviceLayout((1, 0, 2)))
+        codes = dataclasses.replace(self, packed=packed).code_parts()
         parts = x.reshape(*x.shape[:-1], self.packed.shape[-3], len(codes), -1)
         out = product.preferred_element_type or x.dtype
         summed = product.replace(preferred_element_type=jnp.float32 if jnp.finfo(out).bits < 32 else out)
