@@ -259,8 +259,8 @@ def lowered(case: Case) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     written: set[str] = set()
     if case.base in (*INT8, *NF4):
-        own = {leaf.shape for leaf in jax.tree.leaves(model_of(case).params)}
-        written = dequantized(compiled.as_text(), quantized, mesh, own)
+        own = given_in_float(model_of(case).params, mesh)
+        written = dequantized(compiled.as_text(), quantized, mesh, own, in_blocks=case.base in NF4)
     # XLA does not fuse the scales of blocks into every product: the page says of each such program what it writes.
     if written and case.base in INT8:
         raise Dequantized(f"dequantized weights: {', '.join(sorted(written))}")
@@ -278,6 +278,17 @@ def lowered(case: Case) -> dict[str, Any]:
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def given_in_float(params: Any, mesh: Any) -> set[tuple[int, ...]]:
+    """Shapes of a model's arrays of floats and of a layer of each, on a device of a mesh and gathered."""
+    shapes = set()
+    where = jax.tree.leaves(layout(params, mesh))
+    for leaf, sharding in zip(jax.tree.leaves(params), where, strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            part = sharding.shard_shape(leaf.shape)
+            shapes |= {leaf.shape, leaf.shape[1:], part, part[1:]}
+    return shapes
 
 
 class Dequantized(Exception):

@@ -61,12 +61,16 @@ def frozen_gradients(program: Any, matrices: Shapes) -> set[tuple[int, ...]]:
     return {equation.outvars[0].aval.shape for equation, _ in products(program)} & both
 
 
-def dequantized(text: str, matrices: Shapes, mesh: Any, own: Shapes = ()) -> set[str]:
+def dequantized(text: str, matrices: Shapes, mesh: Any, own: Shapes = (), *, in_blocks: bool = True) -> set[str]:
     """Buffers between the fusions of a compiled program that are a matrix in float, whole or in a device's parts.
 
-    The inputs of a matrix may be several axes, as those of blocks are, and half of them is a matrix too: that of one
-    number of each byte. So may its layers be one axis in front. ``own`` are shapes of arrays that the program is given,
-    such as scales.
+    Args:
+        text: The program.
+        matrices: Shapes of the matrices, which may have an axis of experts in front.
+        mesh: The mesh.
+        own: Shapes of arrays that the program is given, such as scales and routers, which are no such buffers.
+        in_blocks: Whether the inputs of a matrix may be several axes, as those of blocks are. Half of them is a matrix
+            too then: that of one number of each byte.
     """
     parts = {1, *mesh.shape.values(), mesh.size}
     wanted = set()
@@ -80,16 +84,17 @@ def dequantized(text: str, matrices: Shapes, mesh: Any, own: Shapes = ()) -> set
             shape = tuple(int(size) for size in sizes.split(",") if int(size) != 1)
             if shape in own:
                 continue
-            stacked = len(shape) >= 3 and math.prod(shape) > 2**28
-            if _is_matrix(shape, wanted) or (stacked and _is_matrix(shape[1:], wanted)):
+            stacked = len(shape) >= 3 and math.prod(shape) > 2**28  # layers are one more axis in front
+            forms = (shape, shape[1:]) if stacked else (shape,)
+            if any(form in wanted or (in_blocks and _is_in_blocks(form, wanted)) for form in forms):
                 found.add(f"{kind}[{sizes}]")
     return found
 
 
-def _is_matrix(shape: tuple[int, ...], wanted: set[tuple[int, ...]]) -> bool:
-    """Whether a shape is one of the matrices, or one whose inputs are several axes in front of its outputs."""
+def _is_in_blocks(shape: tuple[int, ...], wanted: set[tuple[int, ...]]) -> bool:
+    """Whether a shape is one of the matrices with its inputs as several axes in front of its outputs."""
     if len(shape) <= 2:
-        return shape in wanted
+        return False
     inputs = math.prod(shape[:-1])
     return (inputs, shape[-1]) in wanted or (2 * inputs, shape[-1]) in wanted
 

@@ -68,6 +68,23 @@ def test_a_weight_in_blocks_is_seen(buffer: str, is_weight: bool) -> None:
     assert dequantized(text, {MATRIX}, make_mesh({}), own) == ({buffer} if is_weight else set())
 
 
+@pytest.mark.parametrize(
+    ("buffer", "is_weight"),
+    {
+        "bf16[3,8,24]": True,  # all experts
+        "bf16[3,24,8]": True,
+        "bf16[8,24]": True,
+        "f32[3,4,8]": False,  # first factors of rank 4, as many numbers as a matrix that is split
+        "f32[2,4,24]": False,
+        "bf16[8,3]": False,  # a router, given to the program
+    }.items(),
+)
+def test_experts_are_seen_and_their_adapters_are_not(buffer: str, is_weight: bool) -> None:
+    text = f"ENTRY %main {{\n  %one = {buffer} fusion(%two), kind=kLoop\n}}"
+    found = dequantized(text, {(3, 8, 24), MATRIX, (8, 3)}, make_mesh({}), {(8, 3)}, in_blocks=False)
+    assert found == ({buffer} if is_weight else set())
+
+
 def test_the_table_says_what_is_met() -> None:
     record = {
         "size": "70b",
