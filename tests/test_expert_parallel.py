@@ -161,6 +161,18 @@ def test_integers_as_they_are_in_a_grouped_product() -> None:
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_on_a_tpu_the_rank_is_no_last_axis_in_memory(kind: str) -> None:
+    """Of first factors and of their gradient: the TPU fills a last axis up to 128 numbers."""
+    x, factors = jnp.ones((6, 8), jnp.bfloat16), jnp.ones((3, 8, 2), kind)
+    product = Grouped(group_sizes=jnp.array([1, 3, 2], jnp.int32))
+    gradient = jax.jit(jax.grad(lambda factors: (product.down(x, factors) ** 2).sum()))
+    text = gradient.trace(factors).lower(lowering_platforms=("tpu",)).as_text()
+    layouts = re.findall(r"@LayoutConstraint\(.*result_layouts = \[dense<(.*?)>", text)
+    assert layouts == ["[1, 2, 0]"] * 2  # from the innermost axis outwards
+    np.testing.assert_array_equal(gradient(factors)[:, 0, 0], [16, 48, 32])
+
+
 def test_rows_as_they_are_in_a_grouped_product_with_wider_factors() -> None:
     """As above, of bfloat16 rows and float32 factors, with the gradients of both."""
     x = jax.random.normal(jax.random.key(0), (6, 8), jnp.bfloat16)

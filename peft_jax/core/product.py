@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout as DeviceLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -247,9 +249,15 @@ class Grouped(Product):
         def converted(x: jax.Array, a: jax.Array) -> jax.Array:
             return jax.lax.ragged_dot(x.astype(a.dtype), a, self.group_sizes, self.precision)
 
-        if (x.dtype, a.dtype) != (jnp.bfloat16, jnp.float32):
-            return converted(x, a)
-        found: jax.Array = jax.lax.platform_dependent(x, a, tpu=self.down_of_two_types, default=converted)
+        def on_tpu(x: jax.Array, a: jax.Array) -> jax.Array:
+            # The kernel writes the factors' gradient with the rank as the last axis in memory, which a TPU fills up to
+            # 128 numbers. The constraint is one of the gradient too, so that no stack of layers is kept like that.
+            *groups, inputs, rank = range(a.ndim)
+            a = with_layout_constraint(a, DeviceLayout((*groups, rank, inputs)))
+            is_mixed = (x.dtype, a.dtype) == (jnp.bfloat16, jnp.float32)
+            return self.down_of_two_types(x, a) if is_mixed else converted(x, a)
+
+        found: jax.Array = jax.lax.platform_dependent(x, a, tpu=on_tpu, default=converted)
         return found
 
     def down_of_two_types(
