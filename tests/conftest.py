@@ -46,6 +46,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--full-grid", action="store_true", help="try every file of tests/test_file_grid.py")
     parser.addoption(
+        "--combinations",
+        type=int,
+        default=2,
+        metavar="COUNT",
+        help="combinations of each type in test_random_configs.py",
+    )
+    parser.addoption(
         "--ignored-options", action="store_true", help="expect the test of each option to fail as the option is ignored"
     )
     parser.addoption("--conformance", type=Path, metavar="FILE", help="write how closely outputs agree with PEFT's")

@@ -22,7 +22,7 @@ from peft_jax.models.modules.kv_cache import KVCache, TwoCaches
 from peft_jax.models.modules.shadow_state import Perceptron, Shadow, ShadowLayers
 from peft_jax.models.registry import family_of
 from peft_jax.prompts.base import ShadowPart, ShadowSizes, active_prompts
-from peft_jax.prompts.shadow import BACKBONE, DOWN, NETWORK_ARRAYS, PROJECTION, UP, Mirrored, ShadowConfig
+from peft_jax.prompts.shadow import BACKBONE, DOWN, NETWORK_ARRAYS, PROJECTION, UP, Mirrored, ShadowConfig, network_shape
 
 TABLE = "embed_tokens"  # the name of a table of tokens that PEFT takes out of the small network where it is shared
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # by which PEFT sets the width of the feed-forward network
@@ -181,12 +181,20 @@ def small_params(
 
 
 def shadow_layers(layers: Sequence[str], shadow: ShadowPart, hidden: int) -> ShadowLayers:
-    """The part of a shadow in each of a model's layers, stacked; zeros of those without the adapter."""
+    """The part of a shadow in each of a model's layers, stacked; zeros of those without the adapter.
+
+    Args:
+        layers: Paths of the layers.
+        shadow: The shadow.
+        hidden: Features of the layers' inputs.
+    """
     on = np.array([f"{layer}.{DOWN}" in shadow.arrays for layer in layers])
 
     def stacked(name: str) -> jax.Array:
         known = [shadow.arrays.get(f"{layer}.{name}") for layer in layers]
-        like = next(array for array in known if array is not None)
+        like = next((array for array in known if array is not None), None)
+        if like is None:  # T and G of the one layer that has the adapter, which nothing reads
+            like = jnp.zeros(network_shape(name, hidden, 1))
         return jnp.stack([jnp.zeros_like(like) if array is None else array for array in known])
 
     arrays = [stacked(name) for name in NETWORK_ARRAYS]

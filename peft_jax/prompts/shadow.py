@@ -222,8 +222,7 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, OwnTe
             shapes[f"{layer}.{DOWN}"] = (self.r, hidden)
             shapes[f"{layer}.{UP}"] = (hidden, self.r)
             for name in NETWORK_ARRAYS:
-                features = (inner, hidden) if ".0." in name else (hidden, inner)
-                shapes[f"{layer}.{name}"] = features if name.endswith("weight") else features[:1]
+                shapes[f"{layer}.{name}"] = network_shape(name, hidden, inner)
         for name, shape in facts.shapes.items():
             shapes[BACKBONE + name] = shape
         if facts.width != hidden:
@@ -281,6 +280,17 @@ class ShadowConfig(TargetFields, ExcludeFields, LayerFields, FrozenArrays, OwnTe
         """The small network, and what its state does to the layers."""
         dropout = {name: jnp.reshape(array, -1)[0] for name, array in state.get("dropout", {}).items()}
         return Prompt(shadow=ShadowPart(dict(params), dropout, self.sizes_of_shadow, self.shadow_alpha))
+
+
+def network_shape(name: str, hidden: int, inner: int) -> tuple[int, ...]:
+    """The shape of one of `NETWORK_ARRAYS`, of networks with ``inner`` features between the model's ``hidden``.
+
+    Example:
+        >>> network_shape("shadow_update_gate.0.weight", hidden=8, inner=2)
+        (2, 8)
+    """
+    features = (inner, hidden) if ".0." in name else (hidden, inner)
+    return features if name.endswith("weight") else features[:1]
 
 
 def auxiliary_weight(params: PyTree) -> float:
