@@ -24,7 +24,8 @@
 #   make test-image      rehearse bench-chip on a CPU with the versions of a common GPU image (in .venv-image)
 #   make conformance     write docs/conformance.md: how closely outputs agree with PyTorch PEFT's
 #   make quantization    write docs/quantization.md: the formats of weights, their bytes, and what they equal
-#   make conformance-full     load every file that PEFT writes over a grid of options (tests/test_file_grid.py; 20 minutes)
+#   make conformance-full     load every file that PEFT writes over a grid of options (tests/test_file_grid.py), try 100
+#                 random combinations of the fields of each of its types, and write docs/combinations.md (an hour or two)
 #   make models   write docs/models.md: the architectures, their tasks and sizes, and the switches that are refused
 #   make lowering        write docs/lowering.md: memory and operations of steps compiled for TPUs and the H100 (in .venv-aot)
 #
@@ -147,7 +148,9 @@ quantization: .venv/runtime
 	$(BIN)/python tools/quantization_table.py docs/quantization.md
 
 conformance-full: .venv/test
-	$(BIN)/python -m pytest --full-grid tests/test_file_grid.py $(ARGS)
+	@rm -rf build/combinations
+	$(BIN)/python -m pytest --full-grid --combinations 100 tests/test_file_grid.py tests/test_random_configs.py $(ARGS)
+	$(BIN)/python tools/combinations_table.py build/combinations docs/combinations.md
 
 models: .venv/test
 	$(BIN)/python tools/model_table.py docs/models.md

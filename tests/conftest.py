@@ -44,7 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--killed-pairs", type=int, default=1, metavar="COUNT", help="kills at random moments of one process of two"
     )
-    parser.addoption("--full-grid", action="store_true", help="try every file of tests/test_file_grid.py")
+    parser.addoption(
+        "--full-grid", action="store_true", help="try every file of test_file_grid.py, and note random combinations"
+    )
     parser.addoption(
         "--combinations",
         type=int,

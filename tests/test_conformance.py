@@ -11,6 +11,7 @@ import test_peft_families  # noqa: E402
 import test_peft_parity  # noqa: E402
 import test_prompt_families  # noqa: E402
 import test_prompt_parity  # noqa: E402
+import test_random_configs  # noqa: E402
 import test_t5_peft  # noqa: E402
 import test_xlora  # noqa: E402
 
@@ -39,3 +40,12 @@ def test_a_difference_is_noted_before_it_fails():
         conformance.close([1.0, 4.0], [1.0, 2.0])
     assert conformance.seen == [1.0]
     conformance.seen.clear()
+
+
+def test_the_page_of_combinations_has_each_type_and_no_difference():
+    page = (FILE.parent / "combinations.md").read_text()
+    rows = {name: cells.split("|") for name, cells in re.findall(r"^\| (\w+) \|([ \d|]+)\|$", page, re.MULTILINE)}
+    assert set(rows) - {"all"} == set(test_random_configs.peft_types()) - set(test_random_configs.NOT_HERE)
+    for name, cells in rows.items():
+        tried, equal, *_, different = map(int, cells)
+        assert equal > tried / 5 and different == 0, name

@@ -80,6 +80,20 @@ def test_ia3_adds_up_the_gradients_of_matrix_and_bias(dense):
     close(pj.merge(params)["dense"]["bias"], dense["dense"]["bias"] * params["dense"]["kernel"].params["ia3_out"])
 
 
+def test_ia3_spells_out_feedforward_modules_that_are_ends_of_targets(tmp_path):
+    """PEFT reads no config whose feedforward_modules are not among its targets, and has whole paths as targets too."""
+    targets = ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj", "q_proj"]
+    config = pj.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
+    assert config.feedforward_modules == ("layers.0.mlp.down_proj", "layers.1.mlp.down_proj")
+    with pytest.raises(ValueError, match=r"feedforward_modules has \['proj'\], not in target_modules"):
+        pj.IA3Config(target_modules=targets, feedforward_modules=["proj"])
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = pj.AutoModelForCausalLM.from_config(pj.models.LlamaConfig(vocab_size=16, num_key_value_heads=1, **sizes))
+    pj.get_peft_model(model, pj.IA3Config(target_modules="all-linear")).save_pretrained(tmp_path)
+    again = pj.IA3Config.from_pretrained(tmp_path)
+    assert again.feedforward_modules == ("down_proj",) and "down_proj" in again.target_modules
+
+
 def test_ia3_inputs_and_outputs_in_one_stack():
     """Layers of one leaf may be scaled at different sides; a layer that is no target is left alone."""
     tree = {"layers": {"up": {"kernel": normal(1, 3, 6, 4), "bias": normal(2, 3, 4)}}}

@@ -92,6 +92,19 @@ def test_other_decoders_compute_what_pefts_do(model_type, torch, peft, tmp_path)
     np.testing.assert_array_equal(model.generate(**given, **options, generation_config={}), tokens)
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_on_one_layer_no_network_is_read(layer, torch, peft, tmp_path):
+    """The state after the last layer that has the adapter is read by nothing, and so are that layer's networks."""
+    theirs = torch_shadow(torch, peft, "llama", tmp_path, target_modules=[f"layers.{layer}"])
+    model = pj.PeftModel.from_pretrained(
+        pj.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="float32"), tmp_path / "theirs"
+    )
+    with torch.no_grad():
+        want = theirs(torch.tensor(IDS)).logits.numpy()
+    close(model(IDS).logits, want)
+    assert np.abs(want - model.unload()(IDS).logits).max() > 1e-2, "the adapter is dead"
+
+
 @pytest.mark.parametrize("options", [{}, OTHER_SIZES], ids=["shared table", "other sizes"])
 def test_the_small_network_is_a_model_as_in_peft(options, torch, peft, tmp_path):
     """Its logits are those of PEFT's `unload_shadow`, and transformers reads its folder; the base plays no part."""

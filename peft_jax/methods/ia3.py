@@ -64,17 +64,26 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         lists = not isinstance(self.target_modules, str) and not isinstance(self.feedforward_modules, str)
         if not (lists and self.target_modules and self.feedforward_modules):
             return
-        if extra := set(self.feedforward_modules) - set(self.target_modules):
+        named, extra = list[str](), list[str]()
+        for name in self.feedforward_modules:
+            # PEFT reads no name that target_modules lacks, so that the end of some targets is spelled out as these.
+            targets = [name] if name in self.target_modules else _named_by(self.target_modules, name)
+            named += targets
+            if not targets:
+                extra.append(name)
+        if extra:
             raise ValueError(
                 f"feedforward_modules has {sorted(extra)}, not in target_modules. Name them in both or neither."
             )
+        object.__setattr__(self, "feedforward_modules", tuple(named))
 
     def completed(self, defaults: Mapping[str, Any]) -> Self:
         """With the model's defaults, of which given targets leave those feed-forward modules that they name."""
         targets = self.target_modules
         feedforward = defaults.get("feedforward_modules")
         if feedforward is not None and targets is not None and not isinstance(targets, str):
-            defaults = {**defaults, "feedforward_modules": [name for name in feedforward if name in targets]}
+            named = [name for name in feedforward if _named_by(targets, name)]
+            defaults = {**defaults, "feedforward_modules": named}
         return super().completed(defaults)
 
     def is_feedforward(self, module: str) -> bool:
@@ -150,6 +159,11 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
             factor = _factor("ia3_out", params, state)
             y = product.scale(y, factor)
         return y
+
+
+def _named_by(targets: Sequence[str], name: str) -> list[str]:
+    """The targets that a module's name, or the end of one, names."""
+    return [target for target in targets if f".{target}".endswith(f".{name}")]
 
 
 def _factor(role: str, params: Arrays, state: Arrays) -> Float[Array, "*groups features"]:

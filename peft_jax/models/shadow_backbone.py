@@ -22,7 +22,16 @@ from peft_jax.models.modules.kv_cache import KVCache, TwoCaches
 from peft_jax.models.modules.shadow_state import Perceptron, Shadow, ShadowLayers
 from peft_jax.models.registry import family_of
 from peft_jax.prompts.base import ShadowPart, ShadowSizes, active_prompts
-from peft_jax.prompts.shadow import BACKBONE, DOWN, NETWORK_ARRAYS, PROJECTION, UP, Mirrored, ShadowConfig, network_shape
+from peft_jax.prompts.shadow import (
+    BACKBONE,
+    DOWN,
+    NETWORK_ARRAYS,
+    PROJECTION,
+    UP,
+    Mirrored,
+    ShadowConfig,
+    network_shape,
+)
 
 TABLE = "embed_tokens"  # the name of a table of tokens that PEFT takes out of the small network where it is shared
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # by which PEFT sets the width of the feed-forward network
