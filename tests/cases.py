@@ -388,7 +388,7 @@ METHODS: dict[str, MethodCase] = {
     "FOURIERFT": MethodCase(
         config="FourierFTConfig",
         tiny={"n_frequency": 20, "init_weights": True},
-        stacked={"n_frequency": 20, "n_frequency_pattern": {r"layers\.1\..*": 9}},
+        stacked={"n_frequency": 20, "n_frequency_pattern": {r"1\..*": 9}},
         llama={
             "FOURIERFT": {
                 "n_frequency": 60,
@@ -414,7 +414,7 @@ METHODS: dict[str, MethodCase] = {
     "C3A": MethodCase(
         config="C3AConfig",
         tiny={"block_size": 4, "init_weights": True},
-        stacked={"block_size": 4, "block_size_pattern": {r"layers\.1\..*": 2}},
+        stacked={"block_size": 4, "block_size_pattern": {r"1\..*": 2}},
         llama={
             "C3A": {
                 "block_size": 8,
@@ -491,7 +491,7 @@ METHODS: dict[str, MethodCase] = {
         config="WaveFTConfig",
         tiny={"n_frequency": 20},
         variants={"WAVEFT of longer filters": {"n_frequency": 30, "wavelet_family": "db2"}},
-        stacked={"n_frequency": 20, "n_frequency_pattern": {r"layers\.1\..*": 9}},
+        stacked={"n_frequency": 20, "n_frequency_pattern": {r"1\..*": 9}},
         llama={
             "WAVEFT": {
                 "n_frequency": 60,

@@ -31,6 +31,7 @@ DIFFERENT = "different"
 DEFAULT_ONLY: Values = ()  # a field that is left at its default, for a reason that stands beside it
 SHARE_OF_REFUSED = 0.1  # of the combinations; a field that is refused here hides what stands beside it
 MOST_FIELDS = 6  # that one combination sets beside the fields that are always drawn
+IGNORED_BY_PEFT = r"\(PEFT ignores \w+"  # in the words of a refusal of its file, which says so
 
 TARGETS: Values = (
     ["q_proj", "v_proj"],
@@ -96,10 +97,12 @@ class TypeRow:
 
     Attributes:
         needed: Fields that every combination has, beside ``target_modules``.
+        most: Fields that a combination sets beside these at most.
         fields: Values of its fields.
     """
 
     needed: tuple[str, ...] = ()
+    most: int = MOST_FIELDS
     fields: Mapping[str, Values] = dataclasses.field(default_factory=dict)
 
 
@@ -132,7 +135,7 @@ OF_LORA: Mapping[str, Values] = {
     "runtime_config": DEFAULT_ONLY,  # where arrays are kept, which no file says
 }
 TYPES: Mapping[str, TypeRow] = {
-    "LORA": TypeRow(fields=OF_LORA),
+    "LORA": TypeRow(most=3, fields=OF_LORA),
     "ADALORA": TypeRow(
         needed=("total_step",),
         fields={
@@ -349,7 +352,8 @@ def combination(peft_type: str, config: type, number: int) -> dict[str, Any]:
     """The fields of one combination; ``number`` is its seed."""
     values = values_of(peft_type, config)
     draws = random.Random(f"{peft_type} {number}")
-    always = ["task_type", "target_modules", *TYPES.get(peft_type, TypeRow()).needed]
+    row = TYPES.get(peft_type, TypeRow())
+    always = ["task_type", "target_modules", *row.needed]
     defaults = default_values(config)
     others = {}
     for name, choices in values.items():
@@ -359,7 +363,7 @@ def combination(peft_type: str, config: type, number: int) -> dict[str, Any]:
     for name in sorted(refused & others.keys()):
         if draws.random() > SHARE_OF_REFUSED:
             del others[name]
-    chosen = draws.sample(list(others), draws.randint(0, min(MOST_FIELDS, len(others))))
+    chosen = draws.sample(list(others), draws.randint(0, min(row.most, len(others))))
     chosen += [GOES_WITH[name] for name in chosen if GOES_WITH.get(name) in others]
     found = {}
     for name in values:
@@ -406,7 +410,7 @@ EXPLAINED = (
     Explained(
         THEIRS,
         (),
-        r"Target module Embedding\(.*\) is not supported",
+        r"Target module Embedding\(.*\) is not (supported|a plain torch.nn.Linear)",
         "PEFT has the type for linear layers; here it is on embeddings too.",
     ),
     Explained(

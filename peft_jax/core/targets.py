@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 from peft_jax.core.bounded_regex import compiled, is_quick, matches
@@ -219,11 +220,23 @@ def pattern_value(patterns: Mapping[str, float], module: str, default: float) ->
     return default
 
 
+def below_others(pattern: str) -> str:
+    """The pattern that names what ``pattern`` does in FourierFT and C3A, whose rule in PEFT is an older one.
+
+    There it is the end of a path with a module in front, so that it names neither whole paths nor modules at the top.
+
+    Example:
+        >>> pattern_value({below_others("q"): 3}, "layers.0.q", 8), pattern_value({below_others("q"): 3}, "q", 8)
+        (3, 8)
+    """
+    return rf"(?:.*\.{pattern}$).*"
+
+
 def check_targets(
     config: Targets,
     modules: Sequence[str],
     every: Sequence[str],
-    patterns: Iterable[str] = (),
+    patterns: Mapping[str, str] = MappingProxyType({}),
     parameters: Collection[str] = (),
     vectors: Sequence[str] = (),
 ) -> list[str]:
@@ -233,7 +246,7 @@ def check_targets(
         config: The config; ``all-linear`` has to be expanded before.
         modules: Paths of all modules with a matrix.
         every: Paths of all modules with any leaf, which ``modules_to_save`` may name.
-        patterns: Keys of ``rank_pattern`` and the like.
+        patterns: Keys of ``rank_pattern`` and the like, and what `pattern_value` reads for each.
         parameters: Names of the weights that are targets by themselves.
         vectors: Paths of the modules with leaves that are no matrices, to say so if one is named.
 
@@ -276,10 +289,10 @@ def check_targets(
             found_none = f" layers_pattern {config.layers_pattern!r} names no list of layers." if not layers else ""
             hint = found_none if config.layers_pattern else ""
             raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {layers}.{hint}")
-    for pattern in patterns:
+    for written, pattern in patterns.items():
         if not any(matches(rf"(.*\.)?({pattern})", name) for name in (*hits, *parameters)):
-            what = f"Pattern '{pattern}' of rank_pattern or alpha_pattern"
-            raise ValueError(nothing_hit(what, pattern, [*hits, *parameters]))
+            what = f"Pattern '{written}' of rank_pattern or alpha_pattern"
+            raise ValueError(nothing_hit(what, written, [*hits, *parameters]))
     return hits
 
 

@@ -208,9 +208,9 @@ class Method(AbsentFields, PeftConfig):
         return {"rate": self.dropout_rate}
 
     @property
-    def patterns(self) -> tuple[str, ...]:
-        """Patterns of module paths in the config, each of which has to name a target."""
-        return (*self.rank_pattern, *self.alpha_pattern)
+    def patterns(self) -> Mapping[str, str]:
+        """Patterns of module paths in the config, each of which has to name a target, and what `pattern_value` reads."""
+        return {pattern: pattern for pattern in (*self.rank_pattern, *self.alpha_pattern)}
 
     def completed(self, defaults: Mapping[str, Any]) -> Self:
         """The config with a model's defaults in place of the fields that are None."""

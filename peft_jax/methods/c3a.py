@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.core.targets import pattern_value
+from peft_jax.core.targets import below_others, pattern_value
 from peft_jax.methods.added_change import AddedChange
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.target_fields import LayerFields, TargetFields
@@ -33,7 +33,8 @@ class C3AConfig(TargetFields, LayerFields, AddedChange):
     Attributes:
         block_size: Rows and columns of a block, a divisor of a module's inputs and outputs.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"c3a_only"`` (those of adapted modules).
-        block_size_pattern: Size of blocks by pattern of module paths, where it differs from ``block_size``.
+        block_size_pattern: Size of blocks by pattern of module paths, where it differs from ``block_size``. As in PEFT
+            a pattern is the end of a path, with a module in front of it.
         init_weights: True starts at no change; ``"gaussian"``, ``"kaiming_uniform"`` or ``"xavier_uniform"`` at random
             numbers, and False as the last one, as in PEFT.
 
@@ -64,13 +65,14 @@ class C3AConfig(TargetFields, LayerFields, AddedChange):
             raise ValueError(f"init_weights is one of {', '.join(map(repr, STARTS))}, got {self.init_weights!r}.")
 
     @property
-    def patterns(self) -> tuple[str, ...]:
-        """Those of sizes of blocks."""
-        return tuple(self.block_size_pattern)
+    def patterns(self) -> Mapping[str, str]:
+        """Those of sizes of blocks, by PEFT's older rule."""
+        return {pattern: below_others(pattern) for pattern in self.block_size_pattern}
 
     def size(self, module: str) -> int:
         """Rows and columns of a block of a module."""
-        return int(pattern_value(self.block_size_pattern, module, self.block_size))
+        sizes = {self.patterns[pattern]: size for pattern, size in self.block_size_pattern.items()}
+        return int(pattern_value(sizes, module, self.block_size))
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """A vector for each block."""

@@ -82,9 +82,9 @@ class DeloraConfig(TargetFields, ExcludeFields, LayerFields, StartsFromWeight, F
         return self.module_dropout
 
     @property
-    def patterns(self) -> tuple[str, ...]:
+    def patterns(self) -> Mapping[str, str]:
         """Those of ranks and of λ."""
-        return (*self.rank_pattern, *self.lambda_pattern)
+        return {pattern: pattern for pattern in (*self.rank_pattern, *self.lambda_pattern)}
 
     @property
     def frozen(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from peft_jax.core.targets import below_others
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.sparse_spectrum import SparseSpectrum
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
@@ -33,6 +34,7 @@ class FourierFTConfig(TargetFields, ExcludeFields, LayerFields, SparseSpectrum):
         fan_in_fan_out: Leaves named ``weight`` are ``(in, out)`` instead of PyTorch's ``(out, in)``.
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"fourierft_only"`` (those of adapted modules).
         n_frequency_pattern: Number of coefficients by pattern of module paths, where it differs from ``n_frequency``.
+            As in PEFT a pattern is the end of a path, with a module in front of it.
         init_weights: True starts at no change; False, the default, at normal numbers, as in PEFT.
 
     Raises:
@@ -56,6 +58,11 @@ class FourierFTConfig(TargetFields, ExcludeFields, LayerFields, SparseSpectrum):
     bias: str = "none"
     n_frequency_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     init_weights: bool = False
+
+    @property
+    def patterns(self) -> Mapping[str, str]:
+        """Those of numbers of coefficients, by PEFT's older rule."""
+        return {pattern: below_others(pattern) for pattern in self.n_frequency_pattern}
 
     def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Normal numbers, or zeros."""

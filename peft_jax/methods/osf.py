@@ -75,9 +75,9 @@ class OSFConfig(TargetFields, StartsFromWeight, FactoredChange):
         return super().completed({"target_modules": ALL_LINEAR, **defaults})
 
     @property
-    def patterns(self) -> tuple[str, ...]:
+    def patterns(self) -> Mapping[str, str]:
         """Those of ranks, which are found anywhere in a path."""
-        return tuple(_anywhere(pattern) for pattern in self.rank_pattern or {})
+        return {pattern: _anywhere(pattern) for pattern in self.rank_pattern or {}}
 
     def kept(self, module: str, n_in: int, n_out: int) -> int:
         """Number of singular values of a module that are kept."""

@@ -32,13 +32,14 @@ class SparseSpectrum(AddedChange):
             raise ValueError(f"{self.peft_type} needs at least 1 coefficient, got {wrong}.")
 
     @property
-    def patterns(self) -> tuple[str, ...]:
+    def patterns(self) -> Mapping[str, str]:
         """Those of numbers of coefficients."""
-        return tuple(self.n_frequency_pattern)
+        return {pattern: pattern for pattern in self.n_frequency_pattern}
 
     def count(self, module: str) -> int:
         """Number of coefficients of a module."""
-        return int(pattern_value(self.n_frequency_pattern, module, self.n_frequency))
+        counts = {self.patterns[pattern]: count for pattern, count in self.n_frequency_pattern.items()}
+        return int(pattern_value(counts, module, self.n_frequency))
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The coefficients."""

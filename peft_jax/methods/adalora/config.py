@@ -140,9 +140,9 @@ class AdaLoraConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Met
         return self.lora_dropout
 
     @property
-    def patterns(self) -> tuple[str, ...]:
+    def patterns(self) -> Mapping[str, str]:
         """None: the keys of ``rank_pattern`` are no patterns."""
-        return ()
+        return {}
 
     def rank(self, module: str) -> int:
         """Rank of a module: what training left it, or ``init_r``."""
