@@ -12,7 +12,7 @@ import enum
 import random
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft_jax.methods import base as methods
@@ -247,7 +247,10 @@ TYPES: Mapping[str, TypeRow] = {
     "POLY": TypeRow(fields={"n_tasks": (1, 3), "n_skills": (2, 3), "n_splits": (1, 2, 3)}),
     "PREFIX_TUNING": TypeRow(needed=VIRTUAL, fields=OF_KEYS_AND_VALUES),
     "PVERA": TypeRow(fields={"generator_seed": (3,)}),
-    "RANDLORA": TypeRow(fields={"r": (3, 7, 9, 20), "randlora_alpha": (9, 30), "layers_pattern": ("layers",)}),
+    "RANDLORA": TypeRow(
+        needed=("randlora_alpha",),  # by its default attention is so sharp that float32 loses digits
+        fields={"r": (3, 7, 9, 20), "randlora_alpha": (9, 30), "layers_pattern": ("layers",)},
+    ),
     "ROAD": TypeRow(needed=("group_size",), fields={"group_size": (2, 4, 8, 16)}),
     "SHADOW": TypeRow(
         fields={
@@ -397,6 +400,7 @@ class Explained:
         kind: How they end.
         types: PEFT's types, or empty for all.
         words: A regex that is found in the words of the outcome.
+        fields: Fields that the combination sets.
         reason: Why, in a sentence for the note.
     """
 
@@ -404,6 +408,7 @@ class Explained:
     types: tuple[str, ...]
     words: str
     reason: str
+    fields: tuple[str, ...] = ()
 
 
 EXPLAINED = (
@@ -419,10 +424,24 @@ EXPLAINED = (
         "should be a subset of `target_modules`",
         "PEFT writes the model's default `feedforward_modules` beside targets that lack them, and does not read that.",
     ),
+    Explained(
+        THEIRS,
+        ("SHADOW",),
+        r"^NoMatchingPeftModuleError: .*layers_to_transform",
+        "PEFT looks for the number of a layer inside a longer path, and its targets are the layers themselves.",
+        ("layers_to_transform",),
+    ),
+    Explained(
+        DIFFERENT,
+        ("SHADOW",),
+        "^a fresh adapter has other tensors",
+        "Without targets PEFT names all layers by their paths, among which `layers_to_transform` does not choose.",
+        ("layers_to_transform",),
+    ),
 )
 
 
-def reason_of(peft_type: str, kind: str, words: str) -> str | None:
+def reason_of(peft_type: str, kind: str, words: str, fields: Collection[str]) -> str | None:
     """Why an outcome is as it should be, "" where that needs no words, and None where it is a defect."""
     if kind in (EQUAL, BOTH):
         return ""
@@ -430,6 +449,7 @@ def reason_of(peft_type: str, kind: str, words: str) -> str | None:
         return ""
     for row in EXPLAINED:
         is_of_type = not row.types or peft_type in row.types
-        if row.kind == kind and is_of_type and re.search(row.words, words):
+        is_about = set(row.fields) <= set(fields) and re.search(row.words, words)
+        if row.kind == kind and is_of_type and is_about:
             return row.reason
     return None

@@ -268,18 +268,21 @@ def outcome(peft_type: str, number: int, base: Base, folder: Path) -> Outcome:
         theirs = said(error)
     file = folder / "theirs" / FILE
     shapes = None if theirs else {key: tensor.shape for key, tensor in load_file(file).items()}
+    unlike = ""
     try:
         refusal = refusal_here(fields, peft_type, base, shapes, started=theirs != "" or number % STARTED == 0)
     except AssertionError as error:
         if re.search(IGNORED_BY_PEFT, str(error)):
             return Outcome(OURS, refused_file(base, folder / "theirs"))
-        return Outcome(DIFFERENT, f"a fresh adapter has other tensors: {said(error)}")
+        refusal, unlike = "", f"a fresh adapter has other tensors: {said(error)}"
     if refusal:
         return Outcome(BOTH if theirs else OURS, refusal)
     if theirs:
         return Outcome(THEIRS, theirs)
     wanted = Wanted(want, base, folder / "theirs")
     faults, merges = compared(peft_type, wanted, base, folder)
+    if not faults and unlike:
+        return Outcome(DIFFERENT, unlike)
     if not faults:
         moves = np.abs(want[:, -IDS.shape[1] :] - our_logits(base.ours)).max() > 100 * tolerance(want)
         return Outcome(EQUAL, merges, bool(moves), wanted.in_double is not None)
@@ -323,10 +326,10 @@ def test_combinations_equal_peft_or_are_refused(
         found = outcome(peft_type, number, base, tmp_path)
         shutil.rmtree(tmp_path / "theirs", ignore_errors=True)
         shutil.rmtree(tmp_path / "ours", ignore_errors=True)
-        reason = reason_of(peft_type, found.kind, found.words)
+        fields = combination(peft_type, config_class(peft_type), number)
+        reason = reason_of(peft_type, found.kind, found.words, fields)
         outcomes.append({**dataclasses.asdict(found), "reason": reason})
         if reason is None:
-            fields = combination(peft_type, config_class(peft_type), number)
             faults.append(f"{number}: {found.kind}: {found.words}\n    {fields}")
     if request.config.getoption("--full-grid"):
         RECORDS.mkdir(parents=True, exist_ok=True)

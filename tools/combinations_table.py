@@ -28,10 +28,10 @@ too, and has tensors of the shapes of PEFT's. Written by `make conformance-full`
 - **both**: PEFT raises an error, of whatever kind, and we refuse the combination by name.
 - **here**: PEFT makes it, and we refuse it by name (below).
 - **PEFT alone**: PEFT raises an error, and here it works (below).
-- **PEFT's file**: PEFT cannot read the file that it wrote, or reads it as something else (below).
+- **there**: PEFT cannot read the file that it wrote, reads it as something else, or ignores a field (below).
 - **different**: none of these.
 
-| type | tried | equal | moved | merged | both | here | PEFT alone | PEFT's file | different |
+| type | tried | equal | moved | merged | both | here | PEFT alone | there | different |
 |---|---|---|---|---|---|---|---|---|---|
 """
 COLUMNS = (
@@ -42,8 +42,10 @@ COLUMNS = (
     ("PEFT cannot read its file", "equal to what PEFT reads"),
 )
 EXPLAINED = ("refused by PEFT alone", "PEFT cannot read its file", "equal to what PEFT reads", "different")
-# What differs between errors of one kind: names in quotes, values of fields, lists and numbers.
-PARTICULARS = re.compile(r"\[[^\]]*\]|\{[^}]*\}|'[^']*'|(?<![\w.])-?\d+(\.\d+)?(e-?\d+)?(?!\w)")
+# What differs between errors of one kind: tensors, names in quotes, values of fields, lists and numbers.
+PARTICULARS = re.compile(
+    r"base_model[\w.]+|\([\d, ]+\)|\[[^\]]*\]|\{[^}]*\}|'[^']*'|(?<![\w.])-?\d+(\.\d+)?(e-?\d+)?(?!\w)"
+)
 
 Outcomes = dict[str, list[dict[str, Any]]]
 
@@ -71,6 +73,7 @@ def row(name: str, found: list[dict[str, Any]]) -> str:
     moved = sum(one["moves"] for one in equal)
     merged = sum(not one["words"] for one in equal)
     numbers = [sum(kinds[kind] for kind in column) for column in COLUMNS]
+    numbers[-1] += sum(one["kind"] == "different" and one["reason"] is not None for one in found)
     cells = [len(found), numbers[0], moved, merged, *numbers[1:], len(found) - sum(numbers)]
     return f"| {name} | {' | '.join(map(str, cells))} |"
 
@@ -100,7 +103,8 @@ def refusals(outcomes: Outcomes) -> str:
     for name, found in outcomes.items():
         for one in found:
             if one["kind"] == "refused here":
-                words = PARTICULARS.sub("…", one["words"].removeprefix("ValueError: ")).replace("|", "\\|")
+                first = one["words"].removeprefix("ValueError: ").partition("; base_model")[0]
+                words = PARTICULARS.sub("…", first).replace("|", "\\|").removesuffix(".") + "."
                 counts[words] += 1
                 types[words].add(name)
     lines = []

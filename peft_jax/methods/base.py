@@ -209,7 +209,7 @@ class Method(AbsentFields, PeftConfig):
 
     @property
     def patterns(self) -> Mapping[str, str]:
-        """Patterns of module paths in the config, each of which has to name a target, and what `pattern_value` reads."""
+        """Patterns of module paths in the config, each of which names a target, with what `pattern_value` reads."""
         return {pattern: pattern for pattern in (*self.rank_pattern, *self.alpha_pattern)}
 
     def completed(self, defaults: Mapping[str, Any]) -> Self:
