@@ -295,7 +295,7 @@ TYPES: Mapping[str, TypeRow] = {
     "WAVEFT": TypeRow(needed=("n_frequency",), fields={"wavelet_family": ("db1", "db2", "db4", "sym2")}),
     "FOURIERFT": TypeRow(needed=("n_frequency",)),
     "XLORA": TypeRow(
-        needed=("hidden_size", "adapters"),
+        needed=("hidden_size", "adapters", "xlora_size"),  # by its default of 2048 random logits are hundreds apart
         fields={
             "hidden_size": (32,),
             "adapters": ({"0": "{lora0}", "1": "{lora1}"}, {"0": "{lora0}", "1": "{lora1}", "2": "{lora2}"}),
@@ -415,7 +415,7 @@ EXPLAINED = (
     Explained(
         THEIRS,
         (),
-        r"Target module Embedding\(.*\) is not (supported|a plain torch.nn.Linear)",
+        r"Embedding\(.*\) is not (supported|a plain)|does not support target modules of type .*Embedding",
         "PEFT has the type for linear layers; here it is on embeddings too.",
     ),
     Explained(
@@ -423,6 +423,13 @@ EXPLAINED = (
         ("IA3",),
         "should be a subset of `target_modules`",
         "PEFT writes the model's default `feedforward_modules` beside targets that lack them, and does not read that.",
+    ),
+    Explained(
+        DIFFERENT,
+        ("XLORA",),
+        "is what PEFT saves of a LoRA beside an X-LoRA: it lacks the layers",
+        "PEFT leaves layers out of the LoRAs that it trains and saves, so that we refuse the folder.",
+        ("use_trainable_adapters",),
     ),
     Explained(
         THEIRS,
