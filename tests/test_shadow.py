@@ -30,7 +30,10 @@ SIZES = {
     "initializer_range": 0.3,
 }
 OTHER_SIZES = {"shadow_hidden_size": 8, "shadow_num_attention_heads": 2, "shadow_num_hidden_layers": 2}
-SLOW = ("opt", "bloom", "falcon", "gemma2", "gemma3_text", "mixtral", "cohere", "phi3", "gpt_neox", "deepseek_v3")
+SLOW = (
+    *("opt", "bloom", "falcon", "gemma2", "gemma3_text", "mixtral", "cohere", "phi3", "gpt_neox", "deepseek_v3"),
+    *("gpt_oss", "starcoder2", "smollm3", "granite", "glm", "stablelm", "olmo2", "phi", "gptj", "qwen3_moe", "olmoe"),
+)
 EVERY = ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -52,13 +52,13 @@ Outcomes = dict[str, list[dict[str, Any]]]
 
 def page(outcomes: Outcomes, most: int) -> str:
     """The whole page."""
-    count = max(map(len, outcomes.values()))
+    least, count = min(map(len, outcomes.values())), max(map(len, outcomes.values()))
     rows = [row(name, found) for name, found in sorted(outcomes.items())]
     everything = [one for found in outcomes.values() for one in found]
     rows.append(row("all", everything))
     doubled = sum(one.get("by_double", False) for one in everything)
     return (
-        HEAD.format(count=count, most=most, doubled=doubled)
+        HEAD.format(count=count if least == count else f"{least} to {count}", most=most, doubled=doubled)
         + "\n".join(rows)
         + "\n"
         + reasons(outcomes)
