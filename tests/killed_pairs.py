@@ -73,6 +73,7 @@ class Killed:
         other: Exit code of the other one.
         seconds: What it took to end.
         line: What it said last.
+        has_adapter: Whether the run's folder has an adapter then.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Killed:
     other: int
     seconds: float
     line: str
+    has_adapter: bool
 
 
 def pair(output: str, words: tuple[str, ...], moment: Moment | None = None, victim: int = 0) -> list[int]:
@@ -125,11 +127,17 @@ def ended(children: list[int], output: str, name: str, victim: int) -> Killed:
         if found:
             seconds = time.monotonic() - start
             lines = Path(_log(output, 1 - victim)).read_text().strip().splitlines()
-            return Killed(f"{name} {victim}", killed, os.waitstatus_to_exitcode(status), seconds, lines[-1])
+            code = os.waitstatus_to_exitcode(status)
+            return Killed(f"{name} {victim}", killed, code, seconds, lines[-1], has_adapter(output))
         time.sleep(0.01)
     os.kill(other, signal.SIGKILL)
     wait(other)
-    return Killed(f"{name} {victim}", killed, -signal.SIGKILL, LONGEST, "")
+    return Killed(f"{name} {victim}", killed, -signal.SIGKILL, LONGEST, "", has_adapter(output))
+
+
+def has_adapter(output: str) -> bool:
+    """Whether a run has written what it is for, which it does last."""
+    return Path(output, "adapter_model.safetensors").exists()
 
 
 def as_asked(output: str) -> tuple[str, ...]:
@@ -152,7 +160,7 @@ def whole(output: str, words: tuple[str, ...] = ()) -> Killed:
     """Let both processes end."""
     children = pair(output, words)
     codes = [wait(child) for child in children]
-    return Killed("the end", codes[0], codes[1], 0, "")
+    return Killed("the end", codes[0], codes[1], 0, "", has_adapter(output))
 
 
 def at_random(seed: int, seconds: float) -> list[Killed]:

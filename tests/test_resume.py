@@ -123,10 +123,14 @@ def test_a_killed_process_of_two_ends_the_other_and_both_go_on_in_equal_bits(
             killed = []
         assert end["killed"] == end["other"] == 0, (name, end)
         for one in killed:
+            count += 1
+            if name.startswith("random") and one["other"] == 0:  # the run had ended, if not all of its processes
+                assert one["has_adapter"] and one["killed"] in (0, -signal.SIGKILL), (name, one)
+                continue
             assert one["killed"] == -signal.SIGKILL and one["other"] == 2 and one["seconds"] < 60, (name, one)
             assert one["line"].startswith("peft-jax: error: another process of the run ended, or cannot be reached: ")
             assert one["line"].endswith("start all of them again, with --resume if there is a checkpoint."), one
-            slowest, count = max(slowest, one["seconds"]), count + 1
+            slowest = max(slowest, one["seconds"])
         assert results(tmp_path / name) == wanted, name
     assert count == len(seeds) + 14
     with capfd.disabled():
