@@ -58,7 +58,8 @@ the program, on all chips (the compiler's own count, in the records, takes a loo
 grouped product counts with the matrix of its expert alone, as on TPU and GPU; without adapters means the loss and its
 gradient down to the embeddings. In every program it is asserted that no product has the shape of a frozen weight, as
 its gradient would have, and with an int8 base that no buffer between fusions is a weight in float.
-Rows compiled before 2026-11-29 are of products over joined rows (`benchmarks/NOTES.md`).
+Rows compiled before 2026-11-29 are of products over joined rows, and those before 2026-11-30 of an update whose new
+state was in memory beside the old (`benchmarks/NOTES.md`). Seconds are those of machines with other work.
 """
 
 WRITTEN = """## Where a compiler writes dequantized weights
@@ -68,8 +69,9 @@ nf4 weight is written in bfloat16 before its product and read once, and the spac
 is kept. Other forms were compiled for 1152 tokens, 4096 inputs and 14336 outputs, forward and backward, and all were
 written: two products with the halves of each byte, which is what the TPU's compiler fuses; the same with the inputs as
 one axis, scales repeated along it, and numbers as int8 or int32; selects instead of a gather; int4 and int8 by groups
-of 128. A product for each block with its scales after it was not tried, as it writes a result for each block. In a
-scan of three such layers the compilers of v5e and v6e fuse the two products, and write no weight.
+of 128. A product for each block with its scales after it was not tried, as it writes a result for each block. The
+compiler of v5e fuses the two products in the whole step, and writes no weight; that of v6e was asked in a scan of three
+such layers alone, with the same answer.
 """
 
 
