@@ -168,6 +168,7 @@ def updated(
     loss, gradients = hooks.penalize(loss, gradients, hooks.project(given[0]))
     grad_norm = optax.tree.norm(jax.tree.map(lambda one: one.astype(jnp.float32), gradients))
 
+    @jax.jit  # called twice, and so traced once
     def update(given: tuple[Any, Any], gradients: Any) -> tuple[Any, Any]:
         trainable = hooks.project(given[0])
         opt_state, schedule = hooks.split(trainable, given[1])
