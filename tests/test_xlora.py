@@ -252,7 +252,7 @@ def test_models_that_peft_has_no_x_lora_for(family, tmp_path):
 
 
 def test_what_it_promises_of_one_model(root):
-    """On one model, for what compiles is its two passes: options, switching, dropout, int8 and the two errors."""
+    """On one model, for what compiles is its two passes: options, switching, dropout, int8, nf4 and the errors."""
     base = load(root)
     config = pj.XLoraConfig(adapters=paths(root), layerwise_scalings=False)
     model = pj.get_peft_model(base, config)
@@ -275,10 +275,10 @@ def test_what_it_promises_of_one_model(root):
     assert again.peft_config["default"].scaling_pass_value == 1 / 3
     assert np.abs(pj.xlora_scalings(again, IDS) - pj.xlora_scalings(model, IDS)).max() > 1e-4
 
-    narrow = pj.quantize(base, bits=8)
-    wide = pj.get_peft_model(pj.merge(narrow), config)
-    close(pj.get_peft_model(narrow, config)(IDS).logits, wide(IDS).logits)
-    assert np.abs(wide(IDS).logits - model(IDS).logits).max() > 1e-4
+    for narrow in pj.quantize(base, bits=8), pj.quantize(base, kind="nf4", group_size=32):
+        wide = pj.get_peft_model(pj.merge(narrow), config)
+        close(pj.get_peft_model(narrow, config)(IDS).logits, wide(IDS).logits)
+        assert np.abs(wide(IDS).logits - model(IDS).logits).max() > 1e-4
     with pytest.raises(ValueError, match="scales LoRAs for each token, which no merged weight does"):
         model.merge_and_unload()
     with pytest.raises(ValueError, match=r"An X-LoRA of 3 LoRAs misses \['1'\]"):
