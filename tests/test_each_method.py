@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
+from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.core.partition import count_parameters
 from peft_jax.core.targets import shortened_names
 from peft_jax.methods import base, frod
@@ -92,6 +93,21 @@ def test_ia3_spells_out_feedforward_modules_that_are_ends_of_targets(tmp_path):
     pj.get_peft_model(model, pj.IA3Config(target_modules="all-linear")).save_pretrained(tmp_path)
     again = pj.IA3Config.from_pretrained(tmp_path)
     assert again.feedforward_modules == ("down_proj",) and "down_proj" in again.target_modules
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "c_proj"]], ids=str)
+def test_ia3_takes_a_default_of_which_a_target_is_the_end(targets, tmp_path):
+    """GPT-2's is ``mlp.c_proj``; PEFT scales its inputs too, and cannot read the file that it writes of it."""
+    config = pj.models.GPT2Config(
+        16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8
+    )
+    model = pj.get_peft_model(pj.AutoModelForCausalLM.from_config(config), pj.IA3Config(target_modules=targets))
+    vectors = {path: set(leaf.params) for path, leaf in adapted_leaves(model) if path.endswith("c_proj.kernel")}
+    assert sorted(vectors.values(), key=sorted) == [{"ia3_in"}, {"ia3_out"}]
+    assert all(("mlp" in path) == (roles == {"ia3_in"}) for path, roles in vectors.items())
+    model.save_pretrained(tmp_path)
+    again = pj.IA3Config.from_pretrained(tmp_path)
+    assert again.feedforward_modules == ("mlp.c_proj",) and "mlp.c_proj" in again.target_modules
 
 
 def test_ia3_inputs_and_outputs_in_one_stack():

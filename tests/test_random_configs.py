@@ -1,6 +1,6 @@
 """Random combinations of the fields of each of PEFT's types: we compute and write what PEFT does, or an error says no.
 
-One of each type runs with the suite; ``make conformance-full`` runs a hundred and writes docs/combinations.md.
+Two of each type run with the suite; ``make conformance-full`` runs a hundred and writes docs/combinations.md.
 """
 
 from __future__ import annotations

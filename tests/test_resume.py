@@ -116,7 +116,7 @@ def test_a_killed_process_of_two_ends_the_other_and_both_go_on_in_equal_bits(
     found = json.loads(run.stdout)
     wanted = results(tmp_path / "whole-pair")
     assert "adapter_model.safetensors" in wanted
-    slowest, count = 0.0, 0
+    slowest, count, late = 0.0, 0, 0
     for name, runs in found.items():
         *killed, end = runs
         if name == "whole-pair":
@@ -124,8 +124,9 @@ def test_a_killed_process_of_two_ends_the_other_and_both_go_on_in_equal_bits(
         assert end["killed"] == end["other"] == 0, (name, end)
         for one in killed:
             count += 1
-            if name.startswith("random") and one["other"] == 0:  # the run had ended, if not all of its processes
+            if name.startswith("random") and one["other"] == 0:  # all was written, and the processes were leaving
                 assert one["has_adapter"] and one["killed"] in (0, -signal.SIGKILL), (name, one)
+                late += 1
                 continue
             assert one["killed"] == -signal.SIGKILL and one["other"] == 2 and one["seconds"] < 60, (name, one)
             assert one["line"].startswith("peft-jax: error: another process of the run ended, or cannot be reached: ")
@@ -134,7 +135,8 @@ def test_a_killed_process_of_two_ends_the_other_and_both_go_on_in_equal_bits(
         assert results(tmp_path / name) == wanted, name
     assert count == len(seeds) + 14
     with capfd.disabled():
-        print(f"{count} kills of one process of two; the other ended within {slowest:.1f} s.")
+        ends = f"{late} of them behind the end; the other ended within {slowest:.1f} s"
+        print(f"{count} kills of one process of two, {ends}.")
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(

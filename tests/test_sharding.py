@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import peft_jax as pj
+from peft_jax.core.partition_specs import dividing_spec
 
 
 def normal(seed, *shape):
@@ -50,6 +51,12 @@ def test_adapters_inherit_the_axes_that_they_share_with_the_base(shape, spec, la
         array = leaf.params[role]
         assert array.sharding.is_equivalent_to(NamedSharding(mesh, want), array.ndim), (role, array.sharding)
     assert leaf.state["scaling"].sharding.mesh == mesh
+
+
+def test_a_part_of_an_axis_is_split_by_those_of_its_mesh_axes_that_divide_it():
+    """As `peft_jax.train.mesh.spec` does."""
+    spec = dividing_spec(P(("data", "tensor"), "tensor"), (4, 6), mesh_of(AxisType.Auto))
+    assert spec == P("data", "tensor")
 
 
 def column_and_row_parallel(params, x):

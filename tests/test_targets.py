@@ -8,7 +8,7 @@ import pytest
 
 import peft_jax as pj
 from peft_jax.core.bounded_regex import is_quick, matches
-from peft_jax.core.targets import check_targets, is_saved_module, is_target, pattern_value
+from peft_jax.core.targets import below_others, check_targets, is_saved_module, is_target, pattern_value
 
 ROWS = {
     "list": {"target_modules": ["q_proj", "v_proj"]},
@@ -100,6 +100,19 @@ def test_patterns_equal_pefts(patterns, module_names):
     want = [values.get(get_pattern_key(patterns, name), -1) for name in module_names]
     assert [pattern_value(values, name, -1) for name in module_names] == want
     assert len(set(want)) >= 5
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "q_proj|v_proj", "v_proj|q_proj", "(q|v)_proj", "mlp", "layers"])
+def test_the_older_rule_of_patterns_is_pefts(pattern, module_names):
+    """The one of `peft.tuners.c3a.model` and `peft.tuners.fourierft.model`."""
+    want = [re.match(rf".*\.{pattern}$", name) is not None for name in module_names]
+    assert [pattern_value({pattern: True}, name, False, below_others) for name in module_names] == want
+
+
+@pytest.mark.parametrize("pattern", ["[", "v_proj)|(x"])
+def test_a_pattern_that_is_no_expression_is_named_as_it_was_written(pattern):
+    with pytest.raises(ValueError, match=re.escape(f"a key of n_frequency_pattern={pattern!r} is no regular")):
+        pj.FourierFTConfig(target_modules=["q"], n_frequency_pattern={pattern: 3})
 
 
 def test_saved_modules_are_named_by_their_ends_and_hold_what_they_contain():

@@ -28,6 +28,7 @@ from peft_jax.train import (
     training_batches,
 )
 from peft_jax.train.data.encode import IGNORE, Example
+from peft_jax.train.divergence import finite_or_old
 from peft_jax.train.metrics import MetricsLog, read_metrics
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 8
@@ -295,3 +296,29 @@ def test_the_axis_fits_the_losses_and_a_line_is_smoothed(tmp_path: Path, monkeyp
     assert validation.get_marker() == "o" and best.get_marker() == "*" and list(best.get_xdata()) == [200]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["training (smoothed)", "validation", "best validation: 1.900"]
+
+
+def temporaries_of_an_update() -> int:
+    """Bytes beside the old state, which is given away, when AdamW's step of 2**20 numbers ends."""
+    transformation = optax.adamw(1e-3)
+
+    def update(given: Any, gradients: Any) -> Any:
+        updates, state = transformation.update(gradients, given[1], given[0])
+        return optax.apply_updates(given[0], updates), state
+
+    def end(given: Any, gradients: Any) -> Any:
+        return finite_or_old(update, given, gradients, jnp.float32(1), jnp.float32(1))
+
+    array = jax.ShapeDtypeStruct((2**20,), jnp.float32)
+    given = array, jax.eval_shape(transformation.init, array)
+    analysis = jax.jit(end, donate_argnums=0).lower(given, array).compile().memory_analysis()
+    return int(analysis.temp_size_in_bytes)
+
+
+@pytest.mark.usefixtures("optimizing_compiler")
+def test_a_new_state_is_written_over_the_old_one_and_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one beside it would be of 12 MiB: the numbers and two moments."""
+    with jax.numpy_dtype_promotion("standard"):
+        found = temporaries_of_an_update()
+        monkeypatch.setattr(jax.lax, "optimization_barrier", lambda arrays: arrays)  # the compiler takes one for both
+        assert found < 8 * 2**20 < 12 * 2**20 < temporaries_of_an_update()

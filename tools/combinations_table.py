@@ -27,8 +27,9 @@ too, and has tensors of the shapes of PEFT's. Written by `make conformance-full`
 - **merged**: those of the equal ones that have a merged model. Where there is none, an error says why.
 - **both**: PEFT raises an error, of whatever kind, and we refuse the combination by name.
 - **here**: PEFT makes it, and we refuse it by name (below).
-- **PEFT alone**: PEFT raises an error, and here it works (below).
-- **there**: PEFT cannot read the file that it wrote, reads it as something else, or ignores a field (below).
+- **PEFT alone**: PEFT raises an error, and here it is accepted (below).
+- **there**: PEFT is at fault (below): it cannot read the file that it wrote, reads it as something else, leaves layers
+  out of it, or ignores a field.
 - **different**: none of these.
 
 | type | tried | equal | moved | merged | both | here | PEFT alone | there | different |

@@ -1,6 +1,7 @@
 """Put arrays onto devices, and shard an adapter like its base."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.core.adapted import Adapted
+from peft_jax.core.mesh_axes import dividing
 from peft_jax.core.weight import MergeError
 
 
@@ -47,19 +49,20 @@ def sharded_like_base(leaf: Adapted) -> Adapted:
     except MergeError:
         specs = jax.tree.map(lambda _: PartitionSpec(), leaf)
     params, state = jax.tree.map(
-        lambda array, spec: place(array, NamedSharding(sharding.mesh, _dividing(spec, array.shape, sharding.mesh))),
+        lambda array, spec: place(array, NamedSharding(sharding.mesh, dividing_spec(spec, array.shape, sharding.mesh))),
         (leaf.params, leaf.state),
         (specs.params, specs.state),
     )
     return dataclasses.replace(leaf, params=params, state=state)
 
 
-def _dividing(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """The spec without the mesh axes that do not divide an array's axis, as one that is a part of the base's may be."""
+def dividing_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """The spec without the mesh axes that do not divide an array's axis; of several the last ones are left out.
+
+    An axis that is a part of a base's may be such a one.
+    """
     found: list[Any] = []
-    for size, names in zip(shape, spec, strict=False):
-        devices = 1
-        for name in names if isinstance(names, tuple) else (names,):
-            devices *= 1 if name is None else mesh.shape[name]
-        found.append(names if size % devices == 0 else None)
+    for size, axis in zip(shape, spec, strict=False):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        found.append(dividing(names, size, mesh.shape) or None)
     return PartitionSpec(*found)

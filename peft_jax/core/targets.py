@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -17,6 +17,9 @@ SAVED_HEADS: Mapping[str | None, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+PatternRule = Callable[[str], str]
 
 
 class Targets(Protocol):
@@ -172,21 +175,21 @@ def layer_index(config: Targets, module: str) -> int | None:
     return None
 
 
-def check_expressions(config: Targets, patterns: Iterable[str] = ()) -> None:
+def check_expressions(config: Targets, patterns: Mapping[str, str] = MappingProxyType({})) -> None:
     """Raise ValueError if a part of a config that PEFT takes for a regular expression is none, or takes forever.
 
     Args:
         config: The config.
-        patterns: Keys of ``rank_pattern`` and the like.
+        patterns: Keys of ``rank_pattern`` and the like, and the expression of whole paths that each stands for.
     """
     for field in ("target_modules", "exclude_modules"):
         if isinstance(expression := getattr(config, field), str):
             compiled(expression, field)
     for name in config.modules_to_save or ():
         compiled(name, "modules_to_save")
-    for pattern in patterns:
-        compiled(pattern, "a key of rank_pattern or alpha_pattern")
-        compiled(rf"(.*\.)?({pattern})", "a key of rank_pattern or alpha_pattern")
+    for written, expression in patterns.items():
+        compiled(written, f"a key of {_field_of(config, written)}")
+        compiled(expression, f"a key of {_field_of(config, written)}")
     lists = config.layers_pattern or ()
     for pattern in [lists] if isinstance(lists, str) else lists:
         compiled(pattern, "layers_pattern")
@@ -212,24 +215,45 @@ def saved_owner(config: Targets, module: str) -> str | None:
     return None
 
 
-def pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that names the module, as ``rank_pattern`` and ``alpha_pattern`` are read."""
-    for pattern, value in patterns.items():
-        if matches(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
+def by_end(pattern: str) -> str:
+    """The expression of whole paths that a key of ``rank_pattern`` stands for: a path, or the end of one."""
+    return rf"(.*\.)?({pattern})"
 
 
 def below_others(pattern: str) -> str:
-    """The pattern that names what ``pattern`` does in FourierFT and C3A, whose rule in PEFT is an older one.
+    """That of a key of FourierFT and C3A, whose rule in PEFT is an older one.
 
     There it is the end of a path with a module in front, so that it names neither whole paths nor modules at the top.
 
     Example:
-        >>> pattern_value({below_others("q"): 3}, "layers.0.q", 8), pattern_value({below_others("q"): 3}, "q", 8)
+        >>> rule = below_others
+        >>> pattern_value({"q": 3}, "layers.0.q", 8, rule), pattern_value({"q": 3}, "q", 8, rule)
         (3, 8)
     """
     return rf"(?:.*\.{pattern}$).*"
+
+
+def pattern_value(patterns: Mapping[str, float], module: str, default: float, rule: PatternRule = by_end) -> float:
+    """The value of the first pattern that names the module, as ``rank_pattern`` and ``alpha_pattern`` are read.
+
+    Args:
+        patterns: Values by pattern.
+        module: Path of the module.
+        default: The value where no pattern names it.
+        rule: From a pattern to the expression of the whole paths that it names.
+    """
+    for pattern, value in patterns.items():
+        if matches(rule(pattern), module):
+            return value
+    return default
+
+
+def _field_of(config: Targets, written: str) -> str:
+    """The field with a pattern among its keys."""
+    for name, value in vars(config).items():
+        if name.endswith("_pattern") and isinstance(value, Mapping) and written in value:
+            return name
+    return "a pattern"
 
 
 def check_targets(
@@ -246,7 +270,7 @@ def check_targets(
         config: The config; ``all-linear`` has to be expanded before.
         modules: Paths of all modules with a matrix.
         every: Paths of all modules with any leaf, which ``modules_to_save`` may name.
-        patterns: Keys of ``rank_pattern`` and the like, and what `pattern_value` reads for each.
+        patterns: Keys of ``rank_pattern`` and the like, and the expression of whole paths that each stands for.
         parameters: Names of the weights that are targets by themselves.
         vectors: Paths of the modules with leaves that are no matrices, to say so if one is named.
 
@@ -289,9 +313,9 @@ def check_targets(
             found_none = f" layers_pattern {config.layers_pattern!r} names no list of layers." if not layers else ""
             hint = found_none if config.layers_pattern else ""
             raise ValueError(f"layers_to_transform {missing} hits no target. Layers found: {layers}.{hint}")
-    for written, pattern in patterns.items():
-        if not any(matches(rf"(.*\.)?({pattern})", name) for name in (*hits, *parameters)):
-            what = f"Pattern '{written}' of rank_pattern or alpha_pattern"
+    for written, expression in patterns.items():
+        if not any(matches(expression, name) for name in (*hits, *parameters)):
+            what = f"Pattern '{written}' of {_field_of(config, written)}"
             raise ValueError(nothing_hit(what, written, [*hits, *parameters]))
     return hits
 

@@ -23,6 +23,7 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.paths import keys_from_names
 from peft_jax.core.product import Product
 from peft_jax.core.short_errors import short_errors
+from peft_jax.core.targets import by_end
 from peft_jax.core.text_files import read_object
 from peft_jax.core.weight import Weight
 from peft_jax.methods.fields import check_fields, is_off
@@ -209,8 +210,8 @@ class Method(AbsentFields, PeftConfig):
 
     @property
     def patterns(self) -> Mapping[str, str]:
-        """Patterns of module paths in the config, each of which names a target, with what `pattern_value` reads."""
-        return {pattern: pattern for pattern in (*self.rank_pattern, *self.alpha_pattern)}
+        """Patterns of module paths in the config, which each name a target, and their expressions of whole paths."""
+        return {pattern: by_end(pattern) for pattern in (*self.rank_pattern, *self.alpha_pattern)}
 
     def completed(self, defaults: Mapping[str, Any]) -> Self:
         """The config with a model's defaults in place of the fields that are None."""

@@ -71,8 +71,7 @@ class C3AConfig(TargetFields, LayerFields, AddedChange):
 
     def size(self, module: str) -> int:
         """Rows and columns of a block of a module."""
-        sizes = {self.patterns[pattern]: size for pattern, size in self.block_size_pattern.items()}
-        return int(pattern_value(sizes, module, self.block_size))
+        return int(pattern_value(self.block_size_pattern, module, self.block_size, below_others))
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """A vector for each block."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.dropout import dropout
 from peft_jax.core.product import Product
-from peft_jax.core.targets import pattern_value
+from peft_jax.core.targets import by_end, pattern_value
 from peft_jax.core.weight import Weight, as_weight, varying
 from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, kaiming
@@ -84,7 +84,7 @@ class DeloraConfig(TargetFields, ExcludeFields, LayerFields, StartsFromWeight, F
     @property
     def patterns(self) -> Mapping[str, str]:
         """Those of ranks and of λ."""
-        return {pattern: pattern for pattern in (*self.rank_pattern, *self.lambda_pattern)}
+        return {pattern: by_end(pattern) for pattern in (*self.rank_pattern, *self.lambda_pattern)}
 
     @property
     def frozen(self) -> tuple[str, ...]:

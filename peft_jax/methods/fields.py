@@ -67,7 +67,7 @@ def check_fields(config: Any, peft_type: str) -> None:
     tokens = config.trainable_token_indices
     for name, ids in (tokens if isinstance(tokens, Mapping) else {"": tokens} if tokens is not None else {}).items():
         check_tokens(ids, f"trainable_token_indices{f' of {name!r}' if name else ''}")
-    check_expressions(config, config.patterns.values())
+    check_expressions(config, config.patterns)
 
 
 def check_kinds(options: Any) -> None:

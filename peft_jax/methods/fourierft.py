@@ -59,10 +59,10 @@ class FourierFTConfig(TargetFields, ExcludeFields, LayerFields, SparseSpectrum):
     n_frequency_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     init_weights: bool = False
 
-    @property
-    def patterns(self) -> Mapping[str, str]:
-        """Those of numbers of coefficients, by PEFT's older rule."""
-        return {pattern: below_others(pattern) for pattern in self.n_frequency_pattern}
+    @staticmethod
+    def pattern_rule(pattern: str) -> str:
+        """PEFT's older rule."""
+        return below_others(pattern)
 
     def initialize(self, role: str, shape: tuple[int, ...], key: jax.Array, *, lookup: bool) -> Float[Array, "..."]:
         """Normal numbers, or zeros."""

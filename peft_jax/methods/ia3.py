@@ -64,11 +64,15 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         lists = not isinstance(self.target_modules, str) and not isinstance(self.feedforward_modules, str)
         if not (lists and self.target_modules and self.feedforward_modules):
             return
-        named, extra = list[str](), list[str]()
+        named, longer, extra = dict[str, None](), list[str](), list[str]()
         for name in self.feedforward_modules:
-            # PEFT reads no name that target_modules lacks, so that the end of some targets is spelled out as these.
+            # PEFT reads no name that target_modules lacks. The end of some targets is spelled out as these, and a name
+            # of which a target is the end becomes one too, which hits nothing more.
             targets = [name] if name in self.target_modules else _named_by(self.target_modules, name)
-            named += targets
+            if not targets and _names_one(self.target_modules, name):
+                targets = [name]
+                longer.append(name)
+            named |= dict.fromkeys(targets)
             if not targets:
                 extra.append(name)
         if extra:
@@ -76,14 +80,15 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
                 f"feedforward_modules has {sorted(extra)}, not in target_modules. Name them in both or neither."
             )
         object.__setattr__(self, "feedforward_modules", tuple(named))
+        object.__setattr__(self, "target_modules", (*self.target_modules, *longer))
 
     def completed(self, defaults: Mapping[str, Any]) -> Self:
-        """With the model's defaults, of which given targets leave those feed-forward modules that they name."""
+        """With the model's defaults, of which given targets leave those feed-forward modules that they hit."""
         targets = self.target_modules
         feedforward = defaults.get("feedforward_modules")
         if feedforward is not None and targets is not None and not isinstance(targets, str):
-            named = [name for name in feedforward if _named_by(targets, name)]
-            defaults = {**defaults, "feedforward_modules": named}
+            hit = [name for name in feedforward if _named_by(targets, name) or _names_one(targets, name)]
+            defaults = {**defaults, "feedforward_modules": hit}
         return super().completed(defaults)
 
     def is_feedforward(self, module: str) -> bool:
@@ -164,6 +169,11 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
 def _named_by(targets: Sequence[str], name: str) -> list[str]:
     """The targets that a module's name, or the end of one, names."""
     return [target for target in targets if f".{target}".endswith(f".{name}")]
+
+
+def _names_one(targets: Sequence[str], name: str) -> bool:
+    """Whether one of the targets is the end of a module's name."""
+    return any(name.endswith(f".{target}") for target in targets)
 
 
 def _factor(role: str, params: Arrays, state: Arrays) -> Float[Array, "*groups features"]:

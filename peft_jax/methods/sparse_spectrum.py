@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.core.targets import pattern_value
+from peft_jax.core.targets import by_end, pattern_value
 from peft_jax.methods.added_change import AddedChange
 from peft_jax.methods.base import Arrays
 from peft_jax.methods.torch_draws import permutation
@@ -31,15 +31,19 @@ class SparseSpectrum(AddedChange):
         if wrong := {name: count for name, count in counts.items() if not isinstance(count, int) or count < 1}:
             raise ValueError(f"{self.peft_type} needs at least 1 coefficient, got {wrong}.")
 
+    @staticmethod
+    def pattern_rule(pattern: str) -> str:
+        """The expression of whole paths that a key of ``n_frequency_pattern`` stands for."""
+        return by_end(pattern)
+
     @property
     def patterns(self) -> Mapping[str, str]:
         """Those of numbers of coefficients."""
-        return {pattern: pattern for pattern in self.n_frequency_pattern}
+        return {pattern: self.pattern_rule(pattern) for pattern in self.n_frequency_pattern}
 
     def count(self, module: str) -> int:
         """Number of coefficients of a module."""
-        counts = {self.patterns[pattern]: count for pattern, count in self.n_frequency_pattern.items()}
-        return int(pattern_value(counts, module, self.n_frequency))
+        return int(pattern_value(self.n_frequency_pattern, module, self.n_frequency, self.pattern_rule))
 
     def shapes(self, module: str, n_in: int, n_out: int, *, lookup: bool) -> dict[str, tuple[int, ...]]:
         """The coefficients."""

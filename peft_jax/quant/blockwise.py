@@ -224,9 +224,10 @@ class Blockwise(Quantized):
             product: The product of each part.
             compute: Element type of the dequantized parts.
         """
-        # That compiler wants the rows of a block in front of the blocks in memory, where a tile of scales is one of
-        # codes. Left to itself it copies the stack of all layers into that order before the scan over them, and with
-        # layers in the order of the stack it writes dequantized weights. So each layer is copied when it is used.
+        # The product is fused if the rows of a block are the first axis in memory. Left alone, the TPU's compiler
+        # copies the codes of all layers into that order before the scan over layers. The first constraint keeps the
+        # stack in its own order, so that a layer is copied when it is used. The second asks for the order of the
+        # product: without it the compiler writes the dequantized weight.
         packed = with_layout_constraint(self.packed, DeviceLayout((0, 1, 2)))
         packed = with_layout_constraint(packed, DeviceLayout((1, 0, 2)))
         codes = dataclasses.replace(self, packed=packed).code_parts()

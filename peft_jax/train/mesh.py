@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.adapted import Adapted
 from peft_jax.core.adapted_tree import adapted_leaves, map_adapted, tied
-from peft_jax.core.mesh_axes import AXES, BATCH_AXES, EXPERT_AXES, WEIGHT_AXES, dividing
-from peft_jax.core.partition_specs import put
+from peft_jax.core.mesh_axes import AXES, BATCH_AXES, EXPERT_AXES, WEIGHT_AXES
+from peft_jax.core.partition_specs import dividing_spec, put
 from peft_jax.core.paths import dotted
 from peft_jax.core.selecting import present
 from peft_jax.core.weight import is_weight
@@ -116,7 +116,7 @@ def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
             continue
         if rule in (EXPERTS, EXPERT_VECTORS):
             _check_experts(path, shape[-len(rule)], mesh)
-        return _dividing(P(*(None,) * (len(shape) - len(rule)), *rule), shape, mesh)
+        return dividing_spec(P(*(None,) * (len(shape) - len(rule)), *rule), shape, mesh)
     return P()
 
 
@@ -128,15 +128,6 @@ def _check_experts(path: str, count: int, mesh: Mesh) -> None:
             f"the mesh has expert={devices}, which does not divide the {count} experts of {path}. "
             f"Give a divisor of {count}."
         )
-
-
-def _dividing(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """The spec without the mesh axes that do not divide an array's axis; of several the last ones are left out."""
-    kept: list[Any] = []
-    for size, axis in zip(shape[: len(spec)], spec, strict=True):
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        kept.append(dividing(names, size, mesh.shape) or None)
-    return P(*kept)
 
 
 def batch_parts(mesh: Mesh | None) -> int:
@@ -206,7 +197,9 @@ def layout(tree: T, mesh: Mesh) -> T:
         if not is_weight(leaf):
             return NamedSharding(mesh, found)
         specs = leaf.specs((*found, *(None,) * (leaf.ndim - len(found))))
-        return jax.tree.map(lambda array, part: NamedSharding(mesh, _dividing(part, array.shape, mesh)), leaf, specs)
+        return jax.tree.map(
+            lambda array, part: NamedSharding(mesh, dividing_spec(part, array.shape, mesh)), leaf, specs
+        )
 
     return jax.tree_util.tree_map_with_path(sharding_of, tree, is_leaf=is_weight)
 
