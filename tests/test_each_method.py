@@ -359,7 +359,7 @@ def test_fourierft_has_a_spectrum_at_few_frequencies(dense):
 
 @pytest.mark.parametrize("method", [pj.FourierFTConfig, pj.WaveFTConfig])
 def test_sparse_spectra_of_stacked_layers_have_sizes_of_their_own(method):
-    config = method(n_frequency=5, n_frequency_pattern={"layers.1.dense": 3}, target_modules=["dense"])
+    config = method(n_frequency=5, n_frequency_pattern={r"1\.dense": 3}, target_modules=["dense"])
     layout = {".*kernel": pj.Layout((0,), (1,), (2,))}
     params = perturbed(pj.apply_adapter({"layers": {"dense": {"kernel": normal(0, 2, 6, 4)}}}, config, layout=layout))
     leaf = params["layers"]["dense"]["kernel"]
@@ -409,7 +409,7 @@ def test_c3a_has_pefts_gradient_of_its_kernel():
 
 def test_c3a_blocks_of_stacked_layers_have_sizes_of_their_own():
     kernel = normal(0, 2, 8, 4)
-    options = {"target_modules": ["dense"], "block_size_pattern": {"layers.1.dense": 2}}
+    options = {"target_modules": ["dense"], "block_size_pattern": {r"1\.dense": 2}}
     layout = {".*kernel": pj.Layout((0,), (1,), (2,))}
     params = pj.apply_adapter(
         {"layers": {"dense": {"kernel": kernel}}}, pj.C3AConfig(block_size=4, **options), layout=layout
