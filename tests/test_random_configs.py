@@ -176,7 +176,9 @@ def made_by_peft(fields: dict[str, Any], peft_type: str, base: Base, folder: Pat
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                # PEFT's TinyLoRA with init_weights=False starts from memory as it is.
+                start = torch.where(parameter.abs() < 100, parameter, 0)
+                parameter.copy_(start + 0.2 * torch.randn_like(parameter))
     logits = torch_logits(model)
     model.save_pretrained(folder)
     if peft_type == "XLORA":  # PEFT leaves a part of the classifier out
