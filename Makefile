@@ -4,7 +4,7 @@
 #   make test     the test suite, but for slow tests; ARGS="..." is handed to pytest
 #   make test-slow       the tests that `make test` leaves out because they are slow (some 15 minutes)
 #   make test-newest     the tests that need no PyTorch, on the newest Python and JAX (in .venv-newest);
-#                        ARGS="--sample 16" takes every 16th row of each test, as continuous integration does
+#                        ARGS="--sample 16 --sample-tests 3" takes every 16th row of every third test, as CI does
 #   make test-oldest     the same tests on the oldest versions that pyproject.toml allows (in .venv-oldest);
 #                        ARGS="--sample 8" before a release: all rows take an hour or two on 2 cores
 #   make test-models     the decoders under all switches of their configs, and the commands on each (some 15 minutes)

@@ -38,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="run every N-th row of each test that has rows, and each test that has none",
     )
+    parser.addoption(
+        "--sample-tests",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run every N-th test, with its rows or its sample of them",
+    )
     parser.addoption("--fuzz", type=int, metavar="COUNT", help="damaged folders of each kind that tests/fuzz reads")
     parser.addoption("--kills", type=int, default=1, metavar="COUNT", help="kills at random moments of test_resume.py")
     parser.addoption("--field", action="store_true", help="adapt the nets of public packages in tests/field")
@@ -70,20 +77,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out slow tests without ``--slow``, and rows by ``--sample``; pytest reports how many.
+    """Leaves out slow tests without ``--slow``, and what ``--sample`` and ``--sample-tests`` leave; pytest counts it.
 
     With ``--ignored-options`` the tests of options alone are left, each once for each option that is named for it.
     """
     if config.getoption("--ignored-options"):
         items[:] = without_options(items)
         return
-    every = config.getoption("--sample")
+    every, every_test = config.getoption("--sample"), config.getoption("--sample-tests")
     rows_before: collections.Counter[str] = collections.Counter()
+    tests_before: dict[str, int] = {}
     kept, left_out = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
         is_slow = item.get_closest_marker("slow") is not None and not config.getoption("--slow")
-        is_sampled = rows_before[test] % every == 0
+        tests_before.setdefault(test, len(tests_before))
+        is_sampled = rows_before[test] % every == 0 and tests_before[test] % every_test == 0
         rows_before[test] += 1
         (kept if is_sampled and not is_slow else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)

@@ -51,7 +51,7 @@ BY_A_TEST = {
 BY_CONTINUOUS_INTEGRATION = {
     "make test": "make test\n",
     "make test 'ARGS=-k HIRA'": "make test\n",
-    "make test-newest": 'make test-newest ARGS="--sample 16"\n',
+    "make test-newest": 'make test-newest ARGS="--sample 16 --sample-tests 3"\n',
 }
 INSTALLS = "it installs from the network; `make dist` installs the wheel into an empty environment"
 SERVER = "a program of others, which is not installed; its page says that it was not run"
