@@ -70,8 +70,8 @@ is kept. Other forms were compiled for 1152 tokens, 4096 inputs and 14336 output
 written: two products with the halves of each byte, which is what the TPU's compiler fuses; the same with the inputs as
 one axis, scales repeated along it, and numbers as int8 or int32; selects instead of a gather; int4 and int8 by groups
 of 128. A product for each block with its scales after it was not tried, as it writes a result for each block. The
-compiler of v5e fuses the two products in the whole step, and writes no weight; that of v6e was asked in a scan of three
-such layers alone, with the same answer.
+compiler of v5e fuses the two products in the whole step, and writes no weight; that of v6e had the same answer
+for a scan of three such layers, before layers were turned one by one (`benchmarks/NOTES.md`).
 """
 
 

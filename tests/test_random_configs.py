@@ -161,10 +161,8 @@ def tasks_of(model: Any) -> dict[str, np.ndarray]:
     """The tasks of rows, for the models that ask for them, of either library."""
     for config in getattr(model, "peft_config", {}).values():
         if config.peft_type in WITH_TASKS:
-            return {
-                "task_ids": np.array([config.num_tasks if config.peft_type.startswith("MULTI") else config.n_tasks, 1])
-                - 1
-            }
+            count = config.num_tasks if config.peft_type.startswith("MULTI") else config.n_tasks
+            return {"task_ids": np.array([count - 1, 0])}
     return {}
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -203,11 +203,10 @@ class Rows(Weight):
         place = jnp.zeros(len(self.tags) + 1, jnp.int32).at[jnp.array(which) + 1].set(jnp.arange(1, len(which) + 1))
         of_row = place[self.rows]  # from 1; 0 for rows of the base, or of an adapter of another kind
         tokens = math.prod(x.shape[1:-1])
+        factors = _Factors(of_row, every_a, every_b, scaling)
         if type(product) is Product and (len(own) == 1 or len(own) * tokens <= TOGETHER):
-            update = _from_all(of_row, every_a, every_b, scaling, x, product)
-        else:
-            update = _from_gathered(of_row, every_a, every_b, scaling, x, product)
-        return product.added(y, update)
+            return product.added(y, factors.together(x, product))
+        return product.added(y, factors.gathered(x, product))
 
     def astype(self, dtype: jnp.dtype) -> "Rows":
         """The leaf with its base converted."""
@@ -244,44 +243,44 @@ def _padded(params: Mapping[str, jax.Array], width: int) -> dict[str, jax.Array]
     return {"lora_A": jnp.pad(a, ((0, 0), (0, more))), "lora_B": jnp.pad(b, ((0, more), (0, 0)))}
 
 
-def _from_all(
-    of_row: jax.Array,
-    every_a: Sequence[jax.Array],
-    every_b: Sequence[jax.Array],
-    scaling: jax.Array,
-    x: jax.Array,
-    product: Product,
-) -> jax.Array:
-    """The update of each row, from two products with the factors of all adapters side by side.
+class _Factors(NamedTuple):
+    """LoRA's factors of several adapters, of one rank, and whose each row takes.
 
-    Zero times what is not finite is not zero, so a second factor that has such numbers goes into its own rows alone.
+    Attributes:
+        of_row: The number of each row's adapter, from 1; 0 for none.
+        every_a: The first factors, (in, rank).
+        every_b: The second factors, (rank, out).
+        scaling: The scale of each adapter.
     """
-    inner = product.down(x, jnp.concatenate(every_a, axis=1))
-    b = jnp.concatenate(every_b)
-    is_finite = jnp.isfinite(b)
-    rank = every_a[0].shape[1]
-    owner = jnp.repeat(jnp.arange(1, len(every_a) + 1), rank)  # of each column
-    factors = jnp.where(is_finite.all(axis=1), jnp.repeat(scaling, rank), jnp.nan).astype(inner.dtype)
-    shape = (len(of_row), *[1] * (inner.ndim - 2), len(owner))
-    is_own = jnp.reshape(of_row[:, None] == owner[None], shape)
-    own = jnp.where(is_own, inner * jnp.broadcast_to(factors, shape), 0)
-    return product.up(own, jnp.where(is_finite, b, 0))
 
+    of_row: jax.Array
+    every_a: Sequence[jax.Array]
+    every_b: Sequence[jax.Array]
+    scaling: jax.Array
 
-def _from_gathered(
-    of_row: jax.Array,
-    every_a: Sequence[jax.Array],
-    every_b: Sequence[jax.Array],
-    scaling: jax.Array,
-    x: jax.Array,
-    product: Product,
-) -> jax.Array:
-    """The update of each row, by the factors of its adapter, which are copied for each row."""
-    a = jnp.stack([jnp.zeros_like(every_a[0]), *every_a])  # zeros for rows without such an adapter
-    b = jnp.stack([jnp.zeros_like(every_b[0]), *every_b])
-    scales = jnp.concatenate([jnp.zeros_like(scaling[:1]), scaling])
+    def together(self, x: jax.Array, product: Product) -> jax.Array:
+        """The update of each row, from two products with the factors of all adapters side by side.
 
-    def added(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-        return product.up(product.down(x, a) * scale, b)
+        Zero times what is not finite is not zero: a second factor with such numbers goes into its own rows alone.
+        """
+        inner = product.down(x, jnp.concatenate(self.every_a, axis=1))
+        b = jnp.concatenate(self.every_b)
+        is_finite = jnp.isfinite(b)
+        rank = self.every_a[0].shape[1]
+        owner = jnp.repeat(jnp.arange(1, len(self.every_a) + 1), rank)  # of each column
+        scales = jnp.where(is_finite.all(axis=1), jnp.repeat(self.scaling, rank), jnp.nan).astype(inner.dtype)
+        shape = (len(self.of_row), *[1] * (inner.ndim - 2), len(owner))
+        is_own = jnp.reshape(self.of_row[:, None] == owner[None], shape)
+        own = jnp.where(is_own, inner * jnp.broadcast_to(scales, shape), 0)
+        return product.up(own, jnp.where(is_finite, b, 0))
 
-    return jax.vmap(added)(x, a[of_row], b[of_row], scales[of_row])
+    def gathered(self, x: jax.Array, product: Product) -> jax.Array:
+        """The update of each row, by the factors of its adapter, which are copied for each row."""
+        a = jnp.stack([jnp.zeros_like(self.every_a[0]), *self.every_a])  # zeros for rows without such an adapter
+        b = jnp.stack([jnp.zeros_like(self.every_b[0]), *self.every_b])
+        scales = jnp.concatenate([jnp.zeros_like(self.scaling[:1]), self.scaling])
+
+        def added(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+            return product.up(product.down(x, a) * scale, b)
+
+        return jax.vmap(added)(x, a[self.of_row], b[self.of_row], scales[self.of_row])

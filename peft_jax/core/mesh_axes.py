@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 AXES = ("data", "fsdp", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # the rows of a batch, and so its tokens
 EXPERT_AXES = ("expert", "tensor")  # the experts of a mixture
-WEIGHT_AXES = (
-    "fsdp",
-    "expert",
-)  # an axis of each other weight, which is gathered when it is used: rows are split by them too
+WEIGHT_AXES = ("fsdp", "expert")  # an axis of each other weight, which is gathered when it is used
 
 
 def dividing(names: Sequence[str], size: int, mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -17,9 +17,7 @@ SAVED_HEADS: Mapping[str | None, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-
-
-PatternRule = Callable[[str], str]
+PatternRule = Callable[[str], str]  # from a key of ``rank_pattern`` and the like to the expression of whole paths
 
 
 class Targets(Protocol):

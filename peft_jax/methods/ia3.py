@@ -18,6 +18,7 @@ from peft_jax.core.bounded_regex import compiled, matches
 from peft_jax.core.layout import Layout
 from peft_jax.core.product import Product
 from peft_jax.core.selecting import picked
+from peft_jax.core.targets import names_module
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.roles import BiasRule
@@ -69,7 +70,7 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
             # PEFT reads no name that target_modules lacks. The end of some targets is spelled out as these, and a name
             # of which a target is the end becomes one too, which hits nothing more.
             targets = [name] if name in self.target_modules else _named_by(self.target_modules, name)
-            if not targets and _names_one(self.target_modules, name):
+            if not targets and names_module(self.target_modules, name):
                 targets = [name]
                 longer.append(name)
             named |= dict.fromkeys(targets)
@@ -87,7 +88,7 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
         targets = self.target_modules
         feedforward = defaults.get("feedforward_modules")
         if feedforward is not None and targets is not None and not isinstance(targets, str):
-            hit = [name for name in feedforward if _named_by(targets, name) or _names_one(targets, name)]
+            hit = [name for name in feedforward if _named_by(targets, name) or names_module(targets, name)]
             defaults = {**defaults, "feedforward_modules": hit}
         return super().completed(defaults)
 
@@ -168,12 +169,7 @@ class IA3Config(TargetFields, ExcludeFields, BiasRule, Method):
 
 def _named_by(targets: Sequence[str], name: str) -> list[str]:
     """The targets that a module's name, or the end of one, names."""
-    return [target for target in targets if f".{target}".endswith(f".{name}")]
-
-
-def _names_one(targets: Sequence[str], name: str) -> bool:
-    """Whether one of the targets is the end of a module's name."""
-    return any(name.endswith(f".{target}") for target in targets)
+    return [target for target in targets if names_module([name], target)]
 
 
 def _factor(role: str, params: Arrays, state: Arrays) -> Float[Array, "*groups features"]:
