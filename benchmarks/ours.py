@@ -96,7 +96,8 @@ def training_on_texts(
 ) -> Contender:
     """Steps of `peft-jax finetune` on batches of texts, all tokens of which are learned, in its micro batches."""
     lengths = [len(text) for batch in batches for text in batch]
-    layout = micro_layout(lengths, len(batches[0]), packed=packed, micro_batch_size=micro)
+    hidden_size = model.config.hidden_size
+    layout = micro_layout(lengths, len(batches[0]), packed=packed, micro_batch_size=micro, hidden_size=hidden_size)
     dealt = [micro_batches(list(Padded([Example(text, text) for text in batch])), layout) for batch in batches]
     optimizer = make_optimizer(1e-4, 1000)
     state, frozen = start(model, optimizer, seed=0)
@@ -113,10 +114,11 @@ def training_on_texts(
     return Contender(name, run, {"loss": losses[0]})
 
 
-def computed_tokens(batches: Sequence[Sequence[int]], size: int, micro: int, *, packed: bool) -> int:
+def computed_tokens(batches: Sequence[Sequence[int]], size: int, micro: int, *, packed: bool, hidden_size: int) -> int:
     """Tokens that the layout of `peft-jax finetune` computes for batches of texts of these lengths."""
     lengths = [length for batch in batches for length in batch]
-    return micro_layout(lengths, size, packed=packed, micro_batch_size=micro).computed(batches)
+    layout = micro_layout(lengths, size, packed=packed, micro_batch_size=micro, hidden_size=hidden_size)
+    return layout.computed(batches)
 
 
 def first_step(model: Any, config: Any, ids: np.ndarray) -> dict[str, float]:

@@ -73,12 +73,13 @@ def in_batches(texts: Sequence[Any], size: int) -> list[Sequence[Any]]:
 def counts(settings: Settings) -> list[dict[str, Any]]:
     """The ratios of computed to real tokens."""
     lengths, found = draw_lengths(TEXTS, settings), []
+    computed_tokens, hidden_size = load_side("ours").computed_tokens, SHAPES[settings.size]["hidden_size"]
     for size in COUNTED:
         batches = in_batches(lengths, size)
         real = sum(map(sum, batches))
         computed = {
-            "packed": load_side("ours").computed_tokens(batches, size, settings.micro, packed=True),
-            "one text a row": load_side("ours").computed_tokens(batches, size, settings.micro, packed=False),
+            "packed": computed_tokens(batches, size, settings.micro, packed=True, hidden_size=hidden_size),
+            "one text a row": computed_tokens(batches, size, settings.micro, packed=False, hidden_size=hidden_size),
             "each micro batch padded by itself": computed_by_padding(batches, settings.micro),
         }
         for name, count in computed.items():

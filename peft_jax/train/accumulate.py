@@ -1,6 +1,7 @@
 """A training step over micro batches that are run one after another, as many as a batch has, each of its own length."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -72,19 +73,33 @@ class AccumulatingStep:
 
         The arguments are those of the step, or `jax.ShapeDtypeStruct` in place of arrays.
         """
+        yield from self.programs_of_micro_batches(trainable, frozen, batch, key)
         projected, sums = jax.eval_shape(self.begin, trainable, frozen)
-        whole = None
-        if _counts_first(frozen, batch):
-            whole = jax.eval_shape(self.totals, projected, frozen, batch[0], key, 0)
-        by_shapes = {}
-        for one in batch:
-            by_shapes[tuple(map(np.shape, jax.tree.leaves(one)))] = one
-        for micro_batch in by_shapes.values():
-            yield self.add.lower(sums, projected, frozen, micro_batch, key, 0, whole)
         yield self.begin.lower(trainable, frozen)
         yield self.end.lower(opt_state, sums, trainable, frozen, key)
-        for micro_batch in by_shapes.values() if whole is not None else ():
+        for micro_batch in _by_shape(batch) if _counts_first(frozen, batch) else ():
             yield self.totals.lower(projected, frozen, micro_batch, key, 0)
+
+    def programs_of_micro_batches(
+        self, trainable: PyTree, frozen: PyTree, micro_batches: Sequence[Batch], key: jax.Array
+    ) -> Iterator[jax.stages.Lowered]:
+        """Lower the program that adds a micro batch, once for each shape of these, the commonest shape first."""
+        projected, sums = jax.eval_shape(self.begin, trainable, frozen)
+        whole = None
+        if _counts_first(frozen, micro_batches):
+            whole = jax.eval_shape(self.totals, projected, frozen, micro_batches[0], key, 0)
+        for micro_batch in _by_shape(micro_batches):
+            yield self.add.lower(sums, projected, frozen, micro_batch, key, 0, whole)
+
+
+def _by_shape(micro_batches: Sequence[Batch]) -> list[Batch]:
+    """One micro batch of each shape, that of the commonest shape first."""
+    found, counts = {}, Counter[Any]()
+    for one in micro_batches:
+        shapes = tuple(map(np.shape, jax.tree.leaves(one)))
+        found[shapes] = one
+        counts[shapes] += 1
+    return [found[shapes] for shapes, _ in counts.most_common()]
 
 
 def _counts_first(frozen: PyTree, batch: Sequence[Batch]) -> bool:

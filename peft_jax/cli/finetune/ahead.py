@@ -55,8 +55,10 @@ def is_outline(tree: PyTree) -> bool:
 
 
 @contextmanager
-def compiled_meanwhile(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> Iterator[None]:
-    """Lower and compile in a thread while the block runs, and wait at the end for what has been begun.
+def compiled_meanwhile(
+    programs: Callable[[], Iterable[jax.stages.Lowered]], *, all_of_them: bool = True
+) -> Iterator[None]:
+    """Lower and compile in a thread while the block runs, and wait at the end.
 
     An error of the thread is dropped: the run compiles the same program, and reports it. After an error inside, no
     further program is begun, and the one that is being compiled is not waited for. The thread is no daemon, since a
@@ -65,6 +67,7 @@ def compiled_meanwhile(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> 
 
     Args:
         programs: What gives the programs one after the other; run in the thread.
+        all_of_them: Whether all programs are waited for at the end, or only the one that is being compiled then.
 
     Example:
         >>> double = jax.jit(lambda x: x * 2)
@@ -81,6 +84,8 @@ def compiled_meanwhile(programs: Callable[[], Iterable[jax.stages.Lowered]]) -> 
     except BaseException:
         stopped.set()
         raise
+    if not all_of_them:
+        stopped.set()
     thread.join()
 
 

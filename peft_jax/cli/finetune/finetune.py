@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -17,6 +18,7 @@ from peft_jax.cli.finetune import setup as setup
 from peft_jax.cli.finetune.adapter_config import attach, choose_task, make_config, settle, with_rate
 from peft_jax.cli.finetune.adapter_folder import Beside
 from peft_jax.cli.finetune.ahead import compiled_meanwhile, is_outline, outline_of
+from peft_jax.cli.finetune.guess import Planned, guessed_programs, is_worthwhile
 from peft_jax.cli.finetune.options import Finetune as Finetune
 from peft_jax.cli.finetune.options import check
 from peft_jax.cli.finetune.processes import (
@@ -38,6 +40,7 @@ from peft_jax.cli.finetune.results import (
     scores_of,
 )
 from peft_jax.cli.finetune.run_folder import run_folder, stop_on_signal
+from peft_jax.cli.finetune.setup import Examples
 from peft_jax.cli.finetune.steps import (
     Plan,
     check_mesh,
@@ -49,13 +52,15 @@ from peft_jax.cli.finetune.streaming import Streams, load_streams, stream_data
 from peft_jax.cli.shared.data_sources import Loaded, load_records
 from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.progress_bar import Speed, progress
+from peft_jax.cli.shared.task import Task
 from peft_jax.cli.shared.training_layout import clash, read_layout
 from peft_jax.core.finite import non_finite
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.summary import trainable_parameters
+from peft_jax.methods.base import PeftConfig
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.prompts.base import virtual_slots
-from peft_jax.prompts.tokenizer import read_tokenizer
+from peft_jax.prompts.tokenizer import Tokenizer, read_tokenizer
 from peft_jax.train import State, start, train
 from peft_jax.train.divergence import Diverged
 from peft_jax.train.mesh import make_mesh, parse_mesh
@@ -117,14 +122,14 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         base = with_end_token(base, tokenizer)
         recorded = read_layout(options.adapter.adapter)
         more = (tokenizer, base, options.data, options.training.seed, config, recorded)
-        if isinstance(loaded, Streams):
-            data = stream_data(task, loaded, *more)
-        else:
-            data = setup.make_data(task, loaded, *more)
-        base = with_end_token(base, tokenizer, data.ends)
-        config = settle(config, base, options, count_steps(options, data.training))
-        attached = partial(attach, config=config, options=options, data=data.training)
-        model = None if outline is None else outline_of(partial(_known_to_start, attached), base)
+        data_of = partial(_data_of, task, more)
+        outlined = partial(_outlined, base, tokenizer, config, options)
+        guess: Iterable[jax.stages.Lowered] = ()
+        if outline is not None and is_worthwhile(loaded):
+            guess = guessed_programs(data_of, partial(_planned, options, task, outlined), loaded)
+        with compiled_meanwhile(lambda: guess, all_of_them=False):
+            data = data_of(loaded)
+        base, attached, model = outlined(data)
         if model is None:
             base = base if outline is None else dataclasses.replace(base, params=read().params)
             model = attached(base)
@@ -150,6 +155,32 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
     if is_first():
         curves = export(model, task, beside, folder, options, summary)
         _say(folder, curves, best, plan.max_steps)
+
+
+def _data_of(task: Task, more: tuple[Any, ...], loaded: Loaded) -> Examples:
+    """The examples of records; ``more`` are the other arguments of what makes them."""
+    if isinstance(loaded, Streams):
+        return stream_data(task, loaded, *more)
+    return setup.make_data(task, loaded, *more)
+
+
+def _outlined(
+    base: ModelHandle, tokenizer: Tokenizer, config: PeftConfig, options: Finetune, data: Examples
+) -> tuple[ModelHandle, Callable[[ModelHandle], Any], Any]:
+    """The base for a run on the data, what attaches the run's adapter to it, and the outline of its result or None."""
+    base = with_end_token(base, tokenizer, data.ends)
+    config = settle(config, base, options, count_steps(options, data.training))
+    attached = partial(attach, config=config, options=options, data=data.training)
+    model = outline_of(partial(_known_to_start, attached), base) if is_outline(base) else None
+    return base, attached, model
+
+
+def _planned(
+    options: Finetune, task: Task, outlined: Callable[[Examples], tuple[Any, Any, Any]], data: Examples
+) -> Planned | None:
+    """The plan for an outline of the model on one device, or None where there is no outline."""
+    _, _, model = outlined(data)
+    return None if model is None else make_plan(options, task, model, data, None)
 
 
 def _known_to_start(attached: Callable[[ModelHandle], Any], base: ModelHandle) -> Any:

@@ -50,4 +50,5 @@ def choose_micro_layout(
         micro_batch_size=micro_batch_size,
         multiple=multiple,
         longest=longest,
+        hidden_size=model.config.hidden_size,
     )

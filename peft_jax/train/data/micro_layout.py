@@ -1,5 +1,6 @@
 """The micro batches that the examples of one batch are laid into, so that little of what is computed is padding."""
 
+import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ from peft_jax.core.selecting import picked
 STEP = 32  # the smallest width; widths are its multiples
 FEWEST = 128  # tokens of a micro batch below which it is not made smaller
 TRIED = 8  # batches that are drawn to compare numbers of rows
-WORTHWHILE = 0.95  # fewer rows are taken if they compute at most this part
+WORTHWHILE = 0.95  # fewer rows are taken if they cost at most this part
+ATTENTION = 4  # times the hidden size: the width of a row at which attention takes as long as all else
+CALL = 128  # tokens that are computed in the time that a micro batch takes beside its tokens
 OCTAVE = 2  # widths from each power of two up to the next; each width that occurs is compiled
 
 
@@ -35,12 +38,14 @@ class MicroLayout(NamedTuple):
         widths: The tokens that a row may have, ascending; the last one holds every example.
         packed: Whether a row may hold several examples.
         rows_by_width: Fewer rows for each of the widths, so that a program has one number of them; empty for ``rows``.
+        attention_width: Tokens of a row at which attention takes as long as all else. A token of a wide row costs more.
     """
 
     rows: int
     widths: Sequence[int]
     packed: bool
     rows_by_width: Sequence[int] = ()
+    attention_width: float = math.inf
 
     def lay_out(self, lengths: Sequence[int]) -> list[MicroRows]:
         """Deal out examples of these lengths.
@@ -56,16 +61,7 @@ class MicroLayout(NamedTuple):
         """
         if max(lengths) > self.widths[-1]:
             raise ValueError(f"an example of {max(lengths)} tokens, in rows of at most {self.widths[-1]}.")
-        if not self.packed:
-            return self._sorted(lengths)
-        least = -(-sum(lengths) // (self.rows * self.widths[-1]))
-        most = -(-len(lengths) // self.rows)
-        found = []
-        for count in range(min(least, most), most + 1):
-            found += self._balanced(lengths, count)
-            if len(found) == 2:  # more micro batches would add more rows than they save
-                break
-        return min(found, key=self._computed)
+        return self._packed(lengths) if self.packed else self._sorted(lengths)
 
     def computed(self, batches: Iterable[Sequence[int]]) -> int:
         """Count the tokens that are computed for batches of examples of these lengths, padding included.
@@ -99,28 +95,40 @@ class MicroLayout(NamedTuple):
     def _rows_of(self, width: int) -> int:
         return self.rows_by_width[self.widths.index(width)] if self.rows_by_width else self.rows
 
-    def _balanced(self, lengths: Sequence[int], count: int) -> list[list[MicroRows]]:
-        """``count`` micro batches of rows of about equal length, alone in a list; none if a row is too long.
-
-        Each example, the longest first, goes into the row that has the fewest tokens (Graham, 1969, LPT).
-        """
-        rows: list[list[int]] = [[] for _ in range(count * self.rows)]
-        tokens = [0] * len(rows)
-        for number in _longest_first(lengths):
-            shortest = tokens.index(min(tokens))
-            rows[shortest].append(number)
-            tokens[shortest] += lengths[number]
-        if max(tokens) > self.widths[-1]:
-            return []
-        order = _longest_first(tokens)
+    def _packed(self, lengths: Sequence[int]) -> list[MicroRows]:
+        """Several examples a row: each micro batch has the width at which what is left costs the least a real token."""
+        left = _longest_first(lengths)
         micro_batches = []
-        for start in range(0, len(order), self.rows):
-            chosen = list(picked(rows, order[start : start + self.rows]))
-            micro_batches.append(MicroRows(self._width(tokens[order[start]]), chosen))
-        return [micro_batches]
+        while left:
+            best, least = MicroRows(0, []), math.inf
+            for width in self.widths[self.widths.index(self._width(lengths[left[0]])) :]:
+                rows = _best_fit(lengths, left, self.rows, width)
+                placed = [number for row in rows for number in row]
+                cost = self._cost(MicroRows(width, rows)) / sum(picked(lengths, placed))
+                if cost < least:
+                    best, least = MicroRows(width, rows), cost
+                if len(placed) == len(left):
+                    break
+            micro_batches.append(best)
+            done = {number for row in best.rows for number in row}
+            left = [number for number in left if number not in done]
+        return micro_batches
 
     def _width(self, tokens: int) -> int:
         return next(width for width in self.widths if width >= tokens)
+
+    def cost(self, batches: Iterable[Sequence[int]]) -> float:
+        """The time that batches of examples of these lengths take, in that of a token in a narrow row.
+
+        Example:
+            >>> MicroLayout(2, (32, 64), packed=True, attention_width=64).cost([[30, 10, 20]])
+            224.0
+        """
+        return sum(self._cost(one) for lengths in batches for one in self.lay_out(lengths))
+
+    def _cost(self, micro_batch: MicroRows) -> float:
+        tokens = len(micro_batch.rows) * micro_batch.width
+        return CALL + tokens * (1 + micro_batch.width / self.attention_width)
 
     def _computed(self, micro_batches: Sequence[MicroRows]) -> int:
         return sum(len(one.rows) * one.width for one in micro_batches)
@@ -128,6 +136,20 @@ class MicroLayout(NamedTuple):
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+
+
+def _best_fit(lengths: Sequence[int], left: Sequence[int], rows: int, width: int) -> list[list[int]]:
+    """Put each example into the row in which it leaves the least room, if there is one (Johnson, 1974)."""
+    found: list[list[int]] = [[] for _ in range(rows)]
+    rooms = [(width, row) for row in range(rows)]  # ascending
+    for number in left:
+        place = bisect.bisect_left(rooms, (lengths[number], 0))
+        if place == rows:
+            continue
+        room, row = rooms.pop(place)
+        found[row].append(number)
+        bisect.insort(rooms, (room - lengths[number], row))
+    return found
 
 
 def fine_widths(longest: int) -> tuple[int, ...]:
@@ -152,6 +174,7 @@ def micro_layout(
     micro_batch_size: int | None = None,
     multiple: int = 1,
     longest: int | None = None,
+    hidden_size: float = math.inf,
 ) -> MicroLayout:
     """Choose the rows and widths of micro batches for a data set.
 
@@ -163,13 +186,15 @@ def micro_layout(
         batch_size: Examples of a batch.
         packed: Whether a row may hold several examples.
         micro_batch_size: Rows that go through the model at once. By default all of a batch; of packed ones, as many as
-            hold a batch of average length, or a half or a quarter of these where that leaves less padding.
+            hold a batch of average length, or a half or a quarter of these where that costs less.
         multiple: The rows are a multiple of this.
         longest: The largest width, such as the model's positions; by default the longest example, rounded up.
+        hidden_size: Features of a token in the model: the fewer, the more a wide row costs. By default rows of all
+            widths cost the same for a token.
 
     Example:
         >>> micro_layout([500, 20, 30, 50], 8, packed=True).rows
-        1
+        2
     """
     rows = micro_batch_size or batch_size
     if packed and micro_batch_size is None:
@@ -179,7 +204,7 @@ def micro_layout(
     if longest is not None and widths[-1] > longest:
         widths = (*widths[:-1], longest)
     if packed:
-        layout = MicroLayout(rows, widths, packed)
+        layout = MicroLayout(rows, widths, packed, attention_width=ATTENTION * hidden_size)
         return layout if micro_batch_size else _with_fitting_rows(layout, lengths, batch_size, multiple)
     places = np.searchsorted(widths, lengths)  # each example's width
     expected = np.bincount(places, minlength=len(widths)) * (batch_size / len(lengths))
@@ -190,12 +215,12 @@ def micro_layout(
 def _with_fitting_rows(layout: MicroLayout, lengths: Sequence[int], batch_size: int, multiple: int) -> MicroLayout:
     """The layout with its rows, a half or a quarter of them: what computes least for a few batches that are drawn."""
     drawn = np.random.default_rng(0).choice(lengths, (TRIED, batch_size)).tolist()
-    best, least = layout, layout.computed(drawn)
+    best, least = layout, layout.cost(drawn)
     for part in (2, 4):
         fewer = layout._replace(rows=-(-layout.rows // (part * multiple)) * multiple)
-        computed = fewer.computed(drawn)
-        if fewer.rows * layout.widths[-1] >= FEWEST and computed <= WORTHWHILE * least:
-            best, least = fewer, computed
+        cost = fewer.cost(drawn)
+        if fewer.rows * layout.widths[-1] >= FEWEST and cost <= WORTHWHILE * least:
+            best, least = fewer, cost
     return best
 
 

@@ -1,0 +1,149 @@
+"""The time of `peft-jax finetune` from its imports to its first step, with and without programs that are kept.
+
+    python benchmarks/first_step.py --layers 6
+
+A toy with few features is trained for one step in fresh processes, so that its products take next to nothing. All that
+the command imports on the way is imported before the clock starts; the checkpoint is too small for reading to count.
+Where PyTorch is installed, transformers imports it too, before the clock starts.
+
+Of a later start, whose programs are kept, the processor's time is given. A first start on many records has to compile
+and to tokenize. Its time by the clock is compared with that of a first start on few records, which compiles the same
+programs, and with that of a later start on many, which tokenizes as many.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+OWN = "its own process"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+RUN = "finetune --model model --output out{} --max-steps 1 --batch-size 8 --data {}.json --compilation-cache {}"
+FEW, MANY = "few", "many"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The work.
+
+    Attributes:
+        layers: Of the model.
+        starts: Later starts on few records.
+        records: Many records.
+        turns: Starts on many records, with and without kept programs.
+    """
+
+    layers: int = 6
+    starts: int = 5
+    records: int = 30000
+    turns: int = 3
+
+
+class Start(NamedTuple):
+    """Seconds from the imports to the first step."""
+
+    processor: float
+    clock: float
+
+
+def write_work(layers: int, records: int) -> None:
+    """Write a checkpoint, and few and many records of the same lengths, to the current folder."""
+    from ours import random_model
+
+    from peft_jax.cli.demo_data import MODEL
+
+    fields = json.loads((MODEL / "config.json").read_text())
+    shape = {name: fields[name] for name in SIZES}
+    ends = {"eos_token_id": fields["eos_token_id"]}  # as a checkpoint on the hub, which has its tokenizer's
+    random_model({**shape, **ends, "num_hidden_layers": layers}, "float32").save_pretrained(Path("model"))
+    for file in MODEL.glob("tokenizer*"):
+        shutil.copy(file, "model")
+    numbers = random.Random(0)
+    texts = []
+    for _ in range(records):
+        answer = " ".join(map(str, range(numbers.randint(2, 34))))
+        texts.append({"prompt": "Count:", "completion": answer})
+    Path(f"{MANY}.json").write_text(json.dumps(texts))
+    Path(f"{FEW}.json").write_text(json.dumps(texts[:512]))
+
+
+def first_step(words: list[str]) -> Start:
+    """Train in this process up to the first step."""
+    import grain  # noqa: F401
+    import jax
+    import transformers.models.llama.configuration_llama  # noqa: F401
+
+    import peft_jax.cli.finetune.finetune  # noqa: F401
+    import peft_jax.models.handles.auto  # noqa: F401
+    from peft_jax.cli.main import main
+    from peft_jax.train.metrics import MetricsLog
+
+    write, ends = MetricsLog.write, []
+
+    def noted(self: MetricsLog, row: dict[str, float | int]) -> None:
+        ends.append(Start(time.process_time(), time.perf_counter()))
+        write(self, row)
+
+    MetricsLog.write = noted  # type: ignore[method-assign]
+    jax.devices()
+    begin = Start(time.process_time(), time.perf_counter())
+    if main(words) != 0:
+        raise SystemExit("the run failed")
+    return Start(ends[0].processor - begin.processor, ends[0].clock - begin.clock)
+
+
+def main(settings: Settings) -> None:
+    """Print the seconds of each start."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(__file__).resolve())
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+        def run(*words: str) -> str:
+            command = [sys.executable, program, OWN, *words]
+            return subprocess.run(
+                command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
+
+        def start(data: str, cache: str) -> Start:
+            number = len(list(Path(folder).glob("out*")))
+            last = run(*RUN.format(number, data, cache).split()).splitlines()[-1]
+            return Start(*json.loads(last))
+
+        run("write", str(settings.layers), str(settings.records))
+        compiling, both, tokenizing = [], [], []
+        for turn in range(settings.turns):
+            compiling.append(start(FEW, f"few{turn}").clock)
+            both.append(start(MANY, f"many{turn}").clock)
+            tokenizing.append(start(MANY, f"many{turn}").clock)
+        later = [start(FEW, "few0").processor for _ in range(settings.starts)]
+    print(f"later starts: {_seconds(later)} of the processor")
+    print(f"a first start on few records: {_seconds(compiling)} by the clock")
+    print(f"a later start on {settings.records}: {_seconds(tokenizing)}")
+    print(f"a first start on {settings.records}: {_seconds(both)}")
+    longer = max(statistics.median(compiling), statistics.median(tokenizing))
+    print(f"over the longer of the two: {statistics.median(both) / longer:.2f}")
+
+
+def _seconds(found: list[float]) -> str:
+    return f"{statistics.median(found):.2f} s, {min(found):.2f} to {max(found):.2f}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [OWN]:
+        _, _, kind, *words = sys.argv
+        if kind == "write":
+            write_work(*map(int, words))
+        else:
+            print(json.dumps(first_step([kind, *words])))
+    else:
+        main(tyro.cli(Settings))

@@ -1,0 +1,75 @@
+"""The programs that a run most likely needs are known from a sample of its data, before all of them are tokenized."""
+
+import contextlib
+import dataclasses
+import heapq
+import io
+import itertools
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from peft_jax.cli.finetune.setup import Examples
+from peft_jax.cli.finetune.steps import Plan
+from peft_jax.cli.shared.data_sources import Loaded
+from peft_jax.core.pytree import PyTree
+from peft_jax.core.selecting import picked
+from peft_jax.train import State
+
+ENOUGH = 8192  # records whose tokenizing takes longer than to tokenize a sample and to trace a step once more
+SAMPLE = 512  # records, of all of them
+LONGEST = 4  # records of the sample that are the longest ones: rows are as wide as the longest needs
+BATCHES = 8  # batches of the sample whose micro batches are looked at
+
+Planned = tuple[Plan, State, PyTree]  # a run's plan, and the outlines of its state and its frozen partition
+
+
+def is_worthwhile(loaded: object) -> bool:
+    """Whether the data take long enough to tokenize, and what is compiled meanwhile is found again by the run itself.
+
+    The run finds it in JAX's cache of compiled programs, as its own functions are others than those of the guess.
+    """
+    is_kept = jax.config.values["jax_enable_compilation_cache"] and jax.config.values["jax_compilation_cache_dir"]
+    return bool(is_kept) and isinstance(loaded, Loaded) and len(loaded.records) >= ENOUGH
+
+
+def sample_of(loaded: Loaded) -> Loaded:
+    """Take records at even distances, and the longest ones.
+
+    Example:
+        >>> len(sample_of(Loaded([""] * 9000, (9000,), None, ())).records)
+        512
+    """
+    records = loaded.records
+    longest = heapq.nlargest(LONGEST, range(len(records)), key=lambda place: len(repr(records[place])))
+    spread = np.linspace(0, len(records) - 1, SAMPLE - LONGEST).astype(int).tolist()
+    chosen = picked(records, sorted(spread + longest))
+    return dataclasses.replace(loaded, records=list(chosen), counts=(len(chosen),), weights=None)
+
+
+def guessed_programs(
+    make_data: Callable[[Loaded], Examples], make_plan: Callable[[Examples], Planned | None], loaded: Loaded
+) -> Iterable[jax.stages.Lowered]:
+    """Plan the run as if its data were a sample, and give the lowered programs of that plan's micro batches.
+
+    Args:
+        make_data: Makes a run's examples of its records.
+        make_plan: Makes a run's plan for an outline of its model; None where there is no outline.
+        loaded: All records.
+
+    Returns:
+        The programs, the one of the commonest shape first; each is lowered when it is asked for. None if the sample
+        cannot be planned for: what is wrong with it is found again with all records, and reported then.
+    """
+    unsaid = io.StringIO()  # what is said of the sample is said of all records later
+    try:
+        with contextlib.redirect_stdout(unsaid), contextlib.redirect_stderr(unsaid):
+            planned = make_plan(make_data(sample_of(loaded)))
+    except Exception:
+        return ()
+    if planned is None:
+        return ()
+    plan, state, frozen = planned
+    micro_batches = list(itertools.chain.from_iterable(itertools.islice(plan.batches, BATCHES)))
+    return plan.step.programs_of_micro_batches(state.trainable, frozen, micro_batches, state.key)
