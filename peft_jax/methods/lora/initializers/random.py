@@ -52,11 +52,13 @@ class _Draws(NamedTuple):
 def _factors(
     key: jax.Array, codes: jax.Array, ranks: jax.Array, inner: jax.Array, draws: _Draws
 ) -> dict[str, jax.Array]:
-    a, b = _draws(*draws)
-    return {
-        "lora_A": jnp.where(_used(ranks, draws.shape_a[1])[..., None, :], _of_each_layer(a, codes, ranks, key, 0), 0),
-        "lora_B": jnp.where(_used(inner, draws.shape_b[0])[..., :, None], _of_each_layer(b, codes, inner, key, 1), 0),
-    }
+    draw_a, draw_b = _draws(*draws)
+    a, b = jnp.zeros((*codes.shape, *draws.shape_a)), jnp.zeros((*codes.shape, *draws.shape_b))
+    if draw_a is not None:
+        a = jnp.where(_used(ranks, draws.shape_a[1])[..., None, :], _of_each_layer(draw_a, codes, ranks, key, 0), 0)
+    if draw_b is not None:
+        b = jnp.where(_used(inner, draws.shape_b[0])[..., :, None], _of_each_layer(draw_b, codes, inner, key, 1), 0)
+    return {"lora_A": a, "lora_B": b}
 
 
 def drawn_bias(init: bool | str, n_out: int, names: np.ndarray, ranks: np.ndarray, key: jax.Array) -> jax.Array:
@@ -81,16 +83,13 @@ def _of_each_layer(
 
 def _draws(
     init: bool | str, shape_a: tuple[int, int], shape_b: tuple[int, int], lookup: bool, experts: int
-) -> tuple[Draw, Draw]:
+) -> tuple[Draw | None, Draw | None]:
+    """How A and B are drawn; None for zeros, which need no keys: to lower those takes longer than all else."""
     if lookup:
-        return (_normal(shape_a) if init is False else _zeros(shape_a)), _normal(shape_b)
+        return (_normal(shape_a) if init is False else None), _normal(shape_b)
     if init == "gaussian":
-        return _gaussian(shape_a), _zeros(shape_b)
-    return _uniform(shape_a, shape_a[0]), _uniform(shape_b, None, experts) if init is False else _zeros(shape_b)
-
-
-def _zeros(shape: tuple[int, ...]) -> Draw:
-    return lambda key, rank: jnp.zeros(shape)
+        return _gaussian(shape_a), None
+    return _uniform(shape_a, shape_a[0]), _uniform(shape_b, None, experts) if init is False else None
 
 
 def _normal(shape: tuple[int, ...]) -> Draw:
