@@ -5,7 +5,7 @@
 FOLDER holds a model and data.json. Runs go into FOLDER/whole (not killed), FOLDER/chosen (killed and resumed at every
 moment below in turn), FOLDER/early (killed before its first checkpoint, at every moment of EARLY in turn), and
 FOLDER/random-<SEED>, killed at some time, mostly after its first checkpoint. With "few" the moments are those of FEW
-and FEW_EARLY; with "all" FOLDER/whole-prompt and FOLDER/prompt (killed once) train a prompt instead of a LoRA.
+and FEW_EARLY; with "all" there are FOLDER/whole-<KIND> and FOLDER/<KIND> (killed once) for each of KINDS too.
 Exit codes are printed as JSON, a list for each run: of those that were killed, and of the last one. All children are
 forked from this process, which has imported everything and touched no device.
 """
@@ -39,7 +39,11 @@ OPTIONS = (
     "--eval-steps 2 --save-steps 3 --learning-rate 0.01"
 ).split()
 LORA = ("--lora-dropout", "0.1")
-PROMPT = ("--peft", "P_TUNING", "--peft-config", '{"num_virtual_tokens": 4, "encoder_hidden_size": 8}')
+KINDS = {
+    "prompt": ("--peft", "P_TUNING", "--peft-config", '{"num_virtual_tokens": 4, "encoder_hidden_size": 8}'),
+    "int8": ("--load-in-8bit", *LORA),
+    "nf4": ("--load-in-4bit", *LORA),
+}
 
 
 def kill() -> None:
@@ -242,9 +246,10 @@ def runs(kind: str, seeds: list[int]) -> dict[str, list[int]]:
         codes["early"].append(wait(fork("early", *words, prepare=moment)))
     codes["early"].append(wait(fork("early", "--resume")))
     if kind == "all":
-        codes["whole-prompt"] = [wait(fork("whole-prompt", adapter=PROMPT))]
-        killed = wait(fork("prompt", adapter=PROMPT, prepare=in_save))
-        codes["prompt"] = [killed, wait(fork("prompt", "--resume", adapter=PROMPT))]
+        for name, words in KINDS.items():
+            codes[f"whole-{name}"] = [wait(fork(f"whole-{name}", adapter=words))]
+            first = wait(fork(name, adapter=words, prepare=in_save))
+            codes[name] = [first, wait(fork(name, "--resume", adapter=words))]
     return codes | {f"random-{seed}": at_random(seed, 1.5) for seed in seeds}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import quick_compilation
+from killed_runs import KINDS
 
 from peft_jax.cli.finetune import setup
 from peft_jax.cli.finetune.run_folder import MARKER
@@ -83,10 +84,13 @@ def test_a_run_killed_at_every_bad_moment_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_a_prompt_ends_in_the_same_bits(killed: tuple[Path, dict[str, list[int]]]) -> None:
-    whole = results(killed[0] / "whole-prompt")
-    assert json.loads(whole["adapter_config.json"])["peft_type"] == "P_TUNING"
-    assert results(killed[0] / "prompt") == whole
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_of_each_kind_ends_in_the_same_bits(killed: tuple[Path, dict[str, list[int]]], kind: str) -> None:
+    folder, codes = killed
+    assert codes[kind] == [-signal.SIGKILL, 0]
+    whole = results(folder / f"whole-{kind}")
+    assert whole["adapter_model.safetensors"] != results(folder / "whole")["adapter_model.safetensors"]
+    assert results(folder / kind) == whole
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_afresh(killed: tuple[Path, dict[str, list[int]]]) -> None:
