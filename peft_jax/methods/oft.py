@@ -5,14 +5,12 @@ after a few terms: Qiu et al., 2025, https://arxiv.org/abs/2506.19847. Numbers f
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from peft_jax.core.adapted import apply_merged
@@ -20,6 +18,7 @@ from peft_jax.core.product import Lookup, Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability
+from peft_jax.methods.rotations import cayley, cayley_series, skew
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 from peft_jax.methods.training_hooks import TrainingHooks
 
@@ -166,18 +165,10 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
         if "dropout" in state and blocks > 1:
             order = jax.random.permutation(state["dropout"]["key"], blocks)
             angles = jnp.where((order < int(self.module_dropout * blocks))[:, None], 0, angles)
-        skew = _skew(jnp.where(state["hit"][..., None, None], angles, 0))
-        one = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape)
+        turns = skew(jnp.where(state["hit"][..., None, None], angles, 0))
         if not self.use_cayley_neumann:
-            return jnp.swapaxes(jnp.linalg.solve(one - skew, one + skew), -1, -2)  # (I - Q) / (I + Q)
-        terms = self.num_cayley_neumann_terms
-        # PEFT's series: 1, 2, 2, ..., 2, 1 times the powers; three terms and four are the same.
-        factors = [1, *[2] * (max(terms, 4) - 2), 1] if terms > 2 else [1, 2][:terms]
-        rotation, power = one, one
-        for factor in factors[1:]:
-            power = power @ skew
-            rotation = rotation + factor * power
-        return rotation
+            return cayley(-turns)
+        return cayley_series(turns, self.num_cayley_neumann_terms)
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
@@ -192,14 +183,6 @@ def nearest_divisor(size: int, wanted: int) -> int:
     above = next(n for n in range(wanted, size + 1) if size % n == 0)
     below = next(n for n in range(wanted, 0, -1) if size % n == 0)
     return below if wanted - below <= above - wanted else above
-
-
-def _skew(angles: Float[Array, "blocks pairs"]) -> Float[Array, "blocks size size"]:
-    """``(blocks, pairs)`` as skew-symmetric matrices ``(blocks, block, block)``, upper triangles by rows."""
-    block = (1 + math.isqrt(1 + 8 * angles.shape[-1])) // 2
-    rows, columns = np.triu_indices(block, 1)
-    upper = jnp.zeros((angles.shape[0], block, block), angles.dtype).at[:, rows, columns].set(angles)
-    return upper - jnp.swapaxes(upper, -1, -2)
 
 
 def _rotate(
