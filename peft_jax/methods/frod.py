@@ -23,6 +23,7 @@ from peft_jax.methods.base import Arrays, register
 from peft_jax.methods.fields import check_probability, unsupported
 from peft_jax.methods.frozen_arrays import FrozenArrays, check_indices
 from peft_jax.methods.joint_basis import category_of, count_of_places, joint_basis, layer_of, left_factor, places
+from peft_jax.methods.on_host import on_host
 from peft_jax.methods.packed_tensors import KeyOf, PackedTensors
 from peft_jax.methods.starts_from_weight import Neighbours, StartsAmongWeights
 from peft_jax.methods.target_fields import LayerFields, TargetFields
@@ -170,10 +171,10 @@ class FrodConfig(TargetFields, LayerFields, StartsAmongWeights, PackedTensors, F
         ordered = [among.matrices[module] for _, module in sorted(modules.items())]
         n_in = ordered[0].shape[0]
 
-        def on_host(*matrices: np.ndarray) -> np.ndarray:
-            return joint_basis([np.asarray(matrix).T for matrix in matrices], self.regularization_alpha)
+        def made(*matrices: np.ndarray) -> np.ndarray:
+            return joint_basis([matrix.T for matrix in matrices], self.regularization_alpha)
 
-        found = _on_host(on_host, jax.ShapeDtypeStruct((n_in, n_in), jnp.float32), *ordered)
+        found = on_host(made, jax.ShapeDtypeStruct((n_in, n_in), jnp.float32), *ordered)
         if not isinstance(found, jax.core.Tracer):  # which must not outlive its program
             among.kept[f"{BASIS}.{category}"] = found
         return found
@@ -290,13 +291,6 @@ def _key_of_kind(name: str, module: str) -> str:
     return f"base_model.{name}.{category_of(module)}"
 
 
-def _on_host(fn: Any, declared: Any, *arrays: Any) -> Any:
-    """The result of a function of NumPy arrays, in a traced program too."""
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
-        return jax.pure_callback(fn, declared, *arrays)
-    return jax.tree.map(jnp.asarray, fn(*map(np.asarray, arrays)))
-
-
 def _left_factors(base: Weight, basis: jax.Array, adapted: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """``U'`` and the lengths of all layers; zeros where the adapter is not."""
     matrix = base.layout.matrix(base.unadapted.dense()).astype(jnp.float32)
@@ -306,14 +300,14 @@ def _left_factors(base: Weight, basis: jax.Array, adapted: np.ndarray) -> tuple[
         jax.ShapeDtypeStruct((*stack, n_in), jnp.float32),
     )
 
-    def on_host(matrix: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def made(matrix: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         lefts, lengths = (np.zeros(one.shape, one.dtype) for one in declared)
         for index in zip(*np.nonzero(adapted), strict=True) if adapted.ndim else [()]:
-            left, lengths[index] = left_factor(np.asarray(matrix)[index].T, np.asarray(basis)[index])
+            left, lengths[index] = left_factor(matrix[index].T, basis[index])
             lefts[index] = left.T
         return lefts, lengths
 
-    left, lengths = _on_host(on_host, declared, matrix, jnp.asarray(basis))
+    left, lengths = on_host(made, declared, matrix, jnp.asarray(basis))
     return left, lengths
 
 

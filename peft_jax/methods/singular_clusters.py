@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from peft_jax.methods.on_host import on_host
 from peft_jax.methods.torch_draws import normal, seeded
 
 SEED, ITERATIONS, TOLERANCE = 123456789, 10, 1e-4  # PEFT's for k-means, and scikit-learn's default
@@ -76,20 +77,19 @@ def clusters_of(
     declared += [jax.ShapeDtypeStruct((*stack, *shape), jnp.int32) for shape in integers]
     shapes = Clusters(*declared)
 
-    def on_host(matrix: np.ndarray, *biases: np.ndarray) -> Clusters:
+    def found_in(matrix: np.ndarray, *biases: np.ndarray) -> Clusters:
         found: list[Any] = [np.zeros(one.shape, one.dtype) for one in shapes]
         for index in zip(*np.nonzero(adapted), strict=True) if adapted.ndim else [()]:
-            whole = np.asarray(matrix)[index].T
+            whole = matrix[index].T
             if biases:
-                whole = np.concatenate([whole, np.asarray(biases[0])[index][:, None]], axis=1)
+                whole = np.concatenate([whole, biases[0][index][:, None]], axis=1)
             for array, own in zip(found, _of_layer(whole, r, subspaces, rank, threshold, seed), strict=True):
                 array[index][tuple(map(slice, own.shape))] = own
         return Clusters(*found)
 
     arrays = (matrix,) if bias is None else (matrix, bias.astype(jnp.float32))
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
-        return jax.pure_callback(on_host, shapes, *arrays)
-    return Clusters(*map(jnp.asarray, on_host(*map(np.asarray, arrays))))
+    found: Clusters = on_host(found_in, shapes, *arrays)
+    return found
 
 
 def _of_layer(
