@@ -253,6 +253,14 @@ ROWS: dict[str, dict[bool, tuple[Row, ...]]] = {
             Row("V_low", "osf_svd_params.V_low", ("rank", "in")),
         ),
     },
+    "PSOFT": {
+        False: (
+            Row("psoft_R", "psoft_R.weight", ("pairs",)),
+            Row("psoft_R_matrix", "psoft_R.weight", ("row", "column")),
+            Row("psoft_vector_b", "psoft_R.vector_b", ("row",)),
+            Row("psoft_vector_a", "psoft_R.vector_a", ("column",)),
+        ),
+    },
     "MISS": {
         False: (
             Row("miss_block", "miss_block", ("rank", "out")),

@@ -246,6 +246,15 @@ TYPES: Mapping[str, TypeRow] = {
     "PEANUT": TypeRow(fields={"depth": (0, 1, 2, 3), "act_fn": ("relu", "silu", "gelu", "tanh", "nonsense")}),
     "POLY": TypeRow(fields={"n_tasks": (1, 3), "n_skills": (2, 3), "n_splits": (1, 2, 3)}),
     "PREFIX_TUNING": TypeRow(needed=VIRTUAL, fields=OF_KEYS_AND_VALUES),
+    "PSOFT": TypeRow(
+        needed=("r",),  # by its default of 32 there are more directions than these matrices have
+        fields={
+            "psoft_alpha": (1, 7, 16),
+            "psoft_svd_lowrank_niter": (0, 2, 4),
+            "num_cayley_neumann_terms": (1, 2, 3, 6),
+            "cayley_neumann_eps": (0.5, 0.9),
+        },
+    ),
     "PVERA": TypeRow(fields={"generator_seed": (3,)}),
     "RANDLORA": TypeRow(
         needed=("randlora_alpha",),  # by its default attention is so sharp that float32 loses digits

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -982,6 +983,166 @@ def test_osf_finds_patterns_of_ranks_anywhere(dense):
     assert pj.apply_adapter(dense, config)["dense"]["kernel"].params["S_low"].shape == (1,)
     with pytest.raises(ValueError, match=r"a key of rank_pattern='\('"):
         pj.apply_adapter(dense, config.replace(rank_pattern={"(": 3}))
+
+
+def test_cayleys_map_of_half_precision_is_solved_in_float32(dense):
+    config = pj.OFTConfig(oft_block_size=3, use_cayley_neumann=False, init_weights=False, target_modules=["dense"])
+    leaf = pj.apply_adapter(dense, config)["dense"]["kernel"]
+    half = dataclasses.replace(leaf, params=jax.tree.map(lambda array: array.astype(jnp.bfloat16), leaf.params))
+    close(half.dense(), leaf.dense(), 2e-2)  # bfloat16 has 8 bits
+    assert np.abs(leaf.dense() - dense["dense"]["kernel"]).max() > 0.1
+
+
+PSOFTS = {
+    "rotation": {},
+    "series": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 30, "cayley_neumann_eps": 0.9},
+    "with factors": {"psoft_mag_a": True, "psoft_mag_b": True},
+    "any matrix": {"psoft_orth": False},
+    "both alike": {"ab_svd_init": "pissa_init"},
+}
+
+
+@pytest.mark.parametrize("case", PSOFTS)
+def test_psoft_rotates_the_largest_singular_directions(case, dense):
+    """The rest of the weight stays, and a rotation keeps the lengths and angles of the columns in the subspace."""
+    options = {"r": 3, "psoft_alpha": 7, "psoft_mag_a": False, "psoft_mag_b": False, "target_modules": ["dense"]}
+    params = pj.apply_adapter(dense, pj.PsoftConfig(**options | PSOFTS[case]))
+    kernel = np.asarray(dense["dense"]["kernel"])
+    close(pj.merge(params)["dense"]["kernel"], kernel)
+    u, values, vt = np.linalg.svd(kernel, full_matrices=False)  # inputs, and outputs, in their columns and rows
+    moved = np.asarray(pj.merge(perturbed(params))["dense"]["kernel"])
+    assert np.abs(moved - kernel).max() > 0.1
+    close(moved @ vt[3:].T, kernel @ vt[3:].T)
+    close(u[:, 3:].T @ moved, u[:, 3:].T @ kernel)
+    before, after = (np.diag(1 / values[:3]) @ vt[:3] @ matrix.T @ u[:, :3] for matrix in (kernel, moved))
+    close(before, np.eye(3))
+    is_rotation = case in ("rotation", "series")
+    assert (np.abs(after @ after.T - np.eye(3)).max() < 1e-5) == is_rotation
+
+
+def test_psoft_trains_neither_of_its_factors(dense):
+    """A step moves R alone; a file holds R alone, and what is read of it has the same A and B."""
+    config = pj.PsoftConfig(r=3, init_weights=False, target_modules=["dense"])
+    params = pj.apply_adapter(dense, config)
+    trainable, frozen = pj.partition(params)
+    x = normal(1, 5, 6)
+
+    def loss(trainable):
+        return jnp.sum(jnp.sin(pj.adapt(layer)(pj.combine(trainable, frozen), x)))
+
+    gradient = jax.grad(loss)(trainable)
+    assert len(jax.tree.leaves(gradient)) == 3 and all(np.abs(one).max() > 1e-3 for one in jax.tree.leaves(gradient))
+    stepped = pj.combine(jax.tree.map(lambda array, slope: array - 0.1 * slope, trainable, gradient), frozen)
+    tensors = pj.get_peft_model_state_dict(stepped)
+    ends = {key.removeprefix("base_model.model.dense."): array.shape for key, array in tensors.items()}
+    assert ends == {"psoft_R.weight": (3,), "psoft_R.vector_a": (3,), "psoft_R.vector_b": (3,)}
+    again = pj.set_peft_model_state_dict(dense, config, tensors)
+    for tree in (stepped, again):
+        for role in ("psoft_A", "psoft_B"):
+            old, new = (one["dense"]["kernel"].state[role] for one in (params, tree))
+            np.testing.assert_array_equal(old, new)
+    jax.tree.map(np.testing.assert_array_equal, pj.merge(again), pj.merge(stepped))
+    assert count_parameters(params)[0] == 9
+
+
+def test_the_scale_of_a_psoft_counts_when_it_is_changed_alone(dense):
+    """B is divided by the scale."""
+    changes = []
+    for alpha in (1, 50):
+        config = pj.PsoftConfig(r=3, psoft_alpha=alpha, init_weights=False, target_modules=["dense"])
+        params = pj.apply_adapter(dense, config)
+        changes.append(pj.merge(params)["dense"]["kernel"] - dense["dense"]["kernel"])
+    close(changes[0], changes[1])
+    doubled = pj.merge(pj.scale_adapter(params, 2.0))["dense"]["kernel"] - dense["dense"]["kernel"]
+    close(doubled, 2 * changes[1])
+
+
+def test_the_gradient_of_a_psoft_goes_through_the_ball_of_its_series(dense):
+    """An angle that lengthens a Q on the ball's boundary alone changes nothing; at 0 the gradient is finite."""
+    options = {"r": 2, "psoft_mag_a": False, "psoft_mag_b": False, "use_cayley_neumann": True}
+    leaf = pj.apply_adapter(
+        dense, pj.PsoftConfig(**options, cayley_neumann_eps=0.5, num_cayley_neumann_terms=9, target_modules=["dense"])
+    )["dense"]["kernel"]
+
+    def change(angle):
+        return dataclasses.replace(leaf, params={"psoft_R": jnp.reshape(angle, (1,))}).dense()
+
+    slopes = [np.abs(jax.jacobian(change)(jnp.float32(angle))).max() for angle in (0.0, 0.1, 3.0)]
+    assert np.isfinite(slopes).all() and min(slopes[:2]) > 0.1 and slopes[2] < 1e-5
+
+
+PSOFT_ERRORS = {
+    "r=7 singular directions, and 'dense' of 6 inputs and 4 outputs has 4. Lower r": {"r": 7},
+    "PSOFT needs ranks of at least 1": {"r": 0},
+    "psoft_alpha is above 0, got 0": {"psoft_alpha": 0},
+    "psoft_dropout is a probability": {"psoft_dropout": 1.0},
+    "ab_svd_init is 'psoft_init' or 'pissa_init', got 'olora'": {"ab_svd_init": "olora"},
+    "psoft_svd is 'full' or 'lowrank', got 'randomized'": {"psoft_svd": "randomized"},
+    "psoft_svd_lowrank_niter is at least 0, got -1": {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": -1},
+    "random_seed is from -9223372036854775808 to 18446744073709551615": {"random_seed": -(2**63) - 1},
+    "num_cayley_neumann_terms is at least 1": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 0},
+    "cayley_neumann_eps is between 0 and 1, or None, got 1": {"use_cayley_neumann": True, "cayley_neumann_eps": 1.0},
+}
+
+
+@pytest.mark.parametrize("words", PSOFT_ERRORS)
+def test_psoft_refuses_wrong_fields(words, dense):
+    with pytest.raises(ValueError, match=words):
+        pj.apply_adapter(dense, pj.PsoftConfig(**{"r": 2, **PSOFT_ERRORS[words]}, target_modules=["dense"]))
+
+
+@pytest.mark.parametrize("field", ["num_cayley_neumann_terms", "cayley_neumann_eps", "psoft_svd_lowrank_niter"])
+def test_psoft_warns_of_fields_that_it_ignores(field):
+    with pytest.warns(UserWarning, match=f"PSOFT uses {field} with .* alone. It is ignored."):
+        pj.PsoftConfig(**{field: 0.5 if field == "cayley_neumann_eps" else 4})
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+@pytest.mark.parametrize("init", ["psoft_init", "pissa_init"])
+@pytest.mark.parametrize("svd", ["full", "lowrank"])
+def test_psoft_has_the_singular_vectors_of_peft(svd, init, shape):
+    """PEFT's frozen factors, signs included, in every bit but of roots; PyTorch's generator stays as it was."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    options = {"r": 5, "psoft_alpha": 3, "psoft_svd": svd, "ab_svd_init": init, "random_seed": 4}
+    module = torch.nn.Sequential(torch.nn.Linear(*shape, bias=False))
+    kernel = normal(8, *shape)
+    module[0].weight.data = torch.tensor(np.asarray(kernel).T.copy())
+    layer = peft.get_peft_model(module, peft.PsoftConfig(**options, target_modules=["0"])).base_model.model[0]
+    before = torch.get_rng_state()
+    params = pj.apply_adapter({"0": {"kernel": kernel}}, pj.PsoftConfig(**options, target_modules=["0"]))
+    assert torch.equal(torch.get_rng_state(), before)
+    state = params["0"]["kernel"].state
+    for role, want in (("psoft_A", layer._psoft_A_cache), ("psoft_B", layer._psoft_B_cache)):
+        close(state[role].T, want["default"].numpy(), 1e-6 if init == "pissa_init" else 0)
+
+
+def test_psoft_without_pytorch(dense, monkeypatch):
+    """The whole decomposition is NumPy's, of which a warning says what it means; the other one is an error."""
+    config = pj.PsoftConfig(r=3, init_weights=False, target_modules=["dense"])
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.warns(UserWarning, match="PSOFT without PyTorch takes NumPy's singular vectors.*pip install torch"):
+        params = pj.apply_adapter(dense, config)
+    u, _, _ = np.linalg.svd(dense["dense"]["kernel"].T, full_matrices=False)
+    values = np.asarray(params["dense"]["kernel"].state["psoft_B"])
+    close(values / np.linalg.norm(values, axis=1, keepdims=True), u[:, :3].T)
+    tensors = pj.get_peft_model_state_dict(params)
+    with pytest.warns(UserWarning, match="so that a file of PEFT's may mean something else here"):
+        again = pj.set_peft_model_state_dict(dense, config, tensors)
+    jax.tree.map(np.testing.assert_array_equal, pj.merge(again), pj.merge(params))
+    with pytest.raises(ValueError, match="PyTorch is not installed. Install its CPU build .* psoft_svd='full'"):
+        pj.apply_adapter(dense, config.replace(psoft_svd="lowrank"))
+
+
+def test_a_psoft_is_attached_in_a_traced_program(dense):
+    """Its shapes are known without the weights, which `peft-jax finetune` reads later; under jit the host computes."""
+    config = pj.PsoftConfig(r=3, init_weights=False, target_modules=["dense"])
+
+    def attached(params):
+        return pj.apply_adapter(params, config, key=jax.random.key(1))
+
+    want = attached(dense)
+    assert jax.tree.map(jnp.shape, jax.eval_shape(attached, dense)) == jax.tree.map(jnp.shape, want)
+    jax.tree.map(close, pj.merge(jax.jit(attached)(dense)), pj.merge(want))
 
 
 def damaged(indices, number):

@@ -366,6 +366,14 @@ def test_peft_makes_the_basis_of_a_frod_anew(tmp_path: Path) -> None:
     assert of_peft.takes and "only where PEFT itself started the adapter" in of_peft.note
 
 
+def test_peft_makes_the_singular_vectors_of_a_psoft_anew(tmp_path: Path) -> None:
+    matrix = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+    config = pj.PsoftConfig(r=2, target_modules=["dense"])
+    save_adapter(pj.apply_adapter({"dense": {"kernel": matrix}}, config), tmp_path)
+    (of_peft,) = [verdict for verdict in verdicts(read_adapter(tmp_path)) if verdict.program == "PEFT"]
+    assert of_peft.takes and "where PyTorch's SVD has the same signs" in of_peft.note
+
+
 @pytest.mark.parametrize("config", COUNTED.values(), ids=COUNTED)
 def test_trained_parameters_of_each_method_are_those_that_are_trained(config: Any, tmp_path: Path) -> None:
     matrices = np.random.default_rng(0).normal(size=(3, 12, 8)).astype(np.float32)

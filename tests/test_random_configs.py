@@ -49,7 +49,6 @@ SIZES = {
 }
 FILE = "adapter_model.safetensors"
 RECORDS = Path(__file__).parents[1] / "build" / "combinations"
-NOT_HERE = ("PSOFT",)  # docs/guide/support.md says so
 
 CLASSIFIER = "base_model.internal_xlora_classifier."
 MANY = 20
@@ -132,7 +131,7 @@ def placed(value: Any, folder: Path) -> Any:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "peft_type" in metafunc.fixturenames:
-        metafunc.parametrize("peft_type", [name for name in sorted(peft_types()) if name not in NOT_HERE])
+        metafunc.parametrize("peft_type", sorted(peft_types()))
 
 
 def peft_types() -> list[str]:

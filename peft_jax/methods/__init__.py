@@ -35,6 +35,7 @@ from peft_jax.methods.oft import OFTConfig as OFTConfig
 from peft_jax.methods.osf import OSFConfig as OSFConfig
 from peft_jax.methods.peanut import PeanutConfig as PeanutConfig
 from peft_jax.methods.poly import PolyConfig as PolyConfig
+from peft_jax.methods.psoft import PsoftConfig as PsoftConfig
 from peft_jax.methods.pvera import PveraConfig as PveraConfig
 from peft_jax.methods.randlora import RandLoraConfig as RandLoraConfig
 from peft_jax.methods.road import RoadConfig as RoadConfig

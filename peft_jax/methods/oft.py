@@ -167,7 +167,7 @@ class OFTConfig(TargetFields, ExcludeFields, LayerFields, TrainingHooks, Method)
             angles = jnp.where((order < int(self.module_dropout * blocks))[:, None], 0, angles)
         turns = skew(jnp.where(state["hit"][..., None, None], angles, 0))
         if not self.use_cayley_neumann:
-            return cayley(-turns)
+            return cayley(-turns).astype(turns.dtype)
         return cayley_series(turns, self.num_cayley_neumann_terms)
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from peft_jax.core.float_types import wider_float
+
 
 def skew(angles: Float[Array, "*groups pairs"]) -> Float[Array, "*groups size size"]:
     """Skew-symmetric matrices, whose upper triangles are the angles by rows.
@@ -25,12 +27,13 @@ def skew(angles: Float[Array, "*groups pairs"]) -> Float[Array, "*groups size si
 
 
 def cayley(turns: Float[Array, "*groups size size"]) -> Float[Array, "*groups size size"]:
-    """``(I + Q) (I - Q)^-1``.
+    """``(I + Q) (I - Q)^-1``, in float32 at least, as no solver is for less.
 
     Example:
         >>> cayley(skew(jnp.array([1.0]))).round(3).tolist()  # by 90 degrees
         [[0.0, 1.0], [-1.0, 0.0]]
     """
+    turns = turns.astype(wider_float(turns.dtype, jnp.dtype(jnp.float32)))
     one = jnp.broadcast_to(jnp.eye(turns.shape[-1], dtype=turns.dtype), turns.shape)
     return jnp.swapaxes(jnp.linalg.solve(one + turns, one - turns), -1, -2)  # transposing Q changes its sign
 

@@ -67,8 +67,8 @@ class AdapterOptions:
     peft: Annotated[str | None, Option(aliases=("--peft-type",), metavar="NAME")] = None
     """Method, by PEFT's name of it (LORA by default): ADALORA, ADAMSS, ADAPTION_PROMPT, BEFT, BOFT, C3A, CARTRIDGE,
     CPT, DEFT, DELORA, FOURIERFT, FROD, GLORA, GRALORA, HIRA, HRA, IA3, LILY, LN_TUNING, LOHA, LOKR, LORA, MISS,
-    MULTITASK_PROMPT_TUNING, OFT, OSF, PEANUT, POLY, PREFIX_TUNING, PROMPT_TUNING, PVERA, P_TUNING, RANDLORA, ROAD,
-    SHADOW, SHIRA, SUPERTUNING, TINYLORA, TRAINABLE_TOKENS, UNILORA, VBLORA, VERA, WAVEFT or XLORA."""
+    MULTITASK_PROMPT_TUNING, OFT, OSF, PEANUT, POLY, PREFIX_TUNING, PROMPT_TUNING, PSOFT, PVERA, P_TUNING, RANDLORA,
+    ROAD, SHADOW, SHIRA, SUPERTUNING, TINYLORA, TRAINABLE_TOKENS, UNILORA, VBLORA, VERA, WAVEFT or XLORA."""
     peft_config: Annotated[str | None, Option(metavar="JSON")] = None
     """Fields of the method's config as PEFT names them, such as '{"target_r": 4}', or a JSON file of them."""
     r: Annotated[int | None, Option(aliases=("--rank", "--lora-r", "--lora-rank"))] = None

@@ -74,8 +74,11 @@ def _peft_condition(adapter: AdapterFolder) -> str:
     """Which PEFT reads an adapter; empty if every one does.
 
     BOFT has several butterfly factors where its CUDA extension can be compiled, and one elsewhere. PEFT makes the basis
-    of a FROD anew, which is that of the file only where PEFT made the file, with the same base and the same LAPACK.
+    of a FROD anew, which is that of the file only where PEFT made the file, with the same base and the same LAPACK. So
+    it makes the singular vectors of a PSOFT, whose signs may be others on other weights or by another library.
     """
+    if adapter.peft_type == "PSOFT":
+        return ", on the weights it was trained on, in the same element type, where PyTorch's SVD has the same signs"
     if adapter.peft_type == "FROD":
         return ", with the same numbers only where PEFT itself started the adapter, with the same build of LAPACK"
     if adapter.peft_type != "BOFT" or not adapter.tensors:
