@@ -1,8 +1,9 @@
 """Tensors of GGUF files as arrays that are dequantized where they are read, by the package gguf's own function."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from peft_jax.interop.packed_codes import Codes, Form, Packed, integer_codes, integer_form
 
+from peft_jax.core.float_types import wider_float
 from peft_jax.core.gguf_metadata import GGUFFile
 
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # kinds that hold values, not blocks
@@ -28,7 +30,7 @@ class GGUFTensor(Packed):
         stored: What the file holds: values, or bytes of blocks along the last axis.
         kind: The package's element type.
         order: The stored row that each row is; None for the order of the file.
-        is_transposed: Whether it is the transpose of what is stored.
+        is_transposed: Whether its last two axes are those of what is stored the other way around.
         added: A number that each value is increased by.
 
     Example:
@@ -51,7 +53,7 @@ class GGUFTensor(Packed):
         return dataclasses.replace(self, order=order)
 
     def transposed(self) -> Self:
-        """Its transpose."""
+        """Its transpose; of several matrices in one tensor that of each."""
         return dataclasses.replace(self, is_transposed=True)
 
     def part(self, number: int) -> Self:
@@ -72,7 +74,7 @@ class GGUFTensor(Packed):
         elif self.stored.dtype == np.uint8:
             width = width // np.dtype(PLAIN[self.kind.name]).itemsize
         shape = (*self.stored.shape[:-1], width)
-        return shape[::-1] if self.is_transposed else shape
+        return (*shape[:-2], *shape[:-3:-1]) if self.is_transposed else shape
 
     @property
     def dtype(self) -> Any:
@@ -93,6 +95,11 @@ class GGUFTensor(Packed):
     def packed_nbytes(self) -> int:
         """Bytes that it takes in the file."""
         return self.stored.nbytes
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The name of its kind."""
+        return frozenset({self.kind.name})
 
     def form(self) -> Form | None:
         """Integers by groups, of Q4_0 and Q8_0; None for the other kinds."""
@@ -123,23 +130,91 @@ class GGUFTensor(Packed):
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        if self.is_transposed or self.stored.ndim == 1:
+        if self.stored.ndim == 1 or (self.is_transposed and self.stored.ndim == 2):
             return np.asarray(self)[rows]
-        return self._values(self.stored[rows] if self.order is None else self.stored[self.order[rows]])
+        return self._turned(self._values(self.stored[rows] if self.order is None else self.stored[self.order[rows]]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self._values(self.stored if self.order is None else self.stored[self.order])
-        values = values.T if self.is_transposed else values
+        values = self._turned(values)
         return values if dtype is None else values.astype(dtype)
 
     def astype(self, dtype: DTypeLike) -> np.ndarray:
         """Its values in an element type."""
         return np.asarray(self, dtype)
 
+    def _turned(self, values: np.ndarray) -> np.ndarray:
+        return values.swapaxes(-1, -2) if self.is_transposed else values
+
     def _values(self, stored: np.ndarray) -> np.ndarray:
         plain = PLAIN.get(self.kind.name)
         values = dequantize_blocks(stored, self.kind) if plain is None else np.ascontiguousarray(stored).view(plain)
         return values.astype(np.float32) + np.float32(self.added) if self.added else values
+
+
+class AlternatingTensor(Packed):
+    """Tensors of all experts whose outputs take turns in one: the first of each, the second of each, and so on.
+
+    Memory holds the values of one expert of one of them beside those of the whole.
+
+    Args:
+        parts: Matrices ``(experts, in, out)``, or vectors ``(experts, out)``; all of one shape.
+
+    Raises:
+        ValueError: The shapes differ; the message names the tensors.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> gate = GGUFTensor("gate", np.array([[1, 3]], np.float32), SimpleNamespace(name="F32"))
+        >>> np.asarray(AlternatingTensor([gate, gate.plus(1)])).tolist()
+        [[1.0, 2.0, 3.0, 4.0]]
+    """
+
+    def __init__(self, parts: Sequence[GGUFTensor]) -> None:
+        first, *_ = self.parts = tuple(parts)
+        if any(part.shape != first.shape for part in parts):
+            told = " and ".join(f"{part.name} {part.shape}" for part in parts)
+            raise ValueError(f"the shapes of {told} differ")
+        self.shape = (*first.shape[:-1], len(parts) * first.shape[-1])
+        self.dtype = np.dtype(functools.reduce(wider_float, [part.dtype for part in parts]))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether one of its parts is stored in blocks."""
+        return any(part.is_quantized for part in self.parts)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes that its parts take in the file."""
+        return sum(part.packed_nbytes for part in self.parts)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The names of its parts' kinds."""
+        return frozenset().union(*(part.kinds for part in self.parts))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._of_experts(range(len(self))[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = self._of_experts(range(len(self)))
+        return values if dtype is None else values.astype(dtype)
+
+    def _of_experts(self, experts: range) -> np.ndarray:
+        """The values of some experts, which are filled in row by row as the file has matrices: ``(out, in)``."""
+        filled = np.empty((len(experts), *self.shape[:0:-1]), self.dtype)
+        for place, expert in enumerate(experts):
+            for number, part in enumerate(self.parts):
+                filled[place, number :: len(self.parts)] = part[expert : expert + 1][0].T
+        return filled.swapaxes(1, 2) if filled.ndim == 3 else filled
 
 
 def dequantize_blocks(stored: np.ndarray, kind: Any) -> np.ndarray:
@@ -170,9 +245,9 @@ def read_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
     return tensors
 
 
-def kinds_of(tensors: Iterable[GGUFTensor]) -> list[str]:
+def kinds_of(tensors: Iterable[GGUFTensor | AlternatingTensor]) -> list[str]:
     """The names of the kinds of tensors that hold blocks; empty for a file of plain values."""
-    return sorted({tensor.kind.name for tensor in tensors} - PLAIN.keys())
+    return sorted(set[str]().union(*(tensor.kinds for tensor in tensors)) - PLAIN.keys())
 
 
 def float_type(tensors: Iterable[GGUFTensor]) -> str:

@@ -18,7 +18,7 @@ Kind = gguf.GGMLQuantizationType
 # The bytes of a block at which its scales in float16 begin.
 SCALES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
 EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon")
-KINDS = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, *SCALES, Kind.F16, Kind.BF16, Kind.F32)
+KINDS = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, *SCALES, Kind.MXFP4, Kind.F16, Kind.BF16, Kind.F32)
 SENTENCES = ["Reverse the word.", "  two spaces, 日本 é 12345", "<s>a</s> b\n\nc"]
 
 
@@ -47,6 +47,20 @@ def apart(values: np.ndarray, groups: int, heads: int) -> np.ndarray:
     by_group = values.reshape(groups, heads // groups + 2, -1, *values.shape[1:])
     parts = (by_group[:, :-2], by_group[:, -2], by_group[:, -1])
     return np.concatenate([part.reshape(-1, *values.shape[1:]) for part in parts])
+
+
+def of_gpt_oss(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors of gpt-oss under the names of llama.cpp's converter: gates and what they gate apart, experts turned."""
+    found = {}
+    for key, values in tensors.items():
+        name = f"{key}.weight" if key.endswith(("_proj", ".sinks")) else key.replace("_proj_bias", "_proj.bias")
+        values = values.swapaxes(1, 2) if values.ndim == 3 else values
+        if ".gate_up_proj." in name:
+            found[name.replace("gate_up_proj", "gate_proj")] = values[:, ::2]
+            found[name.replace("gate_up_proj", "up_proj")] = values[:, 1::2]
+        else:
+            found[name] = values
+    return found
 
 
 def write_gguf(
@@ -101,14 +115,16 @@ def write_gguf(
         if head_dim * hf["num_attention_heads"] != hf["hidden_size"]:
             writer.add_key_length(head_dim)
         writer.add_rope_dimension_count(int(head_dim * ropes.get("partial_rotary_factor", 1)))
-    if architecture.endswith("moe"):
-        writer.add_expert_count(hf["num_experts"])
+    if architecture.endswith(("moe", "-oss")):
+        writer.add_expert_count(hf.get("num_experts") or hf["num_local_experts"])
         writer.add_expert_used_count(hf["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+        writer.add_expert_feed_forward_length(hf.get("moe_intermediate_size") or hf["intermediate_size"])
         if "shared_expert_intermediate_size" in hf:
             writer.add_expert_shared_feed_forward_length(hf["shared_expert_intermediate_size"])
-    if architecture.startswith("gemma"):
+    if architecture.startswith(("gemma", "gpt-oss")):
         writer.add_sliding_window(hf["sliding_window"])
+    if architecture == "gpt-oss" and hf["rope_parameters"]["rope_type"] == "yarn":
+        add_yarn(writer, hf["rope_parameters"])
     for cap in ("attn", "final"):
         if architecture == "gemma2":
             getattr(writer, f"add_{cap}_logit_softcapping")(hf[f"{cap}_logit_softcapping"])
@@ -121,7 +137,7 @@ def write_gguf(
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], hf["num_hidden_layers"])
     written = {}
-    for key, values in tensors.items():
+    for key, values in (of_gpt_oss(tensors) if architecture == "gpt-oss" else tensors).items():
         spelled = key.removeprefix("transformer.") if architecture == "bloom" else key
         name = names.get_name(spelled, (".weight", ".bias"))
         assert name is not None, key
@@ -141,7 +157,8 @@ def write_gguf(
             values = values + 1
         if "ffn_gate_inp_shexp" in name:
             values = values[0]
-        kind = Kind.F32 if values.ndim == 1 or values.shape[-1] % 32 else kind_of(name)
+        is_plain = values.ndim == 1 or values.shape[-1] % 32 != 0 or name.endswith(".bias")
+        kind = Kind.F32 if is_plain else kind_of(name)
         data = stored(np.ascontiguousarray(values, np.float32), kind)
         writer.add_tensor(name, data, raw_dtype=kind)
         written[name] = data
@@ -150,6 +167,16 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+def add_yarn(writer: gguf.GGUFWriter, rope: Mapping[str, Any]) -> None:
+    """The metadata of positions that YaRN stretches."""
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if "beta_fast" in rope:
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, file: str, size: int) -> None:

@@ -18,10 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import save_tokenizer
-from gguf_files import KINDS, SENTENCES, Kind, add_sentencepiece, add_tokenizer, turns_in_pairs, write_gguf
+from gguf_files import (
+    KINDS,
+    SENTENCES,
+    Kind,
+    add_sentencepiece,
+    add_tokenizer,
+    add_yarn,
+    turns_in_pairs,
+    write_gguf,
+)
 from peft_jax.interop.files import open_tensors, read_config
 from peft_jax.interop.fused_experts import with_fused_experts
-from peft_jax.interop.gguf_file import GGUFTensor
+from peft_jax.interop.gguf_file import GGUFTensor, read_tensors
+from peft_jax.interop.quantized.mxfp4 import MXFP4Tensor
 
 import peft_jax as pj
 from peft_jax.cli.main import main
@@ -35,6 +45,8 @@ IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 COMMON = {"vocab_size": 288, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**COMMON, "intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 128}
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN |= {"beta_fast": 2.0, "beta_slow": 0.5}
 # By GGUF's architecture: the config of a tiny model. transformers does not read two facts of a file, so it has to have
 # what transformers takes for granted: heads of 128 features for qwen3, 1024 positions for gpt2; for gemma2 the caps of
 # its default config, and a divisor of scores of 256; and the default sizes of experts.
@@ -44,6 +56,10 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": {**LLAMA, "head_dim": 128, "tie_word_embeddings": False},
     "qwen3moe": {**LLAMA, **EXPERTS, "head_dim": 64, "tie_word_embeddings": False, "norm_topk_prob": True},
     "qwen2moe": {**LLAMA, **EXPERTS, "tie_word_embeddings": False},
+    "gpt-oss": {
+        **{**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 4},
+        **{"rope_parameters": {**YARN, "truncate": False}, "bos_token_id": 0, "eos_token_id": 1},
+    },
     "gpt2": {**COMMON, "max_position_embeddings": 1024},
     "gemma2": {**LLAMA, "head_dim": 256, "sliding_window": 4},
     "gemma3": {**LLAMA, "head_dim": 256, "sliding_window": 4, "num_hidden_layers": 6},
@@ -86,7 +102,13 @@ def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    tensors = apart({key: tensor.numpy() for key, tensor in model.state_dict().items()})
+        if architecture == "gpt-oss":  # drawn queries and keys have scores of hundreds, beside which sinks are nothing
+            for layer in model.model.layers:
+                layer.input_layernorm.weight.mul_(0.05)
+                layer.self_attn.sinks.mul_(10)
+    tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
+    if architecture != "gpt-oss":
+        tensors = apart(tensors)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     hf = {**config.to_dict(), **TINY[architecture]}
@@ -114,6 +136,45 @@ def apart(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         else:
             found[f"{key}.weight" if key.endswith(".experts.down_proj") else key] = values
     return found
+
+
+def gpt_oss_of_file(folder: Path) -> Any:
+    """transformers' gpt-oss with the values of a file, which gguf reads and dequantizes."""
+    import torch
+    from transformers import AutoConfig
+
+    names = {
+        **{
+            "token_embd": "model.embed_tokens",
+            "output_norm": "model.norm",
+            "output": "lm_head",
+            "attn_norm": "input_layernorm",
+        },
+        **{
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+            "attn_output": "self_attn.o_proj",
+        },
+        **{f"attn_{short}": f"self_attn.{short}_proj" for short in ("q", "k", "v")},
+    }
+    values = {one.name: gguf.dequantize(one.data, one.tensor_type) for one in gguf.GGUFReader(folder / NAME).tensors}
+    state = {}
+    for name, tensor in values.items():
+        *layer, module, last = name.split(".")
+        front = f"model.layers.{layer[1]}." if layer else ""
+        if module in names:
+            state[f"{front}{names[module]}.{last}"] = tensor
+    for layer in range(TINY["gpt-oss"]["num_hidden_layers"]):
+        front, file = f"model.layers.{layer}", f"blk.{layer}"
+        state[f"{front}.self_attn.sinks"] = values[f"{file}.attn_sinks.weight"]
+        for last, end in (("weight", ""), ("bias", "_bias")):
+            gate, up, down = (values[f"{file}.ffn_{one}_exps.{last}"] for one in ("gate", "up", "down"))
+            both = np.stack([gate, up], axis=2).reshape(3, -1, *gate.shape[2:])
+            state[f"{front}.mlp.experts.gate_up_proj{end}"] = both if last == "bias" else both.transpose(0, 2, 1)
+            state[f"{front}.mlp.experts.down_proj{end}"] = down if last == "bias" else down.transpose(0, 2, 1)
+    model = theirs_of("gpt-oss").from_config(AutoConfig.for_model("gpt_oss", **TINY["gpt-oss"]))
+    model.load_state_dict({key: torch.tensor(np.ascontiguousarray(tensor)) for key, tensor in state.items()})
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -198,11 +259,15 @@ def test_weights_and_logits_are_those_of_transformers(architecture: str, files: 
     folder, options = files(architecture), {}
     if architecture == "t5":  # transformers takes each file for one with relu
         options = {"config": AutoConfig.for_model("t5", **TINY["t5"])}
-    theirs = theirs_of(architecture).from_pretrained(folder, gguf_file=NAME, dtype=torch.float32, **options)
+    if architecture == "gpt-oss":  # transformers fails on its rope, and leaves out its experts and sinks
+        theirs = gpt_oss_of_file(folder)
+    else:
+        theirs = theirs_of(architecture).from_pretrained(folder, gguf_file=NAME, dtype=torch.float32, **options)
     file = open_gguf(folder, NAME)
     config = read_architecture(base_config(folder, NAME))
     tensors, state = gguf_tensors(file, config), theirs.state_dict()
-    assert {tensor.kind for tensor in tensors.values()} >= ({Kind.Q4_0} if architecture in SOME_KINDS else set(KINDS))
+    kinds = {tensor.tensor_type for tensor in file.tensors.values()}
+    assert kinds >= ({Kind.Q4_0} if architecture in SOME_KINDS else set(KINDS))
     fused = with_fused_experts(tensors, family_of(config).rows(config))
     for key, tensor in fused.items():
         np.testing.assert_array_equal(np.asarray(tensor, np.float32), state[key].float().numpy(), err_msg=key)
@@ -312,6 +377,104 @@ def test_stretched_positions_are_read(factor: float, tmp_path: Path) -> None:
         pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="other.gguf")
 
 
+@pytest.mark.parametrize("bounds", [{}, {"beta_fast": 2.0, "beta_slow": 0.5}], ids=["", "bounds"])
+def test_positions_that_yarn_stretches_are_read(bounds: dict[str, float], tmp_path: Path) -> None:
+    """transformers leaves them out, so the original is compared."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32, **bounds}
+    torch.manual_seed(0)
+    theirs = Qwen2ForCausalLM(Qwen2Config(**{**TINY["qwen2"], "tie_word_embeddings": False, "rope_parameters": rope}))
+    tensors = {key: 3 * tensor.numpy() for key, tensor in theirs.state_dict().items()}
+    theirs.load_state_dict({key: torch.tensor(tensor) for key, tensor in tensors.items()})
+    hf = theirs.config.to_dict()
+    write_gguf(tmp_path / NAME, "qwen2", hf, tensors, more=lambda writer: add_yarn(writer, rope))
+    ids = np.random.default_rng(0).integers(0, 288, (1, 128))
+    expected = theirs.double()(torch.tensor(ids)).logits.detach().numpy()
+    ours = pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=NAME)
+    np.testing.assert_allclose(ours(ids).logits, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
+    write_gguf(tmp_path / "plain.gguf", "qwen2", hf, tensors)
+    plain = pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="plain.gguf")(ids).logits
+    assert np.abs(plain - expected).max() > 1e-2 * np.abs(expected).max(), "the stretch counts"
+
+
+def test_facts_of_gpt_oss(tmp_path: Path) -> None:
+    """The published metadata, and those of a file whose positions are not stretched."""
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 32, "num_hidden_layers": 24, "num_local_experts": 32}
+    hf = AutoConfig.for_model("gpt_oss", **sizes, rms_norm_eps=2.0**-17).to_dict()  # files have float32
+    del hf["rope_parameters"]["beta_fast"], hf["rope_parameters"]["beta_slow"]  # files do not have them
+    embedding = {"model.embed_tokens.weight": np.zeros((32, hf["hidden_size"]), np.float32)}
+    write_gguf(tmp_path / NAME, "gpt-oss", hf, embedding)
+    want = read_architecture({**hf, "dtype": "float32"})
+    assert read_architecture({**base_config(tmp_path, NAME), "tie_word_embeddings": False}) == want
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}
+    write_gguf(tmp_path / NAME, "gpt-oss", {**hf, **plain}, embedding)
+    want = read_architecture({**hf, **plain, "dtype": "float32"})
+    assert read_architecture({**base_config(tmp_path, NAME), "tie_word_embeddings": False}) == want
+
+
+def cut(array: np.ndarray, axis: int) -> np.ndarray:
+    return np.delete(array, 0, axis)
+
+
+# By what is wrong with a file of gpt-oss: a change of its tensors, further metadata, and the message.
+WRONG_GPT_OSS: dict[str, tuple[Callable[[dict[str, Any]], Any], Callable[[gguf.GGUFWriter], Any], str]] = {
+    "missing": (
+        lambda tensors: tensors.pop("model.layers.1.mlp.experts.down_proj_bias"),
+        lambda writer: None,
+        r"of its architecture 'gpt-oss'. missing: blk.1.ffn_down_exps.bias. Take an undamaged copy",
+    ),
+    "experts": (
+        lambda tensors: tensors.update(
+            {key: cut(tensors[key], 0) for key in tensors if key.endswith("layers.0.mlp.experts.gate_up_proj")}
+        ),
+        lambda writer: None,
+        r"of a wrong shape: model.layers.0.mlp.experts.gate_up_proj \(2, 32, 64\), not \(3, 32, 64\)",
+    ),
+    "halves": (
+        lambda tensors: tensors.update(
+            {key: cut(tensors[key], 1) for key in tensors if key.endswith("layers.0.mlp.experts.gate_up_proj_bias")}
+        ),
+        lambda writer: None,
+        r"the shapes of blk.0.ffn_gate_exps.bias \(3, 32\) and blk.0.ffn_up_exps.bias \(3, 31\) differ. Take an",
+    ),
+    "width": (
+        lambda tensors: None,
+        lambda writer: writer.add_expert_feed_forward_length(16),
+        "has expert_feed_forward_length=16 and feed_forward_length=32, which are one number in a gpt-oss",
+    ),
+    "pattern": (
+        lambda tensors: None,
+        lambda writer: writer.add_uint32("gpt-oss.attention.sliding_window_pattern", 4),
+        "has attention.sliding_window_pattern=4, which is not supported, only 2. Take another",
+    ),
+    "factor": (
+        lambda tensors: None,
+        lambda writer: writer.add_float32("gpt-oss.rope.scaling.yarn_attn_factor", 1.5),
+        "has rope.scaling.yarn_attn_factor=1.5, which is not supported, only 1. Take the",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WRONG_GPT_OSS)
+def test_what_is_wrong_with_a_gpt_oss_is_said_in_a_line(how: str, tmp_path: Path) -> None:
+    change, more, said = WRONG_GPT_OSS[how]
+    hf = {**TINY["gpt-oss"], "vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
+    config = read_architecture({"model_type": "gpt_oss", **hf})
+    pj.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    tensors = {key: np.asarray(tensor) for key, tensor in open_tensors(tmp_path / "hf").items()}
+    write_gguf(tmp_path / NAME, "gpt-oss", read_config(tmp_path / "hf"), tensors)
+    pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=NAME)
+    change(tensors)
+    write_gguf(tmp_path / "wrong.gguf", "gpt-oss", read_config(tmp_path / "hf"), tensors, more=more)
+    with pytest.raises(ValueError, match=said) as told:
+        pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="wrong.gguf")
+    assert "\n" not in str(told.value)
+
+
 LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores are divided by another root
 
 
@@ -394,6 +557,7 @@ def damage(folder: Path, how: str) -> dict[str, Any]:
     hf, tensors = read_config(folder / "hf"), open_tensors(folder / "hf")
     more: Callable[[gguf.GGUFWriter], None] = {
         "yarn": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+        "longrope": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
         "surplus": lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32)),
         "integers": lambda writer: writer.add_tensor("counts", np.zeros(32, np.int32)),
     }.get(how, lambda writer: None)
@@ -417,7 +581,8 @@ DAMAGES = {
     "no embedding": (ValueError, "has no tensor token_embd.weight. Take an undamaged copy."),
     "surplus": (ValueError, "left over: blk.0.attn_q.bias. "),
     "integers": (ValueError, "has tensors of the kind I32, such as counts, which the package gguf cannot dequantize."),
-    "yarn": (ValueError, "has rope.scaling.type='yarn', which is not supported."),
+    "yarn": (ValueError, "has rope.scaling.type='yarn' and no rope.scaling.factor. Take an undamaged copy."),
+    "longrope": (ValueError, "has rope.scaling.type='longrope', which is not supported."),
     "other": (ValueError, "missing: blk.0.attn_k.bias, .* and 1 more"),
 }
 
@@ -464,6 +629,44 @@ def test_a_file_without_a_tokenizer_is_explained(small: Path) -> None:
     damage(small, "not at all")
     with pytest.raises(ValueError, match="no tokenizer can be made of the metadata of '.*' .*no tokenizer.ggml.tokens"):
         read_tokenizer(small, gguf_file=NAME)
+
+
+@pytest.mark.parametrize("kind", sorted(set(gguf.GGML_QUANT_SIZES) - {Kind.F32, Kind.F16, Kind.BF16}))
+def test_every_kind_of_blocks_is_gguf_s_or_an_error(kind: Kind, tmp_path: Path) -> None:
+    """Not those alone that the package can write: real files of gpt-oss have MXFP4, and others have IQ4_XS."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (3, 2 * size), np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / NAME, "llama")
+    writer.add_tensor("t", blocks, raw_dtype=kind)
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    file = open_gguf(tmp_path, NAME)
+    with np.errstate(all="ignore"):  # drawn scales may be infinite
+        try:
+            expected = gguf.dequantize(blocks, kind)
+        except NotImplementedError:
+            with pytest.raises(ValueError, match=f"tensors of the kind {kind.name}, such as t, which the package gguf"):
+                read_tensors(file)
+            return
+        tensor = read_tensors(file)["t"]
+        assert tensor.shape == expected.shape == (3, 2 * elements)
+        np.testing.assert_array_equal(np.asarray(tensor), expected)
+        np.testing.assert_array_equal(tensor[1:], expected[1:])
+
+
+def test_mxfp4_is_that_of_published_experts() -> None:
+    """Blocks of a checkpoint as llama.cpp packs them again: half of a block's numbers in the low bits, half above."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 3, 2, 16), np.uint8)
+    scales = rng.integers(0, 252, (2, 3, 2), np.uint8)
+    scales[0, 0] = 0, 251  # the powers whose products are in float32's range
+    numbers = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(2, 3, 2, 32)
+    again = numbers[..., :16] | numbers[..., 16:] << 4
+    stored = np.concatenate([scales[..., None], again], axis=-1).reshape(2, 3, -1)
+    tensor = GGUFTensor("blk.0.ffn_down_exps.weight", stored, Kind.MXFP4).transposed()
+    published = MXFP4Tensor(key="t", shape=(2, 64, 3), dtype=jnp.dtype("bfloat16"), blocks=blocks, scales=scales)
+    np.testing.assert_array_equal(np.asarray(tensor), published.dequantize().astype(np.float32))
+    np.testing.assert_array_equal(tensor[1:], np.asarray(tensor)[1:])
 
 
 def test_values_are_moved_in_float32() -> None:

@@ -133,7 +133,8 @@ FILES = (
     File("torchao Int4Tensor", "yes", None, "its formula, in PyTorch"),
     File("GGUF Q4_0", "yes", Form("int4", 32, np.dtype(np.float32)), "gguf"),
     File("GGUF Q8_0", "yes", Form("int8", 32, np.dtype(np.float32)), "gguf"),
-    File("GGUF Q4_1, Q5_0, Q5_1, Q2_K to Q6_K", "yes", None, "gguf, transformers"),
+    File("GGUF Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, MXFP4", "yes", None, "gguf, transformers"),
+    File("GGUF, the other kinds that gguf dequantizes: IQ, TQ, NVFP4", "yes", None, "gguf"),
 )
 
 

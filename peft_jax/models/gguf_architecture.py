@@ -30,6 +30,11 @@ def as_stored(tensor: GGUFTensor, config: Any) -> GGUFTensor:
     return tensor
 
 
+def as_named(key: str) -> tuple[str, ...]:
+    """A checkpoint's key as it is."""
+    return (key,)
+
+
 def no_more_fields(file: GGUFFile) -> dict[str, Any]:
     """No fields beside those of the table."""
     return {}
@@ -39,13 +44,16 @@ def no_more_fields(file: GGUFFile) -> dict[str, Any]:
 class GGUFArchitecture:
     """How files of a ``general.architecture`` spell a model type of a family.
 
-    Which tensor is which, the package gguf tells by transformers' names of the modules.
+    Which tensor is which, the package gguf tells by the names that the modules have in llama.cpp's converter. Most of
+    them are transformers'.
 
     Attributes:
         model_type: transformers' name of it.
         fields: Fields of config.json by metadata key, without the architecture's name in front.
         more_fields: Further fields of config.json, from the file; raises ValueError for what is not supported.
         restore: ``restore(tensor, config)`` undoes what llama.cpp does to a tensor on writing it.
+        converted: The names that the converter gives a checkpoint's tensor. Several are those of tensors of all experts
+            whose outputs take turns in it.
         ignored: GGUF's names of tensors that are no weights.
     """
 
@@ -53,4 +61,5 @@ class GGUFArchitecture:
     fields: Mapping[str, str]
     more_fields: Callable[[GGUFFile], Mapping[str, Any]] = no_more_fields
     restore: Callable[[GGUFTensor, Any], GGUFTensor] = as_stored
+    converted: Callable[[str], tuple[str, ...]] = as_named
     ignored: tuple[str, ...] = ()

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,7 +12,7 @@ from peft_jax.core.pytree import PyTree
 from peft_jax.core.selecting import not_none, without
 from peft_jax.interop.checkpoint import HUB_FILES, find_checkpoint, read_config
 from peft_jax.interop.files import some
-from peft_jax.interop.gguf_file import float_type, kinds_of, read_tensors
+from peft_jax.interop.gguf_file import AlternatingTensor, GGUFTensor, float_type, kinds_of, read_tensors
 from peft_jax.models.config import ModelConfig
 from peft_jax.models.family import Family
 from peft_jax.models.gguf_architecture import GGUFArchitecture
@@ -27,6 +27,18 @@ TOKEN_IDS = {  # keys of the tokenizer's metadata, and the fields of config.json
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
+
+
+class Place(NamedTuple):
+    """Tensors of a file and those of a checkpoint that they are: one is one, or several ones on one side.
+
+    Attributes:
+        names: GGUF's names; several are tensors whose outputs take turns in the checkpoint's.
+        keys: The checkpoint's keys; several are those of the experts in the file's tensor, one by one.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
 
 
 def base_config(name_or_path: Path, gguf_file: str | None = None) -> dict[str, Any]:
@@ -66,9 +78,10 @@ def gguf_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
         ValueError: if a tensor is missing, left over or of a kind that cannot be dequantized.
     """
     row, family = _row(file), family_of(config)
-    keys = _keys(file, family, config)
+    places = _places(file, family, config)
     stored = without(read_tensors(file), row.ignored)
-    missing, surplus = sorted(keys.keys() - stored.keys()), sorted(stored.keys() - keys.keys())
+    wanted = {name for place in places for name in place.names}
+    missing, surplus = sorted(wanted - stored.keys()), sorted(stored.keys() - wanted)
     if missing or surplus:
         problems = {"missing": missing, "left over": surplus}
         told = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
@@ -76,20 +89,33 @@ def gguf_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
             f"The tensors of '{file.path}' are not those of its architecture {file.architecture!r}. {told}. "
             "Take an undamaged copy, or the checkpoint that the file was made from."
         )
-    found = {}
-    for name, tensor in stored.items():
-        restored = row.restore(tensor, config)
-        if len(keys[name]) == 1:
-            found[keys[name][0]] = restored
+    found: dict[str, Any] = {}
+    for names, keys in places:
+        restored = [row.restore(stored[name], config) for name in names]
+        if len(names) > 1:
+            found[keys[0]] = _alternating(file, restored)
             continue
-        if len(tensor) != len(keys[name]):
+        (tensor,) = restored
+        if len(keys) == 1:
+            found[keys[0]] = tensor
+            continue
+        if len(tensor) != len(keys):
             raise ValueError(
-                f"'{file.path}' has {len(keys[name])} experts by its metadata, and {len(tensor)} in {name}. "
+                f"'{file.path}' has {len(keys)} experts by its metadata, and {len(tensor)} in {tensor.name}. "
                 "Take an undamaged copy, or the checkpoint that the file was made from."
             )
-        for number, key in enumerate(keys[name]):
-            found[key] = restored.part(number)
+        for number, key in enumerate(keys):
+            found[key] = tensor.part(number)
     return found
+
+
+def _alternating(file: GGUFFile, parts: Sequence[GGUFTensor]) -> AlternatingTensor:
+    try:
+        return AlternatingTensor(parts)
+    except ValueError as error:
+        raise ValueError(
+            f"In '{file.path}' {error}. Take an undamaged copy, or the checkpoint that the file was made from."
+        ) from error
 
 
 def gguf_words(tensors: Mapping[str, Any]) -> str:
@@ -150,13 +176,11 @@ def _row(file: GGUFFile) -> GGUFArchitecture:
     return GGUF_ARCHITECTURES[file.architecture]
 
 
-def _keys(file: GGUFFile, family: Family, config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
-    """A checkpoint's key for each tensor of a file, by GGUF's name, as the package gguf maps transformers' names.
-
-    A tensor of all experts has several: those of the experts, one by one.
-    """
+def _places(file: GGUFFile, family: Family, config: ModelConfig) -> list[Place]:
+    """Which tensors of a file are which of a checkpoint, as gguf maps the names of llama.cpp's converter."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+    row = _row(file)
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     depths: Mapping[str, int] = getattr(config, "depths", {"": config.num_hidden_layers})
     names = get_tensor_name_map(numbers[file.architecture], max(depths.values()))
@@ -167,9 +191,10 @@ def _keys(file: GGUFFile, family: Family, config: ModelConfig) -> Mapping[str, t
                 return str(found)
         return key
 
-    found = {}
+    found = []
     for keys in _checkpoint_keys(family, config):
-        found[name_of(keys[0] if len(keys) == 1 else EXPERT.sub(".experts.", keys[0]))] = keys
+        key = keys[0] if len(keys) == 1 else EXPERT.sub(".experts.", keys[0])
+        found.append(Place(tuple(map(name_of, row.converted(key))), keys))
     return found
 
 

@@ -5,11 +5,21 @@ from typing import Any
 import numpy as np
 
 from peft_jax.core.gguf_metadata import GGUFFile
+from peft_jax.core.selecting import not_none
 from peft_jax.interop.gguf_file import read_tensors
 from peft_jax.models.modules.rope_parameters import RopeParameters
 from peft_jax.models.modules.rotary import inverse_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
+# Keys of YaRN behind "rope.scaling.", and the parameters of transformers that they are.
+YARN = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+# Keys by which llama.cpp multiplies what YaRN computes, and the values that change nothing.
+YARN_FACTORS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}
 PRETRAINED = 8192  # positions that Llama 3.1 and later ones were pretrained on; files do not tell it
 
 
@@ -21,13 +31,32 @@ def rope_fields(file: GGUFFile) -> dict[str, Any]:
     """
     name = file.architecture
     kind, factor = file.get(f"{name}.rope.scaling.type", "none"), file.get(f"{name}.rope.scaling.factor")
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"'{file.path}' has rope.scaling.type={kind!r}, which is not supported. Take another model.")
     _check_whole(file)
+    if kind == "yarn":
+        return {"rope_scaling": {"rope_type": "yarn", **_yarn(file)}}
     factors = read_tensors(file).get(ROPE_FACTORS)
     if factors is not None:
         return _stretched(file, np.asarray(factors, np.float32))
     return {} if kind == "none" or factor is None else {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+
+
+def _yarn(file: GGUFFile) -> dict[str, Any]:
+    """The parameters of YaRN; those that a file does not tell are llama.cpp's and transformers' alike."""
+    found = {key: file.get(f"{file.architecture}.rope.scaling.{key}") for key in (*YARN, *YARN_FACTORS)}
+    for key, neutral in YARN_FACTORS.items():
+        if found[key] not in (None, neutral):
+            raise ValueError(
+                f"'{file.path}' has rope.scaling.{key}={found[key]:g}, which is not supported, only {neutral:g}. Take "
+                "the checkpoint that it was made from."
+            )
+    for key in ("factor", "original_context_length"):
+        if found[key] is None:
+            raise ValueError(
+                f"'{file.path}' has rope.scaling.type='yarn' and no rope.scaling.{key}. Take an undamaged copy."
+            )
+    return not_none({field: found[key] for key, field in YARN.items()})
 
 
 def _check_whole(file: GGUFFile) -> None:

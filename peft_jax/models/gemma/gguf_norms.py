@@ -6,6 +6,7 @@ from peft_jax.core.gguf_metadata import GGUFFile
 from peft_jax.interop.gguf_file import GGUFTensor
 from peft_jax.models.gemma.config import EVERY, SECOND, THIRD
 from peft_jax.models.gguf_architecture import DECODER_FIELDS, GGUFArchitecture
+from peft_jax.models.gguf_window import check_pattern
 
 FIELDS = {**DECODER_FIELDS, "attention.sliding_window": "sliding_window"}
 CAPS = {
@@ -31,13 +32,7 @@ def scale_and_rope(file: GGUFFile) -> dict[str, Any]:
         ValueError: if they are stretched in a way that is not supported, or other layers than the usual ones slide.
     """
     name = file.architecture
-    every, pattern = EVERY[MODEL_TYPES[name]], file.get(f"{name}.attention.sliding_window_pattern")
-    usual = [number % every != 0 for number in range(1, file.get(f"{name}.block_count", 0) + 1)]
-    if pattern not in (None, every, usual):
-        raise ValueError(
-            f"'{file.path}' has attention.sliding_window_pattern={pattern}, which is not supported, only {every}. "
-            "Take another model."
-        )
+    check_pattern(file, EVERY[MODEL_TYPES[name]])
     kind, factor = file.get(f"{name}.rope.scaling.type", "none"), file.get(f"{name}.rope.scaling.factor")
     if kind not in ("none", "linear"):
         raise ValueError(f"'{file.path}' has rope.scaling.type={kind!r}, which is not supported. Take another model.")

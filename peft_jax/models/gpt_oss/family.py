@@ -5,6 +5,7 @@ from peft_jax.models.expert_names import SHARDING, expert_layouts
 from peft_jax.models.family import KNOWN, OTHERWISE, Family, stacked_layouts
 from peft_jax.models.gpt_oss import model
 from peft_jax.models.gpt_oss.config import GptOssConfig
+from peft_jax.models.gpt_oss.gguf_sinks import GGUF
 from peft_jax.models.modules.decoder import decoder_cache
 
 SINKS = {r"(.*\.)?layers\..*\.sinks": Layout(stack=(0,), inp=(), out=(1,), source=KNOWN)}
@@ -21,4 +22,5 @@ GPT_OSS = Family(
     float32=r"(.*\.)?(input_layernorm|post_attention_layernorm|norm)\.scale",
     replicable=tuple(GptOssConfig.tasks),
     init_cache=decoder_cache,
+    gguf=GGUF,
 )
