@@ -179,7 +179,7 @@ def add_yarn(writer: gguf.GGUFWriter, rope: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, file: str, size: int) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, file: str, size: int, split: str = "default") -> None:
     """The metadata of a byte-level BPE tokenizer, filled up with unused tokens, as llama.cpp writes them."""
     tokenizer = Tokenizer.from_file(file)
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -190,7 +190,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, file: str, size: int) -> None:
         kinds[number] = gguf.TokenType.CONTROL
     merges = [" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)

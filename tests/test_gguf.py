@@ -73,6 +73,9 @@ TINY: dict[str, dict[str, Any]] = {
         **{"d_ff": 512, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0},
     },
 }
+# Those whose queries and keys are made smaller: drawn blocks have scores of hundreds, at which float32 loses digits in
+# each side's softmax, and beside which sinks are nothing.
+SHARP = ("gpt-oss", "qwen2moe")
 SOME_KINDS = ("gpt2", "bloom", "falcon", "phi3", "starcoder2", "t5", "qwen2moe")  # those with fewer matrices than kinds
 
 
@@ -102,9 +105,11 @@ def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-        if architecture == "gpt-oss":  # drawn queries and keys have scores of hundreds, beside which sinks are nothing
+        if architecture in SHARP:
             for layer in model.model.layers:
                 layer.input_layernorm.weight.mul_(0.05)
+        if architecture == "gpt-oss":
+            for layer in model.model.layers:
                 layer.self_attn.sinks.mul_(10)
     tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     if architecture != "gpt-oss":
@@ -524,7 +529,7 @@ def test_other_windows_than_gemmas_are_refused(tmp_path: Path) -> None:
         base_config(tmp_path, "other.gguf")
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "gpt-oss"])
 def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -535,14 +540,16 @@ def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
         if kind == "sentencepiece":
             add_sentencepiece(writer, 288)
         else:
-            add_tokenizer(writer, tokenizer, 288)
+            add_tokenizer(writer, tokenizer, 288, "gpt-4o" if kind == "gpt-oss" else "default")
             writer.add_add_bos_token(True)
 
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
     (tmp_path / "evil.py").write_text("raise SystemExit('code of the folder ran')")
-    made(tmp_path, "llama", more=more)
+    made(tmp_path, "gpt-oss" if kind == "gpt-oss" else "llama", more=more)
     ours = read_tokenizer(tmp_path, gguf_file=NAME)
     (tmp_path / "tokenizer_config.json").unlink()
+    if kind == "gpt-oss":  # whose files transformers fails on
+        made(tmp_path, "llama", more=more)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=NAME)
     for text in SENTENCES:
         assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
