@@ -123,7 +123,13 @@ def made(folder: Path, architecture: str, **options: Any) -> dict[str, Any]:
         hf |= {"max_position_embeddings": 512, "hidden_size": config.d_model, "num_hidden_layers": config.num_layers}
         hf |= {"num_attention_heads": config.num_heads}
     if architecture in ("gpt2", "starcoder2"):  # transformers counts the tokens
-        options["more"] = lambda writer: writer.add_token_list([str(number) for number in range(hf["vocab_size"])])
+        more = options.get("more", lambda writer: None)
+
+        def with_tokens(writer: gguf.GGUFWriter) -> None:
+            writer.add_token_list([str(number) for number in range(hf["vocab_size"])])
+            more(writer)
+
+        options["more"] = with_tokens
     if architecture == "qwen2moe":  # whose experts' rows are not made of blocks of 256
         options["kind_of"] = lambda name: Kind.Q8_0 if "_exps" in name else kind_of(name)
     write_gguf(folder / NAME, architecture, hf, tensors, **{"kind_of": kind_of, **options})
@@ -611,6 +617,13 @@ def test_what_is_wrong_is_said_in_a_line(how: str, small: Path) -> None:
     with pytest.raises(kind, match=said) as told:
         pj.AutoModelForCausalLM.from_pretrained(small, **options)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("architecture", sorted(GGUF_ARCHITECTURES))
+def test_no_scaling_of_positions_is_ignored(architecture: str, tmp_path: Path) -> None:
+    made(tmp_path, architecture, more=lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE))
+    with pytest.raises(ValueError, match="has rope.scaling.type='longrope', which is not supported"):
+        base_config(tmp_path, NAME)
 
 
 def test_a_file_that_is_cut_off_is_an_error_wherever_it_ends(small: Path) -> None:

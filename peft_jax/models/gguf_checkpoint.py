@@ -152,14 +152,25 @@ def _config(file: GGUFFile) -> dict[str, Any]:
     tensors = read_tensors(file)
     if EMBEDDING not in tensors:
         raise ValueError(f"'{file.path}' has no tensor {EMBEDDING}. Take an undamaged copy.")
+    more = row.more_fields(file)
+    _check_rope(file, more)
     return {
         "model_type": row.model_type,
         "vocab_size": len(tensors[EMBEDDING]),
         "tie_word_embeddings": HEAD not in tensors,  # llama.cpp writes a head where it is not the embedding
         "dtype": float_type(tensors.values()),
         **hf,
-        **row.more_fields(file),
+        **more,
     }
+
+
+def _check_rope(file: GGUFFile, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError if a file's positions are stretched and the fields do not say so, as where a row has none."""
+    scaling = f"{file.architecture}.rope.scaling"
+    kind, factor = file.get(f"{scaling}.type", "none"), file.get(f"{scaling}.factor")
+    is_plain = kind == "none" or (kind == "linear" and factor in (None, 1))
+    if not is_plain and "rope_scaling" not in fields:
+        raise ValueError(f"'{file.path}' has rope.scaling.type={kind!r}, which is not supported. Take another model.")
 
 
 def _row(file: GGUFFile) -> GGUFArchitecture:
