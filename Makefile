@@ -235,7 +235,7 @@ links:
 	echo "make: no Python >= 3.11 with venv among: $(or $(PYTHON),$(CANDIDATES))." \
 	     "Install one (on Debian with its python3-venv), or name it: make test PYTHON=/path/to/python3" >&2; exit 1
 
-# Programs for accelerators that are not here; on two CPU cores a case takes a minute to five.
+# Programs for accelerators that are not here; on two CPU cores a case takes from half a minute to an hour.
 # For the H100 only the compiler and the assembler are installed, not the CUDA libraries that a GPU would need.
 lowering: .venv-aot/ready
 	.venv-aot/bin/python benchmarks/lowering.py $(ARGS)

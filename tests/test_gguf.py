@@ -389,23 +389,25 @@ def test_stretched_positions_are_read(factor: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bounds", [{}, {"beta_fast": 2.0, "beta_slow": 0.5}], ids=["", "bounds"])
-def test_positions_that_yarn_stretches_are_read(bounds: dict[str, float], tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_positions_that_yarn_stretches_are_read(architecture: str, bounds: dict[str, float], tmp_path: Path) -> None:
     """transformers leaves them out, so the original is compared."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32, **bounds}
     torch.manual_seed(0)
-    theirs = Qwen2ForCausalLM(Qwen2Config(**{**TINY["qwen2"], "tie_word_embeddings": False, "rope_parameters": rope}))
-    tensors = {key: 3 * tensor.numpy() for key, tensor in theirs.state_dict().items()}
+    fields = {**TINY[architecture], "tie_word_embeddings": False, "rope_parameters": rope}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **fields))
+    tensors = {key: 2 * tensor.numpy() for key, tensor in theirs.state_dict().items()}
     theirs.load_state_dict({key: torch.tensor(tensor) for key, tensor in tensors.items()})
     hf = theirs.config.to_dict()
-    write_gguf(tmp_path / NAME, "qwen2", hf, tensors, more=lambda writer: add_yarn(writer, rope))
+    write_gguf(tmp_path / NAME, architecture, hf, tensors, more=lambda writer: add_yarn(writer, rope))
     ids = np.random.default_rng(0).integers(0, 288, (1, 128))
     expected = theirs.double()(torch.tensor(ids)).logits.detach().numpy()
     ours = pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=NAME)
     np.testing.assert_allclose(ours(ids).logits, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
-    write_gguf(tmp_path / "plain.gguf", "qwen2", hf, tensors)
+    write_gguf(tmp_path / "plain.gguf", architecture, hf, tensors)
     plain = pj.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="plain.gguf")(ids).logits
     assert np.abs(plain - expected).max() > 1e-2 * np.abs(expected).max(), "the stretch counts"
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,34 +48,51 @@ def test_a_run_finds_what_was_compiled_while_its_data_were_tokenized(
     records = [{"prompt": "Count.", "completion": " ".join(map(str, range(n % 24)))} for n in range(2, 50)]
     Path("data.json").write_text(json.dumps(records))
     words = ["finetune", "--model", "model", "--data", "data.json", "--batch-size", "4", "--max-steps", "2"]
+    words += ["--val-size", "8"]  # of the whole data; a sample has none
     make_data, name = setup.make_data, ""
     made: list[int] = []
 
-    def slow(task: Any, loaded: Loaded, *others: Any) -> setup.Examples:
+    def slow(task: Any, loaded: Loaded, **others: Any) -> setup.Examples:
         """Behind a sample, all records take until a program is there."""
         made.append(len(loaded.records))
-        data = make_data(task, loaded, *others)
+        data = make_data(task, loaded, **others)
         deadline = time.monotonic() + 60
-        while len(made) == 2 and KINDS[kind] != KINDS["not known without values"] and not programs(name):
+        while len(made) == 2 and kind != "not known without values" and not programs(name):
             assert time.monotonic() < deadline, "nothing was compiled"
             time.sleep(0.01)
         return data
 
     monkeypatch.setattr(setup, "make_data", slow)
-    losses, said, counts = [], [], []
+    losses, said, found = [], [], []
     for name, enough in (("guessed", 8), ("alone", 10**9)):
         monkeypatch.setattr(ENOUGH, enough)
         made.clear()
         jax.clear_caches()
         reset_cache()
-        assert main([*words, *KINDS[kind], "--output", name, "--compilation-cache", f"{name} programs"]) == 0
+        with programs_read() as read:
+            assert main([*words, *KINDS[kind], "--output", name, "--compilation-cache", f"{name} programs"]) == 0
         assert made == ([SAMPLE, 48] if name == "guessed" else [48])
         losses.append(Path(name, "metrics.jsonl").read_text())
         said.append(capsys.readouterr().out.replace(name, ""))
-        counts.append(len(programs(name)))
+        found.append(len(read))
     assert losses[0] == losses[1]
     assert said[0] == said[1]
-    assert counts[0] == counts[1], "something was compiled in vain"
+    is_guessed = kind != "not known without values"
+    assert found[0] - found[1] >= is_guessed, "the run did not find what was compiled"
+
+
+@contextmanager
+def programs_read() -> Iterator[list[str]]:
+    """The programs that come from JAX's cache in a block."""
+    read: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            read.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    yield read
+    jax.monitoring.unregister_event_listener(listen)
 
 
 def programs(name: str) -> set[str]:

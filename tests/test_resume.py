@@ -1,6 +1,7 @@
 """Runs that are killed, stopped or refused, and what is left of them."""
 
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -222,6 +223,19 @@ def test_another_base_is_noticed(stage: Path, capsys: pytest.CaptureFixture[str]
     assert f"the contents of model/{name} have changed" in capsys.readouterr().err
 
 
+def test_another_version_of_what_a_method_depends_on_is_noticed(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PSOFT's frozen arrays have the signs of PyTorch's singular vectors, or of NumPy's."""
+    words = [*WORDS, "--peft", "PSOFT", "--r", "4"]
+    assert main([*words, "--save-steps", "2"]) == 0
+    version = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "another" if name == "numpy" else version(name))
+    capsys.readouterr()
+    assert main([*words, "--save-steps", "2", "--resume"]) == 2
+    assert "the contents of the package numpy have changed" in capsys.readouterr().err
+
+
 def test_other_weights_are_noticed_in_files_too_long_to_be_read_whole(tmp_path: Path) -> None:
     file, found = tmp_path / "weights", []
     for content in (bytes(2**23), bytes(2**23 + 1), b"\1" + bytes(2**23 - 1), bytes(2**23 - 1) + b"\1"):
@@ -370,10 +384,10 @@ def test_two_runs_do_not_write_to_one_folder(
     """A second command as the first one has just made the folder, and one that resumes what it is still writing."""
     fingerprint, write, codes = setup.fingerprint, MetricsLog.write, []
 
-    def early(options: Any) -> dict[str, Any]:
+    def early(options: Any, config: Any) -> dict[str, Any]:
         monkeypatch.setattr(setup, "fingerprint", fingerprint)
         codes.append(main(WORDS))
-        return fingerprint(options)
+        return fingerprint(options, config)
 
     def late(self: MetricsLog, row: Any) -> None:
         if row["step"] == 4:

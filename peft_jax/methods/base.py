@@ -162,6 +162,7 @@ class Method(AbsentFields, PeftConfig):
         over_rows: Whether what it computes of a row depends on the other rows of a batch.
         mixes: Whether PEFT's PeftMixedModel has it active beside other such methods.
         is_whole: Whether the leaf is a trained copy in place of its base.
+        packages: Packages beside JAX that its frozen arrays depend on. A run goes on with the versions it began with.
         bias_only: The value of ``bias`` for those of adapted modules, if not the method's name.
     """
 
@@ -180,6 +181,7 @@ class Method(AbsentFields, PeftConfig):
     over_rows: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     is_whole: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
     bias_only: ClassVar[str] = ""
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ def random_principal_vectors(weight: Float[np.ndarray, "out in"], rank: int, pas
             "install torch --index-url https://download.pytorch.org/whl/cpu), or start with psoft_svd='full'."
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators too
         left, values, right = torch.svd_lowrank(torch.tensor(weight), q=rank, niter=passes)
     return Principal(left.numpy(), values.numpy(), right.numpy().T)
 

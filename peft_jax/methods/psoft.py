@@ -78,6 +78,7 @@ class PsoftConfig(TargetFields, ExcludeFields, LayerFields, StartsFromWeight, Fa
     """
 
     learning_rate: ClassVar[float] = 5e-4
+    packages: ClassVar[tuple[str, ...]] = ("torch", "numpy")  # whose singular vectors have signs of their own
     takes_conv1d: ClassVar[bool] = False
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         ANGLES: ("pairs",),

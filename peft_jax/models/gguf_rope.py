@@ -1,4 +1,4 @@
-"""Rotary positions as GGUF files tell them: their scaling in the metadata, or as a tensor."""
+"""Rotary positions in GGUF files: their scaling in the metadata, or as a tensor."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ YARN = {
 }
 # Keys by which llama.cpp multiplies what YaRN computes, and the values that change nothing.
 YARN_FACTORS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}
-PRETRAINED = 8192  # positions that Llama 3.1 and later ones were pretrained on; files do not tell it
+PRETRAINED = 8192  # positions that Llama 3.1 and later ones were pretrained on; files do not have it
 
 
 def rope_fields(file: GGUFFile) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def rope_fields(file: GGUFFile) -> dict[str, Any]:
 
 
 def _yarn(file: GGUFFile) -> dict[str, Any]:
-    """The parameters of YaRN; those that a file does not tell are llama.cpp's and transformers' alike."""
+    """The parameters of YaRN; those that a file does not have are the same in llama.cpp and transformers."""
     found = {key: file.get(f"{file.architecture}.rope.scaling.{key}") for key in (*YARN, *YARN_FACTORS)}
     for key, neutral in YARN_FACTORS.items():
         if found[key] not in (None, neutral):

@@ -1,10 +1,10 @@
-"""Windows of attention as GGUF files tell them: which of the layers have one."""
+"""Windows of attention in GGUF files: which of the layers have one."""
 
 from peft_jax.core.gguf_metadata import GGUFFile
 
 
 def check_pattern(file: GGUFFile, every: int) -> None:
-    """Check that of so many layers the last one sees all and the others a window, where a file says it.
+    """Check that one layer in ``every`` sees all and the others a window, where a file says it.
 
     Raises:
         ValueError: if other layers do.

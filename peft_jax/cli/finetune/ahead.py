@@ -1,4 +1,4 @@
-"""The programs of a run's first step are compiled in a thread, while the weights are read.
+"""The programs of a run's first step are compiled in a thread, while the data are tokenized and the weights are read.
 
 An outline of a model is the model with `jax.ShapeDtypeStruct` in place of its arrays. What can be known of a run
 without its weights is made of an outline; where no outline can be made, all waits for the weights.
@@ -60,10 +60,10 @@ def compiled_meanwhile(
 ) -> Iterator[None]:
     """Lower and compile in a thread while the block runs, and wait at the end.
 
-    An error of the thread is dropped: the run compiles the same program, and reports it. After an error inside, no
-    further program is begun, and the one that is being compiled is not waited for. The thread is no daemon, since a
-    compilation crashes once the interpreter is torn down: Python's orderly end waits for it, and the command ends
-    without one (`peft_jax.cli.main.run`).
+    An error of the thread is dropped: where the run needs the program, it compiles it too, and reports the error. After
+    an error inside, no further program is begun, and the one that is being compiled is not waited for. The thread is no
+    daemon, since a compilation crashes once the interpreter is torn down: Python's orderly end waits for it, and the
+    command ends without one (`peft_jax.cli.main.run`).
 
     Args:
         programs: What gives the programs one after the other; run in the thread.

@@ -108,7 +108,7 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
     with all_or_none():
         config = make_config(options.adapter)
         options = with_rate(options, config)
-        fingerprint = setup.fingerprint(options)
+        fingerprint = setup.fingerprint(options, config)
         if options.run.resume:
             setup.refuse_others(checkpoints.notes()["settings"], fingerprint)
         task = choose_task(options, config)
@@ -121,12 +121,23 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         tokenizer = read_tokenizer(options.base.model, gguf_file=options.base.gguf_file)
         base = with_end_token(base, tokenizer)
         recorded = read_layout(options.adapter.adapter)
-        more = (tokenizer, base, options.data, options.training.seed, config, recorded)
-        data_of = partial(_data_of, task, more)
+        make_data: Callable[..., Examples] = stream_data if isinstance(loaded, Streams) else setup.make_data
+        data_of = partial(
+            make_data,
+            task,
+            tokenizer=tokenizer,
+            base=base,
+            options=options.data,
+            seed=options.training.seed,
+            config=config,
+            recorded=recorded,
+        )
         outlined = partial(_outlined, base, tokenizer, config, options)
         guess: Iterable[jax.stages.Lowered] = ()
-        if outline is not None and is_worthwhile(loaded):
-            guess = guessed_programs(data_of, partial(_planned, options, task, outlined), loaded)
+        # A run that is resumed has its programs in the cache.
+        if outline is not None and not options.run.resume and is_worthwhile(loaded):
+            whole = partial(data_of, options=dataclasses.replace(options.data, val_size=0))
+            guess = guessed_programs(whole, partial(_planned, options, task, outlined), loaded)
         with compiled_meanwhile(lambda: guess, all_of_them=False):
             data = data_of(loaded)
         base, attached, model = outlined(data)
@@ -155,13 +166,6 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
     if is_first():
         curves = export(model, task, beside, folder, options, summary)
         _say(folder, curves, best, plan.max_steps)
-
-
-def _data_of(task: Task, more: tuple[Any, ...], loaded: Loaded) -> Examples:
-    """The examples of records; ``more`` are the other arguments of what makes them."""
-    if isinstance(loaded, Streams):
-        return stream_data(task, loaded, *more)
-    return setup.make_data(task, loaded, *more)
 
 
 def _outlined(

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import heapq
 import io
-import itertools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -20,6 +19,7 @@ from peft_jax.train import State
 ENOUGH = 8192  # records whose tokenizing takes longer than to tokenize a sample and to trace a step once more
 SAMPLE = 512  # records, of all of them
 LONGEST = 4  # records of the sample that are the longest ones: rows are as wide as the longest needs
+LOOKED_AT = 20000  # records among which the longest are looked for
 BATCHES = 8  # batches of the sample whose micro batches are looked at
 
 Planned = tuple[Plan, State, PyTree]  # a run's plan, and the outlines of its state and its frozen partition
@@ -42,7 +42,8 @@ def sample_of(loaded: Loaded) -> Loaded:
         512
     """
     records = loaded.records
-    longest = heapq.nlargest(LONGEST, range(len(records)), key=lambda place: len(repr(records[place])))
+    looked_at = range(0, len(records), max(1, len(records) // LOOKED_AT))
+    longest = heapq.nlargest(LONGEST, looked_at, key=lambda place: len(repr(records[place])))
     spread = np.linspace(0, len(records) - 1, SAMPLE - LONGEST).astype(int).tolist()
     chosen = picked(records, sorted(spread + longest))
     return dataclasses.replace(loaded, records=list(chosen), counts=(len(chosen),), weights=None)
@@ -59,17 +60,19 @@ def guessed_programs(
         loaded: All records.
 
     Returns:
-        The programs, the one of the commonest shape first; each is lowered when it is asked for. None if the sample
-        cannot be planned for: what is wrong with it is found again with all records, and reported then.
+        The programs, the one of the commonest shape first; each is lowered when it is asked for. No program if the
+        sample cannot be planned for: what is wrong with it is found again with all records, and reported then.
     """
     unsaid = io.StringIO()  # what is said of the sample is said of all records later
     try:
         with contextlib.redirect_stdout(unsaid), contextlib.redirect_stderr(unsaid):
             planned = make_plan(make_data(sample_of(loaded)))
+            if planned is None:
+                return ()
+            plan, state, frozen = planned
+            micro_batches = []
+            for number in range(BATCHES):  # by number: a loop over the batches themselves would read far ahead
+                micro_batches += plan.batches[number]
     except Exception:
         return ()
-    if planned is None:
-        return ()
-    plan, state, frozen = planned
-    micro_batches = list(itertools.chain.from_iterable(itertools.islice(plan.batches, BATCHES)))
     return plan.step.programs_of_micro_batches(state.trainable, frozen, micro_batches, state.key)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -314,8 +315,8 @@ def is_outlined(options: Finetune, config: PeftConfig) -> bool:
     return not of_others and not (isinstance(config, Method) and starts_from_data(config))
 
 
-def fingerprint(options: Finetune) -> dict[str, Any]:
-    """All that decides a run's numbers: its options, and the contents of the files they name."""
+def fingerprint(options: Finetune, config: PeftConfig) -> dict[str, Any]:
+    """All that decides a run's numbers: its options, the contents of files they name, and packages of its method."""
     found = settings(options)
     sources = [source.name for source in sources_of(options.data)]
     named = [*sources, options.data.prompt_template, options.adapter.adapter_config]
@@ -334,7 +335,18 @@ def fingerprint(options: Finetune) -> dict[str, Any]:
     weights = {file.name: _sample(file) for file in files if file.is_file()}
     if gguf_file is None and (base / "config.json").is_file():
         weights["config.json"] = _digest(base / "config.json")
-    return {**found, "contents": contents | {f"{options.base.model}/{name}": hash for name, hash in weights.items()}}
+    contents |= {f"{options.base.model}/{name}": hash for name, hash in weights.items()}
+    for package in config.packages if isinstance(config, Method) else ():
+        contents[f"the package {package}"] = _version(package)
+    return {**found, "contents": contents}
+
+
+def _version(package: str) -> str:
+    """The version of a package, or that it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def start_digests(output: Path) -> dict[str, str]:

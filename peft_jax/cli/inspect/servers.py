@@ -19,6 +19,7 @@ PEFT_TYPES = frozenset(
     "PVERA P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT "
     "XLORA".split()
 )
+SAME_SIGNS = "on the weights it was trained on, in the same element type, where PyTorch's SVD has the same signs"
 VLLM_RANKS, VLLM_DEFAULT = (8, 16, 32, 64, 128, 256, 320, 512), 16
 VLLM_SKIPS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # it passes over these
 TGI_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -59,7 +60,7 @@ def _peft_jax(adapter: AdapterFolder) -> Verdict:
             config.of_file({key: tensor.shape for key, tensor in adapter.tensors.items()})
     except (ValueError, TypeError) as error:
         return Verdict("peft_jax", False, str(error))
-    return Verdict("peft_jax", True, "")
+    return Verdict("peft_jax", True, SAME_SIGNS if adapter.peft_type == "PSOFT" else "")
 
 
 def _peft(adapter: AdapterFolder) -> Verdict:
@@ -78,7 +79,7 @@ def _peft_condition(adapter: AdapterFolder) -> str:
     it makes the singular vectors of a PSOFT, whose signs may be others on other weights or by another library.
     """
     if adapter.peft_type == "PSOFT":
-        return ", on the weights it was trained on, in the same element type, where PyTorch's SVD has the same signs"
+        return f", {SAME_SIGNS}"
     if adapter.peft_type == "FROD":
         return ", with the same numbers only where PEFT itself started the adapter, with the same build of LAPACK"
     if adapter.peft_type != "BOFT" or not adapter.tensors:

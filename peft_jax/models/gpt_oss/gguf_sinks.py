@@ -47,7 +47,7 @@ def in_out(tensor: GGUFTensor, config: Any) -> GGUFTensor:
 def window_and_rope(file: GGUFFile) -> dict[str, Any]:
     """The fields of config.json that follow from others in the file.
 
-    Files do not tell whether YaRN rounds its bounds to whole pairs of features. All published gpt-oss do not, and
+    Files do not say whether YaRN rounds its bounds to whole pairs of features. All published gpt-oss do not, and
     neither does OpenAI's program; llama.cpp rounds them whatever the model.
 
     Raises:
