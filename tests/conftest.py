@@ -164,6 +164,7 @@ def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     settings = {
         "jax_disable_most_optimizations": True,
+        "jax_enable_compilation_cache": True,  # which a command of another file may have switched off
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

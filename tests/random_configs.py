@@ -428,6 +428,12 @@ EXPLAINED = (
         "PEFT has the type for linear layers; here it is on embeddings too.",
     ),
     Explained(
+        THEIRS,
+        ("FROD",),
+        "^KeyError: 'model_embed_tokens'",
+        "PEFT has the type for linear layers; here it is on embeddings too.",
+    ),
+    Explained(
         UNREADABLE,
         ("IA3",),
         "should be a subset of `target_modules`",

@@ -18,13 +18,19 @@ from peft_jax.cli.main import main
 from peft_jax.cli.shared.data_sources import Loaded
 
 ENOUGH = "peft_jax.cli.finetune.guess.ENOUGH"
-CACHE = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs")
+CACHE = (
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 
 
 @pytest.fixture(autouse=True)
 def cache_settings() -> Iterator[None]:
-    """JAX's settings of its cache are as before."""
+    """JAX's cache is on, and its settings are as before."""
     before = {name: jax.config.values[name] for name in CACHE}
+    jax.config.update("jax_enable_compilation_cache", True)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
