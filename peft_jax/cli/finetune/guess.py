@@ -14,7 +14,7 @@ from peft_jax.cli.finetune.steps import Plan
 from peft_jax.cli.shared.data_sources import Loaded
 from peft_jax.core.pytree import PyTree
 from peft_jax.core.selecting import picked
-from peft_jax.train import State
+from peft_jax.train import Batch, State
 
 ENOUGH = 8192  # records whose tokenizing takes longer than to tokenize a sample and to trace a step once more
 SAMPLE = 512  # records, of all of them
@@ -70,7 +70,7 @@ def guessed_programs(
             if planned is None:
                 return ()
             plan, state, frozen = planned
-            micro_batches = []
+            micro_batches: list[Batch] = []
             for number in range(BATCHES):  # by number: a loop over the batches themselves would read far ahead
                 micro_batches += plan.batches[number]
     except Exception:
