@@ -189,7 +189,8 @@ def micro_layout(
         batch_size: Examples of a batch.
         packed: Whether a row may hold several examples.
         micro_batch_size: Rows that go through the model at once. By default all of a batch; of packed ones, the
-            power of two that about holds a batch of average length, or a half or a quarter of it where that costs less.
+            power of two that about holds a batch of average length, a half or a quarter of it, or all of a batch that
+            is not much larger: what costs least.
         multiple: The rows are a multiple of this.
         longest: The largest width, such as the model's positions; by default the longest example, rounded up.
         hidden_size: Features of a token in the model: the fewer, the more a wide row costs. By default rows of all
@@ -203,6 +204,7 @@ def micro_layout(
     if packed and micro_batch_size is None:
         # Of a sample of the data it is the same power of two, where a number between may be another.
         rows = 2 ** max(0, round(math.log2(batch_size * np.mean(lengths) / max(lengths))))
+        rows = min(rows, batch_size)
     rows = -(-rows // multiple) * multiple
     widths = fine_widths(max(lengths))
     if longest is not None and widths[-1] > longest:
@@ -217,15 +219,23 @@ def micro_layout(
 
 
 def _with_fitting_rows(layout: MicroLayout, lengths: Sequence[int], batch_size: int, multiple: int) -> MicroLayout:
-    """The layout with its rows, a half or a quarter of them: what costs least for batches that are drawn."""
+    """The layout with its rows, a half or a quarter of them: what costs least for batches that are drawn.
+
+    A batch that is not much larger may also go through the model whole, as one of examples of one length should.
+    """
+    counts = {layout.rows, -(-layout.rows // 2), -(-layout.rows // 4)}
+    if batch_size < 2 * layout.rows:
+        counts.add(batch_size)
+    candidates = sorted({-(-count // multiple) * multiple for count in counts}, reverse=True)
     batches = -(-TRIED // batch_size)
     drawn = np.random.default_rng(0).choice(lengths, (batches, batch_size)).tolist()
-    best, least = layout, layout.cost(drawn)
-    for part in (2, 4):
-        fewer = layout._replace(rows=-(-layout.rows // (part * multiple)) * multiple)
-        cost = fewer.cost(drawn)
-        if fewer.rows * layout.widths[-1] >= FEWEST and cost <= WORTHWHILE * least:
-            best, least = fewer, cost
+    best, least = layout, math.inf
+    for rows in candidates:
+        one = layout._replace(rows=rows)
+        cost = one.cost(drawn)
+        is_large_enough = rows * layout.widths[-1] >= FEWEST or rows == candidates[0]
+        if is_large_enough and cost <= WORTHWHILE * least:
+            best, least = one, cost
     return best
 
 
