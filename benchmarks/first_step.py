@@ -98,8 +98,7 @@ def first_step(guess: str, words: list[str]) -> Start:
         write(self, row)
 
     MetricsLog.write = noted  # type: ignore[method-assign]
-    if guess == ALONE:
-        guessing.ENOUGH = sys.maxsize
+    guessing.CORES = 1 if guess == GUESSED else sys.maxsize
     jax.devices()
     begin = Start(time.process_time(), time.perf_counter())
     if main(words) != 0:

@@ -27,10 +27,11 @@ CACHE = (
 
 
 @pytest.fixture(autouse=True)
-def cache_settings() -> Iterator[None]:
+def cache_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """JAX's cache is on, and its settings are as before."""
     before = {name: jax.config.values[name] for name in CACHE}
     jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.setattr("peft_jax.cli.finetune.guess.CORES", 1)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -121,6 +122,8 @@ def test_few_records_are_not_guessed_of(monkeypatch: pytest.MonkeyPatch, tmp_pat
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     assert is_worthwhile(loaded)
     assert not is_worthwhile(Loaded(loaded.records[:100], (100,), None, ()))
+    monkeypatch.setattr("peft_jax.cli.finetune.guess.CORES", 10**6)
+    assert not is_worthwhile(loaded)
 
 
 def test_what_is_wrong_with_a_sample_is_left_to_the_run(capsys: pytest.CaptureFixture[str]) -> None:

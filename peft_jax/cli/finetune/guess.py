@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import heapq
 import io
+import os
 from collections.abc import Callable, Iterable
 
 import jax
@@ -17,6 +18,7 @@ from peft_jax.core.selecting import picked
 from peft_jax.train import Batch, State
 
 ENOUGH = 8192  # records whose tokenizing takes longer than to tokenize a sample and to trace a step once more
+CORES = 8  # fewer are kept busy by tokenizing or by compiling alone, and the guess itself costs a second
 SAMPLE = 512  # records, of all of them
 LONGEST = 4  # records of the sample that are the longest ones: rows are as wide as the longest needs
 LOOKED_AT = 20000  # records among which the longest are looked for
@@ -26,12 +28,13 @@ Planned = tuple[Plan, State, PyTree]  # a run's plan, and the outlines of its st
 
 
 def is_worthwhile(loaded: object) -> bool:
-    """Whether the data take long enough to tokenize, and what is compiled meanwhile is found again by the run itself.
+    """Whether the data take long, there are cores for both, and what is compiled is found again by the run itself.
 
     The run finds it in JAX's cache of compiled programs, as its own functions are others than those of the guess.
     """
     is_kept = jax.config.values["jax_enable_compilation_cache"] and jax.config.values["jax_compilation_cache_dir"]
-    return bool(is_kept) and isinstance(loaded, Loaded) and len(loaded.records) >= ENOUGH
+    is_large = isinstance(loaded, Loaded) and len(loaded.records) >= ENOUGH
+    return bool(is_kept) and is_large and (os.cpu_count() or 1) >= CORES
 
 
 def sample_of(loaded: Loaded) -> Loaded:
