@@ -173,6 +173,11 @@ def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         jax.config.update(name, value)
     reset_cache()
     yield
+    forget_many_programs()
+
+
+def forget_many_programs() -> None:
+    """Let compiled programs go from memory where they take much of it."""
     if holds_many_programs():
         quick_compilation.forget_programs()
 

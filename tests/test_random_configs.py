@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import conftest
 import numpy as np
 import pytest
-import quick_compilation
 from conformance import TOLERANCE, same_files, tolerance
 from peft_jax.interop.tensors import misfits
 from random_configs import (
@@ -335,8 +334,7 @@ def test_combinations_equal_peft_or_are_refused(
         reason = reason_of(peft_type, found.kind, found.words, fields)
         outcomes.append({**dataclasses.asdict(found), "reason": reason})
         equals += found.kind == EQUAL
-        if conftest.holds_many_programs():
-            quick_compilation.forget_programs()
+        conftest.forget_many_programs()
         if reason is None:
             faults.append(f"{number}: {found.kind}: {found.words}\n    {fields}")
     if request.config.getoption("--full-grid"):

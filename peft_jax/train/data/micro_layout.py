@@ -112,7 +112,7 @@ class MicroLayout(NamedTuple):
         micro_batches = []
         while left:
             best, least = MicroRows(0, []), math.inf
-            narrowest = self.widths.index(self._width(lengths[left[0]]))
+            narrowest = bisect.bisect_left(self.widths, lengths[left[0]])
             for width in self.widths[narrowest:]:
                 rows = _best_fit(lengths, left, self.rows, width)
                 placed = [number for row in rows for number in row]
@@ -127,7 +127,7 @@ class MicroLayout(NamedTuple):
         return micro_batches
 
     def _width(self, tokens: int) -> int:
-        return next(width for width in self.widths if width >= tokens)
+        return self.widths[bisect.bisect_left(self.widths, tokens)]
 
     def _cost(self, micro_batch: MicroRows) -> float:
         tokens = len(micro_batch.rows) * micro_batch.width
