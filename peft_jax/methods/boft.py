@@ -17,6 +17,7 @@ from peft_jax.core.product import Product
 from peft_jax.core.weight import Weight
 from peft_jax.methods.base import Arrays, Method, register
 from peft_jax.methods.fields import check_probability
+from peft_jax.methods.rotations import cayley
 from peft_jax.methods.target_fields import ExcludeFields, LayerFields, TargetFields
 
 
@@ -137,9 +138,8 @@ class BOFTConfig(TargetFields, ExcludeFields, LayerFields, Method):
     def _rotations(self, params: Arrays, state: Arrays) -> jax.Array:
         """``(factors, blocks, size, size)`` by Cayley's map, the identity for layers that are not adapted."""
         blocks = jnp.where(state["hit"], params["boft_R"], 0).astype(jnp.float32)  # in which equations are solved
-        skew = 0.5 * (blocks - jnp.swapaxes(blocks, -1, -2))
-        one = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape)
-        rotations = jnp.linalg.solve(one + skew, one - skew).astype(params["boft_R"].dtype)
+        turns = 0.5 * (blocks - jnp.swapaxes(blocks, -1, -2))
+        rotations = jnp.swapaxes(cayley(turns), -1, -2).astype(params["boft_R"].dtype)  # PEFT's turn the other way
         if "dropout" not in state:
             return rotations
         factors, number = rotations.shape[:2]
@@ -147,7 +147,7 @@ class BOFTConfig(TargetFields, ExcludeFields, LayerFields, Method):
         is_still = jax.random.permutation(order, number) < int(self.boft_dropout * number)
         is_chosen = jnp.arange(factors) == jax.random.randint(factor, (), 0, factors)
         still = is_chosen[:, None, None, None] & is_still[None, :, None, None]
-        return jnp.where(still, one.astype(rotations.dtype), rotations)
+        return jnp.where(still, jnp.eye(rotations.shape[-1], dtype=rotations.dtype), rotations)
 
 
 def _rotate(x: jax.Array, rotations: jax.Array, levels: Sequence[int]) -> jax.Array:
