@@ -408,6 +408,23 @@ def test_fields_that_contradict_each_other_are_errors(fields, message):
         dataclasses.replace(SMALL, **fields)
 
 
+@pytest.mark.parametrize("form", ["ours", "theirs", "dict"])
+def test_a_model_of_any_form_of_config(form):
+    theirs = transformers.LlamaConfig(**SIZES)
+    config = {"ours": LlamaConfig.from_hf(theirs), "theirs": theirs, "dict": theirs.to_dict()}[form]
+    model = pj.AutoModelForSequenceClassification.from_config(config)
+    assert model.config == dataclasses.replace(LlamaConfig.from_hf(theirs), task_type="SEQ_CLS")
+    with torch.device("meta"):
+        theirs_model = transformers.LlamaForSequenceClassification(theirs)
+    assert model.num_parameters() == sum(parameter.numel() for parameter in theirs_model.parameters())
+
+
+@pytest.mark.parametrize("given", ["gpt2", 3, None])
+def test_what_is_no_config_is_refused(given):
+    with pytest.raises(ValueError, match=f"{given!r} is no config. Give one of .*from_pretrained"):
+        pj.AutoModelForCausalLM.from_config(given)
+
+
 def test_a_config_without_a_hugging_face_class_is_not_written():
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot express"):
         dataclasses.replace(SMALL, qk_norm=True).to_hf()

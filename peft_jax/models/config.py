@@ -308,8 +308,19 @@ def as_class(config: ModelConfig, cls: type[C], **changes: Any) -> C:
 
 
 def as_dict(hf: Any) -> dict[str, Any]:
-    """A Hugging Face config, dict or object, as a new dict."""
-    return dict(hf) if isinstance(hf, Mapping) else dict(hf.to_dict())
+    """A Hugging Face config, dict or object, as a new dict.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(hf, Mapping):
+        return dict(hf)
+    if not hasattr(hf, "to_dict"):
+        raise ValueError(
+            f"{hf!r} is no config. Give one of peft_jax.models or of transformers, or the dict of a config.json. "
+            "A checkpoint is read by from_pretrained."
+        )
+    return dict(hf.to_dict())
 
 
 def task_of(hf: Mapping[str, Any], tasks: Mapping[str, str]) -> str:

@@ -24,7 +24,7 @@ from peft_jax.models.handles.encoders import (
 from peft_jax.models.handles.label_losses import PROBLEMS
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
 from peft_jax.models.handles.transformers_keywords import element_type, hub_options
-from peft_jax.models.registry import family_of
+from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.models.weights_io import read_generation_config, read_model
 from peft_jax.quant.bitsandbytes_config import BitsAndBytesConfig
 
@@ -97,7 +97,7 @@ class AutoHandle:
     @classmethod
     def from_config(
         cls,
-        config: ModelConfig,
+        config: Any,
         *,
         key: jax.Array | None = None,
         dtype: str | jnp.dtype = "float32",
@@ -106,13 +106,13 @@ class AutoHandle:
         """A model with random parameters.
 
         Args:
-            config: The architecture.
+            config: The architecture: a config of `peft_jax.models` or of transformers, or the dict of a config.json.
             key: Random key; None means ``jax.random.key(0)``.
             dtype: Element type of the parameters.
             remat: As in `from_pretrained`.
 
         Raises:
-            ValueError: if the architecture is not supported for this task.
+            ValueError: if the architecture is not supported, or not for this task.
 
         Example:
             >>> from peft_jax.models import LlamaConfig
@@ -121,7 +121,8 @@ class AutoHandle:
             >>> AutoModelForCausalLM.from_config(config).num_parameters()
             1384
         """
-        config = dataclasses.replace(config, task_type=cls.handle.task)
+        known = config if isinstance(config, ModelConfig) else read_architecture(config)
+        config = dataclasses.replace(known, task_type=cls.handle.task)
         params = family_of(config).init_params(config, jax.random.key(0) if key is None else key, jnp.dtype(dtype))
         return cls.handle(params, config, remat=remat)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.layout import Layout
-from peft_jax.core.paths import keys_from_codes, name_codes
+from peft_jax.core.paths import drawn_in_turn, keys_from_codes, name_codes
 from peft_jax.core.selecting import picked
 
 Draw = Callable[[jax.Array, jax.Array], jax.Array]  # of a key and the rank
@@ -76,9 +76,7 @@ def _used(ranks: jax.Array, largest: int) -> jax.Array:
 def _of_each_layer(
     draw: Draw, codes: np.ndarray | jax.Array, ranks: jax.Array, key: jax.Array, number: int
 ) -> jax.Array:
-    for _ in codes.shape:
-        draw = jax.vmap(draw)
-    return draw(keys_from_codes(jax.random.fold_in(key, number), codes), ranks)
+    return drawn_in_turn(draw, keys_from_codes(jax.random.fold_in(key, number), codes), ranks)
 
 
 def _draws(
