@@ -1,9 +1,8 @@
 """How LoRA's factors start where the base's numbers do not matter: zeros and draws, as PEFT's reset_lora_parameters."""
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,27 @@ from peft_jax.core.layout import Layout
 from peft_jax.core.paths import drawn_in_turn, keys_from_codes, name_codes
 from peft_jax.core.selecting import picked
 
-Draw = Callable[[jax.Array, jax.Array], jax.Array]  # of a key and the rank
+FIRST, SECOND, BIAS = range(3)  # what is drawn of a leaf: each has random keys of its own
+Kind = Literal["normal", "gaussian", "uniform"]
+
+
+class _Drawing(NamedTuple):
+    """How an array of a leaf is drawn; one program is compiled for all that are drawn alike.
+
+    Attributes:
+        part: Which array of the leaf it is.
+        kind: Normal numbers, normal ones over the rank ("gaussian"), or uniform ones as PyTorch's Linear, within
+            1 / sqrt(fan_in).
+        shape: Of one layer's array.
+        fan_in: For uniform ones; None for the rank, of all experts together.
+        experts: How many there are.
+    """
+
+    part: int
+    kind: Kind
+    shape: tuple[int, ...]
+    fan_in: int | None = None
+    experts: int = 1
 
 
 def drawn(
@@ -34,75 +53,53 @@ def drawn(
     n_in, n_out = layout.sizes(shape)
     inner, experts = ranks // layout.groups, math.prod(picked(names.shape, layout.unnamed))
     shape_a, shape_b = (n_in * layout.groups, int(ranks.max())), (int(inner.max()), n_out)
-    draws = _Draws(init, shape_a, shape_b, layout.lookup, experts)
-    return _factors(key, name_codes(names), ranks.astype(np.int32), inner.astype(np.int32), draws)
-
-
-class _Draws(NamedTuple):
-    """How both factors of a leaf are drawn; one program is compiled for all leaves alike."""
-
-    init: bool | str
-    shape_a: tuple[int, int]
-    shape_b: tuple[int, int]
-    lookup: bool
-    experts: int
-
-
-@partial(jax.jit, static_argnames="draws")
-def _factors(
-    key: jax.Array, codes: jax.Array, ranks: jax.Array, inner: jax.Array, draws: _Draws
-) -> dict[str, jax.Array]:
-    draw_a, draw_b = _draws(*draws)
-    a, b = jnp.zeros((*codes.shape, *draws.shape_a)), jnp.zeros((*codes.shape, *draws.shape_b))
-    if draw_a is not None:
-        a = jnp.where(_used(ranks, draws.shape_a[1])[..., None, :], _of_each_layer(draw_a, codes, ranks, key, 0), 0)
-    if draw_b is not None:
-        b = jnp.where(_used(inner, draws.shape_b[0])[..., :, None], _of_each_layer(draw_b, codes, inner, key, 1), 0)
-    return {"lora_A": a, "lora_B": b}
+    a: _Drawing | None = _Drawing(FIRST, "uniform", shape_a, fan_in=shape_a[0])
+    b: _Drawing | None = None
+    if layout.lookup:
+        a = _Drawing(FIRST, "normal", shape_a) if init is False else None
+        b = _Drawing(SECOND, "normal", shape_b)
+    elif init == "gaussian":
+        a = _Drawing(FIRST, "gaussian", shape_a)
+    elif init is False:
+        b = _Drawing(SECOND, "uniform", shape_b, experts=experts)
+    codes = name_codes(names)
+    return {
+        "lora_A": jnp.zeros((*names.shape, *shape_a)) if a is None else _factor(key, codes, ranks.astype(np.int32), a),
+        "lora_B": jnp.zeros((*names.shape, *shape_b)) if b is None else _factor(key, codes, inner.astype(np.int32), b),
+    }
 
 
 def drawn_bias(init: bool | str, n_out: int, names: np.ndarray, ranks: np.ndarray, key: jax.Array) -> jax.Array:
     """The trained bias ``(*stack, out)``: zero, or random as that of PyTorch's Linear with inputs of these ranks."""
     if init is not False:
         return jnp.zeros((*names.shape, n_out))
-    bias = _of_each_layer(_uniform((n_out,), None), name_codes(names), jnp.asarray(ranks), key, 2)
+    bias = _random(key, name_codes(names), jnp.asarray(ranks), _Drawing(BIAS, "uniform", (n_out,)))
     return jnp.where(jnp.asarray(ranks > 0)[..., None], bias, 0)
 
 
-def _used(ranks: jax.Array, largest: int) -> jax.Array:
-    return jnp.expand_dims(jnp.arange(largest), range(ranks.ndim)) < ranks[..., None]
+@partial(jax.jit, static_argnames="drawing")
+def _factor(key: jax.Array, codes: jax.Array, ranks: jax.Array, drawing: _Drawing) -> jax.Array:
+    """A factor of all layers, zero beyond their ranks."""
+    shape = (*ranks.shape, *drawing.shape)
+    rank_axis = ranks.ndim + (1 if drawing.part == FIRST else 0)
+    is_used = jax.lax.broadcasted_iota(jnp.int32, shape, rank_axis) < ranks[..., None, None]
+    return jnp.where(is_used, _random(key, codes, ranks, drawing), 0)
 
 
-def _of_each_layer(
-    draw: Draw, codes: np.ndarray | jax.Array, ranks: jax.Array, key: jax.Array, number: int
-) -> jax.Array:
-    return drawn_in_turn(draw, keys_from_codes(jax.random.fold_in(key, number), codes), ranks)
+def _random(key: jax.Array, codes: np.ndarray | jax.Array, ranks: jax.Array, drawing: _Drawing) -> jax.Array:
+    """The numbers of all layers, with the axes of the codes in front."""
+    keys = keys_from_codes(jax.random.fold_in(key, drawing.part), codes)
+    return drawn_in_turn(partial(_of_layer, drawing), keys, ranks)
 
 
-def _draws(
-    init: bool | str, shape_a: tuple[int, int], shape_b: tuple[int, int], lookup: bool, experts: int
-) -> tuple[Draw | None, Draw | None]:
-    """How A and B are drawn; None for zeros, which need no keys: to lower those takes longer than all else."""
-    if lookup:
-        return (_normal(shape_a) if init is False else None), _normal(shape_b)
-    if init == "gaussian":
-        return _gaussian(shape_a), None
-    return _uniform(shape_a, shape_a[0]), _uniform(shape_b, None, experts) if init is False else None
-
-
-def _normal(shape: tuple[int, ...]) -> Draw:
-    return lambda key, rank: jax.random.normal(key, shape)
-
-
-def _gaussian(shape: tuple[int, ...]) -> Draw:
-    return lambda key, rank: _divided(jax.random.normal(key, shape), jnp.float32(jnp.maximum(rank, 1)))
-
-
-def _uniform(shape: tuple[int, ...], fan_in: int | None, experts: int = 1) -> Draw:
-    """As PyTorch's Linear, within 1 / sqrt(fan_in); the rank is that of what B takes, for all experts together."""
-    return lambda key, rank: _divided(
-        jax.random.uniform(key, shape, minval=-1.0), jnp.sqrt(jnp.float32(fan_in or experts * jnp.maximum(rank, 1)))
-    )
+def _of_layer(drawing: _Drawing, key: jax.Array, rank: jax.Array) -> jax.Array:
+    """The numbers of one layer of this rank."""
+    least = jnp.maximum(rank, 1)
+    if drawing.kind == "uniform":
+        inputs = jnp.float32(drawing.fan_in or drawing.experts * least)
+        return _divided(jax.random.uniform(key, drawing.shape, minval=-1.0), jnp.sqrt(inputs))
+    numbers = jax.random.normal(key, drawing.shape)
+    return _divided(numbers, jnp.float32(least)) if drawing.kind == "gaussian" else numbers
 
 
 def _divided(draws: jax.Array, number: jax.Array) -> jax.Array:
