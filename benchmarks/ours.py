@@ -211,7 +211,12 @@ def weight_products(name: str, model: Any, tokens: int) -> Contender:
 
 
 def wake() -> None:
-    """Make the device ready, by a first program."""
+    """Make the device ready, by a first program, and import what is imported where it is first used.
+
+    With PyTorch installed, transformers imports it, and that weighs more than some models.
+    """
+    import transformers.models.llama.configuration_llama  # noqa: F401
+
     jax.block_until_ready(jnp.zeros(1) + 1)
 
 

@@ -100,14 +100,15 @@ def tag_problem(id2label: Mapping[int, str]) -> Problem:
     Args:
         id2label: Names of the classes by number.
     """
+    return Problem(_loss_of_tags, _guessed_tags, partial(tag_scores, id2label), "nats a word")
 
-    def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return cross_entropy(_of_tokens(logits, batch), jnp.asarray(batch["labels"]), next_token=False)
 
-    def guess(logits: jax.Array, batch: Batch) -> jax.Array:
-        return jnp.argmax(_of_tokens(logits, batch), axis=-1).astype(jnp.int32)
+def _loss_of_tags(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return cross_entropy(_of_tokens(logits, batch), jnp.asarray(batch["labels"]), next_token=False)
 
-    return Problem(loss, guess, partial(tag_scores, id2label), "nats a word")
+
+def _guessed_tags(logits: jax.Array, batch: Batch) -> jax.Array:
+    return jnp.argmax(_of_tokens(logits, batch), axis=-1).astype(jnp.int32)
 
 
 def _of_tokens(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -122,22 +123,23 @@ def span_problem(records: Sequence[Question], windows: Sequence[Window]) -> Prob
         records: The questions.
         windows: The part of its text that each row has.
     """
+    return Problem(_loss_of_spans, _guessed_spans, partial(span_scores, records, windows), "nats an end")
 
-    def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        virtual = logits.shape[1] - batch["input_ids"].shape[1]
-        mask = jnp.pad(jnp.asarray(batch["attention_mask"]), ((0, 0), (virtual, 0)), constant_values=1)
-        losses, count = [], jnp.int32(0)
-        for name, one in (("labels", logits[..., 0]), ("ends", logits[..., 1])):
-            places = jnp.asarray(dict(batch)[name])
-            places = jnp.where(places == IGNORE, IGNORE, places + virtual)
-            total, count = cross_entropy(jnp.where(mask > 0, one, LOWEST), places, next_token=False)
-            losses.append(total)
-        return (losses[0] + losses[1]) / 2, count
 
-    def guess(logits: jax.Array, batch: Batch) -> jax.Array:
-        return _of_tokens(logits, batch).astype(jnp.float32)
+def _loss_of_spans(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    virtual = logits.shape[1] - batch["input_ids"].shape[1]
+    mask = jnp.pad(jnp.asarray(batch["attention_mask"]), ((0, 0), (virtual, 0)), constant_values=1)
+    losses, count = [], jnp.int32(0)
+    for name, one in (("labels", logits[..., 0]), ("ends", logits[..., 1])):
+        places = jnp.asarray(dict(batch)[name])
+        places = jnp.where(places == IGNORE, IGNORE, places + virtual)
+        total, count = cross_entropy(jnp.where(mask > 0, one, LOWEST), places, next_token=False)
+        losses.append(total)
+    return (losses[0] + losses[1]) / 2, count
 
-    return Problem(loss, guess, partial(span_scores, records, windows), "nats an end")
+
+def _guessed_spans(logits: jax.Array, batch: Batch) -> jax.Array:
+    return _of_tokens(logits, batch).astype(jnp.float32)
 
 
 LOWEST = -1e4  # in place of the logits of padding

@@ -3,13 +3,12 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -18,7 +17,7 @@ from peft_jax.cli.finetune import setup as setup
 from peft_jax.cli.finetune.adapter_config import attach, choose_task, make_config, settle, with_rate
 from peft_jax.cli.finetune.adapter_folder import Beside
 from peft_jax.cli.finetune.ahead import compiled_meanwhile, is_outline, outline_of
-from peft_jax.cli.finetune.guess import Planned, guessed_programs, is_worthwhile
+from peft_jax.cli.finetune.guess import Guess, Planned, guessed, is_worthwhile
 from peft_jax.cli.finetune.options import Finetune as Finetune
 from peft_jax.cli.finetune.options import check
 from peft_jax.cli.finetune.processes import (
@@ -133,12 +132,12 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
             recorded=recorded,
         )
         outlined = partial(_outlined, base, tokenizer, config, options)
-        guess: Iterable[jax.stages.Lowered] = ()
+        guess: Guess | None = None
         # A run that is resumed has its programs in the cache.
         if outline is not None and not options.run.resume and is_worthwhile(loaded):
             whole = partial(data_of, options=dataclasses.replace(options.data, val_size=0))
-            guess = guessed_programs(whole, partial(_planned, options, task, outlined), loaded)
-        with compiled_meanwhile(lambda: guess, all_of_them=False):
+            guess = guessed(whole, partial(_planned, options, task, outlined), loaded)
+        with compiled_meanwhile(lambda: () if guess is None else guess.programs, all_of_them=False):
             data = data_of(loaded)
         base, attached, model = outlined(data)
         if model is None:
@@ -149,6 +148,8 @@ def _run(options: Finetune, mesh: Mesh | None, checkpoints: Checkpoints) -> None
         fingerprint["tokens"] = data.digest
     fingerprint["contents"] |= setup.start_digests(folder)
     plan, state, frozen = make_plan(options, task, model, data, mesh)
+    if guess is not None:
+        plan = plan.with_programs_of(guess.plan)
     if is_outline(model):
         first = plan.batches[checkpoints.latest or 0]
         programs = partial(plan.step.programs, state.trainable, state.opt_state, frozen, first, state.key)

@@ -5,7 +5,8 @@ import dataclasses
 import heapq
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,14 +28,23 @@ BATCHES = 8  # batches of the sample whose micro batches are looked at
 Planned = tuple[Plan, State, PyTree]  # a run's plan, and the outlines of its state and its frozen partition
 
 
-def is_worthwhile(loaded: object) -> bool:
-    """Whether the data take long, there are cores for both, and what is compiled is found again by the run itself.
+class Guess(NamedTuple):
+    """What a sample of the data says of a run.
 
-    The run finds it in JAX's cache of compiled programs, as its own functions are others than those of the guess.
+    Attributes:
+        plan: Its plan for the sample.
+        programs: Those of the plan's micro batches, that of the commonest shape first; each is lowered when it is asked
+            for.
     """
-    is_kept = jax.config.values["jax_enable_compilation_cache"] and jax.config.values["jax_compilation_cache_dir"]
+
+    plan: Plan
+    programs: Iterator[jax.stages.Lowered]
+
+
+def is_worthwhile(loaded: object) -> bool:
+    """Whether the data take long, and there are cores for both."""
     is_large = isinstance(loaded, Loaded) and len(loaded.records) >= ENOUGH
-    return bool(is_kept) and is_large and (os.cpu_count() or 1) >= CORES
+    return is_large and (os.cpu_count() or 1) >= CORES
 
 
 def sample_of(loaded: Loaded) -> Loaded:
@@ -52,10 +62,10 @@ def sample_of(loaded: Loaded) -> Loaded:
     return dataclasses.replace(loaded, records=list(chosen), counts=(len(chosen),), weights=None)
 
 
-def guessed_programs(
+def guessed(
     make_data: Callable[[Loaded], Examples], make_plan: Callable[[Examples], Planned | None], loaded: Loaded
-) -> Iterable[jax.stages.Lowered]:
-    """Plan the run as if its data were a sample, and give the lowered programs of that plan's micro batches.
+) -> Guess | None:
+    """Plan the run as if its data were a sample, and give the programs of that plan's micro batches.
 
     Args:
         make_data: Makes a run's examples of its records.
@@ -63,19 +73,20 @@ def guessed_programs(
         loaded: All records.
 
     Returns:
-        The programs, the one of the commonest shape first; each is lowered when it is asked for. No program if the
-        sample cannot be planned for: what is wrong with it is found again with all records, and reported then.
+        The guess. None if the sample cannot be planned for: what is wrong with it is found again with all records, and
+        reported then.
     """
     unsaid = io.StringIO()  # what is said of the sample is said of all records later
     try:
         with contextlib.redirect_stdout(unsaid), contextlib.redirect_stderr(unsaid):
             planned = make_plan(make_data(sample_of(loaded)))
             if planned is None:
-                return ()
+                return None
             plan, state, frozen = planned
             micro_batches: list[Batch] = []
             for number in range(BATCHES):  # by number: a loop over the batches themselves would read far ahead
                 micro_batches += plan.batches[number]
     except Exception:
-        return ()
-    return plan.step.programs_of_micro_batches(state.trainable, frozen, micro_batches, state.key)
+        return None
+    programs = plan.step.programs_of_micro_batches(state.trainable, frozen, micro_batches, state.key)
+    return Guess(plan, programs)

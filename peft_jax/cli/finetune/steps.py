@@ -34,6 +34,7 @@ from peft_jax.train import (
     training_batches,
 )
 from peft_jax.train.accumulate import AccumulatingStep
+from peft_jax.train.batch_loss import SummedLoss
 from peft_jax.train.data.batches import Data
 from peft_jax.train.data.micro_layout import MicroLayout
 from peft_jax.train.hooks import init_optimizer, scheduled
@@ -63,6 +64,7 @@ class Plan:
         batches: Item ``n`` is the batch of step ``n``, in micro batches.
         validation_data: Rows kept apart, or None.
         layout: How rows are laid into micro batches.
+        loss: That of the data's labels; None for cross entropy.
         step: The compiled training step.
         optimizer: The optimizer.
         seed: That of the run.
@@ -78,6 +80,7 @@ class Plan:
     batches: Sequence[Sequence[Batch]]
     validation_data: Data | None
     layout: MicroLayout
+    loss: SummedLoss | None
     step: AccumulatingStep
     optimizer: optax.GradientTransformation
     seed: int
@@ -87,6 +90,15 @@ class Plan:
     def start(self, model: ModelHandle) -> tuple[State, Any]:
         """Split the model of which the plan was made for an outline, as `make_plan` does."""
         return split(model, self.optimizer, self.seed, self.mesh)
+
+    def with_programs_of(self, other: "Plan") -> "Plan":
+        """The plan with the programs of micro batches of another one, which was made with the same options.
+
+        JAX knows what it traced and compiled by the function. The update depends on the number of steps, and stays.
+        """
+        if self.loss is not other.loss:
+            return self
+        return dataclasses.replace(self, step=dataclasses.replace(other.step, end=self.step.end))
 
     def row(self, state: State, metrics: StepMetrics) -> dict[str, float | int]:
         """The row that a step adds to the metrics."""
@@ -147,16 +159,18 @@ def make_plan(
     if mesh is not None:
         batches = PlacedBatches(batches, mesh)
         layout = (*shardings((state.trainable, state.opt_state)), NamedSharding(mesh, PartitionSpec()))
+    loss = None if data.problem is None else data.problem.loss
     step = make_accumulating_step(
         task.apply,
         optimizer,
         next_token=task.next_token,
         out_shardings=layout,
         base_dropout=not training.no_base_dropout,
-        loss=None if data.problem is None else data.problem.loss,
+        loss=loss,
     )
     compiled_rate = jax.jit(rate)  # else a program for each of its operations
-    parts = (task, max_steps, epoch, options.run.eval_steps or epoch, compiled_rate, batches, data.validation, rows)
+    eval_steps = options.run.eval_steps or epoch
+    parts = (task, max_steps, epoch, eval_steps, compiled_rate, batches, data.validation, rows, loss)
     of_experts = None if model.config.routing is None else mesh  # no other model asks for the mesh
     parts_of_step = fields_of(step, field_names(step))
     step = dataclasses.replace(step, **{name: with_mesh_in_use(fn, of_experts) for name, fn in parts_of_step.items()})
