@@ -18,8 +18,8 @@ from peft_jax.core.pytree import PyTree
 from peft_jax.core.selecting import picked
 from peft_jax.train import Batch, State
 
-ENOUGH = 8192  # records whose tokenizing takes longer than to tokenize a sample and to trace a step once more
-CORES = 8  # fewer are kept busy by tokenizing or by compiling alone, and the guess itself costs a second
+ENOUGH = 8192  # records whose tokenizing takes longer than to tokenize a sample and to plan for it
+CORES = 4  # of two, tokenizing and compiling each keep more than one busy, and a guess neither costs nor saves time
 SAMPLE = 512  # records, of all of them
 LONGEST = 4  # records of the sample that are the longest ones: rows are as wide as the longest needs
 LOOKED_AT = 20000  # records among which the longest are looked for
