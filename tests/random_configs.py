@@ -424,7 +424,8 @@ EXPLAINED = (
     Explained(
         THEIRS,
         (),
-        r"Embedding\(.*\) is not (supported|a plain)|does not support target modules of type .*Embedding",
+        r"Embedding\(.*\) is not (supported|a plain)|does not support target modules of type .*Embedding"
+        r"|type <class '.*Embedding'> not supported",
         "PEFT has the type for linear layers; here it is on embeddings too.",
     ),
     Explained(
@@ -438,6 +439,19 @@ EXPLAINED = (
         ("IA3",),
         "should be a subset of `target_modules`",
         "PEFT writes the model's default `feedforward_modules` beside targets that lack them, and does not read that.",
+    ),
+    Explained(
+        THEIRS,
+        ("IA3",),
+        "should be a subset of `target_modules`",
+        "PEFT compares names as they are written; here `q_proj` is the target 'layers.1.self_attn.q_proj' too.",
+    ),
+    Explained(
+        DIFFERENT,
+        ("OSF",),
+        "^other logits, by [12]e-05$",
+        "Both decompose the weight in float32. PEFT adds its parts up, and we take the old part off the weight: the "
+        "sums of parts lose these digits, in float64 too, as the decomposition stays in float32.",
     ),
     Explained(
         DIFFERENT,

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
+from peft_jax.core.adapted import changed_layers
 from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.core.partition import count_parameters
 from peft_jax.core.targets import shortened_names
@@ -983,6 +984,22 @@ def test_osf_finds_patterns_of_ranks_anywhere(dense):
     assert pj.apply_adapter(dense, config)["dense"]["kernel"].params["S_low"].shape == (1,)
     with pytest.raises(ValueError, match=r"a key of rank_pattern='\('"):
         pj.apply_adapter(dense, config.replace(rank_pattern={"(": 3}))
+
+
+RANKS_OF_LAYERS = ["DeloraConfig", "LoHaConfig", "LoKrConfig", "LoraConfig", "OSFConfig"]
+
+
+@pytest.mark.parametrize("largest", [6, 1])
+@pytest.mark.parametrize("name", RANKS_OF_LAYERS)
+def test_the_rank_of_a_layer_that_is_not_adapted_is_left_aside(name, largest):
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = pj.AutoModelForCausalLM.from_config(pj.models.LlamaConfig(num_hidden_layers=2, **sizes))
+    ranks = {r"model\.layers\.0\..*": largest}
+    targets = ["layers.1.self_attn.q_proj", "down_proj"]  # the second has a module that the pattern hits
+    config = getattr(pj, name)(target_modules=targets, rank_pattern=ranks)
+    adapted = pj.get_peft_model(model, config)
+    q_proj = adapted.params["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert (changed_layers(q_proj) == [False, True]).all()
 
 
 def test_cayleys_map_of_half_precision_is_solved_in_float32(dense):

@@ -145,7 +145,8 @@ class OSFConfig(TargetFields, StartsFromWeight, FactoredChange):
         hits = [number for number, hit in zip(kept, adapted.flat, strict=True) if hit]
         most_kept, most_trained = max(hits), smaller - min(hits)
         layers = []
-        for number, layer, hit in zip(kept, matrix.reshape(-1, n_in, n_out), adapted.flat, strict=True):
+        for own_kept, layer, hit in zip(kept, matrix.reshape(-1, n_in, n_out), adapted.flat, strict=True):
+            number = own_kept if hit else most_kept  # the shapes of a layer that is not adapted, all of it zero
             inputs, values, outputs = jnp.linalg.svd(layer if hit else jnp.zeros_like(layer), full_matrices=False)
             own = {
                 LEFT: _padded(outputs.T[:, number:], most_trained),
