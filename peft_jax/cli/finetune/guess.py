@@ -29,10 +29,10 @@ Planned = tuple[Plan, State, PyTree]  # a run's plan, and the outlines of its st
 
 
 class Guess(NamedTuple):
-    """What a sample of the data says of a run.
+    """A run as it would be if its data were a sample of them.
 
     Attributes:
-        plan: Its plan for the sample.
+        plan: Its plan.
         programs: Those of the plan's micro batches, that of the commonest shape first; each is lowered when it is asked
             for.
     """
