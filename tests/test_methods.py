@@ -57,6 +57,30 @@ def test_a_fresh_adapter_changes_nothing(config):
         np.testing.assert_array_equal(merged, kernel)
 
 
+DRAWN = {"a bias of LoRA": pj.LoraConfig(r=2, lora_bias=True, init_lora_weights=False, target_modules=["dense"])}
+for name in ("FROD", "ADAMSS", "LOHA", "LOKR", "HIRA"):
+    DRAWN[f"{name} at random"] = CASES[name].replace(init_weights=False)
+
+
+@pytest.mark.parametrize("config", [*CASES.values(), *DRAWN.values()], ids=[*CASES, *DRAWN])
+def test_a_second_leaf_of_the_same_shape_compiles_nothing(config):
+    compiled = []
+
+    def listen(event, seconds, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(more["fun_name"])
+
+    tree = {"layers": {"dense": {"kernel": normal(0, 2, 12, 8)}}}
+    layout = {".*kernel": pj.Layout((0,), (1,), (2,))}
+    pj.apply_adapter(tree, config, layout=layout)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        pj.apply_adapter(tree, config, layout=layout)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
 @changes_matrix
 def test_products_and_lookups_equal_merging_first(config):
     kernel, leaf = start(config)

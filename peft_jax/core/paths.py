@@ -4,6 +4,7 @@ import collections
 import itertools
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -139,14 +140,19 @@ def keys_from_names(key: jax.Array, names: np.ndarray) -> jax.Array:
 
 def normal_by_names(key: jax.Array, names: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
     """Normal numbers of this shape, whose first axes are those of ``names``, drawn with the keys of the names."""
-    return drawn_in_turn(lambda key: jax.random.normal(key, shape[names.ndim :]), keys_from_names(key, names))
+    return _normals(keys_from_names(key, names), shape[names.ndim :])
+
+
+@partial(jax.jit, static_argnames="shape")
+def _normals(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return drawn_in_turn(lambda key: jax.random.normal(key, shape), keys)
 
 
 def drawn_in_turn(draw: Callable[..., jax.Array], keys: jax.Array, *others: jax.Array) -> jax.Array:
     """Draw with one key after the other.
 
     The numbers are those of all keys at once by `jax.vmap`, which XLA takes two to three times as long to compile for
-    a CPU.
+    a CPU. Call it in a function that is compiled: outside of one, each call is compiled anew.
 
     Args:
         draw: Draws with a key and an element of each of the others.

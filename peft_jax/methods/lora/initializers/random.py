@@ -13,7 +13,7 @@ from peft_jax.core.paths import drawn_in_turn, keys_from_codes, name_codes
 from peft_jax.core.selecting import picked
 
 FIRST, SECOND, BIAS = range(3)  # what is drawn of a leaf: each has random keys of its own
-Kind = Literal["normal", "gaussian", "uniform"]
+Kind = Literal["zero", "normal", "gaussian", "uniform"]
 
 
 class _Drawing(NamedTuple):
@@ -21,8 +21,8 @@ class _Drawing(NamedTuple):
 
     Attributes:
         part: Which array of the leaf it is.
-        kind: Normal numbers, normal ones over the rank ("gaussian"), or uniform ones as PyTorch's Linear, within
-            1 / sqrt(fan_in).
+        kind: Zeros, normal numbers, normal ones over the rank ("gaussian"), or uniform ones as PyTorch's Linear,
+            within 1 / sqrt(fan_in).
         shape: Of one layer's array.
         fan_in: For uniform ones; None for the rank, of all experts together.
         experts: How many there are.
@@ -53,19 +53,16 @@ def drawn(
     n_in, n_out = layout.sizes(shape)
     inner, experts = ranks // layout.groups, math.prod(picked(names.shape, layout.unnamed))
     shape_a, shape_b = (n_in * layout.groups, int(ranks.max())), (int(inner.max()), n_out)
-    a: _Drawing | None = _Drawing(FIRST, "uniform", shape_a, fan_in=shape_a[0])
-    b: _Drawing | None = None
+    kinds: tuple[Kind, Kind] = ("uniform", "uniform" if init is False else "zero")
     if layout.lookup:
-        a = _Drawing(FIRST, "normal", shape_a) if init is False else None
-        b = _Drawing(SECOND, "normal", shape_b)
+        kinds = ("normal" if init is False else "zero", "normal")
     elif init == "gaussian":
-        a = _Drawing(FIRST, "gaussian", shape_a)
-    elif init is False:
-        b = _Drawing(SECOND, "uniform", shape_b, experts=experts)
-    codes = name_codes(names)
+        kinds = ("gaussian", "zero")
+    codes, first = name_codes(names), _Drawing(FIRST, kinds[0], shape_a, fan_in=shape_a[0])
+    second = _Drawing(SECOND, kinds[1], shape_b, experts=experts)
     return {
-        "lora_A": jnp.zeros((*names.shape, *shape_a)) if a is None else _factor(key, codes, ranks.astype(np.int32), a),
-        "lora_B": jnp.zeros((*names.shape, *shape_b)) if b is None else _factor(key, codes, inner.astype(np.int32), b),
+        "lora_A": _factor(key, codes, ranks.astype(np.int32), first),
+        "lora_B": _factor(key, codes, inner.astype(np.int32), second),
     }
 
 
@@ -81,11 +78,14 @@ def drawn_bias(init: bool | str, n_out: int, names: np.ndarray, ranks: np.ndarra
 def _factor(key: jax.Array, codes: jax.Array, ranks: jax.Array, drawing: _Drawing) -> jax.Array:
     """A factor of all layers, zero beyond their ranks."""
     shape = (*ranks.shape, *drawing.shape)
+    if drawing.kind == "zero":  # without keys: to lower those takes longer than all else
+        return jnp.zeros(shape)
     rank_axis = ranks.ndim + (1 if drawing.part == FIRST else 0)
     is_used = jax.lax.broadcasted_iota(jnp.int32, shape, rank_axis) < ranks[..., None, None]
     return jnp.where(is_used, _random(key, codes, ranks, drawing), 0)
 
 
+@partial(jax.jit, static_argnames="drawing")
 def _random(key: jax.Array, codes: np.ndarray | jax.Array, ranks: jax.Array, drawing: _Drawing) -> jax.Array:
     """The numbers of all layers, with the axes of the codes in front."""
     keys = keys_from_codes(jax.random.fold_in(key, drawing.part), codes)
