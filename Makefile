@@ -16,7 +16,7 @@
 #   make docs     the site, in build/site, from docs/, README.md and docstrings (in .venv-docs)
 #   make dist     build and check what is uploaded, in dist/, and run the demo from the wheel in an empty environment
 #   make notebooks       execute docs/notebooks/ in Jupyter's kernel, and store the outputs in them
-#   make bench    measure beside PyTorch PEFT on this machine (about 15 minutes; leave it alone meanwhile), and write
+#   make bench    measure beside PyTorch PEFT on this machine (half an hour; leave it alone meanwhile), and write
 #                 docs/benchmarks.md and the README's summary of it
 #   make quality  train two tasks to the end here and in PEFT, three seeds each, and write docs/quality.md
 #   make bench-chip      measure training and decoding on this machine's GPU or TPU in 6 minutes, and write docs/chips.md
