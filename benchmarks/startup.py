@@ -11,6 +11,7 @@ Peak memory is taken in processes of their own: of reading the checkpoint, and o
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -31,8 +32,11 @@ from shapes import SHAPES, Dtype, Size, checkpoint_folder, token_ids
 SIDES = ("ours", "peft")
 READING, ANSWER = "read the checkpoint", "answer a prompt"
 SPARE = 500 * 2**20  # bytes that an answer may take beside 1.5 times the weights
-IMPORTS = {
-    "ours": "import peft_jax",
+IMPORTS = {  # of a name alone peft_jax imports nothing: what reading a Llama and training it import is named here
+    "ours": (
+        "from peft_jax import AutoModelForCausalLM, LoraConfig, get_peft_model; import peft_jax.models.llama.model; "
+        "from peft_jax.train import make_training_step; import transformers.models.llama.configuration_llama"
+    ),
     "peft": "from peft import LoraConfig, get_peft_model; from transformers import LlamaForCausalLM",
 }
 
@@ -64,7 +68,7 @@ class Settings:
     batch: int = 1
     length: int = 32
     rank: int = 16
-    repeats: int = 2
+    repeats: int = 3
     turns: int = 7
     contenders: tuple[str, ...] = SIDES
     memory: bool = True
@@ -75,7 +79,7 @@ class Settings:
 
 
 def imported(name: str) -> Contender:
-    """Starts Python and imports what training with LoRA needs."""
+    """Starts Python and imports what reading a model and training it with LoRA need."""
     command = [sys.executable, "-c", IMPORTS[name]]
     return Contender(f"import: {name}", lambda: subprocess.run(command, check=True, capture_output=True))
 
@@ -96,7 +100,13 @@ def files(name: str, settings: Settings) -> list[Contender]:
         ANSWER: lambda: answer(side, bases[1], settings),
     }
     work["write the adapter"]()
-    return [Contender(f"{what}: {name}", run) for what, run in work.items()]
+    before = {READING: functools.partial(measure.take_memory, 2 * weights_of(checkpoint))}
+    return [Contender(f"{what}: {name}", run, before=before.get(what)) for what, run in work.items()]
+
+
+def weights_of(checkpoint: Path) -> int:
+    """Bytes of a checkpoint's weights."""
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
 
 def answer(side: Any, model: Any, settings: Settings) -> None:
@@ -114,24 +124,27 @@ def own_time_of_safetensors(settings: Settings) -> Contender:
         files = checkpoint.glob("*.safetensors")
         return [tensor.astype(dtype, copy=False) for file in files for tensor in load_file(file).values()]
 
-    return Contender(f"{READING}: safetensors", read)
+    before = functools.partial(measure.take_memory, 2 * weights_of(checkpoint))
+    return Contender(f"{READING}: safetensors", read, before=before)
 
 
 def first_steps(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Rows of the first step at each depth, with its parts, in turn."""
-    found = {}
+    """Rows of the first step at each depth, with its parts; all depths in turn, since their ratios are asked."""
+    contenders: list[Contender] = []
+    parts: dict[tuple[int, str], list[dict[str, float]]] = {}
     for depth in settings.depths:
         shape = {**SHAPES[settings.size], "num_hidden_layers": depth}
         ids = token_ids(shape, settings.batch, settings.length)
-        parts: dict[str, list[dict[str, float]]] = {name: [] for name in settings.contenders}
+        for name in settings.contenders:
+            parts[depth, name] = []
+            contenders.append(stepping(name, shape, settings, ids, parts[depth, name]))
 
-        contenders = [stepping(name, shape, settings, ids, parts[name]) for name in parts]
-        times = measure.interleave(contenders, settings.repeats)
-        found |= {one.name: measure.row(one, times[one.name]) for one in contenders}
-        for name, seconds in parts.items():
-            for part in seconds[0]:
-                one = f"{part}, {depth} layers: {name}"
-                found[one] = measure.row(Contender(one, lambda: None), [turn[part] for turn in seconds[1:]])
+    times = measure.interleave(contenders, settings.repeats)
+    found = {one.name: measure.row(one, times[one.name]) for one in contenders}
+    for (depth, name), seconds in parts.items():
+        for part in seconds[0]:
+            one = f"{part}, {depth} layers: {name}"
+            found[one] = measure.row(Contender(one, lambda: None), [turn[part] for turn in seconds[1:]])
     return found
 
 
@@ -204,7 +217,7 @@ def main(settings: Settings) -> None:
     # Imports apart: on a virtual machine the memory that their processes freed is slow for whoever needs it next.
     times = measure.interleave(imports, settings.repeats) | measure.interleave(contenders, settings.turns)
     rows = {one.name: measure.row(one, times[one.name]) for one in (*imports, *contenders)}
-    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    weights = weights_of(checkpoint)
     tasks = [f"{kind}: {name}" for kind in (READING, ANSWER) for name in settings.contenders]
     for task in tasks if settings.memory else ():
         rows[task] |= {"file_bytes": weights, **measure.alone(task)}

@@ -147,6 +147,11 @@ def test_contenders_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = [measure.Contender(name, lambda name=name: ran.append(name)) for name in "ab"]
     times = measure.interleave(contenders, 2)
     assert ran == ["a", "b"] * 3 and {name: len(row) for name, row in times.items()} == {"a": 2, "b": 2}
+
+    ran.clear()
+    prepared = measure.Contender("c", lambda: ran.append("c"), before=lambda: ran.append("before"))
+    measure.interleave([prepared], 1)
+    assert ran == ["before", "c"] * 2
     rows = [
         measure.row(contender, seconds) for contender, seconds in zip(contenders, ([6, 2, 4], [1, 2, 4]), strict=True)
     ]
