@@ -6,10 +6,10 @@ A toy with few features is trained for one step in fresh processes, so that its 
 the command imports on the way is imported before the clock starts; the checkpoint is too small for reading to count.
 Where PyTorch is installed, transformers imports it too, before the clock starts.
 
-Of a later start, whose programs are kept, the processor's time is given. A first start on many records has to compile
-and to tokenize, and does both at once, for the programs that a sample of the data needs. It is compared by the clock
-with a start that does one after the other, and with one that tokenizes alone, as its programs are kept: the difference
-of these two is what compiling takes.
+Of a later start, whose programs are kept, the processor's time is given. A first start compiles in a thread, and is
+compared by the clock with what that thread takes. On many records it also has to tokenize for seconds. With cores to
+spare it does both at once, for the programs that a sample of the data needs; it is compared with the longer of what the
+thread takes in a start that does one after the other, and of a start that tokenizes alone, as its programs are kept.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -40,9 +40,9 @@ class Settings:
 
     Attributes:
         layers: Of the model.
-        starts: Later starts on few records.
+        starts: Later starts on few records; as many as turns at least.
         records: Many records.
-        turns: Starts of each kind on many records.
+        turns: First starts of each kind.
     """
 
     layers: int = 6
@@ -52,10 +52,17 @@ class Settings:
 
 
 class Start(NamedTuple):
-    """Seconds from the imports to the first step."""
+    """Seconds from the imports to the first step.
+
+    Attributes:
+        processor: Of the processor, of all threads.
+        clock: By the clock.
+        compiling: Those by the clock that the thread takes which lowers and compiles.
+    """
 
     processor: float
     clock: float
+    compiling: float
 
 
 def write_work(layers: int, records: int) -> None:
@@ -87,23 +94,32 @@ def first_step(guess: str, words: list[str]) -> Start:
 
     import peft_jax.cli.finetune.finetune  # noqa: F401
     import peft_jax.models.handles.auto  # noqa: F401
+    from peft_jax.cli.finetune import ahead
     from peft_jax.cli.finetune import guess as guessing
     from peft_jax.cli.main import main
     from peft_jax.train.metrics import MetricsLog
 
-    write, ends = MetricsLog.write, []
+    write, compile_in_a_thread = MetricsLog.write, ahead._compile
+    ends: list[tuple[float, float]] = []
+    compiling: list[float] = []
 
     def noted(self: MetricsLog, row: dict[str, float | int]) -> None:
-        ends.append(Start(time.process_time(), time.perf_counter()))
+        ends.append((time.process_time(), time.perf_counter()))
         write(self, row)
 
+    def timed(*args: Any) -> None:
+        since = time.perf_counter()
+        compile_in_a_thread(*args)
+        compiling.append(time.perf_counter() - since)
+
     MetricsLog.write = noted  # type: ignore[method-assign]
+    ahead._compile = timed
     guessing.CORES = 1 if guess == GUESSED else sys.maxsize
     jax.devices()
-    begin = Start(time.process_time(), time.perf_counter())
+    processor, clock = time.process_time(), time.perf_counter()
     if main(words) != 0:
         raise SystemExit("the run failed")
-    return Start(ends[0].processor - begin.processor, ends[0].clock - begin.clock)
+    return Start(ends[0][0] - processor, ends[0][1] - clock, sum(compiling))
 
 
 def main(settings: Settings) -> None:
@@ -124,24 +140,27 @@ def main(settings: Settings) -> None:
             return Start(*json.loads(last))
 
         run("write", str(settings.layers), str(settings.records))
-        first: dict[str, list[float]] = {GUESSED: [], ALONE: []}
-        later: dict[str, list[float]] = {GUESSED: [], ALONE: []}
+        first: dict[str, list[Start]] = {GUESSED: [], ALONE: [], FEW: []}
+        later: dict[str, list[Start]] = {GUESSED: [], ALONE: [], FEW: []}
         for turn in range(settings.turns):
-            for guess in first:
-                cache = f"{guess}{turn}"
-                first[guess].append(start(guess, MANY, cache).clock)
-                later[guess].append(start(guess, MANY, cache).clock)
-        start(ALONE, FEW, "few")
-        few = [start(ALONE, FEW, "few").processor for _ in range(settings.starts)]
-    print(f"later starts on few records: {_seconds(few)} of the processor")
-    for guess in first:
-        print(f"{guess}: a first start on {settings.records} records: {_seconds(first[guess])} by the clock")
-        print(f"{guess}: a later start on them: {_seconds(later[guess])}")
-    tokenizing = statistics.median(later[ALONE])
-    compiling = statistics.median(first[ALONE]) - tokenizing
-    longer = max(tokenizing, compiling)
-    print(f"compiling {compiling:.2f} s, reading and tokenizing {tokenizing:.2f} s")
-    print(f"a first start over the longer of the two: {statistics.median(first[GUESSED]) / longer:.2f}")
+            for kind in first:
+                guess, data = (ALONE, FEW) if kind == FEW else (kind, MANY)
+                first[kind].append(start(guess, data, f"{kind}{turn}"))
+                later[kind].append(start(guess, data, f"{kind}{turn}"))
+        later[FEW] += [start(ALONE, FEW, f"{FEW}0") for _ in range(settings.starts - settings.turns)]
+    print(f"later starts on few records: {_seconds([one.processor for one in later[FEW]])} of the processor")
+    for kind, starts in first.items():
+        records = "few records" if kind == FEW else f"{settings.records} records, {kind}"
+        print(f"a first start on {records}: {_seconds([one.clock for one in starts])} by the clock")
+        print(f"the thread that compiles takes of it: {_seconds([one.compiling for one in starts])}")
+        print(f"a later start: {_seconds([one.clock for one in later[kind]])}")
+    ratios = [one.clock / one.compiling for one in first[FEW]]
+    print(f"on few records, a first start over its compiling: {statistics.median(ratios):.2f}")
+    longer = max(
+        statistics.median(one.compiling for one in first[ALONE]), statistics.median(one.clock for one in later[ALONE])
+    )
+    guessed = statistics.median(one.clock for one in first[GUESSED])
+    print(f"on {settings.records}, over the longer of compiling and tokenizing: {guessed / longer:.2f}")
 
 
 def _seconds(found: list[float]) -> str:
