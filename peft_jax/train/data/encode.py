@@ -188,6 +188,6 @@ def encode_completions(
     return rows
 
 
-def _one_bos(ids: Sequence[int], bos: int | None) -> list[int]:
+def _one_bos(ids: list[int], bos: int | None) -> list[int]:
     """The ids without a second BOS, where a text brings one along and the tokenizer puts another."""
-    return list(ids[1:]) if bos is not None and list(ids[:2]) == [bos, bos] else list(ids)
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids

@@ -20,7 +20,7 @@ def has_numbers(labels: npt.ArrayLike) -> bool:
         >>> has_numbers(np.zeros(3, np.float32)), has_numbers(np.zeros(3, np.int32))
         (True, False)
     """
-    return bool(np.issubdtype(np.asarray(labels).dtype, np.floating))
+    return np.asarray(labels).dtype.kind == "f"
 
 
 class NothingFits(ValueError):
@@ -118,9 +118,9 @@ def kept(examples: Sequence[Example], cutoff_len: int, long: Long = "drop", shor
     records: list[int] = []
     too_long = 0
     for number, example in enumerate(examples):
-        parts = [example] if example.length <= cutoff_len else _parts(example, cutoff_len, long)
-        is_shortened = example.length > cutoff_len and bool(parts)
-        shortened += is_shortened
+        is_too_long = example.length > cutoff_len
+        parts = _parts(example, cutoff_len, long) if is_too_long else [example]
+        shortened += is_too_long and bool(parts)
         too_long += not parts
         found += parts
         records += [number] * len(parts)

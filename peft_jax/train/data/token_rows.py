@@ -53,7 +53,7 @@ def token_rows(texts: Sequence[str], tokenizer: Tokenizer, at_least: int | None 
         for number, ids in zip(waiting, _tokenize(parts, tokenizer), strict=True):
             is_whole = size is None or len(texts[number]) <= size
             if is_whole or at_least is None or len(ids) >= at_least + MARGIN:
-                rows[number] = TokenRow(list(ids), is_whole)
+                rows[number] = TokenRow(ids, is_whole)
             else:  # long tokens, or white space that the tokenizer drops
                 short.append(number)
         waiting = short
