@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 from flax import linen as nn
-from foreign_decoders import IDS, KERNELS, ScannedDecoder, decoder, decoder_weights
+from foreign_decoders import SIZES, TARGETS, ScannedDecoder, Sizes, decoder, decoder_weights
 from lowering import BY_HAND, described, on, without_a_tpu, write_page
 from lowering_table import FOREIGN_CASES, foreign_name
 
@@ -36,26 +36,36 @@ class Case:
     """A decoder to compile twice.
 
     Attributes:
+        features: Between its layers; the other sizes go with them.
         model: "einsum" or "scanned".
         remat: Whether backward keeps each layer's input alone.
         base: Element type of the frozen kernels: bfloat16 or int8.
         chip: A topology as the compiler's package names it.
-        layers: Of the decoder.
     """
 
+    features: int
     model: str
     remat: bool
     base: str
     chip: str
-    layers: int
 
     @property
     def name(self) -> str:
         """What the case is called in the records."""
-        return foreign_name(self.model, self.remat, self.base, self.chip)
+        return foreign_name(self.features, self.model, self.remat, self.base, self.chip)
+
+    @property
+    def layers(self) -> int:
+        """Layers of the decoder; those of a scan are compiled once."""
+        return 4 if self.model == "einsum" else 8
+
+    @property
+    def sizes(self) -> Sizes:
+        """All of its sizes."""
+        return SIZES[self.features]
 
 
-CASES = [Case(*case, layers=4 if case[0] == "einsum" else 8) for case in FOREIGN_CASES]
+CASES = [Case(*case) for case in FOREIGN_CASES]
 
 
 class ByHand(NamedTuple):
@@ -92,9 +102,9 @@ def multiply_by_hand(axes: str, x: jax.Array, weight: Any) -> jax.Array:
 
 def einsum_by_hand(case: Case) -> Program:
     """The decoder of einsum kernels, with LoRA by hand."""
-    frozen, trained, scales = decoder_weights(case.layers), {}, {}
+    frozen, trained, scales = decoder_weights(case.sizes, case.layers), {}, {}
     for number in range(case.layers):
-        for name, (axes, shape) in KERNELS.items():
+        for name, (axes, shape) in case.sizes.kernels.items():
             inputs = 2 if axes.startswith("btnh") else 1
             key = f"layer_{number}", name
             trained[key] = jnp.zeros((*shape[:inputs], RANK)), jnp.zeros((RANK, *shape[inputs:]))
@@ -107,7 +117,7 @@ def einsum_by_hand(case: Case) -> Program:
         params = jax.tree.map(lambda array: array, arrays)
         for (layer, name), factors in trained.items():
             params[layer][name]["kernel"] = ByHand(arrays[layer][name]["kernel"], scales.get((layer, name)), *factors)
-        return decoder(params, ids, multiply_by_hand, remat=case.remat)
+        return decoder(case.sizes, params, ids, multiply_by_hand, remat=case.remat)
 
     return trained, (frozen, scales), loss
 
@@ -136,8 +146,8 @@ class LoraDense(nn.Module):
 
 def scanned_by_hand(case: Case) -> Program:
     """The linen decoder, with LoRA by hand."""
-    model = ScannedDecoder(case.layers, case.remat, partial(LoraDense, int8=case.base == "int8"))
-    variables = jax.eval_shape(model.init, jax.random.key(0), IDS)
+    model = ScannedDecoder(case.sizes, case.layers, case.remat, partial(LoraDense, int8=case.base == "int8"))
+    variables = jax.eval_shape(model.init, jax.random.key(0), case.sizes.ids)
 
     def loss(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
         found: jax.Array = model.apply({"params": frozen, "lora": trained}, ids)
@@ -148,27 +158,31 @@ def scanned_by_hand(case: Case) -> Program:
 
 def einsum_plain(case: Case) -> tuple[Callable[..., Any], Callable[[], Any]]:
     """The loss of the decoder of einsum kernels, and what makes its tree."""
-    return partial(decoder, remat=case.remat), partial(decoder_weights, case.layers)
+    return partial(decoder, case.sizes, remat=case.remat), partial(decoder_weights, case.sizes, case.layers)
 
 
 def scanned_plain(case: Case) -> tuple[Callable[..., Any], Callable[[], Any]]:
     """The loss of the linen decoder, and what makes its tree."""
     dense = partial(nn.Dense, use_bias=False, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    model = ScannedDecoder(case.layers, case.remat, dense)
+    model = ScannedDecoder(case.sizes, case.layers, case.remat, dense)
 
     def loss(params: Any, ids: jax.Array) -> Any:
         return model.apply({"params": params}, ids)
 
-    return loss, lambda: model.init(jax.random.key(0), jnp.zeros(IDS.shape, IDS.dtype))["params"]
+    return loss, lambda: model.init(jax.random.key(0), _zeros(case.sizes))["params"]
+
+
+def _zeros(sizes: Sizes) -> jax.Array:
+    return jnp.zeros(sizes.ids.shape, sizes.ids.dtype)
 
 
 def by_adapt(case: Case) -> Program:
     """Either decoder with LoRA by `peft_jax.adapt`."""
     fn, make = (einsum_plain if case.model == "einsum" else scanned_plain)(case)
-    targets = list(KERNELS)
+    targets = list(TARGETS)
 
     def adapted() -> Any:
-        params, args = make(), (jnp.zeros(IDS.shape, IDS.dtype),)
+        params, args = make(), (_zeros(case.sizes),)
         if case.base == "int8":
             params = pj.quantize(params, target_modules=targets, fn=fn, args=args)
         config = pj.LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=targets)
@@ -179,11 +193,11 @@ def by_adapt(case: Case) -> Program:
     return trained, frozen, lambda trained, frozen, ids: run(pj.combine(trained, frozen), ids)
 
 
-def compiled(program: Program, device: Any) -> dict[str, float]:
-    """What a compiler says of the loss and the gradients of the factors."""
+def compiled(program: Program, ids: jax.ShapeDtypeStruct, device: Any) -> dict[str, float]:
+    """What a compiler says of the loss of the tokens ``ids`` and the gradients of the factors."""
     trained, frozen, loss = program
     where = jax.sharding.NamedSharding(jax.sharding.Mesh([device], "x"), jax.sharding.PartitionSpec())
-    step = jax.jit(jax.value_and_grad(loss)).lower(on(where, trained), on(where, frozen), on(where, IDS)).compile()
+    step = jax.jit(jax.value_and_grad(loss)).lower(on(where, trained), on(where, frozen), on(where, ids)).compile()
     return {
         "temporaries": step.memory_analysis().temp_size_in_bytes,
         "traffic": (step.cost_analysis() or {}).get("bytes accessed", 0.0),  # of a described GPU there is none
@@ -210,8 +224,9 @@ def main(options: Options) -> None:
         by_hand = (einsum_by_hand if case.model == "einsum" else scanned_by_hand)(case)
         record = {
             **dataclasses.asdict(case),
-            "by_hand": compiled(by_hand, device),
-            "adapt": compiled(by_adapt(case), device),
+            "layers": case.layers,
+            "by_hand": compiled(by_hand, case.sizes.ids, device),
+            "adapt": compiled(by_adapt(case), case.sizes.ids, device),
             "jax": jax.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }

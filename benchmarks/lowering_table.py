@@ -95,18 +95,20 @@ def _refused(record: Record) -> str:
 FOREIGN = """## Other people's models
 
 Written by `benchmarks/lowering_by_hand.py`: the loss and the gradients of LoRA's factors (r=16, float32) of decoders
-that are not this package's, with LoRA written by hand and with LoRA by `pj.adapt`. Each has 512 features, 8 heads and
-2048 features in the feed-forward network, and gets 4 rows of 256 tokens. `einsum` has kernels `(in, heads, head_dim)`
+that are not this package's, with LoRA written by hand and with LoRA by `pj.adapt`. Those of 512 features have 8 heads,
+2048 features in the feed-forward network and 2048 tokens, and get 4 rows of 256; those of 2048 features have 16 heads,
+8192 features and 32000 tokens, and get 4 rows of 512. `einsum` has kernels `(in, heads, head_dim)`
 as tunix's Llama, and layers outside a scan; `scanned` is a linen module under `nn.scan`; with `remat` the layers are
 computed again. Traffic is what the compiler says that a step reads and writes (of the H100 it says nothing). Of the two
 figures of a cell the first is of LoRA by hand; the goal is a second one that is no larger, of temporaries and traffic.
 
-| model | layers | base | chip | temporaries, MiB | traffic, GiB | copies | goal | on |
-|---|---|---|---|---|---|---|---|---|"""
+| features | model | layers | base | chip | temporaries, MiB | traffic, GiB | copies | goal | on |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 FOREIGN_CASES = [
-    (model, remat, base, chip)
+    (features, model, remat, base, chip)
+    for features in (512, 2048)
     for chip in ("v5e:1x1", "v6e:1x1", "h100")
     for model in ("einsum", "scanned")
     for remat in (False, True)
@@ -114,9 +116,9 @@ FOREIGN_CASES = [
 ]
 
 
-def foreign_name(model: str, remat: bool, base: str, chip: str) -> str:
+def foreign_name(features: int, model: str, remat: bool, base: str, chip: str) -> str:
     """What a case of another one's model is called in the records."""
-    return f"{model}{' remat' if remat else ''} {base} {chip}"
+    return f"{features} {model}{' remat' if remat else ''} {base} {chip}"
 
 
 def _beside(record: Record) -> str:
@@ -126,7 +128,7 @@ def _beside(record: Record) -> str:
     traffic = f"{hand['traffic'] / GIB:.3f}, {ours['traffic'] / GIB:.3f}" if hand["traffic"] else "-"
     is_met = all(ours[part] <= hand[part] for part in ("temporaries", "traffic"))
     cells = [
-        *(name, record["layers"], record["base"], record["chip"], memory, traffic),
+        *(record["features"], name, record["layers"], record["base"], record["chip"], memory, traffic),
         *(f"{hand['copies']}, {ours['copies']}", "met" if is_met else "**not met**", record["date"]),
     ]
     return f"| {' | '.join(map(str, cells))} |"

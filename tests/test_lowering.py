@@ -110,14 +110,15 @@ def test_the_table_says_what_is_met() -> None:
     assert table([refused]).endswith(line)
     assert table([refused], ["8b nf4"]).endswith(f"{line}\nNot compiled yet: 8b nf4.\n")
     hand, ours = ({"temporaries": n * 2**20, "traffic": float(2**30), "copies": n} for n in (5, 6))
-    beside = {"model": "einsum", "remat": True, "layers": 4, "base": "int8", "chip": "h100", "date": "2026-01-31"}
+    beside = {"features": 512, "model": "einsum", "remat": True, "layers": 4, "base": "int8"}
+    beside |= {"chip": "h100", "date": "2026-01-31"}
     pairs = [{**beside, "by_hand": hand, "adapt": ours}, {**beside, "by_hand": ours, "adapt": hand}]
-    row = "| einsum, remat | 4 | int8 | h100 | {}, {} | 1.000, 1.000 | {}, {} | {} | 2026-01-31 |\n"
+    row = "| 512 | einsum, remat | 4 | int8 | h100 | {}, {} | 1.000, 1.000 | {}, {} | {} | 2026-01-31 |\n"
     want = row.format("5.0", "6.0", 5, 6, "**not met**") + row.format("6.0", "5.0", 6, 5, "met")
     assert table([refused], [], pairs).endswith(want)
     missing = [foreign_name(*case) for case in FOREIGN_CASES][:2]
     text = table([refused], [], pairs, missing)
-    assert text.endswith("Not compiled yet: einsum bfloat16 v5e:1x1; einsum int8 v5e:1x1.\n")
+    assert text.endswith("Not compiled yet: 512 einsum bfloat16 v5e:1x1; 512 einsum int8 v5e:1x1.\n")
 
 
 def test_a_row_of_a_grouped_product_counts_with_one_matrix() -> None:
