@@ -20,15 +20,14 @@ from peft_jax.models.config import (
     TOKEN_CLS,
     ModelConfig,
     check_expressible,
-    check_fixed,
     check_kinds,
-    complete,
     entries,
     head_rate,
     rarely_set,
     read_common,
     write_common,
 )
+from peft_jax.models.hf_config import check_fixed, complete
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
 

@@ -9,7 +9,7 @@ from peft_jax.models.bert.family import BERT as BERT
 from peft_jax.models.bert.family import ROBERTA as ROBERTA
 from peft_jax.models.bloom.family import BLOOM as BLOOM
 from peft_jax.models.cohere.family import COHERE as COHERE
-from peft_jax.models.config import ModelConfig, as_dict, check_model_type
+from peft_jax.models.config import ModelConfig
 from peft_jax.models.deepseek.family import DEEPSEEK as DEEPSEEK
 from peft_jax.models.falcon.family import FALCON as FALCON
 from peft_jax.models.family import Family
@@ -24,6 +24,7 @@ from peft_jax.models.gpt_neox.family import GPT_NEOX as GPT_NEOX
 from peft_jax.models.gpt_oss.family import GPT_OSS as GPT_OSS
 from peft_jax.models.gptj.family import GPTJ as GPTJ
 from peft_jax.models.granite.family import GRANITE as GRANITE
+from peft_jax.models.hf_config import as_dict, check_model_type
 from peft_jax.models.llama.family import LLAMA as LLAMA
 from peft_jax.models.ministral.family import MINISTRAL as MINISTRAL
 from peft_jax.models.mixtral.family import MIXTRAL as MIXTRAL

@@ -22,7 +22,7 @@ from peft_jax.interop.fused_experts import with_fused_experts
 from peft_jax.interop.host_read import Cast
 from peft_jax.interop.quantized import fit_quantized, notice, open_quantized
 from peft_jax.models.checkpoint_keys import fit_keys, fresh_rows, unused
-from peft_jax.models.config import ModelConfig, label_fields
+from peft_jax.models.config import ModelConfig
 from peft_jax.models.family import leaf_at, with_leaf
 from peft_jax.models.gguf_checkpoint import (
     base_config,
@@ -32,6 +32,7 @@ from peft_jax.models.gguf_checkpoint import (
     gguf_words,
     open_base,
 )
+from peft_jax.models.hf_config import label_fields
 from peft_jax.models.kept_quantized import kept_leaves, kept_notice, refuse_options
 from peft_jax.models.load_rounding import LoadRounding, load_rounding
 from peft_jax.models.registry import family_of, read_architecture

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from peft_jax.cli.shared.data_sources import Loaded, NamedClasses
-from peft_jax.models.config import numbered_labels
+from peft_jax.models.hf_config import numbered_labels
 from peft_jax.train.data.records import AnyRecord, Labelled, Tagged
 
 Value = TypeVar("Value", bound=str | int | float)

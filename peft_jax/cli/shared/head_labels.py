@@ -7,10 +7,11 @@ from pathlib import Path
 
 from peft_jax.interop.checkpoint import read_config
 from peft_jax.interop.describe import read_adapter
-from peft_jax.models.config import SEQ_CLS, TOKEN_CLS, ModelConfig, label_fields, numbered_labels
+from peft_jax.models.config import SEQ_CLS, TOKEN_CLS, ModelConfig
 from peft_jax.models.gguf_checkpoint import base_config
 from peft_jax.models.handles.base import ModelHandle
 from peft_jax.models.handles.label_losses import PROBLEMS, REGRESSION, SINGLE
+from peft_jax.models.hf_config import label_fields, numbered_labels
 from peft_jax.models.registry import family_of, read_architecture
 from peft_jax.train.data.classes import labelled
 from peft_jax.train.data.label_kinds import names_of, problem_of

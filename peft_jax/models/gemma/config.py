@@ -20,14 +20,13 @@ from peft_jax.models.config import (
     as_class,
     check_expressible,
     check_kinds,
-    complete,
     entries,
     head_rate,
     rarely_set,
     read_common,
-    text_part,
     write_common,
 )
+from peft_jax.models.hf_config import complete, text_part
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.logits_form import LogitsForm
 from peft_jax.models.modules.rope_parameters import RopeParameters, ropes_by_kind, ropes_to_hf

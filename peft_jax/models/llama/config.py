@@ -21,13 +21,13 @@ from peft_jax.models.config import (
     ModelConfig,
     check_expressible,
     check_kinds,
-    complete,
     entries,
     head_rate,
     rarely_set,
     read_common,
     write_common,
 )
+from peft_jax.models.hf_config import complete
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
 

@@ -17,15 +17,13 @@ from peft_jax.models.config import (
     SEQ_CLS,
     ModelConfig,
     as_class,
-    as_dict,
-    check_fixed,
     check_kinds,
-    complete,
     entries,
     rarely_set,
     read_common,
     write_common,
 )
+from peft_jax.models.hf_config import as_dict, check_fixed, complete
 from peft_jax.models.modules.base_dropout import DropoutRates
 from peft_jax.models.modules.rope_parameters import RopeParameters
 

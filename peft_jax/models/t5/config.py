@@ -9,7 +9,8 @@ from typing import Any
 from peft_jax.core.activations import ACTIVATIONS
 from peft_jax.core.config_ranges import check_fields_of
 from peft_jax.core.selecting import without
-from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig, as_dict, complete
+from peft_jax.models.config import SEQ_2_SEQ_LM, ModelConfig
+from peft_jax.models.hf_config import as_dict, complete
 from peft_jax.models.modules.base_dropout import DropoutRates
 
 WITHOUT_LIMIT = 1 << 30  # relative positions go on

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from peft_jax.models.config import numbered_labels
 from peft_jax.models.handles.label_losses import MULTI, REGRESSION, SINGLE
+from peft_jax.models.hf_config import numbered_labels
 from peft_jax.train.data.records import Label, Labelled
 
 MOST = 2**16  # classes that are named by numbers

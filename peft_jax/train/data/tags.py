@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.models.config import numbered_labels
+from peft_jax.models.hf_config import numbered_labels
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.encode import IGNORE, Encoded, Example, kept, task_field
 from peft_jax.train.data.label_kinds import check_numbers
