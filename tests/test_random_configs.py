@@ -55,7 +55,7 @@ RECORDS = Path(__file__).parents[1] / "build" / "combinations"
 CLASSIFIER = "base_model.internal_xlora_classifier."
 MANY = 20
 MORE = 8  # combinations that are tried where none of those that are asked for is equal to PEFT's
-ROUNDING = 1e-3  # what float32 may lose in a network that an adapter of random numbers makes unruly
+ROUNDING = 1e-4  # what float32 may lose in a network that an adapter of random numbers makes unruly
 STARTED = 4  # every so many combinations an adapter is started here too
 WITH_TASKS = ("POLY", "MULTITASK_PROMPT_TUNING")
 
