@@ -58,8 +58,7 @@ the program, on all chips (the compiler's own count, in the records, takes a loo
 grouped product counts with the matrix of its expert alone, as on TPU and GPU; without adapters means the loss and its
 gradient down to the embeddings. In every program it is asserted that no product has the shape of a frozen weight, as
 its gradient would have, and with an int8 base that no buffer between fusions is a weight in float.
-Rows compiled before 2026-11-29 are of products over joined rows, and those before 2026-11-30 of an update whose new
-state was in memory beside the old (`benchmarks/NOTES.md`). Seconds are those of machines with other work.
+Seconds are those of machines with other work.
 """
 
 WRITTEN = """## Where a compiler writes dequantized weights
