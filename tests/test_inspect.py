@@ -374,6 +374,13 @@ def test_peft_makes_the_singular_vectors_of_a_psoft_anew(tmp_path: Path) -> None
     assert of_peft.takes and "where PyTorch's SVD has the same signs" in of_peft.note
 
 
+def test_peft_has_qalora_for_gptq_alone(tmp_path: Path) -> None:
+    config = pj.LoraConfig(r=2, target_modules=["dense"], use_qalora=True, qalora_group_size=4)
+    save_adapter(pj.apply_adapter({"dense": {"kernel": np.ones((8, 12), np.float32)}}, config), tmp_path)
+    (of_peft,) = [verdict for verdict in verdicts(read_adapter(tmp_path)) if verdict.program == "PEFT"]
+    assert of_peft.takes and "on GPTQ's layers alone" in of_peft.note
+
+
 @pytest.mark.parametrize("config", COUNTED.values(), ids=COUNTED)
 def test_trained_parameters_of_each_method_are_those_that_are_trained(config: Any, tmp_path: Path) -> None:
     matrices = np.random.default_rng(0).normal(size=(3, 12, 8)).astype(np.float32)

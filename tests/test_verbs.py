@@ -192,6 +192,10 @@ def test_a_result_that_nobody_takes_is_warned_of(two: tuple[Any, Any]) -> None:
         "delete_adapter": lambda: exec("ours.delete_adapter('b')", {"ours": ours}),
         "add_adapter": lambda: exec("ours.add_adapter('c', config)", {"ours": ours, "config": config}),
         "set_requires_grad": lambda: exec("ours.set_requires_grad('b')", {"ours": ours}),
+        "merge_and_unload": lambda: exec("ours.merge_and_unload()", {"ours": ours}),
+        "unload": lambda: exec("ours.unload()", {"ours": ours}),
+        "resize_token_embeddings": lambda: exec("ours.unload().resize_token_embeddings(8)", {"ours": ours}),
+        "train": lambda: exec("ours.train(key)", {"ours": ours, "key": jax.random.key(0)}),
     }
     for verb, statement in statements.items():
         with pytest.warns(

@@ -148,8 +148,8 @@ class ProcessOptions:
     TITLE = "Devices"
 
     mesh: Annotated[str | None, Option(metavar="AXES")] = None
-    """Several devices, such as data=4,fsdp=2,tensor=1: data, fsdp and expert split the batch, fsdp and tensor the
-    weights, expert and tensor the experts of a mixture."""
+    """Several devices, such as data=4,fsdp=2,tensor=1: data, fsdp and expert split the batch; fsdp, expert and tensor
+    the weights; expert and tensor the number of experts of a mixture."""
     coordinator_address: Annotated[str | None, Option(metavar="HOST:PORT")] = None
     """Address and port of process 0, such as 10.0.0.1:1234; in the environment JAX_COORDINATOR_ADDRESS."""
     num_processes: int | None = None

@@ -76,10 +76,13 @@ def _peft_condition(adapter: AdapterFolder) -> str:
 
     BOFT has several butterfly factors where its CUDA extension can be compiled, and one elsewhere. PEFT makes the basis
     of a FROD anew, which is that of the file only where PEFT made the file, with the same base and the same LAPACK. So
-    it makes the singular vectors of a PSOFT, whose signs may be others on other weights or by another library.
+    it makes the singular vectors of a PSOFT, whose signs may be others on other weights or by another library. QA-LoRA
+    it has for GPTQ's layers.
     """
     if adapter.peft_type == "PSOFT":
         return f", {SAME_SIGNS}"
+    if adapter.config.get("use_qalora"):
+        return ", on GPTQ's layers alone: elsewhere PEFT ignores use_qalora, and makes an A of another shape"
     if adapter.peft_type == "FROD":
         return ", with the same numbers only where PEFT itself started the adapter, with the same build of LAPACK"
     if adapter.peft_type != "BOFT" or not adapter.tensors:

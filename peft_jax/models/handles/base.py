@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from peft_jax.adapt import adapt
 from peft_jax.adapters.per_row import with_adapter_rows
 from peft_jax.core.adapted_tree import adapters
+from peft_jax.core.discarded import warn_if_discarded
 from peft_jax.core.ids import is_outside
 from peft_jax.core.layout import Layout
 from peft_jax.core.pytree import PyTree
@@ -320,6 +321,7 @@ class ModelHandle(Inspection):
             tokens = -(-tokens // pad_to_multiple_of) * pad_to_multiple_of
         key = jax.random.key(0) if key is None else key
         config, params = resized(self.family, self.config, self.params, tokens, mean_resizing=mean_resizing, key=key)
+        warn_if_discarded("model.resize_token_embeddings(...)")
         return dataclasses.replace(self, config=config, params=params)
 
     def resized_for(self, adapter: str | os.PathLike[str]) -> Self:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from peft_jax.core.adapted_tree import adapters
+from peft_jax.core.discarded import warn_if_discarded
 from peft_jax.core.dropout import with_dropout, without_dropout
 from peft_jax.core.handle import Handle
 from peft_jax.core.merge import active_adapters
@@ -90,6 +91,7 @@ class Inspection(Handle):
                 f"train() draws dropout from a JAX key, one a step, and got {key!r}. In the loss write model = "
                 "model.train(key), and model.eval() for the model without dropout."
             )
+        warn_if_discarded("model.train(...)")
         return with_dropout(self, key)
 
     def eval(self) -> Self:

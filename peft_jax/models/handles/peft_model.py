@@ -293,11 +293,15 @@ class PeftModel(AdapterVerbs):
 
     def merge_and_unload(self) -> Any:
         """The base model with its active adapters folded in, in dense arrays of the base's dtype."""
-        return self.base_handle(merge(self.params))
+        merged = self.base_handle(merge(self.params))
+        warn_if_discarded("model.merge_and_unload()")
+        return merged
 
     def unload(self) -> Any:
         """The base model, bit-identical to the one that was adapted; quantized where that was."""
-        return self.base_handle(unload(self.params))
+        base = self.base_handle(unload(self.params))
+        warn_if_discarded("model.unload()")
+        return base
 
     def base_handle(self, params: PyTree) -> Any:
         """A base model's handle on ``params``."""

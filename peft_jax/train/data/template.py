@@ -2,6 +2,7 @@
 
 import dataclasses
 import string
+from collections.abc import Iterable
 from pathlib import Path
 
 from peft_jax.core.text_files import read_object
@@ -90,8 +91,9 @@ def load_layout(name_or_file: str | Path) -> Layout:
         >>> load_layout("chat")
         ChatLayout()
     """
-    named: dict[str, Layout] = {"chat": CHAT, "raw": RAW}
-    return named[str(name_or_file)] if str(name_or_file) in named else load_template(name_or_file)
+    named: dict[str, Layout] = {**TEMPLATES, "chat": CHAT, "raw": RAW}
+    name = str(name_or_file)
+    return named[name] if name in named else _read_template(Path(name_or_file), named)
 
 
 def load_template(name_or_file: str | Path) -> PromptTemplate:
@@ -107,11 +109,15 @@ def load_template(name_or_file: str | Path) -> PromptTemplate:
         >>> load_template("short").prompt_no_input
         '### Instruction:\n{instruction}\n\n### Response:\n'
     """
-    if str(name_or_file) in TEMPLATES:
-        return TEMPLATES[str(name_or_file)]
-    file, rule = Path(name_or_file), "It needs the texts prompt_input and prompt_no_input."
+    name = str(name_or_file)
+    return TEMPLATES[name] if name in TEMPLATES else _read_template(Path(name_or_file), TEMPLATES)
+
+
+def _read_template(file: Path, named: Iterable[str]) -> PromptTemplate:
+    """A file's template; where there is no such file, the error lists the names that could be given instead."""
+    rule = "It needs the texts prompt_input and prompt_no_input."
     if not file.is_file():
-        raise FileNotFoundError(f"no prompt template '{file}'. Give {', '.join(TEMPLATES)} or a JSON file. {rule}")
+        raise FileNotFoundError(f"no prompt template '{file}'. Give {', '.join(named)} or a JSON file. {rule}")
     found = read_object(file, "prompt template", rule)
     return PromptTemplate(*(_checked(found.get(name), file, rule) for name in ("prompt_input", "prompt_no_input")))
 
