@@ -23,7 +23,7 @@ import peft_jax as pj
 from peft_jax.cli.generate import generate
 from peft_jax.cli.generate.generate import up_to_end
 from peft_jax.cli.generate.printer import Printer
-from peft_jax.cli.generate.prompt_input import encode, pad
+from peft_jax.cli.generate.prompt_input import encode, pad, read_prompts, render
 from peft_jax.cli.main import main
 from peft_jax.core.adapted_tree import adapted_leaves
 from peft_jax.models.generation.generate_options import GenerateOptions
@@ -366,6 +366,70 @@ def test_prompts_come_from_words_files_and_standard_input(
     assert int(calls.made[0][2].sum()) == len(tokenizer("one")["input_ids"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert texts() == ["one", "two"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\x0cand\u2028two\n"))
+    assert len(texts()) == 1, "a line ends at a line feed alone"
+    shutil.copy(workplace / "p.jsonl", workplace / "P.JSONL")
+    assert texts("--file", "P.JSONL") == ["one", "two"]
+    assert texts("--", "--dry_run a_b") == ["--dry_run a_b"], "what follows -- is no flag"
+
+
+def test_fields_of_prompts_mean_what_they_do_in_training(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tokenizer_of(workplace / "model")
+    alpaca = {"instruction": "three", "input": None, "output": "x", "system": "be", "history": [["one", "two"]]}
+    chats = [
+        {"messages": [{"role": "user", "content": "one"}], "system": "be"},
+        {"messages": [{"from": "human", "value": "one"}]},
+        {"messages": [{"role": "user", "content": "one"}], "tools": "[]"},
+    ]
+    (workplace / "p.json").write_text(json.dumps([alpaca, *chats]))
+    prompts = read_prompts([], workplace / "p.json", sys.stdin)
+    record = Record(instruction="three", input="", output="", system="be", history=(("one", "two"),))
+    assert render(prompts[0], "short", tokenizer) == (record.prompt, False)
+    assert [render(prompt, "short", tokenizer)[0] for prompt in prompts[1:]] == [
+        "<system>be<user>one<assistant>",
+        "<user>one<assistant>",
+        "<user>one<assistant>",
+    ]
+    (workplace / "p.json").write_text(json.dumps({"instruction": "a", "images": ["b"]}))
+    assert main(["generate", "--model", "model", "--file", "p.json"]) == 2
+    assert "prompt 1 of p.json has a field images, which" in capsys.readouterr().err
+
+
+def test_prompts_after_virtual_tokens_are_not_padded(workplace: Path, calls: Calls) -> None:
+    config = pj.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    model: Any = pj.get_peft_model(pj.AutoModelForCausalLM.from_pretrained("model"), config)
+    trained, frozen = pj.partition(model)
+    model = pj.combine(jax.tree.map(lambda array: 30 * array, trained), frozen)
+    model.save_pretrained("prompted")
+    tokenizer = tokenizer_of(workplace / "model")
+    encoded = [encode(text, "raw", tokenizer) for text in ("ab", "abcd", "ba")]
+    alone, padded = (model(*pad(encoded[:1], 1, length)).logits[0, -1] for length in (len(encoded[0]), 32))
+    assert np.abs(alone - padded).max() > 1e-3, "padding changes no number"
+    for prompts, rows in ((["ab"], [[0]]), (["ab", "abcd", "ba"], [[0, 2], [1, 1]])):
+        calls.made.clear()
+        words = ["--adapter", "prompted", "--prompt-template", "raw", "--batch-size", "2", *prompts]
+        assert main(["generate", "--model", "model", *words]) == 0
+        assert [made[1].tolist() for made in calls.made] == [[encoded[place] for place in batch] for batch in rows]
+        assert all(made[2].all() for made in calls.made)
+
+
+def test_a_table_of_positions_has_room_for_what_is_not_padding(run: Callable[..., str], workplace: Path) -> None:
+    tokenizer = tokenizer_of(workplace / "model")
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    base: Any = pj.AutoModelForCausalLM.from_config(
+        {"model_type": "gpt2", "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **sizes}
+    )
+    base.save_pretrained("gpt2")
+    for file in (workplace / "model").glob("tokenizer*"):
+        shutil.copy(file, workplace / "gpt2")
+    prompt = "ab " * 20
+    length = len(encode(prompt, "raw", tokenizer))
+    assert 32 < length < 64
+    words = ["generate", "--model", "gpt2", "--prompt-template", "raw", "--json", "--ignore-generation-config"]
+    assert json.loads(run(*words, prompt))["tokens"] == 64 - length
+    config = pj.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    pj.get_peft_model(base, config).save_pretrained("prompted")  # type: ignore[attr-defined]
+    assert json.loads(run(*words, "--adapter", "prompted", prompt))["tokens"] == 60 - length
 
 
 def test_prompts_have_the_tokens_of_training(workplace: Path) -> None:
@@ -692,6 +756,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "a stop of several tokens": (_nothing, [*GENERATE, "--stop-token", "qzx", "a"], "Give single tokens"),
     "no batch": (_nothing, [*GENERATE, "--batch-size", "0", "a"], "--batch-size is 0. Give"),
     "a negative seed": (_nothing, [*GENERATE, "--seed", "-1", "a"], "--seed is -1. Give"),
+    "a large seed": (_nothing, [*GENERATE, "--seed", str(2**63), "a"], f"--seed is {2**63}. Give"),
     "beams": (
         _write("model/generation_config.json", '{"num_beams": 4}'),
         [*GENERATE, "a"],

@@ -664,5 +664,9 @@ def test_squad_files_in_both_forms_are_the_same_records() -> None:
     assert found == to_records([flat], "here") == [Question("Who?", "Ada wrote.", (("Ada", 0),))]
     none = {**flat, "is_impossible": True}
     assert to_records([none], "here") == [Question("Who?", "Ada wrote.", ())]
+    for said, count in (("True", 0), ("1", 0), ("False", 1), ("0", 1), ("", 1)):
+        assert len(to_records([{**flat, "is_impossible": said}], "here")[0].answers) == count, said
+    with pytest.raises(ValueError, match="has is_impossible='no'. Give true or false"):
+        to_records([{**flat, "is_impossible": "no"}], "here")
     with pytest.raises(ValueError, match="has the answer 'Ada', which is not at character 4 of its context"):
         to_records([{**flat, "answers": {"text": ["Ada"], "answer_start": [4]}}], "here")

@@ -69,7 +69,7 @@ def preview(options: Preview) -> None:
 def _shown(example: Example, tokenizer: Tokenizer, classes: Mapping[int, str]) -> Shown:
     """An example as texts of tokens."""
     ids, labels = example.input_ids, example.labels
-    if labels.shape == ids.shape and "decoder_input_ids" not in example.more:
+    if labels.shape == ids.shape and not has_numbers(labels) and "decoder_input_ids" not in example.more:
         return Shown(_parts(ids, labels != IGNORE, tokenizer))
     if "ends" in example.more:
         places = np.arange(ids.size)

@@ -29,12 +29,12 @@ from peft_jax.cli.shared.command_line import flag
 from peft_jax.cli.shared.end_token import with_end_token
 from peft_jax.cli.shared.terminal import verbatim
 from peft_jax.cli.shared.training_layout import choose_layout, clash, read_layout
-from peft_jax.models.generation.filled_rows import can_fill, fill_rows
+from peft_jax.models.generation.filled_rows import can_fill, fill_rows, is_moved_by_padding
 from peft_jax.models.generation.generate_options import SAMPLING_OPTIONS, GenerateOptions
 from peft_jax.models.generation.generation_config import new_tokens, with_defaults
 from peft_jax.models.handles.causal_lm import CausalLM
 from peft_jax.models.handles.seq2seq_lm import Seq2SeqLM
-from peft_jax.prompts.base import prompt_tasks
+from peft_jax.prompts.base import prompt_tasks, virtual_slots
 from peft_jax.prompts.chat_template import end_of_turn
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train.data.batches import rounded_up
@@ -83,11 +83,12 @@ def generate(options: Generate) -> None:
     if task.next_token:
         length = max(len(ids) for ids in encoded)
     generation_config = {} if options.ignore_generation_config else model.generation_config
-    chosen = generate_options(options, generation_config, model.config, length, stop_tokens)
+    virtual = virtual_slots(model) if task.next_token else 0
+    chosen = generate_options(options, generation_config, model.config, length, stop_tokens, virtual=virtual)
     # The options are complete. {} keeps the model from applying its generation_config.json again.
     keywords |= {**dataclasses.asdict(chosen), "generation_config": {}}
     if len(prompts) == 1 and not options.json:
-        ids, mask = pad(encoded, 1, rounded_up(len(encoded[0])))
+        ids, mask = pad(encoded, 1, padded_length(model, len(encoded[0]), chosen))
         key = jax.random.fold_in(jax.random.key(options.seed), 0)
         model.generate(ids, mask, key=key, streamer=Printer(tokenizer, verbatim()), **keywords)
         return
@@ -110,8 +111,8 @@ def check(options: Generate) -> None:
     """Raise ValueError for numbers that cannot work, and for options that contradict each other."""
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}. Give a number above 0.")
-    if options.seed < 0:
-        raise ValueError(f"--seed is {options.seed}. Give 0 or a number above.")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed is {options.seed}. Give a number from 0 to {2**32 - 1}.")
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         value = getattr(options, name)
         if value is not None and not math.isfinite(value):
@@ -129,7 +130,13 @@ def given_sampling_options(options: Generate) -> list[str]:
 
 
 def generate_options(
-    options: Generate, generation_config: Mapping[str, Any], config: Any, length: int, stop_tokens: Sequence[int]
+    options: Generate,
+    generation_config: Mapping[str, Any],
+    config: Any,
+    length: int,
+    stop_tokens: Sequence[int],
+    *,
+    virtual: int = 0,
 ) -> GenerateOptions:
     """The options of all answers: from the command line, else generation_config.json, else transformers' defaults.
 
@@ -139,6 +146,7 @@ def generate_options(
         config: The model's config.
         length: Tokens of the longest prompt that is continued.
         stop_tokens: Further tokens that end an answer.
+        virtual: Positions of an adapter's virtual tokens, which stand before the prompt.
 
     Raises:
         ValueError: If a value is out of range, or prompt and answer exceed the model's positions.
@@ -146,10 +154,11 @@ def generate_options(
     sampling = given_sampling_options(options)
     if sampling and not options.do_sample and not generation_config.get("do_sample"):
         raise ValueError(f"--{sampling[0]} is for sampling, but decoding is greedy. Add --do-sample.")
-    positions = config.max_position_embeddings
+    positions = config.max_position_embeddings - virtual
     free = positions - length
     if free < 1:
-        raise ValueError(f"a prompt has {length} tokens, and the model {positions} positions. Shorten it.")
+        beside = f" beside {virtual} virtual tokens" if virtual else ""
+        raise ValueError(f"a prompt has {length} tokens, and the model {positions} positions{beside}. Shorten it.")
     do_sample = None  # the value in generation_config.json
     if options.do_sample or options.greedy:
         do_sample = options.do_sample
@@ -200,15 +209,45 @@ def answers(
         yield from fill_rows(model, encoded, chosen, options.batch_size, jax.random.key(options.seed))
         return
     rows = min(options.batch_size, len(encoded))
-    length = rounded_up(max(len(ids) for ids in encoded))
-    first = length if goes_on else 1
-    for number, start in enumerate(range(0, len(encoded), rows)):
-        batch = encoded[start : start + rows]
+    is_moved = is_moved_by_padding(model.config, model.params)
+    answered: dict[int, list[int]] = {}
+    following = 0
+    for number, places in enumerate(_batches(encoded, rows, of_one_length=is_moved)):
+        batch = [encoded[place] for place in places]
+        length = padded_length(model, max(len(ids) for ids in (batch if is_moved else encoded)), chosen)
         ids, mask = pad(batch, rows, length)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         tokens = np.asarray(model.generate(ids, mask, key=key, **keywords))
-        for row in tokens[: len(batch), first:].tolist():
-            yield up_to_end(row, keywords["eos_token_id"])
+        new = tokens[: len(batch), length if goes_on else 1 :].tolist()
+        answered |= zip(places, (up_to_end(row, keywords["eos_token_id"]) for row in new), strict=True)
+        while following in answered:
+            yield answered.pop(following)
+            following += 1
+
+
+def _batches(encoded: Sequence[list[int]], rows: int, *, of_one_length: bool) -> Iterator[Sequence[int]]:
+    """The places of the prompts of each batch: in their order, or those of one length together."""
+    groups: dict[int, list[int]] = {}
+    for place, ids in enumerate(encoded):
+        groups.setdefault(len(ids) if of_one_length else 0, []).append(place)
+    for places in groups.values():
+        for start in range(0, len(places), rows):
+            yield places[start : start + rows]
+
+
+def padded_length(model: CausalLM | Seq2SeqLM, longest: int, chosen: GenerateOptions) -> int:
+    """The length of rows for a longest prompt: a multiple of 32, so that few programs are compiled.
+
+    A prompt is not padded where padding would change its numbers. A table of positions keeps room for virtual tokens
+    and the answer.
+    """
+    if is_moved_by_padding(model.config, model.params):
+        return longest
+    length = rounded_up(longest)
+    if model.config.position_rows is None:
+        return length
+    room = model.config.position_rows - virtual_slots(model) - (chosen.max_new_tokens or 0)
+    return max(longest, min(length, room))
 
 
 def up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
@@ -270,7 +309,8 @@ def title(prompt: Prompt) -> str:
             last = questions[-1] if questions else messages[-1]
             prompt = str(last.get("content"))
         else:
-            prompt = " ".join(prompt[name] for name in ("instruction", "input", "prompt") if name in prompt)
+            texts = [prompt.get(name) for name in ("instruction", "input", "prompt")]
+            prompt = " ".join(text for text in texts if isinstance(text, str))
     line = " ".join(prompt.split())
     if len(line) <= 72:
         return line

@@ -2,23 +2,27 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from peft_jax.cli.shared.training_layout import CHATS, TEXTS, NamedLayout
+from peft_jax.core.selecting import not_none
 from peft_jax.core.strict_json import JSONError, parse_json
 from peft_jax.core.text_files import read_text
 from peft_jax.prompts import chat_template
 from peft_jax.prompts.chat_template import Message, Tools, has_chat_template
 from peft_jax.prompts.tokenizer import Tokenizer
 from peft_jax.train import Chat, Record
+from peft_jax.train.data.record_forms import form_of, to_record
+from peft_jax.train.data.records import Completion
 from peft_jax.train.data.template import Layout, load_layout
 
 Prompt = str | dict[str, Any]
 KINDS = "a text, or an object with instruction (and input), prompt, or messages"
+ANSWER = "?"  # stands for the answer that is to come, as a record of training data has one
 
 
 def read_prompts(words: Sequence[str], file: Path | None, stdin: TextIO) -> list[Prompt]:
@@ -37,14 +41,14 @@ def read_prompts(words: Sequence[str], file: Path | None, stdin: TextIO) -> list
             raise ValueError("no prompt is given. Give it as a word, with --file, or on standard input.")
         return _not_empty(_lines(stdin.read()), "standard input")
     text = read_text(file, "file of prompts", "Give JSON, JSONL, or a text file of one prompt a line.")
-    if file.suffix not in (".json", ".jsonl"):
+    if file.suffix.lower() not in (".json", ".jsonl"):
         return _not_empty(_lines(text), str(file))
     prompts = [_checked(value, number, file) for number, value in enumerate(_values(text, file), 1)]
     return _not_empty(prompts, str(file))
 
 
 def _lines(text: str) -> list[Prompt]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
@@ -55,7 +59,7 @@ def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
 
 def _values(text: str, file: Path) -> list[Any]:
     try:
-        if file.suffix == ".jsonl":
+        if file.suffix.lower() == ".jsonl":
             return [parse_json(line) for line in text.split("\n") if line.strip()]
         values = parse_json(text)
     except JSONError as error:
@@ -64,9 +68,13 @@ def _values(text: str, file: Path) -> list[Any]:
 
 
 def _checked(value: Any, number: int, file: Path) -> Prompt:
-    """A prompt from a file; ``number`` is its place there."""
-    if isinstance(value, str) or _is_conversation(value) or _is_instruction(value):
+    """A prompt from a file, without fields that are null; ``number`` is its place there."""
+    if isinstance(value, str):
         return value
+    value = not_none(value) if isinstance(value, dict) else value
+    if _is_conversation(value) or _is_instruction(value):
+        _record(value, f"prompt {number} of {file}")
+        return dict(value)
     raise ValueError(f"prompt {number} of {file} is {json.dumps(value)[:60]}. Each prompt is {KINDS}.")
 
 
@@ -85,6 +93,25 @@ def _is_conversation(value: Any) -> bool:
         return False
     messages = value.get("messages")
     return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
+
+
+def _record(prompt: Mapping[str, Any], where: str) -> Record | Chat | None:
+    """A prompt with messages or an instruction as a record of training data; None for one with ``prompt``.
+
+    So every field means what it does in training, or is refused. An answer stands at the end.
+    """
+    if "messages" in prompt:
+        messages = list(prompt["messages"])
+        if messages[-1].get("role") == "assistant":  # the answer, in a file of training data
+            messages = messages[:-1]
+        value = {**prompt, "messages": [*messages, {"role": "assistant", "content": ANSWER}]}
+    elif "instruction" in prompt:
+        value = {name: field for name, field in prompt.items() if name != "prompt"} | {"output": ANSWER}
+    else:
+        return None
+    record = to_record(value, form_of(value, where), where)
+    assert isinstance(record, Record | Chat)  # of these fields
+    return record
 
 
 def layout_of(prompt: Prompt, chosen: NamedLayout) -> NamedLayout:
@@ -106,21 +133,18 @@ def render(prompt: Prompt, layout: str | Layout, tokenizer: Tokenizer) -> tuple[
         FileNotFoundError: If there is no such layout.
         ValueError: If it is damaged, the tokenizer has no chat template, or the chat template refuses the messages.
     """
-    if isinstance(prompt, dict) and "messages" in prompt:
-        messages = prompt["messages"]
-        if messages[-1].get("role") == "assistant":  # the answer, in a file of training data
-            messages = messages[:-1]
-        return _chat(messages, prompt.get("tools") or (), tokenizer), True
-    if isinstance(prompt, dict) and "instruction" not in prompt:
-        return prompt["prompt"], False
-    if isinstance(prompt, str):
-        record = Record(instruction=prompt, input="", output="")
-    else:
-        record = Record(instruction=prompt["instruction"], input=prompt.get("input", ""), output="")
-    laid_out = (load_layout(layout) if isinstance(layout, str) else layout)(record)
+    record = Record(prompt, "", ANSWER) if isinstance(prompt, str) else _record(prompt, "the prompt")
+    if record is None:
+        assert isinstance(prompt, dict)
+        return str(prompt["prompt"]), False
+    laid_out = _laid_out(record, load_layout(layout) if isinstance(layout, str) else layout)
     if isinstance(laid_out, Chat):
         return _chat(laid_out.messages[:-1], laid_out.tools, tokenizer), True
     return laid_out.prompt, False
+
+
+def _laid_out(record: Record | Chat, layout: Layout) -> Completion | Chat:
+    return layout(record) if isinstance(record, Record) else record
 
 
 def _chat(messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer) -> str:

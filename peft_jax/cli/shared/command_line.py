@@ -131,7 +131,7 @@ def parse_command(command: type[Command], name: str, words: Sequence[str]) -> Co
     parameters = [parameter for _, group in groups for parameter in group]
     parser = _parser(command, name, groups)
     try:
-        found, rest = parser.parse_known_args([_with_hyphens(word) for word in words])
+        found, rest = parser.parse_known_args(_with_hyphens(words))
     except argparse.ArgumentError as error:
         raise ValueError(_misused(parameters, str(error.argument_name).split("/")[0])) from error
     typed = vars(found)
@@ -356,12 +356,16 @@ def _is_required(parameter: Parameter) -> bool:
     return parameter.default is dataclasses.MISSING
 
 
-def _with_hyphens(word: str) -> str:
-    """``--target_modules=x``, as other programs spell flags, as ``--target-modules=x``."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return f"{name.replace('_', '-')}{equals}{value}"
+def _with_hyphens(words: Sequence[str]) -> list[str]:
+    """Flags such as ``--target_modules=x``, as other programs spell them, with hyphens; what follows ``--`` is none."""
+    flags = list(words)
+    for number, word in enumerate(flags):
+        if word == "--":
+            break
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            flags[number] = f"{name.replace('_', '-')}{equals}{value}"
+    return flags
 
 
 def _apply_presets(parameters: Sequence[Parameter], typed: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ from peft_jax.models.modules.kv_cache import KVCache
 from peft_jax.models.modules.rotary import BY_LENGTH
 from peft_jax.models.registry import family_of
 from peft_jax.prompts.base import active_prompts
+from peft_jax.prompts.key_values import KeyValuePrompt
+from peft_jax.prompts.learning import PromptLearning
 
 STEP = 32  # lengths of prompts and of what they share are multiples of it, so that few programs are compiled
 SPARE = 32  # slots beyond the longest row; as many tokens are decoded before rows move to the front
@@ -44,6 +46,21 @@ def can_fill(config: ModelConfig, params: PyTree) -> bool:
     if any(leaf.active and leaf.method.over_rows for _, leaf in adapted_leaves(params)):
         return False
     return isinstance(jax.eval_shape(partial(make_cache, config, 1, 1)), KVCache)
+
+
+def is_moved_by_padding(config: ModelConfig, params: PyTree) -> bool:
+    """Whether the numbers of a row depend on the padding before it.
+
+    So it is with virtual tokens before the inputs, since positions are then slots of the cache; with methods whose
+    weights are means over a batch; and with ropes that depend on the length of a row.
+    """
+    if config.renewed_at is not None or _turns_by_length(config.to_hf()):
+        return True
+    for _, leaf in adapted_leaves(params):
+        has_tokens = isinstance(leaf.method, PromptLearning) and not isinstance(leaf.method, KeyValuePrompt)
+        if leaf.active and (has_tokens or leaf.method.over_rows):
+            return True
+    return False
 
 
 def _turns_by_length(fields: Mapping[str, Any]) -> bool:

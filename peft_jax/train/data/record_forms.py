@@ -149,8 +149,19 @@ def _with_context(value: Mapping[str, Any], where: str) -> Question:
         answers = [{"text": text, "answer_start": start} for text, start in zip(found_texts, starts, strict=True)]
     if not isinstance(answers, list):
         raise ValueError(f"{where} has answers that are no list. Give each a text and an answer_start, as SQuAD does.")
-    found = [] if value.get("is_impossible") else [_answer(one, texts["context"], where) for one in answers]
+    is_impossible = _truth(value.get("is_impossible", False), "is_impossible", where)
+    found = [] if is_impossible else [_answer(one, texts["context"], where) for one in answers]
     return Question(**texts, answers=tuple(found))
+
+
+def _truth(value: Any, name: str, where: str) -> bool:
+    """A truth value, which tables have as text."""
+    said = str(value).lower()
+    if said in ("true", "1", "1.0"):
+        return True
+    if said in ("false", "0", "0.0", ""):
+        return False
+    raise ValueError(f"{where} has {name}={value!r}. Give true or false.")
 
 
 def _answer(answer: Any, context: str, where: str) -> tuple[str, int]:
