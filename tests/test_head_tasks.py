@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +15,14 @@ import pytest
 from test_finetune_tasks import ENDS, SIZES, save_tokenizer
 
 from peft_jax.cli.main import main
+from peft_jax.cli.preview import _shown
 from peft_jax.cli.shared.class_numbers import by_names_of
 from peft_jax.cli.shared.data_options import DataFileOptions
 from peft_jax.cli.shared.data_sources import Loaded, NamedClasses, load_records
 from peft_jax.cli.shared.head_labels import HeadLabels, id2label_of, labels_of_texts, named_by_data, with_names
 from peft_jax.train.answers_found import normalized, word_f1
 from peft_jax.train.data.class_names import class_names_of_schema
+from peft_jax.train.data.encode import Example
 from peft_jax.train.data.label_kinds import label_array, names_of, problem_of
 from peft_jax.train.data.record_forms import to_records
 from peft_jax.train.data.records import Labelled, Question, Tagged
@@ -670,3 +673,10 @@ def test_squad_files_in_both_forms_are_the_same_records() -> None:
         to_records([{**flat, "is_impossible": "no"}], "here")
     with pytest.raises(ValueError, match="has the answer 'Ada', which is not at character 4 of its context"):
         to_records([{**flat, "answers": {"text": ["Ada"], "answer_start": [4]}}], "here")
+
+
+def test_a_preview_shows_numbers_of_outputs_where_a_text_has_as_many_tokens() -> None:
+    example = Example(np.arange(3, dtype=np.int32), np.array([0, 1, 0], np.float32))
+    tokenizer: Any = SimpleNamespace(decode=lambda ids, **_: "x")
+    shown = _shown(example, tokenizer, {0: "a", 1: "b", 2: "c"})
+    assert shown.label == "a=0, b=1, c=0"
