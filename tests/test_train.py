@@ -322,3 +322,8 @@ def test_a_new_state_is_written_over_the_old_one_and_the_check_can_fail(monkeypa
         found = temporaries_of_an_update()
         monkeypatch.setattr(jax.lax, "optimization_barrier", lambda arrays: arrays)  # the compiler takes one for both
         assert found < 10 * 2**20 < 12 * 2**20 < temporaries_of_an_update()
+
+
+def test_data_in_which_nothing_is_learned_have_no_loss() -> None:
+    with pytest.raises(ValueError, match="no token of the data is learned"):
+        evaluate(lambda params, batch: (jnp.zeros(()), jnp.zeros((), int)), {}, [{}])

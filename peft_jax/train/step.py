@@ -210,10 +210,17 @@ def make_evaluation_step(apply: Apply, *, next_token: bool = True) -> Evaluation
 
 
 def evaluate(step: EvaluationStep, params: PyTree, batches: Iterable[Batch]) -> float:
-    """Mean loss in nats over all target tokens of the batches; ``step`` is from `make_evaluation_step`."""
+    """Mean loss in nats over all target tokens of the batches; ``step`` is from `make_evaluation_step`.
+
+    Raises:
+        ValueError: If there is no target token, as in empty texts.
+    """
     totals, counts = [], []
     for batch in batches:
         total, count = step(params, batch)
         totals.append(float(total))
         counts.append(int(count))
-    return sum(totals) / sum(counts)
+    tokens = sum(counts)
+    if not tokens:
+        raise ValueError("no token of the data is learned, so that there is no loss. Give records with an answer.")
+    return sum(totals) / tokens
