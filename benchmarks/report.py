@@ -219,7 +219,7 @@ def target_lines(judged: Sequence[dict[str, Any]]) -> list[str]:
         if one["met"] is None:
             rows.append([one["target"], "not measured", "", ""])
         else:
-            rows.append([one["target"], "met" if one["met"] else "**not met**", f"{one['value']:.3f}", one["at"]])
+            rows.append([one["target"], "met" if one["met"] else "**not met**", f"{one['value']:.2f}", one["at"]])
     return table(["target", "", "figure", "from"], rows)
 
 
