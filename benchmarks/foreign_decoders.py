@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 ROWS = 4
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)

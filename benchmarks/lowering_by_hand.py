@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 from flax import linen as nn
-from foreign_decoders import SIZES, TARGETS, ScannedDecoder, Sizes, decoder, decoder_weights
+from foreign_decoders import SIZES, ScannedDecoder, Sizes, decoder, decoder_weights
 from lowering import BY_HAND, described, on, without_a_tpu, write_page
 from lowering_table import FOREIGN_CASES, foreign_name
 
@@ -179,7 +179,7 @@ def _zeros(sizes: Sizes) -> jax.Array:
 def by_adapt(case: Case) -> Program:
     """Either decoder with LoRA by `peft_jax.adapt`."""
     fn, make = (einsum_plain if case.model == "einsum" else scanned_plain)(case)
-    targets = list(TARGETS)
+    targets = list(case.sizes.kernels)
 
     def adapted() -> Any:
         params, args = make(), (_zeros(case.sizes),)

@@ -100,8 +100,13 @@ def files(name: str, settings: Settings) -> list[Contender]:
         ANSWER: lambda: answer(side, bases[1], settings),
     }
     work["write the adapter"]()
-    before = {READING: functools.partial(measure.take_memory, 2 * weights_of(checkpoint))}
+    before = {READING: memory_for(checkpoint)}
     return [Contender(f"{what}: {name}", run, before=before.get(what)) for what, run in work.items()]
+
+
+def memory_for(checkpoint: Path) -> Callable[[], None]:
+    """Takes memory for reading a checkpoint, and gives it back."""
+    return functools.partial(measure.take_memory, 2 * weights_of(checkpoint))
 
 
 def weights_of(checkpoint: Path) -> int:
@@ -124,8 +129,7 @@ def own_time_of_safetensors(settings: Settings) -> Contender:
         files = checkpoint.glob("*.safetensors")
         return [tensor.astype(dtype, copy=False) for file in files for tensor in load_file(file).values()]
 
-    before = functools.partial(measure.take_memory, 2 * weights_of(checkpoint))
-    return Contender(f"{READING}: safetensors", read, before=before)
+    return Contender(f"{READING}: safetensors", read, before=memory_for(checkpoint))
 
 
 def first_steps(settings: Settings) -> dict[str, dict[str, Any]]:

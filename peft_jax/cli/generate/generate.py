@@ -88,7 +88,8 @@ def generate(options: Generate) -> None:
     # The options are complete. {} keeps the model from applying its generation_config.json again.
     keywords |= {**dataclasses.asdict(chosen), "generation_config": {}}
     if len(prompts) == 1 and not options.json:
-        ids, mask = pad(encoded, 1, padded_length(model, len(encoded[0]), chosen))
+        [(_, length)] = row_batches(model, encoded, 1, chosen)
+        ids, mask = pad(encoded, 1, length)
         key = jax.random.fold_in(jax.random.key(options.seed), 0)
         model.generate(ids, mask, key=key, streamer=Printer(tokenizer, verbatim()), **keywords)
         return
@@ -209,12 +210,10 @@ def answers(
         yield from fill_rows(model, encoded, chosen, options.batch_size, jax.random.key(options.seed))
         return
     rows = min(options.batch_size, len(encoded))
-    is_moved = is_moved_by_padding(model.config, model.params)
     answered: dict[int, list[int]] = {}
     following = 0
-    for number, places in enumerate(_batches(encoded, rows, of_one_length=is_moved)):
+    for number, (places, length) in enumerate(row_batches(model, encoded, rows, chosen)):
         batch = [encoded[place] for place in places]
-        length = padded_length(model, max(len(ids) for ids in (batch if is_moved else encoded)), chosen)
         ids, mask = pad(batch, rows, length)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         tokens = np.asarray(model.generate(ids, mask, key=key, **keywords))
@@ -225,29 +224,37 @@ def answers(
             following += 1
 
 
-def _batches(encoded: Sequence[list[int]], rows: int, *, of_one_length: bool) -> Iterator[Sequence[int]]:
-    """The places of the prompts of each batch: in their order, or those of one length together."""
-    groups: dict[int, list[int]] = {}
-    for place, ids in enumerate(encoded):
-        groups.setdefault(len(ids) if of_one_length else 0, []).append(place)
-    for places in groups.values():
-        for start in range(0, len(places), rows):
-            yield places[start : start + rows]
+def row_batches(
+    model: CausalLM | Seq2SeqLM, encoded: Sequence[list[int]], rows: int, chosen: GenerateOptions
+) -> list[tuple[Sequence[int], int]]:
+    """The places of the prompts of each batch, and the length of its rows.
 
+    All batches have one length, a multiple of 32, so that few programs are compiled; a table of positions keeps room
+    for virtual tokens and the answer. Where padding would change the numbers of a row there is none: each batch has
+    prompts of one length.
 
-def padded_length(model: CausalLM | Seq2SeqLM, longest: int, chosen: GenerateOptions) -> int:
-    """The length of rows for a longest prompt: a multiple of 32, so that few programs are compiled.
-
-    A prompt is not padded where padding would change its numbers. A table of positions keeps room for virtual tokens
-    and the answer.
+    Args:
+        model: The model.
+        encoded: Token ids of each prompt.
+        rows: The most prompts of a batch.
+        chosen: All choices of the generation.
     """
     if is_moved_by_padding(model.config, model.params):
-        return longest
-    length = rounded_up(longest)
-    if model.config.position_rows is None:
-        return length
-    room = model.config.position_rows - virtual_slots(model) - (chosen.max_new_tokens or 0)
-    return max(longest, min(length, room))
+        places_by_length: dict[int, list[int]] = {}
+        for place, ids in enumerate(encoded):
+            places_by_length.setdefault(len(ids), []).append(place)
+    else:
+        longest = max(len(ids) for ids in encoded)
+        length = rounded_up(longest)
+        if model.config.position_rows is not None:
+            room = model.config.position_rows - virtual_slots(model) - (chosen.max_new_tokens or 0)
+            length = max(longest, min(length, room))
+        places_by_length = {length: list(range(len(encoded)))}
+    found: list[tuple[Sequence[int], int]] = []
+    for length, places in places_by_length.items():
+        for start in range(0, len(places), rows):
+            found.append((places[start : start + rows], length))
+    return found
 
 
 def up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:

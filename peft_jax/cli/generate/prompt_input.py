@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,11 +95,13 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
 
 
-def _record(prompt: Mapping[str, Any], where: str) -> Record | Chat | None:
-    """A prompt with messages or an instruction as a record of training data; None for one with ``prompt``.
+def _record(prompt: Prompt, where: str) -> Record | Completion | Chat:
+    """A prompt as a record of training data, with an answer at the end.
 
-    So every field means what it does in training, or is refused. An answer stands at the end.
+    So every field of messages and of an instruction means what it does in training, or is refused.
     """
+    if isinstance(prompt, str):
+        return Record(prompt, "", ANSWER)
     if "messages" in prompt:
         messages = list(prompt["messages"])
         if messages[-1].get("role") == "assistant":  # the answer, in a file of training data
@@ -108,7 +110,7 @@ def _record(prompt: Mapping[str, Any], where: str) -> Record | Chat | None:
     elif "instruction" in prompt:
         value = {name: field for name, field in prompt.items() if name != "prompt"} | {"output": ANSWER}
     else:
-        return None
+        return Completion(prompt["prompt"], ANSWER)
     record = to_record(value, form_of(value, where), where)
     assert isinstance(record, Record | Chat)  # of these fields
     return record
@@ -133,18 +135,13 @@ def render(prompt: Prompt, layout: str | Layout, tokenizer: Tokenizer) -> tuple[
         FileNotFoundError: If there is no such layout.
         ValueError: If it is damaged, the tokenizer has no chat template, or the chat template refuses the messages.
     """
-    record = Record(prompt, "", ANSWER) if isinstance(prompt, str) else _record(prompt, "the prompt")
-    if record is None:
-        assert isinstance(prompt, dict)
-        return str(prompt["prompt"]), False
-    laid_out = _laid_out(record, load_layout(layout) if isinstance(layout, str) else layout)
-    if isinstance(laid_out, Chat):
-        return _chat(laid_out.messages[:-1], laid_out.tools, tokenizer), True
-    return laid_out.prompt, False
-
-
-def _laid_out(record: Record | Chat, layout: Layout) -> Completion | Chat:
-    return layout(record) if isinstance(record, Record) else record
+    record = _record(prompt, "the prompt")
+    if isinstance(record, Record):
+        lay_out = load_layout(layout) if isinstance(layout, str) else layout
+        record = lay_out(record)
+    if isinstance(record, Chat):
+        return _chat(record.messages[:-1], record.tools, tokenizer), True
+    return record.prompt, False
 
 
 def _chat(messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer) -> str:

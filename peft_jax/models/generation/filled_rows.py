@@ -39,11 +39,9 @@ def can_fill(config: ModelConfig, params: PyTree) -> bool:
     layers keep another memory than keys and values; and adapters that are prompts or look at token ids.
     """
     make_cache = family_of(config).init_cache
-    if make_cache is None or config.renewed_at is not None or _turns_by_length(config.to_hf()):
+    if make_cache is None or is_moved_by_padding(config, params):
         return False
     if active_prompts(params) or reads_input_ids(params):
-        return False
-    if any(leaf.active and leaf.method.over_rows for _, leaf in adapted_leaves(params)):
         return False
     return isinstance(jax.eval_shape(partial(make_cache, config, 1, 1)), KVCache)
 

@@ -149,8 +149,9 @@ def _with_context(value: Mapping[str, Any], where: str) -> Question:
         answers = [{"text": text, "answer_start": start} for text, start in zip(found_texts, starts, strict=True)]
     if not isinstance(answers, list):
         raise ValueError(f"{where} has answers that are no list. Give each a text and an answer_start, as SQuAD does.")
-    is_impossible = _truth(value.get("is_impossible", False), "is_impossible", where)
-    found = [] if is_impossible else [_answer(one, texts["context"], where) for one in answers]
+    if _truth(value.get("is_impossible", False), "is_impossible", where):
+        answers = []
+    found = [_answer(one, texts["context"], where) for one in answers]
     return Question(**texts, answers=tuple(found))
 
 
