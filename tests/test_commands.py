@@ -714,6 +714,11 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "a file of nothing": (_write("p.txt", "\n"), [*GENERATE, "--file", "p.txt"], "p.txt holds no prompts. Give"),
     "a file that is not JSON": (_write("p.json", "{"), [*GENERATE, "--file", "p.json"], "p.json is not JSON"),
     "a prompt of another kind": (_write("p.json", "[1]"), [*GENERATE, "--file", "p.json"], "Each prompt is a text, or"),
+    "messages that are text": (
+        _write("p.json", '{"messages": "x", "instruction": "a"}'),
+        [*GENERATE, "--file", "p.json"],
+        "prompt 1 of p.json is",
+    ),
     "a prompt without text": (_write("p.json", '[{"prompt": 1}]'), [*GENERATE, "--file", "p.json"], "Each prompt is"),
     "messages without a chat template": (
         _no_chat,

@@ -79,8 +79,8 @@ def _checked(value: Any, number: int, file: Path) -> Prompt:
 
 
 def _is_instruction(value: Any) -> bool:
-    """Whether a value is an object with texts instruction and perhaps input, or prompt."""
-    if not isinstance(value, dict):
+    """Whether a value is an object with texts instruction and perhaps input, or prompt, and without messages."""
+    if not isinstance(value, dict) or "messages" in value:
         return False
     if "instruction" in value:
         return isinstance(value["instruction"], str) and isinstance(value.get("input", ""), str)
@@ -88,8 +88,8 @@ def _is_instruction(value: Any) -> bool:
 
 
 def _is_conversation(value: Any) -> bool:
-    """Whether a value is an object with messages, and neither instruction nor prompt."""
-    if not isinstance(value, dict) or "instruction" in value or "prompt" in value:
+    """Whether a value is an object with messages, which go before its other fields."""
+    if not isinstance(value, dict):
         return False
     messages = value.get("messages")
     return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
